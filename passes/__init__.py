@@ -1,0 +1,38 @@
+"""Graph rewrites. A pass is graph in, graph out; what it knows of the data comes from the Profile alone."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, run_passes
+from trimtab.passes.errors import RecipeError
+
+_PASSES = {
+    "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
+    "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
+    "recover": "trimtab.passes.recover:Recover",
+    "fuse-attention": "trimtab.passes.fuse_attention:FuseAttention",
+    "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
+}
+"""Name → where its class is; imported when asked for."""
+
+PASS_NAMES = tuple(_PASSES)
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The class of the pass called `name`.
+
+    Raises:
+        RecipeError: there is none; names the nearest.
+    """
+    if name not in _PASSES:
+        near = difflib.get_close_matches(name, PASS_NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known passes: {', '.join(PASS_NAMES)}"
+        raise RecipeError(f"unknown pass {name!r}", hint=hint)
+    module, attribute = _PASSES[name].split(":")
+    found: type[Pass] = getattr(import_module(module), attribute)
+    return found
+
+
+__all__ = ["PASS_NAMES", "Capability", "Left", "Pass", "PassContext", "PassResult", "pass_class", "run_passes"]

@@ -1,0 +1,177 @@
+"""The parts of a transformer as passes see them: views on the graph, with the tensors at their borders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph.linear import Linear
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The elementwise part of an FFN, between its up (and gate) projection and its down projection.
+
+    Attributes:
+        name: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "relu_squared", "sigmoid", "tanh", or "unknown".
+            Found by evaluating the nodes, so that every exporter's way to write GELU is the same GELU.
+        nodes: in topological order. All their constants are scalars, so they can be cloned for any width.
+        inputs: (up.y,) without a gate, (gate.y, up.y) with one: hidden = name(gate.y) * up.y.
+        output: the hidden tensor, [..., d_ff], which the down projection reads.
+    """
+
+    name: str
+    nodes: tuple[gs.Node, ...]
+    inputs: tuple[gs.Tensor, ...]
+    output: gs.Tensor
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One feed-forward block: y = act(x W_up + b_up) W_down + b_down, or y = (act(x W_gate) * (x W_up)) W_down.
+
+    Attributes:
+        layer: position among the FFNs, from 0, in the order of computation.
+        x: its input, [..., d_model].
+        y: its output, before the residual is added, [..., d_model].
+    """
+
+    layer: int
+    up: Linear
+    gate: Linear | None
+    down: Linear
+    activation: Activation
+
+    @property
+    def x(self) -> gs.Tensor:
+        return self.up.x
+
+    @property
+    def y(self) -> gs.Tensor:
+        return self.down.y
+
+    @property
+    def hidden(self) -> gs.Tensor:
+        """The activations of its neurons, [..., d_ff]."""
+        return self.activation.output
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def d_model(self) -> int:
+        return self.up.in_features
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.out_features
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its projections: (up, down), or (gate, up, down)."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    @property
+    def params(self) -> int:
+        return sum(linear.params for linear in self.linears)
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        return f"layer {self.layer} FFN"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention block.
+
+    Attributes:
+        layer: position among the attention blocks, from 0.
+        q, k, v: the projections; all three are the same Linear where the model has one packed QKV projection.
+        out: the output projection, or None where it was not found.
+        heads, kv_heads, head_dim: None where shapes do not tell.
+        nodes: those between the projections, in topological order.
+        fused: the name of the op if one op computes it (Attention, MultiHeadAttention, GroupQueryAttention).
+    """
+
+    layer: int
+    q: Linear | None
+    k: Linear | None
+    v: Linear | None
+    out: Linear | None
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    nodes: tuple[gs.Node, ...]
+    fused: str | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its projections, each once."""
+        found: list[Linear] = []
+        for linear in (self.q, self.k, self.v, self.out):
+            if linear is not None and all(linear.nodes[-1] is not other.nodes[-1] for other in found):
+                found.append(linear)
+        return tuple(found)
+
+    @property
+    def params(self) -> int:
+        return sum(linear.params for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table looked up by integers: [rows, width]."""
+
+    table: gs.Constant
+    node: gs.Node
+
+    @property
+    def params(self) -> int:
+        return int(self.table.shape[0]) * int(self.table.shape[1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last projections, after the last block, to classes or vocabulary.
+
+    Attributes:
+        linears: in order of computation; a classifier may have two (pooler, classifier).
+        tied: True if the last one's weight is also an embedding table.
+    """
+
+    linears: tuple[Linear, ...]
+    tied: bool
+
+    @property
+    def params(self) -> int:
+        return sum(linear.params for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Unrecognized:
+    """Something that looked like a part and was not understood: what, at which node, and why matching stopped."""
+
+    what: str
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The whole model. `family` is a guess for display alone; nothing depends on it."""
+
+    family: str
+    ffns: tuple[FFN, ...]
+    attentions: tuple[Attention, ...]
+    norms: tuple[gs.Node, ...]
+    embeddings: tuple[Embedding, ...]
+    head: Head | None
+    params: int
+    unrecognized: tuple[Unrecognized, ...]
+
+    @property
+    def layers(self) -> int:
+        return max(len(self.ffns), len(self.attentions))

@@ -1,0 +1,109 @@
+"""What a pass is: frozen options, a declared need, and a rewrite that reports what it changed and what it left."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict
+
+from trimtab.passes.errors import PassError
+from trimtab.passes.profile import Profile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a target's runtime can take, probed and never guessed from a version.
+
+    Attributes:
+        weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
+        float16: it computes in half precision without falling back to float32.
+        fused_attention: name of the attention op it runs fastest, or None.
+    """
+
+    weight_bits: frozenset[int] = frozenset({4, 8})
+    float16: bool = False
+    fused_attention: str | None = None
+
+
+@dataclass
+class PassContext:
+    """All that a pass may know besides the graph: no data, no files, no network."""
+
+    profile: Profile | None = None
+    capability: Capability = field(default_factory=Capability)
+    progress: Callable[[str, int, int], None] | None = None
+    """Called with (what, done, total) by passes that take long."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A place a pass left alone, and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        name: of the pass.
+        changed: number of places rewritten.
+        left: the places it recognised and left alone.
+        details: for the report; JSON types only.
+    """
+
+    name: str
+    changed: int
+    left: tuple[Left, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(BaseModel, ABC):
+    """A rewrite of the graph. Its fields are its options: the same object feeds recipe, command line, tuning and cache key.
+
+    A field's constraints are its bounds; `json_schema_extra={"search": [...]}` is what tuning tries.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    name: ClassVar[str]
+    """kebab-case, as recipes call it."""
+    summary: ClassVar[str]
+    """One line for `trimtab passes`."""
+    needs_profile: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite `graph` in place.
+
+        At the exact end of the pass's dial the new graph computes the same as the old one.
+        """
+
+
+def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) -> list[PassResult]:
+    """Run `passes` in order over `graph`, in place.
+
+    Raises:
+        PassError: names the failing pass and those that ran before it.
+    """
+    results: list[PassResult] = []
+    for step in passes:
+        try:
+            result = step.run(graph, context)
+            graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        except Exception as error:
+            raise PassError(step.name, [r.name for r in results], error) from error
+        log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))
+        for left in result.left:
+            log.debug("%s: left %s: %s", step.name, left.where, left.why)
+        results.append(result)
+    return results

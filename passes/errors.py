@@ -1,0 +1,62 @@
+"""The errors a user can meet. Each says what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class TrimtabError(Exception):
+    """A fault in the input or the surroundings, not in trimtab: shown as one message, without a traceback.
+
+    Args:
+        message: what is wrong, and where ("layer 3 FFN: profile has 1536 neurons, model has 3072").
+        hint: what to do next ("calibrate this model again").
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class ModelError(TrimtabError):
+    """The model cannot be read, or is not one that trimtab can compile."""
+
+
+class ProfileError(TrimtabError):
+    """The Profile is missing, damaged, or belongs to another model."""
+
+
+class RecipeError(TrimtabError):
+    """The recipe has an unknown key or an impossible value."""
+
+
+class DataError(TrimtabError):
+    """Calibration or evaluation data cannot be used."""
+
+
+class TargetError(TrimtabError):
+    """The target is not available here, cannot take this graph, or failed to build it."""
+
+
+class BuildError(TrimtabError):
+    """A build directory cannot be written, is being written by another process, or is damaged."""
+
+
+class PassError(TrimtabError):
+    """A pass failed. Names the pass and those that had run before it.
+
+    Args:
+        name: kebab-case name of the failing pass.
+        done: names of the passes that had run, in order.
+        cause: what it failed with.
+    """
+
+    def __init__(self, name: str, done: list[str], cause: Exception) -> None:
+        before = f" (after {', '.join(done)})" if done else ""
+        hint = cause.hint if isinstance(cause, TrimtabError) else None
+        text = cause.message if isinstance(cause, TrimtabError) else f"{type(cause).__name__}: {cause}"
+        super().__init__(f"pass {name}{before}: {text}", hint=hint)
+        self.pass_name = name
+        self.done = done

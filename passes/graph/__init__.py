@@ -1,0 +1,18 @@
+"""The graph that passes rewrite: an onnx_graphsurgeon.Graph whose weights stay on disk until a pass reads them."""
+
+from trimtab.passes.graph.edit import constant, insert, output_name_of, rename_output, replace_uses
+from trimtab.passes.graph.io import load_graph, save_graph
+from trimtab.passes.graph.weights import fingerprint, is_external, values
+
+__all__ = [
+    "constant",
+    "fingerprint",
+    "insert",
+    "is_external",
+    "load_graph",
+    "output_name_of",
+    "rename_output",
+    "replace_uses",
+    "save_graph",
+    "values",
+]

@@ -1,0 +1,59 @@
+"""Small edits that every pass makes, so that each leaves the same traces: names and provenance."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+
+def constant(name: str, array: np.ndarray | onnx.TensorProto) -> gs.Constant:
+    """A new initializer. A TensorProto serves for types that numpy lacks (int4, int2)."""
+    if isinstance(array, onnx.TensorProto):
+        array.name = name
+        return gs.Constant(name, LazyValues(array))
+    return gs.Constant(name, np.ascontiguousarray(array))
+
+
+def insert(
+    graph: gs.Graph,
+    op: str,
+    inputs: list[gs.Tensor],
+    name: str,
+    *,
+    attrs: dict[str, object] | None = None,
+    domain: str | None = None,
+    outputs: list[gs.Variable] | None = None,
+    dtype: object = None,
+) -> gs.Variable:
+    """Append one node and return its first output.
+
+    Args:
+        name: of the node, beginning with the pass ("ffn-split/layer.3/heavy/up"): its provenance, which profilers show.
+        outputs: the node's outputs; by default one new tensor called `name`.
+        dtype: numpy type of the new output, when known.
+    """
+    outputs = outputs or [gs.Variable(name, dtype=dtype)]
+    graph.nodes.append(gs.Node(op, name=name, inputs=inputs, outputs=outputs, attrs=attrs or {}, domain=domain))
+    return outputs[0]
+
+
+def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make every consumer of `old`, and the graph's outputs, use `new`. Subgraphs are not searched."""
+    for node in list(old.outputs):
+        node.inputs = [new if tensor is old else tensor for tensor in node.inputs]
+    if any(tensor is old for tensor in graph.outputs):
+        rename_output(graph, old, new)
+
+
+def rename_output(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let `new` be the graph output in place of `old`, under the old name, so that callers see no change."""
+    graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
+    kept, old.name = old.name, old.name + "/before"
+    new.name, new.dtype, new.shape = kept, old.dtype, old.shape
+
+
+def output_name_of(node: gs.Node) -> str:
+    """How messages call a node: its name, or its first output where it has none."""
+    return node.name or (node.outputs[0].name if node.outputs else node.op)

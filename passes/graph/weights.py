@@ -1,0 +1,130 @@
+"""Weights that stay where they are: initializers are memory-mapped when read, and copied as bytes when saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from trimtab.passes.errors import ModelError
+
+_CHUNK = 1 << 24  # bytes copied or hashed at a time
+_SAMPLE = 1 << 16  # bytes of each end of a large tensor that go into a fingerprint
+_PACKED_BITS = {
+    TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
+}  # fmt: skip
+
+
+def byte_size(tensor: TensorProto) -> int:
+    """Bytes that the values of `tensor` take when stored raw."""
+    count = int(np.prod(tensor.dims, dtype=np.int64))
+    bits = _PACKED_BITS.get(tensor.data_type)
+    if bits is not None:
+        return -(-count * bits // 8)
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+class ExternalValues(LazyValues):
+    """Values in an external data file, mapped into memory on `load` and never held.
+
+    gs.Constant keeps such an object until `.values` is read, and the exporter passes its TensorProto through, so an
+    untouched weight costs no memory however large it is.
+
+    Args:
+        tensor: a TensorProto with data_location EXTERNAL.
+        base: the folder of the model file; the data must lie inside it.
+    """
+
+    def __init__(self, tensor: TensorProto, base: Path) -> None:
+        super().__init__(tensor)
+        entries = {e.key: e.value for e in tensor.external_data}
+        self.path = contained(base, entries.get("location", ""), tensor.name)
+        self.offset = int(entries.get("offset", 0))
+        self.bytes = byte_size(tensor)
+        if not self.path.is_file():
+            raise ModelError(
+                f"weight {tensor.name!r}: its external data file {self.path} is missing",
+                hint="copy the data file beside the model, or export the model again",
+            )
+        available = self.path.stat().st_size - self.offset
+        if int(entries.get("length", self.bytes)) != self.bytes or available < self.bytes:
+            raise ModelError(
+                f"weight {tensor.name!r}: {self.path.name} holds {max(available, 0)} bytes from offset {self.offset}, "
+                f"but its shape {list(tensor.dims)} needs {self.bytes}",
+                hint="the data file is truncated or belongs to another model; export the model again",
+            )
+
+    def load(self) -> np.ndarray:
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,)) if self.bytes else np.zeros(0, np.uint8)
+        if self.tensor.data_type in _PACKED_BITS:
+            inline = TensorProto(data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=raw.tobytes())
+            return numpy_helper.to_array(inline)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.tensor.data_type)
+        return raw.view(dtype).reshape(tuple(self.tensor.dims))
+
+    def copy_to(self, file: BinaryIO) -> None:
+        """Append the raw bytes to `file`, a chunk at a time."""
+        with open(self.path, "rb") as source:
+            source.seek(self.offset)
+            left = self.bytes
+            while left:
+                chunk = source.read(min(left, _CHUNK))
+                if not chunk:
+                    raise ModelError(f"weight {self.tensor.name!r}: {self.path} ended early while it was copied")
+                file.write(chunk)
+                left -= len(chunk)
+
+
+def contained(base: Path, location: str, name: str) -> Path:
+    """The file `location` below `base`; refuses absolute paths, `..` and links that lead outside."""
+    base = base.resolve()
+    path = (base / location).resolve()
+    if not location or os.path.isabs(location) or not path.is_relative_to(base):
+        raise ModelError(
+            f"weight {name!r}: its external data {location!r} lies outside the model's folder {base}",
+            hint="external data must lie beside the model or below it",
+        )
+    return path
+
+
+def is_external(constant: gs.Constant) -> bool:
+    """True while the values of `constant` lie in an external file and have not been read."""
+    return isinstance(constant._values, ExternalValues)
+
+
+def values(constant: gs.Constant) -> np.ndarray:
+    """The values of `constant` without keeping them in the graph, unlike `constant.values`. Read-only."""
+    held = constant._values
+    return held.load() if isinstance(held, LazyValues) else held
+
+
+def fingerprint(constant: gs.Constant) -> str:
+    """A hash of shape, type and values; of a large tensor, the two ends and 64 samples between stand for the rest.
+
+    Hashing all of a 13 GB model would read all of it. An accidental mix-up of two models changes every tensor, so
+    samples find it.
+    """
+    held = constant._values
+    if isinstance(held, ExternalValues):
+        dtype, size = held.tensor.data_type, held.bytes
+        data = np.memmap(held.path, np.uint8, "r", held.offset, (size,)) if size else np.zeros(0, np.uint8)
+    else:
+        array = np.ascontiguousarray(values(constant))
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        data, size = array.reshape(-1).view(np.uint8), array.nbytes
+    digest = hashlib.sha256(f"{dtype}{list(constant.shape)}".encode())
+    if size <= 4 * _SAMPLE:
+        digest.update(data.tobytes())
+    else:
+        digest.update(data[:_SAMPLE].tobytes())
+        digest.update(data[-_SAMPLE:].tobytes())
+        for start in np.linspace(_SAMPLE, size - _SAMPLE - 64, 64, dtype=np.int64):
+            digest.update(data[start : start + 64].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""The Profile: all that passes may know of the data. One safetensors file, with the model's fingerprint in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from trimtab.passes.errors import ProfileError
+
+FORMAT = 1
+
+
+class ProfileInfo(BaseModel):
+    """What a Profile says of itself.
+
+    Attributes:
+        model: fingerprint of the model's weights (`model_fingerprint`).
+        data: sha256 of the calibration data.
+        samples, tokens: how much of it was used.
+        versions: of the packages that made it.
+        learned: what `trimtab train` added, method → its settings and results.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    model: str
+    data: str
+    samples: int
+    tokens: int
+    versions: dict[str, str] = {}
+    learned: dict[str, dict[str, object]] = {}
+
+
+@dataclass(frozen=True)
+class FFNStats:
+    """Statistics of one FFN over the calibration tokens.
+
+    Attributes:
+        tokens: number of tokens seen, T.
+        abs_sum: Σ_t |h_tj|, [d_ff], float64, of the hidden activations h = act(x W_up) (· x W_up when gated).
+        sum: Σ_t h_tj, [d_ff].
+        square_sum: Σ_t h_tj², [d_ff].
+        states: a uniform random sample of the FFN's inputs x, [n, d_model], float32; n is constant in T.
+    """
+
+    tokens: int
+    abs_sum: np.ndarray
+    sum: np.ndarray
+    square_sum: np.ndarray
+    states: np.ndarray
+
+
+@dataclass
+class Profile:
+    """Statistics and learned tensors of one model on one data set.
+
+    Tensors are named `ffn.<layer>.<statistic>` and `learned.<method>.<initializer>`.
+    """
+
+    info: ProfileInfo
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def ffn(self, layer: int, d_ff: int, d_model: int) -> FFNStats:
+        """Statistics of FFN number `layer`.
+
+        Raises:
+            ProfileError: there are none, or they are of other sizes than the model's.
+        """
+        prefix = f"ffn.{layer}."
+        if prefix + "states" not in self.tensors:
+            raise ProfileError(f"layer {layer} FFN: the profile has no statistics of it", hint="calibrate this model again")
+        get = {key: self.tensors[prefix + key] for key in ("tokens", "abs_sum", "sum", "square_sum", "states")}
+        for what, have, want in (
+            ("neurons", len(get["abs_sum"]), d_ff), ("inputs", get["states"].shape[1], d_model),
+        ):  # fmt: skip
+            if have != want:
+                raise ProfileError(
+                    f"layer {layer} FFN: profile has {have} {what}, model has {want}", hint="calibrate this model again"
+                )
+        return FFNStats(int(get["tokens"]), get["abs_sum"], get["sum"], get["square_sum"], get["states"])
+
+    def set_ffn(self, layer: int, stats: FFNStats) -> None:
+        prefix = f"ffn.{layer}."
+        self.tensors[prefix + "tokens"] = np.array(stats.tokens, np.int64)
+        for key in ("abs_sum", "sum", "square_sum", "states"):
+            self.tensors[prefix + key] = getattr(stats, key)
+
+    def learned(self, method: str) -> Mapping[str, np.ndarray]:
+        """What `method` learned: initializer name → values."""
+        prefix = f"learned.{method}."
+        return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a Profile of another model."""
+        if fingerprint != self.info.model:
+            raise ProfileError(
+                f"the profile belongs to another model (weights {self.info.model[:12]}, this model {fingerprint[:12]})",
+                hint="calibrate this model, or give the profile that was made from it",
+            )
+
+    def save(self, path: Path | str) -> None:
+        """Write the file whole or not at all."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            tensors = {name: np.ascontiguousarray(value) for name, value in self.tensors.items()}
+            save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ProfileError(f"{path}: cannot write the profile ({error})") from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> Profile:
+        """Read a Profile.
+
+        Raises:
+            ProfileError: missing, damaged, not a Profile, or of a newer format.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                text = (file.metadata() or {}).get("trimtab")
+                if text is None:
+                    raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
+                if json.loads(text).get("format") != FORMAT:
+                    raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
+                info = ProfileInfo.model_validate_json(text)
+                return cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, ValidationError, ValueError, OSError) as error:
+            raise ProfileError(f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again") from error
