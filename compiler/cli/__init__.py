@@ -1,0 +1,10 @@
+"""The command line. Nothing heavy is imported here: `trimtab --help` answers at once."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the `trimtab` script."""
+    from trimtab.compiler.cli.app import app
+
+    app(prog_name="trimtab")

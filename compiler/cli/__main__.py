@@ -1,0 +1,5 @@
+"""`python -m trimtab.compiler.cli`: the same as the `trimtab` script."""
+
+from trimtab.compiler.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""The typer application. Commands are loaded when they are called, so that a command's imports burden no other.
+
+A command is a module of this package that defines one function `command`, plain, with typer annotations:
+
+    def command(
+        model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+        json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    ) -> None:
+        \"\"\"One line for its --help; more paragraphs may follow.\"\"\"
+
+It is listed in `COMMANDS` below. It need not catch errors: whatever it raises is reported by `console.reporting_errors`.
+It writes results to stdout (`console.emit_json` under --json), and all else to stderr (`console.progress`, `logging`).
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from trimtab.compiler.cli import console
+
+COMMANDS = {
+    "inspect": "Show what a model consists of, and where it spends its work.",
+    "calibrate": "Measure a model on data and write its Profile.",
+    "train": "Learn what a pass needs, and add it to a Profile.",
+    "compile": "Compile a model into a build directory.",
+    "validate": "Compare a build with its dense model, numerically and on a task.",
+    "bench": "Time a build against its dense model in one run.",
+    "passes": "List the passes and their options.",
+    "targets": "List the targets and whether they work here.",
+}
+"""Command → its line in `trimtab --help`. The module of the same name defines it."""
+
+
+def load(name: str) -> Any:
+    """The command `name`, imported now."""
+    with console.reporting_errors():
+        function = import_module(f"trimtab.compiler.cli.{name}").command
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(console.reporting_errors()(function))
+    return typer.main.get_command(single)
+
+
+class LazyGroup(TyperGroup):
+    """Knows every command by its one line of help, and imports the one that is called."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        for name, summary in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=summary))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in COMMANDS:
+            self.commands[args[0]] = load(args[0])
+            if "--json" in args:
+                ctx.with_resource(console.stdout_for_json())
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trimtab {version('trimtab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what each step does.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Say more, and show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compile a dense transformer into an engine that does less work per token."""
+    console.set_up_logging(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
