@@ -1,0 +1,89 @@
+"""Random inputs that a model accepts: ids inside their tables, masks of ones, everything else normal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ModelError
+
+_DEFAULT_ROWS = 100  # of an integer input whose table was not found: small enough for any vocabulary
+_CARRIERS = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Slice"}
+
+
+def random_feeds(
+    graph: gs.Graph, dims: Mapping[str, int], rng: np.random.Generator, *, padded: bool = False
+) -> dict[str, np.ndarray]:
+    """One random value for every input of `graph`.
+
+    Args:
+        graph: the dense graph; its symbolic dimensions have names.
+        dims: size of each symbolic dimension, such as {"batch": 8, "tokens": 48}.
+        rng: where the randomness comes from.
+        padded: end some rows of `attention_mask` early, as a tokenizer does with texts of unequal length. Row 0 of
+            several stays full, since a batch is as long as its longest text.
+
+    Returns:
+        input name → array of the input's type and shape. Integers lie inside the smallest table they look up;
+        `attention_mask` is 1 (0 where padded); `position_ids` counts along the last axis; `token_type_ids` is 0;
+        floats are standard normal.
+
+    Raises:
+        ModelError: `dims` lacks a symbolic dimension.
+    """
+    feeds = {}
+    for tensor in graph.inputs:
+        shape = _shape(tensor, dims)
+        dtype = np.dtype(tensor.dtype)
+        if tensor.name == "attention_mask" and len(shape) == 2:
+            feeds[tensor.name] = _mask(shape, rng, padded).astype(dtype)
+        elif tensor.name == "position_ids":
+            feeds[tensor.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        elif tensor.name == "token_type_ids":
+            feeds[tensor.name] = np.zeros(shape, dtype)
+        elif dtype.kind == "b" or "mask" in tensor.name:
+            feeds[tensor.name] = np.ones(shape, dtype)
+        elif np.issubdtype(dtype, np.integer):
+            feeds[tensor.name] = rng.integers(0, _rows(tensor), shape).astype(dtype)
+        else:
+            feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
+    return feeds
+
+
+def _shape(tensor: gs.Tensor, dims: Mapping[str, int]) -> tuple[int, ...]:
+    sizes: Sequence[int | str] = tensor.shape or ()
+    missing = [size for size in sizes if not isinstance(size, int) and size not in dims]
+    if missing:
+        raise ModelError(
+            f"input {tensor.name!r} has the dimension {missing[0]!r}, whose size is not given",
+            hint="declare its range in the recipe's workload under dims",
+        )
+    return tuple(size if isinstance(size, int) else dims[size] for size in sizes)
+
+
+def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool) -> np.ndarray:
+    """Ones, [rows, tokens]; where `padded`, zeros from a random place in the second half of a row on."""
+    rows, tokens = shape
+    lengths = np.full(rows, tokens)
+    if padded:
+        lengths = rng.integers((tokens + 1) // 2, tokens + 1, rows)
+        lengths[-1] = (tokens + 1) // 2  # so that at least one row is padded
+        if rows > 1:
+            lengths[0] = tokens
+    return np.arange(tokens) < lengths[:, None]
+
+
+def _rows(ids: gs.Tensor) -> int:
+    """Rows of the smallest table that `ids` look up, directly or through nodes that only move them."""
+    rows = []
+    stack = [ids]
+    while stack:
+        tensor = stack.pop()
+        for node in tensor.outputs:
+            if node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and node.inputs[1] is tensor:
+                rows.append(int(node.inputs[0].shape[node.attrs.get("axis", 0)]))
+            elif node.op in _CARRIERS and node.inputs[0] is tensor:
+                stack.extend(node.outputs)
+    return min(rows, default=_DEFAULT_ROWS)
