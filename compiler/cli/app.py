@@ -8,8 +8,8 @@ A command is a module of this package that defines one function `command`, plain
     ) -> None:
         \"\"\"One line for its --help; more paragraphs may follow.\"\"\"
 
-It is listed in `COMMANDS` below. It need not catch errors: whatever it raises is reported by `console.reporting_errors`.
-It writes results to stdout (`console.emit_json` under --json), and all else to stderr (`console.progress`, `logging`).
+It is listed in `COMMANDS` below. It need not catch errors: `console.reporting_errors` reports whatever it raises. It
+writes results to stdout (`console.emit_json` under --json), and all else to stderr (`console.progress`, `logging`).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _fail_with(error: Exception) -> NoReturn:
 
 
 def fail(message: str, *, hint: str | None = None, label: str = "error: ", code: int = 1) -> NoReturn:
-    """Print one message, and a hint on a line of its own, on stderr; exit with `code`. Under --debug, a traceback too."""
+    """Print one message, and a hint on a line of its own, on stderr (--debug: a traceback too); exit with `code`."""
     log.debug("traceback", exc_info=sys.exc_info()[1])
     print(f"{label}{message}", file=sys.stderr)
     if hint:

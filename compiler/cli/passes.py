@@ -31,10 +31,9 @@ def command(
         )
     elif name:
         print(f"{name}: {chosen[0].summary}\n")
-        schema = chosen[0].model_json_schema()
-        rows = [(key, _kind(option), _default(option), option.get("description", ""))
-                for key, option in schema.get("properties", {}).items()]  # fmt: skip
-        console.print_table(("option", "values", "default", "meaning"), rows)
+        properties = chosen[0].model_json_schema().get("properties", {})
+        options = [(key, _kind(o), _default(o), o.get("description", "")) for key, o in properties.items()]
+        console.print_table(("option", "values", "default", "meaning"), options)
     else:
         rows = [(each.name, "yes" if each.needs_profile else "no", each.summary) for each in chosen]
         console.print_table(("pass", "needs profile", "what it does"), rows)
