@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.errors import ModelError
+from trimtab.compiler.workload import Workload
 
 _DEFAULT_ROWS = 100  # of an integer input whose table was not found: small enough for any vocabulary
 _CARRIERS = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Slice"}
@@ -19,8 +19,8 @@ def random_feeds(
     """One random value for every input of `graph`.
 
     Args:
-        graph: the dense graph; its symbolic dimensions have names.
-        dims: size of each symbolic dimension, such as {"batch": 8, "tokens": 48}.
+        graph: the dense graph.
+        dims: sizes of the dimensions as `Workload` names them, such as {"batch": 8, "tokens": 48}.
         rng: where the randomness comes from.
         padded: end some rows of `attention_mask` early, as a tokenizer does with texts of unequal length. Row 0 of
             several stays full, since a batch is as long as its longest text.
@@ -31,11 +31,11 @@ def random_feeds(
         floats are standard normal.
 
     Raises:
-        ModelError: `dims` lacks a symbolic dimension.
+        RecipeError: `dims` lacks a dimension of the model.
     """
-    feeds = {}
+    shapes, feeds = _shapes(graph, dims), {}
     for tensor in graph.inputs:
-        shape = _shape(tensor, dims)
+        shape = shapes[tensor.name]
         dtype = np.dtype(tensor.dtype)
         if tensor.name == "attention_mask" and len(shape) == 2:
             feeds[tensor.name] = _mask(shape, rng, padded).astype(dtype)
@@ -52,15 +52,10 @@ def random_feeds(
     return feeds
 
 
-def _shape(tensor: gs.Tensor, dims: Mapping[str, int]) -> tuple[int, ...]:
-    sizes: Sequence[int | str] = tensor.shape or ()
-    missing = [size for size in sizes if not isinstance(size, int) and size not in dims]
-    if missing:
-        raise ModelError(
-            f"input {tensor.name!r} has the dimension {missing[0]!r}, whose size is not given",
-            hint="declare its range in the recipe's workload under dims",
-        )
-    return tuple(size if isinstance(size, int) else dims[size] for size in sizes)
+def _shapes(graph: gs.Graph, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    others = {name: size for name, size in dims.items() if name not in ("batch", "tokens")}
+    fixed = Workload.model_validate({**{k: v for k, v in dims.items() if k not in others}, "dims": others})
+    return {name: opt for name, (_, opt, _) in fixed.shapes(graph).items()}
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool) -> np.ndarray:

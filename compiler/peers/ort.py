@@ -1,0 +1,71 @@
+"""The dense model in ONNX Runtime on the CPU: as it is, and with dynamically quantized int8 weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.peers import Run
+from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.io import model_fingerprint
+
+
+def dense_fp32(dense: Path, threads: int) -> Run:
+    """The dense model as it was exported, all graph optimizations on."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # an idle pool must not slow the next engine
+    session = onnxruntime.InferenceSession(str(dense), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    return run
+
+
+def dense_int8(dense: Path, threads: int) -> Run:
+    """The dense model with int8 weights, one scale per output channel, and activations quantized as they come."""
+    return dense_fp32(quantized(dense), threads)
+
+
+def quantized(dense: Path) -> Path:
+    """The dense model through onnxruntime.quantization.quantize_dynamic; made once per model, kept in the cache."""
+    key = hashlib.sha256(dense.read_bytes())
+    key.update(model_fingerprint(load_graph(dense)).encode())
+    key.update(onnxruntime.__version__.encode())
+    path = cache_dir() / "dense-int8" / key.hexdigest() / "model.onnx"
+    if not path.is_file():
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
+            _quantize(dense, Path(folder) / "model.onnx")
+            path.parent.mkdir(exist_ok=True)
+            for part in sorted(Path(folder).iterdir(), reverse=True):  # the data first, then the model that needs it
+                part.replace(path.parent / part.name)
+    return path
+
+
+def _quantize(dense: Path, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(dense))
+    del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises on the root logger to preprocess the model, which changes nothing here
+    try:
+        quantize_dynamic(
+            model, out, per_channel=True, weight_type=QuantType.QInt8,
+            use_external_data_format=model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF,
+        )  # fmt: skip
+    finally:
+        root.setLevel(level)
