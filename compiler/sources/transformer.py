@@ -1,0 +1,114 @@
+"""A transformers model as a module of plain tensors: named inputs, named outputs, dynamic batch and tokens."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.compiler.sources.pooling import Pooling
+from trimtab.compiler.sources.torch_export import export_module
+from trimtab.passes.errors import ModelError
+
+_TASK_OUTPUTS = {
+    "ForSequenceClassification": ("logits",),
+    "ForTokenClassification": ("logits",),
+    "ForQuestionAnswering": ("start_logits", "end_logits"),
+    "ForMaskedLM": ("logits",),
+    "ForCausalLM": ("logits",),
+    "LMHeadModel": ("logits",),
+    "ForImageClassification": ("logits",),
+    "EncoderModel": ("last_hidden_state",),
+    "Model": ("last_hidden_state",),
+    "Encoder": ("last_hidden_state",),
+    "Stack": ("last_hidden_state",),
+}
+"""What the end of an architecture's name says that it returns. The first end that fits counts."""
+
+
+class Exportable(torch.nn.Module):
+    """`model` taking tensors by position and returning tensors, without cache.
+
+    Attributes:
+        inputs: names of its arguments, as the model's forward calls them.
+        outputs: names of what it returns.
+    """
+
+    def __init__(self, model: PreTrainedModel, pooling: Pooling | None = None) -> None:
+        super().__init__()
+        config = model.config
+        takes = inspect.signature(model.forward).parameters
+        model.set_attn_implementation("eager")  # plain MatMul and Softmax, which every target knows
+        config.use_cache = False
+        self.model = model
+        self.pooling = pooling
+        self.inputs = _inputs(model)
+        self.outputs = task_outputs(type(model).__name__) + (("sentence_embedding",) if pooling else ())
+        self._positions = bool(getattr(config, "rope_parameters", None)) and "position_ids" in takes
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feeds = dict(zip(self.inputs, tensors, strict=True))
+        if self._positions:
+            # The exporter fuses to RotaryEmbedding, whose cos and sin must have the batch dimension; left to itself,
+            # the model makes them with a batch of 1, and the graph fails to run with any other.
+            batch, tokens = tensors[0].shape
+            feeds["position_ids"] = torch.arange(tokens, device=tensors[0].device).expand(batch, tokens)
+        found = self.model(**feeds)
+        result = [found[name] for name in self.outputs if name != "sentence_embedding"]
+        if self.pooling is not None:
+            result.append(self.pooling(result[0], feeds["attention_mask"]))
+        return tuple(result)
+
+    def examples(self) -> tuple[torch.Tensor, ...]:
+        """One example per input: batch 2 and 7 tokens, neither of which torch mistakes for a constant."""
+        config = self.model.config
+        if self.inputs == ("pixel_values",):
+            size = config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            return (torch.zeros(2, config.num_channels, height, width),)
+        return tuple(torch.ones(2, 7, dtype=torch.int64) for _ in self.inputs)
+
+    def export(self, path: Path) -> None:
+        """Write the ONNX file. Its dynamic dimensions are called "batch" and "tokens"."""
+        image = self.inputs == ("pixel_values",)
+        dims = {0: "batch"} if image else {0: "batch", 1: "tokens"}
+        export_module(
+            self,
+            self.examples(),
+            path,
+            dynamic_shapes=(tuple(dims for _ in self.inputs),),
+            input_names=self.inputs,
+            output_names=self.outputs,
+        )
+
+
+def task_outputs(architecture: str) -> tuple[str, ...]:
+    """Names of the outputs of `architecture`, such as ("logits",).
+
+    Raises:
+        ModelError: of a kind that trimtab does not know.
+    """
+    for end, outputs in _TASK_OUTPUTS.items():
+        if architecture.endswith(end):
+            return outputs
+    raise ModelError(
+        f"architecture {architecture} is of a kind that trimtab does not know",
+        hint="known are " + ", ".join(f"*{end}" for end in _TASK_OUTPUTS) + "; or export it to ONNX and give that file",
+    )
+
+
+def _inputs(model: PreTrainedModel) -> tuple[str, ...]:
+    main = model.main_input_name
+    if main == "pixel_values":
+        return (main,)
+    if main != "input_ids":
+        raise ModelError(f"{type(model).__name__} reads {main}; text (input_ids) and images (pixel_values) are supported")
+    takes = inspect.signature(model.forward).parameters
+    names = ["input_ids"]
+    if "attention_mask" in takes:
+        names.append("attention_mask")
+    if "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    return tuple(names)
