@@ -1,0 +1,193 @@
+"""Calibration and evaluation data: texts, one at a time from the file, or raw tensors.
+
+| suffix (each also with .gz) | one sample per | fields |
+| --- | --- | --- |
+| .txt | line; blank lines are skipped | the text |
+| .jsonl | line | "text" (or "sentence"), optional "label": an integer or a class name |
+| .tsv | line, without quoting | by the header's text (or sentence) and label columns; without one, the first |
+| .npz (no .gz) | first axis of its arrays | arrays named as the model's inputs |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.textfile import Example, read_texts
+from trimtab.compiler.tokenizer import load_tokenizer
+from trimtab.passes.errors import DataError, ModelError
+from trimtab.passes.graph import load_graph
+
+if TYPE_CHECKING:
+    from trimtab.compiler.sources import Source
+
+T = TypeVar("T")
+
+_WINDOW = 512  # samples that are sorted by length together; not tied to the batch size, so that neither is the order
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples of one file, checked from end to end.
+
+    Attributes:
+        path: the file.
+        sha256: of its content, unpacked.
+        count: number of samples.
+        arrays: of an .npz file, its arrays; else None.
+    """
+
+    path: Path
+    sha256: str
+    count: int
+    arrays: Mapping[str, np.ndarray] | None = field(default=None, repr=False)
+
+    @property
+    def texts(self) -> Iterator[Example]:
+        """(text, label or None) in the order of the file, read anew each time.
+
+        Raises:
+            DataError: the data are raw tensors.
+        """
+        if self.arrays is not None:
+            raise DataError(f"{self.path}: holds tensors, where texts are needed", hint="give .txt, .jsonl or .tsv")
+        return read_texts(self.path)
+
+    def sample(self, samples: int, seed: int = 0) -> Iterator[Example]:
+        """At most `samples` texts, uniformly without replacement, in the order in which `batches` takes them.
+
+        Selection sampling (Knuth, The Art of Computer Programming, 3.4.2, algorithm S) takes them in one reading with
+        constant memory. Then texts of like length are brought together, a window at a time, for little padding.
+        """
+        chosen = _select(self.texts, self.count, samples, seed)
+        while window := list(islice(chosen, _WINDOW)):
+            yield from sorted(window, key=lambda example: len(example[0]))
+
+
+def read_data(path: Path | str) -> Dataset:
+    """Open a data file and check all of it.
+
+    Raises:
+        DataError: missing, empty, not UTF-8, malformed, or of an unknown kind; names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix.lower() == ".npz":
+        return _read_arrays(path)
+    digest = hashlib.sha256()
+    count = sum(1 for _ in read_texts(path, digest.update))
+    if not count:
+        raise DataError(f"{path}: holds no text")
+    return Dataset(path, digest.hexdigest(), count)
+
+
+def batches(
+    dataset: Dataset,
+    source: Source,
+    batch_size: int = 16,
+    max_tokens: int = 128,
+    samples: int = 512,
+    *,
+    seed: int = 0,
+    inputs: Sequence[gs.Tensor] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds for the model, from a random sample of the data, always the same for the same arguments.
+
+    Args:
+        inputs: those of the model's graph, if at hand; else they are read from the model.
+
+    Yields:
+        input name → array whose first axis has at most `batch_size` samples. Text gives `attention_mask`
+        [batch, tokens] even to a graph without that input, since padding must be known.
+
+    Raises:
+        DataError: the data do not fit the model's inputs.
+        ModelError: the model has no tokenizer.
+    """
+    inputs = load_graph(source.onnx).inputs if inputs is None else inputs
+    if dataset.arrays is not None:
+        arrays = _fit(dataset, inputs)
+        rows = list(_select(range(dataset.count), dataset.count, samples, seed))
+        for start in range(0, len(rows), batch_size):
+            yield {name: array[rows[start : start + batch_size]] for name, array in arrays.items()}
+        return
+    if source.tokenizer is None:
+        raise ModelError(
+            f"{source.origin}: has no tokenizer, so texts cannot be fed to it", hint="give tensors as .npz"
+        )
+    tokenizer = load_tokenizer(source.tokenizer, source.max_tokens)
+    wanted = {tensor.name: tensor for tensor in inputs}
+    examples = dataset.sample(samples, seed)
+    while batch := list(islice(examples, batch_size)):
+        feeds = tokenizer.encode([text for text, _ in batch], max_tokens)
+        feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
+        missing = [name for name in wanted if name not in feeds]
+        if missing:
+            raise DataError(f"{source.origin}: texts do not give the input {missing[0]!r}", hint="give tensors as .npz")
+        fed = {name: feeds[name].astype(tensor.dtype) for name, tensor in wanted.items()}
+        yield {"attention_mask": feeds["attention_mask"]} | fed
+
+
+def _select(items: Iterable[T], count: int, samples: int, seed: int) -> Iterator[T]:
+    """`samples` of the `count` items, in their order."""
+    rng, left = random.Random(seed), min(samples, count)
+    for position, item in enumerate(items):
+        if rng.random() * (count - position) < left:
+            left -= 1
+            yield item
+        if not left:
+            return
+
+
+def _read_arrays(path: Path) -> Dataset:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not an .npz file of plain arrays ({error})") from error
+    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{path}: its arrays differ in the number of samples ({counts})")
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"{path}: array {name!r} holds NaN or Inf")
+    count = next(iter(counts.values()), 0)
+    if not count:
+        raise DataError(f"{path}: holds no samples")
+    return Dataset(path, digest.hexdigest(), count, arrays)
+
+
+def _fit(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:
+    """The arrays as the model's inputs, in their types."""
+    arrays = dict(dataset.arrays or {})
+    names = [tensor.name for tensor in inputs]
+    if set(arrays) != set(names):
+        raise DataError(
+            f"{dataset.path}: holds the arrays {sorted(arrays)}, but the model's inputs are {sorted(names)}",
+            hint="save one array per input, under the input's name",
+        )
+    for tensor in inputs:
+        array = arrays[tensor.name]
+        if not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
+            raise DataError(f"{dataset.path}: array {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}")
+        if tensor.shape is not None and len(tensor.shape) != array.ndim:
+            raise DataError(
+                f"{dataset.path}: array {tensor.name!r} has shape {array.shape}, the model wants {list(tensor.shape)}"
+            )
+        arrays[tensor.name] = array.astype(tensor.dtype, copy=False)
+    return arrays

@@ -1,0 +1,124 @@
+"""Texts → the input tensors of a transformer. Needs the `tokenizers` library alone, not transformers nor torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.passes.errors import ModelError
+
+_Rows = list[tuple[list[int], list[int]]]  # of each text: token ids, token type ids
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's own tokenizer.
+
+    Attributes:
+        pad_id: token that fills short rows up; the attention mask is 0 there.
+        max_tokens: the longest text that the model takes, special tokens included, or None.
+    """
+
+    pad_id: int
+    max_tokens: int | None
+    _tokenize: Callable[[Sequence[str], int | None], _Rows]
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
+        """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
+
+        Returns:
+            input_ids, attention_mask and token_type_ids, each [len(texts), longest], int64. A model may use only some.
+        """
+        limits = [limit for limit in (max_tokens, self.max_tokens) if limit]
+        rows = self._tokenize(texts, min(limits, default=None))
+        shape = (len(rows), max((len(ids) for ids, _ in rows), default=0))
+        ids, mask, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, (row, row_types) in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)], types[i, : len(row)] = row, 1, row_types
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def load_tokenizer(folder: Path | str, max_tokens: int | None = None) -> Tokenizer:
+    """Read the tokenizer in `folder`: tokenizer.json, or what transformers can read if it is installed.
+
+    Args:
+        folder: of the model.
+        max_tokens: the longest text that the model takes.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return _load_json(folder, max_tokens)
+    return _load_with_transformers(folder, max_tokens)
+
+
+def _load_json(folder: Path, max_tokens: int | None) -> Tokenizer:
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ModelError(
+            f"{path}: not a tokenizer ({error})", hint="save the model with its tokenizer again"
+        ) from error
+    inner.no_padding()
+
+    def tokenize(texts: Sequence[str], limit: int | None) -> _Rows:
+        if limit is None:
+            inner.no_truncation()
+        else:
+            inner.enable_truncation(limit)
+        return [(encoding.ids, encoding.type_ids) for encoding in inner.encode_batch(list(texts))]
+
+    return Tokenizer(_pad_id(folder, inner.token_to_id), max_tokens, tokenize)
+
+
+def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
+    """The padding token; else the end of text, as is usual for models without one; else 0. The mask hides it anyway."""
+    settings = _settings(folder / "tokenizer_config.json")
+    for key in ("pad_token", "eos_token"):
+        token = settings.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        found = token_to_id(text) if isinstance(text, str) else None
+        if found is not None:
+            return found
+    found = _settings(folder / "config.json").get("pad_token_id")
+    return found if isinstance(found, int) else 0
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})", hint="save the model with its tokenizer again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _load_with_transformers(folder: Path, max_tokens: int | None) -> Tokenizer:
+    hint = "save the tokenizer beside the model (`AutoTokenizer.from_pretrained(...).save_pretrained(DIR)`)"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ModelError(f"{folder}: no tokenizer.json, and transformers is not installed", hint=hint) from error
+    try:
+        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: no tokenizer that transformers can read ({reason})", hint=hint) from error
+
+    def tokenize(texts: Sequence[str], limit: int | None) -> _Rows:
+        found = inner(list(texts), truncation=limit is not None, max_length=limit, return_token_type_ids=True)
+        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
+
+    pad = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
+    return Tokenizer(pad or 0, max_tokens, tokenize)
