@@ -17,12 +17,12 @@ Example = tuple[str, Label]
 _TEXT_KEYS = ("text", "sentence")
 
 
-def read_texts(path: Path, seen: Callable[[bytes], object] = len) -> Iterator[Example]:
+def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Iterator[Example]:
     """(text, label or None) of each sample, read as asked for: memory does not grow with the file.
 
     Args:
         path: a file of texts (the kinds are listed in `data.py`).
-        seen: is called with the bytes of each line, unpacked, blank ones included.
+        seen: is called with the bytes of each line, unpacked; for hashing.
 
     Raises:
         DataError: not readable, not UTF-8, malformed, or of an unknown kind; names the file and the line.
@@ -38,19 +38,22 @@ def read_texts(path: Path, seen: Callable[[bytes], object] = len) -> Iterator[Ex
     for number, text, label in readers[kind](path, _lines(path, seen)):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{path} line {number}: the text is {'empty' if text == '' else repr(text)[:40]}")
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise DataError(f"{path} line {number}: the text holds half a surrogate pair, which is no character")
         if isinstance(label, bool) or not isinstance(label, int | str | None):
             raise DataError(f"{path} line {number}: label {label!r} is neither an integer nor a class name")
         yield text, label
 
 
-def _lines(path: Path, seen: Callable[[bytes], object]) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of each line; `seen` is given its bytes."""
+def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple[int, str]]:
+    """(number from 1, text without its end) of each line."""
     number = 0
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                seen(line)
+                if seen is not None:
+                    seen(line)
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         hint = "convert it, for example with `iconv -f latin1 -t utf-8`"
@@ -91,4 +94,4 @@ def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[i
         if len(cells) <= max(text_column, label_column or 0):
             raise DataError(f"{path} line {number}: {len(cells)} columns, fewer than the header's")
         label = "" if label_column is None else cells[label_column].strip()
-        yield number, cells[text_column], int(label) if label.isdecimal() else label or None
+        yield number, cells[text_column], int(label) if label.removeprefix("-").isdecimal() else label or None
