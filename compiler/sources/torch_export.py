@@ -26,7 +26,7 @@ def export_module(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> None:
-    """Write `module` to `path`, with its weights in `<name>.data` beside it. The module keeps its mode.
+    """Write `module` to `path`, with its weights in `<name>.data` beside it. The module keeps its modes.
 
     Args:
         args, kwargs: example inputs. Where a dimension is to be dynamic, give it a size of 2 or more: torch bakes in 0 and 1.
@@ -35,7 +35,7 @@ def export_module(
     Raises:
         ModelError: torch cannot export it; says why.
     """
-    training = module.training
+    training = {part: part.training for part in module.modules()}  # parts may differ from the whole
     module.eval()
     try:
         with _quiet(), torch.no_grad():
@@ -60,7 +60,8 @@ def export_module(
             hint="see that torch.export.export takes the module with these inputs",
         ) from error
     finally:
-        module.train(training)
+        for part, mode in training.items():
+            part.training = mode
 
 
 @contextmanager
