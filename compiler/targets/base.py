@@ -1,0 +1,81 @@
+"""What a target is: a runtime that takes a compiled graph, and the runner it gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from trimtab.compiler.workload import Workload
+from trimtab.passes.contract import Capability
+
+MODEL = Path("model") / "model.onnx"
+"""Where a build directory holds its graph."""
+
+ENGINE = Path("engine")
+"""Where a build directory holds what the target made of it."""
+
+
+class Runner(ABC):
+    """A loaded engine.
+
+    Attributes:
+        inputs: names of its inputs.
+        outputs: names of its outputs, in the order of the graph.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output, for arrays of the shapes and types that the graph declares.
+
+        Raises:
+            TargetError: an input is missing, unknown, or of a shape or type the engine does not take.
+        """
+
+
+class Target(ABC):
+    """A runtime to compile for."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `trimtab targets`."""
+
+    @abstractmethod
+    def probe(self) -> Capability:
+        """What the runtime can take, found by trying it, once per process.
+
+        Raises:
+            TargetError: it is not installed here; the hint says how to install it.
+        """
+
+    @abstractmethod
+    def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
+        """Make of the ONNX file `model` what the runtime loads.
+
+        Args:
+            out: folder for the engine's files, made when needed.
+            timeout_s: seconds after which the build is given up.
+
+        Returns:
+            The files written. After an error there are none.
+
+        Raises:
+            TargetError: the runtime is missing, does not take this graph (names the nodes), or failed.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
+        """Load the build directory `folder`.
+
+        Args:
+            threads: CPU threads of one run; None lets the runtime choose.
+
+        Raises:
+            TargetError: the runtime or its hardware is missing, or refuses the engine.
+        """

@@ -1,0 +1,151 @@
+"""ONNX Runtime: the compiled graph is the artifact; the runtime optimises it when it opens it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from trimtab.compiler.targets import trials
+from trimtab.compiler.targets.base import MODEL, Runner, Target
+from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.workload import Workload
+from trimtab.passes.contract import Capability
+from trimtab.passes.errors import TargetError
+
+log = logging.getLogger(__name__)
+
+_REFUSALS = (ValueError, *(v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception)))
+"""ONNX Runtime's own exceptions have no common base."""
+
+_FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
+
+
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Options of every session that trimtab opens, so that engines and their peers run under the same ones.
+
+    Args:
+        threads: of one run; None for one per physical core.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    # Idle threads of one session would otherwise spin and take the cores from every other session of the process.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def providers() -> list[str]:
+    """CUDA where this onnxruntime has it and a GPU is present; the CPU always."""
+    cuda = "CUDAExecutionProvider" in ort.get_available_providers() and gpu_present()
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
+
+
+class OnnxRuntimeRunner(Runner):
+    """A session over an ONNX file. Weights in external data are mapped from disk, not read into a second copy.
+
+    Args:
+        model: the ONNX file, or its bytes.
+        options: session options; `session_options()` by default.
+    """
+
+    def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None) -> None:
+        given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
+        try:
+            self.session = ort.InferenceSession(given, options or session_options(), providers=providers())
+        except _REFUSALS as error:
+            raise TargetError(f"{name}: ONNX Runtime does not take this graph ({_brief(error)})") from error
+        self.inputs = tuple(tensor.name for tensor in self.session.get_inputs())
+        self.outputs = tuple(tensor.name for tensor in self.session.get_outputs())
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            outputs = self.session.run(None, dict(inputs))
+        except _REFUSALS as error:
+            raise TargetError(f"ONNX Runtime could not run the model ({_brief(error)})") from error
+        return dict(zip(self.outputs, outputs, strict=True))
+
+
+class OnnxRuntime(Target):
+    """One ONNX file, run on the CPU, or by the CUDA provider where it is installed and a GPU is present."""
+
+    name = "onnxruntime"
+    summary = "the ONNX file itself, optimised by ONNX Runtime when it is opened; CPU, and CUDA where present"
+
+    def probe(self) -> Capability:
+        return _probe()
+
+    def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
+        """Checks that the runtime takes the graph; there is nothing to write.
+
+        Optimisation and prepacking wait until `open`, so that a model larger than memory can be checked too.
+        """
+        options = session_options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        OnnxRuntimeRunner(model, options)
+        return []
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
+        return OnnxRuntimeRunner(folder / MODEL, session_options(threads))
+
+
+def _brief(error: Exception) -> str:
+    """The error without the runtime's prefix and source locations' line breaks."""
+    return " ".join(str(error).split(" : ", 2)[-1].split())
+
+
+@lru_cache
+def _probe() -> Capability:
+    bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
+    fused = "MultiHeadAttention" if _runs_attention() else None
+    capability = Capability(weight_bits=bits, float16=_computes_half(), fused_attention=fused)
+    log.debug("onnxruntime %s: %s", ort.__version__, capability)
+    return capability
+
+
+def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[str]] | None:
+    """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
+            (y,) = session.run(None, {"x": x})
+        except _REFUSALS:
+            return None
+        return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
+def _multiplies_blocks(bits: int) -> bool:
+    """Whether MatMul(x, DequantizeLinear(w)) becomes one MatMulNBits, and computes what it should.
+
+    That kernel may round x to int8 by blocks, hence the tolerance.
+    """
+    model, w = trials.blockwise(bits)
+    x = np.random.default_rng(0).normal(size=(3, trials.K)).astype(np.float32)
+    found = _optimised(model, x)
+    return (
+        found is not None
+        and found[1] == {"MatMulNBits"}
+        and np.abs(found[0] - x @ w).max() < 0.03 * np.abs(x @ w).max()
+    )
+
+
+def _computes_half() -> bool:
+    """Whether float16 stays float16; without such kernels, ONNX Runtime casts to float32 and back."""
+    found = _optimised(trials.half(), np.ones((3, trials.K), np.float16))
+    return found is not None and "Cast" not in found[1]
+
+
+def _runs_attention() -> bool:
+    x = np.ones((2, 5, trials.K), np.float32)
+    return _optimised(trials.attention("MultiHeadAttention", "com.microsoft"), x) is not None

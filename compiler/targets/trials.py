@@ -1,0 +1,52 @@
+"""Tiny models that a runtime is tried with, to learn what it can take."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+K, N, BLOCK = 64, 32, 32
+"""Of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
+
+_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+_OPSET = {2: 25, 4: 21, 8: 21}
+_IR = {2: 13, 4: 10, 8: 10}
+
+
+def blockwise(bits: int) -> tuple[onnx.ModelProto, np.ndarray]:
+    """y = x · DequantizeLinear(w), w of signed `bits`-bit integers in blocks; and the dense w, [K, N] float32."""
+    rng = np.random.default_rng(bits)
+    q = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (K, N))
+    scale = rng.uniform(0.5, 1.0, (K // BLOCK, N)).astype(np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], axis=0, block_size=BLOCK),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    weights = [helper.make_tensor("q", _TYPES[bits], q.shape, q.ravel()), numpy_helper.from_array(scale, "scale")]
+    model = _model(nodes, weights, TensorProto.FLOAT, [("", _OPSET[bits])], _IR[bits])
+    return model, (q * np.repeat(scale, BLOCK, axis=0)).astype(np.float32)
+
+
+def half() -> onnx.ModelProto:
+    """y = Gelu(x w), all in float16."""
+    w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float16)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Gelu", ["h"], ["y"])]
+    return _model(nodes, [numpy_helper.from_array(w, "w")], TensorProto.FLOAT16, [("", 21)], 10)
+
+
+def attention(op: str, domain: str, heads: int = 4) -> onnx.ModelProto:
+    """Self-attention of x [batch, tokens, K] with itself, by `op`, whose head count attribute is `num_heads`."""
+    node = helper.make_node(op, ["x", "x", "x"], ["y"], domain=domain, num_heads=heads)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", K]) for name in "xy")
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    return helper.make_model(helper.make_graph([node], "trial", [x], [y]), opset_imports=opsets, ir_version=10)
+
+
+def _model(
+    nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], dtype: int, opsets: list[tuple[str, int]], ir: int
+) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", dtype, ["rows", K])
+    y = helper.make_tensor_value_info("y", dtype, ["rows", N])
+    graph = helper.make_graph(nodes, "trial", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets], ir_version=ir)

@@ -1,0 +1,86 @@
+"""The workload: names of axes, profiles, corners, and impossible values."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+import pytest
+from pydantic import ValidationError
+
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import RecipeError
+
+SIZES = Workload(batch=(1, 4, 16), tokens=(2, 32, 64))
+
+
+def graph(**shapes: object) -> gs.Graph:
+    return gs.Graph(inputs=[gs.Variable(name, dtype="float32", shape=shape) for name, shape in shapes.items()])
+
+
+def test_named_axes_give_a_profile_for_every_input() -> None:
+    model = graph(ids=["batch", "tokens"], mask=["batch", "tokens"], pixels=["batch", 3, 8, 8], scale=[])
+    assert SIZES.shapes(model) == {
+        "ids": ((1, 2), (4, 32), (16, 64)),
+        "mask": ((1, 2), (4, 32), (16, 64)),
+        "pixels": ((1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)),
+        "scale": ((), (), ()),
+    }
+
+
+def test_names_win_over_positions() -> None:
+    assert SIZES.axes(graph(x=["tokens", "batch", 5])) == {"x": ("tokens", "batch", 5)}
+    assert SIZES.axes(graph(x=[1, "sequence_length"])) == {"x": (1, "tokens")}
+
+
+def test_unknown_names_go_by_position_and_mean_the_same_everywhere() -> None:
+    model = graph(lengths=["S"], ids=["N", "S"])
+    assert SIZES.axes(model) == {"lengths": ("tokens",), "ids": ("batch", "tokens")}
+
+
+@pytest.mark.parametrize("unnamed", [None, -1])
+def test_axes_without_a_name(unnamed: int | None) -> None:
+    assert SIZES.axes(graph(x=[unnamed, unnamed, 4])) == {"x": ("batch", "tokens", 4)}
+    third = graph(x=[unnamed, unnamed, unnamed])
+    assert Workload(dims={"x.2": 7}).axes(third) == {"x": ("batch", "tokens", "x.2")}
+
+
+def test_other_dimensions_come_from_dims() -> None:
+    model = graph(ids=["batch", "tokens"], past=["batch", 2, "past", 16])
+    with pytest.raises(RecipeError, match=r"input 'x'.*'past'.*no range") as caught:
+        SIZES.axes(graph(x=["batch", "tokens", "past"]))
+    assert "dims" in str(caught.value.hint)
+    sizes = Workload(dims={"past": (1, 24, 99)})
+    assert sizes.shapes(model)["past"] == ((1, 2, 1, 16), (8, 2, 24, 16), (32, 2, 99, 16))
+    assert sizes.shapes_at(model, {"batch": 3, "tokens": 5, "past": 7}) == {"ids": (3, 5), "past": (3, 2, 7, 16)}
+
+
+def test_corners_reach_both_ends_of_batch_and_tokens_once_each() -> None:
+    corners = SIZES.corners()
+    found = [(corner["batch"], corner["tokens"]) for corner in corners]
+    assert found == [(1, 2), (4, 32), (16, 64), (16, 2), (1, 64)]
+    assert Workload(batch=2, tokens=5).corners() == [{"batch": 2, "tokens": 5}]
+    assert all(corner["past"] in (1, 2, 3) for corner in Workload(dims={"past": (1, 2, 3)}).corners())
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 16), (1, 20, 16), (0, 1, 2), (-1, -1, -1), 0])
+@pytest.mark.parametrize("field", ["batch", "tokens"])
+def test_impossible_sizes_are_refused_by_name(field: str, sizes: object) -> None:
+    with pytest.raises(RecipeError, match=rf"workload\.{field}.*min <= opt <= max"):
+        Workload.model_validate({field: sizes})
+
+
+def test_impossible_dims_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"workload\.dims\.past"):
+        Workload(dims={"past": (3, 2, 1)})
+    with pytest.raises(RecipeError, match="key of its own"):
+        Workload(dims={"batch": (1, 2, 3)})
+
+
+@pytest.mark.parametrize("bad", [{"batch": (1, 2)}, {"tokens": "many"}, {"sequence": 4}, {"dims": 3}])
+def test_what_is_no_workload_is_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Workload.model_validate(bad)
+
+
+def test_an_input_without_a_shape_is_refused() -> None:
+    with pytest.raises(RecipeError, match="'x' has no shape"):
+        SIZES.axes(graph(x=None))
