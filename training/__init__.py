@@ -1,0 +1,1 @@
+"""Learning, with torch: what passes need beyond statistics. Only `trimtab train` imports this package."""

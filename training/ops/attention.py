@@ -1,0 +1,89 @@
+"""Attention as one operator, rotary embeddings, and dequantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rotary_embedding(
+    x: Tensor, cos_cache: Tensor, sin_cache: Tensor, position_ids: Tensor | None = None, *,
+    interleaved: int = 0, num_heads: int = 0, rotary_embedding_dim: int = 0,
+) -> Tensor:  # fmt: skip
+    """RotaryEmbedding (opset 23) of x [B, H, T, D] or [B, T, H·D].
+
+    Caches are [P, R/2], or [B, T, R/2] without positions.
+    """
+    flat = x.dim() == 3
+    heads = x.unflatten(-1, (num_heads, -1)) if flat else x.transpose(1, 2)  # [B, T, H, D]
+    width = rotary_embedding_dim or heads.shape[-1]
+    if position_ids is not None:
+        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
+    cos, sin = cos_cache[..., : width // 2].unsqueeze(-2), sin_cache[..., : width // 2].unsqueeze(-2)
+    turned, kept = heads[..., :width], heads[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned.chunk(2, -1)
+    real, imaginary = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((real, imaginary), -1).flatten(-2) if interleaved else torch.cat((real, imaginary), -1)
+    y = torch.cat((turned, kept), -1)
+    return y.flatten(-2) if flat else y.transpose(1, 2)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, past_key: Tensor | None = None,
+    past_value: Tensor | None = None, *, is_causal: int = 0, kv_num_heads: int | None = None,
+    q_num_heads: int | None = None, scale: float | None = None, softcap: float = 0.0,
+    qk_matmul_output_mode: int = 0, softmax_precision: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attention (opset 23) on [B, H, T, D] or [B, T, H·D]; with fewer key heads than query heads, keys are shared."""
+    flat = q.dim() == 3
+    if flat:
+        q = q.unflatten(-1, (q_num_heads, -1)).transpose(1, 2)
+        k = k.unflatten(-1, (kv_num_heads, -1)).transpose(1, 2)
+        v = v.unflatten(-1, (kv_num_heads, -1)).transpose(1, 2)
+    if past_key is not None and past_value is not None:
+        k, v = torch.cat((past_key, k), 2), torch.cat((past_value, v), 2)
+    if is_causal:
+        causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        attn_mask = causal if attn_mask is None else _masked(attn_mask, causal)
+    shared = q.shape[1] != k.shape[1]
+    if softcap:
+        raise NotImplementedError(f"softcap={softcap}")
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=shared)
+    return (y.transpose(1, 2).flatten(-2) if flat else y), k, v
+
+
+def _masked(mask: Tensor, causal: Tensor) -> Tensor:
+    return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
+
+
+def dequantize_linear(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *,
+    axis: int = 1, block_size: int = 0, output_dtype: int = 0,
+) -> Tensor:  # fmt: skip
+    """(x - zero_point) · scale, with one scale for all, one per index of `axis`, or one per block along `axis`."""
+
+    def along(t: Tensor) -> Tensor:
+        if block_size:
+            return t.repeat_interleave(block_size, axis).narrow(axis, 0, x.shape[axis])
+        if t.dim() == 1 and x.dim() > 1:
+            return t.reshape([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+        return t
+
+    values = x.to(scale.dtype)
+    if zero_point is not None:
+        values = values - along(zero_point.to(scale.dtype))
+    return values * along(scale)
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "Attention": attention, "DequantizeLinear": dequantize_linear, "RotaryEmbedding": rotary_embedding,
+}  # fmt: skip
+
+OPS = {("", name): op for name, op in _PLAIN.items()}

@@ -1,0 +1,229 @@
+"""A graph as a torch module: whatever its source, and whatever passes have made of it, it can learn."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import output_name_of, values
+from trimtab.passes.graph.linear import Linear, match_linear
+from trimtab.training.ops import OPS
+from trimtab.training.ops.dtypes import to_torch
+
+_NORMS = {
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call: names of tensors in and out, and those that no later step reads."""
+
+    call: Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    where: str
+    done: tuple[str, ...] = ()
+
+
+def learnable(graph: gs.Graph) -> list[str]:
+    """Initializers that one would train: weights and biases of its Linears, scales and biases of its norms.
+
+    Embedding tables are left out: a step would touch all their rows for the few that occur in a batch.
+    """
+    found: dict[str, gs.Constant] = {}
+    for node in graph.nodes:
+        linear = match_linear(node)
+        if linear is not None:
+            parts: Iterable[gs.Tensor | None] = (linear.weight if linear.quantized is None else None, linear.bias)
+        else:
+            parts = [t for t in node.inputs if _numel(t) > 1] if node.op in _NORMS else []
+        found.update((t.name, t) for t in parts if isinstance(t, gs.Constant))
+    return [name for name, t in found.items() if _is_float(t) and all(user.op != "Gather" for user in t.outputs)]
+
+
+class GraphModule(nn.Module):
+    """Runs the nodes of a graph with torch operators, so that gradients reach its initializers.
+
+    All floating point is computed in float32 (or as autocast decides), whatever type the graph keeps its weights in. A
+    product with a constant matrix and the addition of its bias run as one call; what depends on constants alone is
+    computed once, here.
+
+    Args:
+        graph: is read, not kept.
+        train: names of the initializers that become parameters; all other constants are buffers.
+        outputs: names of the tensors to compute; by default the graph's outputs. Nodes they do not need are left out.
+
+    Raises:
+        ModelError: an operator, or an attribute of it, that has no counterpart here; names node and operator.
+    """
+
+    def __init__(self, graph: gs.Graph, *, train: Collection[str] = (), outputs: Sequence[str] | None = None) -> None:
+        super().__init__()
+        graph.toposort()
+        tensors = graph.tensors()
+        self.outputs = list(outputs) if outputs is not None else [t.name for t in graph.outputs]
+        self.inputs = [t.name for t in graph.inputs]
+        self.trained = [name for name in train if name in tensors]
+        self._dtypes = [np.dtype(tensors[name].dtype) for name in self.trained]
+        self.weights = nn.ParameterList(nn.Parameter(to_torch(values(tensors[name]))) for name in self.trained)
+        self._constants: list[str] = []
+        self._steps = self._plan(graph)
+
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute `outputs` from the graph's inputs, both by name."""
+        have: dict[str, Any] = {name: getattr(self, f"constant{i}") for i, name in enumerate(self._constants)}
+        have.update(zip(self.trained, self.weights, strict=True))
+        have.update(feeds)
+        on_host = all(feed.device.type == "cpu" for feed in feeds.values())
+        for step in self._steps:
+            arguments = [have[name] if name else None for name in step.inputs]
+            self._run(step, arguments if on_host else _together(arguments), have)
+            for name in step.done:
+                del have[name]
+        return {name: have[name] for name in self.outputs}
+
+    def learned(self) -> dict[str, np.ndarray]:
+        """The parameters as arrays of the initializers' own types, by initializer name."""
+        pairs = zip(self.trained, self._dtypes, self.weights, strict=True)
+        return {name: p.detach().float().cpu().numpy().astype(dtype, copy=True) for name, dtype, p in pairs}
+
+    @staticmethod
+    def _run(step: _Step, arguments: list[Any], have: dict[str, Any]) -> None:
+        try:
+            made = step.call(*arguments)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            raise ModelError(f"node {step.where}: cannot run it in torch ({error})") from error
+        if isinstance(made, tuple):
+            have.update(zip(step.outputs, made, strict=False))
+        else:
+            have[step.outputs[0]] = made
+
+    def _plan(self, graph: gs.Graph) -> list[_Step]:
+        """The steps that remain to be run per call, after what is constant has been computed."""
+        wanted = {*self.outputs}
+        fused, covered = _fusable(graph, wanted)
+        steps: list[_Step] = []
+        known: dict[str, Any] = {}
+        for node in reversed(graph.nodes):
+            if id(node) in covered or not wanted.intersection(t.name for t in node.outputs):
+                continue
+            linear = fused.get(id(node))
+            steps.append(_step(node) if linear is None else _linear_step(linear))
+            wanted.update(steps[-1].inputs)
+            if linear is not None and linear.quantized is not None:
+                known[linear.weight.name] = to_torch(linear.w())
+        for name, tensor in graph.tensors().items():
+            if isinstance(tensor, gs.Constant) and name in wanted and name not in {*known, *self.trained}:
+                known[name] = to_torch(values(tensor))
+        kept: list[_Step] = []
+        for step in reversed(steps):
+            if all(not name or name in known for name in step.inputs):
+                self._run(step, [known[name] if name else None for name in step.inputs], known)
+            else:
+                kept.append(step)
+        used = {name for step in kept for name in step.inputs}.union(self.outputs)
+        for name, value in known.items():
+            if name in used:
+                self.register_buffer(f"constant{len(self._constants)}", value, persistent=False)
+                self._constants.append(name)
+        return _release(kept, keep={*self.outputs, *self._constants, *self.trained})
+
+
+def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[int]]:
+    """Linears by their last node's id, and the ids of the nodes before it, which need not run."""
+    fused: dict[int, Linear] = {}
+    covered: set[int] = set()
+    for node in graph.nodes:
+        linear = match_linear(node)
+        if linear is None:
+            continue
+        if not wanted.intersection(n.outputs[0].name for n in linear.nodes[:-1]):
+            fused[id(linear.nodes[-1])] = linear
+            covered.update(id(n) for n in linear.nodes[:-1])
+    return fused, covered
+
+
+def _linear_step(linear: Linear) -> _Step:
+    as_stored = linear.transposed and linear.quantized is None
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight if as_stored else weight.t(), None if bias is None else bias.reshape(-1))
+
+    inputs = (linear.x.name, linear.weight.name, linear.bias.name if linear.bias is not None else "")
+    return _Step(call, inputs, (linear.y.name,), _where(linear.nodes[-1]))
+
+
+def _step(node: gs.Node) -> _Step:
+    domain = "" if node.domain in (None, "", "ai.onnx") else node.domain
+    function = OPS.get((domain, node.op))
+    if function is None:
+        raise ModelError(
+            f"node {_where(node)}: training does not know this operator",
+            hint="keep passes that make it behind `recover` in the recipe; they then run after training",
+        )
+    attributes = {name: _attribute(value) for name, value in node.attrs.items()}
+    unknown = _unknown(function, attributes)
+    if unknown:
+        raise ModelError(f"node {_where(node)}: training does not know its attribute {unknown!r}")
+    call = partial(function, **attributes) if attributes else function
+    return _Step(call, tuple(t.name for t in node.inputs), tuple(t.name for t in node.outputs), _where(node))
+
+
+def _attribute(value: Any) -> Any:
+    return to_torch(values(value)) if isinstance(value, gs.Constant) else value
+
+
+def _unknown(function: Callable[..., Any], attributes: Mapping[str, Any]) -> str | None:
+    """The first attribute that `function` does not take; the functions of torch itself in the table take none."""
+    if not attributes:
+        return None
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return next(iter(attributes))
+    return next((name for name in attributes if name not in parameters), None)
+
+
+def _release(steps: list[_Step], keep: set[str]) -> list[_Step]:
+    """Let every tensor go after its last use, so that memory is that of the widest point."""
+    left = Counter(name for step in steps for name in {*step.inputs} if name)
+    made: set[str] = set()
+    result = []
+    for step in steps:
+        made.update(name for name in step.outputs if name)
+        left.subtract(name for name in {*step.inputs} if name)
+        done = {n for n in (*step.inputs, *step.outputs) if n in made and left[n] == 0 and n not in keep}
+        made -= done
+        result.append(_Step(step.call, step.inputs, step.outputs, step.where, tuple(done)))
+    return result
+
+
+def _together(arguments: list[Any]) -> list[Any]:
+    """Move what was computed from shapes, on the CPU, to the device of the data it meets."""
+    device = next((a.device for a in arguments if isinstance(a, Tensor) and a.device.type != "cpu"), None)
+    return [a.to(device) if isinstance(a, Tensor) and device is not None else a for a in arguments]
+
+
+def _where(node: gs.Node) -> str:
+    domain = f"{node.domain}::" if node.domain not in (None, "", "ai.onnx") else ""
+    return f"{output_name_of(node)!r} ({domain}{node.op})"
+
+
+def _is_float(tensor: gs.Constant) -> bool:
+    return np.dtype(tensor.dtype).name in ("float16", "bfloat16", "float32", "float64")
+
+
+def _numel(tensor: gs.Tensor) -> int:
+    return int(np.prod(tensor.shape)) if isinstance(tensor, gs.Constant) else 0
