@@ -14,7 +14,7 @@ import hashlib
 import random
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -117,26 +117,44 @@ def batches(
     """
     inputs = load_graph(source.onnx).inputs if inputs is None else inputs
     if dataset.arrays is not None:
-        arrays = _fit(dataset, inputs)
+        arrays = fit_arrays(dataset, inputs)
         rows = list(_select(range(dataset.count), dataset.count, samples, seed))
         for start in range(0, len(rows), batch_size):
             yield {name: array[rows[start : start + batch_size]] for name, array in arrays.items()}
         return
+    feeds = text_feeds(source, inputs, max_tokens)
+    examples = dataset.sample(samples, seed)
+    while batch := list(islice(examples, batch_size)):
+        yield feeds([text for text, _ in batch])
+
+
+def text_feeds(
+    source: Source, inputs: Sequence[gs.Tensor], max_tokens: int
+) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """A function that makes feeds of a batch of texts; they are as `batches` describes them.
+
+    Raises:
+        ModelError: the model has no tokenizer. The function raises DataError where the model has inputs that texts do
+            not give.
+    """
     if source.tokenizer is None:
         raise ModelError(
             f"{source.origin}: has no tokenizer, so texts cannot be fed to it", hint="give tensors as .npz"
         )
     tokenizer = load_tokenizer(source.tokenizer, source.max_tokens)
     wanted = {tensor.name: tensor for tensor in inputs}
-    examples = dataset.sample(samples, seed)
-    while batch := list(islice(examples, batch_size)):
-        feeds = tokenizer.encode([text for text, _ in batch], max_tokens)
+
+    def feeds_of(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        feeds = tokenizer.encode(texts, max_tokens)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [name for name in wanted if name not in feeds]
         if missing:
             raise DataError(f"{source.origin}: texts do not give the input {missing[0]!r}", hint="give tensors as .npz")
-        fed = {name: feeds[name].astype(tensor.dtype) for name, tensor in wanted.items()}
-        yield {"attention_mask": feeds["attention_mask"]} | fed
+        return {"attention_mask": feeds["attention_mask"]} | {
+            name: feeds[name].astype(tensor.dtype) for name, tensor in wanted.items()
+        }
+
+    return feeds_of
 
 
 def _select(items: Iterable[T], count: int, samples: int, seed: int) -> Iterator[T]:
@@ -172,7 +190,7 @@ def _read_arrays(path: Path) -> Dataset:
     return Dataset(path, digest.hexdigest(), count, arrays)
 
 
-def _fit(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:
+def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:
     """The arrays as the model's inputs, in their types."""
     arrays = dict(dataset.arrays or {})
     names = [tensor.name for tensor in inputs]
