@@ -1,13 +1,16 @@
-"""Random inputs that a model accepts: ids inside their tables, masks of ones, everything else normal."""
+"""Inputs that a model accepts: random ones, with ids inside their tables; and real ones brought to the least size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.workload import Workload
+
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""One call of a model: inputs → outputs, both by name."""
 
 _DEFAULT_ROWS = 100  # of an integer input whose table was not found: small enough for any vocabulary
 _CARRIERS = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Slice"}
@@ -82,3 +85,29 @@ def _rows(ids: gs.Tensor) -> int:
             elif node.op in _CARRIERS and node.inputs[0] is tensor:
                 stack.extend(node.outputs)
     return min(rows, default=_DEFAULT_ROWS)
+
+
+def within(run: Run, inputs: set[str], workload: Workload) -> Run:
+    """`run`, given only the `inputs` it knows, and never less than the least of `workload`, which engines refuse.
+
+    Rows are repeated, and columns added as padding where `attention_mask` can mark it; what comes out is cut again.
+    """
+
+    def fitted(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed = {name: value for name, value in feeds.items() if name in inputs}
+        rows, tokens = len(next(iter(fed.values()))), None
+        mask = fed.get("attention_mask")
+        if mask is not None and mask.shape[1] < workload.tokens[0]:
+            tokens = mask.shape[1]
+            fed = {name: np.pad(value, ((0, 0), (0, workload.tokens[0] - tokens))) for name, value in fed.items()}
+        if rows < workload.batch[0]:
+            fed = {name: np.resize(value, (workload.batch[0], *value.shape[1:])) for name, value in fed.items()}
+        return {name: _cut(value, rows, tokens, workload.tokens[0]) for name, value in run(fed).items()}
+
+    return fitted
+
+
+def _cut(value: np.ndarray, rows: int, tokens: int | None, padded: int) -> np.ndarray:
+    if tokens is not None and value.ndim > 2 and value.shape[1] == padded:
+        value = value[:, :tokens]
+    return value[:rows]

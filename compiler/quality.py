@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import norm, rankdata
 
+from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import DataError, ModelError
-
-Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""Inputs → outputs, both by name."""
 
 _NEIGHBOURS = 10
 _RANKED = 2000  # samples whose neighbours are compared, all against all

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-
+from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import TargetError
 
-Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-"""Inputs → outputs, both by name."""
+DENSE, INT8 = "dense-fp32", "dense-int8"
 
 _PEERS = {
-    "dense-fp32": "trimtab.compiler.peers.ort:dense_fp32",
-    "dense-int8": "trimtab.compiler.peers.ort:dense_int8",
+    DENSE: "trimtab.compiler.peers.ort:dense_fp32",
+    INT8: "trimtab.compiler.peers.ort:dense_int8",
     "openvino-fp32": "trimtab.compiler.peers.openvino:fp32",
     "openvino-bf16": "trimtab.compiler.peers.openvino:bf16",
 }
@@ -44,4 +41,4 @@ def open_peer(name: str, dense: Path, threads: int) -> Run:
     return run
 
 
-__all__ = ["PEER_NAMES", "Run", "open_peer"]
+__all__ = ["DENSE", "INT8", "PEER_NAMES", "open_peer"]

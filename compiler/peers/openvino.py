@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.compiler.peers import Run
+from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import TargetError
 
 

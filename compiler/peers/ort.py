@@ -1,36 +1,25 @@
-"""The dense model in ONNX Runtime on the CPU: as it is, and with dynamically quantized int8 weights."""
+"""The dense model in ONNX Runtime: as it is, and with dynamically quantized int8 weights."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 
 from trimtab.compiler.cache import cache_dir
-from trimtab.compiler.peers import Run
+from trimtab.compiler.feeds import Run
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.io import model_fingerprint
 
 
 def dense_fp32(dense: Path, threads: int) -> Run:
-    """The dense model as it was exported, all graph optimizations on."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # an idle pool must not slow the next engine
-    session = onnxruntime.InferenceSession(str(dense), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-    return run
+    """The dense model as it was exported, under the session options of trimtab's own engines."""
+    return OnnxRuntimeRunner(dense, session_options(threads)).run
 
 
 def dense_int8(dense: Path, threads: int) -> Run:

@@ -1,0 +1,205 @@
+"""`trimtab bench`: how fast is a build beside its dense model? All engines take turns, with the same threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import psutil
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import gmean
+
+from trimtab.compiler.build import Build, update_manifest
+from trimtab.compiler.dense import dense_model
+from trimtab.compiler.engine import load
+from trimtab.compiler.feeds import Run, random_feeds
+from trimtab.compiler.manifest import package_versions
+from trimtab.compiler.peers import DENSE, INT8, open_peer
+from trimtab.compiler.peers.same_target import dense_engine
+from trimtab.compiler.timing import interleave
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import RecipeError
+from trimtab.passes.graph import load_graph
+
+COMPILED = "compiled"
+_KEYS = {DENSE: "vs_dense", INT8: "vs_int8"}
+"""Peer → its key among the speedups; another peer's is its own name after "vs_"."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TimedRun(_Result):
+    """One engine at one shape.
+
+    Attributes:
+        name: "compiled", or the peer's.
+        tokens: None for a model without them.
+        median_ms, p95_ms: of one call, in milliseconds.
+        samples: calls timed.
+        ratio: its median over that of the compiled engine at this shape: above 1, compiled is faster.
+    """
+
+    name: str
+    batch: int
+    tokens: int | None
+    median_ms: float
+    p95_ms: float
+    samples: int
+    ratio: float
+
+
+class Machine(_Result):
+    """Where it was measured."""
+
+    cpu: str
+    cores: int
+    threads: int
+
+
+class Bench(_Result):
+    """What was measured.
+
+    Attributes:
+        speedup: how many times as fast as each peer the compiled engine is, at the workload's opt shape, or at the
+            last shape where that was not timed. `vs_int8` is None where that peer was not run.
+        geomean: the same, as the geometric mean over all shapes.
+        like_for_like: the key of the dense peer of the same precision.
+    """
+
+    target: str
+    machine: Machine
+    versions: dict[str, str]
+    runs: tuple[TimedRun, ...]
+    speedup: dict[str, float | None]
+    geomean: dict[str, float | None]
+    like_for_like: str
+
+
+def bench(
+    build: Build,
+    *,
+    peers: Sequence[str] = (),
+    shapes: Sequence[tuple[int, int]] | None = None,
+    threads: int | None = None,
+    seconds: float = 10.0,
+    dense: Path | None = None,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time the engine of `build` and its peers, and record the result in the manifest.
+
+    Args:
+        peers: beside the dense model on the engine's own target, and dynamic int8 where that is ONNX Runtime.
+        shapes: (batch, tokens) to time; by default the least and the opt batch, at opt tokens.
+        threads: of every engine; by default those of the recipe, else one per physical core.
+        seconds: for each shape, all engines together.
+        dense: the dense ONNX file; by default the one that the build was compiled from.
+
+    Raises:
+        TrimtabError: the build is damaged, its target or dense model is missing, or a peer cannot run.
+    """
+    workload = Workload.model_validate(build.manifest.workload)
+    threads = threads or build.manifest.recipe.get("threads") or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    runs: dict[str, Run] = {COMPILED: load(build.path, threads=threads, verify=False).run}
+    model = dense or dense_model(build)
+    if build.manifest.target == "onnxruntime":
+        peers = [DENSE, INT8, *peers]
+    else:
+        runs[DENSE] = dense_engine(build.manifest.target, model, workload, threads)
+    runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
+    shapes = shapes or list(dict.fromkeys((size, workload.tokens[1]) for size in workload.batch[:2]))
+    timed = time_runs(runs, load_graph(model), workload, shapes, seconds=seconds, progress=progress)
+    opt = (workload.batch[1], workload.tokens[1])
+    found = Bench(
+        target=build.manifest.target,
+        machine=Machine(cpu=_cpu(), cores=os.cpu_count() or 1, threads=threads),
+        versions=package_versions(),
+        runs=tuple(run for each in timed.values() for run in each),
+        speedup=speedups(timed[opt] if opt in timed else list(timed.values())[-1]),
+        geomean=speedups([run for each in timed.values() for run in each]),
+        like_for_like=_KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
+    )
+    update_manifest(build, speed=_summary(found))
+    return found
+
+
+def time_runs(
+    runs: dict[str, Run],
+    graph: gs.Graph,
+    workload: Workload,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    seconds: float,
+    progress: Progress | None = None,
+) -> dict[tuple[int, int], list[TimedRun]]:
+    """Time `runs`, one of them called "compiled", at each of `shapes` on the same random inputs."""
+    axes = {axis for shape in workload.axes(graph).values() for axis in shape}
+    others = {name: sizes[1] for name, sizes in workload.dims.items()}
+    rng = np.random.default_rng(0)
+    found = {}
+    for done, (batch, tokens) in enumerate(shapes):
+        if progress:
+            progress("bench", done, len(shapes))
+        feeds = random_feeds(graph, {**others, "batch": batch, "tokens": tokens}, rng)
+        timings = interleave({name: partial(run, feeds) for name, run in runs.items()}, seconds=seconds)
+        ours = timings[COMPILED].median_ms
+        found[batch, tokens] = [
+            TimedRun(
+                name=name, batch=batch, tokens=tokens if "tokens" in axes else None, median_ms=timing.median_ms,
+                p95_ms=timing.p95_ms, samples=timing.samples, ratio=timing.median_ms / ours,
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
+    if progress:
+        progress("bench", len(shapes), len(shapes))
+    return found
+
+
+def speedups(runs: Sequence[TimedRun]) -> dict[str, float | None]:
+    """Peer's key → how many times as fast compiled is, as the geometric mean over `runs`."""
+    names = list(dict.fromkeys(run.name for run in runs if run.name != COMPILED))
+    means = {key(name): float(gmean([run.ratio for run in runs if run.name == name])) for name in names}
+    return dict.fromkeys(_KEYS.values()) | means
+
+
+def key(peer: str) -> str:
+    """The peer's key among the speedups: "dense-fp32" → "vs_dense", "openvino-bf16" → "vs_openvino_bf16"."""
+    return _KEYS.get(peer, "vs_" + peer.replace("-", "_"))
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """ "1x48,8x48" → [(1, 48), (8, 48)].
+
+    Raises:
+        RecipeError: not of that form, or a size below 1.
+    """
+    found = []
+    for part in text.split(","):
+        sizes = part.strip().lower().split("x")
+        if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise RecipeError(f"shape {part.strip()!r} is not of the form BATCHxTOKENS", hint="such as 1x48,8x48")
+        found.append((int(sizes[0]), int(sizes[1])))
+    return found
+
+
+def _summary(found: Bench) -> dict[str, object]:
+    """What the manifest keeps: flat, so that the report shows it as tables."""
+    single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
+    return {**single, **found.machine.model_dump(), "runs": [run.model_dump() for run in found.runs]}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

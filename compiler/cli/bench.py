@@ -1,0 +1,76 @@
+"""`trimtab bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.compiler.bench import COMPILED, Bench, TimedRun, bench, key, parse_shapes
+from trimtab.compiler.build import open_build
+from trimtab.compiler.cli import console
+from trimtab.compiler.peers import PEER_NAMES
+
+_BAR = 30  # characters of the longest bar
+
+
+def command(
+    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
+    peer: Annotated[
+        list[str] | None, typer.Option(help=f"Time this one too; may be given again. Known: {', '.join(PEER_NAMES)}.")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="BATCHxTOKENS, with commas. Default: least and opt batch, at opt tokens.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each shape, all engines together.")] = 10.0,
+    dense: Annotated[
+        Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Time a build against its dense model in one run.
+
+    The engines take turns in short blocks, with the same threads and inputs: compiled, dense float32, dense with
+    dynamic int8 weights, and the peers asked for. The numbers are recorded in the build's manifest.
+    """
+    wanted = parse_shapes(shapes) if shapes else None
+    with console.progress() as progress:
+        found = bench(
+            open_build(build),
+            peers=peer or (),
+            shapes=wanted,
+            threads=threads,
+            seconds=seconds,
+            dense=dense,
+            progress=progress,
+        )
+    if json:
+        console.emit_json(found.model_dump(mode="json"))
+    else:
+        _show(found)
+
+
+def _show(found: Bench) -> None:
+    print(f"{found.machine.cpu}, {found.machine.threads} of {found.machine.cores} threads")
+    longest = {_shape(run): max(r.median_ms for r in found.runs if _shape(r) == _shape(run)) for run in found.runs}
+    rows = [
+        (
+            _shape(run), run.name, f"{run.median_ms:8.2f}", f"{run.p95_ms:8.2f}", f"{run.ratio:5.2f}x",
+            "█" * max(1, round(_BAR * run.median_ms / longest[_shape(run)])),
+        )
+        for run in found.runs
+    ]  # fmt: skip
+    console.print_table(("shape", "engine", "median ms", "p95 ms", "ratio", ""), rows)
+    print()
+    for name in dict.fromkeys(run.name for run in found.runs if run.name != COMPILED):
+        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
+        mark = " (like for like)" if key(name) == found.like_for_like else ""
+        print(f"{faster:.2f} times as fast as {name}{mark}; {overall:.2f} over all shapes")
+
+
+def _shape(run: TimedRun) -> str:
+    return str(run.batch) if run.tokens is None else f"{run.batch}x{run.tokens}"

@@ -1,0 +1,104 @@
+"""`trimtab validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.compiler.build import open_build
+from trimtab.compiler.cli import console
+from trimtab.compiler.quality import Classification, Embeddings, Quality
+from trimtab.compiler.validate import Limits, Validation, validate
+
+
+def command(
+    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out data to measure the task on: .txt, .jsonl, .tsv or .npz.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of the data, at most. Default: all.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(min=0, help="Largest relative error |y - dense| / |dense| of an output.")
+    ] = None,
+    min_quality: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Least accuracy, mean cosine or agreement, 0 to 1.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Most accuracy lost against dense, in points.")] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Compare a build with its dense model, numerically and on a task.
+
+    Runs both at every corner of the workload, with and without padding, and a batch against its samples alone. Exits
+    with 1 if an output is NaN or Inf, a batch changes its samples, or a given limit is broken.
+    """
+    with console.progress() as progress:
+        found = validate(
+            open_build(build),
+            data=data,
+            dense=dense,
+            samples=samples,
+            limits=Limits(max_error=max_error, min_quality=min_quality, max_drop=max_drop),
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+    if json:
+        console.emit_json(as_json(found))
+    else:
+        _show(found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def as_json(found: Validation) -> dict[str, Any]:
+    """What --json prints."""
+    return {"passed": found.passed} | found.model_dump(mode="json")
+
+
+def _show(found: Validation) -> None:
+    console.print_table(
+        ("output", "worst at", "max abs", "mean abs", "relative L2", "cosine"),
+        [(e.output, e.where, *map(_number, (e.max_abs, e.mean_abs, e.relative_l2, e.cosine))) for e in found.outputs],
+    )
+    if found.consistency:
+        print()
+        console.print_table(
+            ("output", "in a batch against alone", "allowed"),
+            [(c.output, _number(c.difference), _number(c.allowed)) for c in found.consistency],
+        )
+    if found.quality:
+        print()
+        for line in _quality(found.quality):
+            print(line)
+    print()
+    for failure in found.failures:
+        print(f"FAILED: {failure}")
+    if found.passed:
+        print("passed")
+
+
+def _quality(quality: Quality) -> list[str]:
+    if isinstance(quality, Classification):
+        low, high = (100 * bound for bound in quality.interval)
+        return [
+            f"accuracy on {quality.samples} samples: dense {quality.dense:.2%}, compiled {quality.compiled:.2%}",
+            f"difference {100 * quality.difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})",
+            f"same class for {quality.agreement:.2%} of the samples",
+        ]
+    if isinstance(quality, Embeddings):
+        return [
+            f"embeddings of {quality.samples} samples: mean cosine {quality.mean_cosine:.4f}",
+            f"10 nearest neighbours: {quality.neighbour_overlap:.2%} the same; rank correlation {quality.spearman:.4f}",
+        ]
+    return [f"same prediction for {quality.agreement:.2%} of {quality.samples}"]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,242 @@
+"""`trimtab validate`: is a build still the model it was compiled from, in numbers and at its task?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab.compiler.build import Build, update_manifest
+from trimtab.compiler.compare import Consistency, OutputError, batch_consistency, compare, describe
+from trimtab.compiler.data import Dataset, Label, batches, read_data
+from trimtab.compiler.dense import dense_model
+from trimtab.compiler.engine import load
+from trimtab.compiler.feeds import Run, within
+from trimtab.compiler.peers import open_peer
+from trimtab.compiler.quality import Classification, Quality, measure_quality
+from trimtab.compiler.sources import Source
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import DataError
+from trimtab.passes.graph import load_graph
+
+Progress = Callable[[str, int, int], None]
+
+
+class Limits(BaseModel):
+    """What a build must keep to; None is no limit. NaN, Inf and a batch that changes its samples are never allowed.
+
+    Attributes:
+        max_error: ‖y - y_dense‖ / ‖y_dense‖ of any output at any shape.
+        min_quality: accuracy in 0..1 where the data have labels, else mean cosine of embeddings or agreement.
+        max_drop: percentage points of accuracy below the dense model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_error: float | None = Field(None, ge=0)
+    min_quality: float | None = Field(None, ge=-1, le=1)
+    max_drop: float | None = None
+
+
+class Validation(BaseModel):
+    """What was found.
+
+    Attributes:
+        outputs: the worst of each output.
+        comparisons: every output at every shape.
+        consistency: of samples alone and in a batch; empty where the workload has no batch.
+        quality: on the data, if some were given.
+        failures: one sentence for each limit that is broken.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    outputs: tuple[OutputError, ...]
+    comparisons: tuple[OutputError, ...]
+    consistency: tuple[Consistency, ...]
+    quality: Quality | None
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest keeps: flat, so that the report shows it as tables."""
+        quality = self.quality.model_dump(mode="json") if self.quality else {}
+        errors = [
+            {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
+            for each in self.outputs
+        ]
+        return {"passed": self.passed, **quality, "outputs": errors}
+
+
+def validate(
+    build: Build,
+    *,
+    data: Path | None = None,
+    dense: Path | None = None,
+    samples: int | None = None,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Validation:
+    """Compare the engine of `build` with its dense model, and record what was found in the manifest.
+
+    The dense model runs in ONNX Runtime on the CPU, the engine on its own target.
+
+    Args:
+        data: held-out data to measure the task quality on.
+        dense: the dense ONNX file; by default the one that the build was compiled from.
+        samples: of the data, at most; None for all.
+        seed: of the random inputs, and of the sample.
+
+    Raises:
+        TrimtabError: the build is damaged, its target or its dense model is missing, or the data do not fit.
+    """
+    if data is None and (limits.min_quality is not None or limits.max_drop is not None):
+        raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
+    dataset = read_data(data) if data else None  # refuse bad data before minutes of work
+    model = dense or dense_model(build)
+    graph = load_graph(model)
+    workload = Workload.model_validate(build.manifest.workload)
+    engine = load(build.path, threads=threads, verify=False)
+    reference = open_peer("dense-fp32", model, threads or 0)
+    comparisons, consistency = check_numbers(reference, engine.run, graph, workload, seed=seed, progress=progress)
+    quality = None
+    if dataset:
+        source = Source(
+            origin=build.manifest.origin, onnx=model, tokenizer=build.tokenizer, labels=build.manifest.labels,
+            max_tokens=build.manifest.max_tokens, kind="onnx",
+        )  # fmt: skip
+        quality = check_quality(
+            reference, engine.run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress
+        )
+    found = Validation(
+        outputs=worst(comparisons),
+        comparisons=tuple(comparisons),
+        consistency=tuple(consistency),
+        quality=quality,
+        failures=tuple(broken(comparisons, consistency, quality, limits)),
+    )
+    update_manifest(build, quality=found.summary())
+    return found
+
+
+def check_numbers(
+    dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, *, seed: int = 0, progress: Progress | None = None
+) -> tuple[list[OutputError], list[Consistency]]:
+    """Compare two models at every corner of `workload`, with and without padding, and samples alone and in a batch."""
+    shapes = corners(graph, workload)
+    masks = [False, True] if any(tensor.name == "attention_mask" for tensor in graph.inputs) else [False]
+    cases = [(dims, padded) for dims in shapes for padded in masks]
+    rng = np.random.default_rng(seed)
+    comparisons: list[OutputError] = []
+    for done, (dims, padded) in enumerate(cases):
+        _report(progress, "compare", done, len(cases))
+        comparisons += compare(dense, compiled, graph, dims, rng, padded=padded)
+    _report(progress, "compare", len(cases), len(cases))
+    crowds = sorted((dims for dims in shapes if dims.get("batch", 1) > 1), key=lambda dims: dims["batch"])
+    sound = all(comparisons)
+    return comparisons, batch_consistency(dense, compiled, graph, workload, crowds[0], rng) if crowds and sound else []
+
+
+def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
+    """The corners of `workload`, in the dimensions that the model has; each once."""
+    used = {axis for axes in workload.axes(graph).values() for axis in axes if isinstance(axis, str)}
+    found: list[dict[str, int]] = []
+    for corner in workload.corners():
+        dims = {name: size for name, size in corner.items() if name in used}
+        if dims not in found:
+            found.append(dims)
+    return found
+
+
+def check_quality(
+    dense: Run,
+    compiled: Run,
+    graph: gs.Graph,
+    workload: Workload,
+    source: Source,
+    dataset: Dataset,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Quality:
+    """Task quality of both models on `dataset`, run in batches that lie within `workload`."""
+    count = min(samples or dataset.count, dataset.count)
+    batch, longest = workload.batch[1], min(workload.tokens[2], source.max_tokens or workload.tokens[2])
+    labels = None
+    if dataset.arrays is None:
+        labels = [_class(label, source.labels) for _, label in dataset.sample(count, seed)]
+
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        done = 0
+        for feed in batches(dataset, source, batch, longest, count, seed=seed, inputs=graph.inputs):
+            _report(progress, "quality", done, count)
+            yield feed
+            done += len(next(iter(feed.values())))
+        _report(progress, "quality", count, count)
+
+    names = {tensor.name for tensor in graph.inputs}
+    return measure_quality(feeds(), within(dense, names, workload), within(compiled, names, workload), labels)
+
+
+def _class(label: Label, names: tuple[str, ...] | None) -> int | None:
+    if not isinstance(label, str):
+        return label
+    if names is None or label not in names:
+        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
+        raise DataError(f"label {label!r} is no class of the model; {known}")
+    return names.index(label)
+
+
+def worst(comparisons: list[OutputError]) -> tuple[OutputError, ...]:
+    """Of each output, the comparison that came out worst."""
+    found: dict[str, OutputError] = {}
+    for each in comparisons:
+        if each.output not in found or each.severity > found[each.output].severity:
+            found[each.output] = each
+    return tuple(found.values())
+
+
+def broken(
+    comparisons: list[OutputError], consistency: list[Consistency], quality: Quality | None, limits: Limits
+) -> Iterator[str]:
+    """One sentence for each limit that is not kept."""
+    for each in comparisons:
+        if each.fault:
+            yield f"output {each.output!r} at {each.where}: {each.fault}"
+    if limits.max_error is not None:
+        for each in worst(comparisons):
+            if each.relative_l2 is not None and each.relative_l2 > limits.max_error:
+                yield (
+                    f"output {each.output!r} at {each.where}: relative error {each.relative_l2:.3g} "
+                    f"is over {limits.max_error:g}"
+                )
+    for pair in consistency:
+        if not pair.passed:
+            yield (
+                f"output {pair.output!r} at {describe(pair.dims)}: a sample in the batch differs from itself alone "
+                f"by {pair.difference:.3g}, where {pair.allowed:.3g} is allowed"
+            )
+    if quality is None:
+        return
+    if limits.min_quality is not None and quality.score < limits.min_quality:
+        yield f"{quality.kind} quality {quality.score:.4f} is under {limits.min_quality:g}"
+    if limits.max_drop is not None:
+        if not isinstance(quality, Classification):
+            yield "a limit on lost accuracy was set, but the data have no labels for this model"
+        elif -100 * quality.difference > limits.max_drop:
+            yield f"accuracy is {-100 * quality.difference:.2f} points below dense, over {limits.max_drop:g}"
+
+
+def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress:
+        progress(what, done, total)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zoo
+
+from trimtab.compiler.feeds import random_feeds, within
+from trimtab.compiler.peers import open_peer
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import RecipeError
+from trimtab.passes.graph import load_graph
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_family_runs_on_random_feeds(family):
+    model = zoo.exported(family)
+    run = open_peer("dense-fp32", model, 1)
+    for batch, tokens in ((1, 1), (3, 17)):
+        feeds = random_feeds(load_graph(model), {"batch": batch, "tokens": tokens}, np.random.default_rng(batch))
+        for name, value in run(feeds).items():
+            assert np.isfinite(value).all(), name
+            assert len(value) == batch
+
+
+def test_ids_stay_inside_the_table_and_reach_all_of_it():
+    graph = load_graph(zoo.exported("bert"))
+    ids = random_feeds(graph, {"batch": 32, "tokens": 64}, np.random.default_rng(0))["input_ids"]
+    assert ids.min() == 0
+    assert ids.max() == 100  # of a vocabulary of 101
+
+
+def test_padding_ends_rows_early_and_leaves_the_first_full():
+    graph = load_graph(zoo.exported("bert"))
+    dims = {"batch": 8, "tokens": 16}
+    assert (random_feeds(graph, dims, np.random.default_rng(0))["attention_mask"] == 1).all()
+    for seed in range(20):
+        mask = random_feeds(graph, dims, np.random.default_rng(seed), padded=True)["attention_mask"]
+        lengths = mask.sum(1)
+        assert (np.diff(mask, axis=1) <= 0).all()
+        assert lengths[0] == 16
+        assert lengths.min() == 8
+    alone = random_feeds(graph, {"batch": 1, "tokens": 16}, np.random.default_rng(0), padded=True)["attention_mask"]
+    assert alone.sum() == 8
+
+
+def test_a_dimension_without_a_size_is_named():
+    graph = load_graph(zoo.exported("bert"))
+    for tensor in graph.inputs:
+        tensor.shape = [*tensor.shape, "beams"]
+    with pytest.raises(RecipeError, match="beams"):
+        random_feeds(graph, {"batch": 2, "tokens": 8}, np.random.default_rng(0))
+    assert random_feeds(graph, {"batch": 2, "tokens": 8, "beams": 3}, np.random.default_rng(0))["input_ids"].shape[2] == 3
+
+
+def test_within_brings_a_small_batch_to_the_least_size_and_back():
+    model = zoo.exported("distilbert")
+    run = open_peer("dense-fp32", model, 1)
+    feeds = random_feeds(load_graph(model), {"batch": 1, "tokens": 5}, np.random.default_rng(0))
+    seen = []
+
+    def recording(fed):
+        seen.append({name: value.shape for name, value in fed.items()})
+        return run(fed)
+
+    workload = Workload(batch=(4, 4, 4), tokens=(8, 8, 8))
+    out = within(recording, set(feeds), workload)(feeds | {"unknown": np.zeros((1, 5))})["last_hidden_state"]
+    assert seen == [{"input_ids": (4, 8), "attention_mask": (4, 8)}]
+    np.testing.assert_allclose(out, run(feeds)["last_hidden_state"], atol=1e-5)
