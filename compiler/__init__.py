@@ -1,0 +1,41 @@
+"""trimtab's public API. What is named here is imported when it is asked for, so that loading a build needs no compiler.
+
+```python
+from trimtab.compiler import compile_model, load
+
+build = compile_model("model/", None, "build/", data="texts.txt")
+engine = load("build/")
+outputs = engine.run(engine.tokenize(["Hello."]))
+```
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.compiler.calibrate import calibrate as calibrate_model
+    from trimtab.compiler.engine import load
+    from trimtab.compiler.inspect import inspect as inspect_model
+    from trimtab.compiler.pipeline import compile_model
+    from trimtab.compiler.sources import from_torch, open_source
+
+_PUBLIC = {
+    "calibrate_model": "calibrate:calibrate",
+    "compile_model": "pipeline:compile_model",
+    "from_torch": "sources:from_torch",
+    "inspect_model": "inspect:inspect",
+    "load": "engine:load",
+    "open_source": "sources:open_source",
+}
+"""Name → module of this package, and the name there. None is also the name of a module, which would hide it."""
+
+__all__ = ["calibrate_model", "compile_model", "from_torch", "inspect_model", "load", "open_source"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PUBLIC[name].split(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

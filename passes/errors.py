@@ -44,6 +44,10 @@ class BuildError(TrimtabError):
     """A build directory cannot be written, is being written by another process, or is damaged."""
 
 
+class InputError(TrimtabError):
+    """An engine was called with inputs that it does not take."""
+
+
 class PassError(TrimtabError):
     """A pass failed. Names the pass and those that had run before it.
 

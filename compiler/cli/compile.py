@@ -1,0 +1,81 @@
+"""`trimtab compile`: model in, build directory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.compiler.cli import console
+
+if TYPE_CHECKING:
+    from trimtab.compiler.build import Build
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Build directory.", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML file; without one, ffn-split with its defaults.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Runtime; overrides the recipe's.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Calibrate on this (.txt, .jsonl, .tsv, .npz).", show_default=False)
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Made by `trimtab calibrate` or `train`.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile even if the build is up to date.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run their author's code.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON alone.")] = False,
+) -> None:
+    """Compile a model into a build directory, which appears whole or not at all."""
+    from trimtab.compiler.pipeline import compile_model
+    from trimtab.compiler.recipe import load_recipe, override
+
+    asked = override(load_recipe(recipe), settings or [])
+    with console.progress() as progress:
+        build = compile_model(
+            model, asked, out, data=data, profile=profile, target=target, progress=progress, force=force,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
+    if json:
+        console.emit_json(build.manifest.model_dump(mode="json"))
+    else:
+        _show(build, out)
+
+
+def _show(build: Build, out: Path) -> None:
+    from trimtab.compiler.report import megabytes, share
+
+    manifest = build.manifest
+    sizes = manifest.sizes
+    if build.reused:
+        print(f"{out} is up to date: nothing to do (--force compiles it again)\n")
+    rows = [
+        (name, megabytes(dense), megabytes(compiled), share(compiled, dense))
+        for name, dense, compiled in (
+            ("all weights", sizes.dense_bytes, sizes.compiled_bytes),
+            ("FFN weights", sizes.dense_ffn_bytes, sizes.compiled_ffn_bytes),
+        )
+    ]
+    console.print_table(("", "dense", "compiled", "of dense"), rows)
+    print()
+    for report in manifest.passes:
+        print(f"{report.name}: {report.changed} changed, {len(report.left)} left")
+        for place in report.left:
+            print(f"  left {place.where}: {place.why}")
+    for error in manifest.check.outputs:
+        print(f"{error.output}: differs by {error.relative_l2:.2g} from the dense model's (relative, random inputs)")
+    if manifest.check.why:
+        print(f"not compared with the dense model: {manifest.check.why}")
+    print(f"\n{out}: built for {manifest.target} in {sum(manifest.seconds.values()):.1f} s; see {out / 'report.md'}")
+    print(f"next: trimtab validate {out} --data HELD_OUT    trimtab bench {out}")

@@ -1,0 +1,125 @@
+"""A build, loaded and ready to run: one callable for every target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimtab.compiler.build import Build, open_build
+from trimtab.compiler.manifest import Manifest, TensorInfo
+from trimtab.compiler.strict import suggest
+from trimtab.compiler.targets import Runner, get_target
+from trimtab.compiler.tokenizer import Tokenizer, load_tokenizer
+from trimtab.passes.errors import InputError, ModelError
+
+
+class Engine:
+    """A loaded build.
+
+    Attributes:
+        manifest: what the build says of itself.
+        inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
+    """
+
+    def __init__(self, build: Build, runner: Runner) -> None:
+        self.manifest: Manifest = build.manifest
+        self.inputs = build.manifest.inputs
+        self.outputs = build.manifest.outputs
+        self._build = build
+        self._runner = runner
+        self._tokenizer: Tokenizer | None = None
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            inputs: a numpy array for each input, of its type and shape. Nothing is converted or filled in.
+
+        Returns:
+            output name → array.
+
+        Raises:
+            InputError: an input is missing, unknown, or of another type or shape; says which and what is wanted.
+        """
+        _check(self.inputs, inputs)
+        return self._runner.run(inputs)
+
+    def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
+        """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest.
+
+        Args:
+            max_tokens: texts are cut there; by default at the longest that the workload declares.
+
+        Raises:
+            ModelError: the build has no tokenizer, or the engine takes other inputs than texts give.
+        """
+        if self._tokenizer is None:
+            if self._build.tokenizer is None:
+                raise ModelError(f"{self._build.path}: has no tokenizer", hint="make the inputs yourself and call run")
+            self._tokenizer = load_tokenizer(self._build.tokenizer, self.manifest.max_tokens)
+        feeds = self._tokenizer.encode(texts, max_tokens or self.manifest.workload["tokens"][-1])
+        feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
+        missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
+        if missing:
+            raise ModelError(f"{self._build.path}: texts do not give the input {missing[0]!r}")
+        return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
+
+    def __repr__(self) -> str:
+        return f"Engine({str(self._build.path)!r}, target={self.manifest.target!r})"
+
+
+def load(folder: Path | str, *, threads: int | None = None, verify: bool = True) -> Engine:
+    """Load a build.
+
+    Args:
+        threads: CPU threads of one run; by default what the recipe says, else the runtime's own choice.
+        verify: hash every file first.
+
+    Raises:
+        BuildError: not a build, or damaged; names the damaged file.
+        TargetError: its runtime or hardware is missing here.
+    """
+    build = open_build(folder, verify=verify)
+    target = get_target(build.manifest.target)
+    return Engine(build, target.open(build.path, threads=threads or build.manifest.recipe["threads"]))
+
+
+def _check(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray]) -> None:
+    names = [tensor.name for tensor in wanted]
+    for name in given:
+        if name not in names:
+            raise InputError(f"unknown input {name!r}", hint=suggest(name, names, "the engine takes"))
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor in wanted:
+        if tensor.name not in given:
+            raise InputError(f"input {tensor.name!r} is missing", hint=f"the engine takes: {', '.join(names)}")
+        _check_one(tensor, given[tensor.name], sizes)
+
+
+def _check_one(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[int, str]]) -> None:
+    """Check one input; `sizes` remembers the size of each named dimension, and which input set it."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(
+            f"input {tensor.name!r} is a {type(array).__name__}, not a numpy array",
+            hint=f"give np.asarray(..., dtype=np.{tensor.dtype})",
+        )
+    if str(array.dtype) != tensor.dtype:
+        raise InputError(
+            f"input {tensor.name!r} is {array.dtype}, the engine takes {tensor.dtype}",
+            hint=f"convert it with .astype(np.{tensor.dtype})",
+        )
+    if tensor.shape is None:
+        return
+    shown = "[" + ", ".join("?" if size is None else str(size) for size in tensor.shape) + "]"
+    fits = array.ndim == len(tensor.shape) and all(
+        size == have for size, have in zip(tensor.shape, array.shape, strict=True) if isinstance(size, int)
+    )
+    if not fits:
+        raise InputError(f"input {tensor.name!r} has the shape {list(array.shape)}, the engine takes {shown}")
+    for name, have in zip(tensor.shape, array.shape, strict=True):
+        if isinstance(name, str):
+            size, other = sizes.setdefault(name, (have, tensor.name))
+            if size != have:
+                raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {have}")

@@ -1,0 +1,70 @@
+"""NaN and infinity in weights: found by reading them in chunks, so that no weight is ever held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import values
+from trimtab.passes.graph.weights import ExternalValues
+
+_CHUNK = 1 << 22  # values looked at together
+
+
+def check_finite(constants: Iterable[gs.Constant], *, hint: str) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        ModelError: names the first such weight, how many of its values are not finite, and where the first is.
+    """
+    for constant in constants:
+        position, bad = 0, 0
+        for chunk in _floats(constant):
+            wrong = ~np.isfinite(chunk)
+            if wrong.any():
+                if not bad:
+                    first = position + int(wrong.argmax())
+                bad += int(wrong.sum())
+            position += chunk.size
+        if bad:
+            index = [int(i) for i in np.unravel_index(first, constant.shape)]
+            raise ModelError(
+                f"weight {constant.name!r}: {bad} of its values are NaN or infinite, first at {index}", hint=hint
+            )
+
+
+def _floats(constant: gs.Constant) -> Iterator[np.ndarray]:
+    """The values of a floating-point constant, flat, a chunk at a time; nothing for other types."""
+    held = constant._values
+    if isinstance(held, ExternalValues):
+        yield from _from_file(held)
+        return
+    if isinstance(held, LazyValues) and not _is_float(held.tensor.data_type):
+        return
+    array = values(constant)
+    if _is_float(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)):
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            yield flat[start : start + _CHUNK]
+
+
+def _from_file(held: ExternalValues) -> Iterator[np.ndarray]:
+    if not _is_float(held.tensor.data_type):
+        return
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(held.tensor.data_type)
+    count = held.bytes // dtype.itemsize
+    with open(held.path, "rb") as file:  # read, not mapped: mapped pages would count as memory until the end
+        file.seek(held.offset)
+        for start in range(0, count, _CHUNK):
+            yield np.frombuffer(file.read(min(_CHUNK, count - start) * dtype.itemsize), dtype)
+
+
+def _is_float(data_type: int) -> bool:
+    return data_type in (
+        onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE,
+    )  # fmt: skip

@@ -1,0 +1,220 @@
+"""The manifest: what a build says of itself. One JSON file, read back strictly."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trimtab.compiler.compare import OutputError
+from trimtab.passes.contract import PassResult
+from trimtab.passes.errors import BuildError
+
+NAME = "manifest.json"
+FORMAT = 1
+_PACKAGES = (
+    "trimtab", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "tensorrt-rtx", "tensorrt", "torch",
+)  # fmt: skip
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileInfo(_Model):
+    """One file of the build."""
+
+    sha256: str
+    bytes: int
+
+
+class TensorInfo(_Model):
+    """One input or output of the engine. A dynamic dimension has a name, or None where the model gives it none."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+    @classmethod
+    def of(cls, tensor: gs.Tensor) -> TensorInfo:
+        shape = None if tensor.shape is None else tuple(tensor.shape)
+        return cls(name=tensor.name, dtype=str(np.dtype(tensor.dtype)), shape=shape)
+
+
+class LeftPlace(_Model):
+    """A place a pass left alone."""
+
+    where: str
+    why: str
+
+
+class PassReport(_Model):
+    """What a pass did: places changed, places left, and details for the report."""
+
+    name: str
+    changed: int
+    left: tuple[LeftPlace, ...] = ()
+    details: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, result: PassResult) -> PassReport:
+        left = tuple(LeftPlace(where=place.where, why=place.why) for place in result.left)
+        return cls(name=result.name, changed=result.changed, left=left, details=result.details)
+
+
+class Sizes(_Model):
+    """Bytes of the weights, before and after; of the compiled FFNs where the passes tell, else None."""
+
+    dense_bytes: int
+    compiled_bytes: int
+    dense_ffn_bytes: int
+    compiled_ffn_bytes: int | None = None
+
+
+class SelfCheck(_Model):
+    """The finished engine against the dense model, on random inputs of one shape.
+
+    Attributes:
+        ran: False where it was skipped.
+        why: it was skipped.
+        outputs: the error of each output.
+    """
+
+    ran: bool
+    why: str | None = None
+    outputs: tuple[OutputError, ...] = ()
+
+
+class Manifest(_Model):
+    """What a build says of itself.
+
+    Attributes:
+        tool, format: tell this file from others of its name.
+        key: hash of all that went into the build; the same inputs give the same key.
+        created: UTC, ISO 8601.
+        origin: the model as the user named it.
+        source: the ONNX file it was compiled from, which may lie in the cache.
+        graph: hash of that file.
+        fingerprint: of the dense model's weights.
+        family, labels, max_tokens: of the model.
+        inputs, outputs: of the engine.
+        target, capability: what it was built for, and what that could do.
+        recipe: with every default filled in.
+        data, profile: hashes of the calibration data and of the Profile.
+        versions: of the packages involved.
+        passes: what each pass did, in order.
+        files: every file but this one, by its path in the build.
+        seconds: how long each phase took.
+        peak_memory_bytes: most resident memory of the compiling process since its start, or None where unknown.
+        check: of the engine, before it was let out.
+        quality, speed: filled in by `trimtab validate` and `trimtab bench`.
+    """
+
+    tool: Literal["trimtab"] = "trimtab"
+    format: int = FORMAT
+    key: str
+    created: str
+    origin: str
+    source: str
+    graph: str
+    fingerprint: str
+    family: str
+    labels: tuple[str, ...] | None = None
+    max_tokens: int | None = None
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    target: str
+    capability: dict[str, Any]
+    recipe: dict[str, Any]
+    data: str | None = None
+    profile: str | None = None
+    versions: dict[str, str]
+    passes: tuple[PassReport, ...]
+    files: dict[str, FileInfo] = Field(default_factory=dict)
+    sizes: Sizes
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None = None
+    check: SelfCheck
+    quality: dict[str, Any] = {}
+    speed: dict[str, Any] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"file {name!r} lies outside the build")
+        return files
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.recipe["workload"]
+        return found
+
+
+def is_build(folder: Path) -> bool:
+    """Whether `folder` holds a build, of any format, whole or not."""
+    try:
+        _Format.model_validate_json((folder / NAME).read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return True
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the build in `folder`.
+
+    Raises:
+        BuildError: no build there, of another format, or damaged.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise BuildError(f"{folder}: not a build: it has no {NAME}", hint="make one with `trimtab compile`")
+    try:
+        text = path.read_bytes()
+        found = _Format.model_validate_json(text).format
+        if found != FORMAT:
+            raise BuildError(
+                f"{folder}: a build of format {found}, and this trimtab reads {FORMAT}", hint="compile it again"
+            )
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise BuildError(f"{path}: damaged, or not of trimtab ({said})", hint="compile it again") from error
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class _Format(BaseModel):
+    tool: Literal["trimtab"]
+    format: int
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and to the disk itself."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that shape a build."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,46 @@
+"""What a compile costs: time for each phase, and the most memory that the process held."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) as work advances."""
+
+
+class Phases:
+    """Times phases and announces them.
+
+    Attributes:
+        seconds: phase → how long it took.
+        progress: for work that can tell how far it is.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress: Progress = progress or (lambda what, done, total: None)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
+        """Time the body. Not `shown`: the body shows its own progress."""
+        start = time.perf_counter()
+        if shown:
+            self.progress(name, 0, 1)
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        if shown:
+            self.progress(name, 1, 1)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most resident memory that this process ever held; None where the system does not tell.
+
+    Linux alone: getrusage would count the parent's memory too, which a child has until it starts its own program.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None

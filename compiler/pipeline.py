@@ -1,0 +1,229 @@
+"""Model in, build out: the phases of a compile, in order."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build, hash_file
+from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.finite import check_finite
+from trimtab.compiler.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
+from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
+from trimtab.compiler.profiling import measured_profile, profile_digest
+from trimtab.compiler.recipe import Recipe, load_recipe
+from trimtab.compiler.selfcheck import self_check
+from trimtab.compiler.sources import Source, open_source
+from trimtab.compiler.targets import get_target
+from trimtab.compiler.targets.base import ENGINE, MODEL
+from trimtab.passes import Capability, PassContext, PassResult, run_passes
+from trimtab.passes.anatomy import Anatomy, find_anatomy
+from trimtab.passes.errors import DataError
+from trimtab.passes.graph import is_external, save_graph, stored_bytes
+from trimtab.passes.profile import Profile
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+def compile_model(
+    model: Source | Path | str,
+    recipe: Recipe | Path | str | dict[str, Any] | None,
+    out: Path | str,
+    *,
+    data: Path | str | None = None,
+    profile: Profile | Path | str | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    allow_pickle: bool = False,
+) -> Build:
+    """Compile `model` into the build directory `out`, which appears whole or not at all.
+
+    Where `out` already holds a build of the same inputs, that one is returned. Weights that no pass touches are copied
+    from file to file, so a model may be larger than memory.
+
+    Args:
+        model: Hugging Face directory, ONNX file, or a Source.
+        recipe: YAML file, mapping or Recipe; None for the default one.
+        out: where the build goes; an earlier build there is replaced, anything else is left alone.
+        data: file to calibrate on, where a pass needs a Profile and none is given.
+        profile: of this model; made from `data` when missing, and then kept in the cache.
+        target: overrides the recipe's.
+        progress: called with (what, done, total).
+        force: compile, and calibrate, even if nothing changed.
+        allow_pickle: read pickled weights, which can run code of their author.
+
+    Raises:
+        TrimtabError: one of its kinds; `out` is then as it was.
+    """
+    recipe = load_recipe(recipe)
+    if target is not None:
+        recipe = recipe.model_copy(update={"target": target})
+    if recipe.needs_profile and profile is None and data is None:
+        raise DataError(
+            f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
+            hint="give calibration texts with --data FILE, or a profile with --profile FILE",
+        )
+    capability = get_target(recipe.target).probe()
+    given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
+    dataset = read_data(data) if data is not None and given is None and recipe.needs_profile else None
+    phases = Phases(progress)
+    with BuildWriter(out) as writer:
+        with phases("open the model"):
+            source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
+            if given is not None:
+                given.check(source.fingerprint)
+            key = _key(source, recipe, capability, dataset, given)
+        if not force and (found := find_build(writer.out, key)):
+            return found
+        return _Compile(writer, source, recipe, capability, key, phases, force).run(dataset, given)
+
+
+@dataclass(frozen=True)
+class _Compile:
+    """One compile that has to be done, from the opened model to the committed build."""
+
+    writer: BuildWriter
+    source: Source
+    recipe: Recipe
+    capability: Capability
+    key: str
+    phases: Phases
+    force: bool
+
+    def run(self, dataset: Dataset | None, profile: Profile | None) -> Build:
+        phases, folder = self.phases, self.writer.folder
+        with phases("read the graph"):
+            graph = self.source.graph()
+            anatomy = find_anatomy(graph)
+            if self.recipe.needs_profile:
+                anatomy.require_ffns()
+            before = _sizes(graph, anatomy)
+        with phases("look for NaN in the weights"):
+            check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
+        if dataset is not None:
+            with phases("calibrate", shown=False):
+                profile = measured_profile(
+                    self.source, dataset, self.recipe.calibration, progress=phases.progress, again=self.force
+                )
+        with phases("run the passes", shown=False):
+            context = PassContext(profile, self.capability, phases.progress)
+            results = run_passes(graph, self.recipe.passes, context)
+            # What passes computed is in memory; everything else was looked at above.
+            made = [constant for constant in _constants(graph) if not is_external(constant)]
+            check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
+        with phases("write the model"), self.writer.writing():
+            self._write(graph, profile)
+        inputs, outputs = ([TensorInfo.of(tensor) for tensor in side] for side in (graph.inputs, graph.outputs))
+        sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
+        family = anatomy.family
+        del graph, anatomy, made
+        gc.collect()  # graphs are cycles; the weights inside would stay while the engine is built and run
+        with phases("build the engine"), self.writer.writing():
+            get_target(self.recipe.target).build(folder / MODEL, self.recipe.workload, folder / ENGINE)
+        with phases("check the engine"):
+            check = self_check(self.source, sizes.dense_bytes, folder, self.recipe)
+        manifest = Manifest(
+            key=self.key,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            origin=self.source.origin,
+            source=str(self.source.onnx.resolve()),
+            graph=hash_file(self.source.onnx),
+            fingerprint=self.source.fingerprint,
+            family=family,
+            labels=self.source.labels,
+            max_tokens=self.source.max_tokens,
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            target=self.recipe.target,
+            capability=_plain(self.capability),
+            recipe=self.recipe.model_dump(mode="json"),
+            data=profile.info.data if profile else None,
+            profile=profile_digest(profile) if profile else None,
+            versions=package_versions(),
+            passes=tuple(PassReport.of(result) for result in results),
+            sizes=sizes,
+            seconds=phases.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            check=check,
+        )
+        return self.writer.commit(manifest)
+
+    def _write(self, graph: gs.Graph, profile: Profile | None) -> None:
+        folder = self.writer.folder
+        (folder / MODEL).parent.mkdir()
+        save_graph(graph, folder / MODEL)
+        (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        if profile is not None:
+            profile.save(folder / PROFILE)
+        if self.source.tokenizer is not None:
+            (folder / TOKENIZER).mkdir()
+            for name in _TOKENIZER_FILES:
+                if (self.source.tokenizer / name).is_file():
+                    shutil.copyfile(self.source.tokenizer / name, folder / TOKENIZER / name)
+
+
+def _key(
+    source: Source, recipe: Recipe, capability: Capability, dataset: Dataset | None, profile: Profile | None
+) -> str:
+    """A hash of all that decides what a build contains.
+
+    The fingerprint covers the weights in external files, of which only samples are read; the ONNX file is hashed whole.
+    """
+    parts = {
+        "format": FORMAT,
+        "versions": package_versions(),
+        "graph": hash_file(source.onnx),
+        "weights": source.fingerprint,
+        "labels": source.labels,
+        "max_tokens": source.max_tokens,
+        "tokenizer": _tokenizer_digest(source),
+        "recipe": recipe.canonical(),
+        "capability": _plain(capability),
+        "data": dataset.sha256 if dataset else None,
+        "profile": profile_digest(profile) if profile else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_digest(source: Source) -> dict[str, str]:
+    folder = source.tokenizer
+    return {name: hash_file(folder / name) for name in _TOKENIZER_FILES if folder and (folder / name).is_file()}
+
+
+def _plain(capability: Capability) -> dict[str, Any]:
+    return asdict(capability) | {"weight_bits": sorted(capability.weight_bits)}
+
+
+def _constants(graph: gs.Graph) -> list[gs.Constant]:
+    return [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
+
+
+def _total(graph: gs.Graph) -> int:
+    return sum(stored_bytes(constant) for constant in _constants(graph))
+
+
+def _sizes(graph: gs.Graph, anatomy: Anatomy) -> dict[str, int]:
+    ffn = sum(linear.bytes for block in anatomy.ffns for linear in block.linears)
+    return {"dense_bytes": _total(graph), "dense_ffn_bytes": ffn}
+
+
+def _ffn_bytes(results: list[PassResult], before: dict[str, int]) -> int | None:
+    """What is left of the FFN weights: the last pass that touched them tells, as `ffn_bytes` in its details."""
+    told = [result.details["ffn_bytes"] for result in results if "ffn_bytes" in result.details]
+    untouched = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
+    return told[-1] if told else untouched

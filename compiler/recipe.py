@@ -1,0 +1,166 @@
+"""The recipe: what to do to a model. YAML or a mapping in, one strict object out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
+
+from trimtab.compiler.strict import explain, parse_yaml, read_yaml, suggest
+from trimtab.compiler.workload import Workload
+from trimtab.passes import Pass, pass_class
+from trimtab.passes.errors import RecipeError
+
+
+class Calibration(BaseModel):
+    """How the Profile is measured.
+
+    Attributes:
+        samples: texts or rows used at most.
+        batch_size: samples run at a time.
+        max_tokens: texts are cut there.
+        states: FFN inputs kept per layer, a uniform sample of all tokens.
+        seed: of that sample.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    samples: int = Field(512, ge=1)
+    batch_size: int = Field(16, ge=1)
+    max_tokens: int = Field(128, ge=1)
+    states: int = Field(4096, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Recipe(BaseModel):
+    """What to do to a model.
+
+    Attributes:
+        passes: in the order they run. Written as names or {name: {option: value}}.
+        target: name of the runtime to build for.
+        workload: the shapes it must serve.
+        calibration: how the Profile is measured, when a pass needs one and none is given.
+        threads: CPU threads of the engine and of calibration; None leaves it to the runtime.
+        check: compare the finished engine with the dense model before the build is let out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(default_factory=lambda: (_read_pass("ffn-split", "passes[0]"),))
+    target: str = "onnxruntime"
+    workload: Workload = Field(default_factory=Workload)
+    calibration: Calibration = Calibration()
+    threads: int | None = Field(None, ge=1)
+    check: bool = True
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _read_passes(cls, value: Any) -> Any:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise RecipeError(f"passes: should be a list, not {value!r}", hint="such as `passes: [ffn-split]`")
+        return tuple(_read_pass(item, f"passes[{i}]") for i, item in enumerate(value))
+
+    @field_serializer("passes")
+    def _write_passes(self, passes: tuple[Pass, ...]) -> list[dict[str, Any]]:
+        return [{step.name: step.model_dump(mode="json")} for step in passes]
+
+    @property
+    def needs_profile(self) -> list[str]:
+        """Names of the passes that look at calibration data."""
+        return [step.name for step in self.passes if step.needs_profile]
+
+    def canonical(self) -> str:
+        """The same text for the same recipe, however it was written: with every default filled in, as sorted JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in; `load_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(recipe: Path | str | Mapping[str, Any] | Recipe | None = None) -> Recipe:
+    """Read a recipe from a YAML file or a mapping; None stands for the default one.
+
+    Raises:
+        RecipeError: not YAML, an unknown key (names the nearest known one) or an impossible value (says the bound).
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is None:
+        return Recipe()
+    if isinstance(recipe, Mapping):
+        return _validate(recipe)
+    try:
+        return _validate(read_yaml(Path(recipe)))
+    except RecipeError as error:
+        named = error.message if error.message.startswith(str(recipe)) else f"{recipe}: {error.message}"
+        raise RecipeError(named, hint=error.hint) from error
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A recipe with some values replaced.
+
+    Args:
+        settings: "ffn-split.heavy=0.25" sets an option of a pass of the recipe; "workload.batch=[1, 8, 8]" and
+            "target=tensorrt-rtx" set the recipe's own keys. Values are YAML.
+
+    Raises:
+        RecipeError: no "=", no such pass or key, or an impossible value.
+    """
+    data = recipe.model_dump(mode="json")
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *sections, key = path.strip().split(".")
+        if not equals or not key or len(sections) > 1:
+            raise RecipeError(f"--set {setting}: not of the form pass.option=value")
+        value = parse_yaml(text, f"--set {setting}")
+        for place in _places(data, sections):
+            place[key] = value
+    return _validate(data)
+
+
+def _places(data: dict[str, Any], sections: list[str]) -> list[dict[str, Any]]:
+    """The mappings of a recipe that go by a name: the recipe itself, one of its sections, or every pass so called."""
+    if not sections:
+        return [data]
+    (name,) = sections
+    found = [item[name] for item in data["passes"] if name in item]
+    if not found and isinstance(data.get(name), dict):
+        found = [data[name]]
+    if not found:
+        parts = [key for key, value in data.items() if isinstance(value, dict)]
+        names = [*(key for item in data["passes"] for key in item), *parts]
+        raise RecipeError(f"--set {name}: the recipe has no such pass or section; {suggest(name, names, 'it has')}")
+    return found
+
+
+def _validate(data: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise explain(error, Recipe) from error
+
+
+def _read_pass(item: Any, where: str) -> Pass:
+    """The pass that an item of `passes` asks for: "name" or {name: {option: value}}."""
+    if isinstance(item, Pass):
+        return item
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise RecipeError(f"{where}: should be a pass name or {{name: {{option: value}}}}, not {item!r}")
+    ((name, options),) = item.items()
+    try:
+        kind = pass_class(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
+    if not isinstance(options, Mapping | None):
+        raise RecipeError(f"{where}.{name}: should be a mapping of options, not {options!r}")
+    try:
+        return kind.model_validate(dict(options or {}))
+    except ValidationError as error:
+        raise explain(error, kind, where=f"{where}.{name}") from error

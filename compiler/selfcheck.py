@@ -1,0 +1,82 @@
+"""The last step before a build is let out: the finished engine runs, beside the dense model, on random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.compare import compare
+from trimtab.compiler.manifest import SelfCheck
+from trimtab.compiler.recipe import Recipe
+from trimtab.compiler.sources import Source
+from trimtab.compiler.targets import Target, get_target
+from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import BuildError
+
+LIMIT = 1 << 30
+"""Bytes of dense weights above which the check is skipped: to run the dense model takes all of them into memory."""
+
+_SMALL = {"batch": 2, "tokens": 16}
+
+
+def self_check(source: Source, dense_bytes: int, folder: Path, recipe: Recipe) -> SelfCheck:
+    """Compare the engine in `folder` with the dense model at one small shape.
+
+    Returns:
+        the errors of each output, or why the check was skipped.
+
+    Raises:
+        BuildError: an output is missing, of another shape, or not finite.
+        TargetError: one of the two cannot be opened or run.
+    """
+    target = get_target(recipe.target)
+    why = _skip(target, recipe, dense_bytes)
+    if why:
+        return SelfCheck(ran=False, why=why)
+
+    def run_engine(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return target.open(folder, threads=recipe.threads).run(feeds)
+
+    graph = source.graph()
+    run_dense = partial(_run_dense, source.onnx, recipe.threads)
+    dims, rng = _dims(graph, recipe.workload), np.random.default_rng(0)
+    errors = compare(run_dense, run_engine, graph, dims, rng, padded=True)
+    for error in errors:
+        if error.fault:
+            raise BuildError(
+                f"check of the finished engine: output {error.output!r}: {error.fault}",
+                hint="a pass may be too much for this model; `check: false` in the recipe leaves this check out",
+            )
+    return SelfCheck(ran=True, outputs=tuple(errors))
+
+
+def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:
+    if not recipe.check:
+        return "the recipe says check: false"
+    if dense_bytes > LIMIT:
+        return f"running {dense_bytes / 1e9:.1f} GB of dense weights takes that much memory; `trimtab validate` does it"
+    if target.name != "onnxruntime" and not gpu_present():
+        return f"a {target.name} engine runs on a GPU, and this machine has none"
+    return None
+
+
+def _dims(graph: gs.Graph, workload: Workload) -> dict[str, int]:
+    """Size of each dynamic dimension, by the graph's name: the declared optimum, or less where that will do."""
+    ranges = {"batch": workload.batch, "tokens": workload.tokens, **workload.dims}
+    sizes = {name: max(low, min(opt, _SMALL.get(name, opt))) for name, (low, opt, _) in ranges.items()}
+    shapes = workload.shapes_at(graph, sizes)
+    pairs = (pair for tensor in graph.inputs for pair in zip(tensor.shape, shapes[tensor.name], strict=True))
+    return {name: size for name, size in pairs if isinstance(name, str)}
+
+
+def _run_dense(dense: Path, threads: int | None, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run once, without the second copy of the weights that ONNX Runtime would pack for speed."""
+    options = session_options(threads)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return OnnxRuntimeRunner(dense, options).run(feeds)

@@ -1,0 +1,113 @@
+"""Strict reading of what users write: YAML without duplicate keys, and validation errors that name path and remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trimtab.passes.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no string", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        RecipeError: missing, not UTF-8, not YAML, a key twice, or not a mapping; with the line.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe", hint="give a YAML file, or leave it out for the default recipe")
+    try:
+        found = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    if not isinstance(found, dict):
+        kind = "empty" if found is None else f"a {type(found).__name__}"
+        raise RecipeError(f"{path}: is {kind}, not a mapping", hint="begin with a key, such as `passes:`")
+    return found
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that YAML `text` stands for.
+
+    Raises:
+        RecipeError: not YAML, or a key twice; names `where` and the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") -> RecipeError:
+    """What is wrong with options that were validated against `model`, with the path of each fault.
+
+    Args:
+        where: path of the options themselves ("passes[1].ffn-split").
+    """
+    faults: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        loc = fault["loc"]
+        path = dotted(where, loc)
+        if fault["type"] == "extra_forbidden":
+            names = list(_names(model, [str(part) for part in loc[:-1]]))
+            faults[path] = f"unknown key; {suggest(str(loc[-1]), names, 'keys here')}"
+        else:
+            given = "" if fault["type"] == "missing" else f", not {fault['input']!r}"
+            said = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            # A union reports one fault for each of its members, whose names end the path.
+            faults.setdefault(path, f"{said}{given}")
+    lines = [f"{path}: {text}" for path, text in faults.items()]
+    return RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} faults", *lines]))
+
+
+def suggest(wrong: str, names: Sequence[str], what: str) -> str:
+    """A question after the nearest of `names`, or the list of them all."""
+    near = difflib.get_close_matches(wrong, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(names) or 'none'}"
+
+
+def dotted(where: str, loc: Sequence[int | str]) -> str:
+    """("workload", "batch", 0) → "workload.batch[0]"."""
+    for part in loc:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
+    return where
+
+
+def _names(model: type[BaseModel], loc: list[str]) -> Iterator[str]:
+    """The keys that `model` knows at `loc`, looking through unions, lists and optional fields."""
+    found: list[type[BaseModel]] = [model]
+    for part in loc:
+        fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
+        # A part that is no field is the position in a list or the member of a union: the models stay the same.
+        found = [inner for annotation in fields for inner in _models(annotation)] if fields else found
+    for each in found:
+        yield from each.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
