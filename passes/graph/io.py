@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph.weights import ExternalValues, fingerprint
+from trimtab.passes.graph.weights import ExternalValues, fingerprint, stored_bytes
 
-_INLINE = 1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
+_INLINE = (
+    1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
+)
 _ALIGN = 4096  # of each tensor in the data file, so that a runtime may map it
+_IR_VERSION = 10  # of graphs made here: the first with int4
 
 
 def load_graph(path: Path | str) -> gs.Graph:
@@ -29,7 +35,7 @@ def load_graph(path: Path | str) -> gs.Graph:
         raise ModelError(f"{path}: no such file")
     hint = "export the model again"
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=hint) from error
     if not model.graph.node or not model.opset_import:
@@ -38,20 +44,28 @@ def load_graph(path: Path | str) -> gs.Graph:
         graph = gs.import_onnx(model)
     except Exception as error:  # graphsurgeon raises what its parser trips over: keys, indices, types
         raise ModelError(f"{path}: not a well-formed ONNX graph ({error})", hint=hint) from error
+    known = {id(tensor) for tensor in graph.inputs}
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and not tensor.inputs and id(tensor) not in known:
+            raise ModelError(f"{path}: nothing gives the tensor {tensor.name!r} that a node uses", hint=hint)
     attach(graph, path.parent)
     return graph
 
 
 def attach(graph: gs.Graph, base: Path) -> None:
     """Give every constant with external data (subgraphs too) values that read from below `base`."""
-    for tensor in graph.tensors(check_duplicates=False).values():
-        held = getattr(tensor, "_values", None)
+    for constant in _constants(graph):
+        held = constant._values
         if isinstance(held, LazyValues) and held.tensor.data_location == TensorProto.EXTERNAL:
-            tensor._values = ExternalValues(held.tensor, base)
-    for node in graph.nodes:
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                attach(value, base)
+            constant._values = ExternalValues(held.tensor, base)
+            constant.data_location = None  # the exporter would write it even where the values are new ones
+
+
+def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Every constant of `graph` and its subgraphs. One that several of them use comes several times."""
+    yield from (tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant))
+    for subgraph in graph.subgraphs():
+        yield from _constants(subgraph)
 
 
 def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True) -> None:
@@ -61,61 +75,61 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True) -> N
         graph: is left as it was, except for topological sorting.
         path: where the .onnx file goes; its folder must exist.
         external: False puts all weights into the one file, which protobuf limits to 2 GB.
+
+    Raises:
+        ModelError: the graph reads its weights from the data file that would be overwritten.
     """
     path = Path(path)
+    data = path.with_name(path.name + ".data")
     graph.toposort()
-    model = gs.export_onnx(graph)
-    held = {name: t._values for name, t in graph.tensors().items() if isinstance(t, gs.Constant)}
-    data_name = path.name + ".data"
-    if not external:
-        for tensor in model.graph.initializer:
-            _inline(tensor, held.get(tensor.name))
-    elif any(_size(t, held.get(t.name)) > _INLINE for t in model.graph.initializer):
-        with open(path.parent / data_name, "wb") as file:
-            for tensor in model.graph.initializer:
-                source = held.get(tensor.name)
-                size = _size(tensor, source)
-                if size <= _INLINE:
-                    _inline(tensor, source)
-                    continue
-                file.write(b"\0" * (-file.tell() % _ALIGN))
-                start = file.tell()
-                if isinstance(source, ExternalValues):
-                    source.copy_to(file)
-                else:
-                    file.write(_raw(tensor))
-                _point(tensor, data_name, start, size)
+    constants = list({id(constant): constant for constant in _constants(graph)}.values())
+    held = [constant._values for constant in constants]
+    if any(isinstance(values, ExternalValues) and values.path == data.resolve() for values in held):
+        raise ModelError(f"{path}: the weights of this graph lie in {data.name}", hint="save it under another name")
+    large = [constant for constant in constants if external and stored_bytes(constant) > _INLINE]
+    try:
+        if large:
+            with open(data, "wb") as file:
+                for constant in large:
+                    constant._values = _move(constant, file, data.name)
+        for constant in constants:
+            if isinstance(constant._values, ExternalValues):
+                constant._values = LazyValues(constant._values.inline())
+        model = gs.export_onnx(graph)
+    finally:
+        for constant, values in zip(constants, held, strict=True):
+            constant._values = values
+    if graph.ir_version is None:  # made here, not loaded: graphsurgeon would take a version newer than runtimes know
+        model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     path.write_bytes(model.SerializeToString())
+
+
+def _move(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
+    """Append the values of `constant` to `file`; returns the reference to them that takes their place in the model."""
+    file.write(b"\0" * (-file.tell() % _ALIGN))
+    start, held = file.tell(), constant._values
+    if isinstance(held, ExternalValues):
+        held.copy_to(file)
+    elif isinstance(held, LazyValues):
+        file.write(_raw(held.tensor))
+    else:
+        file.write(np.ascontiguousarray(held).reshape(-1).view(np.uint8).data)
+    reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
+    known = isinstance(held, LazyValues)
+    reference.data_type = held.tensor.data_type if known else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
+    for key, value in (("location", location), ("offset", start), ("length", file.tell() - start)):
+        reference.external_data.add(key=key, value=str(value))
+    return LazyValues(reference)
 
 
 def _raw(tensor: TensorProto) -> bytes:
     if tensor.HasField("raw_data"):
         return tensor.raw_data
-    return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)).raw_data
-
-
-def _size(tensor: TensorProto, source: object) -> int:
-    return source.bytes if isinstance(source, ExternalValues) else len(_raw(tensor))
-
-
-def _inline(tensor: TensorProto, source: object) -> None:
-    if isinstance(source, ExternalValues):
-        clear = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        clear.raw_data = source.load().tobytes()
-        tensor.CopyFrom(clear)
-
-
-def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:
-    """Make `tensor` refer to bytes of an external file. Built anew: the proto may be shared with the graph."""
-    clear = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    clear.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        clear.external_data.add(key=key, value=str(value))
-    tensor.CopyFrom(clear)
+    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
 
 
 def model_fingerprint(graph: gs.Graph) -> str:
-    """A hash of all weights, whatever their order and names: the same for a renamed graph, another for another model."""
+    """A hash of all weights, whatever their order and names: a renamed graph has the same, another model another."""
     prints = sorted(
         fingerprint(t) for t in graph.tensors().values() if isinstance(t, gs.Constant) and _count(t.shape) >= 64
     )

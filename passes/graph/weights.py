@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -17,17 +18,18 @@ from trimtab.passes.errors import ModelError
 
 _CHUNK = 1 << 24  # bytes copied or hashed at a time
 _SAMPLE = 1 << 16  # bytes of each end of a large tensor that go into a fingerprint
-_PACKED_BITS = {
+_PACKED_BITS: dict[int, int] = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
 }  # fmt: skip
 
 
 def byte_size(tensor: TensorProto) -> int:
-    """Bytes that the values of `tensor` take when stored raw."""
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    bits = _PACKED_BITS.get(tensor.data_type)
-    if bits is not None:
-        return -(-count * bits // 8)
+    """Bytes that the values of `tensor` take when stored raw; 0 for strings, which never are."""
+    count = math.prod(tensor.dims)
+    if tensor.data_type == TensorProto.STRING:
+        return 0
+    if tensor.data_type in _PACKED_BITS:
+        return -(-count * _PACKED_BITS[tensor.data_type] // 8)
     return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
@@ -43,18 +45,21 @@ class ExternalValues(LazyValues):
     """
 
     def __init__(self, tensor: TensorProto, base: Path) -> None:
-        super().__init__(tensor)
         entries = {e.key: e.value for e in tensor.external_data}
         self.path = contained(base, entries.get("location", ""), tensor.name)
-        self.offset = int(entries.get("offset", 0))
-        self.bytes = byte_size(tensor)
+        try:
+            super().__init__(tensor)
+            self.bytes = byte_size(tensor)
+            self.offset, length = int(entries.get("offset", 0)), int(entries.get("length", self.bytes))
+        except (KeyError, ValueError) as error:
+            raise ModelError(f"weight {tensor.name!r}: its type, shape or place is not valid ({error})") from error
         if not self.path.is_file():
             raise ModelError(
                 f"weight {tensor.name!r}: its external data file {self.path} is missing",
                 hint="copy the data file beside the model, or export the model again",
             )
         available = self.path.stat().st_size - self.offset
-        if int(entries.get("length", self.bytes)) != self.bytes or available < self.bytes:
+        if self.offset < 0 or self.bytes < 0 or length != self.bytes or available < self.bytes:
             raise ModelError(
                 f"weight {tensor.name!r}: {self.path.name} holds {max(available, 0)} bytes from offset {self.offset}, "
                 f"but its shape {list(tensor.dims)} needs {self.bytes}",
@@ -62,12 +67,21 @@ class ExternalValues(LazyValues):
             )
 
     def load(self) -> np.ndarray:
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,)) if self.bytes else np.zeros(0, np.uint8)
         if self.tensor.data_type in _PACKED_BITS:
-            inline = TensorProto(data_type=self.tensor.data_type, dims=self.tensor.dims, raw_data=raw.tobytes())
-            return numpy_helper.to_array(inline)
+            return numpy_helper.to_array(self.inline())
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.tensor.data_type)
-        return raw.view(dtype).reshape(tuple(self.tensor.dims))
+        return self.raw().view(dtype).reshape(tuple(self.tensor.dims))
+
+    def raw(self) -> np.ndarray:
+        """The bytes as they lie in the file, mapped: [bytes], uint8."""
+        return np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,)) if self.bytes else np.zeros(0, np.uint8)
+
+    def inline(self) -> TensorProto:
+        """The same tensor with its values inside."""
+        tensor = self.tensor
+        return TensorProto(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=self.raw().tobytes()
+        )
 
     def copy_to(self, file: BinaryIO) -> None:
         """Append the raw bytes to `file`, a chunk at a time."""
@@ -85,7 +99,7 @@ class ExternalValues(LazyValues):
 def contained(base: Path, location: str, name: str) -> Path:
     """The file `location` below `base`; refuses absolute paths, `..` and links that lead outside."""
     base = base.resolve()
-    path = (base / location).resolve()
+    path = (base / location).resolve() if "\0" not in location else base.parent
     if not location or os.path.isabs(location) or not path.is_relative_to(base):
         raise ModelError(
             f"weight {name!r}: its external data {location!r} lies outside the model's folder {base}",
@@ -105,6 +119,12 @@ def values(constant: gs.Constant) -> np.ndarray:
     return held.load() if isinstance(held, LazyValues) else held
 
 
+def stored_bytes(constant: gs.Constant) -> int:
+    """Bytes that the values of `constant` take in the file, without reading them."""
+    held = constant._values
+    return byte_size(held.tensor) if isinstance(held, LazyValues) else int(held.nbytes)
+
+
 def fingerprint(constant: gs.Constant) -> str:
     """A hash of shape, type and values; of a large tensor, the two ends and 64 samples between stand for the rest.
 
@@ -113,8 +133,7 @@ def fingerprint(constant: gs.Constant) -> str:
     """
     held = constant._values
     if isinstance(held, ExternalValues):
-        dtype, size = held.tensor.data_type, held.bytes
-        data = np.memmap(held.path, np.uint8, "r", held.offset, (size,)) if size else np.zeros(0, np.uint8)
+        dtype, data, size = held.tensor.data_type, held.raw(), held.bytes
     else:
         array = np.ascontiguousarray(values(constant))
         dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
