@@ -1,0 +1,179 @@
+"""Calibration: run the exported graph on data, and keep what passes need to know of its FFNs.
+
+The graph itself runs, in ONNX Runtime, with the inputs and the hidden activations of its FFNs as its outputs; so any
+source will do, and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import is_external, save_graph, stored_bytes
+from trimtab.passes.profile import FFNStats, Profile, ProfileInfo
+
+if TYPE_CHECKING:
+    from trimtab.compiler.sources import Source
+
+log = logging.getLogger(__name__)
+
+_INLINE_LIMIT = 1 << 24  # bytes of weights in the graph itself up to which it is handed to the runtime in memory
+_CHUNK = 256  # rows that are widened to float64 at a time
+
+
+def calibrate(
+    source: Source,
+    data: Dataset,
+    *,
+    samples: int = 512,
+    batch_size: int = 16,
+    max_tokens: int = 128,
+    states: int = 4096,
+    progress: Callable[[str, int, int], None] | None = None,
+    seed: int = 0,
+) -> Profile:
+    """Measure the FFNs of a model on data.
+
+    Memory does not grow with the number of samples. Padding (0 in `attention_mask`) counts for nothing.
+
+    Args:
+        samples: how many samples of the data to use, chosen at random.
+        max_tokens: texts are cut to so many tokens.
+        states: rows of each FFN's input to keep, chosen at random, of the same tokens in every layer.
+        progress: called with (what, done, total).
+
+    Raises:
+        ModelError: no FFN was found, the model does not run, or its activations are not finite.
+        DataError: the data do not fit the model's inputs.
+    """
+    graph = source.graph()
+    ffns = find_anatomy(graph).ffns
+    if not ffns:
+        raise ModelError(f"{source.origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
+    inputs = [gs.Variable(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.inputs]
+    layers = [_Layer(ffn, states, seed) for ffn in ffns]
+    runner = _runner(graph, ffns, source.onnx.parent)
+    del graph, ffns
+    gc.collect()  # a graph is full of cycles; its weights would stay until the next collection
+
+    used, total = 0, min(samples, data.count)
+    for feeds in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs):
+        mask = feeds.get("attention_mask")
+        keep = mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 else None
+        found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
+        for layer in layers:
+            layer.add(found, keep)
+        used += len(feeds[inputs[0].name])
+        if progress is not None:
+            progress("calibrate", used, total)
+    log.info("calibrated %d layers on %d samples, %d tokens", len(layers), used, layers[0].tokens)
+    info = ProfileInfo(
+        model=source.fingerprint,
+        data=data.sha256,
+        samples=used,
+        tokens=layers[0].tokens,
+        versions={name: version(name) for name in ("trimtab", "onnxruntime", "numpy")},
+    )
+    profile = Profile(info)
+    for layer in layers:
+        profile.set_ffn(layer.number, layer.stats())
+    return profile
+
+
+class Reservoir:
+    """A uniform random sample of all rows seen (Vitter 1985, algorithm R), many rows at a time.
+
+    Reservoirs of one size and seed keep the rows of the same positions, however the rows come in batches.
+    """
+
+    def __init__(self, size: int, width: int, seed: int) -> None:
+        self._rows = np.empty((size, width), np.float32)
+        self._random = np.random.default_rng(seed)
+        self.seen = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Offer rows [n, width]."""
+        size = len(self._rows)
+        positions = np.arange(self.seen, self.seen + len(rows))
+        slots = (self._random.random(len(rows)) * (positions + 1)).astype(np.int64)
+        slots = np.where(positions < size, positions, slots)
+        taken = slots < size
+        self._rows[slots[taken]] = rows[taken]  # of rows for one slot numpy leaves the last, as algorithm R does
+        self.seen += len(rows)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[min(seen, size), width], float32."""
+        return self._rows[: self.seen]
+
+
+class _Layer:
+    """Running statistics of one FFN. They take the same room however many tokens are seen."""
+
+    def __init__(self, ffn: FFN, states: int, seed: int) -> None:
+        self.number, self.where = ffn.layer, ffn.where
+        self.x, self.hidden = ffn.x.name, ffn.hidden.name
+        self.sums = np.zeros((3, ffn.d_ff))  # of |h|, h, h²
+        self.reservoir = Reservoir(states, ffn.d_model, seed)
+
+    @property
+    def tokens(self) -> int:
+        return self.reservoir.seen
+
+    def add(self, found: Mapping[str, np.ndarray], keep: np.ndarray | None) -> None:
+        x, hidden = _rows(found[self.x], keep), _rows(found[self.hidden], keep)
+        for start in range(0, len(hidden), _CHUNK):
+            h = hidden[start : start + _CHUNK].astype(np.float64)
+            self.sums += np.abs(h).sum(0), h.sum(0), np.einsum("tj,tj->j", h, h)
+        if not (np.isfinite(self.sums).all() and np.isfinite(x).all()):
+            raise ModelError(
+                f"{self.where}: its activations hold NaN or Inf on this data",
+                hint="check the model's weights; a float16 model may overflow: export it in float32",
+            )
+        self.reservoir.add(x)
+
+    def stats(self) -> FFNStats:
+        return FFNStats(self.tokens, *self.sums, self.reservoir.rows)
+
+
+def _rows(array: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+    """[batch, tokens, d] or [batch·tokens, d] → the rows to keep; all, where rows are not tokens (after pooling)."""
+    flat = array.reshape(-1, array.shape[-1])
+    return flat[keep] if keep is not None and len(keep) == len(flat) else flat
+
+
+def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], base: Path) -> OnnxRuntimeRunner:
+    """A session of `graph`, cut down to what its FFNs' inputs and hidden activations need.
+
+    Weights in external data are read where they lie, below `base`. Others are written to a temporary file first: a
+    graph in memory would be held by Python, by protobuf and by the runtime at once.
+    """
+    wanted = {}
+    for ffn in ffns:
+        for tensor, linear in ((ffn.x, ffn.up), (ffn.hidden, ffn.down)):
+            if tensor.dtype is None:  # exporters need not annotate inner tensors
+                tensor.dtype = linear.weight.dtype if linear.quantized is None else np.float32
+            wanted[tensor.name] = tensor
+    graph.outputs = [tensor for tensor in wanted.values() if tensor.inputs]  # an input of the graph is known anyway
+    graph.cleanup(remove_unused_graph_inputs=False)
+    options = session_options()
+    options.enable_cpu_mem_arena = False  # the arena would keep the room of the largest batch for good
+    weights = [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
+    if sum(stored_bytes(weight) for weight in weights if not is_external(weight)) <= _INLINE_LIMIT:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.resolve()))
+        return OnnxRuntimeRunner(gs.export_onnx(graph).SerializeToString(), options)
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        save_graph(graph, Path(folder) / "model.onnx")
+        return OnnxRuntimeRunner(Path(folder) / "model.onnx", options)
