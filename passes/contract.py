@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.passes.errors import PassError
+from trimtab.passes.graph.order import topological
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
     for step in passes:
         try:
             result = step.run(graph, context)
-            graph.cleanup(remove_unused_graph_inputs=False).toposort()
+            graph.cleanup(remove_unused_graph_inputs=False)
+            graph.nodes = topological(graph)
         except Exception as error:
             raise PassError(step.name, [r.name for r in results], error) from error
         log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))

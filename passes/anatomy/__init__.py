@@ -1,6 +1,16 @@
 """What is where in a transformer's graph, found by structure alone: names of nodes and tensors never matter."""
 
-from trimtab.passes.anatomy.find import find_anatomy
+from trimtab.passes.anatomy.find import find_anatomy, require_ffns
 from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Embedding, Head, Unrecognized
 
-__all__ = ["FFN", "Activation", "Anatomy", "Attention", "Embedding", "Head", "Unrecognized", "find_anatomy"]
+__all__ = [
+    "FFN",
+    "Activation",
+    "Anatomy",
+    "Attention",
+    "Embedding",
+    "Head",
+    "Unrecognized",
+    "find_anatomy",
+    "require_ffns",
+]

@@ -2,7 +2,8 @@
 
 from trimtab.passes.graph.edit import constant, insert, output_name_of, rename_output, replace_uses
 from trimtab.passes.graph.io import load_graph, save_graph
-from trimtab.passes.graph.weights import fingerprint, is_external, values
+from trimtab.passes.graph.order import topological
+from trimtab.passes.graph.weights import fingerprint, is_external, stored_bytes, values
 
 __all__ = [
     "constant",
@@ -14,5 +15,7 @@ __all__ = [
     "rename_output",
     "replace_uses",
     "save_graph",
+    "stored_bytes",
+    "topological",
     "values",
 ]

@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, fingerprint, stored_bytes
 
 _INLINE = (
@@ -81,7 +82,7 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True) -> N
     """
     path = Path(path)
     data = path.with_name(path.name + ".data")
-    graph.toposort()
+    graph.nodes = topological(graph)
     constants = list({id(constant): constant for constant in _constants(graph)}.values())
     held = [constant._values for constant in constants]
     if any(isinstance(values, ExternalValues) and values.path == data.resolve() for values in held):

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph.weights import values
+from trimtab.passes.graph.packed import dequantize_blocks, dequantize_linear
+from trimtab.passes.graph.weights import stored_bytes, values
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W + b, however the exporter wrote it (MatMul, MatMul + Add, Gemm, transposed weights, ...).
+    """y = x W + b, however the exporter wrote it (MatMul, MatMul + Add, Gemm, transposed or quantized weights, ...).
 
     Attributes:
-        nodes: the nodes it consists of, in topological order; removing them removes the Linear.
+        nodes: the nodes it consists of, in topological order; removing them removes the Linear. Those between weight
+            and product (Transpose, Cast, DequantizeLinear) are among them unless others use them too.
         x: its input, [..., in_features].
         y: its output, [..., out_features].
-        weight: the constant that holds W.
+        weight: the constant that holds W, or its integers where `quantized` is set.
         transposed: True if `weight` lies as [out_features, in_features].
         bias: the constant that holds b, [out_features], or None.
+        quantized: the node that turns integers into W, a DequantizeLinear or com.microsoft MatMulNBits; or None.
     """
 
     nodes: tuple[gs.Node, ...]
@@ -29,9 +32,12 @@ class Linear:
     weight: gs.Constant
     transposed: bool
     bias: gs.Constant | None
+    quantized: gs.Node | None = None
 
     @property
     def in_features(self) -> int:
+        if self.quantized is not None and self.quantized.op == "MatMulNBits":
+            return int(self.quantized.attrs["K"])
         return int(self.weight.shape[1 if self.transposed else 0])
 
     @property
@@ -42,9 +48,20 @@ class Linear:
     def params(self) -> int:
         return self.in_features * self.out_features + (self.out_features if self.bias is not None else 0)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its constants as stored: weight, bias, scales and zero points."""
+        parts = [self.weight, self.bias, *(self.quantized.inputs[1:] if self.quantized is not None else ())]
+        return sum(stored_bytes(t) for t in {id(t): t for t in parts}.values() if isinstance(t, gs.Constant))
+
     def w(self) -> np.ndarray:
         """W as [in_features, out_features], read from disk if it lies there. Read-only."""
-        weight = values(self.weight)
+        if self.quantized is None:
+            weight = values(self.weight)
+        elif self.quantized.op == "MatMulNBits":
+            weight = dequantize_blocks(self.quantized)
+        else:
+            weight = dequantize_linear(self.quantized)
         return weight.T if self.transposed else weight
 
     def b(self) -> np.ndarray | None:
@@ -53,56 +70,99 @@ class Linear:
 
 
 def match_linear(node: gs.Node) -> Linear | None:
-    """The Linear whose product is `node` (a MatMul or Gemm with a constant 2-D weight), or None.
+    """The Linear whose product is `node` (MatMul, Gemm or MatMulNBits with a constant 2-D weight), or None.
 
     Takes in a following Add of a constant of length out_features, where the product has no other use.
     """
-    if node.op == "MatMul" and node.domain in (None, ""):
-        return _match_matmul(node)
-    if node.op == "Gemm" and node.domain in (None, ""):
-        return _match_gemm(node)
-    return None
+    matcher = _MATCHERS.get((node.domain or "", node.op))
+    return matcher(node) if matcher and not isinstance(node.inputs[0], gs.Constant) else None
 
 
-def _weight(tensor: gs.Tensor) -> tuple[gs.Constant, bool, tuple[gs.Node, ...]] | None:
-    """`tensor` as a 2-D constant, seen through one Transpose of it; with the nodes between."""
-    if isinstance(tensor, gs.Constant):
-        return (tensor, False, ()) if len(tensor.shape) == 2 else None
-    if len(tensor.inputs) == 1 and tensor.inputs[0].op == "Transpose":
+@dataclass(frozen=True)
+class _Weight:
+    constant: gs.Constant
+    transposed: bool
+    nodes: tuple[gs.Node, ...]
+    quantized: gs.Node | None
+
+
+def _weight(tensor: gs.Tensor) -> _Weight | None:
+    """`tensor` as a 2-D constant behind Transpose, Cast and DequantizeLinear; with those nodes that serve it alone."""
+    nodes: list[gs.Node] = []
+    transposed, quantized, shared = False, None, False
+    while not isinstance(tensor, gs.Constant):
+        if len(tensor.inputs) != 1:
+            return None
         node = tensor.inputs[0]
-        source = node.inputs[0]
-        if isinstance(source, gs.Constant) and len(source.shape) == 2 and node.attrs.get("perm", [1, 0]) == [1, 0]:
-            return source, True, (node,) if len(tensor.outputs) == 1 else ()
-    return None
+        if node.op == "Transpose" and node.attrs.get("perm", [1, 0]) == [1, 0]:
+            transposed = not transposed
+        elif node.op == "DequantizeLinear" and quantized is None:
+            if not all(isinstance(t, gs.Constant) for t in node.inputs):
+                return None
+            quantized = node
+        elif node.op != "Cast":
+            return None
+        shared = shared or len(tensor.outputs) > 1
+        if not shared:
+            nodes.insert(0, node)
+        tensor = node.inputs[0]
+    return _Weight(tensor, transposed, tuple(nodes), quantized) if len(tensor.shape) == 2 else None
 
 
-def _match_matmul(node: gs.Node) -> Linear | None:
-    found = _weight(node.inputs[1])
-    if found is None or isinstance(node.inputs[0], gs.Constant):
-        return None
-    weight, transposed, before = found
+def _with_bias(node: gs.Node, size: int) -> tuple[tuple[gs.Node, ...], gs.Tensor, gs.Constant | None]:
+    """`node` with the Add of a constant of `size` values that follows it: nodes, output, bias."""
     y = node.outputs[0]
-    nodes, bias = (*before, node), None
-    out_features = int(weight.shape[0 if transposed else 1])
     if len(y.outputs) == 1 and y.outputs[0].op == "Add":
         add = y.outputs[0]
         other = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
-        flat = isinstance(other, gs.Constant) and int(np.prod(other.shape)) == out_features == other.shape[-1]
-        if flat and len(other.shape) <= 2:
-            nodes, bias, y = (*nodes, add), other, add.outputs[0]
-    return Linear(nodes, node.inputs[0], y, weight, transposed, bias)
+        if isinstance(other, gs.Constant) and other.shape and int(np.prod(other.shape)) == size == other.shape[-1]:
+            return (node, add), add.outputs[0], other
+    return (node,), y, None
+
+
+def _match_matmul(node: gs.Node) -> Linear | None:
+    weight = _weight(node.inputs[1])
+    if weight is None:
+        return None
+    nodes, y, bias = _with_bias(node, int(weight.constant.shape[0 if weight.transposed else 1]))
+    return Linear(
+        (*weight.nodes, *nodes), node.inputs[0], y, weight.constant, weight.transposed, bias, weight.quantized
+    )
 
 
 def _match_gemm(node: gs.Node) -> Linear | None:
-    found = _weight(node.inputs[1])
+    weight = _weight(node.inputs[1])
     attrs = node.attrs
-    plain = attrs.get("alpha", 1.0) == 1.0 and attrs.get("beta", 1.0) == 1.0 and not attrs.get("transA", 0)
-    if found is None or not plain or isinstance(node.inputs[0], gs.Constant):
+    if weight is None or attrs.get("alpha", 1.0) != 1.0 or attrs.get("transA", 0):
         return None
-    weight, transposed, before = found
+    transposed = weight.transposed != bool(attrs.get("transB", 0))
+    size = int(weight.constant.shape[0 if transposed else 1])
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
-    if bias is not None and not isinstance(bias, gs.Constant):
+    nodes: tuple[gs.Node, ...] = (node,)
+    y = node.outputs[0]
+    if bias is None:
+        nodes, y, bias = _with_bias(node, size)
+    elif attrs.get("beta", 1.0) != 1.0 or not isinstance(bias, gs.Constant) or int(np.prod(bias.shape)) != size:
         return None
-    return Linear(
-        (*before, node), node.inputs[0], node.outputs[0], weight, transposed != bool(attrs.get("transB", 0)), bias
-    )
+    return Linear((*weight.nodes, *nodes), node.inputs[0], y, weight.constant, transposed, bias, weight.quantized)
+
+
+def _match_blocks(node: gs.Node) -> Linear | None:
+    """com.microsoft MatMulNBits: weight [N, blocks, bytes per block], scales, zero points, group index, bias."""
+    optional = [t if t.name else None for t in (*node.inputs[3:6], *[gs.Variable.empty()] * 3)][:3]
+    zeros, group, bias = optional
+    constants = [node.inputs[1], node.inputs[2], *(t for t in (zeros, bias) if t is not None)]
+    if group is not None or not all(isinstance(t, gs.Constant) for t in constants):
+        return None
+    nodes: tuple[gs.Node, ...] = (node,)
+    y = node.outputs[0]
+    if bias is None:
+        nodes, y, bias = _with_bias(node, int(node.attrs["N"]))
+    return Linear(nodes, node.inputs[0], y, node.inputs[1], True, bias, node)
+
+
+_MATCHERS = {
+    ("", "MatMul"): _match_matmul,
+    ("", "Gemm"): _match_gemm,
+    ("com.microsoft", "MatMulNBits"): _match_blocks,
+}

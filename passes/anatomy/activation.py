@@ -1,0 +1,159 @@
+"""The function between two projections, named by evaluating it: every exporter's way to write GELU is the same GELU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from scipy.special import erf, expit
+
+from trimtab.passes.graph.weights import values
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+_PROBES = np.concatenate([np.linspace(-8, 8, 161), [-30.0, 30.0]])
+_GATED = np.array([-2.5, -1.0, 0.5, 1.0, 3.0])
+_TOLERANCE = 1e-4  # half-precision constants stay within it; gelu and gelu_tanh lie 4.7e-4 apart
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, x)
+
+
+def _hard_sigmoid(x: np.ndarray, alpha: float = 0.2, beta: float = 0.5) -> np.ndarray:
+    return np.clip(alpha * x + beta, 0, 1)
+
+
+KNOWN: dict[str, Function] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * expit(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x * expit(x),
+    "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": expit,
+    "tanh": np.tanh,
+    "softplus": _softplus,
+    "mish": lambda x: x * np.tanh(_softplus(x)),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "hard_swish": lambda x: x * _hard_sigmoid(x, 1 / 6),
+    "identity": lambda x: x,
+}
+"""Name → function, in float64. "identity" occurs only with a gate (a bilinear unit)."""
+
+
+def _gelu_op(attrs: dict, x: np.ndarray) -> np.ndarray:
+    return _gelu_tanh(x) if attrs.get("approximate", "none") == "tanh" else _gelu(x)
+
+
+def _elu_op(attrs: dict, x: np.ndarray) -> np.ndarray:
+    return np.where(x > 0, x, attrs.get("alpha", 1.0) * np.expm1(np.minimum(x, 0)))
+
+
+def _selu_op(attrs: dict, x: np.ndarray) -> np.ndarray:
+    return attrs.get("gamma", 1.05070098) * _elu_op({"alpha": attrs.get("alpha", 1.67326324)}, x)
+
+
+def _clip_op(attrs: dict, x: np.ndarray, *bounds: np.ndarray | None) -> np.ndarray:
+    low, high = (*bounds, None, None)[:2] if bounds else (attrs.get("min"), attrs.get("max"))
+    return np.clip(x, low, high)
+
+
+def _plain(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    return lambda attrs, *args: function(*args)
+
+
+_OPS: dict[tuple[str, str], Callable[..., np.ndarray]] = {
+    **{
+        ("", op): _plain(function)
+        for op, function in {
+            "Abs": np.abs, "Add": np.add, "Cast": np.asarray, "Div": np.divide, "Erf": erf, "Exp": np.exp,
+            "Identity": np.asarray, "Log": np.log, "Max": np.maximum, "Min": np.minimum, "Mish": KNOWN["mish"],
+            "Mul": np.multiply, "Neg": np.negative, "Pow": np.power, "Reciprocal": np.reciprocal, "Relu": KNOWN["relu"],
+            "Sigmoid": expit, "Softplus": _softplus, "Sqrt": np.sqrt, "Sub": np.subtract, "Tanh": np.tanh,
+            "HardSwish": KNOWN["hard_swish"], "Softsign": lambda x: x / (1 + np.abs(x)),
+        }.items()
+    },
+    ("", "Clip"): _clip_op,
+    ("", "Elu"): _elu_op,
+    ("", "Selu"): _selu_op,
+    ("", "Gelu"): _gelu_op,
+    ("", "HardSigmoid"): lambda attrs, x: _hard_sigmoid(x, attrs.get("alpha", 0.2), attrs.get("beta", 0.5)),
+    ("", "LeakyRelu"): lambda attrs, x: np.where(x > 0, x, attrs.get("alpha", 0.01) * x),
+    ("", "Swish"): lambda attrs, x: x * expit(attrs.get("alpha", 1.0) * x),
+    ("", "ThresholdedRelu"): lambda attrs, x: np.where(x > attrs.get("alpha", 1.0), x, 0),
+    ("com.microsoft", "Gelu"): _plain(_gelu),
+    ("com.microsoft", "FastGelu"): _plain(_gelu_tanh),
+    ("com.microsoft", "QuickGelu"): lambda attrs, x: x * expit(attrs.get("alpha", 1.702) * x),
+}  # fmt: skip
+
+
+def is_elementwise(node: gs.Node) -> bool:
+    """True if `evaluate` knows the op."""
+    return (node.domain or "", node.op) in _OPS
+
+
+def evaluate(nodes: Sequence[gs.Node], feeds: dict[int, np.ndarray], output: gs.Tensor) -> np.ndarray:
+    """Run elementwise `nodes`, in topological order, in float64.
+
+    Args:
+        feeds: tensor id → values.
+    """
+    held = dict(feeds)
+    with np.errstate(all="ignore"):
+        for node in nodes:
+            args = [_value(tensor, held) for tensor in node.inputs]
+            held[id(node.outputs[0])] = _OPS[node.domain or "", node.op](node.attrs, *args)
+    return held[id(output)]
+
+
+def _value(tensor: gs.Tensor, held: dict[int, np.ndarray]) -> np.ndarray | None:
+    if not tensor.name:
+        return None  # an optional input that is not given
+    return values(tensor).astype(np.float64).reshape(()) if isinstance(tensor, gs.Constant) else held[id(tensor)]
+
+
+def name_of(function: Function) -> str:
+    """The name in `KNOWN` of `function`, or "unknown"."""
+    got = function(_PROBES)
+    for name, known in KNOWN.items():
+        want = known(_PROBES)
+        if np.all(np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))):
+            return name
+    return "unknown"
+
+
+def is_linear(function: Function) -> bool:
+    """True if f(x) = c x + d on the probe points."""
+    got = function(_PROBES)
+    fit = np.polyval(np.polyfit(_PROBES, got, 1), _PROBES) if np.all(np.isfinite(got)) else got + 1
+    return bool(np.all(np.abs(got - fit) <= _TOLERANCE * (1 + np.abs(got))))
+
+
+def find_gate(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple[int, Function] | None:
+    """Which argument of f(a, b) gates: f = g(gate) · up. Returns its position and g, or None if f is no such product.
+
+    If both would do (a · b), the first is the gate.
+    """
+    for gate in (0, 1):
+
+        def of(x: np.ndarray, up: np.ndarray, gate: int = gate) -> np.ndarray:
+            return function(x, up) if gate == 0 else function(up, x)
+
+        def act(x: np.ndarray, of: Callable[..., np.ndarray] = of) -> np.ndarray:
+            return of(x, np.ones_like(x))
+
+        got = of(_PROBES[:, None] + 0 * _GATED, _GATED + 0 * _PROBES[:, None])
+        want = act(_PROBES)[:, None] * _GATED
+        if np.all(np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))):
+            return gate, act
+    return None

@@ -1,0 +1,112 @@
+"""From a graph to its Anatomy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy.attention import find_attentions
+from trimtab.passes.anatomy.ffn import Miss, find_ffns
+from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Unrecognized
+from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
+from trimtab.passes.anatomy.scan import Scan
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import output_name_of
+from trimtab.passes.graph.linear import Linear
+
+_INTEGER_PRODUCTS = frozenset(
+    ["DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
+)
+
+
+def find_anatomy(graph: gs.Graph) -> Anatomy:
+    """What is where in `graph`, which should have gone through `canonicalize`.
+
+    Reads structure, shapes and scalar constants; weights stay where they are. Names of nodes and tensors and the order
+    of nodes do not matter.
+    """
+    scan = Scan(graph)
+    ffns, misses = find_ffns(scan)
+    attentions = find_attentions(scan)
+    norms, embeddings = find_norms(scan), find_embeddings(scan)
+    head, unrecognized = _leftovers(scan, ffns, attentions, misses)
+    return Anatomy(
+        family=guess_family(scan, ffns, attentions, embeddings, norms),
+        ffns=tuple(ffns),
+        attentions=tuple(attentions),
+        norms=tuple(norms),
+        embeddings=tuple(embeddings),
+        head=make_head(head, embeddings),
+        params=count_params(scan),
+        unrecognized=tuple(unrecognized),
+    )
+
+
+def require_ffns(anatomy: Anatomy) -> tuple[FFN, ...]:
+    """The FFNs of `anatomy`.
+
+    Raises:
+        ModelError: it has none; says why, as far as that is known.
+    """
+    if anatomy.ffns:
+        return anatomy.ffns
+    reasons = "; ".join(f"{u.what} at node {u.where}: {u.why}" for u in anatomy.unrecognized[:3])
+    raise ModelError(
+        "no FFN was found in the model" + (f" ({reasons})" if reasons else ""),
+        hint="trimtab compiles transformers whose FFNs are two or three projections; see `trimtab inspect`",
+    )
+
+
+def _leftovers(
+    scan: Scan, ffns: Sequence[FFN], attentions: Sequence[Attention], misses: Sequence[Miss]
+) -> tuple[list[Linear], list[Unrecognized]]:
+    """The projections that no block claims: those of the head, and those that should have belonged to a block."""
+    blocks = [*(ffn.linears for ffn in ffns), *(attention.linears for attention in attentions)]
+    claimed = {id(linear.y) for linears in blocks for linear in linears}
+    misses = [miss for miss in misses if id(miss.linears[-1].y) not in claimed]
+    after = scan.downstream([f.y for f in ffns] + [a.nodes[-1].outputs[0] for a in attentions])
+    before = scan.upstream([f.x for f in ffns] + [t for a in attentions for n in a.nodes for t in n.inputs])
+    missed = {id(linear.y) for miss in misses if miss.residual for linear in miss.linears}
+
+    head, middle = [], []
+    for linear in scan.linears:
+        last = id(linear.nodes[-1])
+        if id(linear.y) in claimed or id(linear.y) in missed or last not in after:
+            continue
+        (middle if last in before else head).append(linear)
+    heads = {id(linear.y) for linear in head}
+    misses = [miss for miss in misses if id(miss.linears[-1].y) not in heads]
+    explained = {id(linear.y) for miss in misses for linear in miss.linears}
+    unknown = [linear for linear in middle if id(linear.y) not in explained]
+    return head, [*_unrecognized(misses, unknown), *_integer_products(scan), *_without_projections(attentions)]
+
+
+def _unrecognized(misses: Sequence[Miss], unknown: Sequence[Linear]) -> list[Unrecognized]:
+    found = [Unrecognized("FFN", miss.where, miss.why) for miss in misses]
+    return found + [
+        Unrecognized(
+            f"projection {linear.in_features} -> {linear.out_features}",
+            output_name_of(linear.nodes[-1]),
+            "it belongs to no FFN and no attention block that was found",
+        )
+        for linear in unknown
+    ]
+
+
+def _integer_products(scan: Scan) -> list[Unrecognized]:
+    """One entry for each op that multiplies quantized activations."""
+    nodes: dict[str, list[gs.Node]] = {}
+    for node in scan.nodes:
+        if node.op in _INTEGER_PRODUCTS:
+            nodes.setdefault(node.op, []).append(node)
+    why = "products of quantized activations; give the model as it was before quantization"
+    return [Unrecognized(op, output_name_of(found[0]), f"{len(found)} {why}") for op, found in nodes.items()]
+
+
+def _without_projections(attentions: Sequence[Attention]) -> list[Unrecognized]:
+    return [
+        Unrecognized("attention", output_name_of(a.nodes[-1]), "its output projection was not found")
+        for a in attentions
+        if a.out is None
+    ]

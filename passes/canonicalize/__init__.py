@@ -1,0 +1,43 @@
+"""`canonicalize`: what exporters say differently, said one way; big weights stay untouched and unread."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.canonicalize.fold import fold_constants, hoist_constants
+from trimtab.passes.canonicalize.products import lift_gemms, split_fused_bias
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.canonicalize.simplify import remove_copies, remove_reshapes
+from trimtab.passes.contract import Pass, PassContext, PassResult
+
+
+class Canonicalize(Pass):
+    """Rewrites every exporter's graph into the forms that `find_anatomy` and the other passes know.
+
+    * Constant nodes become initializers, and small constant expressions their values.
+    * Identity, inference-time Dropout, one-input Concat, and Casts and Reshapes that change nothing go.
+    * Reshape → Gemm → Reshape (GPT-2's Conv1D) becomes MatMul + Add; a bias fused into an activation becomes an Add.
+    * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
+      tools such as onnxruntime.quantization refuse those.
+
+    Inputs and outputs keep names, types and shapes; model-local functions and other domains' nodes stay.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    summary: ClassVar[str] = "Say one way what exporters say differently; changes no result."
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        details = {
+            "constants": hoist_constants(graph),
+            "copies": remove_copies(graph),
+            "folded": fold_constants(graph),
+            "biases": split_fused_bias(graph),
+        }
+        infer_shapes(graph)
+        details["copies"] += remove_copies(graph)  # types are known now: Casts that change nothing too
+        details["gemms"] = lift_gemms(graph)
+        details["reshapes"] = remove_reshapes(graph)
+        graph.cleanup(remove_unused_graph_inputs=False)
+        return PassResult(self.name, sum(details.values()), details=details)

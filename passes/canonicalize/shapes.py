@@ -1,0 +1,78 @@
+"""Honest shapes of intermediate tensors, and what can be proved from them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype, get_onnx_tensor_shape
+
+from trimtab.passes.graph import topological, values
+from trimtab.passes.graph.shapes import dim, entries
+
+log = logging.getLogger(__name__)
+
+_READ = 64  # most elements of a constant that shape inference may look into
+
+
+def infer_shapes(graph: gs.Graph) -> None:
+    """Replace types and shapes of all intermediate tensors by what ONNX shape inference finds, or by none.
+
+    Weights take part as typed inputs, so that none is read. What an op of another domain puts out is believed.
+    """
+    nodes = topological(graph)
+    local = {(function.domain, function.name) for function in graph.functions}
+    constants = {t.name: t for node in nodes for t in node.inputs if isinstance(t, gs.Constant) and t.dtype is not None}
+    small = {name for name, t in constants.items() if int(np.prod(t.shape, dtype=np.int64)) <= _READ}
+    foreign = [
+        t
+        for node in nodes
+        if node.domain and (node.domain, node.op) not in local
+        for t in node.outputs
+        if t.name and t.dtype is not None
+    ]
+    proto = onnx.helper.make_graph(
+        [OnnxExporter.export_node(node) for node in nodes],
+        "shapes",
+        [_info(t) for t in [*graph.inputs, *(t for name, t in constants.items() if name not in small)]],
+        [_info(t) for t in graph.outputs],
+        [onnx.numpy_helper.from_array(np.asarray(values(constants[name])), name) for name in sorted(small)],
+        value_info=[_info(t) for t in foreign],
+    )
+    model = onnx.helper.make_model(
+        proto, opset_imports=graph.import_domains, functions=[OnnxExporter.export_function(f) for f in graph.functions]
+    )
+    model.ir_version = graph.ir_version or model.ir_version
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    except onnx.shape_inference.InferenceError as error:
+        log.info("shapes of intermediate tensors are not known: %s", error)
+        inferred = []
+    known = {info.name: info for info in inferred}
+    outputs = {id(t) for t in graph.outputs}
+    for node in nodes:
+        for tensor in node.outputs:
+            if id(tensor) not in outputs and tensor.type == "tensor_type":
+                info = known.get(tensor.name)
+                tensor.dtype = tensor.dtype if info is None else get_onnx_tensor_dtype(info)
+                tensor.shape = None if info is None else get_onnx_tensor_shape(info)
+
+
+def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
+    return OnnxExporter.export_value_info_proto(tensor, do_type_check=False)
+
+
+def same_shape(node: gs.Node) -> bool:
+    """True if the Reshape `node` provably keeps the shape.
+
+    The number of elements stays, so if all axes but one are equal, that one is equal too.
+    """
+    source = node.inputs[0]
+    wanted = entries(node.inputs[1])
+    if wanted is None or source.shape is None or len(wanted) != len(source.shape):
+        return False
+    copies = 0 if not node.attrs.get("allowzero", 0) else None
+    return sum(entry != dim(source, axis) and entry != copies for axis, entry in enumerate(wanted)) <= 1

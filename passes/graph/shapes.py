@@ -1,0 +1,57 @@
+"""What can be told of sizes without running the graph."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph.weights import values
+
+_READ = 64  # most elements of a constant that may be a shape
+_DEPTH = 16  # most nodes from a shape to the tensors it is made of
+
+Dim: TypeAlias = int | str | tuple[int, int]
+"""A size: a number, a symbol, or axis `[1]` of the tensor with id `[0]`. Equal values are equal sizes."""
+
+
+def dim(tensor: gs.Tensor, axis: int) -> Dim:
+    """Size of `tensor` along `axis`."""
+    known = tensor.shape[axis] if tensor.shape is not None else None
+    return known if known not in (None, "", -1) else (id(tensor), axis)
+
+
+def entries(tensor: gs.Tensor, depth: int = _DEPTH) -> list[Dim] | None:
+    """The elements of an integer tensor that holds a shape, or None where they cannot be told."""
+    if isinstance(tensor, gs.Constant):
+        small = int(np.prod(tensor.shape, dtype=np.int64)) <= _READ
+        return [int(v) for v in values(tensor).reshape(-1)] if small else None
+    if len(tensor.inputs) != 1 or not depth:
+        return None
+    node = tensor.inputs[0]
+    if not node.inputs:
+        return None
+    source = node.inputs[0]
+    if node.op == "Shape" and source.shape is not None:
+        axes = range(len(source.shape))[int(node.attrs.get("start", 0)) : node.attrs.get("end")]
+        return [dim(source, axis) for axis in axes]
+    if node.op == "Concat":
+        parts = [entries(t, depth - 1) for t in node.inputs]
+        return None if any(part is None for part in parts) else [e for part in parts if part is not None for e in part]
+    if node.op in ("Unsqueeze", "Squeeze", "Cast", "Identity"):
+        return entries(source, depth - 1)
+    if node.op in ("Gather", "Slice"):
+        return _picked(node, entries(source, depth - 1))
+    return None
+
+
+def _picked(node: gs.Node, whole: list[Dim] | None) -> list[Dim] | None:
+    """What a Gather or Slice with constant positions takes from `whole`."""
+    if whole is None or not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
+        return None
+    positions = [values(t).reshape(-1) for t in node.inputs[1:]]
+    if node.op == "Gather":
+        return [whole[int(i)] for i in positions[0] if -len(whole) <= i < len(whole)]
+    step = int(positions[3][0]) if len(positions) > 3 else 1
+    return whole[int(positions[0][0]) : int(positions[1][0]) : step]
