@@ -1,1 +1,7 @@
 """Anything a user has → a Source: an ONNX file that trimtab can read, and what is known about it."""
+
+from trimtab.compiler.sources.from_torch import from_torch
+from trimtab.compiler.sources.open import open_source
+from trimtab.compiler.sources.source import Source
+
+__all__ = ["Source", "from_torch", "open_source"]

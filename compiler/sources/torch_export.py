@@ -33,8 +33,14 @@ def export_module(
         dynamic_shapes: as torch.onnx.export takes it, such as ({0: "batch", 1: "tokens"},); strings name the dimensions.
 
     Raises:
-        ModelError: torch cannot export it; says why.
+        ModelError: a parameter is NaN or infinite, or torch cannot export the module; says why.
     """
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise ModelError(
+                f"weight {name!r}: has values that are NaN or infinite",
+                hint="the model is damaged or its training diverged; use a sound checkpoint",
+            )
     training = {part: part.training for part in module.modules()}  # parts may differ from the whole
     module.eval()
     try:

@@ -20,10 +20,7 @@ _TASK_OUTPUTS = {
     "ForCausalLM": ("logits",),
     "LMHeadModel": ("logits",),
     "ForImageClassification": ("logits",),
-    "EncoderModel": ("last_hidden_state",),
     "Model": ("last_hidden_state",),
-    "Encoder": ("last_hidden_state",),
-    "Stack": ("last_hidden_state",),
 }
 """What the end of an architecture's name says that it returns. The first end that fits counts."""
 
@@ -38,15 +35,14 @@ class Exportable(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel, pooling: Pooling | None = None) -> None:
         super().__init__()
-        config = model.config
         takes = inspect.signature(model.forward).parameters
         model.set_attn_implementation("eager")  # plain MatMul and Softmax, which every target knows
-        config.use_cache = False
+        model.config.use_cache = False
         self.model = model
         self.pooling = pooling
         self.inputs = _inputs(model)
         self.outputs = task_outputs(type(model).__name__) + (("sentence_embedding",) if pooling else ())
-        self._positions = bool(getattr(config, "rope_parameters", None)) and "position_ids" in takes
+        self._positions = bool(getattr(model.config, "rope_parameters", None)) and "position_ids" in takes
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         feeds = dict(zip(self.inputs, tensors, strict=True))
@@ -104,7 +100,9 @@ def _inputs(model: PreTrainedModel) -> tuple[str, ...]:
     if main == "pixel_values":
         return (main,)
     if main != "input_ids":
-        raise ModelError(f"{type(model).__name__} reads {main}; text (input_ids) and images (pixel_values) are supported")
+        raise ModelError(
+            f"{type(model).__name__} reads {main}; text (input_ids) and images (pixel_values) are supported"
+        )
     takes = inspect.signature(model.forward).parameters
     names = ["input_ids"]
     if "attention_mask" in takes:

@@ -1,0 +1,124 @@
+"""A Hugging Face directory, read without torch: what is in it, and whether it is safe and sound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from trimtab.compiler.build import hash_file
+from trimtab.compiler.sources.folder import read_json
+from trimtab.compiler.sources.sentence import PoolingConfig, sentence_parts
+from trimtab.passes.errors import ModelError
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_FULL_HASH = 1 << 30  # bytes of a weight file up to which all of it is hashed (about a second)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformer's config and weights.
+
+    Attributes:
+        folder: what the user gave.
+        model: where config.json and the weights lie: `folder`, or below it.
+        config: the content of config.json.
+        architecture: name of the transformers class.
+        weights: the weight files.
+        pooling: of a sentence-transformers folder.
+    """
+
+    folder: Path
+    model: Path
+    config: dict[str, Any]
+    architecture: str
+    weights: tuple[Path, ...]
+    pooling: PoolingConfig | None
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what is exported. A weight file over 1 GiB counts by its size and time of change."""
+        digest = hashlib.sha256(json.dumps([self.config, self.pooling], sort_keys=True).encode())
+        for path in self.weights:
+            stat = path.stat()
+            content = (
+                hash_file(path) if stat.st_size <= _FULL_HASH else f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+            )
+            digest.update(f"{path.name} {content}\n".encode())
+        return digest.hexdigest()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """True if `folder` is meant as a Hugging Face directory: it has a config and no ONNX file in place of weights."""
+    if (folder / "modules.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and (_any_weights(folder) or not (folder / "model.onnx").is_file())
+
+
+def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Look into a Hugging Face directory.
+
+    Raises:
+        ModelError: its code, its weights' format, or damage forbids to export it; says which.
+    """
+    model, pooling = sentence_parts(folder)
+    config = read_json(model / "config.json")
+    if not isinstance(config, dict):
+        raise ModelError(f"{model / 'config.json'}: not a model's configuration")
+    if "auto_map" in config:
+        raise ModelError(
+            f"{folder}: the model brings its own code (auto_map in config.json), which trimtab never runs",
+            hint="load it yourself and give the module to trimtab.compiler.from_torch, or export it to ONNX",
+        )
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder}: the checkpoint is quantized ({config['quantization_config'].get('quant_method', 'unknown')})",
+            hint="give the unquantized checkpoint; trimtab's passes quantize it",
+        )
+    names = config.get("architectures") or []
+    if not names:
+        raise ModelError(
+            f"{model / 'config.json'}: names no architecture",
+            hint='add the class of the model, such as "architectures": ["BertModel"]',
+        )
+    return Checkpoint(folder, model, config, str(names[0]), _weights(model, allow_pickle), pooling)
+
+
+def _any_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", *_PICKLES))
+
+
+def _weights(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
+    """The weight files that transformers would read, in its order of preference."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return (_sound(whole),)
+    if index.is_file():
+        named = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in named:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ModelError(
+                    f"{index}: names the weight file {name!r}, which is not in the folder", hint="download the rest"
+                )
+        return tuple(_sound(folder / name) for name in named)
+    pickles = tuple(sorted(path for pattern in _PICKLES for path in folder.glob(pattern)))
+    if not pickles:
+        raise ModelError(f"{folder}: has a config, but no model.safetensors", hint="download the weights, too")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder}: its weights are pickled ({pickles[0].name}), which can run code of their author when they are read",
+            hint="convert them to safetensors, or say --allow-pickle (allow_pickle=True) if you trust where they come from",
+        )
+    return pickles
+
+
+def _sound(path: Path) -> Path:
+    try:
+        with safe_open(path, framework="numpy"):  # reads the header, and compares it with the size of the file
+            return path
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: truncated, or not a safetensors file ({error})", hint="download it again") from error

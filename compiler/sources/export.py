@@ -1,0 +1,71 @@
+"""`python -m trimtab.compiler.sources.export`: a Hugging Face directory → ONNX, in a process of its own.
+
+So torch's memory is free again when the compile begins, and a crash of the exporter is one clear error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from trimtab.compiler.sources.pooling import Pooling
+from trimtab.compiler.sources.transformer import Exportable, task_outputs
+from trimtab.passes.errors import ModelError, TrimtabError
+
+ERROR_FILE = "error.json"
+
+
+def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -> transformers.PreTrainedModel:
+    """The model in float32 and eval mode. Of T5 and its kin, the encoder alone.
+
+    Raises:
+        ModelError: transformers has no such class, or weights are missing.
+    """
+    if architecture.endswith("T5ForConditionalGeneration") or architecture.endswith("T5Model"):
+        architecture = architecture[: architecture.index("T5") + 2] + "EncoderModel"
+    outputs = task_outputs(architecture)
+    found = getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers {transformers.__version__} has no architecture {architecture}")
+    options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
+    model, info = found.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{architecture} is an encoder-decoder", hint="of these, T5's encoder is supported")
+    # Checkpoints often lack the pooler, which token states do not need.
+    missing = [name for name in info["missing_keys"] if "pooler." not in name or outputs != ("last_hidden_state",)]
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{folder}: the weights of {architecture} lack {sorted(missing)[0]}{rest}",
+            hint="the checkpoint is of another architecture than config.json says, or incomplete",
+        )
+    return model.eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("architecture")
+    parser.add_argument("--allow-pickle", action="store_true")
+    parser.add_argument("--pooling", nargs=2, metavar=("MODE", "NORMALIZE"))
+    options = parser.parse_args()
+    try:
+        model = load_model(options.folder, options.architecture, allow_pickle=options.allow_pickle)
+        pooling = Pooling(options.pooling[0], options.pooling[1] == "True") if options.pooling else None
+        Exportable(model, pooling).export(options.out / "model.onnx")
+    except TrimtabError as error:
+        (options.out / ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""Torch module → Source, in this process."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.compiler.build import hash_file
+from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.sources.source import Source
+from trimtab.passes.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def from_torch(
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Source:
+    """Export `module` to ONNX as it computes in eval mode.
+
+    Args:
+        args, kwargs: example inputs, as the module's forward takes them. A dimension that is to be dynamic needs a size of
+            2 or more here: torch takes 0 and 1 for constants.
+        dynamic_shapes: the dynamic dimensions with their names, in the shape of `args`:
+            `({0: "batch", 1: "tokens"}, {0: "batch", 1: "tokens"})`. Without it, all shapes are fixed to the examples'.
+        name: what messages call it; by default its class.
+
+    Raises:
+        ModelError: torch is missing or cannot export the module; says why.
+    """
+    try:
+        from trimtab.compiler.sources.torch_export import export_module
+    except ImportError as error:
+        raise ModelError(
+            f"reading a torch module needs {error.name}", hint='pip install "trimtab[huggingface]"'
+        ) from error
+    root = cache_dir() / "sources"
+    root.mkdir(exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="torch-", suffix=".part", dir=root))
+    try:
+        export_module(
+            module, args, part / "model.onnx", kwargs=kwargs, dynamic_shapes=dynamic_shapes,
+            input_names=input_names, output_names=output_names,
+        )  # fmt: skip
+        # Named by content: a module that is given again lands where it was, and the cache does not grow.
+        digests = [hash_file(path) for path in sorted(part.iterdir())]
+        folder = root / ("torch-" + "-".join(digest[:16] for digest in digests))
+        if not folder.exists():
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Source(name or type(module).__name__, folder / "model.onnx", None, None, None, "torch")

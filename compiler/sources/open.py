@@ -1,0 +1,67 @@
+"""Path → Source: finds out what lies there, or says what could have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimtab.compiler.sources.checkpoint import is_checkpoint, read_checkpoint
+from trimtab.compiler.sources.folder import class_labels, optional_json, token_limit, tokenizer_folder
+from trimtab.compiler.sources.huggingface import exported
+from trimtab.compiler.sources.source import Source
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.io import load_graph
+
+_ACCEPTED = (
+    "give a Hugging Face directory (config.json and *.safetensors), an ONNX file, or a directory with model.onnx; "
+    "torch modules go through trimtab.compiler.from_torch"
+)
+
+
+def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
+    """Open a model. A Hugging Face directory is exported with torch the first time, and found in the cache after that.
+
+    Args:
+        model: Hugging Face or sentence-transformers directory, ONNX file, or directory with model.onnx.
+        allow_pickle: read pickled weights, which can run code of their author.
+
+    Raises:
+        ModelError: not a model, damaged, or not one that can be exported; says what and why.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if is_checkpoint(path):
+            return _open_checkpoint(path, allow_pickle)
+        if (path / "model.onnx").is_file():
+            return _open_onnx(path / "model.onnx", path)
+        raise ModelError(f"{path}: no model in this directory", hint=_ACCEPTED)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file or directory", hint=_ACCEPTED)
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        raise ModelError(f"{path}: weights alone, without the model they belong to", hint=_ACCEPTED)
+    return _open_onnx(path, path)
+
+
+def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
+    checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+    return Source(
+        origin=str(folder),
+        onnx=exported(checkpoint, allow_pickle=allow_pickle),
+        tokenizer=tokenizer_folder(checkpoint.model, folder),
+        labels=class_labels(checkpoint.config),
+        max_tokens=token_limit(checkpoint.model, checkpoint.config),
+        kind="huggingface",
+    )
+
+
+def _open_onnx(path: Path, origin: Path) -> Source:
+    load_graph(path)  # refuses what is not a model before anything else begins
+    folder = path.parent
+    config = optional_json(folder / "config.json")
+    return Source(
+        origin=str(origin),
+        onnx=path,
+        tokenizer=tokenizer_folder(folder),
+        labels=class_labels(config),
+        max_tokens=token_limit(folder, config),
+        kind="onnx",
+    )
