@@ -1,4 +1,4 @@
-"""Surroundings of every test: no network, a cache of its own, one thread, and the evaluation data where it is present."""
+"""Surroundings of every test: no network, a cache of its own, one thread, and the evaluation data where present."""
 
 from __future__ import annotations
 

@@ -23,38 +23,121 @@ from filelock import FileLock
 TEXT = 64
 """Most tokens that any of the models takes."""
 
-_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("BertForSequenceClassification", dict(
-        vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
-        max_position_embeddings=TEXT, num_labels=3)),
-    "roberta": ("RobertaForSequenceClassification", dict(
-        vocab_size=103, hidden_size=40, num_hidden_layers=2, num_attention_heads=5, intermediate_size=72,
-        max_position_embeddings=TEXT + 2, num_labels=5, type_vocab_size=1)),
-    "distilbert": ("DistilBertModel", dict(
-        vocab_size=107, dim=48, n_layers=3, n_heads=3, hidden_dim=88, max_position_embeddings=TEXT)),
-    "vit": ("ViTForImageClassification", dict(
-        hidden_size=36, num_hidden_layers=2, num_attention_heads=3, intermediate_size=68, image_size=24, patch_size=8,
-        num_labels=7)),
-    "gpt2": ("GPT2LMHeadModel", dict(
-        vocab_size=109, n_embd=40, n_layer=2, n_head=4, n_inner=104, n_positions=TEXT)),
-    "opt": ("OPTForCausalLM", dict(
-        vocab_size=113, hidden_size=48, num_hidden_layers=3, ffn_dim=92, num_attention_heads=4,
-        max_position_embeddings=TEXT, word_embed_proj_dim=48)),
-    "gpt_neox": ("GPTNeoXForCausalLM", dict(
-        vocab_size=127, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=116,
-        max_position_embeddings=TEXT)),
-    "llama": ("LlamaForCausalLM", dict(
-        vocab_size=131, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=108, max_position_embeddings=TEXT)),
-    "qwen2": ("Qwen2ForCausalLM", dict(
-        vocab_size=137, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=124, max_position_embeddings=TEXT)),
-    "gemma": ("GemmaForCausalLM", dict(
-        vocab_size=139, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-        intermediate_size=136, max_position_embeddings=TEXT)),
-    "t5": ("T5EncoderModel", dict(
-        vocab_size=149, d_model=40, d_kv=12, d_ff=96, num_layers=2, num_heads=4)),
-}  # fmt: skip
+
+def _model(architecture: str, **sizes: int) -> tuple[str, dict[str, int]]:
+    return architecture, sizes
+
+
+_CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
+    "bert": _model(
+        "BertForSequenceClassification",
+        vocab_size=101,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=TEXT,
+        num_labels=3,
+    ),
+    "roberta": _model(
+        "RobertaForSequenceClassification",
+        vocab_size=103,
+        hidden_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        intermediate_size=72,
+        max_position_embeddings=TEXT + 2,
+        num_labels=5,
+        type_vocab_size=1,
+    ),
+    "distilbert": _model(
+        "DistilBertModel",
+        vocab_size=107,
+        dim=48,
+        n_layers=3,
+        n_heads=3,
+        hidden_dim=88,
+        max_position_embeddings=TEXT,
+    ),
+    "vit": _model(
+        "ViTForImageClassification",
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=68,
+        image_size=24,
+        patch_size=8,
+        num_labels=7,
+    ),
+    "gpt2": _model(
+        "GPT2LMHeadModel",
+        vocab_size=109,
+        n_embd=40,
+        n_layer=2,
+        n_head=4,
+        n_inner=104,
+        n_positions=TEXT,
+    ),
+    "opt": _model(
+        "OPTForCausalLM",
+        vocab_size=113,
+        hidden_size=48,
+        num_hidden_layers=3,
+        ffn_dim=92,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT,
+        word_embed_proj_dim=48,
+    ),
+    "gpt_neox": _model(
+        "GPTNeoXForCausalLM",
+        vocab_size=127,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=116,
+        max_position_embeddings=TEXT,
+    ),
+    "llama": _model(
+        "LlamaForCausalLM",
+        vocab_size=131,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=108,
+        max_position_embeddings=TEXT,
+    ),
+    "qwen2": _model(
+        "Qwen2ForCausalLM",
+        vocab_size=137,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=124,
+        max_position_embeddings=TEXT,
+    ),
+    "gemma": _model(
+        "GemmaForCausalLM",
+        vocab_size=139,
+        hidden_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=136,
+        max_position_embeddings=TEXT,
+    ),
+    "t5": _model(
+        "T5EncoderModel",
+        vocab_size=149,
+        d_model=40,
+        d_kv=12,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+    ),
+}
 
 FAMILIES = tuple(_CONFIGS)
 EXPORTERS = ("dynamo", "torchscript", "genai")
@@ -173,7 +256,7 @@ def _torchscript(family: str, folder: Path) -> None:
         torch.onnx.export(
             module, module.examples(), folder / "model.onnx", dynamo=False, opset_version=17,
             input_names=module.inputs, output_names=module.outputs,
-            dynamic_axes={name: axes for name in module.inputs} | {name: out for name in module.outputs},
+            dynamic_axes=dict.fromkeys(module.inputs, axes) | dict.fromkeys(module.outputs, out),
         )  # fmt: skip
 
 

@@ -45,9 +45,8 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps([self.config, self.pooling], sort_keys=True).encode())
         for path in self.weights:
             stat = path.stat()
-            content = (
-                hash_file(path) if stat.st_size <= _FULL_HASH else f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            )
+            large = stat.st_size > _FULL_HASH
+            content = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else hash_file(path)
             digest.update(f"{path.name} {content}\n".encode())
         return digest.hexdigest()
 
@@ -110,8 +109,8 @@ def _weights(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
         raise ModelError(f"{folder}: has a config, but no model.safetensors", hint="download the weights, too")
     if not allow_pickle:
         raise ModelError(
-            f"{folder}: its weights are pickled ({pickles[0].name}), which can run code of their author when they are read",
-            hint="convert them to safetensors, or say --allow-pickle (allow_pickle=True) if you trust where they come from",
+            f"{folder}: its weights are pickled ({pickles[0].name}), and reading them can run code of their author",
+            hint="convert them to safetensors, or if you trust them say --allow-pickle (in Python allow_pickle=True)",
         )
     return pickles
 

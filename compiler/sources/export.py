@@ -26,20 +26,22 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
     Raises:
         ModelError: transformers has no such class, or weights are missing.
     """
-    if architecture.endswith("T5ForConditionalGeneration") or architecture.endswith("T5Model"):
+    if architecture.endswith(("T5ForConditionalGeneration", "T5Model")):
         architecture = architecture[: architecture.index("T5") + 2] + "EncoderModel"
     outputs = task_outputs(architecture)
     found = getattr(transformers, architecture, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no architecture {architecture}")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
-    model, info = found.from_pretrained(
+    # Any: with output_loading_info it returns a pair, which its annotations leave out.
+    loaded: Any = found.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
     )
+    model: transformers.PreTrainedModel = loaded[0]
     if model.config.is_encoder_decoder:
         raise ModelError(f"{architecture} is an encoder-decoder", hint="of these, T5's encoder is supported")
     # Checkpoints often lack the pooler, which token states do not need.
-    missing = [name for name in info["missing_keys"] if "pooler." not in name or outputs != ("last_hidden_state",)]
+    missing = [name for name in loaded[1]["missing_keys"] if "pooler." not in name or outputs != ("last_hidden_state",)]
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(

@@ -8,14 +8,7 @@ from typing import Any
 
 from trimtab.passes.errors import ModelError
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "tokenizer.model",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 _UNLIMITED = 1 << 20  # tokenizers say 1e30 for "no limit"
 
 

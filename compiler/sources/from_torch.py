@@ -30,8 +30,8 @@ def from_torch(
     """Export `module` to ONNX as it computes in eval mode.
 
     Args:
-        args, kwargs: example inputs, as the module's forward takes them. A dimension that is to be dynamic needs a size of
-            2 or more here: torch takes 0 and 1 for constants.
+        args, kwargs: example inputs, as the module's forward takes them. A dimension that is to be dynamic needs a size
+            of 2 or more here: torch takes 0 and 1 for constants.
         dynamic_shapes: the dynamic dimensions with their names, in the shape of `args`:
             `({0: "batch", 1: "tokens"}, {0: "batch", 1: "tokens"})`. Without it, all shapes are fixed to the examples'.
         name: what messages call it; by default its class.

@@ -29,8 +29,8 @@ def export_module(
     """Write `module` to `path`, with its weights in `<name>.data` beside it. The module keeps its modes.
 
     Args:
-        args, kwargs: example inputs. Where a dimension is to be dynamic, give it a size of 2 or more: torch bakes in 0 and 1.
-        dynamic_shapes: as torch.onnx.export takes it, such as ({0: "batch", 1: "tokens"},); strings name the dimensions.
+        args, kwargs: example inputs. Dynamic dimensions need a size of 2 or more: torch bakes in 0 and 1.
+        dynamic_shapes: as torch.onnx.export takes it, such as ({0: "batch", 1: "tokens"},); strings name dimensions.
 
     Raises:
         ModelError: a parameter is NaN or infinite, or torch cannot export the module; says why.
