@@ -26,7 +26,7 @@ from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
-from trimtab.passes.anatomy import Anatomy, find_anatomy
+from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.errors import DataError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
 from trimtab.passes.profile import Profile
@@ -111,7 +111,7 @@ class _Compile:
             graph = self.source.graph()
             anatomy = find_anatomy(graph)
             if self.recipe.needs_profile:
-                anatomy.require_ffns()
+                require_ffns(anatomy)
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -140,7 +140,7 @@ class _Compile:
         manifest = Manifest(
             key=self.key,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            origin=self.source.origin,
+            origin=_origin(self.source),
             source=str(self.source.onnx.resolve()),
             graph=hash_file(self.source.onnx),
             fingerprint=self.source.fingerprint,
@@ -175,6 +175,11 @@ class _Compile:
             for name in _TOKENIZER_FILES:
                 if (self.source.tokenizer / name).is_file():
                     shutil.copyfile(self.source.tokenizer / name, folder / TOKENIZER / name)
+
+
+def _origin(source: Source) -> str:
+    """How the model can be found again, from any working directory."""
+    return source.origin if source.kind == "torch" else str(Path(source.origin).expanduser().resolve())
 
 
 def _key(

@@ -111,7 +111,7 @@ class Profile:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         try:
-            tensors = {name: np.ascontiguousarray(value) for name, value in self.tensors.items()}
+            tensors = {name: np.asarray(value, order="C") for name, value in self.tensors.items()}
             save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
             part.replace(path)
         except OSError as error:

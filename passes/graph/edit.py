@@ -13,7 +13,7 @@ def constant(name: str, array: np.ndarray | onnx.TensorProto) -> gs.Constant:
     if isinstance(array, onnx.TensorProto):
         array.name = name
         return gs.Constant(name, LazyValues(array))
-    return gs.Constant(name, np.ascontiguousarray(array))
+    return gs.Constant(name, np.asarray(array, order="C"))  # ascontiguousarray would make a scalar [1]
 
 
 def insert(

@@ -1,0 +1,254 @@
+"""Build directories: whole or not at all, one writer at a time, nothing foreign overwritten, damage found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.compiler import build as build_module
+from trimtab.compiler.build import BuildWriter, find_build, open_build, update_manifest
+from trimtab.compiler.manifest import NAME, Manifest, SelfCheck, Sizes
+from trimtab.compiler.recipe import Recipe
+from trimtab.passes.errors import BuildError
+
+
+def manifest(**changes: Any) -> Manifest:
+    base: dict[str, Any] = {
+        "key": "k", "created": "2030-01-01T00:00:00+00:00", "origin": "model", "source": "/m.onnx", "graph": "g",
+        "fingerprint": "f", "family": "bert", "inputs": (), "outputs": (), "target": "onnxruntime", "capability": {},
+        "recipe": Recipe(passes=()).model_dump(mode="json"), "versions": {"trimtab": "0"}, "passes": (), "seconds": {},
+        "sizes": Sizes(dense_bytes=2, compiled_bytes=1, dense_ffn_bytes=1), "check": SelfCheck(ran=False, why="a test"),
+    }  # fmt: skip
+    return Manifest(**base | changes)
+
+
+def write(out: Path, text: str = "weights", **changes: Any) -> None:
+    with BuildWriter(out) as writer:
+        (writer.folder / "model").mkdir()
+        (writer.folder / "model" / "model.onnx").write_text(text)
+        writer.commit(manifest(**changes))
+
+
+def around(out: Path) -> list[str]:
+    """What lies in the folder of `out`, hidden or not."""
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+def test_a_build_is_found_again_as_it_was_written(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "build"
+    write(out)
+    found = open_build(out)
+    assert found.model.read_text() == "weights"
+    assert found.manifest.files["model/model.onnx"].bytes == len("weights")
+    assert set(found.manifest.files) == {"model/model.onnx", "report.md"}
+    assert around(out) == ["build"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_after_an_error_all_is_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    fresh, old = tmp_path / "a" / "b" / "build", tmp_path / "old"
+    write(old, "old")
+    for out in (fresh, old):
+        with pytest.raises(type(error)), BuildWriter(out) as writer:
+            (writer.folder / "half").write_text("half")
+            raise error
+    assert around(old) == ["old"]
+    assert open_build(old).model.read_text() == "old"
+
+
+def test_leaving_without_a_commit_writes_nothing(tmp_path: Path) -> None:
+    with BuildWriter(tmp_path / "build"):
+        pass
+    assert around(tmp_path / "build") == []
+
+
+def test_a_build_is_replaced_whole(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    write(out, "old")
+    (out / "model" / "stray").write_text("stray")
+    write(out, "new")
+    assert open_build(out).model.read_text() == "new"
+    assert not (out / "model" / "stray").exists()
+    assert around(out) == ["build"]
+
+
+def test_a_link_keeps_pointing_at_the_build(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("build")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert open_build(tmp_path / "build").model.is_file()
+
+
+@pytest.mark.parametrize("inside", ["notes.txt", NAME])
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, inside: str) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / inside).write_text('{"name": "my web application"}')
+    with pytest.raises(BuildError, match="not a build"):
+        write(out)
+    assert (out / inside).read_text() == '{"name": "my web application"}'
+    assert around(out) == ["mine"]
+
+
+def test_a_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BuildError, match="not a directory"):
+        write(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_directory_is_used(tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    write(tmp_path / "build")
+    assert open_build(tmp_path / "build").model.is_file()
+
+
+@pytest.mark.parametrize("where", ["file/build", "file/deep/build", "/proc/build", "/proc/deep/build", "/"])
+def test_where_nothing_can_be_written(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BuildError) as caught:
+        write(tmp_path / where)
+    assert caught.value.hint
+    assert around(tmp_path / "file") == ["file"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "build", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BuildError, match="No space left") as caught:
+        write(tmp_path / "build", "new")
+    assert "free some space" in str(caught.value)
+    assert around(tmp_path / "build") == ["build"]
+    assert open_build(tmp_path / "build").model.read_text() == "old"
+
+
+def other_process(code: str, out: Path) -> subprocess.Popen[str]:
+    """A process that enters a BuildWriter of `out`, says so, and then runs `code`."""
+    script = f"""
+        import sys
+        from trimtab.compiler.build import BuildWriter
+        with BuildWriter(sys.argv[1]) as writer:
+            (writer.folder / "half").write_text("half")
+            print("in", flush=True)
+            {code}
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(out)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    other = other_process("sys.stdin.read()", out)
+    with pytest.raises(BuildError, match="another process is writing"):
+        write(out)
+    other.communicate("")
+    assert around(out) == []
+    write(out)
+    assert around(out) == ["build"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    other = other_process("sys.stdin.read()", out)
+    other.kill()
+    other.wait()
+    assert len(around(out)) == 2  # the unfinished build and its lock
+    write(out)
+    assert around(out) == ["build"]
+    assert set(open_build(out).manifest.files) == {"model/model.onnx", "report.md"}
+
+
+def test_a_process_killed_between_the_two_renames(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    write(out, "old")
+    out.rename(build_module._sibling(out, "old"))
+    with pytest.raises(ValueError, match="later"), BuildWriter(out):
+        raise ValueError("later")
+    assert open_build(out).model.read_text() == "old"
+    assert around(out) == ["build"]
+
+
+def test_an_update_keeps_the_build_whole(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    write(out)
+    update_manifest(open_build(out), quality={"accuracy": 0.9})
+    update_manifest(open_build(out), speed={"runs": [{"name": "dense", "median_ms": 2.5}]})
+    found = open_build(out).manifest
+    assert found.quality == {"accuracy": 0.9}
+    assert found.speed["runs"][0]["median_ms"] == 2.5
+    report = (out / "report.md").read_text()
+    assert "| accuracy | 0.9 |" in report
+    assert "| dense | 2.5 |" in report
+    assert around(out) == ["build"]
+
+
+@pytest.mark.parametrize("size", ["same", "other"])
+def test_a_damaged_file_is_named(tmp_path: Path, size: str) -> None:
+    write(tmp_path / "build")
+    path = tmp_path / "build" / "model" / "model.onnx"
+    path.write_text("wEights" if size == "same" else "w")
+    with pytest.raises(BuildError, match=r"model/model\.onnx: damaged"):
+        open_build(tmp_path / "build")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "build")
+    (tmp_path / "build" / "model" / "model.onnx").unlink()
+    with pytest.raises(BuildError, match=r"model/model\.onnx: missing"):
+        open_build(tmp_path / "build")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"fingerprint": 3}, "damaged"),
+        ({"surprise": 1}, "damaged"),
+        ({"tool": "other"}, "damaged"),
+        ({"files": {"../x": {"sha256": "", "bytes": 0}}}, "outside the build"),
+        ({"files": {"/etc/passwd": {"sha256": "", "bytes": 0}}}, "outside the build"),
+    ],
+)
+def test_manifests_that_cannot_be_trusted(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    write(tmp_path / "build")
+    path = tmp_path / "build" / NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BuildError, match=said):
+        open_build(tmp_path / "build")
+
+
+def test_no_build(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no such build directory"):
+        open_build(tmp_path / "none")
+    with pytest.raises(BuildError, match="not a build"):
+        open_build(tmp_path)
+    write(tmp_path / "build")
+    (tmp_path / "build" / NAME).write_text("{")
+    with pytest.raises(BuildError, match="damaged"):
+        open_build(tmp_path / "build")
+
+
+def test_only_a_sound_build_of_the_same_inputs_is_reused(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    assert find_build(out, "k") is None
+    write(out, key="k")
+    found = find_build(out, "k")
+    assert found is not None
+    assert found.reused
+    assert find_build(out, "other") is None
+    (out / "model" / "model.onnx").write_text("damaged")
+    assert find_build(out, "k") is None

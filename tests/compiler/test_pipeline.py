@@ -1,0 +1,243 @@
+"""Compiling: what a build contains, what is reused, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from onnx import numpy_helper
+
+from trimtab import passes
+from trimtab.compiler import load, profiling
+from trimtab.compiler.build import open_build
+from trimtab.compiler.pipeline import compile_model
+from trimtab.compiler.recipe import load_recipe
+from trimtab.compiler.targets.base import MODEL
+from trimtab.compiler.targets.onnxruntime import OnnxRuntime, OnnxRuntimeRunner
+from trimtab.passes.errors import BuildError, DataError, ModelError, PassError, ProfileError, RecipeError, TargetError
+from trimtab.passes.profile import Profile
+
+CALIBRATION = {"samples": 16, "batch_size": 4, "max_tokens": 12, "states": 64}
+RECIPE = {"passes": ["canonicalize", {"dampen": {"factor": 0.5}}], "calibration": CALIBRATION, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(passes._PASSES, "dampen", tiny.PASS)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.model(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tiny.data(tmp_path / "data.npz")
+
+
+def test_a_compile_does_what_its_passes_say(model: Path, data: Path, tmp_path: Path) -> None:
+    """y = x + FFN(x); with the down projection halved, all of the FFN but its last bias is halved."""
+    said: list[str] = []
+    build = compile_model(
+        model, RECIPE, tmp_path / "build", data=data, progress=lambda what, done, total: said.append(what)
+    )
+    feeds = {"input_ids": tiny.ids(3, 11, seed=5)}
+    found = load(build.path).run(feeds)["last_hidden_state"]
+    identity = compile_model(model, {"passes": ["canonicalize"]}, tmp_path / "identity").path
+    dense = load(identity).run(feeds)["last_hidden_state"]
+    w = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in onnx.load(model).graph.initializer}
+    x = w["table"][feeds["input_ids"]]
+    hidden = np.maximum(x @ w["up"] + w["up_bias"], 0) @ w["down"]
+    np.testing.assert_allclose(dense, x + hidden + w["down_bias"], atol=1e-5)
+    np.testing.assert_allclose(found, x + hidden / 2 + w["down_bias"], atol=1e-5)
+    assert {"open the model", "calibrate", "write the model", "check the engine"} <= set(said)
+
+
+def test_the_manifest_says_what_was_done(model: Path, data: Path, tmp_path: Path) -> None:
+    build = compile_model(model, RECIPE, tmp_path / "build", data=data)
+    manifest = open_build(build.path).manifest
+    assert manifest == build.manifest
+    assert manifest.origin == str(model)
+    assert [report.name for report in manifest.passes] == ["canonicalize", "dampen"]
+    assert manifest.passes[1].changed == 1
+    assert manifest.passes[1].left[0].where == "layer 9 FFN"
+    params = tiny.ROWS * tiny.WIDTH + 2 * tiny.WIDTH * tiny.NEURONS + tiny.NEURONS + tiny.WIDTH
+    assert manifest.sizes.dense_bytes == manifest.sizes.compiled_bytes == 4 * params
+    assert manifest.sizes.dense_ffn_bytes == 4 * (params - tiny.ROWS * tiny.WIDTH)
+    assert manifest.sizes.compiled_ffn_bytes == 123
+    assert load_recipe(manifest.recipe) == load_recipe(RECIPE) == load_recipe(build.path / "recipe.yaml")
+    assert manifest.check.ran
+    assert 0.01 < (manifest.check.outputs[0].relative_l2 or 0) < 1
+    assert set(manifest.files) >= {
+        "model/model.onnx", "model/model.onnx.data", "profile.safetensors", "recipe.yaml", "report.md",
+    }  # fmt: skip
+    assert Profile.load(build.path / "profile.safetensors").info.model == manifest.fingerprint
+    report = (build.path / "report.md").read_text()
+    assert "| layer 9 FFN | it does not exist |" in report
+    assert "| 0 | 0.5 |" in report
+
+
+def test_nothing_changed_nothing_done(model: Path, data: Path, tmp_path: Path) -> None:
+    first = compile_model(model, RECIPE, tmp_path / "build", data=data)
+    again = compile_model(model, RECIPE, tmp_path / "build", data=data)
+    assert not first.reused
+    assert again.reused
+    assert again.manifest == first.manifest
+    assert not compile_model(model, RECIPE, tmp_path / "build", data=data, force=True).reused
+
+
+def test_every_input_counts(model: Path, data: Path, tmp_path: Path) -> None:
+    def compiled_anew(model: Path = model, recipe: dict[str, Any] = RECIPE, data: Path = data) -> bool:
+        return not compile_model(model, recipe, tmp_path / "build", data=data).reused
+
+    assert compiled_anew()
+    assert compiled_anew(recipe=RECIPE | {"passes": [{"dampen": {"factor": 0.75}}]})
+    assert compiled_anew(recipe=RECIPE | {"workload": {"batch": 2}})
+    assert compiled_anew(data=tiny.data(tmp_path / "more.npz", samples=40))
+    assert compiled_anew(model=tiny.model(tmp_path / "other.onnx", seed=1))
+    assert not compiled_anew(model=tmp_path / "other.onnx")
+
+
+def test_a_damaged_build_is_made_anew(model: Path, tmp_path: Path) -> None:
+    build = compile_model(model, {"passes": []}, tmp_path / "build")
+    build.model.write_text("damaged")
+    assert not compile_model(model, {"passes": []}, tmp_path / "build").reused
+    load(tmp_path / "build")
+
+
+def test_an_interrupted_compile_need_not_calibrate_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counting(*args: Any, **options: Any) -> Profile:
+        calls.append(options)
+        return calibrate(*args, **options)
+
+    calibrate = profiling.calibrate
+    monkeypatch.setattr(profiling, "calibrate", counting)
+    with monkeypatch.context() as broken:
+        broken.setattr(tiny.Dampen, "run", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compile_model(model, RECIPE, tmp_path / "build", data=data)
+    assert not (tmp_path / "build").exists()
+    compile_model(model, RECIPE, tmp_path / "build", data=data)
+    assert len(calls) == 1
+    compile_model(model, RECIPE | {"calibration": CALIBRATION | {"seed": 1}}, tmp_path / "build", data=data)
+    assert len(calls) == 2
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_profile_in_the_cache_is_measured_anew(model: Path, data: Path, tmp_path: Path) -> None:
+    first = compile_model(model, RECIPE, tmp_path / "build", data=data)
+    (kept,) = (tmp_path / "cache" / "profiles").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    second = compile_model(model, RECIPE, tmp_path / "second", data=data)
+    assert second.manifest.profile == first.manifest.profile
+
+
+def test_a_profile_takes_the_place_of_data(model: Path, data: Path, tmp_path: Path) -> None:
+    first = compile_model(model, RECIPE, tmp_path / "build", data=data)
+    second = compile_model(model, RECIPE, tmp_path / "second", profile=first.path / "profile.safetensors")
+    assert second.manifest.profile == first.manifest.profile
+    assert second.manifest.data == first.manifest.data
+    assert "calibrate" not in second.manifest.seconds
+
+
+def test_the_check_can_be_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.compiler import selfcheck
+
+    build = compile_model(model, {"passes": [], "check": False}, tmp_path / "build")
+    assert not build.manifest.check.ran
+    monkeypatch.setattr(selfcheck, "LIMIT", 100)
+    build = compile_model(model, {"passes": []}, tmp_path / "build")
+    assert "memory" in (build.manifest.check.why or "")
+    assert "Not run" in (build.path / "report.md").read_text()
+
+
+def refused(kind: type[Exception], tmp_path: Path, *args: Any, **options: Any) -> str:
+    """The message of a compile that fails, after which nothing lies where the build would be."""
+    before = sorted(path.name for path in tmp_path.iterdir() if path.name != "cache")
+    with pytest.raises(kind) as caught:
+        compile_model(*args, tmp_path / "build", **options)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == before
+    return str(caught.value)
+
+
+def test_a_pass_that_needs_data_gets_none(model: Path, tmp_path: Path) -> None:
+    message = refused(DataError, tmp_path, model, RECIPE)
+    assert "pass dampen" in message
+    assert "--data" in message
+
+
+def test_a_profile_of_another_model(model: Path, data: Path, tmp_path: Path) -> None:
+    other = tiny.model(tmp_path / "other.onnx", seed=1)
+    profile = compile_model(other, RECIPE, tmp_path / "done", data=data).path / "profile.safetensors"
+    assert "belongs to another model" in refused(ProfileError, tmp_path, model, RECIPE, profile=profile)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path: Path, poison: float) -> None:
+    model = tiny.model(tmp_path / "model.onnx", poison=poison)
+    message = refused(ModelError, tmp_path, model, {"passes": ["canonicalize"]})
+    assert "weight 'up'" in message
+    assert "[3, 7]" in message
+
+
+def test_no_ffn(data: Path, tmp_path: Path) -> None:
+    model = tiny.model(tmp_path / "table.onnx", ffn=False)
+    assert "FFN" in refused(ModelError, tmp_path, model, RECIPE, data=data)
+
+
+def test_no_model(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("not an ONNX file")
+    assert "not an ONNX" in refused(ModelError, tmp_path, tmp_path / "text.onnx", {"passes": []})
+    assert "no such file" in refused(ModelError, tmp_path, tmp_path / "none.onnx", {"passes": []})
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntim"])
+def test_a_target_that_is_not_there(model: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "tensorrt" else find(name, *rest)
+    )
+    message = refused(TargetError, tmp_path, model, {"passes": []}, target=target)
+    assert "pip install" in message or "did you mean 'onnxruntime'" in message
+
+
+def test_a_pass_that_fails_names_itself(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr(tiny.Dampen, "run", fail)
+    message = refused(PassError, tmp_path, model, RECIPE, data=data)
+    assert message.startswith("pass dampen (after canonicalize): ZeroDivisionError")
+
+
+def test_an_engine_that_gives_nan_is_not_let_out(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoiled(OnnxRuntimeRunner):
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: y * np.nan for name, y in super().run(inputs).items()}
+
+    monkeypatch.setattr(OnnxRuntime, "open", lambda self, folder, threads: Spoiled(folder / MODEL))
+    assert "NaN" in refused(BuildError, tmp_path, model, RECIPE, data=data)
+
+
+def test_a_bad_recipe(model: Path, tmp_path: Path) -> None:
+    assert "'factor'" in refused(RecipeError, tmp_path, model, {"passes": [{"dampen": {"factro": 1}}]})
