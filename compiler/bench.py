@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.compiler.manifest import package_versions
 from trimtab.compiler.peers import DENSE, INT8, open_peer
 from trimtab.compiler.peers.same_target import dense_engine
+from trimtab.compiler.phases import Progress
 from trimtab.compiler.timing import interleave
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
@@ -29,8 +30,6 @@ from trimtab.passes.graph import load_graph
 COMPILED = "compiled"
 _KEYS = {DENSE: "vs_dense", INT8: "vs_int8"}
 """Peer → its key among the speedups; another peer's is its own name after "vs_"."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class _Result(BaseModel):

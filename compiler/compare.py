@@ -15,11 +15,7 @@ from polygraphy.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.compiler.feeds import Run, random_feeds
-from trimtab.compiler.workload import Workload
-
-_SAMPLES = 8  # of a batch that are run alone as well
-_ROUNDING = 1e-3  # relative difference that another summation order may make, in float16 too
-_FACTOR = 3  # how much more than its own error a lossy model may differ between alone and in a batch
+from trimtab.passes.errors import TargetError, TrimtabError
 
 
 class OutputError(BaseModel):
@@ -62,27 +58,6 @@ class OutputError(BaseModel):
         return describe(self.dims) + (", padded" if self.padded else "")
 
 
-class Consistency(BaseModel):
-    """Whether a sample gives the same alone and inside a batch; engines have been seen to get only row 0 right.
-
-    Attributes:
-        difference: ‖y_batch - y_alone‖ / ‖y_alone‖ over some samples of the batch.
-        allowed: more than that is a fault. A lossy model may round differently in company, so this is a multiple of
-            its error alone.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    output: str
-    dims: dict[str, int]
-    difference: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.allowed
-
-
 def describe(dims: Mapping[str, int]) -> str:
     """{"batch": 8, "tokens": 48} → "batch 8, tokens 48"."""
     return ", ".join(f"{name} {size}" for name, size in dims.items())
@@ -100,11 +75,14 @@ def compare(
 
     Returns:
         One entry for each output of the dense model.
+
+    Raises:
+        TargetError: one of them does not run at this shape.
     """
     feeds = random_feeds(graph, dims, rng, padded=padded)
-    runners = [_Runner("dense", dense, graph), _Runner("compiled", compiled, graph)]
+    runners = [_Runner(name, run, graph, describe(dims)) for name, run in (("dense", dense), ("compiled", compiled))]
     measure = partial(_measure, dims=dict(dims), padded=padded, mask=feeds.get("attention_mask"))
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # its statistics subtract Inf
         results = Comparator.run(runners, data_loader=[feeds])
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=measure)
     return list(accuracy[("dense", "compiled")][0].values())
@@ -113,9 +91,9 @@ def compare(
 class _Runner(BaseRunner):
     """A Run as Polygraphy wants it."""
 
-    def __init__(self, name: str, run: Run, graph: gs.Graph) -> None:
+    def __init__(self, name: str, run: Run, graph: gs.Graph, where: str) -> None:
         super().__init__(name)
-        self._run = run
+        self._run, self._where = run, where
         self._inputs = {tensor.name: tensor for tensor in graph.inputs}
 
     def get_input_metadata_impl(self) -> TensorMetadata:
@@ -127,7 +105,13 @@ class _Runner(BaseRunner):
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         self.inference_time = 0.0  # times are measured elsewhere
-        return self._run(feed_dict)
+        try:
+            return self._run(feed_dict)
+        except TrimtabError as error:
+            raise TargetError(
+                f"the {self.name} model fails at {self._where}: {error.message}",
+                hint=error.hint or "keep the recipe's workload to sizes that the model takes",
+            ) from error
 
 
 def _measure(
@@ -152,7 +136,7 @@ def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | N
             return {"fault": f"{who} NaN"}
         if np.isinf(array).any():
             return {"fault": f"{who} Inf"}
-    a, b = _real(expected, mask), _real(found, mask)
+    a, b = real_values(expected, mask), real_values(found, mask)
     difference = np.abs(b - a)
     return {
         "max_abs": float(difference.max(initial=0)),
@@ -162,7 +146,7 @@ def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | N
     }
 
 
-def _real(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def real_values(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """`output` flattened, in double precision; of [batch, tokens, ...] only the tokens that are no padding."""
     if mask is not None and output.ndim > 2 and output.shape[:2] == mask.shape:
         output = output[mask != 0]
@@ -177,43 +161,3 @@ def relative_l2(expected: np.ndarray, found: np.ndarray) -> float:
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     product = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b / product) if product > 0 else float(np.array_equal(a, b))
-
-
-def batch_consistency(
-    dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, dims: Mapping[str, int], rng: np.random.Generator
-) -> list[Consistency]:
-    """Run a padded batch, and some of its samples alone, through the compiled model.
-
-    Args:
-        dims: sizes of the dynamic dimensions; more than one sample.
-
-    Returns:
-        One entry for each output that has a row per sample.
-    """
-    feeds = random_feeds(graph, dims, rng, padded=True)
-    axes = workload.axes(graph)
-    rows = np.unique(np.linspace(0, dims["batch"] - 1, _SAMPLES).astype(int))
-    together = compiled(feeds)
-    names = [name for name, value in together.items() if value.ndim and value.shape[0] == dims["batch"]]
-    parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
-    for row in rows:
-        single = {name: _only(value, axes[name], row, workload.batch[0]) for name, value in feeds.items()}
-        mask = single["attention_mask"][:1] if "attention_mask" in single else None
-        reference, alone = dense(single), compiled(single)
-        for name in names:
-            three = (reference[name][:1], alone[name][:1], together[name][row : row + 1])
-            parts[name].append(tuple(_real(value, mask) for value in three))
-    found = []
-    for name in names:
-        reference, alone, batched = (np.concatenate(arrays) for arrays in zip(*parts[name], strict=True))
-        allowed = _ROUNDING + _FACTOR * relative_l2(reference, alone)
-        difference = relative_l2(alone, batched)
-        found.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
-    return found
-
-
-def _only(value: np.ndarray, axes: tuple[int | str, ...], row: int, count: int) -> np.ndarray:
-    """Sample `row` of an input, repeated `count` times, the fewest samples that the engine takes."""
-    if "batch" not in axes:
-        return value
-    return np.repeat(value.take([row], axes.index("batch")), count, axes.index("batch"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,20 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.compiler.build import Build, update_manifest
-from trimtab.compiler.compare import Consistency, OutputError, batch_consistency, compare, describe
-from trimtab.compiler.data import Dataset, Label, batches, read_data
+from trimtab.compiler.compare import OutputError, compare, describe
+from trimtab.compiler.consistency import Consistency, batch_consistency
+from trimtab.compiler.data import read_data
 from trimtab.compiler.dense import dense_model
 from trimtab.compiler.engine import load
-from trimtab.compiler.feeds import Run, within
+from trimtab.compiler.feeds import Run
 from trimtab.compiler.peers import open_peer
-from trimtab.compiler.quality import Classification, Quality, measure_quality
+from trimtab.compiler.phases import Progress
+from trimtab.compiler.quality import Classification, Quality
 from trimtab.compiler.sources import Source
+from trimtab.compiler.task import check_quality
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 from trimtab.passes.graph import load_graph
-
-Progress = Callable[[str, int, int], None]
 
 
 class Limits(BaseModel):
@@ -72,7 +73,8 @@ class Validation(BaseModel):
             {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
             for each in self.outputs
         ]
-        return {"passed": self.passed, **quality, "outputs": errors}
+        shown = [{key: value for key, value in row.items() if value is not None} for row in errors]
+        return {"passed": self.passed, **quality, "outputs": shown}
 
 
 def validate(
@@ -132,18 +134,21 @@ def check_numbers(
     dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, *, seed: int = 0, progress: Progress | None = None
 ) -> tuple[list[OutputError], list[Consistency]]:
     """Compare two models at every corner of `workload`, with and without padding, and samples alone and in a batch."""
+    report = progress or (lambda what, done, total: None)
     shapes = corners(graph, workload)
     masks = [False, True] if any(tensor.name == "attention_mask" for tensor in graph.inputs) else [False]
     cases = [(dims, padded) for dims in shapes for padded in masks]
     rng = np.random.default_rng(seed)
     comparisons: list[OutputError] = []
     for done, (dims, padded) in enumerate(cases):
-        _report(progress, "compare", done, len(cases))
+        report("compare", done, len(cases))
         comparisons += compare(dense, compiled, graph, dims, rng, padded=padded)
-    _report(progress, "compare", len(cases), len(cases))
-    crowds = sorted((dims for dims in shapes if dims.get("batch", 1) > 1), key=lambda dims: dims["batch"])
-    sound = all(comparisons)
-    return comparisons, batch_consistency(dense, compiled, graph, workload, crowds[0], rng) if crowds and sound else []
+    report("compare", len(cases), len(cases))
+    crowds = [dims for dims in shapes if dims.get("batch", 1) > 1]
+    if not crowds or not all(comparisons):  # without a batch there is no company; after a fault, nothing to compare
+        return comparisons, []
+    dims = min(crowds, key=lambda dims: dims["batch"])
+    return comparisons, batch_consistency(dense, compiled, graph, workload, dims, rng)
 
 
 def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
@@ -155,46 +160,6 @@ def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
         if dims not in found:
             found.append(dims)
     return found
-
-
-def check_quality(
-    dense: Run,
-    compiled: Run,
-    graph: gs.Graph,
-    workload: Workload,
-    source: Source,
-    dataset: Dataset,
-    *,
-    samples: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Quality:
-    """Task quality of both models on `dataset`, run in batches that lie within `workload`."""
-    count = min(samples or dataset.count, dataset.count)
-    batch, longest = workload.batch[1], min(workload.tokens[2], source.max_tokens or workload.tokens[2])
-    labels = None
-    if dataset.arrays is None:
-        labels = [_class(label, source.labels) for _, label in dataset.sample(count, seed)]
-
-    def feeds() -> Iterator[dict[str, np.ndarray]]:
-        done = 0
-        for feed in batches(dataset, source, batch, longest, count, seed=seed, inputs=graph.inputs):
-            _report(progress, "quality", done, count)
-            yield feed
-            done += len(next(iter(feed.values())))
-        _report(progress, "quality", count, count)
-
-    names = {tensor.name for tensor in graph.inputs}
-    return measure_quality(feeds(), within(dense, names, workload), within(compiled, names, workload), labels)
-
-
-def _class(label: Label, names: tuple[str, ...] | None) -> int | None:
-    if not isinstance(label, str):
-        return label
-    if names is None or label not in names:
-        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
-        raise DataError(f"label {label!r} is no class of the model; {known}")
-    return names.index(label)
 
 
 def worst(comparisons: list[OutputError]) -> tuple[OutputError, ...]:
@@ -235,8 +200,3 @@ def broken(
             yield "a limit on lost accuracy was set, but the data have no labels for this model"
         elif -100 * quality.difference > limits.max_drop:
             yield f"accuracy is {-100 * quality.difference:.2f} points below dense, over {limits.max_drop:g}"
-
-
-def _report(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress:
-        progress(what, done, total)

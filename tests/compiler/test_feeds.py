@@ -49,7 +49,9 @@ def test_a_dimension_without_a_size_is_named():
         tensor.shape = [*tensor.shape, "beams"]
     with pytest.raises(RecipeError, match="beams"):
         random_feeds(graph, {"batch": 2, "tokens": 8}, np.random.default_rng(0))
-    assert random_feeds(graph, {"batch": 2, "tokens": 8, "beams": 3}, np.random.default_rng(0))["input_ids"].shape[2] == 3
+    assert (
+        random_feeds(graph, {"batch": 2, "tokens": 8, "beams": 3}, np.random.default_rng(0))["input_ids"].shape[2] == 3
+    )
 
 
 def test_within_brings_a_small_batch_to_the_least_size_and_back():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+
 from trimtab.compiler.quality import (
     Agreement,
     Classification,

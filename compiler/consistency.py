@@ -1,0 +1,78 @@
+"""Does a batch change its samples? Engines have been seen to get only row 0 of a batch right, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict
+
+from trimtab.compiler.compare import real_values, relative_l2
+from trimtab.compiler.feeds import Run, random_feeds
+from trimtab.compiler.workload import Workload
+
+_SAMPLES = 8  # of a batch that are run alone as well
+_ROUNDING = 1e-3  # relative difference that another summation order may make, in float16 too
+_FACTOR = 3  # how much more than its own error a lossy model may differ between alone and in a batch
+
+
+class Consistency(BaseModel):
+    """Whether samples give the same alone and inside a batch.
+
+    Attributes:
+        difference: ‖y_batch - y_alone‖ / ‖y_alone‖ over some samples of the batch.
+        allowed: more than that is a fault. A lossy model may round differently in company, so this is a multiple of
+            its error alone.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    output: str
+    dims: dict[str, int]
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed
+
+
+def batch_consistency(
+    dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, dims: Mapping[str, int], rng: np.random.Generator
+) -> list[Consistency]:
+    """Run a padded batch, and some of its samples alone, through the compiled model.
+
+    Args:
+        dims: sizes of the dynamic dimensions; more than one sample.
+
+    Returns:
+        One entry for each output that has a row per sample.
+    """
+    feeds = random_feeds(graph, dims, rng, padded=True)
+    axes = workload.axes(graph)
+    rows = np.unique(np.linspace(0, dims["batch"] - 1, _SAMPLES).astype(int))
+    together = compiled(feeds)
+    names = [name for name, value in together.items() if value.ndim and value.shape[0] == dims["batch"]]
+    parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
+    for row in rows:
+        single = {name: _only(value, axes[name], row, workload.batch[0]) for name, value in feeds.items()}
+        mask = single["attention_mask"][:1] if "attention_mask" in single else None
+        reference, alone = dense(single), compiled(single)
+        for name in names:
+            three = (reference[name][:1], alone[name][:1], together[name][row : row + 1])
+            parts[name].append(tuple(real_values(value, mask) for value in three))
+    found = []
+    for name in names:
+        reference, alone, batched = (np.concatenate(arrays) for arrays in zip(*parts[name], strict=True))
+        allowed = _ROUNDING + _FACTOR * relative_l2(reference, alone)
+        difference = relative_l2(alone, batched)
+        found.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
+    return found
+
+
+def _only(value: np.ndarray, axes: tuple[int | str, ...], row: int, count: int) -> np.ndarray:
+    """Sample `row` of an input, repeated `count` times, the fewest samples that the engine takes."""
+    if "batch" not in axes:
+        return value
+    return np.repeat(value.take([row], axes.index("batch")), count, axes.index("batch"))

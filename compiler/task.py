@@ -1,0 +1,70 @@
+"""Task quality on a data file: both models over its samples, with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.feeds import Run, within
+from trimtab.compiler.phases import Progress
+from trimtab.compiler.quality import Quality, measure_quality
+from trimtab.compiler.sources import Source
+from trimtab.compiler.textfile import Label
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import DataError
+
+_LABEL = "label"
+
+
+def check_quality(
+    dense: Run,
+    compiled: Run,
+    graph: gs.Graph,
+    workload: Workload,
+    source: Source,
+    dataset: Dataset,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Quality:
+    """Task quality of both models on `dataset`, run in batches that lie within `workload`.
+
+    Labels are those of the texts; of tensors, the integers of an array "label" that is no input of the model.
+    """
+    count = min(samples or dataset.count, dataset.count)
+    batch, longest = workload.batch[1], min(workload.tokens[2], source.max_tokens or workload.tokens[2])
+    names = {tensor.name for tensor in graph.inputs}
+    wanted = [*graph.inputs]
+    labels: list[int | None] | None = None
+    if dataset.arrays is None:
+        labels = [_class(label, source.labels) for _, label in dataset.sample(count, seed)]
+    elif _LABEL in dataset.arrays and _LABEL not in names:
+        wanted.append(gs.Variable(_LABEL, np.int64, ["batch"]))
+        labels = []
+
+    report = progress or (lambda what, done, total: None)
+
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        done = 0
+        for feed in batches(dataset, source, batch, longest, count, seed=seed, inputs=wanted):
+            report("quality", done, count)
+            if labels is not None and len(wanted) > len(names):
+                labels.extend(feed[_LABEL].tolist())
+            yield feed
+            done += len(next(iter(feed.values())))
+        report("quality", count, count)
+
+    return measure_quality(feeds(), within(dense, names, workload), within(compiled, names, workload), labels)
+
+
+def _class(label: Label, names: tuple[str, ...] | None) -> int | None:
+    if not isinstance(label, str):
+        return label
+    if names is None or label not in names:
+        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
+        raise DataError(f"label {label!r} is no class of the model; {known}")
+    return names.index(label)
