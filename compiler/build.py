@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -129,6 +130,8 @@ class BuildWriter:
         with self._stack, self.writing():
             _check_replaceable(self.out)
             self._stack.enter_context(_parents(self.out))
+            with tempfile.TemporaryDirectory(prefix=".trimtab-", dir=self.out.parent):
+                pass  # can be written; where it cannot, filelock may report a lock that is held
             self._stack.enter_context(_lock(self.out))
             _recover(self.out)
             shutil.rmtree(self.folder, ignore_errors=True)
