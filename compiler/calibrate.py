@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _INLINE_LIMIT = 1 << 24  # bytes of weights in the graph itself up to which it is handed to the runtime in memory
+_ROOM = 1 << 24  # bytes of activations to take out of the runtime at a time, however deep the model is
 _CHUNK = 256  # rows that are widened to float64 at a time
 
 
@@ -69,13 +70,15 @@ def calibrate(
     gc.collect()  # a graph is full of cycles; its weights would stay until the next collection
 
     used, total = 0, min(samples, data.count)
-    for feeds in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs):
-        mask = feeds.get("attention_mask")
-        keep = mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 else None
-        found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
-        for layer in layers:
-            layer.add(found, keep)
-        used += len(feeds[inputs[0].name])
+    room = _ROOM // sum(layer.token_bytes for layer in layers)
+    for batch in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs):
+        for feeds in _split(batch, room):
+            mask = feeds.get("attention_mask")
+            keep = mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 else None
+            found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
+            for layer in layers:
+                layer.add(found, keep)
+        used += len(batch[inputs[0].name])
         if progress is not None:
             progress("calibrate", used, total)
     log.info("calibrated %d layers on %d samples, %d tokens", len(layers), used, layers[0].tokens)
@@ -125,6 +128,7 @@ class _Layer:
     def __init__(self, ffn: FFN, states: int, seed: int) -> None:
         self.number, self.where = ffn.layer, ffn.where
         self.x, self.hidden = ffn.x.name, ffn.hidden.name
+        self.token_bytes = 4 * (ffn.d_model + ffn.d_ff)
         self.sums = np.zeros((3, ffn.d_ff))  # of |h|, h, h²
         self.reservoir = Reservoir(states, ffn.d_model, seed)
 
@@ -145,7 +149,17 @@ class _Layer:
         self.reservoir.add(x)
 
     def stats(self) -> FFNStats:
-        return FFNStats(self.tokens, *self.sums, self.reservoir.rows)
+        abs_sum, total, square_sum = self.sums
+        return FFNStats(self.tokens, abs_sum, total, square_sum, self.reservoir.rows)
+
+
+def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batch in parts of at most `tokens` tokens, or of one sample; whole, where tokens cannot be told."""
+    mask = feeds.get("attention_mask")
+    samples = len(next(iter(feeds.values())))
+    step = samples if mask is None else max(1, tokens // mask.shape[-1])
+    for start in range(0, samples, step):
+        yield {name: array[start : start + step] for name, array in feeds.items()}
 
 
 def _rows(array: np.ndarray, keep: np.ndarray | None) -> np.ndarray:

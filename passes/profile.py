@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,9 @@ class Profile:
         """
         prefix = f"ffn.{layer}."
         if prefix + "states" not in self.tensors:
-            raise ProfileError(f"layer {layer} FFN: the profile has no statistics of it", hint="calibrate this model again")
+            raise ProfileError(
+                f"layer {layer} FFN: the profile has no statistics of it", hint="calibrate this model again"
+            )
         get = {key: self.tensors[prefix + key] for key in ("tokens", "abs_sum", "sum", "square_sum", "states")}
         for what, have, want in (
             ("neurons", len(get["abs_sum"]), d_ff), ("inputs", get["states"].shape[1], d_model),
@@ -107,16 +110,21 @@ class Profile:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all.
+
+        Raises:
+            ProfileError: the folder is missing or not writable, or the disk is full.
+        """
         path = Path(path)
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        tensors = {name: np.ascontiguousarray(value) for name, value in self.tensors.items()}
         try:
-            tensors = {name: np.asarray(value, order="C") for name, value in self.tensors.items()}
             save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
             part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
             raise ProfileError(f"{path}: cannot write the profile ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Profile:
@@ -138,4 +146,6 @@ class Profile:
                 info = ProfileInfo.model_validate_json(text)
                 return cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, ValidationError, ValueError, OSError) as error:
-            raise ProfileError(f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again") from error
+            raise ProfileError(
+                f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again"
+            ) from error

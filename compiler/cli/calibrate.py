@@ -1,0 +1,53 @@
+"""`trimtab calibrate`: measure a model on data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.compiler.cli import console
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option("--data", help="Texts (.txt, .jsonl, .tsv, plain or .gz) or tensors (.npz).", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--output", "-o", help="The Profile to write.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=1, help="Samples to use, chosen at random.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples to run at a time.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Cut texts to so many tokens.")] = 128,
+    states: Annotated[int, typer.Option(min=1, help="Inputs of each FFN to keep, for fitting.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run code.")
+    ] = False,
+) -> None:
+    """Measure a model on data and write its Profile."""
+    from trimtab.compiler.calibrate import calibrate
+    from trimtab.compiler.data import read_data
+    from trimtab.compiler.sources import open_source
+    from trimtab.passes.errors import ProfileError
+
+    if not os.access(out.absolute().parent, os.W_OK) or out.is_dir():  # known before the work, not after it
+        raise ProfileError(f"{out}: cannot be written", hint="give a file in a folder that exists and is writable")
+    dataset = read_data(data)
+    source = open_source(model, allow_pickle=allow_pickle)
+    with console.progress() as progress:
+        profile = calibrate(
+            source,
+            dataset,
+            samples=samples,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            states=states,
+            progress=progress,
+            seed=seed,
+        )
+    profile.save(out)
+    layers = sum(name.endswith(".states") for name in profile.tensors)
+    print(f"{out}: {layers} layers, {profile.info.samples} samples, {profile.info.tokens} tokens")
