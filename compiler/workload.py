@@ -77,7 +77,10 @@ class Workload(BaseModel):
                         hint=f"add `dims: {{{axis}: [min, opt, max]}}` to the recipe's workload",
                     )
                 found[axis] = dim
-        return {name: tuple(found.get(axis, axis) for axis in shape) for name, shape in inputs.items()}  # type: ignore[call-overload]
+        return {
+            name: tuple(found[axis] if isinstance(axis, str) else axis for axis in shape)
+            for name, shape in inputs.items()
+        }
 
     def shapes_at(self, graph: gs.Graph, sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Shape of every input where the dimensions have `sizes`, such as one of `corners()`."""

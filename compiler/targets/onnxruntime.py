@@ -22,7 +22,10 @@ from trimtab.passes.errors import TargetError
 
 log = logging.getLogger(__name__)
 
-_REFUSALS = (ValueError, *(v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception)))
+_REFUSALS: tuple[type[Exception], ...] = (
+    ValueError,
+    *(found for found in vars(state).values() if isinstance(found, type) and issubclass(found, Exception)),
+)
 """ONNX Runtime's own exceptions have no common base."""
 
 _FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +48,7 @@ class TensorRT(Target):
             TargetError: it refuses nodes; names them.
         """
         self._require()
-        self._refuse(self._parse([model])[0])
+        self._refuse(self.parse([model])[0])
 
     def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
         self._require()
@@ -81,13 +81,13 @@ class TensorRT(Target):
         if importlib.util.find_spec(self.package) is None:
             raise TargetError(f"target {self.name} is not installed here", hint=self.install)
 
-    def _child(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def _child(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         env = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if self.rtx else "0"}
-        return run_child(self.name, dict(job), timeout_s=timeout_s, env=env)
+        return run_child(self.name, job, timeout_s=timeout_s, env=env)
 
-    def _parse(self, models: Sequence[Path]) -> list[list[dict[str, str]]]:
-        """For each of `models`, what the parser refuses."""
-        job = {"models": [str(model) for model in models], "engine": None, "profile": {}}
+    def parse(self, models: Sequence[Path]) -> list[list[dict[str, str]]]:
+        """For each of `models`, what the parser refuses: a list of {node, op, reason}."""
+        job: dict[str, Any] = {"models": [str(model) for model in models], "engine": None, "profile": {}}
         found: list[list[dict[str, str]]] = self._child(job, _PARSE_S)["refused"]
         return found
 
@@ -125,10 +125,12 @@ def _removed_on_error(*files: Path) -> Iterator[None]:
 @lru_cache
 def _probe(name: str) -> Capability:
     target = TensorRTRTX() if name == TensorRTRTX.name else TensorRT()
-    tried = {bits: trials.blockwise(bits)[0] for bits in (2, 4, 8)} | {"half": trials.half()}
+    widths = (2, 4, 8)
+    tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half()]
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        paths = [Path(folder) / f"{name}.onnx" for name in tried]
-        for model, path in zip(tried.values(), paths, strict=True):
+        paths = [Path(folder) / f"{position}.onnx" for position in range(len(tried))]
+        for model, path in zip(tried, paths, strict=True):
             onnx.save(model, path)
-        taken = {name for name, refused in zip(tried, target._parse(paths), strict=True) if not refused}
-    return Capability(weight_bits=frozenset(taken - {"half"}), float16="half" in taken)
+        *blockwise, half = (not refused for refused in target.parse(paths))
+    taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
+    return Capability(weight_bits=taken, float16=half)

@@ -1,0 +1,41 @@
+# syntax=docker/dockerfile:1
+# Not built by .ci/run, which needs no container engine; the wheel that both images install is.
+#   docker build --target cpu -t trimtab:cpu .      ONNX Runtime on the CPU; no torch
+#   docker build --target gpu -t trimtab:gpu .      Triton Inference Server with its TensorRT, and ONNX Runtime's CUDA provider
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
+
+FROM ${PYTHON_IMAGE} AS wheel
+WORKDIR /src
+COPY . .
+ENV PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM ${PYTHON_IMAGE} AS cpu
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    --mount=type=bind,source=constraints.txt,target=/constraints.txt \
+    pip install --no-cache-dir --constraint /constraints.txt /wheels/*.whl \
+    && useradd --create-home --uid 10001 trimtab
+USER trimtab
+WORKDIR /home/trimtab
+ENTRYPOINT ["trimtab"]
+CMD ["--help"]
+
+FROM ${TRITON_IMAGE} AS gpu
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PATH=/opt/trimtab/bin:${PATH}
+# TensorRT's libraries are the image's own; TRT_VERSION, which NVIDIA's images set, picks the bindings that match them.
+# onnxruntime and onnxruntime-gpu are the same Python package, so the second replaces the first.
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    --mount=type=bind,source=constraints.txt,target=/constraints.txt \
+    python3 -m venv /opt/trimtab \
+    && pip install --no-cache-dir --constraint /constraints.txt /wheels/*.whl "tensorrt-cu13-bindings==${TRT_VERSION%%+*}" \
+    && pip uninstall --yes onnxruntime \
+    && pip install --no-cache-dir --no-deps --constraint /constraints.txt onnxruntime-gpu \
+    && useradd --create-home --uid 10001 trimtab
+USER trimtab
+WORKDIR /home/trimtab
+# Serves a Triton repository: docker run --gpus all -v $PWD/repository:/models trimtab:gpu
+CMD ["tritonserver", "--model-repository=/models"]
