@@ -1,4 +1,4 @@
-"""The Profile: all that passes may know of the data. One safetensors file, with the model's fingerprint in its metadata."""
+"""The Profile: all that passes may know of the data. One safetensors file, the model's fingerprint in its metadata."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Profile:
         """
         path = Path(path)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        tensors = {name: np.ascontiguousarray(value) for name, value in self.tensors.items()}
+        tensors = {name: np.asarray(value, order="C") for name, value in self.tensors.items()}
         try:
             save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
             part.replace(path)
@@ -141,7 +141,8 @@ class Profile:
                 text = (file.metadata() or {}).get("trimtab")
                 if text is None:
                     raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
-                if json.loads(text).get("format") != FORMAT:
+                made = json.loads(text)
+                if isinstance(made, dict) and made.get("format") != FORMAT:
                     raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
                 info = ProfileInfo.model_validate_json(text)
                 return cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
