@@ -97,7 +97,7 @@ class GraphModule(nn.Module):
     def learned(self) -> dict[str, np.ndarray]:
         """The parameters as arrays of the initializers' own types, by initializer name."""
         pairs = zip(self.trained, self._dtypes, self.weights, strict=True)
-        return {name: p.detach().float().cpu().numpy().astype(dtype, copy=True) for name, dtype, p in pairs}
+        return {name: p.detach().cpu().numpy().astype(dtype, copy=True) for name, dtype, p in pairs}
 
     @staticmethod
     def _run(step: _Step, arguments: list[Any], have: dict[str, Any]) -> None:

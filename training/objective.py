@@ -1,0 +1,126 @@
+"""What recovery minimises: how far the rewritten model is from its dense self, in its outputs and along the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trimtab.passes.anatomy import Anatomy
+from trimtab.passes.errors import ModelError
+
+_ALONG = {
+    "Add", "Cast", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The tensors, by name, in which student and teacher are compared.
+
+    Attributes:
+        logits: outputs that are unnormalised log-probabilities, [..., classes].
+        vectors: other outputs, such as sentence embeddings or hidden states, [..., d].
+        states: the blocks' outputs, [..., d_model], under names that both graphs have.
+        temperature: τ of the softmax of both, in the comparison of logits.
+        states_weight: of the mean over `states`, beside the outputs.
+    """
+
+    logits: tuple[str, ...]
+    vectors: tuple[str, ...]
+    states: tuple[str, ...]
+    temperature: float = 1.0
+    states_weight: float = 1.0
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.logits + self.vectors
+
+    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+        """Distance of outputs, plus the weighted distance of states.
+
+        Args:
+            student, teacher: tensors by name.
+            mask: [batch, tokens], 0 where there is padding; used where a tensor has one row per token.
+        """
+        total = self.output_loss(student, teacher, mask)
+        if self.states:
+            apart = [_mean(relative_error(student[n], teacher[n]), mask) for n in self.states]
+            total = total + self.states_weight * torch.stack(apart).mean()
+        return total
+
+    def output_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+        """Distance of outputs alone: KL divergence of logits; relative squared error and 1 - cosine of vectors."""
+        parts = [_mean(divergence(student[n], teacher[n], self.temperature), mask) for n in self.logits]
+        for name in self.vectors:
+            cosine = functional.cosine_similarity(student[name].float(), teacher[name].float(), dim=-1)
+            parts.append(_mean(1 - cosine + relative_error(student[name], teacher[name]), mask))
+        return torch.stack(parts).sum()
+
+    def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+        """Share of rows with the same highest class, or the mean cosine of vectors, of the first output."""
+        a, b = student[self.outputs[0]].float(), teacher[self.outputs[0]].float()
+        same = (a.argmax(-1) == b.argmax(-1)).float() if self.logits else functional.cosine_similarity(a, b, dim=-1)
+        return _mean(same, mask)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """τ² KL(teacher ‖ student) of each row of logits [..., classes] (Hinton et al. 2015, section 2)."""
+    log_p = functional.log_softmax(teacher.float() / temperature, -1)
+    log_q = functional.log_softmax(student.float() / temperature, -1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖s - t‖² / ‖t‖² of each row, so that neither deep layers nor tokens of large norm outweigh the others."""
+    t = teacher.float()
+    return (student.float() - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-6)
+
+
+def _mean(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over rows; over those of real tokens where there is one row per token, whether as [B, T] or [B·T]."""
+    if mask is None or mask.numel() != rows.numel() or rows.dim() == 0:
+        return rows.mean()
+    weight = mask.reshape(rows.shape).to(rows.dtype)
+    return (rows * weight).sum() / weight.sum()
+
+
+def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy) -> Objective:
+    """Where to compare: the outputs, and what each block hands on, wherever passes have left its name standing.
+
+    Args:
+        anatomy: of `dense`.
+
+    Raises:
+        ModelError: the model has no output of floats that is [..., d].
+    """
+    floats = [t for t in dense.outputs if t.dtype is None or getattr(t.dtype, "kind", "f") == "f" or _is_float(t)]
+    head = anatomy.head.linears[-1].y.name if anatomy.head is not None else None
+    logits = tuple(t.name for t in floats if t.name in (head, "logits"))
+    vectors = () if logits else tuple(t.name for t in floats if t.shape is None or len(t.shape) in (2, 3))
+    if not logits + vectors:
+        raise ModelError("the model has no output to compare: neither logits nor vectors")
+    there = student.tensors()
+    states = [_block_output(ffn.y, there) for ffn in anatomy.ffns]
+    return Objective(logits, vectors, tuple(name for name in states if name is not None))
+
+
+def _block_output(y: gs.Tensor, there: dict[str, gs.Tensor]) -> str | None:
+    """What an FFN's block hands on: the residual sum, or its norm where nothing else reads the sum.
+
+    It is the last tensor behind the FFN's output `y` up to which everything goes one way, among those that are `there`.
+    """
+    found, tensor = None, y
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in _ALONG:
+        tensor = tensor.outputs[0].outputs[0]
+        if isinstance(there.get(tensor.name), gs.Variable):
+            found = tensor.name
+    return found
+
+
+def _is_float(tensor: gs.Tensor) -> bool:
+    return "float" in str(tensor.dtype)

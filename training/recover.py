@@ -1,0 +1,275 @@
+"""recover: a short distillation of a rewritten model from its dense self.
+
+Outputs are compared as in Hinton et al. 2015 ("Distilling the knowledge in a neural network"), the blocks' states as in
+Jiao et al. 2020 ("TinyBERT", equation 8, scaled per token). The schedule follows the clock: the learning rate has come
+down to nothing when the time is over, however fast the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor, nn
+
+from trimtab.compiler.data import Dataset
+from trimtab.compiler.recipe import Recipe
+from trimtab.compiler.sources import Source
+from trimtab.passes import PassContext, run_passes
+from trimtab.passes.anatomy import Anatomy, find_anatomy
+from trimtab.passes.contract import Capability
+from trimtab.passes.errors import RecipeError, TrimtabError
+from trimtab.passes.graph import fingerprint
+from trimtab.passes.profile import Profile
+from trimtab.training.objective import Objective, find_objective
+from trimtab.training.samples import Feeds, Samples, read_samples
+from trimtab.training.torch_graph import GraphModule, learnable
+
+log = logging.getLogger(__name__)
+
+METHOD = "recover"
+_HELD_OUT, _MOST_HELD_OUT = 0.05, 512
+_CHECKS = 10  # times the held-out samples are looked at, besides the beginning
+_WARM_UP = 0.05  # of the schedule
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        minutes: time limit, from the first look at the model to the last at the held-out samples.
+        steps: a limit in steps besides; a run that ends by it is the same whenever it is repeated on the same machine.
+        lr: highest learning rate.
+        train: all weights but embeddings, or those of the FFNs alone, as the passes have made them.
+        temperature: τ of the softmax when logits are compared.
+        states_weight: of the blocks' outputs in the loss, beside the model's outputs.
+    """
+
+    minutes: float = 10.0
+    steps: int | None = None
+    lr: float = 3e-4
+    batch_size: int = 32
+    max_tokens: int = 128
+    weight_decay: float = 0.01
+    seed: int = 0
+    train: Literal["all", "ffn"] = "all"
+    temperature: float = 1.0
+    states_weight: float = 1.0
+
+
+def recover(
+    source: Source, recipe: Recipe, dataset: Dataset, profile: Profile, settings: Settings, *,
+    capability: Capability | None = None, progress: Progress | None = None,
+) -> Profile:  # fmt: skip
+    """Train the model that the recipe's passes before `recover` make, to do as the dense one does.
+
+    Args:
+        dataset: to learn from, labels unused; 5 % of it, at most 512 samples, are held out, and the weights that do
+            best on them are returned, be it those of the beginning.
+        profile: what those passes need. It is not changed.
+        capability: of the target, as the passes will see it when the model is compiled.
+        progress: is called with (what, done, total).
+
+    Returns:
+        `profile` with the learned initializers.
+
+    Raises:
+        RecipeError: no `recover` in the recipe.
+        ModelError: an operator that training does not know.
+        DataError: the data do not fit the model.
+        TrimtabError: training diverged.
+    """
+    start = time.monotonic()
+    context = PassContext(profile, capability or Capability(), progress)
+    dense, student = source.graph(), student_graph(source, recipe, context)
+    anatomy = find_anatomy(dense)
+    objective = find_objective(dense, student, anatomy)
+    rng = np.random.default_rng(settings.seed)
+    samples = read_samples(
+        dataset, source, dense.inputs, max_tokens=settings.max_tokens, held_out=_HELD_OUT,
+        most_held_out=_MOST_HELD_OUT, rng=rng,
+    )  # fmt: skip
+    names = trained_names(dense, student, anatomy, settings.train)
+    origin = {name: fingerprint(t) for name, t in student.tensors().items() if name in set(names)}
+    distillation = Distillation(dense, student, names, objective, samples, settings)
+    record = distillation.run(rng, start, progress)
+    learned = distillation.student.learned()
+    info = profile.info.model_copy(
+        update={
+            "learned": {
+                **profile.info.learned,
+                METHOD: {**asdict(settings), **record, "data": dataset.sha256, "from": origin},
+            }
+        }
+    )
+    kept = {name: value for name, value in profile.tensors.items() if not name.startswith(f"learned.{METHOD}.")}
+    return Profile(info, kept | {f"learned.{METHOD}.{name}": value for name, value in learned.items()})
+
+
+def student_graph(source: Source, recipe: Recipe, context: PassContext) -> gs.Graph:
+    """The graph as `recover` will find it: after the recipe's passes before it."""
+    graph = source.graph()
+    run_passes(graph, recipe.passes[: check_recipe(recipe)], context)
+    return graph
+
+
+def check_recipe(recipe: Recipe) -> int:
+    """The place of `recover` in the recipe.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    names = [step.name for step in recipe.passes]
+    if METHOD not in names:
+        raise RecipeError(
+            f"the recipe has no pass {METHOD!r}: what is learned would not be used",
+            hint=f"add {METHOD!r} to `passes`, behind those that change the model and before those that quantize it",
+        )
+    return names.index(METHOD)
+
+
+def trained_names(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, train: Literal["all", "ffn"]) -> list[str]:
+    """Initializers of `student` to train. Those of FFNs are what the dense FFNs had, and what passes have made instead.
+
+    Args:
+        anatomy: of `dense`.
+    """
+    names = learnable(student)
+    if train == "all":
+        return names
+    ffn = {t.name for f in anatomy.ffns for linear in f.linears for t in (linear.weight, linear.bias) if t is not None}
+    there = dense.tensors()
+    return [name for name in names if name in ffn or name not in there]
+
+
+class Distillation:
+    """A teacher, a student, and what the one learns from the other."""
+
+    def __init__(
+        self, dense: gs.Graph, student: gs.Graph, names: Sequence[str], objective: Objective, samples: Samples,
+        settings: Settings,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(settings.seed)
+        self.settings, self.objective, self.samples = settings, objective, samples
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = [*objective.outputs, *objective.states]
+        self.teacher = GraphModule(dense, outputs=wanted).to(self.device)
+        self.student = GraphModule(student, train=names, outputs=wanted).to(self.device)
+        self._judged: list[tuple[Feeds, dict[str, Tensor]]] = []
+
+    def run(self, rng: np.random.Generator, start: float, progress: Progress | None) -> dict[str, Any]:
+        """Train until time or steps are over, and leave the student with the weights that judged best.
+
+        Args:
+            start: reading of the monotonic clock from which the time counts.
+
+        Returns:
+            steps, losses and agreement with the teacher before and after, for the record.
+        """
+        settings = self.settings
+        optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), fused=True)
+        batches = self.samples.epochs(settings.batch_size, rng)
+        before = best = self.judge()
+        weights = [p.detach().clone() for p in self.student.parameters()]
+        step, checked, history = 0, 0, [best | {"step": 0}]
+        total = settings.steps or round(60 * settings.minutes)
+        while (at := self._elapsed(start, step)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * schedule(at)
+            loss = self._loss(next(batches))
+            if not math.isfinite(loss.item()):
+                raise TrimtabError(f"recover: the loss is {loss.item()} at step {step}", hint="use a smaller --lr")
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            at = self._elapsed(start, step)
+            if at * _CHECKS >= checked + 1 or at >= 1:
+                checked = int(at * _CHECKS)
+                now = self.judge()
+                history.append(now | {"step": step})
+                log.info("step %d: loss %.4f, agreement %.4f on held-out samples", step, now["loss"], now["agreement"])
+                if now["loss"] < best["loss"]:
+                    best, weights = now, [p.detach().clone() for p in self.student.parameters()]
+            if progress is not None:
+                progress(METHOD, round(min(at, 1) * total), total)
+        with torch.no_grad():
+            for parameter, value in zip(self.student.parameters(), weights, strict=True):
+                parameter.copy_(value)
+        return {"steps": step, "before": before, "after": best, "history": history}
+
+    def judge(self) -> dict[str, float]:
+        """Loss of the outputs, and agreement with the teacher, on the samples held out."""
+        objective = self.objective
+        if not self._judged:  # the teacher's answers do not change, and its outputs are small
+            for feeds in self.samples.judged(self.settings.batch_size):
+                out = self._infer(self.teacher, feeds)
+                self._judged.append((feeds, {name: out[name] for name in objective.outputs}))
+        sums, count = np.zeros(2), 0
+        for feeds, teacher in self._judged:
+            student, mask = self._infer(self.student, feeds), self._mask(feeds)
+            rows = len(next(iter(feeds.values())))
+            found = (objective.output_loss(student, teacher, mask), objective.agreement(student, teacher, mask))
+            sums += rows * np.array([float(value) for value in found])
+            count += rows
+        return {"loss": float(sums[0] / count), "agreement": float(sums[1] / count)}
+
+    def _loss(self, feeds: Feeds) -> Tensor:
+        teacher = self._infer(self.teacher, feeds)
+        with self._autocast():
+            student = self.student(self._tensors(feeds))
+        return self.objective.loss(student, teacher, self._mask(feeds))
+
+    def _infer(self, module: GraphModule, feeds: Feeds) -> dict[str, Tensor]:
+        with torch.no_grad(), self._autocast():
+            return module(self._tensors(feeds))
+
+    def _tensors(self, feeds: Feeds) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in feeds.items()}
+
+    def _mask(self, feeds: Mapping[str, np.ndarray]) -> Tensor | None:
+        mask = feeds.get("attention_mask")
+        return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=_bfloat16_is_fast(self.device))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Matrices decay; biases and norms do not."""
+        parameters = list(self.student.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+
+    def _elapsed(self, start: float, step: int) -> float:
+        """How much of the schedule is over, by the clock or by steps."""
+        by_time = (time.monotonic() - start) / (60 * self.settings.minutes) if self.settings.minutes > 0 else 1.0
+        by_steps = 0.0 if self.settings.steps is None else step / self.settings.steps if self.settings.steps else 1.0
+        return max(by_time, by_steps)
+
+
+def schedule(at: float) -> float:
+    """Factor of the learning rate at the share `at` of the schedule: up in a line, then down along a cosine."""
+    if at < _WARM_UP:
+        return max(at / _WARM_UP, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (at - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the machine multiplies bfloat16 natively; elsewhere autocast would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.backends.cpu.get_cpu_capability()
+    return flags.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()

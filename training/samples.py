@@ -1,0 +1,88 @@
+"""Training batches: shuffled, of texts of like length, with a part held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.data import Dataset, fit_arrays, text_feeds
+from trimtab.compiler.sources import Source
+from trimtab.passes.errors import DataError
+
+Feeds = dict[str, np.ndarray]
+
+_POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a dataset, ready to feed.
+
+    Attributes:
+        train: numbers of the samples to learn from.
+        held_out: numbers of the samples to judge by, in order of length.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    _lengths: np.ndarray
+    _feeds: Callable[[Sequence[int]], Feeds]
+
+    def epochs(self, batch_size: int, rng: np.random.Generator) -> Iterator[Feeds]:
+        """Batches without end, each epoch in another order. The last, smaller batch of a pool is used too."""
+        pool = batch_size * _POOL
+        while True:
+            order = rng.permutation(self.train)
+            for start in range(0, len(order), pool):
+                taken = order[start : start + pool]
+                batches = self._batches(taken[np.argsort(self._lengths[taken], kind="stable")], batch_size)
+                for i in rng.permutation(len(batches)):
+                    yield self._feeds(batches[i])
+
+    def judged(self, batch_size: int) -> Iterator[Feeds]:
+        """The samples held out."""
+        for batch in self._batches(self.held_out, batch_size):
+            yield self._feeds(batch)
+
+    @staticmethod
+    def _batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+
+def read_samples(
+    dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], *,
+    max_tokens: int, held_out: float, most_held_out: int, rng: np.random.Generator,
+) -> Samples:  # fmt: skip
+    """Read a dataset and split it.
+
+    Args:
+        inputs: of the model's graph.
+        max_tokens: texts are cut there.
+        held_out: share of the samples to hold out; at least one, at most `most_held_out`.
+
+    Raises:
+        DataError: fewer than two samples, or they do not fit the model's inputs.
+    """
+    if dataset.count < 2:
+        raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
+    if dataset.arrays is not None:
+        arrays = fit_arrays(dataset, inputs)
+        lengths = np.zeros(dataset.count)
+
+        def feeds(rows: Sequence[int]) -> Feeds:
+            return {name: array[rows] for name, array in arrays.items()}
+    else:
+        texts = [text for text, _ in dataset.texts]
+        lengths = np.array([len(text) for text in texts])
+        of_texts = text_feeds(source, inputs, max_tokens)
+
+        def feeds(rows: Sequence[int]) -> Feeds:
+            return of_texts([texts[i] for i in rows])
+
+    order = rng.permutation(dataset.count)
+    kept = min(max(1, round(held_out * dataset.count)), most_held_out)
+    judged = order[:kept]
+    return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], lengths, feeds)
