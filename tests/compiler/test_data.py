@@ -1,0 +1,195 @@
+"""Data files: what is in them is read as it is, and what is wrong in them is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.sources import Source
+from trimtab.passes.errors import DataError, ModelError
+
+JSONL = '{"text": "one two", "label": 1}\n{"text": "drei — vier"}\n{"sentence": "five", "label": "good"}\n'
+EXPECTED = [("one two", 1), ("drei — vier", None), ("five", "good")]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    raw = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.mark.parametrize("pack", ["", ".gz"])
+def test_jsonl(tmp_path: Path, pack: str) -> None:
+    data = read_data(write(tmp_path / f"d.jsonl{pack}", JSONL))
+    assert list(data.texts) == EXPECTED == list(data.texts)
+    assert data.count == 3
+    assert data.sha256 == hashlib.sha256(JSONL.encode()).hexdigest()
+
+
+def test_txt_skips_blank_lines_and_keeps_odd_characters(tmp_path: Path) -> None:
+    data = read_data(write(tmp_path / "D.TXT", "\ufeffone\r\n\n  \ntwo\u2028three\x0bfour\nlast"))
+    assert list(data.texts) == [("one", None), ("two\u2028three\x0bfour", None), ("last", None)]
+
+
+def test_tsv_with_header_without_and_with_quotes(tmp_path: Path) -> None:
+    with_header = write(tmp_path / "a.tsv", 'idx\tLabel\tSentence\n0\t-1\tsay "hi\n1\tgood\tbye\n2\t\tnone\n')
+    assert list(read_data(with_header).texts) == [('say "hi', -1), ("bye", "good"), ("none", None)]
+    assert list(read_data(write(tmp_path / "b.tsv", "a b\t1\nc d\t0\n")).texts) == [("a b", None), ("c d", None)]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("d.txt", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
+    ("d.txt.gz", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2: not JSON"),
+    ("d.jsonl", b'{"text": "a"}\n\n', "line 2: not JSON"),
+    ("d.jsonl", b'"a"\n', "line 1: not a JSON object"),
+    ("d.jsonl", b'{"body": "a", "id": 3}\n', r"line 1: no 'text' among its keys \('body', 'id'\)"),
+    ("d.jsonl", b'{"text": 3}\n', "line 1: the text is 3"),
+    ("d.jsonl", b'{"text": " "}\n', "line 1: the text is ' '"),
+    ("d.jsonl", b'{"text": "a", "label": [1]}\n', "line 1: label"),
+    ("d.jsonl", b'{"text": "a", "label": true}\n', "line 1: label"),
+    ("d.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*surrogate"),
+    ("d.tsv", b"label\ttext\n1\ta\n0\n", "line 3: 1 columns"),
+    ("d.tsv", b"label\ttext\n1\t\n", "line 2: the text is empty"),
+    ("d.txt", b"", "holds no text"),
+    ("d.txt", b"\n \n", "holds no text"),
+    ("d.tsv", b"text\tlabel\n", "holds no text"),
+    ("d.csv", b"a", "unknown kind '.csv'"),
+    ("d", b"a", "unknown kind"),
+    ("d.npz", b"PK\x03\x04 no", "not an .npz"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        read_data(write(tmp_path / name, content))
+    assert str(tmp_path / name) in error.value.message
+
+
+def test_a_damaged_gzip_file(tmp_path: Path) -> None:
+    packed = gzip.compress("\n".join(f"text {i}" for i in range(3000)).encode())
+    for content in (b"plain text\n", packed[:-9], packed[: len(packed) // 2], packed[:50] + bytes(50) + packed[100:]):
+        (tmp_path / "d.txt.gz").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_data(tmp_path / "d.txt.gz")
+    with pytest.raises(DataError, match="no such file"):
+        read_data(tmp_path / "none.txt")
+
+
+def test_sample_is_uniform_without_replacement_and_repeatable(tmp_path: Path) -> None:
+    lines = [f"{i:03d}" for i in range(60)]
+    data = read_data(write(tmp_path / "d.txt", "\n".join(lines)))
+    assert list(data.sample(7, seed=3)) == list(data.sample(7, seed=3)) != list(data.sample(7, seed=4))
+    assert sorted(text for text, _ in data.sample(1000)) == lines
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        chosen = [text for text, _ in data.sample(6, seed)]
+        assert len(set(chosen)) == 6
+        counts.update(chosen)
+    expected = 400 * 6 / 60
+    assert 25 < sum((counts[line] - expected) ** 2 / expected for line in lines) < 100  # chi-square, 59 degrees
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    peaks = []
+    for count in (2_000, 20_000):
+        path = write(tmp_path / f"{count}.jsonl", (json.dumps({"text": "word " * 50}) + "\n") * count)
+        tracemalloc.start()
+        data = read_data(path)
+        assert sum(1 for _ in data.sample(count)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.2
+
+
+def inputs(*names: str, dtype: type = np.int64) -> list[gs.Variable]:
+    return [gs.Variable(name, dtype, ["batch", "tokens"]) for name in names]
+
+
+def source(tokenizer: Path | None) -> Source:
+    return Source("m", Path("m.onnx"), tokenizer, None, 9, "onnx")
+
+
+def test_batches_of_texts(tmp_path: Path, word_tokenizer: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{j}" for j in rng.integers(0, 20, n)) for n in rng.integers(1, 15, 50)]
+    data = read_data(write(tmp_path / "d.txt", "\n".join(texts)))
+    wanted = [gs.Variable("input_ids", np.int32, ["b", "t"]), *inputs("position_ids")]
+    seen = []
+    for feeds in batches(data, source(word_tokenizer), 8, 12, 50, inputs=wanted):
+        ids, mask = feeds["input_ids"], feeds["attention_mask"]
+        assert set(feeds) == {"input_ids", "attention_mask", "position_ids"}
+        assert ids.dtype == np.int32 and feeds["position_ids"].dtype == np.int64
+        assert len(ids) <= 8 and ids.shape == mask.shape == feeds["position_ids"].shape
+        assert ids.shape[1] == mask.sum(1).max() <= 9  # the model's limit, which is below ours
+        seen += [tuple(row[keep]) for row, keep in zip(ids, mask.astype(bool), strict=True)]
+    ordered = [tuple(int(word[1:]) + 2 for word in text.split()[:9]) for text, _ in data.sample(50)]
+    assert seen == ordered
+    assert Counter(seen) == Counter(tuple(int(word[1:]) + 2 for word in text.split()[:9]) for text in texts)
+    orders = ([tuple(r) for f in batches(data, source(word_tokenizer), size, 12, 50, inputs=wanted)
+               for r in f["input_ids"][:, :1]] for size in (1, 7, 50))  # fmt: skip
+    assert all(a == b for a, b in itertools.pairwise(orders))
+
+
+def test_texts_for_a_model_that_takes_none(tmp_path: Path, word_tokenizer: Path) -> None:
+    data = read_data(write(tmp_path / "d.txt", "a\nb"))
+    with pytest.raises(DataError, match="do not give the input 'pixel_values'"):
+        next(batches(data, source(word_tokenizer), inputs=inputs("pixel_values")))
+    with pytest.raises(ModelError, match="no tokenizer"):
+        next(batches(data, source(None), inputs=inputs("input_ids")))
+
+
+def test_batches_of_tensors(tmp_path: Path) -> None:
+    ids, x = np.arange(22, dtype=np.int32).reshape(11, 2), np.random.default_rng(0).random((11, 3))
+    np.savez(tmp_path / "d.npz", ids=ids, x=x)
+    data = read_data(tmp_path / "d.npz")
+    assert data.count == 11
+    wanted = [*inputs("ids"), gs.Variable("x", np.float32, ["batch", 3])]
+    found = list(batches(data, source(None), 4, samples=10, inputs=wanted))
+    assert [len(feeds["x"]) for feeds in found] == [4, 4, 2]
+    assert found[0]["ids"].dtype == np.int64 and found[0]["x"].dtype == np.float32
+    rows = np.concatenate([feeds["ids"] for feeds in found])[:, 0] // 2
+    assert len(set(rows)) == 10
+    np.testing.assert_array_equal(np.concatenate([feeds["x"] for feeds in found]), x[rows].astype(np.float32))
+    with pytest.raises(DataError, match="texts are needed"):
+        _ = data.texts
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({}, "no samples"),
+    ({"ids": np.zeros((0, 2), np.int64)}, "no samples"),
+    ({"ids": np.int64(3)}, "no samples"),
+    ({"ids": np.zeros((2, 2)), "x": np.zeros((3, 2))}, "differ in the number"),
+    ({"ids": np.array([[1.0, np.nan]])}, "NaN or Inf"),
+    ({"ids": np.array([{}, {}])}, "not an .npz file of plain"),
+])  # fmt: skip
+def test_tensors_that_cannot_be_used(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        read_data(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"idz": np.zeros((2, 2), np.int64)}, r"\['idz'\].*\['ids'\]"),
+    ({"ids": np.zeros((2, 2))}, "float64"),
+    ({"ids": np.zeros((2, 2, 2), np.int64)}, r"shape \(2, 2, 2\)"),
+])  # fmt: skip
+def test_tensors_that_do_not_fit_the_model(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        next(batches(read_data(tmp_path / "d.npz"), source(None), inputs=inputs("ids")))
+
+
+@pytest.mark.shared
+def test_evaluation_data_is_read(shared: Path) -> None:
+    data = read_data(shared / "data" / "sst2" / "test.jsonl.gz")
+    assert data.count == 872
+    assert {label for _, label in data.texts} == {0, 1}
