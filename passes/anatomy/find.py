@@ -69,7 +69,8 @@ def _leftovers(
     before = scan.upstream([f.x for f in ffns] + [t for a in attentions for n in a.nodes for t in n.inputs])
     missed = {id(linear.y) for miss in misses if miss.residual for linear in miss.linears}
 
-    head, middle = [], []
+    head: list[Linear] = []
+    middle: list[Linear] = []
     for linear in scan.linears:
         last = id(linear.nodes[-1])
         if id(linear.y) in claimed or id(linear.y) in missed or last not in after:

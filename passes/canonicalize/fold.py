@@ -61,20 +61,22 @@ def fold_constants(graph: gs.Graph) -> int:
     for node in topological(graph):
         if node.op not in _FOLDED or node.domain or len(node.outputs) != 1 or id(node.outputs[0]) in kept:
             continue
-        inputs = [t for t in node.inputs if t.name]
-        if not inputs or not all(is_small(t) for t in inputs):
+        inputs = {t.name: t for t in node.inputs if t.name}
+        if not inputs or not all(is_small(t) for t in inputs.values()):
             continue
         function = onnx.helper.make_function(
             "trimtab.fold",
             "fold",
-            [t.name for t in inputs],
+            list(inputs),
             [node.outputs[0].name],
             [OnnxExporter.export_node(node)],
             opset,
         )
         try:
-            (result,) = ReferenceEvaluator(function).run(None, {t.name: values(t) for t in inputs})
-        except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            (result,) = ReferenceEvaluator(function).run(
+                None, {name: values(t) for name, t in inputs.items()}, attributes={}
+            )
+        except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
             log.debug("left %s unfolded: %s", output_name_of(node), error)
             continue
         result = np.asarray(result)
