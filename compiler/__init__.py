@@ -12,26 +12,40 @@ outputs = engine.run(engine.tokenize(["Hello."]))
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.compiler.calibrate import calibrate as calibrate_model
     from trimtab.compiler.engine import load
-    from trimtab.compiler.inspect import inspect as inspect_model
     from trimtab.compiler.pipeline import compile_model
-    from trimtab.compiler.sources import from_torch, open_source
+    from trimtab.compiler.sources import Source, from_torch, open_source
 
 _PUBLIC = {
     "calibrate_model": "calibrate:calibrate",
     "compile_model": "pipeline:compile_model",
     "from_torch": "sources:from_torch",
-    "inspect_model": "inspect:inspect",
     "load": "engine:load",
     "open_source": "sources:open_source",
 }
 """Name → module of this package, and the name there. None is also the name of a module, which would hide it."""
 
 __all__ = ["calibrate_model", "compile_model", "from_torch", "inspect_model", "load", "open_source"]
+
+
+def inspect_model(model: Source | Path | str, *, tokens: int = 128, allow_pickle: bool = False) -> dict[str, Any]:
+    """What `trimtab inspect --json` prints: the parts of `model`, where its work is, and what was not recognised.
+
+    Args:
+        tokens: sequence length at which attention is counted.
+        allow_pickle: read pickled weights, which can run code of their author.
+    """
+    from trimtab.compiler.inspect import describe
+    from trimtab.compiler.sources import Source, open_source
+    from trimtab.passes.anatomy import find_anatomy
+
+    source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
+    return describe(find_anatomy(source.graph()), tokens=tokens)
 
 
 def __getattr__(name: str) -> Any:

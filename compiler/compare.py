@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, IterationResult
+from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict
 
@@ -81,10 +81,10 @@ def compare(
     """
     feeds = random_feeds(graph, dims, rng, padded=padded)
     runners = [_Runner(name, run, graph, describe(dims)) for name, run in (("dense", dense), ("compiled", compiled))]
-    measure = partial(_measure, dims=dict(dims), padded=padded, mask=feeds.get("attention_mask"))
+    compare_func = partial(measure, dims=dict(dims), padded=padded, mask=feeds.get("attention_mask"))
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # its statistics subtract Inf
         results = Comparator.run(runners, data_loader=[feeds])
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=measure)
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare_func)
     return list(accuracy[("dense", "compiled")][0].values())
 
 
@@ -114,10 +114,15 @@ class _Runner(BaseRunner):
             ) from error
 
 
-def _measure(
-    dense: IterationResult, compiled: IterationResult, *, dims: dict[str, int], padded: bool, mask: np.ndarray | None
+def measure(
+    dense: Mapping[str, np.ndarray],
+    compiled: Mapping[str, np.ndarray],
+    *,
+    dims: dict[str, int],
+    padded: bool,
+    mask: np.ndarray | None,
 ) -> dict[str, OutputError]:
-    """Polygraphy's compare function: every output of two results."""
+    """Every output of `compiled` beside that of `dense`. Serves Polygraphy, whose results are such mappings too."""
     found = dict(compiled.items())
     where = {"dims": dims, "padded": padded}
     return {
@@ -155,7 +160,7 @@ def real_values(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 def relative_l2(expected: np.ndarray, found: np.ndarray) -> float:
     """‖found - expected‖ / ‖expected‖."""
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+    return float(np.linalg.norm(found - expected)) / max(float(np.linalg.norm(expected)), 1e-12)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
