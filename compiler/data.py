@@ -147,6 +147,7 @@ def text_feeds(
     def feeds_of(texts: Sequence[str]) -> dict[str, np.ndarray]:
         feeds = tokenizer.encode(texts, max_tokens)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
+        feeds |= {name: _no_past(tensor, len(batch)) for name, tensor in wanted.items() if name.startswith("past")}
         missing = [name for name in wanted if name not in feeds]
         if missing:
             raise DataError(f"{source.origin}: texts do not give the input {missing[0]!r}", hint="give tensors as .npz")
@@ -155,6 +156,11 @@ def text_feeds(
         }
 
     return feeds_of
+
+
+def _no_past(tensor: gs.Tensor, samples: int) -> np.ndarray:
+    """An empty cache of keys or values: [samples, heads, 0, head_dim], for a decoder that reads its text at once."""
+    return np.zeros((samples, *(size if isinstance(size, int) else 0 for size in tensor.shape[1:])), tensor.dtype)
 
 
 def _select(items: Iterable[T], count: int, samples: int, seed: int) -> Iterator[T]:

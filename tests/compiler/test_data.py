@@ -139,6 +139,13 @@ def test_batches_of_texts(tmp_path: Path, word_tokenizer: Path) -> None:
     assert all(a == b for a, b in itertools.pairwise(orders))
 
 
+def test_a_decoder_gets_an_empty_cache(tmp_path: Path, word_tokenizer: Path) -> None:
+    data = read_data(write(tmp_path / "d.txt", "w1 w2\nw3"))
+    cache = gs.Variable("past_key_values.0.key", np.float16, ["batch", 4, "past", 8])
+    (feeds,) = batches(data, source(word_tokenizer), inputs=[*inputs("input_ids"), cache])
+    assert feeds[cache.name].shape == (2, 4, 0, 8) and feeds[cache.name].dtype == np.float16
+
+
 def test_texts_for_a_model_that_takes_none(tmp_path: Path, word_tokenizer: Path) -> None:
     data = read_data(write(tmp_path / "d.txt", "a\nb"))
     with pytest.raises(DataError, match="do not give the input 'pixel_values'"):
