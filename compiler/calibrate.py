@@ -138,9 +138,10 @@ class _Layer:
 
     def add(self, found: Mapping[str, np.ndarray], keep: np.ndarray | None) -> None:
         x, hidden = _rows(found[self.x], keep), _rows(found[self.hidden], keep)
-        for start in range(0, len(hidden), _CHUNK):
-            h = hidden[start : start + _CHUNK].astype(np.float64)
-            self.sums += np.abs(h).sum(0), h.sum(0), np.einsum("tj,tj->j", h, h)
+        with np.errstate(invalid="ignore"):  # what is not finite is reported below
+            for start in range(0, len(hidden), _CHUNK):
+                h = hidden[start : start + _CHUNK].astype(np.float64)
+                self.sums += np.abs(h).sum(0), h.sum(0), np.einsum("tj,tj->j", h, h)
         if not (np.isfinite(self.sums).all() and np.isfinite(x).all()):
             raise ModelError(
                 f"{self.where}: its activations hold NaN or Inf on this data",

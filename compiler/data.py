@@ -147,7 +147,7 @@ def text_feeds(
     def feeds_of(texts: Sequence[str]) -> dict[str, np.ndarray]:
         feeds = tokenizer.encode(texts, max_tokens)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
-        feeds |= {name: _no_past(tensor, len(batch)) for name, tensor in wanted.items() if name.startswith("past")}
+        feeds |= {name: _no_past(tensor, len(texts)) for name, tensor in wanted.items() if name.startswith("past")}
         missing = [name for name in wanted if name not in feeds]
         if missing:
             raise DataError(f"{source.origin}: texts do not give the input {missing[0]!r}", hint="give tensors as .npz")
