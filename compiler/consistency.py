@@ -64,9 +64,9 @@ def batch_consistency(
             parts[name].append(tuple(real_values(value, mask) for value in three))
     found = []
     for name in names:
-        reference, alone, batched = (np.concatenate(arrays) for arrays in zip(*parts[name], strict=True))
-        allowed = _ROUNDING + _FACTOR * relative_l2(reference, alone)
-        difference = relative_l2(alone, batched)
+        expected, by_itself, batched = (np.concatenate(arrays) for arrays in zip(*parts[name], strict=True))
+        allowed = _ROUNDING + _FACTOR * relative_l2(expected, by_itself)
+        difference = relative_l2(by_itself, batched)
         found.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
     return found
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.peers import open_peer
 from trimtab.compiler.peers.ort import quantized
 from trimtab.compiler.pipeline import compile_model
+from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.compiler.timing import interleave
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
@@ -115,6 +118,28 @@ def test_bench_times_every_engine_at_every_shape(build):
     kept = open_build(build.path).manifest.speed
     assert kept["vs_dense"] == pytest.approx(found.speedup["vs_dense"], abs=1e-3)
     assert len(kept["runs"]) == 6
+
+
+def test_the_speedup_is_that_of_the_opt_shape_wherever_it_stands(build):
+    found = bench(build, shapes=[(2, 12), (1, 12)], seconds=0)
+    assert found.speedup["vs_dense"] == pytest.approx(found.runs[1].ratio)
+
+
+def test_an_int8_build_is_held_against_int8(build):
+    recipe = build.manifest.recipe | {"passes": [{"dynamic-int8": {}}]}
+    int8 = replace(build, manifest=build.manifest.model_copy(update={"recipe": recipe}))
+    assert bench(int8, shapes=[(1, 8)], seconds=0).like_for_like == "vs_int8"
+
+
+@pytest.mark.skipif(gpu_present(), reason="this machine could run the engine")
+def test_an_engine_that_cannot_run_here(build, tmp_path):
+    manifest = json.loads((build.path / "manifest.json").read_text())
+    copy = shutil.copytree(build.path, tmp_path / "gpu")
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"target": "tensorrt-rtx"}))
+    said = cli("bench", copy)
+    assert said.exit_code == 1
+    assert "tensorrt-rtx" in said.stderr
+    assert "hint: " in said.stderr
 
 
 def test_the_command_prints_json_alone(build):
