@@ -98,7 +98,7 @@ def test_inputs_the_model_does_not_take_are_refused(tmp_path: Path, inputs: dict
 def test_the_probe_tells_what_trial_models_really_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every width that is claimed is multiplied as integers; a runtime that leaves the op alone claims none."""
     capability = get_target("onnxruntime").probe()
-    assert 4 in capability.weight_bits and 8 in capability.weight_bits
+    assert 4 in capability.weight_bits
     x = np.random.default_rng().normal(size=(5, trials.K)).astype(np.float32)
     for bits in capability.weight_bits:
         model, w = trials.blockwise(bits)
