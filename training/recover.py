@@ -47,8 +47,8 @@ class Settings:
     """How to train.
 
     Attributes:
-        minutes: time limit, from the first look at the model to the last at the held-out samples.
-        steps: a limit in steps besides; a run that ends by it is the same whenever it is repeated on the same machine.
+        minutes: time limit, from the first look at the model on; the learning rate follows it.
+        steps: follow a number of steps instead, with `minutes` as a mere end: such a run can be repeated exactly.
         lr: highest learning rate.
         train: all weights but embeddings, or those of the FFNs alone, as the passes have made them.
         temperature: τ of the softmax when logits are compared.
@@ -254,10 +254,14 @@ class Distillation:
         ]
 
     def _elapsed(self, start: float, step: int) -> float:
-        """How much of the schedule is over, by the clock or by steps."""
-        by_time = (time.monotonic() - start) / (60 * self.settings.minutes) if self.settings.minutes > 0 else 1.0
-        by_steps = 0.0 if self.settings.steps is None else step / self.settings.steps if self.settings.steps else 1.0
-        return max(by_time, by_steps)
+        """How much of the schedule is over; 1 and more is the end."""
+        settings = self.settings
+        by_time = _share(time.monotonic() - start, 60 * settings.minutes)
+        return by_time if settings.steps is None or by_time >= 1 else _share(step, settings.steps)
+
+
+def _share(done: float, total: float) -> float:
+    return done / total if total > 0 else 1.0
 
 
 def schedule(at: float) -> float:
