@@ -41,7 +41,7 @@ class _Trace:
     leaves: list[Linear] = field(default_factory=list)
     nodes: list[gs.Node] = field(default_factory=list)
     stops: list[tuple[gs.Node | None, str]] = field(default_factory=list)
-    packed: Linear | None = None
+    behind: Linear | None = None  # the projection that a stop reads from
 
 
 def find_ffns(scan: Scan) -> tuple[list[FFN], list[Miss]]:
@@ -59,10 +59,10 @@ def find_ffns(scan: Scan) -> tuple[list[FFN], list[Miss]]:
 
 def _match(scan: Scan, down: Linear, layer: int) -> FFN | Miss | None:
     trace = _trace(scan, down.x)
-    linears = (*trace.leaves, *([trace.packed] if trace.packed else []))
+    linears = (*trace.leaves, *([trace.behind] if trace.behind is not None else []))
     if not trace.nodes or not linears:
         return None
-    residual = _joins_residual(down.y)
+    residual = joins_residual(down.y)
 
     def miss(why: str, node: gs.Node | None = None) -> Miss:
         return Miss((*linears, down), output_name_of(node or down.nodes[-1]), why, residual)
@@ -148,15 +148,14 @@ def _stop(scan: Scan, trace: _Trace, tensor: gs.Tensor, node: gs.Node | None) ->
     if node is None:
         trace.stops.append((None, f"it depends on {tensor.name!r}, an input of the graph"))
         return
-    packed = scan.producing(node.inputs[0]) if node.op in ("Split", "Slice", "Gather") else None
-    if packed is None:
+    trace.behind = trace.behind or (scan.producing(node.inputs[0]) if node.inputs else None)
+    if trace.behind is not None and node.op in ("Split", "Slice", "Gather"):
+        trace.stops.append((node, f"gate and up projections are packed into one and taken apart by {node.op}"))
+    else:
         trace.stops.append((node, f"{node.op} between the projections is not an elementwise op that is known"))
-        return
-    trace.packed = packed
-    trace.stops.append((node, f"gate and up projections are packed into one and taken apart by {node.op}"))
 
 
-def _joins_residual(y: gs.Tensor) -> bool:
+def joins_residual(y: gs.Tensor) -> bool:
     """True if `y`, perhaps normalised or scaled, is added to another computed tensor."""
     seen: set[int] = set()
     queue = deque([y])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.attention import find_attentions
-from trimtab.passes.anatomy.ffn import Miss, find_ffns
+from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
 from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Unrecognized
 from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
 from trimtab.passes.anatomy.scan import Scan
@@ -75,7 +75,7 @@ def _leftovers(
         last = id(linear.nodes[-1])
         if id(linear.y) in claimed or id(linear.y) in missed or last not in after:
             continue
-        (middle if last in before else head).append(linear)
+        (middle if last in before or joins_residual(linear.y) else head).append(linear)
     heads = {id(linear.y) for linear in head}
     misses = [miss for miss in misses if id(miss.linears[-1].y) not in heads]
     explained = {id(linear.y) for miss in misses for linear in miss.linears}

@@ -1,0 +1,237 @@
+"""Blocks written in unusual ways, and what is said of those that are not recognised."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
+import pytest
+
+from trimtab.passes.anatomy import Anatomy, find_anatomy
+from trimtab.passes.canonicalize import Canonicalize
+from trimtab.passes.contract import PassContext
+
+D, F = 8, 12
+SHAPES = {
+    "up": (D, F), "gate": (D, F), "down": (F, D), "wide": (D, 2 * F), "g": (D,), "scale": (F,), "bu": (F,), "bd": (D,),
+    "q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "qkv": (D, 3 * D), "narrow": (F, 3), "square": (D, D),
+    "classes": (D, 3), "table": (40, D),
+}  # fmt: skip
+
+
+def anatomy_of(body: str, inputs: str = f"float[B, T, {D}] x", outputs: str = "float[B, T, d] y") -> Anatomy:
+    """The Anatomy of a graph in ONNX text, in which the names of `SHAPES` are random weights."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
+        f"agraph ({inputs}) => ({outputs}) <float half = {{0.5}}, float eps = {{0.00001}}, float two = {{2}}, "
+        "int64[1] last = {-1}, int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, -1}, int64[1] f0 = {0}, "
+        f"int64[1] f1 = {{{F}}}, int64[1] f2 = {{{2 * F}}}, int64 zero = {{0}}> {{ {body} }}"
+    )
+    rng = np.random.default_rng()
+    used = {name for node in model.graph.node for name in node.input}
+    for name in used & set(SHAPES):
+        value = rng.standard_normal(SHAPES[name]).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    for i, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}.{i}"
+    graph = gs.import_onnx(model)
+    Canonicalize().run(graph, PassContext())
+    return find_anatomy(graph)
+
+
+NORM = "n = LayerNormalization (x, g) "
+
+
+@pytest.mark.parametrize(
+    ("body", "gated", "activation"),
+    [
+        (NORM + "u = MatMul (n, up) h = Relu (u) d = MatMul (h, down) y = Add (x, d)", False, "relu"),
+        (NORM + "u = MatMul (n, up) h = LeakyRelu (u) d = MatMul (h, down) y = Add (d, x)", False, "unknown"),
+        (NORM + "u = MatMul (n, up) s = Add (u, bu) h = Tanh (s) d = MatMul (h, down) e = Add (bd, d) y = Add (e, x)",
+         False, "tanh"),
+        (NORM + "a = MatMul (n, gate) u = MatMul (n, up) s = Sigmoid (a) h = Mul (u, s) d = MatMul (h, down) "
+         "y = Add (x, d)", True, "sigmoid"),
+        (NORM + "a = MatMul (n, gate) u = MatMul (n, up) h = Mul (u, a) d = MatMul (h, down) y = Add (x, d)",
+         True, "identity"),
+        # BiasGelu, and a skip norm that adds the bias of the down projection, as ONNX Runtime's optimizer writes BERT
+        ("u = MatMul (x, up) h = com.microsoft.BiasGelu (u, bu) d = MatMul (h, down) "
+         "y = com.microsoft.SkipLayerNormalization (d, x, g, g, bd)", False, "gelu"),
+        # a norm after the block and a half step
+        (NORM + "u = MatMul (n, up) h = Relu (u) d = MatMul (h, down) e = RMSNormalization (d, g) f = Mul (half, e) "
+         "y = Add (x, f)", False, "relu"),
+        # parallel to something else, which joins the stream first
+        (NORM + "u = MatMul (n, up) h = Relu (u) d = MatMul (h, down) p = Sin (n) s = Add (p, d) y = Add (s, x)",
+         False, "relu"),
+        # half precision inside
+        (NORM + "u = MatMul (n, up) c = Cast <to = 10> (u) r = Relu (c) h = Cast <to = 1> (r) d = MatMul (h, down) "
+         "y = Add (x, d)", False, "relu"),
+    ],
+)  # fmt: skip
+def test_ffns(body: str, gated: bool, activation: str) -> None:
+    anatomy = anatomy_of(body)
+    assert len(anatomy.ffns) == 1
+    ffn = anatomy.ffns[0]
+    assert (ffn.gated, ffn.activation.name, ffn.d_model, ffn.d_ff) == (gated, activation, D, F)
+    assert ffn.activation.output is ffn.down.x
+    assert [t.name for t in ffn.activation.inputs] == [linear.y.name for linear in ffn.linears[:-1]]
+    assert anatomy.unrecognized == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "why"),
+    [
+        ("u = MatMul (n, up) s = Mul (u, scale) h = Relu (s) d = MatMul (h, down) y = Add (x, d)",
+         "Mul.2", "a constant of 12 values"),
+        ("u = MatMul (n, up) h = LayerNormalization (u, scale) r = Relu (h) d = MatMul (r, down) y = Add (x, d)",
+         "LayerNormalization.2", "not an elementwise op"),
+        ("m = Sin (n) a = MatMul (n, gate) u = MatMul (m, up) s = Sigmoid (a) h = Mul (s, u) d = MatMul (h, down) "
+         "y = Add (x, d)", "Sigmoid.4", "read different inputs"),
+        ("a = MatMul (n, gate) u = MatMul (n, up) s = Sigmoid (a) h = Add (s, u) d = MatMul (h, down) y = Add (x, d)",
+         "Add.4", "not combined as act"),
+        ("a = MatMul (n, gate) u = MatMul (n, up) c = MatMul (n, up) s = Sigmoid (a) h = Mul (s, u) i = Mul (h, c) "
+         "d = MatMul (i, down) y = Add (x, d)", "MatMul.7", "3 projections"),
+        ("w = MatMul (n, wide) a, u = Split <axis = 2, num_outputs = 2> (w) s = Sigmoid (a) h = Mul (s, u) "
+         "d = MatMul (h, down) y = Add (x, d)", "Split.2", "packed into one"),
+        ("w = MatMul (n, wide) a = Slice (w, f0, f1, last) u = Slice (w, f1, f2, last) s = Sigmoid (a) h = Mul (s, u) "
+         "d = MatMul (h, down) y = Add (x, d)", "Slice", "packed into one"),
+        ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, down)", "MatMul.3", "not added to a residual stream"),
+        ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, narrow)", "MatMul.3", "it maps 8 features to 3"),
+    ],
+)  # fmt: skip
+def test_why_not(body: str, where: str, why: str) -> None:
+    anatomy = anatomy_of(NORM + body)
+    assert anatomy.ffns == ()
+    assert len(anatomy.unrecognized) == 1
+    found = anatomy.unrecognized[0]
+    assert found.what == "FFN"
+    assert found.where.startswith(where)
+    assert why in found.why
+
+
+def test_an_input_in_the_middle() -> None:
+    anatomy = anatomy_of(
+        NORM + "u = MatMul (n, up) r = Relu (u) h = Mul (r, m) d = MatMul (h, down) y = Add (x, d)",
+        inputs=f"float[B, T, {D}] x, float[B, T, {F}] m",
+    )
+    assert "'m', an input of the graph" in anatomy.unrecognized[0].why
+
+
+def test_quantized_products_are_named() -> None:
+    anatomy = anatomy_of(
+        "a, s, z = DynamicQuantizeLinear (x) b, t, w = DynamicQuantizeLinear (square) "
+        "i = MatMulInteger (a, b, z, w) y = Cast <to = 1> (i)"
+    )
+    assert anatomy.unrecognized[0].what == "MatMulInteger"
+    assert "before quantization" in anatomy.unrecognized[0].why
+
+
+BLOCK = (
+    "n = LayerNormalization (x, g) u = MatMul (n, up) h = Relu (u) d = MatMul (h, down) z = Add (x, d) "
+    "m = LayerNormalization (z, g) "
+)
+
+
+def test_heads_are_no_ffns() -> None:
+    anatomy = anatomy_of(BLOCK + "p = MatMul (m, square) t = Tanh (p) y = MatMul (t, classes)")
+    assert len(anatomy.ffns) == 1
+    assert anatomy.head is not None
+    assert [linear.out_features for linear in anatomy.head.linears] == [D, 3]
+    assert anatomy.unrecognized == ()
+
+
+def test_a_projection_between_blocks_is_named() -> None:
+    anatomy = anatomy_of(
+        BLOCK + "p = MatMul (m, square) u2 = MatMul (p, up) h2 = Relu (u2) d2 = MatMul (h2, down) y = Add (z, d2)"
+    )
+    assert len(anatomy.ffns) == 2
+    assert [(u.what, u.where) for u in anatomy.unrecognized] == [(f"projection {D} -> {D}", "MatMul.6")]
+
+
+PROJECTIONS = "a = MatMul (n, q) b = MatMul (n, k) c = MatMul (n, v) "
+HEADS = (
+    "qr = Reshape (a, split) qt = Transpose <perm = [0, 2, 1, 3]> (qr) kr = Reshape (b, split) "
+    "vr = Reshape (c, split) vt = Transpose <perm = [0, 2, 1, 3]> (vr) "
+)
+PLAIN = (
+    "kt = Transpose <perm = [0, 2, 3, 1]> (kr) s = MatMul (qt, kt) s2 = Mul (s, half) p = Softmax (s2) "
+    "w = MatMul (p, vt) wt = Transpose <perm = [0, 2, 1, 3]> (w) r = Reshape (wt, join) "
+)
+CAPPED = PLAIN.replace("p = Softmax (s2)", "t = Tanh (s2) s3 = Mul (t, two) p = Softmax (s3)")
+OUT = "e = MatMul (r, o) y = Add (x, e)"
+
+
+@pytest.mark.parametrize(
+    ("body", "fused", "packed"),
+    [
+        (PROJECTIONS + HEADS + PLAIN + OUT, None, False),
+        (PROJECTIONS + HEADS + CAPPED + OUT, None, False),
+        ("w3 = MatMul (n, qkv) a, b, c = Split <axis = 2, num_outputs = 3> (w3) " + HEADS + PLAIN + OUT, None, True),
+        (PROJECTIONS + HEADS + "kt = Transpose <perm = [0, 2, 1, 3]> (kr) w = Attention (qt, kt, vt) "
+         "wt = Transpose <perm = [0, 2, 1, 3]> (w) r = Reshape (wt, join) " + OUT, "Attention", False),
+        (PROJECTIONS + "r = Attention <q_num_heads = 2, kv_num_heads = 2> (a, b, c) " + OUT, "Attention", False),
+        (PROJECTIONS + "r = com.microsoft.MultiHeadAttention <num_heads = 2> (a, b, c) " + OUT,
+         "MultiHeadAttention", False),
+        ("r = com.microsoft.Attention <num_heads = 2> (n, qkv) " + OUT, "Attention", None),
+    ],
+)  # fmt: skip
+def test_attentions(body: str, fused: str | None, packed: bool | None) -> None:
+    anatomy = anatomy_of(NORM + body)
+    assert len(anatomy.attentions) == 1
+    attention = anatomy.attentions[0]
+    assert attention.fused == fused
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (2, 2, 4)
+    assert attention.out is not None
+    if packed is None:  # the op holds the weights itself
+        assert (attention.q, attention.k, attention.v) == (None, None, None)
+    else:
+        assert (attention.q is attention.k is attention.v) == packed
+        if not packed:
+            assert len({id(m.weight) for m in (attention.q, attention.k, attention.v, attention.out) if m}) == 4
+    assert anatomy.unrecognized == ()
+
+
+def test_a_softmax_over_classes_is_no_attention() -> None:
+    anatomy = anatomy_of(BLOCK + "p = MatMul (m, classes) y = Softmax (p)")
+    assert anatomy.attentions == ()
+    assert anatomy.unrecognized == ()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = LayerNormalization (x, g)",
+        "y = RMSNormalization (x, g)",
+        "y = SimplifiedLayerNormalization (x, g)",
+        "a = Pow (x, two) b = ReduceMean (a, last) c = Add (b, eps) d = Sqrt (c) e = Div (x, d) y = Mul (e, g)",
+        "a = Mul (x, x) b = ReduceMean (a, last) c = Add (b, eps) d = Sqrt (c) e = Reciprocal (d) f = Mul (x, e) "
+        "y = Mul (f, g)",
+        "m = ReduceMean (x, last) s = Sub (x, m) a = Pow (s, two) b = ReduceMean (a, last) c = Add (b, eps) "
+        "d = Sqrt (c) e = Div (s, d) y = Mul (e, g)",
+    ],
+)
+def test_norms(body: str) -> None:
+    assert len(anatomy_of(body).norms) == 1
+
+
+def test_embeddings() -> None:
+    anatomy = anatomy_of(
+        "e = Gather (table, ids) one = Gather (table, zero) s = Add (e, one) y = Relu (s)", inputs="int64[B, T] ids"
+    )
+    assert [tuple(e.table.shape) for e in anatomy.embeddings] == [(40, D)]
+    assert anatomy.params == 40 * D
+
+
+def test_a_norm_before_the_down_projection() -> None:
+    """No FFN, and no head either, though it comes last."""
+    anatomy = anatomy_of(
+        NORM + PROJECTIONS + HEADS + PLAIN + "e = MatMul (r, o) z = Add (x, e) u = MatMul (z, up) h = Relu (u) "
+        "l = LayerNormalization (h, scale) d = MatMul (l, down) y = Add (z, d)"
+    )
+    assert anatomy.ffns == ()
+    assert [u.what for u in anatomy.unrecognized] == [f"projection {F} -> {D}"]
+
+
+def test_nothing_there() -> None:
+    anatomy = anatomy_of("y = Relu (x)")
+    assert (anatomy.layers, anatomy.family, anatomy.head, anatomy.unrecognized) == (0, "unknown", None, ())
