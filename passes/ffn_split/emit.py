@@ -1,0 +1,64 @@
+"""A fitted split as nodes in the graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import FFN
+from trimtab.passes.ffn_split.matrix import LowRank
+from trimtab.passes.ffn_split.plan import Neurons, Split
+from trimtab.passes.graph import constant, insert, replace_uses
+
+
+def emit(graph: gs.Graph, ffn: FFN, split: Split) -> None:
+    """Put `split` in the place of `ffn`; the dense nodes are left without use for the clean-up."""
+    name = f"ffn-split/layer.{ffn.layer}"
+    dtype = np.dtype(ffn.y.dtype or np.float32)
+    y: gs.Tensor | None = None
+    if split.heavy is not None:
+        y = _neurons(graph, ffn, split.heavy, f"{name}/heavy", dtype)
+    if split.bias is not None:
+        bias = constant(f"{name}/bias", split.bias.astype(dtype))
+        before = _zeros(graph, ffn, name, dtype) if y is None else y
+        y = insert(graph, "Add", [before, bias], f"{name}/shift", dtype=dtype)
+    if split.rest is not None:
+        rest = (
+            split.rest.emit(graph, ffn.x, f"{name}/rest", dtype)
+            if isinstance(split.rest, LowRank)
+            else _neurons(graph, ffn, split.rest, f"{name}/rest", dtype)
+        )
+        y = rest if y is None else insert(graph, "Add", [y, rest], f"{name}/join", dtype=dtype)
+    assert y is not None, "a split without parts always has a bias"
+    replace_uses(graph, ffn.y, y)
+
+
+def _zeros(graph: gs.Graph, ffn: FFN, name: str, dtype: np.dtype) -> gs.Variable:
+    """Zeros in the shape of the output, for an FFN of which only its bias is left."""
+    return insert(graph, "Mul", [ffn.x, constant(f"{name}/zero", np.zeros((), dtype))], f"{name}/nothing", dtype=dtype)
+
+
+def _neurons(graph: gs.Graph, ffn: FFN, part: Neurons, name: str, dtype: np.dtype) -> gs.Variable:
+    labels = ("gate", "up") if ffn.gated else ("up",)
+    pre: list[gs.Tensor] = []
+    for label, matrix, bias in zip(labels, part.ups, part.up_biases, strict=True):
+        out = matrix.emit(graph, ffn.x, f"{name}/{label}", dtype)
+        if bias is not None:
+            shift = constant(f"{name}/{label}.bias", bias.astype(dtype))
+            out = insert(graph, "Add", [out, shift], f"{name}/{label}/shift", dtype=dtype)
+        pre.append(out)
+    hidden = _activation(graph, ffn, pre, name)
+    return part.down.emit(graph, hidden, f"{name}/down", dtype)
+
+
+def _activation(graph: gs.Graph, ffn: FFN, pre: list[gs.Tensor], name: str) -> gs.Tensor:
+    """The FFN's own elementwise nodes once more, reading `pre`: whatever the exporter's GELU is, both parts have it."""
+    clones: dict[int, gs.Tensor] = {id(t): p for t, p in zip(ffn.activation.inputs, pre, strict=True)}
+    for number, node in enumerate(ffn.activation.nodes):
+        out = gs.Variable(f"{name}/act.{number}", dtype=node.outputs[0].dtype)
+        inputs = [clones.get(id(tensor), tensor) for tensor in node.inputs]
+        insert(
+            graph, node.op, inputs, f"{name}/act.{number}", attrs=dict(node.attrs), domain=node.domain, outputs=[out]
+        )
+        clones[id(node.outputs[0])] = out
+    return clones[id(ffn.activation.output)]

@@ -1,0 +1,118 @@
+"""One FFN in numbers: its weights, a sample of its inputs, and what its neurons make of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import FFN
+from trimtab.passes.anatomy.activation import evaluate
+from trimtab.passes.profile import FFNStats
+
+_HELD_OUT = 5  # every fifth state measures errors and is never fitted to
+_ROWS = 512  # states evaluated at a time: the activation runs in float64
+
+_SCALED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+_SKIP_SCALED = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+
+
+class Layer:
+    """An FFN, and the states it was calibrated on.
+
+    Attributes:
+        ffn: the view on the graph.
+        stats: from the Profile.
+        fit: states that fits may use, [n, d_model].
+        held: states that only measure, [m, d_model].
+    """
+
+    def __init__(self, ffn: FFN, stats: FFNStats) -> None:
+        self.ffn = ffn
+        self.stats = stats
+        held = np.arange(len(stats.states)) % _HELD_OUT == _HELD_OUT - 1
+        if not held.any():
+            held[-1:] = True
+        self.fit = stats.states[~held] if not held.all() else stats.states
+        self.held = stats.states[held]
+
+    @cached_property
+    def ups(self) -> tuple[np.ndarray, ...]:
+        """W_up, or (W_gate, W_up): [d_model, d_ff] each, in the order of the activation's inputs."""
+        return tuple(linear.w().astype(np.float32) for linear in self.ffn.linears[:-1])
+
+    @cached_property
+    def up_biases(self) -> tuple[np.ndarray | None, ...]:
+        found = (linear.b() for linear in self.ffn.linears[:-1])
+        return tuple(None if b is None else b.astype(np.float32) for b in found)
+
+    @cached_property
+    def down(self) -> np.ndarray:
+        """W_down, [d_ff, d_model]."""
+        return self.ffn.down.w().astype(np.float32)
+
+    @cached_property
+    def down_bias(self) -> np.ndarray:
+        b = self.ffn.down.b()
+        return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
+
+    def act(self, pre: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Activations from the projections' outputs, [n, any width], float32."""
+        activation = self.ffn.activation
+        out = np.empty(pre[0].shape, np.float32)
+        for i in range(0, len(out), _ROWS):
+            feeds = {id(t): p[i : i + _ROWS] for t, p in zip(activation.inputs, pre, strict=True)}
+            out[i : i + _ROWS] = evaluate(activation.nodes, feeds, activation.output)
+        return out
+
+    def hidden(self, x: np.ndarray, ups: tuple[np.ndarray, ...], biases: tuple[np.ndarray | None, ...]) -> np.ndarray:
+        """Activations h of neurons given by their projections, [n, neurons]."""
+        pre = tuple(x @ w if b is None else x @ w + b for w, b in zip(ups, biases, strict=True))
+        return self.act(pre)
+
+    @cached_property
+    def h_fit(self) -> np.ndarray:
+        """h of all neurons on the states to fit to, [n, d_ff]."""
+        return self.hidden(self.fit, self.ups, self.up_biases)
+
+    @cached_property
+    def h_held(self) -> np.ndarray:
+        return self.hidden(self.held, self.ups, self.up_biases)
+
+    @cached_property
+    def y_held(self) -> np.ndarray:
+        """The dense outputs on the held-out states, without the down bias, [m, d_model]."""
+        return self.h_held @ self.down
+
+    @cached_property
+    def gain(self) -> np.ndarray:
+        """How much each output feature weighs downstream: the scale of the next norm, [d_model].
+
+        Residual streams have a few features that are hundreds of times larger than the rest, which the next norm scales
+        down again. Errors measured without that scale would be errors in those few features.
+        """
+        scale = _next_norm_scale(self.ffn.y)
+        if scale is None or scale.shape != (self.ffn.d_model,):
+            return np.ones(self.ffn.d_model, np.float64)
+        found = np.abs(scale.astype(np.float64))
+        return np.maximum(found, 0.05 * found.mean())
+
+    def error(self, y: np.ndarray) -> float:
+        """Weighted squared error of outputs `y` (without the down bias) on the held-out states, over their variance."""
+        gained = (self.y_held - self.y_held.mean(0)) * self.gain
+        return float(np.square((y - self.y_held) * self.gain).sum() / max(np.square(gained).sum(), 1e-30))
+
+
+def _next_norm_scale(tensor: gs.Tensor) -> np.ndarray | None:
+    """The scale of the norm that first reads `tensor`, through the Adds of residuals and biases."""
+    for _ in range(3):
+        for node in tensor.outputs:
+            at = 1 if node.op in _SCALED else 2 if node.op in _SKIP_SCALED else None
+            if at is not None and len(node.inputs) > at and isinstance(node.inputs[at], gs.Constant):
+                return np.asarray(node.inputs[at].values)
+        adds = [node for node in tensor.outputs if node.op == "Add"]
+        if not adds:
+            return None
+        tensor = adds[0].outputs[0]
+    return None

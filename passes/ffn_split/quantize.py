@@ -1,0 +1,73 @@
+"""Blockwise symmetric integers: round to nearest, or with the rounding error fed forward along the inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+
+from trimtab.passes.ffn_split.matrix import Quantized
+
+_SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
+_DAMP = 0.01  # of the mean diagonal, so that unused inputs do not make the second moments singular
+
+
+def fit_block(block: int, in_features: int) -> int | None:
+    """The largest block size up to `block` that divides `in_features`; None below 16, the least that kernels take."""
+    sizes = (size for size in (256, 128, 64, 32, 16) if size <= block and in_features % size == 0)
+    return next(sizes, None)
+
+
+def round_to_nearest(weight: np.ndarray, bits: int, block: int) -> Quantized:
+    """Each block on its own, with the scale of least squared error.
+
+    Args:
+        weight: [in_features, out_features]; in_features is a multiple of `block`.
+    """
+    blocks = weight.reshape(-1, block, weight.shape[1]).astype(np.float32)
+    scale = np.stack([_scale(part, bits) for part in blocks])
+    q = _round(blocks, scale[:, None], bits).reshape(weight.shape)
+    return Quantized(q.astype(np.int8), scale, bits, block)
+
+
+def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray) -> Quantized:
+    """Round row by row, and let the rows to come make up for each row's error.
+
+    Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1.
+
+    Args:
+        weight: [in_features, out_features]; in_features is a multiple of `block`.
+        moments: E[x xᵀ] of the inputs, [in_features, in_features].
+    """
+    w = weight.astype(np.float64, copy=True)
+    n = len(w)
+    damped = moments.astype(np.float64) + _DAMP * np.mean(np.diag(moments)) * np.eye(n)
+    root = cholesky(damped, lower=True)
+    inverse_root = solve_triangular(root, np.eye(n), lower=True)
+    factor = cholesky(inverse_root.T @ inverse_root, lower=False)  # of the inverse: U with UᵀU = H⁻¹
+    q = np.empty(w.shape, np.int8)
+    scale = np.empty((n // block, w.shape[1]), np.float32)
+    for start in range(0, n, block):
+        stop = start + block
+        scale[start // block] = s = _scale(w[start:stop].astype(np.float32), bits)
+        errors = np.empty((block, w.shape[1]))
+        for i in range(start, stop):
+            q[i] = _round(w[i], s, bits)
+            errors[i - start] = (w[i] - q[i] * s) / factor[i, i]
+            w[i + 1 : stop] -= np.outer(factor[i, i + 1 : stop], errors[i - start])
+        w[stop:] -= factor[start:stop, stop:].T @ errors
+    return Quantized(q, scale, bits, block)
+
+
+def _scale(block: np.ndarray, bits: int) -> np.ndarray:
+    """Per column of `block`, the scale of least squared rounding error among a few, [out_features], float32."""
+    top = np.maximum(np.abs(block).max(0), 1e-12) / (2 ** (bits - 1) - (0.5 if bits == 2 else 1))
+    best, least = top, np.full(top.shape, np.inf, np.float32)
+    for shrink in _SHRINK if bits < 8 else _SHRINK[-1:]:
+        tried = top * shrink
+        error = np.square(_round(block, tried, bits) * tried - block).sum(0)
+        best, least = np.where(error < least, tried, best), np.minimum(error, least)
+    return best.astype(np.float32)
+
+
+def _round(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+    return np.clip(np.rint(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -1,0 +1,70 @@
+"""Least squares from second moments, so that many candidate fits cost one pass over the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+RIDGE = 1e-3
+"""Ridge penalty relative to each feature's variance."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of features z, [n], and of their products with targets y, [m].
+
+    Attributes:
+        z_mean, y_mean: [n], [m].
+        cov: covariance of z, [n, n], float64.
+        cross: covariance of z and y, [n, m], float64.
+    """
+
+    z_mean: np.ndarray
+    y_mean: np.ndarray
+    cov: np.ndarray
+    cross: np.ndarray
+
+    @classmethod
+    def of(cls, z: np.ndarray, y: np.ndarray) -> Moments:
+        """From samples [samples, n] and [samples, m]."""
+        z_mean, y_mean = z.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
+        zc, yc = (z - z_mean).astype(np.float32), (y - y_mean).astype(np.float32)
+        cov, cross = (zc.T @ zc).astype(np.float64), (zc.T @ yc).astype(np.float64)
+        return cls(z_mean, y_mean, cov / len(z), cross / len(z))
+
+    def solve(self, ridge: float = RIDGE) -> np.ndarray:
+        """C of least E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
+        scale = np.sqrt(np.diag(self.cov))
+        scale = np.where(scale > 1e-12 * max(scale.max(initial=0), 1e-30), scale, np.inf)
+        normal = self.cov / scale[:, None] / scale
+        normal[np.diag_indices_from(normal)] = np.where(np.isinf(scale), 1.0, 1.0 + ridge)
+        found: np.ndarray = cho_solve(cho_factor(normal), self.cross / scale[:, None]) / scale[:, None]
+        return found
+
+    def mapped(self, t: np.ndarray) -> Moments:
+        """The moments of features z T, for T of [n, k]."""
+        return Moments(t.T @ self.z_mean, self.y_mean, t.T @ self.cov @ t, t.T @ self.cross)
+
+
+def reduce_rank(
+    coefficients: np.ndarray, cov: np.ndarray, rank: int, gain: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best map of `rank` in place of a full one, in the sense of its weighted outputs.
+
+    Minimises E‖(x M − x A B) diag(gain)‖² by projecting the outputs on their leading directions: reduced-rank
+    regression (Izenman 1975), not the SVD of M.
+
+    Args:
+        coefficients: M, [n, m].
+        cov: of x, [n, n].
+        gain: what each output weighs, [m].
+
+    Returns:
+        A [n, rank] and B [rank, m].
+    """
+    weighted = coefficients * gain
+    _, directions = np.linalg.eigh(weighted.T @ cov @ weighted)
+    leading = directions[:, ::-1][:, :rank]
+    return weighted @ leading, leading.T / gain

@@ -1,0 +1,39 @@
+"""How heavily a neuron hits: the scores that order the neurons of an FFN."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from trimtab.passes.ffn_split.layer import Layer
+from trimtab.passes.ffn_split.regress import Moments
+
+Score = Literal["contribution", "activation", "energy", "deviation", "residual"]
+
+
+def score(layer: Layer, kind: Score) -> np.ndarray:
+    """The score of each neuron, [d_ff]; larger is heavier.
+
+    With h_j the activation of neuron j over the calibration tokens and v_j its row of W_down:
+
+    - contribution: Σ |h_j| ‖v_j‖, the size of its part of the output (FFSplit, arXiv 2401.04044, §3).
+    - activation: Σ |h_j|, without the output weights.
+    - energy: (Σ h_j²)^½ ‖v_j‖.
+    - deviation: (Σ (h_j − h̄_j)²)^½ ‖v_j‖, what is left once its mean is folded into the bias.
+    - residual: like deviation, of what is left of h_j after its best linear prediction from x: what neither a bias nor
+      an affine map can replace.
+    """
+    stats = layer.stats
+    norm = np.linalg.norm(layer.down * layer.gain, axis=1)
+    if kind == "activation":
+        return stats.abs_sum
+    if kind == "contribution":
+        return stats.abs_sum * norm
+    if kind == "energy":
+        return np.sqrt(stats.square_sum) * norm
+    if kind == "deviation":
+        return np.sqrt(np.maximum(stats.square_sum - stats.sum**2 / stats.tokens, 0)) * norm
+    moments = Moments.of(layer.fit, layer.h_fit)
+    explained = np.einsum("ij,ij->j", moments.solve(), moments.cross)
+    return np.sqrt(np.maximum(layer.h_fit.var(0, dtype=np.float64) - explained, 0)) * norm

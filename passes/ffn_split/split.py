@@ -1,0 +1,188 @@
+"""The pass: every FFN becomes its heavy hitters and something cheaper for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.ffn_split.budget import RANKS, SHARES, Budget, Candidate, choose
+from trimtab.passes.ffn_split.emit import emit
+from trimtab.passes.ffn_split.fit import Fitter
+from trimtab.passes.ffn_split.layer import Layer
+from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
+from trimtab.passes.ffn_split.quantize import fit_block
+from trimtab.passes.ffn_split.score import Score
+from trimtab.passes.graph.opset import raise_opset
+
+_OPSET = {"int8": 21, "int4": 21, "int2": 25}
+"""The opset in which DequantizeLinear takes blocks of this type."""
+
+
+class FFNSplit(Pass):
+    """Split each FFN into heavy hitters (FFN1) and the rest (FFN2), and make the rest cheap.
+
+    Source: FFSplit (arXiv 2401.04044). The affine form of the rest is not in the paper: neurons that rarely trigger are
+    nearly linear in x, so one low-rank affine map, fitted to their outputs, stands for both of their matrices.
+    Exact end: heavy=1 with heavy_form=fp32, or rest_form=fp32 at any share, computes the dense FFN.
+    """
+
+    name: ClassVar[str] = "ffn-split"
+    summary: ClassVar[str] = "split FFNs into heavy hitters and a cheap rest (FFSplit)"
+    needs_profile: ClassVar[bool] = True
+
+    heavy: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of neurons in FFN1",
+        json_schema_extra={"search": [0.125, 0.25, 0.375, 0.5]},
+    )
+    heavy_form: HeavyForm = Field("fp32", description="of FFN1's weights")
+    rest_form: RestForm = Field(
+        "affine", description="what becomes of FFN2", json_schema_extra={"search": ["affine", "int4", "drop"]}
+    )
+    rank: int = Field(
+        64, ge=1, description="of FFN2's affine map or low-rank matrices", json_schema_extra={"search": [32, 64, 128]}
+    )
+    score: Score = Field("residual", description="orders the neurons; heavy hitters come first")
+    block: int = Field(64, ge=16, le=256, description="input features per scale of integer weights, at most")
+    refit: bool = Field(True, description="fit FFN1's down projection anew, to make up for what FFN2 lost")
+    multiple: int = Field(32, ge=1, description="FFN1's neurons are rounded to a multiple of this")
+    budget: Budget | None = Field(
+        None,
+        description="size, time or error of all FFNs; chooses share, form and rank of each layer",
+    )
+    layers: tuple[int, ...] | None = Field(None, description="split these alone, counted from 0")
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Split the FFNs of `graph`. Reads states and statistics of each from the Profile."""
+        self._check_forms(context)
+        ffns = find_anatomy(graph).ffns
+        unknown = set(self.layers or ()) - {ffn.layer for ffn in ffns}
+        if unknown:
+            raise RecipeError(
+                f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(ffns)}, counted from 0"
+            )
+        if context.profile is None:
+            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        left: list[Left] = []
+        wanted: list[FFN] = []
+        for ffn in ffns:
+            reason = self._unfit(ffn)
+            if self.layers is not None and ffn.layer not in self.layers:
+                continue
+            if reason:
+                left.append(Left(ffn.where, reason))
+            else:
+                wanted.append(ffn)
+        plans = self._budgeted(wanted, context) if self.budget else [self._plan(ffn) for ffn in wanted]
+        forms = {form for plan in plans for form in (plan.heavy_form, plan.rest_form)}
+        forms |= {"int8"} if any(p.rest_form == "affine" and p.heavy_form in BITS for p in plans) else set()
+        raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
+        rows = []
+        for ffn, plan in zip(wanted, plans, strict=True):
+            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score).split(plan)
+            emit(graph, ffn, split)
+            rows.append(_row(ffn, split))
+            _tell(context, "split FFNs", len(rows), len(wanted))
+        untouched = sum(linear.bytes for f in ffns if f not in wanted for linear in f.linears)
+        details = {"layers": rows, "ffn_bytes": untouched + sum(row["bytes"] for row in rows)}
+        return PassResult(self.name, len(rows), tuple(left), details)
+
+    def _plan(self, ffn: FFN) -> Plan:
+        return Plan(self._neurons(ffn, self.heavy), self.heavy_form, self.rest_form, self.rank, self.block, self.refit)
+
+    def _neurons(self, ffn: FFN, share: float) -> int:
+        """`share` of the FFN's neurons, as a multiple where there is room for one."""
+        wanted = share * ffn.d_ff
+        rounded = self.multiple * max(round(wanted / self.multiple), 1 if share > 0 else 0)
+        return min(rounded, ffn.d_ff) if share < 1 else ffn.d_ff
+
+    def _budgeted(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
+        """A plan for each FFN, chosen over all of them by measured output error."""
+        assert self.budget is not None
+        candidates = []
+        for ffn in ffns:
+            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, precise=False)
+            candidates.append([Candidate.of(fitter.split(plan)) for plan in self._candidates(ffn, context)])
+            _tell(context, "search the budget", len(candidates), len(ffns))
+        dense = [4 * ffn.params for ffn in ffns]
+        macs = [sum(linear.in_features * linear.out_features for linear in ffn.linears) for ffn in ffns]
+        chosen = choose(candidates, dense, macs, self.budget)
+        return [layer[i].plan for layer, i in zip(candidates, chosen, strict=True)]
+
+    def _candidates(self, ffn: FFN, context: PassContext) -> Iterator[Plan]:
+        assert self.budget is not None
+        bits = context.capability.weight_bits
+        narrow = self.budget.time is None
+        heavies = [f for f in ("int8", "int4") if BITS[f] in bits] if narrow else [self.heavy_form]
+        tails = [f for f in ("int4", "int2") if BITS[f] in bits] if narrow else []
+        seen = set()
+        for share in SHARES:
+            for form in heavies or [self.heavy_form]:
+                rests: list[tuple[str, int]] = [("affine", r) for r in RANKS if r < ffn.d_model] + [("drop", 1)]
+                rests += [(tail, 1) for tail in tails if BITS[tail] < BITS.get(form, 32)]
+                for rest, rank in rests if share < 1 else [("drop", 1)]:
+                    n = self._neurons(ffn, share)
+                    plan = Plan(n, form, rest, rank, self.block, self.refit)  # type: ignore[arg-type]
+                    if plan not in seen:
+                        seen.add(plan)
+                        yield plan
+
+    def _check_forms(self, context: PassContext) -> None:
+        for form in (self.heavy_form, self.rest_form):
+            if form in BITS and BITS[form] not in context.capability.weight_bits and self.budget is None:
+                can = ", ".join(f"int{b}" for b in sorted(context.capability.weight_bits)) or "no integer weights"
+                raise RecipeError(f"the target does not multiply with {form} weights", hint=f"it takes {can}")
+
+    def _unfit(self, ffn: FFN) -> str | None:
+        """Why this FFN stays as it is, or None."""
+        if any(linear.quantized is not None for linear in ffn.linears):
+            return "its weights are quantized already; split the model before it is quantized"
+        if (
+            any(form in BITS for form in (self.heavy_form, self.rest_form))
+            and fit_block(self.block, ffn.d_model) is None
+        ):
+            return f"no block of 16 or more divides its {ffn.d_model} input features"
+        return None
+
+
+def _stats(ffn: FFN, context: PassContext) -> Any:
+    assert context.profile is not None
+    stats = context.profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
+    if len(stats.states) < 2 or not np.all(np.isfinite(stats.states)):
+        raise ProfileError(
+            f"{ffn.where}: {len(stats.states)} finite states in the profile, at least 2 are needed",
+            hint="calibrate on more data",
+        )
+    return stats
+
+
+def _row(ffn: FFN, split: Split) -> dict[str, Any]:
+    """What the report says of one layer."""
+    plan = split.plan
+    has_rest = plan.heavy < ffn.d_ff
+    return {
+        "layer": ffn.layer,
+        "heavy": plan.heavy,
+        "neurons": ffn.d_ff,
+        "heavy_form": plan.heavy_form if plan.heavy else None,
+        "rest_form": plan.rest_form if has_rest else None,
+        "rank": plan.rank if has_rest and plan.rest_form in ("affine", "low-rank") else None,
+        "error": round(split.error, 6),
+        "bytes": split.nbytes,
+        "macs": split.macs,
+        "dense_bytes": 4 * ffn.params,
+    }
+
+
+def _tell(context: PassContext, what: str, done: int, total: int) -> None:
+    if context.progress is not None:
+        context.progress(what, done, total)

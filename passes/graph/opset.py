@@ -1,0 +1,65 @@
+"""Raising the opset of a graph without loading its weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.edit import constant
+
+_REDUCTIONS = (
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSumSquare",
+)  # fmt: skip
+_AXES_BECAME_INPUT = dict.fromkeys(_REDUCTIONS, 18)
+
+
+def raise_opset(graph: gs.Graph, opset: int) -> None:
+    """Declare at least `opset` for the standard domain.
+
+    Most operators only gained types between opsets, and mean the same under the newer number; reductions, whose axes
+    became an input in opset 18, are rewritten. onnx.version_converter would do it too, but loads every weight.
+
+    Raises:
+        ModelError: some node would mean something else; names it. The graph is then as it was.
+    """
+    if graph.opset >= opset:
+        return
+    nodes = [node for node in graph.nodes if node.domain in (None, "", "ai.onnx")]
+    for node in nodes:
+        if node.op in _AXES_BECAME_INPUT:
+            continue
+        reason = _change(node, graph.opset, opset)
+        if reason:
+            raise ModelError(
+                f"opset {graph.opset} has to become {opset}, but node {node.name or node.op} ({node.op}) {reason}",
+                hint=f"export the model with opset {opset} or newer",
+            )
+    for node in nodes:
+        became = _AXES_BECAME_INPUT.get(node.op)
+        if became is not None and graph.opset < became <= opset and "axes" in node.attrs:
+            axes = np.array(node.attrs.pop("axes"), np.int64)
+            node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
+    graph.opset = opset
+    # Older files carry an IR version that newer types are not allowed in.
+    least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    graph.ir_version = max(graph.ir_version or 0, least)
+
+
+def _change(node: gs.Node, old: int, new: int) -> str | None:
+    """How `node` differs in meaning between two opsets, or None."""
+    try:
+        before, after = (onnx.defs.get_schema(node.op, v, "") for v in (old, new))
+    except onnx.defs.SchemaError:
+        return "is no operator of that opset"
+    if before.since_version == after.since_version:
+        return None
+    lost = set(node.attrs) - set(after.attributes)
+    if lost:
+        return f"has attribute {min(lost)}, which is gone there"
+    required = [name for name, a in after.attributes.items() if a.required and name not in node.attrs]
+    if required or not after.min_input <= len(node.inputs) <= after.max_input:
+        return "takes other attributes or inputs there"
+    return None
