@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -213,6 +214,7 @@ def package_versions() -> dict[str, str]:
     return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
+@lru_cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

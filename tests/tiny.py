@@ -53,12 +53,13 @@ class Dampen(Pass):
 PASS = "tiny:Dampen"
 
 
-def model(path: Path, *, seed: int = 0, ffn: bool = True, poison: float | None = None) -> Path:
-    """A model of ids [batch, tokens] → last_hidden_state [batch, tokens, WIDTH], with its weights in the file itself.
+def model(path: Path, *, seed: int = 0, ffn: bool = True, poison: float | None = None, external: bool = False) -> Path:
+    """A model of ids [batch, tokens] → last_hidden_state [batch, tokens, WIDTH].
 
     Args:
         ffn: without, it is a table that is looked up.
         poison: put into one of the FFN's weights.
+        external: store the weights beside the file instead of in it.
     """
     rng = np.random.default_rng(seed)
 
@@ -88,7 +89,7 @@ def model(path: Path, *, seed: int = 0, ffn: bool = True, poison: float | None =
     graph = helper.make_graph(nodes, "tiny", [ids], [y], weights)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, path)
+    onnx.save(proto, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
     return path
 
 

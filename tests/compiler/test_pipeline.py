@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import tiny
 from onnx import numpy_helper
@@ -19,6 +20,7 @@ from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.targets.base import MODEL
 from trimtab.compiler.targets.onnxruntime import OnnxRuntime, OnnxRuntimeRunner
+from trimtab.passes import PassContext, PassResult
 from trimtab.passes.errors import BuildError, DataError, ModelError, PassError, ProfileError, RecipeError, TargetError
 from trimtab.passes.profile import Profile
 
@@ -93,16 +95,18 @@ def test_nothing_changed_nothing_done(model: Path, data: Path, tmp_path: Path) -
     assert not compile_model(model, RECIPE, tmp_path / "build", data=data, force=True).reused
 
 
-def test_every_input_counts(model: Path, data: Path, tmp_path: Path) -> None:
-    def compiled_anew(model: Path = model, recipe: dict[str, Any] = RECIPE, data: Path = data) -> bool:
-        return not compile_model(model, recipe, tmp_path / "build", data=data).reused
-
-    assert compiled_anew()
-    assert compiled_anew(recipe=RECIPE | {"passes": [{"dampen": {"factor": 0.75}}]})
-    assert compiled_anew(recipe=RECIPE | {"workload": {"batch": 2}})
-    assert compiled_anew(data=tiny.data(tmp_path / "more.npz", samples=40))
-    assert compiled_anew(model=tiny.model(tmp_path / "other.onnx", seed=1))
-    assert not compiled_anew(model=tmp_path / "other.onnx")
+@pytest.mark.parametrize("change", ["option", "workload", "data", "model"])
+def test_every_input_counts(model: Path, data: Path, tmp_path: Path, change: str) -> None:
+    inputs = {"model": model, "recipe": RECIPE, "data": data}
+    changed = {
+        "option": lambda: {"recipe": RECIPE | {"passes": [{"dampen": {"factor": 0.75}}]}},
+        "workload": lambda: {"recipe": RECIPE | {"workload": {"batch": 2}}},
+        "data": lambda: {"data": tiny.data(tmp_path / "more.npz", samples=40)},
+        "model": lambda: {"model": tiny.model(tmp_path / "other.onnx", seed=1)},
+    }[change]()
+    compile_model(**inputs, out=tmp_path / "build")
+    assert not compile_model(**inputs | changed, out=tmp_path / "build").reused
+    assert compile_model(**inputs | changed, out=tmp_path / "build").reused
 
 
 def test_a_damaged_build_is_made_anew(model: Path, tmp_path: Path) -> None:
@@ -186,17 +190,26 @@ def test_a_profile_of_another_model(model: Path, data: Path, tmp_path: Path) -> 
     assert "belongs to another model" in refused(ProfileError, tmp_path, model, RECIPE, profile=profile)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(tmp_path: Path, poison: float) -> None:
-    model = tiny.model(tmp_path / "model.onnx", poison=poison)
+@pytest.mark.parametrize(("poison", "external"), [(float("nan"), True), (float("inf"), True), (float("nan"), False)])
+def test_weights_that_are_not_finite(tmp_path: Path, poison: float, external: bool) -> None:
+    model = tiny.model(tmp_path / "model.onnx", poison=poison, external=external)
     message = refused(ModelError, tmp_path, model, {"passes": ["canonicalize"]})
-    assert "weight 'up'" in message
+    assert "weight 'up': 1 of its values" in message
     assert "[3, 7]" in message
+
+
+def test_a_pass_that_makes_nan(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(self: tiny.Dampen, graph: gs.Graph, context: PassContext) -> PassResult:
+        graph.tensors()["down"].values = np.full((tiny.NEURONS, tiny.WIDTH), np.nan, np.float32)
+        return PassResult(self.name, 1)
+
+    monkeypatch.setattr(tiny.Dampen, "run", spoil)
+    assert "weight 'down'" in refused(ModelError, tmp_path, model, RECIPE | {"check": False}, data=data)
 
 
 def test_no_ffn(data: Path, tmp_path: Path) -> None:
     model = tiny.model(tmp_path / "table.onnx", ffn=False)
-    assert "FFN" in refused(ModelError, tmp_path, model, RECIPE, data=data)
+    assert "no FFN was found in the model" in refused(ModelError, tmp_path, model, RECIPE, data=data)
 
 
 def test_no_model(tmp_path: Path) -> None:
