@@ -139,6 +139,24 @@ def test_what_must_stay(tmp_path: Path) -> None:
     assert [t.name for t in graph.inputs] == ["x", "on", "shape"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "gone"),
+    [("b, t, four", True), ("b, any, four", True), ("b, t, any", True), ("t, b, four", False), ("b, any, two", False)],
+)
+def test_reshapes_to_the_same_shape_go(sizes: str, gone: bool, tmp_path: Path) -> None:
+    path = parsed(tmp_path, f"""
+        agraph (float[B, T, 4] x) => (float[P, Q, R] y) <int64[1] any = {{-1}}, int64[1] two = {{2}}, int64[1] four = {{4}}> {{
+            b = Shape <start = 0, end = 1> (x)
+            t = Shape <start = 1, end = 2> (x)
+            s = Concat <axis = 0> ({sizes})
+            r = Reshape (x, s)
+            y = Neg (r)
+        }}""")  # fmt: skip
+    graph, result = check_same(path, tmp_path, {"x": np.random.default_rng().standard_normal((2, 3, 4), np.float32)})
+    assert ("Reshape" not in ops(graph)) == gone
+    assert result.details["reshapes"] == int(gone)
+
+
 def test_training_dropout_stays() -> None:
     model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
         agraph (float[N, 4] x) => (float[N, 4] y) <float r = {0.5}, bool t = {1}> {
