@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
-from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
 from trimtab.passes.profile import FFNStats, Profile, ProfileInfo
@@ -60,13 +60,14 @@ def calibrate(
         DataError: the data do not fit the model's inputs.
     """
     graph = source.graph()
-    ffns = find_anatomy(graph).ffns
+    anatomy = find_anatomy(graph)
+    ffns = anatomy.ffns
     if not ffns:
         raise ModelError(f"{source.origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
-    inputs = [gs.Variable(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.inputs]
+    inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
     layers = [_Layer(ffn, states, seed) for ffn in ffns]
     runner = _runner(graph, ffns, source.onnx.parent)
-    del graph, ffns
+    del graph, anatomy, ffns
     gc.collect()  # a graph is full of cycles; its weights would stay until the next collection
 
     used, total = 0, min(samples, data.count)
@@ -152,6 +153,14 @@ class _Layer:
     def stats(self) -> FFNStats:
         abs_sum, total, square_sum = self.sums
         return FFNStats(self.tokens, abs_sum, total, square_sum, self.reservoir.rows)
+
+
+def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:
+    """The shape of an input. Some exporters leave a symbol for the head size of a decoder's cache."""
+    sizes = {attention.head_dim for attention in anatomy.attentions}
+    if tensor.name.startswith("past") and tensor.shape and isinstance(tensor.shape[-1], str) and len(sizes) == 1:
+        return [*tensor.shape[:-1], sizes.pop() or tensor.shape[-1]]
+    return tensor.shape
 
 
 def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.ndarray]]:

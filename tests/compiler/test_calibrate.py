@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from tests import tiny
+from tests import tiny, zoo
 from trimtab.compiler.calibrate import Reservoir, calibrate
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.sources import Source
@@ -66,7 +66,7 @@ def reference(arrays: dict[str, np.ndarray], ids: np.ndarray) -> list[tuple[np.n
 @pytest.fixture
 def texts(tmp_path: Path) -> Dataset:
     rng = np.random.default_rng(7)
-    lines = [" ".join(f"w{j}" for j in rng.integers(0, 100, n)) for n in rng.integers(1, 12, 61)]
+    lines = [" ".join(f"w{j}" for j in rng.integers(0, 90, n)) for n in rng.integers(1, 12, 61)]
     (tmp_path / "d.txt").write_text("\n".join(lines))
     return read_data(tmp_path / "d.txt")
 
@@ -172,6 +172,20 @@ def test_memory_is_constant_in_the_number_of_samples(tmp_path: Path, word_tokeni
         tracemalloc.stop()
         assert profile.info.tokens == 8 * count
     assert peaks[2] < peaks[1] * 1.2
+
+
+@pytest.mark.parametrize(("family", "exporter"), [("bert", "dynamo"), ("llama", "genai")])
+def test_padding_of_real_models_counts_for_nothing(
+    texts: Dataset, word_tokenizer: Path, family: str, exporter: str
+) -> None:
+    """With attention, and for the decoder with an empty cache, whose head size this exporter does not tell."""
+    path = zoo.exported(family, exporter)
+    source = Source(family, path, word_tokenizer, None, zoo.TEXT, "onnx")
+    alone, together = (calibrate(source, texts, batch_size=size, states=30) for size in (1, 20))
+    assert alone.info.tokens == len(tokens_of(texts))
+    assert alone.tensors.keys() == together.tensors.keys()
+    for name, array in alone.tensors.items():
+        np.testing.assert_allclose(together.tensors[name], array, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
