@@ -44,8 +44,7 @@ def check_same(before: Path, tmp_path: Path, feeds: dict[str, np.ndarray]) -> tu
     result = canonical(graph)
     save_graph(graph, tmp_path / "after.onnx")
     old, new = session(before), session(tmp_path / "after.onnx")
-    for a, b in zip(old.get_outputs(), new.get_outputs(), strict=True):
-        assert (a.name, a.type, a.shape) == (b.name, b.type, b.shape)
+    assert onnx.load(tmp_path / "after.onnx").graph.output == onnx.load(before).graph.output
     for a, b in zip(old.run(None, feeds), new.run(None, feeds), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
     return graph, result
@@ -145,7 +144,8 @@ def test_what_must_stay(tmp_path: Path) -> None:
 )
 def test_reshapes_to_the_same_shape_go(sizes: str, gone: bool, tmp_path: Path) -> None:
     path = parsed(tmp_path, f"""
-        agraph (float[B, T, 4] x) => (float[P, Q, R] y) <int64[1] any = {{-1}}, int64[1] two = {{2}}, int64[1] four = {{4}}> {{
+        agraph (float[B, T, 4] x) => (float[P, Q, R] y)
+        <int64[1] any = {{-1}}, int64[1] two = {{2}}, int64[1] four = {{4}}> {{
             b = Shape <start = 0, end = 1> (x)
             t = Shape <start = 1, end = 2> (x)
             s = Concat <axis = 0> ({sizes})
