@@ -41,6 +41,8 @@ class PassContext:
     capability: Capability = field(default_factory=Capability)
     progress: Callable[[str, int, int], None] | None = None
     """Called with (what, done, total) by passes that take long."""
+    done: list[Pass] = field(default_factory=list)
+    """The passes that `run_passes` has run on this graph so far."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
         PassError: names the failing pass and those that ran before it.
     """
     results: list[PassResult] = []
+    context.done = []
     for step in passes:
         try:
             result = step.run(graph, context)
@@ -108,4 +111,5 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
         for left in result.left:
             log.debug("%s: left %s: %s", step.name, left.where, left.why)
         results.append(result)
+        context.done.append(step)
     return results

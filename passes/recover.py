@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,16 +11,18 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.contract import Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.graph import fingerprint
+from trimtab.passes.graph import values
 
 _TRAIN = "train with this recipe and model: `trimtab train MODEL --method recover --recipe RECIPE`"
+_NEAR = 0.01  # by which norms may differ: fits and SVDs come out a little different on another machine
 
 
 class Recover(Pass):
     """Replaces initializers by learned ones.
 
-    What comes before it in the recipe must make the very graph that was trained, so each initializer's fingerprint must
-    be the one it had when training began. Weights that learned for no step are those of the graph: nothing changes.
+    They were learned for one graph, so the passes before must be those of training, with the same options, and the
+    initializers must be of the same shape, type and norm. Bits need not agree, since all that was fitted is replaced.
+    Weights that learned for no step are those of the graph: nothing changes.
     """
 
     name: ClassVar[str] = "recover"
@@ -29,28 +33,66 @@ class Recover(Pass):
         """Replace the values of all initializers that were trained.
 
         Raises:
-            ProfileError: the profile has none, or they were learned from another graph. The graph is then unchanged.
+            ProfileError: the profile has none, or they were learned for another graph. The graph is then unchanged.
         """
         learned = context.profile.learned(self.name) if context.profile is not None else {}
         if context.profile is None or not learned:
             raise ProfileError("the profile holds no weights learned by recover", hint=_TRAIN)
         record = context.profile.info.learned.get(self.name, {})
         origin = record.get("from")
+        if not isinstance(origin, dict) or origin.keys() != {"passes", "norms"}:
+            raise ProfileError("the profile does not say for what graph recover learned its weights", hint=_TRAIN)
+        _check_passes(context.done, origin["passes"])
         tensors = graph.tensors()
-        targets = {name: _check(name, tensors.get(name), value, origin) for name, value in learned.items()}
+        targets = {n: _target(n, tensors.get(n), value, origin["norms"].get(n)) for n, value in learned.items()}
         for name, constant in targets.items():
             constant.values = np.array(learned[name])
         details = {key: record[key] for key in ("steps", "before", "after") if key in record}
         return PassResult(self.name, changed=len(targets), details=details)
 
 
-def _check(name: str, tensor: gs.Tensor | None, value: np.ndarray, origin: Any) -> gs.Constant:
-    """The constant to replace, if it is still what training began with."""
-    known = origin.get(name) if isinstance(origin, dict) else None
+def origin_of(graph: gs.Graph, names: Sequence[str], done: Sequence[Pass]) -> dict[str, Any]:
+    """What a graph must be like for weights learned on `graph` to fit; JSON types.
+
+    Args:
+        names: of the initializers that learn.
+        done: the passes that have made the graph.
+    """
+    tensors = graph.tensors()
+    return {"passes": _written(done), "norms": {name: _norm(values(tensors[name])) for name in names}}
+
+
+def _written(passes: Sequence[Pass]) -> list[dict[str, Any]]:
+    return [{step.name: step.model_dump(mode="json")} for step in passes]
+
+
+def _check_passes(done: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
+    have = _written(done)
+    if have == trained:
+        return
+    for now, then in zip(have, trained, strict=False):
+        if now.keys() == then.keys():
+            ((name, new),), (old,) = now.items(), then.values()
+            for option in new:
+                if new[option] != old.get(option):
+                    raise ProfileError(
+                        f"{name} runs with {option} = {new[option]}, but recover learned with {old.get(option)}",
+                        hint=_TRAIN,
+                    )
+    names = [", ".join(name for step in steps for name in step) or "none" for steps in (have, trained)]
+    raise ProfileError(f"the passes before recover are {names[0]}, but it learned behind {names[1]}", hint=_TRAIN)
+
+
+def _target(name: str, tensor: gs.Tensor | None, value: np.ndarray, norm: float | None) -> gs.Constant:
+    """The constant to replace, if it is what training began with."""
     if not isinstance(tensor, gs.Constant):
-        why = "is not in this graph"
-    elif tuple(tensor.shape) != value.shape or fingerprint(tensor) != known:
-        why = "changed since training (other options of the passes before recover, or another model)"
-    else:
-        return tensor
-    raise ProfileError(f"recover: initializer {name!r} {why}", hint=_TRAIN)
+        raise ProfileError(f"recover learned initializer {name!r}, which is not in this graph", hint=_TRAIN)
+    there = values(tensor)
+    same = (there.shape, there.dtype) == (value.shape, value.dtype) and norm is not None
+    if not same or not math.isclose(_norm(there), norm, rel_tol=_NEAR, abs_tol=1e-6):
+        raise ProfileError(f"initializer {name!r} is not the one that recover learned from", hint=_TRAIN)
+    return tensor
+
+
+def _norm(array: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(array, np.float64)))

@@ -26,8 +26,8 @@ from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import RecipeError, TrimtabError
-from trimtab.passes.graph import fingerprint
 from trimtab.passes.profile import Profile
+from trimtab.passes.recover import origin_of
 from trimtab.training.objective import Objective, find_objective
 from trimtab.training.samples import Feeds, Samples, read_samples
 from trimtab.training.torch_graph import GraphModule, learnable
@@ -100,7 +100,7 @@ def recover(
         most_held_out=_MOST_HELD_OUT, rng=rng,
     )  # fmt: skip
     names = trained_names(dense, student, anatomy, settings.train)
-    origin = {name: fingerprint(t) for name, t in student.tensors().items() if name in set(names)}
+    origin = origin_of(student, names, context.done)
     distillation = Distillation(dense, student, names, objective, samples, settings)
     record = distillation.run(rng, start, progress)
     learned = distillation.student.learned()
