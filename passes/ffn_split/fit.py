@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from trimtab.passes.ffn_split.plan import BITS, Neurons, Plan, Split
 from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
 from trimtab.passes.ffn_split.regress import Moments, reduce_rank
 from trimtab.passes.ffn_split.score import Score, score
+
+T = TypeVar("T")
 
 
 class Fitter:
@@ -26,6 +30,7 @@ class Fitter:
     def __init__(self, layer: Layer, kind: Score, *, precise: bool = True) -> None:
         self.layer = layer
         self.precise = precise
+        self._held: dict[tuple[str, str, int], object] = {}
         self.order = np.argsort(-score(layer, kind), kind="stable")
         self.ups = tuple(w[:, self.order] for w in layer.ups)
         self.up_biases = tuple(None if b is None else b[self.order] for b in layer.up_biases)
@@ -69,25 +74,43 @@ class Fitter:
         x = self.layer.fit
         return x.T @ x / len(x)
 
-    @cache  # noqa: B019 - lives as long as the fit of one layer
+    def _once(self, what: str, form: str, block: int, make: Callable[[], T]) -> T:
+        """What `make` returns, kept for as long as this layer is fitted."""
+        key = (what, form, block)
+        if key not in self._held:
+            self._held[key] = make()
+        return cast("T", self._held[key])
+
     def _up_matrices(self, form: str, block: int) -> tuple[Dense | Quantized, ...]:
         """The up projections of all neurons in an integer form: columns are independent, so parts are slices of it."""
-        return tuple(self._quantized(w, form, block, self._input_moments) for w in self.ups)
-
-    @cache  # noqa: B019
-    def _moments(self, form: str, block: int) -> Moments:
-        """Of [x, h] and the dense outputs, with h from heavy neurons in `form`."""
-        return Moments.of(
-            np.concatenate([self.layer.fit, self._hidden(form, block)], axis=1),
-            self.layer.h_fit @ self.layer.down,
+        return self._once(
+            "ups", form, block, lambda: tuple(self._quantized(w, form, block, self._input_moments) for w in self.ups)
         )
 
-    @cache  # noqa: B019
+    def _moments(self, form: str, block: int) -> Moments:
+        """Of [x, h] and the dense outputs, with h from heavy neurons in `form`."""
+        return self._once(
+            "moments", form, block, lambda: Moments.of((self.layer.fit, self._hidden(form, block)), self._dense_outputs)
+        )
+
     def _hidden(self, form: str, block: int) -> np.ndarray:
+        """h of all neurons in `form`, on the states to fit to."""
         if form not in BITS:
-            return self.layer.h_fit[:, self.order]
-        ups = tuple(m.array for m in self._up_matrices(form, block))
-        return self.layer.hidden(self.layer.fit, ups, self.up_biases)
+            return self._ordered
+
+        def make() -> np.ndarray:
+            ups = tuple(m.array for m in self._up_matrices(form, block))
+            return self.layer.hidden(self.layer.fit, ups, self.up_biases)
+
+        return self._once("hidden", form, block, make)
+
+    @cached_property
+    def _ordered(self) -> np.ndarray:
+        return self.layer.h_fit[:, self.order]
+
+    @cached_property
+    def _dense_outputs(self) -> np.ndarray:
+        return self.layer.h_fit @ self.layer.down
 
     def _residual(self, plan: Plan, features: slice, tail: Neurons | None) -> Moments:
         """Moments of [x, h of heavy neurons], or a slice of them, and what the dense outputs are beyond both parts."""
@@ -96,7 +119,7 @@ class Fitter:
         cov = everything.cov[: d + n, : d + n]
         cross = everything.cross[: d + n] - cov[:, d:] @ self.down[:n]
         if tail is not None:
-            z = np.concatenate([self.layer.fit, self._hidden(plan.heavy_form, plan.block)[:, :n]], axis=1)
+            z = (self.layer.fit, self._hidden(plan.heavy_form, plan.block)[:, :n])
             cross = cross - Moments.of(z, self._neuron_outputs(self.layer.fit, tail)).cross
         mean = everything.z_mean[: d + n]
         return Moments(mean[features], everything.y_mean, cov[features, features], cross[features])
@@ -134,7 +157,7 @@ class Fitter:
     def _rest_cross(self, plan: Plan) -> np.ndarray:
         """Covariance of x and the outputs of the rest alone."""
         rest = self.layer.h_fit[:, self.order[plan.heavy :]] @ self.down[plan.heavy :]
-        return Moments.of(self.layer.fit, rest).cross
+        return Moments.of((self.layer.fit,), rest).cross
 
     def _tail(self, plan: Plan) -> Neurons | None:
         """FFN2 as neurons, where its form keeps them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ from scipy.linalg import cho_factor, cho_solve
 
 RIDGE = 1e-3
 """Ridge penalty relative to each feature's variance."""
+
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,20 @@ class Moments:
     cross: np.ndarray
 
     @classmethod
-    def of(cls, z: np.ndarray, y: np.ndarray) -> Moments:
-        """From samples [samples, n] and [samples, m]."""
-        z_mean, y_mean = z.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
-        zc, yc = (z - z_mean).astype(np.float32), (y - y_mean).astype(np.float32)
-        cov, cross = (zc.T @ zc).astype(np.float64), (zc.T @ yc).astype(np.float64)
-        return cls(z_mean, y_mean, cov / len(z), cross / len(z))
+    def of(cls, parts: Sequence[np.ndarray], y: np.ndarray) -> Moments:
+        """From samples of groups of features, [samples, n_i] each, and of targets, [samples, m].
+
+        Products are formed in float32 over rows at a time, so that centring copies no more than that.
+        """
+        z_mean = np.concatenate([part.mean(0, dtype=np.float64) for part in parts])
+        y_mean = y.mean(0, dtype=np.float64)
+        n, count = len(z_mean), len(y)
+        cov, cross = np.zeros((n, n), np.float32), np.zeros((n, len(y_mean)), np.float32)
+        for i in range(0, count, _ROWS):
+            z = np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(np.float32)
+            cov += z.T @ z
+            cross += z.T @ (y[i : i + _ROWS] - y_mean.astype(np.float32))
+        return cls(z_mean, y_mean, cov.astype(np.float64) / count, cross.astype(np.float64) / count)
 
     def solve(self, ridge: float = RIDGE) -> np.ndarray:
         """C of least E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""

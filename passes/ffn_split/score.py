@@ -34,6 +34,6 @@ def score(layer: Layer, kind: Score) -> np.ndarray:
         return np.sqrt(stats.square_sum) * norm
     if kind == "deviation":
         return np.sqrt(np.maximum(stats.square_sum - stats.sum**2 / stats.tokens, 0)) * norm
-    moments = Moments.of(layer.fit, layer.h_fit)
+    moments = Moments.of((layer.fit,), layer.h_fit)
     explained = np.einsum("ij,ij->j", moments.solve(), moments.cross)
     return np.sqrt(np.maximum(layer.h_fit.var(0, dtype=np.float64) - explained, 0)) * norm

@@ -43,6 +43,9 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
             axes = np.array(node.attrs.pop("axes"), np.int64)
             node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
     graph.opset = opset
+    for entry in graph.import_domains or ():  # what the exporter writes
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = opset
     # Older files carry an IR version that newer types are not allowed in.
     least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     graph.ir_version = max(graph.ir_version or 0, least)
