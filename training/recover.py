@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 METHOD = "recover"
 _HELD_OUT, _MOST_HELD_OUT = 0.05, 512
 _CHECKS = 10  # times the held-out samples are looked at, besides the beginning
+_LOOKING = 0.1  # share of the time that looking may take
 _WARM_UP = 0.05  # of the schedule
 
 Progress = Callable[[str, int, int], None]
@@ -179,31 +180,32 @@ class Distillation:
         settings = self.settings
         optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), fused=True)
         batches = self.samples.epochs(settings.batch_size, rng)
+        began = time.monotonic()
         before = best = self.judge()
-        weights = [p.detach().clone() for p in self.student.parameters()]
-        step, checked, history = 0, 0, [best | {"step": 0}]
-        total = settings.steps or round(60 * settings.minutes)
-        while (at := self._elapsed(start, step)) < 1:
+        weights = self._weights()
+        clock = _Clock(settings, start, time.monotonic() - began)
+        step, check_at, history = 0, clock.every, [best | {"step": 0}]
+        while (at := clock.at(step)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * schedule(at)
             loss = self._loss(next(batches))
-            if not math.isfinite(loss.item()):
-                raise TrimtabError(f"recover: the loss is {loss.item()} at step {step}", hint="use a smaller --lr")
+            _require_finite(loss.item(), step)
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            at = self._elapsed(start, step)
-            if at * _CHECKS >= checked + 1 or at >= 1:
-                checked = int(at * _CHECKS)
+            at = clock.at(step)
+            if at >= min(check_at, 1):
+                check_at = at + clock.every
                 now = self.judge()
+                _require_finite(now["loss"], step)
                 history.append(now | {"step": step})
                 log.info("step %d: loss %.4f, agreement %.4f on held-out samples", step, now["loss"], now["agreement"])
                 if now["loss"] < best["loss"]:
-                    best, weights = now, [p.detach().clone() for p in self.student.parameters()]
+                    best, weights = now, self._weights()
             if progress is not None:
-                progress(METHOD, round(min(at, 1) * total), total)
+                progress(METHOD, round(min(at, 1) * clock.total), clock.total)
         with torch.no_grad():
             for parameter, value in zip(self.student.parameters(), weights, strict=True):
                 parameter.copy_(value)
@@ -253,15 +255,39 @@ class Distillation:
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
-    def _elapsed(self, start: float, step: int) -> float:
-        """How much of the schedule is over; 1 and more is the end."""
-        settings = self.settings
-        by_time = _share(time.monotonic() - start, 60 * settings.minutes)
-        return by_time if settings.steps is None or by_time >= 1 else _share(step, settings.steps)
+    def _weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.student.parameters()]
+
+
+class _Clock:
+    """How much of a run is over, by time or by steps.
+
+    Args:
+        start: reading of the monotonic clock from which the time limit counts.
+        look: seconds that a look at the held-out samples takes; the last one must still fit in.
+    """
+
+    def __init__(self, settings: Settings, start: float, look: float) -> None:
+        self._steps, self._begin = settings.steps, time.monotonic()
+        self._seconds = start + 60 * settings.minutes - look - self._begin
+        self.total = max(1, settings.steps if settings.steps is not None else round(60 * settings.minutes))
+        by_time = settings.steps is None and self._seconds > 0
+        self.every = max(1 / _CHECKS, look / self._seconds / _LOOKING) if by_time else 1 / _CHECKS
+        """Share of the run from one look to the next."""
+
+    def at(self, step: int) -> float:
+        """0 at the beginning; 1 and more is the end."""
+        by_time = _share(time.monotonic() - self._begin, self._seconds)
+        return by_time if self._steps is None or by_time >= 1 else _share(step, self._steps)
 
 
 def _share(done: float, total: float) -> float:
     return done / total if total > 0 else 1.0
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrimtabError(f"recover: the loss is {loss} at step {step}", hint="use a smaller --lr")
 
 
 def schedule(at: float) -> float:
