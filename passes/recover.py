@@ -47,7 +47,7 @@ class Recover(Pass):
         targets = {n: _target(n, tensors.get(n), value, origin["norms"].get(n)) for n, value in learned.items()}
         for name, constant in targets.items():
             constant.values = np.array(learned[name])
-        details = {key: record[key] for key in ("steps", "before", "after") if key in record}
+        details: dict[str, Any] = {key: record[key] for key in ("steps", "before", "after") if key in record}
         return PassResult(self.name, changed=len(targets), details=details)
 
 
@@ -88,8 +88,8 @@ def _target(name: str, tensor: gs.Tensor | None, value: np.ndarray, norm: float 
     if not isinstance(tensor, gs.Constant):
         raise ProfileError(f"recover learned initializer {name!r}, which is not in this graph", hint=_TRAIN)
     there = values(tensor)
-    same = (there.shape, there.dtype) == (value.shape, value.dtype) and norm is not None
-    if not same or not math.isclose(_norm(there), norm, rel_tol=_NEAR, abs_tol=1e-6):
+    same = norm is not None and math.isclose(_norm(there), norm, rel_tol=_NEAR, abs_tol=1e-6)
+    if not same or (there.shape, there.dtype) != (value.shape, value.dtype):
         raise ProfileError(f"initializer {name!r} is not the one that recover learned from", hint=_TRAIN)
     return tensor
 

@@ -29,7 +29,7 @@ class Samples:
     train: np.ndarray
     held_out: np.ndarray
     _lengths: np.ndarray
-    _feeds: Callable[[Sequence[int]], Feeds]
+    _feeds: Callable[[np.ndarray], Feeds]
 
     def epochs(self, batch_size: int, rng: np.random.Generator) -> Iterator[Feeds]:
         """Batches without end, each epoch in another order. The last, smaller batch of a pool is used too."""
@@ -72,14 +72,14 @@ def read_samples(
         arrays = fit_arrays(dataset, inputs)
         lengths = np.zeros(dataset.count)
 
-        def feeds(rows: Sequence[int]) -> Feeds:
+        def feeds(rows: np.ndarray) -> Feeds:
             return {name: array[rows] for name, array in arrays.items()}
     else:
         texts = [text for text, _ in dataset.texts]
         lengths = np.array([len(text) for text in texts])
         of_texts = text_feeds(source, inputs, max_tokens)
 
-        def feeds(rows: Sequence[int]) -> Feeds:
+        def feeds(rows: np.ndarray) -> Feeds:
             return of_texts([texts[i] for i in rows])
 
     order = rng.permutation(dataset.count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,9 @@ def command(
     method: Annotated[Method, typer.Option(help="What to learn.")] = Method.recover,
     profile: Annotated[Path | None, typer.Option(help="Profile to add to; by default measured on the data.")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Time limit, which the learning rate follows.")] = 10.0,
-    steps: Annotated[int | None, typer.Option(min=0, help="Follow a number of steps instead, repeatably.", show_default=False)] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Follow a number of steps instead, repeatably.", show_default=False)
+    ] = None,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut there.")] = 128,
@@ -71,7 +73,7 @@ def command(
         capability = get_target(plan.target).probe()
         learned = recover(source, plan, dataset, given, settings, capability=capability, progress=progress)
     learned.save(out)
-    record = {key: value for key, value in learned.info.learned[method.value].items() if key != "from"}
+    record: dict[str, Any] = {key: v for key, v in learned.info.learned[method.value].items() if key != "from"}
     if json:
         console.emit_json(record)
     else:

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-TORCH_TYPE = {
+TORCH_TYPE: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     # Half precision is how weights are kept, not how one learns: everything is computed in float32 or under autocast.
     TensorProto.FLOAT16: torch.float32,
@@ -36,7 +36,7 @@ def torch_type(onnx_type: int | type | np.dtype) -> torch.dtype:
     """The torch type to compute in for an ONNX element type (its number) or a numpy type."""
     number = onnx_type if isinstance(onnx_type, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(onnx_type))
     if number not in TORCH_TYPE:
-        raise TypeError(f"no torch type for ONNX type {TensorProto.DataType.Name(number)}")
+        raise TypeError(f"no torch type for ONNX type {onnx.helper.tensor_dtype_to_string(number)}")
     return TORCH_TYPE[number]
 
 
