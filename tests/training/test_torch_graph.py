@@ -103,7 +103,9 @@ def test_inner_tensors_can_be_asked_for_and_the_rest_is_not_run() -> None:
     np.testing.assert_allclose(both["p"], x @ w, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(both["h"], x @ w + b, rtol=1e-4, atol=1e-5)
     graph.nodes[-1].op = "Unheard"  # behind h: not needed for it
-    np.testing.assert_allclose(run_torch(GraphModule(graph, outputs=["h"]), {"x": x})["h"], both["h"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        run_torch(GraphModule(graph, outputs=["h"]), {"x": x})["h"], both["h"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_quantized_weights_run_dequantized() -> None:
