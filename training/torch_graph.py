@@ -171,7 +171,7 @@ def _step(node: gs.Node) -> _Step:
     if function is None:
         raise ModelError(
             f"node {_where(node)}: training does not know this operator",
-            hint="keep passes that make it behind `recover` in the recipe; they then run after training",
+            hint="put a pass that makes it behind `recover`; export a model that has it with torch.onnx.export",
         )
     attributes = {name: _attribute(value) for name, value in node.attrs.items()}
     unknown = _unknown(function, attributes)

@@ -56,6 +56,22 @@ def test_families_as_in_onnx_runtime(family: str, exporter: str) -> None:
     assert reached == names
 
 
+def test_model_of_onnx_runtime_genai_with_padded_rows() -> None:
+    path = zoo.exported("llama", "genai")
+    graph = load_graph(path)
+    module = GraphModule(graph, train=learnable(graph), outputs=["logits"])
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng()
+    mask = np.ones((3, 7), np.int64)
+    mask[1, 4:] = mask[2, 1:] = 0
+    feeds: dict[str, np.ndarray] = {"input_ids": rng.integers(3, 90, (3, 7)), "attention_mask": mask}
+    caches = [tensor.name for tensor in graph.inputs if tensor.name.startswith("past")]
+    feeds |= {name: np.zeros((3, 2, 0, 16), np.float32) for name in caches}
+    (want,) = session.run(["logits"], feeds)
+    have = run_torch(module, feeds)["logits"]
+    np.testing.assert_allclose(have[mask > 0], want[mask > 0], rtol=1e-4, atol=2e-5)
+
+
 def test_learnable_are_weights_biases_and_norms() -> None:
     graph = mlp(np.random.default_rng())
     assert learnable(graph) == ["up_weight", "up_bias", "down_weight", "down_bias", "norm_scale", "norm_bias"]

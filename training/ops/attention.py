@@ -63,6 +63,48 @@ def _masked(mask: Tensor, causal: Tensor) -> Tensor:
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
 
 
+def group_query_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, past_key: Tensor | None, past_value: Tensor | None,
+    seqlens_k: Tensor, total_sequence_length: Tensor, cos_cache: Tensor | None = None,
+    sin_cache: Tensor | None = None, *unused: Tensor | None, num_heads: int, kv_num_heads: int,
+    scale: float | None = None, local_window_size: int = -1, softcap: float = 0.0, do_rotary: int = 0,
+    rotary_interleaved: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """ONNX Runtime's GroupQueryAttention over a whole text at once: causal, rows padded on the right.
+
+    Args:
+        q: [B, T, H·D], or queries, keys and values side by side, [B, T, (H + 2 H_kv)·D], where `k` and `v` are None.
+        seqlens_k: [B], number of real tokens less one.
+    """
+    if (
+        (past_key is not None and past_key.numel())
+        or softcap
+        or local_window_size > 0
+        or any(t is not None for t in unused)
+    ):
+        raise NotImplementedError("a filled cache, a window, a soft cap, given positions, a bias or a sink")
+    if k is None or v is None:
+        q, k, v = q.unflatten(-1, (num_heads + 2 * kv_num_heads, -1)).split((num_heads, kv_num_heads, kv_num_heads), 2)
+    else:
+        q, k, v = (t.unflatten(-1, (n, -1)) for t, n in ((q, num_heads), (k, kv_num_heads), (v, kv_num_heads)))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    tokens = torch.arange(q.shape[2], device=q.device)
+    if do_rotary and cos_cache is not None and sin_cache is not None:
+        positions = tokens.expand(q.shape[0], -1)
+        width = 2 * cos_cache.shape[-1]
+        q, k = (
+            rotary_embedding(
+                t, cos_cache, sin_cache, positions, interleaved=rotary_interleaved, rotary_embedding_dim=width
+            )
+            for t in (q, k)
+        )
+    seen = (tokens <= tokens[:, None]) & (tokens <= seqlens_k.reshape(-1, 1, 1, 1))
+    y = functional.scaled_dot_product_attention(
+        q, k, v, seen, scale=scale or None, enable_gqa=num_heads != kv_num_heads
+    )
+    return y.transpose(1, 2).flatten(-2), k, v
+
+
 def dequantize_linear(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *,
     axis: int = 1, block_size: int = 0, output_dtype: int = 0,
@@ -86,4 +128,6 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "Attention": attention, "DequantizeLinear": dequantize_linear, "RotaryEmbedding": rotary_embedding,
 }  # fmt: skip
 
-OPS = {("", name): op for name, op in _PLAIN.items()}
+_MICROSOFT: dict[str, Callable[..., Any]] = {"GroupQueryAttention": group_query_attention}
+
+OPS = {("", name): op for name, op in _PLAIN.items()} | {("com.microsoft", name): op for name, op in _MICROSOFT.items()}
