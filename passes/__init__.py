@@ -12,7 +12,6 @@ _PASSES = {
     "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
     "recover": "trimtab.passes.recover:Recover",
-    "fuse-attention": "trimtab.passes.fuse_attention:FuseAttention",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
 }
 """Name → where its class is; imported when asked for."""

@@ -25,12 +25,10 @@ class Capability:
     Attributes:
         weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
         float16: it computes in half precision without falling back to float32.
-        fused_attention: name of the attention op it runs fastest, or None.
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})
     float16: bool = False
-    fused_attention: str | None = None
 
 
 @dataclass
@@ -71,7 +69,7 @@ class PassResult:
 
 
 class Pass(BaseModel, ABC):
-    """A rewrite of the graph. Its fields are its options: the same object feeds recipe, command line, tuning and cache key.
+    """A rewrite of the graph. Its fields are its options: one object feeds recipe, command line, tuning and cache key.
 
     A field's constraints are its bounds; `json_schema_extra={"search": [...]}` is what tuning tries.
     """

@@ -35,5 +35,4 @@ def _probe(name: str) -> dict[str, Any]:
         "reason": None,
         "weight_bits": sorted(capability.weight_bits),
         "float16": capability.float16,
-        "fused_attention": capability.fused_attention,
     }

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import tempfile
 from pathlib import Path
 
-import onnx
 import onnxruntime
 
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.io import model_fingerprint
 
@@ -36,25 +35,8 @@ def quantized(dense: Path) -> Path:
     if not path.is_file():
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-            _quantize(dense, Path(folder) / "model.onnx")
+            quantize_file(dense, Path(folder) / "model.onnx")
             path.parent.mkdir(exist_ok=True)
             for part in sorted(Path(folder).iterdir(), reverse=True):  # the data first, then the model that needs it
                 part.replace(path.parent / part.name)
     return path
-
-
-def _quantize(dense: Path, out: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(str(dense))
-    del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises on the root logger to preprocess the model, which changes nothing here
-    try:
-        quantize_dynamic(
-            model, out, per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF,
-        )  # fmt: skip
-    finally:
-        root.setLevel(level)

@@ -109,8 +109,7 @@ def _brief(error: Exception) -> str:
 @lru_cache
 def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
-    fused = "MultiHeadAttention" if _runs_attention() else None
-    capability = Capability(weight_bits=bits, float16=_computes_half(), fused_attention=fused)
+    capability = Capability(weight_bits=bits, float16=_computes_half())
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
 
@@ -147,8 +146,3 @@ def _computes_half() -> bool:
     """Whether float16 stays float16; without such kernels, ONNX Runtime casts to float32 and back."""
     found = _optimised(trials.half(), np.ones((3, trials.K), np.float16))
     return found is not None and "Cast" not in found[1]
-
-
-def _runs_attention() -> bool:
-    x = np.ones((2, 5, trials.K), np.float32)
-    return _optimised(trials.attention("MultiHeadAttention", "com.microsoft"), x) is not None

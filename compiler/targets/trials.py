@@ -35,14 +35,6 @@ def half() -> onnx.ModelProto:
     return _model(nodes, [numpy_helper.from_array(w, "w")], TensorProto.FLOAT16, [("", 21)], 10)
 
 
-def attention(op: str, domain: str, heads: int = 4) -> onnx.ModelProto:
-    """Self-attention of x [batch, tokens, K] with itself, by `op`, whose head count attribute is `num_heads`."""
-    node = helper.make_node(op, ["x", "x", "x"], ["y"], domain=domain, num_heads=heads)
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", K]) for name in "xy")
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
-    return helper.make_model(helper.make_graph([node], "trial", [x], [y]), opset_imports=opsets, ir_version=10)
-
-
 def _model(
     nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], dtype: int, opsets: list[tuple[str, int]], ir: int
 ) -> onnx.ModelProto:

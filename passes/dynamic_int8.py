@@ -1,0 +1,74 @@
+"""The pass `dynamic-int8`: ONNX Runtime's own dynamic quantization, as the last step of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.contract import Pass, PassContext, PassResult
+from trimtab.passes.graph import is_external, load_graph, save_graph, stored_bytes
+
+
+class DynamicInt8(Pass):
+    """Store the remaining weights as int8 and quantize activations as they come, per tensor.
+
+    What onnxruntime.quantization.quantize_dynamic does to a dense model, done to the compiled one. It stands after the
+    passes that need weights in floating point.
+    """
+
+    name: ClassVar[str] = "dynamic-int8"
+    summary: ClassVar[str] = "int8 products with activations quantized at run time (ONNX Runtime)"
+
+    per_channel: bool = Field(True, description="a scale per output feature instead of one per matrix")
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Quantize `graph` in place. Reads all its weights into memory."""
+        before = sum(node.op in ("MatMul", "Gemm") for node in graph.nodes)
+        linears = [linear for ffn in find_anatomy(graph).ffns for linear in ffn.linears]
+        weights = {t.name for linear in linears for t in (linear.weight, linear.bias) if t is not None}
+        with TemporaryDirectory(prefix="trimtab-int8-") as folder:
+            source, result = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+            save_graph(graph, source)
+            quantize_file(source, result, per_channel=self.per_channel)
+            quantized = load_graph(result)
+            for tensor in quantized.tensors().values():
+                if isinstance(tensor, gs.Constant) and is_external(tensor):
+                    tensor.values = np.array(tensor.values)  # its file is about to go
+        graph.nodes, graph.inputs, graph.outputs = quantized.nodes, quantized.inputs, quantized.outputs
+        graph.opset, graph.import_domains = quantized.opset, quantized.import_domains
+        after = sum(node.op in ("MatMul", "Gemm") for node in graph.nodes)
+        ffn = [t for name, t in graph.tensors().items() if isinstance(t, gs.Constant) and _belongs(name, weights)]
+        details: dict[str, Any] = {"float_products": after, "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
+        return PassResult(self.name, before - after, (), details)
+
+
+def _belongs(name: str, weights: set[str]) -> bool:
+    """True for FFN weights, the parts that quantization makes of them, and all that ffn-split made."""
+    whole = name.removesuffix("_quantized").removesuffix("_scale").removesuffix("_zero_point")
+    return whole in weights or name.startswith("ffn-split/")
+
+
+def quantize_file(source: Path, result: Path, *, per_channel: bool = True) -> None:
+    """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(source))
+    del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
+    large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises on the root logger to preprocess the model, which changes nothing here
+    try:
+        quantize_dynamic(
+            model, result, per_channel=per_channel, weight_type=QuantType.QInt8, use_external_data_format=large
+        )
+    finally:
+        root.setLevel(level)
