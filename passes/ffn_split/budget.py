@@ -13,10 +13,10 @@ from scipy.sparse import coo_array
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.plan import Plan, Split
 
-SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 13 / 16, 7 / 8, 15 / 16, 1)
+SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16, 1)
 """Shares of heavy neurons that a search tries."""
 
-RANKS = (16, 32, 64, 96, 128)
+RANKS = (16, 64, 128)
 """Ranks of the affine map that a search tries."""
 
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
-from typing import TypeVar, cast
-
 import numpy as np
 
 from trimtab.passes.ffn_split.layer import Layer
-from trimtab.passes.ffn_split.matrix import Dense, Half, LowRank, Matrix, Quantized
+from trimtab.passes.ffn_split.matrix import Dense, LowRank
+from trimtab.passes.ffn_split.neurons import OrderedNeurons
 from trimtab.passes.ffn_split.plan import BITS, Neurons, Plan, Split
-from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
-from trimtab.passes.ffn_split.regress import Moments, reduce_rank
-from trimtab.passes.ffn_split.score import Score, score
-
-T = TypeVar("T")
+from trimtab.passes.ffn_split.regress import Moments, leading_directions, reduce_rank
+from trimtab.passes.ffn_split.score import Score
 
 
 class Fitter:
     """Splits one FFN in as many ways as asked. What plans have in common is computed once.
-
-    Neurons are kept in the order of their score throughout, so that heavy hitters are always a prefix.
 
     Args:
         precise: round integers with error feedback; without it, fits are cheap estimates for a search.
@@ -29,112 +21,58 @@ class Fitter:
 
     def __init__(self, layer: Layer, kind: Score, *, precise: bool = True) -> None:
         self.layer = layer
-        self.precise = precise
-        self._held: dict[tuple[str, str, int], object] = {}
-        self.order = np.argsort(-score(layer, kind), kind="stable")
-        self.ups = tuple(w[:, self.order] for w in layer.ups)
-        self.up_biases = tuple(None if b is None else b[self.order] for b in layer.up_biases)
-        self.down = layer.down[self.order]
+        self.ordered = OrderedNeurons(layer, kind, precise=precise)
+        self._maps: dict[tuple[int, str, int, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def split(self, plan: Plan) -> Split:
         """The FFN split as planned, with its error on held-out states."""
         n, d_ff = plan.heavy, self.layer.ffn.d_ff
-        dense = self.layer.down_bias
+        ordered, dense_bias = self.ordered, self.layer.down_bias
+        heavy, rest = slice(0, n), slice(n, d_ff)
         if plan.is_exact(d_ff):
-            heavy = self._neurons(slice(0, n), "fp32", plan) if n else None
-            others = self._neurons(slice(n, d_ff), "fp32", plan) if n < d_ff else None
-            return Split(plan, heavy, others, dense if np.any(dense) else None, 0.0)
-        linear: LowRank | None = None
-        tail = self._tail(plan)
-        correction = np.zeros((n, self.layer.ffn.d_model))
-        if plan.rest_form == "affine" and n < d_ff:
-            linear, correction = self._affine(plan)
-        elif plan.refit and n and (n < d_ff or plan.heavy_form in BITS):
-            correction = self._residual(plan, slice(self._inputs, None), tail).solve()
-        down = (self.down[:n] + correction).astype(np.float32)
-        head = self._neurons(slice(0, n), plan.heavy_form, plan, down) if n else None
-        rest: Neurons | LowRank | None = linear if linear is not None else tail
-        offset = self._mean_output - self._outputs(self.layer.fit, head, rest).mean(0)
-        bias = (dense + offset).astype(np.float32)
-        error = self.layer.error(self._outputs(self.layer.held, head, rest) + offset)
-        return Split(plan, head, rest, bias, error)
+            first, second = (
+                ordered.neurons(part, "fp32", plan.block) if part.start < part.stop else None for part in (heavy, rest)
+            )
+            return Split(plan, first, second, dense_bias if np.any(dense_bias) else None, 0.0)
+        tail: Neurons | LowRank | None = None
+        correction = np.zeros((n, self._inputs))
+        if n == d_ff or plan.rest_form == "drop":
+            pass
+        elif plan.rest_form == "affine":
+            tail, correction = self._affine(plan)
+        elif plan.rest_form == "low-rank":
+            tail = self._low_rank(plan)
+        else:
+            tail = ordered.neurons(rest, plan.rest_form, plan.block)
+        if plan.refit and n and (n == d_ff or plan.rest_form not in ("affine", "low-rank")):
+            correction = self._residual(plan, tail).part(slice(self._inputs, None)).solve()
+        down = (ordered.down[:n] + correction).astype(np.float32)
+        head = ordered.neurons(heavy, plan.heavy_form, plan.block, down) if n else None
+        offset = self.layer.h_fit.mean(0, dtype=np.float64) @ self.layer.down - self._mean_output(plan, head, tail)
+        error = self.layer.error(self._held_output(plan, head, tail) + offset)
+        return Split(plan, head, tail, (dense_bias + offset).astype(np.float32), error)
 
     @property
     def _inputs(self) -> int:
         return self.layer.ffn.d_model
 
-    @cached_property
-    def _mean_output(self) -> np.ndarray:
-        found: np.ndarray = self.layer.h_fit.mean(0, dtype=np.float64) @ self.layer.down
-        return found
-
-    @cached_property
-    def _input_moments(self) -> np.ndarray:
-        """E[x xᵀ], [d_model, d_model]."""
-        x = self.layer.fit
-        return x.T @ x / len(x)
-
-    def _once(self, what: str, form: str, block: int, make: Callable[[], T]) -> T:
-        """What `make` returns, kept for as long as this layer is fitted."""
-        key = (what, form, block)
-        if key not in self._held:
-            self._held[key] = make()
-        return cast("T", self._held[key])
-
-    def _up_matrices(self, form: str, block: int) -> tuple[Dense | Quantized, ...]:
-        """The up projections of all neurons in an integer form: columns are independent, so parts are slices of it."""
-        return self._once(
-            "ups", form, block, lambda: tuple(self._quantized(w, form, block, self._input_moments) for w in self.ups)
-        )
-
-    def _moments(self, form: str, block: int) -> Moments:
-        """Of [x, h] and the dense outputs, with h from heavy neurons in `form`."""
-        return self._once(
-            "moments", form, block, lambda: Moments.of((self.layer.fit, self._hidden(form, block)), self._dense_outputs)
-        )
-
-    def _hidden(self, form: str, block: int) -> np.ndarray:
-        """h of all neurons in `form`, on the states to fit to."""
-        if form not in BITS:
-            return self._ordered
-
-        def make() -> np.ndarray:
-            ups = tuple(m.array for m in self._up_matrices(form, block))
-            return self.layer.hidden(self.layer.fit, ups, self.up_biases)
-
-        return self._once("hidden", form, block, make)
-
-    @cached_property
-    def _ordered(self) -> np.ndarray:
-        return self.layer.h_fit[:, self.order]
-
-    @cached_property
-    def _dense_outputs(self) -> np.ndarray:
-        return self.layer.h_fit @ self.layer.down
-
-    def _residual(self, plan: Plan, features: slice, tail: Neurons | None) -> Moments:
-        """Moments of [x, h of heavy neurons], or a slice of them, and what the dense outputs are beyond both parts."""
+    def _residual(self, plan: Plan, tail: Neurons | LowRank | None) -> Moments:
+        """Moments of [x, h of heavy neurons] and of what the dense outputs are beyond both parts."""
         n, d = plan.heavy, self._inputs
-        everything = self._moments(plan.heavy_form, plan.block)
-        cov = everything.cov[: d + n, : d + n]
-        cross = everything.cross[: d + n] - cov[:, d:] @ self.down[:n]
-        if tail is not None:
-            z = (self.layer.fit, self._hidden(plan.heavy_form, plan.block)[:, :n])
-            cross = cross - Moments.of(z, self._neuron_outputs(self.layer.fit, tail)).cross
-        mean = everything.z_mean[: d + n]
-        return Moments(mean[features], everything.y_mean, cov[features, features], cross[features])
+        everything = self.ordered.moments(plan.heavy_form, plan.block)
+        cross = everything.cross[: d + n] - everything.cov[: d + n, d : d + n] @ self.ordered.down[:n]
+        if isinstance(tail, Neurons):
+            shared = self.ordered.cross(plan.heavy_form, plan.rest_form, plan.block)[: d + n, n:]
+            cross = cross - shared @ tail.down.array
+        z_mean, cov = everything.z_mean[: d + n], everything.cov[: d + n, : d + n]
+        return Moments(z_mean, everything.y_mean, cov, cross)
 
     def _affine(self, plan: Plan) -> tuple[LowRank, np.ndarray]:
         """One low-rank map of x in place of the rest, and the correction of the heavy neurons' down projection."""
-        d, n = self._inputs, plan.heavy
-        features = slice(0, None) if plan.refit else slice(0, d)
-        moments = self._residual(plan, features, None)
-        if plan.refit:
-            full = moments.solve()[:d]
-        else:
-            full = Moments(moments.z_mean, moments.y_mean, moments.cov, self._rest_cross(plan)).solve()
-        gain = self.layer.gain
-        left, right = reduce_rank(full, moments.cov[:d, :d], min(plan.rank, d), gain)
+        d, n, gain = self._inputs, plan.heavy, self.layer.gain
+        moments = self._residual(plan, None)
+        full, directions = self._full_map(plan, moments)
+        left, right = reduce_rank(full, directions, min(plan.rank, d), gain)
         correction = np.zeros((n, d))
         if plan.refit and n:
             rank = left.shape[1]
@@ -142,79 +80,71 @@ class Fitter:
             transform[:d, :rank], transform[d:, rank:] = left, np.eye(n)
             again = moments.mapped(transform).solve()
             right, correction = again[:rank], again[rank:]
+        # Equal norms on both sides, so that neither matrix rounds worse than the other.
         balance = np.sqrt(np.linalg.norm(right, axis=1) / np.maximum(np.linalg.norm(left, axis=0), 1e-30))
         left, right = left * balance, right / np.maximum(balance, 1e-30)[:, None]
-        form = {"fp32": "fp32", "fp16": "fp16"}.get(plan.heavy_form, "int8")
-        thin = self.layer.fit @ left
-        return (
-            LowRank(
-                self._matrix(left.astype(np.float32), form, plan.block, self._input_moments),
-                self._matrix(right.astype(np.float32), form, plan.block, thin.T @ thin / len(thin)),
-            ),
-            correction,
-        )
+        form = "int8" if plan.heavy_form in BITS else plan.heavy_form
+        pair = (self.ordered.matrix(m.astype(np.float32), form, plan.block) for m in (left, right))
+        return LowRank(*pair), correction
 
-    def _rest_cross(self, plan: Plan) -> np.ndarray:
-        """Covariance of x and the outputs of the rest alone."""
-        rest = self.layer.h_fit[:, self.order[plan.heavy :]] @ self.down[plan.heavy :]
-        return Moments.of((self.layer.fit,), rest).cross
+    def _full_map(self, plan: Plan, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+        """The best map of x of any rank, and the directions of its outputs, most important first; for all ranks."""
+        key = (plan.heavy, plan.heavy_form, plan.block, plan.refit)
+        if key not in self._maps:
+            d = self._inputs
+            if plan.refit:
+                full = moments.solve()[:d]
+            else:
+                n, ordered = plan.heavy, self.ordered
+                cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ ordered.down[n:]
+                full = Moments(moments.z_mean[:d], moments.y_mean, moments.cov[:d, :d], cross).solve()
+            self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain)
+        return self._maps[key]
 
-    def _tail(self, plan: Plan) -> Neurons | None:
-        """FFN2 as neurons, where its form keeps them."""
-        part = slice(plan.heavy, self.layer.ffn.d_ff)
-        if plan.rest_form in ("drop", "affine") or part.start == part.stop:
-            return None
-        if plan.rest_form != "low-rank":
-            return self._neurons(part, plan.rest_form, plan)
-        h = self.layer.h_fit[:, self.order[part]]
-        gain = np.ones(part.stop - part.start)
+    def _low_rank(self, plan: Plan) -> Neurons:
+        """The rest as neurons whose projections are low-rank pairs, of least error on the calibration inputs."""
+        ordered, part = self.ordered, slice(plan.heavy, self.layer.ffn.d_ff)
+        h = ordered.hidden("fp32", plan.block)[:, part]
+        ones = np.ones(part.stop - part.start)
         return Neurons(
-            tuple(_weighted_svd(w[:, part], self._input_moments, plan.rank, gain) for w in self.ups),
-            tuple(None if b is None else b[part] for b in self.up_biases),
-            _weighted_svd(self.down[part], h.T @ h / len(h), plan.rank, self.layer.gain),
+            tuple(_weighted_svd(w[:, part], ordered.input_moments, plan.rank, ones) for w in ordered.ups),
+            tuple(None if b is None else b[part] for b in ordered.up_biases),
+            _weighted_svd(ordered.down[part], h.T @ h / len(h), plan.rank, self.layer.gain),
         )
 
-    def _neurons(self, part: slice, form: str, plan: Plan, down: np.ndarray | None = None) -> Neurons:
-        """The neurons of `part` in `form`; `down` replaces their rows of W_down."""
-        biases = tuple(None if b is None else b[part] for b in self.up_biases)
-        down = self.down[part] if down is None else down
-        if form not in BITS:
-            ups = tuple(self._matrix(w[:, part], form, plan.block, None) for w in self.ups)
-            return Neurons(ups, biases, self._matrix(down, form, plan.block, None))
-        quantized = tuple(m.columns(part) for m in self._up_matrices(form, plan.block))
-        h = self.layer.hidden(self.layer.fit, tuple(m.array for m in quantized), biases)
-        return Neurons(quantized, biases, self._matrix(down, form, plan.block, h.T @ h / len(h)))
+    def _mean_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
+        """Mean of what both parts compute on the states to fit to, [d_model]."""
+        n, total = plan.heavy, np.zeros(self._inputs)
+        if head is not None:
+            total += self.ordered.mean(plan.heavy_form, plan.block)[:n] @ head.down.array
+        if isinstance(tail, LowRank):
+            total += self.layer.fit.mean(0, dtype=np.float64) @ tail.array
+        elif tail is not None and plan.rest_form == "low-rank":
+            total += self._computed(self.layer.fit, tail).mean(0, dtype=np.float64)
+        elif tail is not None:
+            total += self.ordered.mean(plan.rest_form, plan.block)[n:] @ tail.down.array
+        return total
 
-    def _matrix(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None) -> Matrix:
-        if form == "fp32" or (form in BITS and fit_block(block, len(weight)) is None):
-            return Dense(weight)
-        if form == "fp16":
-            return Half(weight)
-        return self._quantized(weight, form, block, moments)
-
-    def _quantized(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None) -> Dense | Quantized:
-        size = fit_block(block, len(weight))
-        if size is None:
-            return Dense(weight)
-        if self.precise and moments is not None and BITS[form] < 8:
-            return with_feedback(weight, BITS[form], size, moments)
-        return round_to_nearest(weight, BITS[form], size)
-
-    def _neuron_outputs(self, x: np.ndarray, part: Neurons) -> np.ndarray:
-        return self.layer.hidden(x, tuple(m.array for m in part.ups), part.up_biases) @ part.down.array
-
-    def _outputs(self, x: np.ndarray, heavy: Neurons | None, rest: Neurons | LowRank | None) -> np.ndarray:
-        """What both parts compute, without bias, [n, d_model]."""
-        y = np.zeros((len(x), self._inputs), np.float32)
-        for part in (heavy, rest):
-            if isinstance(part, LowRank):
-                y += (x @ part.left.array) @ part.right.array
-            elif part is not None:
-                y += self._neuron_outputs(x, part)
+    def _held_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
+        """What both parts compute on the held-out states, without bias, [m, d_model]."""
+        n, y = plan.heavy, np.zeros((len(self.layer.held), self._inputs), np.float32)
+        if head is not None:
+            y += self.ordered.hidden(plan.heavy_form, plan.block, held=True)[:, :n] @ head.down.array
+        if isinstance(tail, LowRank):
+            y += self.layer.held @ tail.left.array @ tail.right.array
+        elif tail is not None and plan.rest_form == "low-rank":
+            y += self._computed(self.layer.held, tail)
+        elif tail is not None:
+            y += self.ordered.hidden(plan.rest_form, plan.block, held=True)[:, n:] @ tail.down.array
         return y
+
+    def _computed(self, x: np.ndarray, part: Neurons) -> np.ndarray:
+        return self.layer.hidden(x, tuple(m.array for m in part.ups), part.up_biases) @ part.down.array
 
 
 def _weighted_svd(weight: np.ndarray, moments: np.ndarray, rank: int, gain: np.ndarray) -> LowRank:
     """The low-rank pair of least error on inputs with second moments E[x xᵀ], not of least error in the weights."""
-    left, right = reduce_rank(weight.astype(np.float64), moments.astype(np.float64), min(rank, *weight.shape), gain)
+    full = weight.astype(np.float64)
+    directions = leading_directions(full, moments.astype(np.float64), gain)
+    left, right = reduce_rank(full, directions, min(rank, *weight.shape), gain)
     return LowRank(Dense(left.astype(np.float32)), Dense(right.astype(np.float32)))

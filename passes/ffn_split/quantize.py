@@ -8,6 +8,7 @@ from scipy.linalg import cholesky, solve_triangular
 from trimtab.passes.ffn_split.matrix import Quantized
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
+_TYPICAL = np.array([0.9])
 _DAMP = 0.01  # of the mean diagonal, so that unused inputs do not make the second moments singular
 
 
@@ -17,14 +18,15 @@ def fit_block(block: int, in_features: int) -> int | None:
     return next(sizes, None)
 
 
-def round_to_nearest(weight: np.ndarray, bits: int, block: int) -> Quantized:
+def round_to_nearest(weight: np.ndarray, bits: int, block: int, *, search: bool = True) -> Quantized:
     """Each block on its own, with the scale of least squared error.
 
     Args:
         weight: [in_features, out_features]; in_features is a multiple of `block`.
+        search: try several scales; without, one that is good on average.
     """
     blocks = weight.reshape(-1, block, weight.shape[1]).astype(np.float32)
-    scale = np.stack([_scale(part, bits) for part in blocks])
+    scale = np.stack([_scale(part, bits, _SHRINK if search else _TYPICAL) for part in blocks])
     q = _round(blocks, scale[:, None], bits).reshape(weight.shape)
     return Quantized(q.astype(np.int8), scale, bits, block)
 
@@ -48,7 +50,7 @@ def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray
     scale = np.empty((n // block, w.shape[1]), np.float32)
     for start in range(0, n, block):
         stop = start + block
-        scale[start // block] = s = _scale(w[start:stop].astype(np.float32), bits)
+        scale[start // block] = s = _scale(w[start:stop].astype(np.float32), bits, _SHRINK)
         errors = np.empty((block, w.shape[1]))
         for i in range(start, stop):
             q[i] = _round(w[i], s, bits)
@@ -58,11 +60,11 @@ def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray
     return Quantized(q, scale, bits, block)
 
 
-def _scale(block: np.ndarray, bits: int) -> np.ndarray:
-    """Per column of `block`, the scale of least squared rounding error among a few, [out_features], float32."""
+def _scale(block: np.ndarray, bits: int, shrinks: np.ndarray) -> np.ndarray:
+    """Per column of `block`, the scale of least squared rounding error among some, [out_features], float32."""
     top = np.maximum(np.abs(block).max(0), 1e-12) / (2 ** (bits - 1) - (0.5 if bits == 2 else 1))
     best, least = top, np.full(top.shape, np.inf, np.float32)
-    for shrink in _SHRINK if bits < 8 else _SHRINK[-1:]:
+    for shrink in shrinks if bits < 8 else (1.0,):
         tried = top * shrink
         error = np.square(_round(block, tried, bits) * tried - block).sum(0)
         best, least = np.where(error < least, tried, best), np.minimum(error, least)

@@ -54,28 +54,38 @@ class Moments:
         found: np.ndarray = cho_solve(cho_factor(normal), self.cross / scale[:, None]) / scale[:, None]
         return found
 
+    def part(self, features: slice) -> Moments:
+        """The moments of some of the features."""
+        return Moments(self.z_mean[features], self.y_mean, self.cov[features, features], self.cross[features])
+
     def mapped(self, t: np.ndarray) -> Moments:
         """The moments of features z T, for T of [n, k]."""
         return Moments(t.T @ self.z_mean, self.y_mean, t.T @ self.cov @ t, t.T @ self.cross)
 
 
+def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Orthonormal directions of the weighted outputs x M diag(gain), in columns, those of largest variance first.
+
+    Args:
+        coefficients: M, [n, m].
+        cov: of x, [n, n].
+        gain: what each output weighs, [m].
+    """
+    weighted = coefficients * gain
+    _, directions = np.linalg.eigh(weighted.T @ cov @ weighted)
+    return directions[:, ::-1]
+
+
 def reduce_rank(
-    coefficients: np.ndarray, cov: np.ndarray, rank: int, gain: np.ndarray
+    coefficients: np.ndarray, directions: np.ndarray, rank: int, gain: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best map of `rank` in place of a full one, in the sense of its weighted outputs.
 
     Minimises E‖(x M − x A B) diag(gain)‖² by projecting the outputs on their leading directions: reduced-rank
     regression (Izenman 1975), not the SVD of M.
 
-    Args:
-        coefficients: M, [n, m].
-        cov: of x, [n, n].
-        gain: what each output weighs, [m].
-
     Returns:
         A [n, rank] and B [rank, m].
     """
-    weighted = coefficients * gain
-    _, directions = np.linalg.eigh(weighted.T @ cov @ weighted)
-    leading = directions[:, ::-1][:, :rank]
-    return weighted @ leading, leading.T / gain
+    leading = directions[:, :rank]
+    return (coefficients * gain) @ leading, leading.T / gain

@@ -15,7 +15,7 @@ from trimtab.passes.ffn_split.budget import Budget, Candidate, choose
 from trimtab.passes.ffn_split.matrix import pack
 from trimtab.passes.ffn_split.plan import Plan
 from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
-from trimtab.passes.ffn_split.regress import Moments, reduce_rank
+from trimtab.passes.ffn_split.regress import Moments, leading_directions, reduce_rank
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**31))
@@ -74,7 +74,7 @@ def test_reduced_rank_beats_any_other_map_of_that_rank() -> None:
     x = rng.standard_normal((3000, 12)) * np.linspace(3, 0.1, 12)
     full, gain = rng.standard_normal((12, 9)), rng.uniform(0.2, 3, 9)
     cov = x.T @ x / len(x)
-    left, right = reduce_rank(full, cov, 3, gain)
+    left, right = reduce_rank(full, leading_directions(full, cov, gain), 3, gain)
     assert left.shape == (12, 3) and right.shape == (3, 9)
 
     def error(m: np.ndarray) -> float:

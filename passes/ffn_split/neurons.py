@@ -1,0 +1,133 @@
+"""All neurons of one FFN in the order of their score, in every form asked for: parts of it are slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar, cast
+
+import numpy as np
+
+from trimtab.passes.ffn_split.layer import Layer
+from trimtab.passes.ffn_split.matrix import Dense, Half, Matrix, Quantized
+from trimtab.passes.ffn_split.plan import BITS, Neurons
+from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
+from trimtab.passes.ffn_split.regress import Moments
+from trimtab.passes.ffn_split.score import Score, score
+
+T = TypeVar("T")
+
+
+class OrderedNeurons:
+    """What the neurons of one FFN compute, heavy hitters first.
+
+    A neuron's activation depends on its own columns of the up projections alone. So activations are computed once per
+    form for all neurons, and any prefix or rest of them is a slice.
+
+    Args:
+        kind: the score that orders them.
+        precise: round integers with error feedback; without it, rounding is a cheap estimate for a search.
+    """
+
+    def __init__(self, layer: Layer, kind: Score, *, precise: bool) -> None:
+        self.layer = layer
+        self.precise = precise
+        self.order = np.argsort(-score(layer, kind), kind="stable")
+        self.ups = tuple(w[:, self.order] for w in layer.ups)
+        self.up_biases = tuple(None if b is None else b[self.order] for b in layer.up_biases)
+        self.down = layer.down[self.order]
+        self._held: dict[tuple[object, ...], object] = {}
+
+    def neurons(self, part: slice, form: str, block: int, down: np.ndarray | None = None) -> Neurons:
+        """The neurons of `part` in `form`; `down` replaces their rows of W_down."""
+        down = self.down[part] if down is None else down
+        biases = tuple(None if b is None else b[part] for b in self.up_biases)
+        if form not in BITS:
+            return Neurons(
+                tuple(self.matrix(w[:, part], form, block) for w in self.ups), biases, self.matrix(down, form, block)
+            )
+        moments = None
+        if self._feeds_back(form):
+            h = self.hidden(form, block)[:, part]
+            moments = h.T @ h / len(h)
+        ups = tuple(m.columns(part) for m in self._quantized_ups(form, block))
+        return Neurons(ups, biases, self.matrix(down, form, block, moments))
+
+    def matrix(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None = None) -> Matrix:
+        """`weight` in `form`; as it is where no block size divides its input features.
+
+        Args:
+            moments: E[x xᵀ] of its inputs; without, integers are rounded to nearest.
+        """
+        if form == "fp16":
+            return Half(weight)
+        return Dense(weight) if form not in BITS else self._quantized(weight, form, block, moments)
+
+    def hidden(self, form: str, block: int, *, held: bool = False) -> np.ndarray:
+        """Activations of all neurons in `form`, on the states to fit to or the held-out ones, [n, d_ff]."""
+        states = self.layer.held if held else self.layer.fit
+
+        def make() -> np.ndarray:
+            if form not in BITS:
+                return (self.layer.h_held if held else self.layer.h_fit)[:, self.order]
+            ups = tuple(m.array for m in self._quantized_ups(form, block))
+            return self.layer.hidden(states, ups, self.up_biases)
+
+        return self._once(("hidden", self._values_of(form), block, held), make)
+
+    def mean(self, form: str, block: int) -> np.ndarray:
+        """Mean activations on the states to fit to, [d_ff]."""
+        return self._once(
+            ("mean", self._values_of(form), block), lambda: self.hidden(form, block).mean(0, dtype=np.float64)
+        )
+
+    def moments(self, form: str, block: int) -> Moments:
+        """Of [x, h] and the dense outputs, with h in `form`."""
+        parts = (self.layer.fit, self.hidden(form, block))
+        return self._once(
+            ("moments", self._values_of(form), block), lambda: Moments.of(parts, self.layer.h_fit @ self.layer.down)
+        )
+
+    def cross(self, form: str, other: str, block: int) -> np.ndarray:
+        """Covariance of [x, h in `form`] and h in the `other` form, [d_model + d_ff, d_ff]."""
+        parts = (self.layer.fit, self.hidden(form, block))
+        if self._values_of(form) == self._values_of(other):
+            return self.moments(form, block).cov[:, self.layer.ffn.d_model :]
+        return self._once(
+            ("cross", self._values_of(form), self._values_of(other), block),
+            lambda: Moments.of(parts, self.hidden(other, block)).cross,
+        )
+
+    @cached_property
+    def input_moments(self) -> np.ndarray:
+        """E[x xᵀ], [d_model, d_model]."""
+        x = self.layer.fit
+        return x.T @ x / len(x)
+
+    @staticmethod
+    def _values_of(form: str) -> str:
+        """Forms that leave the activations as they are, are one: rounding to half precision changes them too little."""
+        return form if form in BITS else "fp32"
+
+    def _feeds_back(self, form: str) -> bool:
+        return self.precise and BITS[form] < 8  # int8 loses nothing worth the time
+
+    def _quantized_ups(self, form: str, block: int) -> tuple[Dense | Quantized, ...]:
+        return self._once(
+            ("ups", form, block),
+            lambda: tuple(self._quantized(w, form, block, self.input_moments) for w in self.ups),
+        )
+
+    def _quantized(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None) -> Dense | Quantized:
+        size = fit_block(block, len(weight))
+        if size is None:
+            return Dense(weight)
+        if moments is not None and self._feeds_back(form):
+            return with_feedback(weight, BITS[form], size, moments)
+        return round_to_nearest(weight, BITS[form], size, search=self.precise)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What `make` returns, kept for as long as this layer is worked on."""
+        if key not in self._held:
+            self._held[key] = make()
+        return cast("T", self._held[key])
