@@ -13,8 +13,11 @@ from scipy.sparse import coo_array
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.plan import Plan, Split
 
-SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16, 1)
-"""Shares of heavy neurons that a search tries."""
+FINE_SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+"""Shares of heavy neurons that a search tries where all weights keep their precision: small ones save time."""
+
+COARSE_SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
+"""Those that it tries where forms vary too."""
 
 RANKS = (16, 64, 128)
 """Ranks of the affine map that a search tries."""

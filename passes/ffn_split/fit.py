@@ -17,10 +17,12 @@ class Fitter:
 
     Args:
         precise: round integers with error feedback; without it, fits are cheap estimates for a search.
+        most: the highest rank that will be asked for.
     """
 
-    def __init__(self, layer: Layer, kind: Score, *, precise: bool = True) -> None:
+    def __init__(self, layer: Layer, kind: Score, *, most: int, precise: bool = True) -> None:
         self.layer = layer
+        self._most = most
         self.ordered = OrderedNeurons(layer, kind, precise=precise)
         self._maps: dict[tuple[int, str, int, bool], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -76,9 +78,7 @@ class Fitter:
         correction = np.zeros((n, d))
         if plan.refit and n:
             rank = left.shape[1]
-            transform = np.zeros((d + n, rank + n))
-            transform[:d, :rank], transform[d:, rank:] = left, np.eye(n)
-            again = moments.mapped(transform).solve()
+            again = moments.compressed(left).solve()
             right, correction = again[:rank], again[rank:]
         # Equal norms on both sides, so that neither matrix rounds worse than the other.
         balance = np.sqrt(np.linalg.norm(right, axis=1) / np.maximum(np.linalg.norm(left, axis=0), 1e-30))
@@ -98,7 +98,7 @@ class Fitter:
                 n, ordered = plan.heavy, self.ordered
                 cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ ordered.down[n:]
                 full = Moments(moments.z_mean[:d], moments.y_mean, moments.cov[:d, :d], cross).solve()
-            self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain)
+            self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain, self._most)
         return self._maps[key]
 
     def _low_rank(self, plan: Plan) -> Neurons:
@@ -145,6 +145,6 @@ class Fitter:
 def _weighted_svd(weight: np.ndarray, moments: np.ndarray, rank: int, gain: np.ndarray) -> LowRank:
     """The low-rank pair of least error on inputs with second moments E[x xᵀ], not of least error in the weights."""
     full = weight.astype(np.float64)
-    directions = leading_directions(full, moments.astype(np.float64), gain)
+    directions = leading_directions(full, moments.astype(np.float64), gain, rank)
     left, right = reduce_rank(full, directions, min(rank, *weight.shape), gain)
     return LowRank(Dense(left.astype(np.float32)), Dense(right.astype(np.float32)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve, eigh
 
 RIDGE = 1e-3
 """Ridge penalty relative to each feature's variance."""
@@ -58,13 +58,17 @@ class Moments:
         """The moments of some of the features."""
         return Moments(self.z_mean[features], self.y_mean, self.cov[features, features], self.cross[features])
 
-    def mapped(self, t: np.ndarray) -> Moments:
-        """The moments of features z T, for T of [n, k]."""
-        return Moments(t.T @ self.z_mean, self.y_mean, t.T @ self.cov @ t, t.T @ self.cross)
+    def compressed(self, left: np.ndarray) -> Moments:
+        """The moments where the first d features x become x A, for A of [d, rank]; the others stay."""
+        d = len(left)
+        mixed = left.T @ self.cov[:d, d:]
+        cov = np.block([[left.T @ self.cov[:d, :d] @ left, mixed], [mixed.T, self.cov[d:, d:]]])
+        cross = np.concatenate([left.T @ self.cross[:d], self.cross[d:]])
+        return Moments(np.concatenate([left.T @ self.z_mean[:d], self.z_mean[d:]]), self.y_mean, cov, cross)
 
 
-def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Orthonormal directions of the weighted outputs x M diag(gain), in columns, those of largest variance first.
+def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, most: int) -> np.ndarray:
+    """Orthonormal directions of the weighted outputs x M diag(gain), [m, most], those of largest variance first.
 
     Args:
         coefficients: M, [n, m].
@@ -72,8 +76,9 @@ def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarr
         gain: what each output weighs, [m].
     """
     weighted = coefficients * gain
-    _, directions = np.linalg.eigh(weighted.T @ cov @ weighted)
-    return directions[:, ::-1]
+    last = len(gain) - 1
+    found = eigh(weighted.T @ cov @ weighted, subset_by_index=(max(0, last + 1 - most), last))[1]
+    return found[:, ::-1]
 
 
 def reduce_rank(

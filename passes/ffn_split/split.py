@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field
+from threadpoolctl import threadpool_limits
 
 from trimtab.passes.anatomy import FFN, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError, RecipeError
-from trimtab.passes.ffn_split.budget import RANKS, SHARES, Budget, Candidate, choose
+from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, RANKS, Budget, Candidate, choose
 from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
 from trimtab.passes.ffn_split.layer import Layer
@@ -63,6 +64,10 @@ class FFNSplit(Pass):
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Split the FFNs of `graph`. Reads states and statistics of each from the Profile."""
+        with threadpool_limits(1, user_api="blas"):  # small factorizations: two threads only wait for each other
+            return self._run(graph, context)
+
+    def _run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         self._check_forms(context)
         ffns = find_anatomy(graph).ffns
         unknown = set(self.layers or ()) - {ffn.layer for ffn in ffns}
@@ -88,7 +93,7 @@ class FFNSplit(Pass):
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
         rows = []
         for ffn, plan in zip(wanted, plans, strict=True):
-            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score).split(plan)
+            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score, most=plan.rank).split(plan)
             emit(graph, ffn, split)
             rows.append(_row(ffn, split))
             _tell(context, "split FFNs", len(rows), len(wanted))
@@ -110,7 +115,7 @@ class FFNSplit(Pass):
         assert self.budget is not None
         candidates = []
         for ffn in ffns:
-            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, precise=False)
+            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, most=max(RANKS), precise=False)
             candidates.append([Candidate.of(fitter.split(plan)) for plan in self._candidates(ffn, context)])
             _tell(context, "search the budget", len(candidates), len(ffns))
         dense = [4 * ffn.params for ffn in ffns]
@@ -125,7 +130,7 @@ class FFNSplit(Pass):
         heavies = [f for f in ("int8", "int4") if BITS[f] in bits] if narrow else [self.heavy_form]
         tails = [f for f in ("int4", "int2") if BITS[f] in bits] if narrow else []
         seen = set()
-        for share in SHARES:
+        for share in COARSE_SHARES if narrow else FINE_SHARES:
             for form in heavies or [self.heavy_form]:
                 rests: list[tuple[str, int]] = [("affine", r) for r in RANKS if r < ffn.d_model] + [("drop", 1)]
                 rests += [(tail, 1) for tail in tails if BITS[tail] < BITS.get(form, 32)]

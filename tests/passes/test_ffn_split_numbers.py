@@ -69,12 +69,20 @@ def test_moments_solve_least_squares() -> None:
     assert not found[6].any()  # a feature without variance explains nothing
 
 
+def test_compressed_moments_are_those_of_compressed_features() -> None:
+    rng = np.random.default_rng(5)
+    x, h, y, left = (rng.standard_normal(shape) for shape in ((200, 6), (200, 4), (200, 3), (6, 2)))
+    want, found = Moments.of((x @ left, h), y), Moments.of((x, h), y).compressed(left)
+    for name in ("z_mean", "y_mean", "cov", "cross"):
+        np.testing.assert_allclose(getattr(found, name), getattr(want, name), atol=1e-5)
+
+
 def test_reduced_rank_beats_any_other_map_of_that_rank() -> None:
     rng = np.random.default_rng(4)
     x = rng.standard_normal((3000, 12)) * np.linspace(3, 0.1, 12)
     full, gain = rng.standard_normal((12, 9)), rng.uniform(0.2, 3, 9)
     cov = x.T @ x / len(x)
-    left, right = reduce_rank(full, leading_directions(full, cov, gain), 3, gain)
+    left, right = reduce_rank(full, leading_directions(full, cov, gain, 5), 3, gain)
     assert left.shape == (12, 3) and right.shape == (3, 9)
 
     def error(m: np.ndarray) -> float:
