@@ -8,12 +8,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-_MODULES = (
-    "argparse asyncio calendar collections concurrent configparser csv ctypes datetime decimal difflib email fractions"
-    " ftplib functools hashlib heapq http imaplib importlib inspect ipaddress json logging mailbox multiprocessing pathlib pdb"
-    " pickle platform random shutil smtplib socket sqlite3 ssl statistics string subprocess tarfile tempfile textwrap"
-    " threading tkinter turtle typing unittest urllib uuid xml zipfile"
-)
+_MODULES = """
+    argparse asyncio calendar collections concurrent configparser csv ctypes datetime decimal difflib email fractions
+    ftplib functools hashlib heapq http imaplib importlib inspect ipaddress json logging mailbox multiprocessing pathlib
+    pdb pickle platform random shutil smtplib socket sqlite3 ssl statistics string subprocess tarfile tempfile textwrap
+    threading tkinter turtle typing unittest urllib uuid xml zipfile
+"""
 
 
 def sentences() -> list[str]:
