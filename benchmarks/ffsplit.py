@@ -1,0 +1,186 @@
+"""FFSplit against what a user would try first, on fine-tuned MiniLM classifiers: size and time against accuracy.
+
+python benchmarks/ffsplit.py --json                    everything, with ten minutes of training per task
+python benchmarks/ffsplit.py --task sst2 --parts size  one part of it
+
+Peers: the same FFNs in int8, int4 and int2 throughout, by plain low rank (SVD weighted by the activations), and with
+all but the heavy hitters dropped; for time, the dense engine of the same precision in the same run. FFN bytes are those
+on disk, as a share of fp32; accuracy is on the whole test set, which nothing was fitted or chosen on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+
+from trimtab.compiler import compile_model, load, open_source
+from trimtab.compiler.bench import bench
+from trimtab.compiler.build import Build
+from trimtab.compiler.calibrate import calibrate
+from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.manifest import package_versions
+from trimtab.compiler.recipe import load_recipe
+from trimtab.compiler.sources import Source
+from trimtab.passes.profile import Profile
+
+HERE = Path(__file__).resolve().parent
+SHAPES = [(1, 48), (8, 48)]
+TOKENS = {"sst2": 64, "agnews": 96}
+
+SIZE: list[tuple[str, dict[str, Any]]] = [
+    ("int8", {"heavy": 1.0, "heavy_form": "int8", "block": 64}),
+    *(("int4", {"heavy": 1.0, "heavy_form": "int4", "block": block}) for block in (32, 64, 128)),
+    ("int2", {"heavy": 0.0, "rest_form": "int2", "block": 32}),
+    *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
+    *(("ffsplit", {"budget": {"size": size}, "block": 128}) for size in (0.1, 0.115, 0.125, 0.14)),
+]
+TIME: list[tuple[str, dict[str, Any]]] = [
+    *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
+    *(("drop", {"heavy": share, "rest_form": "drop"}) for share in (0.5, 0.25, 0.125)),
+    *(("ffsplit", {"heavy": share, "rank": 64}) for share in (0.5, 0.25, 0.125)),
+]
+
+
+class Task:
+    """A fine-tuned checkpoint, its data, and a Profile of it."""
+
+    def __init__(self, name: str, shared: Path, work: Path) -> None:
+        self.name, self.work = name, work
+        self.source: Source = open_source(shared / "models" / name)
+        self.train, self.test = (shared / "data" / name / f"{part}.jsonl.gz" for part in ("train", "test"))
+        self.profile_path = work / f"{name}.profile"
+        settings = load_recipe(HERE / "recipes" / "size.yaml").calibration
+        profile = calibrate(self.source, read_data(self.train), **settings.model_dump())
+        profile.save(self.profile_path)
+        self.dense = self.accuracy(self.build("dense", {"passes": []}))
+
+    def build(self, name: str, recipe: dict[str, Any], profile: Path | None = None) -> Build:
+        limits = {"workload": {"batch": [1, 8, 32], "tokens": [8, 48, TOKENS[self.name]]}}
+        wanted = profile or (self.profile_path if recipe["passes"] else None)
+        return compile_model(
+            self.source, limits | recipe, self.work / f"{self.name}-{name}", profile=wanted, force=True
+        )
+
+    def accuracy(self, build: Build) -> float:
+        """Percent of the test set."""
+        engine, dataset = load(build.path, threads=2), read_data(self.test)
+        labels = [label for _, label in dataset.sample(dataset.count, 0)]
+        right: list[bool] = []
+        for feeds in batches(
+            dataset, self.source, 32, TOKENS[self.name], dataset.count, inputs=self.source.graph().inputs
+        ):
+            found = engine.run(feeds)["logits"].argmax(-1)
+            right.extend(found == labels[len(right) : len(right) + len(found)])
+        return 100 * float(np.mean(right))
+
+    def point(self, curve: str, options: dict[str, Any]) -> dict[str, Any]:
+        """One point of a frontier."""
+        build = self.build("point", {"passes": [{"ffn-split": options}]})
+        rows = build.manifest.passes[0].details["layers"]
+        return {
+            "curve": curve,
+            "options": options,
+            "accuracy": self.accuracy(build),
+            "ffn_bytes": sum(row["bytes"] for row in rows) / sum(row["dense_bytes"] for row in rows),
+            "ffn_macs": sum(row["macs"] for row in rows) / sum(2 * 384 * row["neurons"] for row in rows),
+        }
+
+
+def timed(task: Task, minutes: float, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """The recovered split in fp32 and in dynamic int8, each against the dense engine of its precision."""
+    from trimtab.training.recover import Settings, recover
+
+    recipe = load_recipe(HERE / "recipes" / "time.yaml")
+    say(f"{task.name}: {minutes:g} minutes of recovery training")
+    settings = Settings(minutes=minutes, lr=3e-4, max_tokens=TOKENS[task.name])
+    learned = recover(task.source, recipe, read_data(task.train), Profile.load(task.profile_path), settings)
+    path = task.work / f"{task.name}.learned.profile"
+    learned.save(path)
+    record = learned.info.learned["recover"]
+    found: dict[str, Any] = {
+        "training": {k: record[k] for k in ("minutes", "steps", "lr", "batch_size", "before", "after")}
+    }
+    for precision, file in (("fp32", "time.yaml"), ("int8", "time-int8.yaml")):
+        passes = yaml.safe_load((HERE / "recipes" / file).read_text())["passes"]
+        build = task.build(precision, {"passes": passes}, path)
+        dense = task.build("dense-int8", {"passes": ["dynamic-int8"]}) if precision == "int8" else None
+        result = bench(build, shapes=SHAPES, threads=2, seconds=seconds)
+        peer = f"dense-{precision}"
+        found[precision] = {
+            "accuracy": task.accuracy(build),
+            "dense_accuracy_same_precision": task.accuracy(dense) if dense else task.dense,
+            "speedup": {f"{r.batch}x{r.tokens}": r.ratio for r in result.runs if r.name == peer},
+            "runs": [run.model_dump() for run in result.runs],
+        }
+    return found
+
+
+def frontier(
+    task: Task, points: list[tuple[str, dict[str, Any]]], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    for number, (curve, options) in enumerate(points):
+        say(f"{task.name}: {number + 1}/{len(points)} {curve} {options}")
+        yield task.point(curve, options)
+
+
+def main(
+    task: Annotated[list[str] | None, typer.Option(help="sst2 or agnews; both by default.")] = None,
+    parts: Annotated[str, typer.Option(help="Some of size,time,trained.")] = "size,time,trained",
+    minutes: Annotated[float, typer.Option(help="Of recovery training per task.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Of timing per shape and precision.")] = 20.0,
+    shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Measure, and print."""
+    if not shared.is_dir():
+        sys.exit(f"{shared}: no such folder; the checkpoints and data of the evaluation are needed (--shared FOLDER)")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    results: dict[str, Any] = {"versions": package_versions(), "command": " ".join(sys.argv), "tasks": {}}
+    with tempfile.TemporaryDirectory(prefix="trimtab-ffsplit-") as work:
+        for name in task or ["sst2", "agnews"]:
+            say(f"{name}: calibrating")
+            it = Task(name, shared, Path(work))
+            found = results["tasks"][name] = {"dense_accuracy": it.dense}
+            if "trained" in parts:
+                found["trained"] = timed(it, minutes, seconds, say)
+            for part, points in (("size", SIZE), ("time", TIME)):
+                if part in parts.split(","):
+                    found[part] = list(frontier(it, points, say))
+    text = json.dumps(results, indent=1)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        show(results)
+
+
+def show(results: dict[str, Any]) -> None:
+    """The same as tables."""
+    for name, found in results["tasks"].items():
+        dense = found["dense_accuracy"]
+        print(f"\n{name}: dense {dense:.2f} %")
+        for part, cost in (("size", "ffn_bytes"), ("time", "ffn_macs")):
+            for row in found.get(part, []):
+                accuracy = f"{row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f})"
+                print(f"  {part:5} {row['curve']:8} {row[cost]:7.2%}  {accuracy}  {json.dumps(row['options'])}")
+        for precision in ("fp32", "int8") if "trained" in found else ():
+            row = found["trained"][precision]
+            speed = ", ".join(f"{shape}: {ratio:.2f}x" for shape, ratio in row["speedup"].items())
+            print(f"  trained {precision}: {row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f}); {speed}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
