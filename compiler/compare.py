@@ -64,7 +64,14 @@ def describe(dims: Mapping[str, int]) -> str:
 
 
 def compare(
-    dense: Run, compiled: Run, graph: gs.Graph, dims: Mapping[str, int], rng: np.random.Generator, *, padded: bool
+    dense: Run,
+    compiled: Run,
+    graph: gs.Graph,
+    dims: Mapping[str, int],
+    rng: np.random.Generator,
+    *,
+    padded: bool,
+    ids: np.ndarray | None = None,
 ) -> list[OutputError]:
     """Run both models once on the same random inputs.
 
@@ -72,6 +79,7 @@ def compare(
         graph: the dense graph, which says what inputs there are.
         dims: sizes of the dynamic dimensions.
         padded: end some rows in padding.
+        ids: token ids of real text to draw from.
 
     Returns:
         One entry for each output of the dense model.
@@ -79,7 +87,7 @@ def compare(
     Raises:
         TargetError: one of them does not run at this shape.
     """
-    feeds = random_feeds(graph, dims, rng, padded=padded)
+    feeds = random_feeds(graph, dims, rng, padded=padded, ids=ids)
     runners = [_Runner(name, run, graph, describe(dims)) for name, run in (("dense", dense), ("compiled", compiled))]
     compare_func = partial(measure, dims=dict(dims), padded=padded, mask=feeds.get("attention_mask"))
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # its statistics subtract Inf

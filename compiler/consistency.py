@@ -39,17 +39,24 @@ class Consistency(BaseModel):
 
 
 def batch_consistency(
-    dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, dims: Mapping[str, int], rng: np.random.Generator
+    dense: Run,
+    compiled: Run,
+    graph: gs.Graph,
+    workload: Workload,
+    dims: Mapping[str, int],
+    rng: np.random.Generator,
+    ids: np.ndarray | None = None,
 ) -> list[Consistency]:
     """Run a padded batch, and some of its samples alone, through the compiled model.
 
     Args:
         dims: sizes of the dynamic dimensions; more than one sample.
+        ids: token ids of real text to draw from.
 
     Returns:
         One entry for each output that has a row per sample.
     """
-    feeds = random_feeds(graph, dims, rng, padded=True)
+    feeds = random_feeds(graph, dims, rng, padded=True, ids=ids)
     axes = workload.axes(graph)
     rows = np.unique(np.linspace(0, dims["batch"] - 1, _SAMPLES).astype(int))
     together = compiled(feeds)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trimtab.compiler.build import Build, update_manifest
 from trimtab.compiler.compare import OutputError, compare, describe
 from trimtab.compiler.consistency import Consistency, batch_consistency
-from trimtab.compiler.data import read_data
+from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.dense import dense_model
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run
@@ -22,9 +22,12 @@ from trimtab.compiler.phases import Progress
 from trimtab.compiler.quality import Classification, Quality
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import check_quality
+from trimtab.compiler.tokenizer import load_tokenizer
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 from trimtab.passes.graph import load_graph
+
+_TEXTS = 256  # whose tokens the corners of the workload are filled with
 
 
 class Limits(BaseModel):
@@ -109,13 +112,16 @@ def validate(
     workload = Workload.model_validate(build.manifest.workload)
     engine = load(build.path, threads=threads, verify=False)
     reference = open_peer("dense-fp32", model, threads or 0)
-    comparisons, consistency = check_numbers(reference, engine.run, graph, workload, seed=seed, progress=progress)
+    source = Source(
+        origin=build.manifest.origin, onnx=model, tokenizer=build.tokenizer, labels=build.manifest.labels,
+        max_tokens=build.manifest.max_tokens, kind="onnx",
+    )  # fmt: skip
+    ids = real_ids(dataset, source, seed) if dataset else None
+    comparisons, consistency = check_numbers(
+        reference, engine.run, graph, workload, ids=ids, seed=seed, progress=progress
+    )
     quality = None
     if dataset:
-        source = Source(
-            origin=build.manifest.origin, onnx=model, tokenizer=build.tokenizer, labels=build.manifest.labels,
-            max_tokens=build.manifest.max_tokens, kind="onnx",
-        )  # fmt: skip
         quality = check_quality(
             reference, engine.run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress
         )
@@ -130,10 +136,31 @@ def validate(
     return found
 
 
+def real_ids(dataset: Dataset, source: Source, seed: int) -> np.ndarray | None:
+    """Token ids of some texts of `dataset`, one text after the other; None for data that are no text."""
+    if dataset.arrays is not None or source.tokenizer is None:
+        return None
+    texts = [text for text, _ in dataset.sample(min(dataset.count, _TEXTS), seed)]
+    found = load_tokenizer(source.tokenizer, source.max_tokens).encode(texts)
+    ids: np.ndarray = found["input_ids"][found["attention_mask"] > 0]
+    return ids
+
+
 def check_numbers(
-    dense: Run, compiled: Run, graph: gs.Graph, workload: Workload, *, seed: int = 0, progress: Progress | None = None
+    dense: Run,
+    compiled: Run,
+    graph: gs.Graph,
+    workload: Workload,
+    *,
+    ids: np.ndarray | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[list[OutputError], list[Consistency]]:
-    """Compare two models at every corner of `workload`, with and without padding, and samples alone and in a batch."""
+    """Compare two models at every corner of `workload`, with and without padding, and samples alone and in a batch.
+
+    Args:
+        ids: token ids of real text to draw inputs from; without, they are drawn evenly from the vocabulary.
+    """
     report = progress or (lambda what, done, total: None)
     shapes = corners(graph, workload)
     masks = [False, True] if any(tensor.name == "attention_mask" for tensor in graph.inputs) else [False]
@@ -142,13 +169,13 @@ def check_numbers(
     comparisons: list[OutputError] = []
     for done, (dims, padded) in enumerate(cases):
         report("compare", done, len(cases))
-        comparisons += compare(dense, compiled, graph, dims, rng, padded=padded)
+        comparisons += compare(dense, compiled, graph, dims, rng, padded=padded, ids=ids)
     report("compare", len(cases), len(cases))
     crowds = [dims for dims in shapes if dims.get("batch", 1) > 1]
     if not crowds or not all(comparisons):  # without a batch there is no company; after a fault, nothing to compare
         return comparisons, []
     dims = min(crowds, key=lambda dims: dims["batch"])
-    return comparisons, batch_consistency(dense, compiled, graph, workload, dims, rng)
+    return comparisons, batch_consistency(dense, compiled, graph, workload, dims, rng, ids)
 
 
 def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:

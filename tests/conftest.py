@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share few cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; children would ignore Ctrl-C likewise
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _OWNER = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWNER:  # workers inherit it, so that an export is made once
     os.environ["TRIMTAB_CACHE"] = tempfile.mkdtemp(prefix="trimtab-test-cache-")

@@ -74,7 +74,9 @@ def _show(build: Build, out: Path) -> None:
         for place in report.left:
             print(f"  left {place.where}: {place.why}")
     for error in manifest.check.outputs:
-        print(f"{error.output}: differs by {error.relative_l2:.2g} from the dense model's (relative, random inputs)")
+        print(
+            f"{error.output}: differs by {error.relative_l2:.2g} from the dense model's (relative, on random tokens, far from any text)"
+        )
     if manifest.check.why:
         print(f"not compared with the dense model: {manifest.check.why}")
     print(f"\n{out}: built for {manifest.target} in {sum(manifest.seconds.values()):.1f} s; see {out / 'report.md'}")
