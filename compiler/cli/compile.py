@@ -75,7 +75,7 @@ def _show(build: Build, out: Path) -> None:
             print(f"  left {place.where}: {place.why}")
     for error in manifest.check.outputs:
         print(
-            f"{error.output}: differs by {error.relative_l2:.2g} from the dense model's (relative, on random tokens, far from any text)"
+            f"{error.output}: differs from dense by {error.relative_l2:.2g} (relative; on random inputs, unlike data)"
         )
     if manifest.check.why:
         print(f"not compared with the dense model: {manifest.check.why}")

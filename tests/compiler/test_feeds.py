@@ -68,3 +68,12 @@ def test_within_brings_a_small_batch_to_the_least_size_and_back():
     out = within(recording, set(feeds), workload)(feeds | {"unknown": np.zeros((1, 5))})["last_hidden_state"]
     assert seen == [{"input_ids": (4, 8), "attention_mask": (4, 8)}]
     np.testing.assert_allclose(out, run(feeds)["last_hidden_state"], atol=1e-5)
+
+
+def test_real_ids_come_in_runs_of_the_text():
+    graph = load_graph(zoo.exported("bert"))
+    ids = np.arange(5, 55)
+    feeds = random_feeds(graph, {"batch": 6, "tokens": 9}, np.random.default_rng(1), ids=ids)["input_ids"]
+    assert feeds.shape == (6, 9) and set(feeds.ravel()) <= set(ids)
+    assert (np.diff(feeds, axis=1) % len(ids) == 1).all()
+    assert len(set(feeds[:, 0])) > 1
