@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trimtab.passes.ffn_split.layer import Layer
@@ -13,17 +15,18 @@ from trimtab.passes.ffn_split.score import Score
 
 
 class Fitter:
-    """Splits one FFN in as many ways as asked. What plans have in common is computed once.
+    """Splits one FFN in as many ways as there are plans. What they have in common is computed once.
 
     Args:
+        kind: the score that orders the neurons.
+        plans: all that `split` will be asked for.
         precise: round integers with error feedback; without it, fits are cheap estimates for a search.
-        most: the highest rank that will be asked for.
     """
 
-    def __init__(self, layer: Layer, kind: Score, *, most: int, precise: bool = True) -> None:
+    def __init__(self, layer: Layer, kind: Score, plans: Sequence[Plan], *, precise: bool = True) -> None:
         self.layer = layer
-        self._most = most
-        self.ordered = OrderedNeurons(layer, kind, precise=precise)
+        self._rank = max(plan.rank for plan in plans)
+        self.ordered = OrderedNeurons(layer, kind, reach=max(plan.heavy for plan in plans), precise=precise)
         self._maps: dict[tuple[int, str, int, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def split(self, plan: Plan) -> Split:
@@ -98,7 +101,7 @@ class Fitter:
                 n, ordered = plan.heavy, self.ordered
                 cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ ordered.down[n:]
                 full = Moments(moments.z_mean[:d], moments.y_mean, moments.cov[:d, :d], cross).solve()
-            self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain, self._most)
+            self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain, self._rank)
         return self._maps[key]
 
     def _low_rank(self, plan: Plan) -> Neurons:

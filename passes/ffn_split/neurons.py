@@ -26,11 +26,13 @@ class OrderedNeurons:
 
     Args:
         kind: the score that orders them.
+        reach: how many of the heaviest the second moments cover; their memory grows with its square.
         precise: round integers with error feedback; without it, rounding is a cheap estimate for a search.
     """
 
-    def __init__(self, layer: Layer, kind: Score, *, precise: bool) -> None:
+    def __init__(self, layer: Layer, kind: Score, *, reach: int, precise: bool) -> None:
         self.layer = layer
+        self.reach = reach
         self.precise = precise
         self.order = np.argsort(-score(layer, kind), kind="stable")
         self.ups = tuple(w[:, self.order] for w in layer.ups)
@@ -82,17 +84,15 @@ class OrderedNeurons:
         )
 
     def moments(self, form: str, block: int) -> Moments:
-        """Of [x, h] and the dense outputs, with h in `form`."""
-        parts = (self.layer.fit, self.hidden(form, block))
+        """Of [x, h within reach] and the dense outputs, with h in `form`."""
+        parts = (self.layer.fit, self.hidden(form, block)[:, : self.reach])
         return self._once(
             ("moments", self._values_of(form), block), lambda: Moments.of(parts, self.layer.h_fit @ self.layer.down)
         )
 
     def cross(self, form: str, other: str, block: int) -> np.ndarray:
-        """Covariance of [x, h in `form`] and h in the `other` form, [d_model + d_ff, d_ff]."""
-        parts = (self.layer.fit, self.hidden(form, block))
-        if self._values_of(form) == self._values_of(other):
-            return self.moments(form, block).cov[:, self.layer.ffn.d_model :]
+        """Covariance of [x, h within reach in `form`] and all h in the `other` form, [d_model + reach, d_ff]."""
+        parts = (self.layer.fit, self.hidden(form, block)[:, : self.reach])
         return self._once(
             ("cross", self._values_of(form), self._values_of(other), block),
             lambda: Moments.of(parts, self.hidden(other, block)).cross,

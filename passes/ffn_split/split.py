@@ -93,7 +93,7 @@ class FFNSplit(Pass):
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
         rows = []
         for ffn, plan in zip(wanted, plans, strict=True):
-            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score, most=plan.rank).split(plan)
+            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score, [plan]).split(plan)
             emit(graph, ffn, split)
             rows.append(_row(ffn, split))
             _tell(context, "split FFNs", len(rows), len(wanted))
@@ -115,8 +115,9 @@ class FFNSplit(Pass):
         assert self.budget is not None
         candidates = []
         for ffn in ffns:
-            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, most=max(RANKS), precise=False)
-            candidates.append([Candidate.of(fitter.split(plan)) for plan in self._candidates(ffn, context)])
+            plans = list(self._candidates(ffn, context))
+            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, plans, precise=False)
+            candidates.append([Candidate.of(fitter.split(plan)) for plan in plans])
             _tell(context, "search the budget", len(candidates), len(ffns))
         dense = [4 * ffn.params for ffn in ffns]
         macs = [sum(linear.in_features * linear.out_features for linear in ffn.linears) for ffn in ffns]
