@@ -30,8 +30,8 @@ def sentences() -> list[str]:
     return chosen
 
 
-def write(folder: Path, *, calibration: int = 512, unseen: int = 400) -> tuple[Path, Path]:
-    """Two files of texts that share none: to calibrate on, and to judge by."""
+def write(folder: Path, *, calibration: int = 3400, unseen: int = 400) -> tuple[Path, Path]:
+    """Two files of texts that share none: to calibrate and learn on, and to judge by."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = sentences()
     parts = {"texts.txt": texts[:calibration], "unseen.txt": texts[calibration : calibration + unseen]}
