@@ -12,6 +12,7 @@ from trimtab.passes.anatomy.activation import evaluate
 from trimtab.passes.profile import FFNStats
 
 _HELD_OUT = 5  # every fifth state measures errors and is never fitted to
+_MOST = 3  # times the typical spread that a feature may count for
 _ROWS = 512  # states evaluated at a time: the activation runs in float64
 
 _SCALED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
@@ -87,21 +88,31 @@ class Layer:
 
     @cached_property
     def gain(self) -> np.ndarray:
-        """How much each output feature weighs downstream: the scale of the next norm, [d_model].
-
-        Residual streams have a few features that are hundreds of times larger than the rest, which the next norm scales
-        down again. Errors measured without that scale would be errors in those few features.
-        """
+        """How much each output feature weighs in a fit: the scale of the next norm, [d_model]."""
         scale = _next_norm_scale(self.ffn.y)
         if scale is None or scale.shape != (self.ffn.d_model,):
             return np.ones(self.ffn.d_model, np.float64)
         found = np.abs(scale.astype(np.float64))
         return np.maximum(found, 0.05 * found.mean())
 
+    @cached_property
+    def yardstick(self) -> np.ndarray:
+        """How much each output feature weighs where errors of layers are compared, [d_model].
+
+        In some layers one feature has nearly all the variance of the outputs (98 % in MiniLM's first FFN), and the norm
+        behind divides it out again. So no feature counts for more than a few typical ones; a fit still has to get it
+        right, since the norm's divisor hangs on it.
+        """
+        spread = self.gain * self.y_held.std(0)
+        return self.gain * np.minimum(1, _MOST * np.median(spread) / np.maximum(spread, 1e-30))
+
     def error(self, y: np.ndarray) -> float:
-        """Weighted squared error of outputs `y` (without the down bias) on the held-out states, over their variance."""
-        gained = (self.y_held - self.y_held.mean(0)) * self.gain
-        return float(np.square((y - self.y_held) * self.gain).sum() / max(np.square(gained).sum(), 1e-30))
+        """Squared error of outputs `y` (without the down bias) on the held-out states, relative to their variance.
+
+        Both are weighted by `yardstick`.
+        """
+        spread = (self.y_held - self.y_held.mean(0)) * self.yardstick
+        return float(np.square((y - self.y_held) * self.yardstick).sum() / max(np.square(spread).sum(), 1e-30))
 
 
 def _next_norm_scale(tensor: gs.Tensor) -> np.ndarray | None:
