@@ -40,7 +40,7 @@ SIZE: list[tuple[str, dict[str, Any]]] = [
     *(("int4", {"heavy": 1.0, "heavy_form": "int4", "block": block}) for block in (32, 64, 128)),
     ("int2", {"heavy": 0.0, "rest_form": "int2", "block": 32}),
     *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
-    *(("ffsplit", {"budget": {"size": size}, "block": 128}) for size in (0.1, 0.115, 0.125, 0.14)),
+    *(("ffsplit", {"budget": {"size": size}, "block": 128}) for size in (0.11, 0.125)),
 ]
 TIME: list[tuple[str, dict[str, Any]]] = [
     *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
