@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
-
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, run_passes
 from trimtab.passes.errors import RecipeError
+from trimtab.passes.registry import import_named
 
 _PASSES = {
     "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
@@ -25,12 +23,7 @@ def pass_class(name: str) -> type[Pass]:
     Raises:
         RecipeError: there is none; names the nearest.
     """
-    if name not in _PASSES:
-        near = difflib.get_close_matches(name, PASS_NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known passes: {', '.join(PASS_NAMES)}"
-        raise RecipeError(f"unknown pass {name!r}", hint=hint)
-    module, attribute = _PASSES[name].split(":")
-    found: type[Pass] = getattr(import_module(module), attribute)
+    found: type[Pass] = import_named(name, _PASSES, "pass", "passes", RecipeError)
     return found
 
 

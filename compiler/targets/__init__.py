@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib import import_module
-
 from trimtab.compiler.targets.base import Runner, Target
 from trimtab.passes.errors import TargetError
+from trimtab.passes.registry import import_named
 
 _TARGETS = {
     "onnxruntime": "trimtab.compiler.targets.onnxruntime:OnnxRuntime",
@@ -24,12 +22,7 @@ def get_target(name: str) -> Target:
     Raises:
         TargetError: there is none; names the nearest.
     """
-    if name not in _TARGETS:
-        near = difflib.get_close_matches(name, TARGET_NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known targets: {', '.join(TARGET_NAMES)}"
-        raise TargetError(f"unknown target {name!r}", hint=hint)
-    module, attribute = _TARGETS[name].split(":")
-    found: type[Target] = getattr(import_module(module), attribute)
+    found: type[Target] = import_named(name, _TARGETS, "target", "targets", TargetError)
     return found()
 
 

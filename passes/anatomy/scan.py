@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Literal
 
 import onnx_graphsurgeon as gs
 
@@ -49,25 +50,23 @@ class Scan:
 
     def downstream(self, tensors: Iterable[gs.Tensor]) -> set[int]:
         """Ids of all nodes that depend on any of `tensors`."""
-        seen: set[int] = set()
-        queue = deque(tensors)
-        while queue:
-            for node in queue.popleft().outputs:
-                if id(node) not in seen:
-                    seen.add(id(node))
-                    queue.extend(node.outputs)
-        return seen
+        return _reached(tensors, "outputs")
 
     def upstream(self, tensors: Iterable[gs.Tensor]) -> set[int]:
         """Ids of all nodes that any of `tensors` depends on."""
-        seen: set[int] = set()
-        queue = deque(tensors)
-        while queue:
-            for node in queue.popleft().inputs:
-                if id(node) not in seen:
-                    seen.add(id(node))
-                    queue.extend(node.inputs)
-        return seen
+        return _reached(tensors, "inputs")
+
+
+def _reached(tensors: Iterable[gs.Tensor], side: Literal["inputs", "outputs"]) -> set[int]:
+    """Ids of the nodes met on the way through the graph, always by the same side of tensors and nodes."""
+    seen: set[int] = set()
+    queue = deque(tensors)
+    while queue:
+        for node in getattr(queue.popleft(), side):
+            if id(node) not in seen:
+                seen.add(id(node))
+                queue.extend(getattr(node, side))
+    return seen
 
 
 def only_producer(tensor: gs.Tensor) -> gs.Node | None:

@@ -53,7 +53,7 @@ class Fitter:
             correction = self._residual(plan, tail).part(slice(self._inputs, None)).solve()
         down = (ordered.down[:n] + correction).astype(np.float32)
         head = ordered.neurons(heavy, plan.heavy_form, plan.block, down) if n else None
-        offset = self.layer.h_fit.mean(0, dtype=np.float64) @ self.layer.down - self._mean_output(plan, head, tail)
+        offset = self.layer.mean_output - self._mean_output(plan, head, tail)
         error = self.layer.error(self._held_output(plan, head, tail) + offset)
         return Split(plan, head, tail, (dense_bias + offset).astype(np.float32), error)
 

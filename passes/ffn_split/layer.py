@@ -82,6 +82,17 @@ class Layer:
         return self.hidden(self.held, self.ups, self.up_biases)
 
     @cached_property
+    def y_fit(self) -> np.ndarray:
+        """The dense outputs on the states to fit to, without the down bias, [n, d_model]."""
+        return self.h_fit @ self.down
+
+    @cached_property
+    def mean_output(self) -> np.ndarray:
+        """Mean of `y_fit`, [d_model], float64."""
+        found: np.ndarray = self.h_fit.mean(0, dtype=np.float64) @ self.down
+        return found
+
+    @cached_property
     def y_held(self) -> np.ndarray:
         """The dense outputs on the held-out states, without the down bias, [m, d_model]."""
         return self.h_held @ self.down

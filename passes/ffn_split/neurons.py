@@ -86,9 +86,7 @@ class OrderedNeurons:
     def moments(self, form: str, block: int) -> Moments:
         """Of [x, h within reach] and the dense outputs, with h in `form`."""
         parts = (self.layer.fit, self.hidden(form, block)[:, : self.reach])
-        return self._once(
-            ("moments", self._values_of(form), block), lambda: Moments.of(parts, self.layer.h_fit @ self.layer.down)
-        )
+        return self._once(("moments", self._values_of(form), block), lambda: Moments.of(parts, self.layer.y_fit))
 
     def cross(self, form: str, other: str, block: int) -> np.ndarray:
         """Covariance of [x, h within reach in `form`] and all h in the `other` form, [d_model + reach, d_ff]."""

@@ -80,9 +80,9 @@ class FFNSplit(Pass):
         left: list[Left] = []
         wanted: list[FFN] = []
         for ffn in ffns:
-            reason = self._unfit(ffn)
             if self.layers is not None and ffn.layer not in self.layers:
                 continue
+            reason = self._unfit(ffn)
             if reason:
                 left.append(Left(ffn.where, reason))
             else:

@@ -9,11 +9,11 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.edit import constant
 
-_REDUCTIONS = (
+_REDUCTIONS = {
     "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
     "ReduceSumSquare",
-)  # fmt: skip
-_AXES_BECAME_INPUT = dict.fromkeys(_REDUCTIONS, 18)
+}  # fmt: skip
+_AXES_ARE_INPUT = 18  # the opset from which that is so
 
 
 def raise_opset(graph: gs.Graph, opset: int) -> None:
@@ -29,7 +29,7 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
         return
     nodes = [node for node in graph.nodes if node.domain in (None, "", "ai.onnx")]
     for node in nodes:
-        if node.op in _AXES_BECAME_INPUT:
+        if node.op in _REDUCTIONS:
             continue
         reason = _change(node, graph.opset, opset)
         if reason:
@@ -38,8 +38,7 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
                 hint=f"export the model with opset {opset} or newer",
             )
     for node in nodes:
-        became = _AXES_BECAME_INPUT.get(node.op)
-        if became is not None and graph.opset < became <= opset and "axes" in node.attrs:
+        if node.op in _REDUCTIONS and graph.opset < _AXES_ARE_INPUT <= opset and "axes" in node.attrs:
             axes = np.array(node.attrs.pop("axes"), np.int64)
             node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
     graph.opset = opset
