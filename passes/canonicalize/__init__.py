@@ -7,6 +7,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.canonicalize.fold import fold_constants, hoist_constants
+from trimtab.passes.canonicalize.grids import unfold_grids
 from trimtab.passes.canonicalize.products import lift_gemms, split_fused_bias
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.canonicalize.simplify import remove_copies, remove_reshapes
@@ -19,6 +20,7 @@ class Canonicalize(Pass):
     * Constant nodes become initializers, and small constant expressions their values.
     * Identity, inference-time Dropout, one-input Concat, and Casts and Reshapes that change nothing go.
     * Reshape → Gemm → Reshape (GPT-2's Conv1D) becomes MatMul + Add; a bias fused into an activation becomes an Add.
+    * A tensor gathered through a grid of all its own indices (transformers' attention masks) is read as it is.
     * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
       tools such as onnxruntime.quantization refuse those.
 
@@ -39,5 +41,6 @@ class Canonicalize(Pass):
         details["copies"] += remove_copies(graph)  # types are known now: Casts that change nothing too
         details["gemms"] = lift_gemms(graph)
         details["reshapes"] = remove_reshapes(graph)
+        details["grids"] = unfold_grids(graph)
         graph.cleanup(remove_unused_graph_inputs=False)
         return PassResult(self.name, sum(details.values()), details=details)

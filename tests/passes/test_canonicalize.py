@@ -228,3 +228,69 @@ def test_external_weights_stay_unread(tmp_path: Path) -> None:
     after = {t.name: t for t in graph.tensors().values() if isinstance(t, gs.Constant)}
     assert all(is_external(after[name]) for name in held & set(after))
     assert len(held & set(after)) > 10
+
+
+GRID = """agraph (float[A, B] x, float[A, B] other) => (float[P, Q, R, S] y)
+    <int64 zero = {0}, int64 one = {1}, int64[3] after = {1, 2, 3}, int64[3] before = {0, 1, 2}, int64[1] last = {4}> {
+        rows = Shape <start = 0, end = 1> (other)
+        columns = Shape <start = 1, end = 2> (other)
+        n = Squeeze (rows)
+        m = Squeeze (columns)
+        i = Range (FIRST)
+        j = Range (zero, m, one)
+        down = Unsqueeze (i, DOWN)
+        across = Unsqueeze (j, ACROSS)
+        both = Max (down, across)
+        shape = Shape (both)
+        a = Expand (down, shape)
+        b = Expand (across, shape)
+        p = Unsqueeze (a, last)
+        q = Unsqueeze (b, last)
+        grid = Concat <axis = -1> (PAIR)
+        picked = GatherND (x, grid)
+        y = Neg (picked)
+        }"""
+PLAIN = {"FIRST": "zero, n, one", "DOWN": "after", "ACROSS": "before", "PAIR": "p, q"}
+
+
+def grid(tmp_path: Path, **changed: str) -> Path:
+    text = GRID
+    for name, value in (PLAIN | changed).items():
+        text = text.replace(name, value)
+    return parsed(tmp_path, text)
+
+
+def grid_feeds(rows: int, columns: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng()
+    return {name: rng.standard_normal((rows, columns), np.float32) for name in ("x", "other")}
+
+
+def test_a_grid_of_all_indices_is_the_tensor_itself(tmp_path: Path) -> None:
+    path = grid(tmp_path)
+    for rows, columns in ((3, 5), (1, 4), (6, 1)):
+        graph, result = check_same(path, tmp_path, grid_feeds(rows, columns))
+        assert ops(graph) == ["Unsqueeze", "Neg"]
+        assert result.details["grids"] == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"PAIR": "q, p"},  # reads x transposed
+        {"FIRST": "one, n, one"},  # leaves the first row out
+        {"FIRST": "zero, m, one"},  # as far as the other axis goes
+        {"DOWN": "before", "ACROSS": "after"},  # puts columns before rows
+    ],
+)
+def test_other_grids_stay(changed: dict[str, str], tmp_path: Path) -> None:
+    graph, result = check_same(grid(tmp_path, **changed), tmp_path, grid_feeds(4, 4))
+    assert "GatherND" in ops(graph)
+    assert result.details["grids"] == 0
+
+
+def test_masks_of_torch_exports_lose_their_grids() -> None:
+    for family in ("bert", "roberta", "opt", "llama", "t5"):
+        graph = load_graph(zoo.exported(family))
+        assert "GatherND" in ops(graph)
+        canonical(graph)
+        assert "GatherND" not in ops(graph)
