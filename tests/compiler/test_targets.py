@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -50,6 +52,23 @@ def test_build_and_open_compute_the_graph(tmp_path: Path, batch: int) -> None:
     assert (runner.inputs, runner.outputs) == (("x",), ("y",))
     x = rng.normal(size=(batch, 24)).astype(np.float32)
     np.testing.assert_allclose(runner.run({"x": x})["y"], x.astype(float) @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_and_norms_stay_apart_on_the_cpu(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
+        agraph (float[B, T, 8] x, float[B, T, 8] z) => (float[B, T, 8] y)
+        <float[8] g = {1, 1, 1, 1, 1, 1, 1, 1}, float[8] b = {0, 0, 0, 0, 0, 0, 0, 0}> {
+            s = Add (x, z)
+            y = LayerNormalization <axis = -1> (s, g, b)
+        }""")
+
+    def kernels(options: ort.SessionOptions) -> list[str]:
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+
+    assert kernels(ort.SessionOptions()) == ["SkipLayerNormalization"]  # what a session would do by itself
+    assert kernels(session_options()) == ["Add", "LayerNormalization"]
 
 
 def test_threads_and_spinning_reach_the_session(tmp_path: Path) -> None:
