@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -94,7 +94,10 @@ def recover(
     context = PassContext(profile, capability or Capability(), progress)
     dense, student = source.graph(), student_graph(source, recipe, context)
     anatomy = find_anatomy(dense)
-    objective = find_objective(dense, student, anatomy)
+    objective = replace(
+        find_objective(dense, student, anatomy),
+        temperature=settings.temperature, states_weight=settings.states_weight,
+    )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     samples = read_samples(
         dataset, source, dense.inputs, max_tokens=settings.max_tokens, held_out=_HELD_OUT,

@@ -14,6 +14,7 @@ from trimtab.passes.errors import DataError
 
 Feeds = dict[str, np.ndarray]
 
+_AT_A_TIME = 256  # texts that are tokenized together when their lengths are taken
 _POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
 
 
@@ -76,8 +77,8 @@ def read_samples(
             return {name: array[rows] for name, array in arrays.items()}
     else:
         texts = [text for text, _ in dataset.texts]
-        lengths = np.array([len(text) for text in texts])
         of_texts = text_feeds(source, inputs, max_tokens)
+        lengths = np.concatenate([_tokens(of_texts(texts[i : i + _AT_A_TIME])) for i in range(0, len(texts), _AT_A_TIME)])
 
         def feeds(rows: np.ndarray) -> Feeds:
             return of_texts([texts[i] for i in rows])
@@ -86,3 +87,9 @@ def read_samples(
     kept = min(max(1, round(held_out * dataset.count)), most_held_out)
     judged = order[:kept]
     return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], lengths, feeds)
+
+
+def _tokens(feeds: Feeds) -> np.ndarray:
+    """Tokens of each sample: characters tell batches of like length badly, and padding is work for nothing."""
+    lengths: np.ndarray = feeds["attention_mask"].sum(-1)
+    return lengths

@@ -74,6 +74,17 @@ def test_pass_puts_in_what_was_learned(bert: Source, tmp_path: Path) -> None:
     assert any(not np.array_equal(values(bert.graph().tensors()[n]), v) for n, v in profile.learned("recover").items())
 
 
+@pytest.mark.parametrize(("family", "changed"), [("bert", {"states_weight": 0.0}), ("llama", {"temperature": 4.0})])
+def test_what_is_minimised_follows_the_settings(family: str, changed: dict[str, float], tmp_path: Path) -> None:
+    source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 40, tmp_path)
+    base = Settings(steps=3, batch_size=8)
+    runs = [
+        recover(source, plan, data, empty_profile(source), s).learned("recover")
+        for s in (base, replace(base, **changed))
+    ]
+    assert not all(np.allclose(runs[0][name], runs[1][name], rtol=0, atol=1e-6) for name in runs[0])
+
+
 def test_no_step_is_the_exact_end(bert: Source, tmp_path: Path) -> None:
     plan, data = recipe(ZeroNeurons()), arrays_of("bert", 20, tmp_path)
     for settings in (Settings(steps=0), Settings(minutes=0)):
