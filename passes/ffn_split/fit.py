@@ -51,7 +51,7 @@ class Fitter:
             tail = ordered.neurons(rest, plan.rest_form, plan.block)
         if plan.refit and n and (n == d_ff or plan.rest_form not in ("affine", "low-rank")):
             correction = self._residual(plan, tail).part(slice(self._inputs, None)).solve()
-        down = (ordered.down[:n] + correction).astype(np.float32)
+        down = (self.layer.down[:n] + correction).astype(np.float32)
         head = ordered.neurons(heavy, plan.heavy_form, plan.block, down) if n else None
         offset = self.layer.mean_output - self._mean_output(plan, head, tail)
         error = self.layer.error(self._held_output(plan, head, tail) + offset)
@@ -65,7 +65,7 @@ class Fitter:
         """Moments of [x, h of heavy neurons] and of what the dense outputs are beyond both parts."""
         n, d = plan.heavy, self._inputs
         everything = self.ordered.moments(plan.heavy_form, plan.block)
-        cross = everything.cross[: d + n] - everything.cov[: d + n, d : d + n] @ self.ordered.down[:n]
+        cross = everything.cross[: d + n] - everything.cov[: d + n, d : d + n] @ self.layer.down[:n]
         if isinstance(tail, Neurons):
             shared = self.ordered.cross(plan.heavy_form, plan.rest_form, plan.block)[: d + n, n:]
             cross = cross - shared @ tail.down.array
@@ -99,7 +99,7 @@ class Fitter:
                 full = moments.solve()[:d]
             else:
                 n, ordered = plan.heavy, self.ordered
-                cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ ordered.down[n:]
+                cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ self.layer.down[n:]
                 full = Moments(moments.z_mean[:d], moments.y_mean, moments.cov[:d, :d], cross).solve()
             self._maps[key] = full, leading_directions(full, moments.cov[:d, :d], self.layer.gain, self._rank)
         return self._maps[key]
@@ -110,9 +110,9 @@ class Fitter:
         h = ordered.hidden("fp32", plan.block)[:, part]
         ones = np.ones(part.stop - part.start)
         return Neurons(
-            tuple(_weighted_svd(w[:, part], ordered.input_moments, plan.rank, ones) for w in ordered.ups),
-            tuple(None if b is None else b[part] for b in ordered.up_biases),
-            _weighted_svd(ordered.down[part], h.T @ h / len(h), plan.rank, self.layer.gain),
+            tuple(_weighted_svd(w[:, part], ordered.input_moments, plan.rank, ones) for w in self.layer.ups),
+            tuple(None if b is None else b[part] for b in self.layer.up_biases),
+            _weighted_svd(self.layer.down[part], h.T @ h / len(h), plan.rank, self.layer.gain),
         )
 
     def _mean_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:

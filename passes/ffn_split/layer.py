@@ -13,7 +13,7 @@ from trimtab.passes.profile import FFNStats
 
 _HELD_OUT = 5  # every fifth state measures errors and is never fitted to
 _MOST = 3  # times the typical spread that a feature may count for
-_ROWS = 512  # states evaluated at a time: the activation runs in float64
+_ROWS = 128  # states evaluated at a time: the activation runs in float64
 
 _SCALED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _SKIP_SCALED = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
@@ -57,6 +57,16 @@ class Layer:
     def down_bias(self) -> np.ndarray:
         b = self.ffn.down.b()
         return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
+
+    def reorder(self, order: np.ndarray) -> None:
+        """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""
+        self.ups = tuple(w[:, order] for w in self.ups)
+        self.up_biases = tuple(None if b is None else b[order] for b in self.up_biases)
+        self.down = self.down[order]
+        for name in {"h_fit", "h_held"} & vars(self).keys():
+            h = vars(self)[name]
+            for i in range(0, len(h), _ROWS):  # in place: a copy of the activations would be the most memory of all
+                h[i : i + _ROWS] = h[i : i + _ROWS, order]
 
     def act(self, pre: tuple[np.ndarray, ...]) -> np.ndarray:
         """Activations from the projections' outputs, [n, any width], float32."""

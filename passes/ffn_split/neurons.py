@@ -12,7 +12,7 @@ from trimtab.passes.ffn_split.layer import Layer
 from trimtab.passes.ffn_split.matrix import Dense, Half, Matrix, Quantized
 from trimtab.passes.ffn_split.plan import BITS, Neurons
 from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
-from trimtab.passes.ffn_split.regress import Moments
+from trimtab.passes.ffn_split.regress import Moments, cross_covariance
 from trimtab.passes.ffn_split.score import Score, score
 
 T = TypeVar("T")
@@ -34,19 +34,18 @@ class OrderedNeurons:
         self.layer = layer
         self.reach = reach
         self.precise = precise
-        self.order = np.argsort(-score(layer, kind), kind="stable")
-        self.ups = tuple(w[:, self.order] for w in layer.ups)
-        self.up_biases = tuple(None if b is None else b[self.order] for b in layer.up_biases)
-        self.down = layer.down[self.order]
+        layer.reorder(np.argsort(-score(layer, kind), kind="stable"))
         self._held: dict[tuple[object, ...], object] = {}
 
     def neurons(self, part: slice, form: str, block: int, down: np.ndarray | None = None) -> Neurons:
         """The neurons of `part` in `form`; `down` replaces their rows of W_down."""
-        down = self.down[part] if down is None else down
-        biases = tuple(None if b is None else b[part] for b in self.up_biases)
+        down = self.layer.down[part] if down is None else down
+        biases = tuple(None if b is None else b[part] for b in self.layer.up_biases)
         if form not in BITS:
             return Neurons(
-                tuple(self.matrix(w[:, part], form, block) for w in self.ups), biases, self.matrix(down, form, block)
+                tuple(self.matrix(w[:, part], form, block) for w in self.layer.ups),
+                biases,
+                self.matrix(down, form, block),
             )
         moments = None
         if self._feeds_back(form):
@@ -71,9 +70,9 @@ class OrderedNeurons:
 
         def make() -> np.ndarray:
             if form not in BITS:
-                return (self.layer.h_held if held else self.layer.h_fit)[:, self.order]
+                return self.layer.h_held if held else self.layer.h_fit
             ups = tuple(m.array for m in self._quantized_ups(form, block))
-            return self.layer.hidden(states, ups, self.up_biases)
+            return self.layer.hidden(states, ups, self.layer.up_biases)
 
         return self._once(("hidden", self._values_of(form), block, held), make)
 
@@ -93,7 +92,7 @@ class OrderedNeurons:
         parts = (self.layer.fit, self.hidden(form, block)[:, : self.reach])
         return self._once(
             ("cross", self._values_of(form), self._values_of(other), block),
-            lambda: Moments.of(parts, self.hidden(other, block)).cross,
+            lambda: cross_covariance(parts, self.hidden(other, block)),
         )
 
     @cached_property
@@ -113,7 +112,7 @@ class OrderedNeurons:
     def _quantized_ups(self, form: str, block: int) -> tuple[Dense | Quantized, ...]:
         return self._once(
             ("ups", form, block),
-            lambda: tuple(self._quantized(w, form, block, self.input_moments) for w in self.ups),
+            lambda: tuple(self._quantized(w, form, block, self.input_moments) for w in self.layer.ups),
         )
 
     def _quantized(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None) -> Dense | Quantized:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +39,7 @@ class Moments:
         y_mean = y.mean(0, dtype=np.float64)
         n, count = len(z_mean), len(y)
         cov, cross = np.zeros((n, n), np.float32), np.zeros((n, len(y_mean)), np.float32)
-        for i in range(0, count, _ROWS):
-            z = np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(np.float32)
+        for i, z in _centred(parts, z_mean):
             cov += z.T @ z
             cross += z.T @ (y[i : i + _ROWS] - y_mean.astype(np.float32))
         return cls(z_mean, y_mean, cov.astype(np.float64) / count, cross.astype(np.float64) / count)
@@ -65,6 +64,21 @@ class Moments:
         cov = np.block([[left.T @ self.cov[:d, :d] @ left, mixed], [mixed.T, self.cov[d:, d:]]])
         cross = np.concatenate([left.T @ self.cross[:d], self.cross[d:]])
         return Moments(np.concatenate([left.T @ self.z_mean[:d], self.z_mean[d:]]), self.y_mean, cov, cross)
+
+
+def cross_covariance(parts: Sequence[np.ndarray], y: np.ndarray) -> np.ndarray:
+    """Covariance of features and targets alone, as in `Moments.of`, [n, m], float32."""
+    z_mean = np.concatenate([part.mean(0, dtype=np.float64) for part in parts])
+    cross = np.zeros((len(z_mean), y.shape[1]), np.float32)
+    for i, z in _centred(parts, z_mean):
+        cross += z.T @ y[i : i + _ROWS]  # centring one of the two is enough
+    return cross / len(y)
+
+
+def _centred(parts: Sequence[np.ndarray], z_mean: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Some rows of the features side by side, less their means, and the number of the first of them."""
+    for i in range(0, len(parts[0]), _ROWS):
+        yield i, np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(np.float32)
 
 
 def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, most: int) -> np.ndarray:
