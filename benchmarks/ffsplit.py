@@ -5,7 +5,8 @@ python benchmarks/ffsplit.py --task sst2 --parts size  one part of it
 
 Peers: the same FFNs in int8, int4 and int2 throughout, by plain low rank (SVD weighted by the activations), and with
 all but the heavy hitters dropped; for time, the dense engine of the same precision in the same run. FFN bytes are those
-on disk, as a share of fp32; accuracy is on the whole test set, which nothing was fitted or chosen on.
+on disk, as a share of fp32; times are medians at 8 x 48 tokens on two threads, each engine in turns with the dense ones;
+accuracy is on the whole test set, which nothing was fitted or chosen on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,11 @@ import typer
 import yaml
 
 from trimtab.compiler import compile_model, load, open_source
-from trimtab.compiler.bench import bench
-from trimtab.compiler.build import Build
+from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.calibrate import calibrate
+from trimtab.compiler.checks.bench import bench
 from trimtab.compiler.data import batches, read_data
-from trimtab.compiler.manifest import package_versions
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes.profile import Profile
@@ -35,17 +36,28 @@ HERE = Path(__file__).resolve().parent
 SHAPES = [(1, 48), (8, 48)]
 TOKENS = {"sst2": 64, "agnews": 96}
 
-SIZE: list[tuple[str, dict[str, Any]]] = [
-    ("int8", {"heavy": 1.0, "heavy_form": "int8", "block": 64}),
-    *(("int4", {"heavy": 1.0, "heavy_form": "int4", "block": block}) for block in (32, 64, 128)),
-    ("int2", {"heavy": 0.0, "rest_form": "int2", "block": 32}),
-    *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
-    *(("ffsplit", {"budget": {"size": size}, "block": 128}) for size in (0.11, 0.125)),
+Passes = list[str | dict[str, Any]]
+
+
+def split(**options: Any) -> Passes:
+    """A recipe of nothing but ffn-split."""
+    return [{"ffn-split": options}]
+
+
+SIZE: list[tuple[str, Passes]] = [
+    ("int8", split(heavy=1.0, heavy_form="int8", block=64)),
+    *(("int4", split(heavy=1.0, heavy_form="int4", block=block)) for block in (32, 64, 128)),
+    ("int2", split(heavy=0.0, rest_form="int2", block=32)),
+    *(("svd", split(heavy=0.0, rest_form="low-rank", rank=rank)) for rank in (192, 96, 48)),
+    *(("ffsplit", split(budget={"size": size}, block=128)) for size in (0.11, 0.125, 0.15)),
 ]
-TIME: list[tuple[str, dict[str, Any]]] = [
-    *(("svd", {"heavy": 0.0, "rest_form": "low-rank", "rank": rank}) for rank in (192, 96, 48)),
-    *(("drop", {"heavy": share, "rest_form": "drop"}) for share in (0.5, 0.25, 0.125)),
-    *(("ffsplit", {"heavy": share, "rank": 64}) for share in (0.5, 0.25, 0.125)),
+TIME: list[tuple[str, Passes]] = [
+    ("int8", ["dynamic-int8"]),
+    ("int4", split(heavy=1.0, heavy_form="int4", block=64)),
+    *(("svd", split(heavy=0.0, rest_form="low-rank", rank=rank)) for rank in (192, 96, 48)),
+    *(("drop", split(heavy=share, rest_form="drop")) for share in (0.5, 0.25, 0.125)),
+    *(("ffsplit", split(heavy=share, rank=64)) for share in (0.5, 0.25, 0.125)),
+    *(("ffsplit + int8", [*split(heavy=share, rank=64), "dynamic-int8"]) for share in (0.5, 0.25, 0.125)),
 ]
 
 
@@ -81,17 +93,21 @@ class Task:
             right.extend(found == labels[len(right) : len(right) + len(found)])
         return 100 * float(np.mean(right))
 
-    def point(self, curve: str, options: dict[str, Any]) -> dict[str, Any]:
-        """One point of a frontier."""
-        build = self.build("point", {"passes": [{"ffn-split": options}]})
-        rows = build.manifest.passes[0].details["layers"]
-        return {
+    def point(self, curve: str, passes: Passes, seconds: float) -> dict[str, Any]:
+        """One point of a frontier; timed at the last of `SHAPES` where `seconds` are given for it."""
+        build = self.build("point", {"passes": passes})
+        sizes = build.manifest.sizes
+        assert sizes.compiled_ffn_bytes is not None
+        found = {
             "curve": curve,
-            "options": options,
+            "passes": passes,
             "accuracy": self.accuracy(build),
-            "ffn_bytes": sum(row["bytes"] for row in rows) / sum(row["dense_bytes"] for row in rows),
-            "ffn_macs": sum(row["macs"] for row in rows) / sum(2 * 384 * row["neurons"] for row in rows),
+            "ffn_bytes": sizes.compiled_ffn_bytes / sizes.dense_ffn_bytes,
         }
+        if seconds:
+            runs = bench(build, shapes=SHAPES[-1:], threads=2, seconds=seconds).runs
+            found["median_ms"] = {run.name: run.median_ms for run in runs}
+        return found
 
 
 def timed(task: Task, minutes: float, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -123,14 +139,6 @@ def timed(task: Task, minutes: float, seconds: float, say: Callable[[str], None]
     return found
 
 
-def frontier(
-    task: Task, points: list[tuple[str, dict[str, Any]]], say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    for number, (curve, options) in enumerate(points):
-        say(f"{task.name}: {number + 1}/{len(points)} {curve} {options}")
-        yield task.point(curve, options)
-
-
 def main(
     task: Annotated[list[str] | None, typer.Option(help="sst2 or agnews; both by default.")] = None,
     parts: Annotated[str, typer.Option(help="Some of size,time,trained.")] = "size,time,trained",
@@ -155,9 +163,12 @@ def main(
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
             if "trained" in parts:
                 found["trained"] = timed(it, minutes, seconds, say)
-            for part, points in (("size", SIZE), ("time", TIME)):
+            for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):
                 if part in parts.split(","):
-                    found[part] = list(frontier(it, points, say))
+                    found[part] = []
+                    for number, (curve, passes) in enumerate(points):
+                        say(f"{name}: {part} {number + 1}/{len(points)} {curve} {passes}")
+                        found[part].append(it.point(curve, passes, each))
     text = json.dumps(results, indent=1)
     if output:
         output.write_text(text + "\n", encoding="utf-8")
@@ -172,10 +183,12 @@ def show(results: dict[str, Any]) -> None:
     for name, found in results["tasks"].items():
         dense = found["dense_accuracy"]
         print(f"\n{name}: dense {dense:.2f} %")
-        for part, cost in (("size", "ffn_bytes"), ("time", "ffn_macs")):
+        for part in ("size", "time"):
             for row in found.get(part, []):
-                accuracy = f"{row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f})"
-                print(f"  {part:5} {row['curve']:8} {row[cost]:7.2%}  {accuracy}  {json.dumps(row['options'])}")
+                cost = f"{row['ffn_bytes']:7.2%} of the bytes"
+                if "median_ms" in row:
+                    cost += f", {row['median_ms']['dense-fp32'] / row['median_ms']['compiled']:5.2f}x as fast"
+                print(f"  {part:5} {row['curve']:14} {cost}  {row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f})")
         for precision in ("fp32", "int8") if "trained" in found else ():
             row = found["trained"][precision]
             speed = ", ".join(f"{shape}: {ratio:.2f}x" for shape, ratio in row["speedup"].items())

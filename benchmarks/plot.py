@@ -1,40 +1,82 @@
-"""Draw accuracy against time from the results of ffsplit.py: python benchmarks/plot.py RESULTS.json docs/ffsplit.svg"""
+"""Draw what ffsplit.py measured: python benchmarks/plot.py RESULTS.json [RESULTS.json ...] docs/ffsplit.svg
+
+One row per task: accuracy against FFN bytes, and accuracy against time for 8 texts of 48 tokens.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
+STYLES = {
+    "int8": ("tab:gray", "s"), "int4": ("tab:olive", "D"), "int2": ("tab:brown", "v"), "svd": ("tab:red", "^"),
+    "drop": ("tab:orange", "x"), "ffsplit": ("tab:blue", "o"), "ffsplit + int8": ("tab:cyan", "o"),
+}  # fmt: skip
 SHAPE = (8, 48)
+BELOW = 8  # points under the dense accuracy that are still shown
 
 
-def main(results: Path, out: Path) -> None:
-    """One dot per engine: milliseconds for 8 texts of 48 tokens against accuracy on the test set."""
-    tasks = json.loads(results.read_text())["tasks"]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 3.6), squeeze=False)
-    for (name, found), axis in zip(tasks.items(), axes[0], strict=True):
-        for precision, marker in (("fp32", "o"), ("int8", "s")):
-            part = found["trained"][precision]
-            times = {r["name"]: r["median_ms"] for r in part["runs"] if (r["batch"], r["tokens"]) == SHAPE}
-            before = (times[f"dense-{precision}"], part["dense_accuracy_same_precision"])
-            after = (times["compiled"], part["accuracy"])
-            axis.plot(*zip(before, after, strict=True), color="0.8", zorder=0)
-            axis.plot(*before, marker, color="0.5", label=f"dense {precision}")
-            axis.plot(*after, marker, color="tab:blue", label=f"trimtab {precision}")
-        axis.set(title=name, xlabel="ms for 8 x 48 tokens", ylabel="accuracy, %", xlim=(0, None))
-        low, high = axis.get_ylim()
-        axis.set_ylim(low - 1, high + 0.5)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+def main(results: list[Path], out: Path) -> None:
+    """Draw the frontiers of all tasks in `results` into one figure."""
+    tasks = {name: found for path in results for name, found in json.loads(path.read_text())["tasks"].items()}
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.6 * len(tasks)), squeeze=False)
+    for (name, found), (left, right) in zip(tasks.items(), axes, strict=True):
+        draw_size(left, found)
+        draw_time(right, found)
+        for axis in (left, right):
+            axis.axhline(found["dense_accuracy"], color="0.7", linewidth=0.8, zorder=0)
+            axis.set_ylim(found["dense_accuracy"] - BELOW, found["dense_accuracy"] + 1)
+            axis.set(title=name, ylabel="accuracy, %")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None})
 
 
+def draw_size(axis: Axes, found: dict[str, Any]) -> None:
+    """Bytes of the FFNs on disk against accuracy, without any training."""
+    draw_curves(axis, [(row["curve"], row["ffn_bytes"], row["accuracy"]) for row in found["size"]])
+    axis.set_xlabel("FFN bytes, of fp32 (no training)")
+    axis.set_xscale("log")
+    axis.set_xticks([0.0625, 0.125, 0.25, 0.5], minor=False)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.xaxis.set_minor_formatter("")
+
+
+def draw_time(axis: Axes, found: dict[str, Any]) -> None:
+    """Time of a run as a share of the dense fp32 engine's in the same run, against accuracy; stars were trained."""
+    points = [
+        (row["curve"], row["median_ms"]["compiled"] / row["median_ms"]["dense-fp32"], row["accuracy"])
+        for row in found["time"]
+    ]
+    draw_curves(axis, points)
+    for precision, curve in (("fp32", "ffsplit"), ("int8", "ffsplit + int8")):
+        part = found["trained"][precision]
+        times = {run["name"]: run["median_ms"] for run in part["runs"] if (run["batch"], run["tokens"]) == SHAPE}
+        share = times["compiled"] / times["dense-fp32"]
+        color = STYLES[curve][0]
+        axis.plot(share, part["accuracy"], "*", color=color, markersize=12, label=f"{curve}, 10 min trained")
+    axis.plot(1, found["dense_accuracy"], "o", color="black", label="dense fp32")
+    axis.set(xlabel=f"time for {SHAPE[0]} x {SHAPE[1]} tokens, of dense fp32", xlim=(0, 1.1))
+
+
+def draw_curves(axis: Axes, points: list[tuple[str, float, float]]) -> None:
+    """Points (curve, cost, accuracy), those of a curve joined."""
+    for curve, group in groupby(points, key=lambda point: point[0]):
+        _, cost, accuracy = zip(*sorted(group), strict=True)
+        color, marker = STYLES[curve]
+        axis.plot(cost, accuracy, marker=marker, color=color, label=curve, linewidth=1, markersize=5)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(name) for name in sys.argv[1:-1]], Path(sys.argv[-1]))

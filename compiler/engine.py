@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.compiler.build import Build, open_build
-from trimtab.compiler.manifest import Manifest, TensorInfo
+from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.builds.manifest import Manifest, TensorInfo
+from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
 from trimtab.compiler.strict import suggest
 from trimtab.compiler.targets import Runner, get_target
-from trimtab.compiler.tokenizer import Tokenizer, load_tokenizer
 from trimtab.passes.errors import InputError, ModelError
 
 

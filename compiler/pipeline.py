@@ -14,14 +14,14 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build, hash_file
+from trimtab.compiler.builds.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build, hash_file
+from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
+from trimtab.compiler.checks.finite import check_finite
+from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
-from trimtab.compiler.finite import check_finite
-from trimtab.compiler.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
 from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
-from trimtab.compiler.selfcheck import self_check
 from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trimtab.compiler.build import hash_file
+from trimtab.compiler.builds.build import hash_file
+from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.data import Dataset
-from trimtab.compiler.manifest import package_versions
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import Source
 from trimtab.passes.errors import ProfileError

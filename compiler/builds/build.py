@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trimtab.compiler.manifest import NAME, FileInfo, Manifest, is_build, read_manifest, write_text
-from trimtab.compiler.report import render
+from trimtab.compiler.builds.manifest import NAME, FileInfo, Manifest, is_build, read_manifest, write_text
+from trimtab.compiler.builds.report import render
 from trimtab.compiler.targets.base import MODEL
 from trimtab.passes.errors import BuildError
 

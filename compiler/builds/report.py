@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trimtab.compiler.manifest import Manifest, PassReport
+from trimtab.compiler.builds.manifest import Manifest, PassReport
 
 
 def render(manifest: Manifest) -> str:

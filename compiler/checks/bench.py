@@ -14,15 +14,15 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import gmean
 
-from trimtab.compiler.build import Build, update_manifest
-from trimtab.compiler.dense import dense_model
+from trimtab.compiler.builds.build import Build, update_manifest
+from trimtab.compiler.builds.manifest import package_versions
+from trimtab.compiler.checks.dense import dense_model
+from trimtab.compiler.checks.peers import DENSE, INT8, open_peer
+from trimtab.compiler.checks.peers.same_target import dense_engine
+from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, random_feeds
-from trimtab.compiler.manifest import package_versions
-from trimtab.compiler.peers import DENSE, INT8, open_peer
-from trimtab.compiler.peers.same_target import dense_engine
 from trimtab.compiler.phases import Progress
-from trimtab.compiler.timing import interleave
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph

@@ -6,9 +6,9 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from trimtab.compiler.build import Build
+from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.manifest import Manifest
 from trimtab.compiler.cache import cache_dir
-from trimtab.compiler.manifest import Manifest
 from trimtab.compiler.sources import Source, open_source
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import save_graph

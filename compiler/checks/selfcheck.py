@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.compare import measure
+from trimtab.compiler.builds.manifest import SelfCheck
+from trimtab.compiler.checks.compare import measure
 from trimtab.compiler.feeds import random_feeds
-from trimtab.compiler.manifest import SelfCheck
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.checks.quality import Quality, measure_quality
 from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.data.textfile import Label
 from trimtab.compiler.feeds import Run, within
 from trimtab.compiler.phases import Progress
-from trimtab.compiler.quality import Quality, measure_quality
 from trimtab.compiler.sources import Source
-from trimtab.compiler.textfile import Label
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 

@@ -10,19 +10,19 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab.compiler.build import Build, update_manifest
-from trimtab.compiler.compare import OutputError, compare, describe
-from trimtab.compiler.consistency import Consistency, batch_consistency
+from trimtab.compiler.builds.build import Build, update_manifest
+from trimtab.compiler.checks.compare import OutputError, compare, describe
+from trimtab.compiler.checks.consistency import Consistency, batch_consistency
+from trimtab.compiler.checks.dense import dense_model
+from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.quality import Classification, Quality
+from trimtab.compiler.checks.task import check_quality
 from trimtab.compiler.data import Dataset, read_data
-from trimtab.compiler.dense import dense_model
+from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run
-from trimtab.compiler.peers import open_peer
 from trimtab.compiler.phases import Progress
-from trimtab.compiler.quality import Classification, Quality
 from trimtab.compiler.sources import Source
-from trimtab.compiler.task import check_quality
-from trimtab.compiler.tokenizer import load_tokenizer
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 from trimtab.passes.graph import load_graph

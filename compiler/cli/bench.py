@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.bench import COMPILED, Bench, TimedRun, bench, key, parse_shapes
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.bench import COMPILED, Bench, TimedRun, bench, key, parse_shapes
+from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.cli import console
-from trimtab.compiler.peers import PEER_NAMES
 
 _BAR = 30  # characters of the longest bar
 

@@ -10,7 +10,7 @@ import typer
 from trimtab.compiler.cli import console
 
 if TYPE_CHECKING:
-    from trimtab.compiler.build import Build
+    from trimtab.compiler.builds.build import Build
 
 
 def command(
@@ -54,7 +54,7 @@ def command(
 
 
 def _show(build: Build, out: Path) -> None:
-    from trimtab.compiler.report import megabytes, share
+    from trimtab.compiler.builds.report import megabytes, share
 
     manifest = build.manifest
     sizes = manifest.sizes

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.quality import Classification, Embeddings, Quality
+from trimtab.compiler.checks.validate import Limits, Validation, validate
 from trimtab.compiler.cli import console
-from trimtab.compiler.quality import Classification, Embeddings, Quality
-from trimtab.compiler.validate import Limits, Validation, validate
 
 
 def command(

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.textfile import Example, read_texts
-from trimtab.compiler.tokenizer import load_tokenizer
+from trimtab.compiler.data.textfile import Example, read_texts
+from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.passes.errors import DataError, ModelError
 from trimtab.passes.graph import load_graph
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trimtab.compiler.build import hash_file
+from trimtab.compiler.builds.build import hash_file
 from trimtab.compiler.sources.folder import read_json
 from trimtab.compiler.sources.sentence import PoolingConfig, sentence_parts
 from trimtab.passes.errors import ModelError

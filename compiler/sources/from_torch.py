@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.compiler.build import hash_file
+from trimtab.compiler.builds.build import hash_file
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.sources.source import Source
 from trimtab.passes.errors import ModelError

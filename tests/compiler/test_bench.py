@@ -11,17 +11,17 @@ import pytest
 import zoo
 from typer.testing import CliRunner
 
-from trimtab.compiler import timing
-from trimtab.compiler.bench import Bench, TimedRun, bench, key, parse_shapes, speedups, time_runs
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks import timing
+from trimtab.compiler.checks.bench import Bench, TimedRun, bench, key, parse_shapes, speedups, time_runs
+from trimtab.compiler.checks.compare import relative_l2
+from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.peers.ort import quantized
+from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.cli.app import app
-from trimtab.compiler.compare import relative_l2
 from trimtab.compiler.feeds import random_feeds
-from trimtab.compiler.peers import open_peer
-from trimtab.compiler.peers.ort import quantized
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.targets.gpu import gpu_present
-from trimtab.compiler.timing import interleave
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
 from trimtab.passes.graph import load_graph

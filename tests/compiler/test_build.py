@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from trimtab.compiler import build as build_module
-from trimtab.compiler.build import BuildWriter, find_build, open_build, update_manifest
-from trimtab.compiler.manifest import NAME, Manifest, SelfCheck, Sizes
+from trimtab.compiler.builds import build as build_module
+from trimtab.compiler.builds.build import BuildWriter, find_build, open_build, update_manifest
+from trimtab.compiler.builds.manifest import NAME, Manifest, SelfCheck, Sizes
 from trimtab.compiler.recipe import Recipe
 from trimtab.passes.errors import BuildError
 
@@ -137,7 +137,7 @@ def other_process(code: str, out: Path) -> subprocess.Popen[str]:
     """A process that enters a BuildWriter of `out`, says so, and then runs `code`."""
     script = f"""
         import sys
-        from trimtab.compiler.build import BuildWriter
+        from trimtab.compiler.builds.build import BuildWriter
         with BuildWriter(sys.argv[1]) as writer:
             (writer.folder / "half").write_text("half")
             print("in", flush=True)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import zoo
 
-from trimtab.compiler.compare import OutputError, compare
-from trimtab.compiler.consistency import batch_consistency
-from trimtab.compiler.peers import open_peer
-from trimtab.compiler.validate import Limits, broken, check_numbers, corners, worst
+from trimtab.compiler.checks.compare import OutputError, compare
+from trimtab.compiler.checks.consistency import batch_consistency
+from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.validate import Limits, broken, check_numbers, corners, worst
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph import load_graph
 

@@ -18,7 +18,7 @@ import tiny
 from typer.testing import CliRunner, Result
 
 from trimtab import passes
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.cli.app import app
 
 PLAIN = "passes: [canonicalize]\nthreads: 1\n"

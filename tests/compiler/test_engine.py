@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from trimtab.compiler import compile_model, load
-from trimtab.compiler.build import Build, open_build
-from trimtab.compiler.dense import dense_model
+from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.engine import Engine
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
 from trimtab.passes.errors import BuildError, InputError, ModelError, TargetError
@@ -61,8 +61,8 @@ def test_inputs_it_does_not_take(engine: Engine, inputs: dict[str, Any], said: s
 
 
 def test_inputs_that_disagree() -> None:
+    from trimtab.compiler.builds.manifest import TensorInfo
     from trimtab.compiler.engine import _check
-    from trimtab.compiler.manifest import TensorInfo
 
     wanted = [TensorInfo(name=name, dtype="float32", shape=("batch", 4)) for name in "ab"]
     _check(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((2, 4), np.float32)})

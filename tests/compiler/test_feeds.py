@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import zoo
 
+from trimtab.compiler.checks.peers import open_peer
 from trimtab.compiler.feeds import random_feeds, within
-from trimtab.compiler.peers import open_peer
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph

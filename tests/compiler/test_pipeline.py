@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from trimtab import passes
 from trimtab.compiler import load, profiling
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.targets.base import MODEL
@@ -159,7 +159,7 @@ def test_a_profile_takes_the_place_of_data(model: Path, data: Path, tmp_path: Pa
 
 
 def test_the_check_can_be_left_out(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.compiler import selfcheck
+    from trimtab.compiler.checks import selfcheck
 
     build = compile_model(model, {"passes": [], "check": False}, tmp_path / "build")
     assert not build.manifest.check.ran

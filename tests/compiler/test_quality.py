@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from trimtab.compiler.quality import (
+from trimtab.compiler.checks.quality import (
     Agreement,
     Classification,
     Embeddings,

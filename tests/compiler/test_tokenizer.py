@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.compiler.tokenizer import load_tokenizer
+from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.passes.errors import ModelError
 
 

@@ -8,15 +8,15 @@ import pytest
 import zoo
 from typer.testing import CliRunner
 
-from trimtab.compiler.build import open_build
+from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.task import check_quality
+from trimtab.compiler.checks.validate import Limits, validate
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.data import read_data
-from trimtab.compiler.peers import open_peer
+from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.sources import Source
-from trimtab.compiler.task import check_quality
-from trimtab.compiler.tokenizer import load_tokenizer
-from trimtab.compiler.validate import Limits, validate
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError, TargetError
 from trimtab.passes.graph import insert, load_graph, rename_output, save_graph

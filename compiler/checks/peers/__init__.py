@@ -12,10 +12,10 @@ from trimtab.passes.errors import TargetError
 DENSE, INT8 = "dense-fp32", "dense-int8"
 
 _PEERS = {
-    DENSE: "trimtab.compiler.peers.ort:dense_fp32",
-    INT8: "trimtab.compiler.peers.ort:dense_int8",
-    "openvino-fp32": "trimtab.compiler.peers.openvino:fp32",
-    "openvino-bf16": "trimtab.compiler.peers.openvino:bf16",
+    DENSE: "trimtab.compiler.checks.peers.ort:dense_fp32",
+    INT8: "trimtab.compiler.checks.peers.ort:dense_int8",
+    "openvino-fp32": "trimtab.compiler.checks.peers.openvino:fp32",
+    "openvino-bf16": "trimtab.compiler.checks.peers.openvino:bf16",
 }
 """Name → a function of (dense ONNX file, threads) that gives a Run; imported when asked for."""
 

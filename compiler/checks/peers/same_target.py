@@ -6,9 +6,9 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.feeds import Run
-from trimtab.compiler.manifest import package_versions
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE
 from trimtab.compiler.workload import Workload
