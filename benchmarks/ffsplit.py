@@ -5,7 +5,7 @@ python benchmarks/ffsplit.py --task sst2 --parts size  one part of it
 
 Peers: the same FFNs in int8, int4 and int2 throughout, by plain low rank (SVD weighted by the activations), and with
 all but the heavy hitters dropped; for time, the dense engine of the same precision in the same run. FFN bytes are those
-on disk, as a share of fp32; times are medians at 8 x 48 tokens on two threads, each engine in turns with the dense ones;
+on disk, as a share of fp32; times are medians on two threads, each engine in turns with the dense ones of the same run;
 accuracy is on the whole test set, which nothing was fitted or chosen on.
 """
 
@@ -52,12 +52,13 @@ SIZE: list[tuple[str, Passes]] = [
     *(("ffsplit", split(budget={"size": size}, block=128)) for size in (0.11, 0.125, 0.15)),
 ]
 TIME: list[tuple[str, Passes]] = [
+    ("dense", []),
     ("int8", ["dynamic-int8"]),
     ("int4", split(heavy=1.0, heavy_form="int4", block=64)),
     *(("svd", split(heavy=0.0, rest_form="low-rank", rank=rank)) for rank in (192, 96, 48)),
     *(("drop", split(heavy=share, rest_form="drop")) for share in (0.5, 0.25, 0.125)),
-    *(("ffsplit", split(heavy=share, rank=64)) for share in (0.5, 0.25, 0.125)),
-    *(("ffsplit + int8", [*split(heavy=share, rank=64), "dynamic-int8"]) for share in (0.5, 0.25, 0.125)),
+    *(("ffsplit", split(budget={"time": time})) for time in (0.4, 0.23, 0.15)),
+    *(("ffsplit + int8", [*split(budget={"time": time}), "dynamic-int8"]) for time in (0.4, 0.23, 0.15)),
 ]
 
 
@@ -94,7 +95,7 @@ class Task:
         return 100 * float(np.mean(right))
 
     def point(self, curve: str, passes: Passes, seconds: float) -> dict[str, Any]:
-        """One point of a frontier; timed at the last of `SHAPES` where `seconds` are given for it."""
+        """One point of a frontier; timed for `seconds` at each of `SHAPES`, if at all."""
         build = self.build("point", {"passes": passes})
         sizes = build.manifest.sizes
         assert sizes.compiled_ffn_bytes is not None
@@ -105,8 +106,11 @@ class Task:
             "ffn_bytes": sizes.compiled_ffn_bytes / sizes.dense_ffn_bytes,
         }
         if seconds:
-            runs = bench(build, shapes=SHAPES[-1:], threads=2, seconds=seconds).runs
-            found["median_ms"] = {run.name: run.median_ms for run in runs}
+            runs = bench(build, shapes=SHAPES, threads=2, seconds=seconds).runs
+            found["median_ms"] = {
+                f"{batch}x{tokens}": {run.name: run.median_ms for run in runs if run.batch == batch}
+                for batch, tokens in SHAPES
+            }
         return found
 
 
@@ -116,7 +120,7 @@ def timed(task: Task, minutes: float, seconds: float, say: Callable[[str], None]
 
     recipe = load_recipe(HERE / "recipes" / "time.yaml")
     say(f"{task.name}: {minutes:g} minutes of recovery training")
-    settings = Settings(minutes=minutes, lr=3e-4, max_tokens=TOKENS[task.name])
+    settings = Settings(minutes=minutes, max_tokens=TOKENS[task.name])
     learned = recover(task.source, recipe, read_data(task.train), Profile.load(task.profile_path), settings)
     path = task.work / f"{task.name}.learned.profile"
     learned.save(path)
@@ -187,7 +191,8 @@ def show(results: dict[str, Any]) -> None:
             for row in found.get(part, []):
                 cost = f"{row['ffn_bytes']:7.2%} of the bytes"
                 if "median_ms" in row:
-                    cost += f", {row['median_ms']['dense-fp32'] / row['median_ms']['compiled']:5.2f}x as fast"
+                    ratios = [times["dense-fp32"] / times["compiled"] for times in row["median_ms"].values()]
+                    cost += f", {' and '.join(f'{ratio:.2f}' for ratio in ratios)} times as fast"
                 print(f"  {part:5} {row['curve']:14} {cost}  {row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f})")
         for precision in ("fp32", "int8") if "trained" in found else ():
             row = found["trained"][precision]

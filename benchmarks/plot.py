@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 STYLES = {
+    "dense": ("black", "o"),
     "int8": ("tab:gray", "s"), "int4": ("tab:olive", "D"), "int2": ("tab:brown", "v"), "svd": ("tab:red", "^"),
     "drop": ("tab:orange", "x"), "ffsplit": ("tab:blue", "o"), "ffsplit + int8": ("tab:cyan", "o"),
 }  # fmt: skip
@@ -28,7 +29,10 @@ BELOW = 8  # points under the dense accuracy that are still shown
 
 def main(results: list[Path], out: Path) -> None:
     """Draw the frontiers of all tasks in `results` into one figure."""
-    tasks = {name: found for path in results for name, found in json.loads(path.read_text())["tasks"].items()}
+    tasks: dict[str, dict[str, Any]] = {}
+    for path in results:
+        for name, found in json.loads(path.read_text())["tasks"].items():
+            tasks.setdefault(name, {}).update(found)
     figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.6 * len(tasks)), squeeze=False)
     for (name, found), (left, right) in zip(tasks.items(), axes, strict=True):
         draw_size(left, found)
@@ -55,10 +59,10 @@ def draw_size(axis: Axes, found: dict[str, Any]) -> None:
 
 def draw_time(axis: Axes, found: dict[str, Any]) -> None:
     """Time of a run as a share of the dense fp32 engine's in the same run, against accuracy; stars were trained."""
-    points = [
-        (row["curve"], row["median_ms"]["compiled"] / row["median_ms"]["dense-fp32"], row["accuracy"])
-        for row in found["time"]
-    ]
+    points = []
+    for row in found["time"]:
+        times = row["median_ms"]["{}x{}".format(*SHAPE)]
+        points.append((row["curve"], times["compiled"] / times["dense-fp32"], row["accuracy"]))
     draw_curves(axis, points)
     for precision, curve in (("fp32", "ffsplit"), ("int8", "ffsplit + int8")):
         part = found["trained"][precision]
@@ -66,7 +70,6 @@ def draw_time(axis: Axes, found: dict[str, Any]) -> None:
         share = times["compiled"] / times["dense-fp32"]
         color = STYLES[curve][0]
         axis.plot(share, part["accuracy"], "*", color=color, markersize=12, label=f"{curve}, 10 min trained")
-    axis.plot(1, found["dense_accuracy"], "o", color="black", label="dense fp32")
     axis.set(xlabel=f"time for {SHAPE[0]} x {SHAPE[1]} tokens, of dense fp32", xlim=(0, 1.1))
 
 

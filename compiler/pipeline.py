@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
-from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
+from trimtab.compiler.phases import Phases, Progress, give_back, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
@@ -132,7 +131,7 @@ class _Compile:
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
         del graph, anatomy, made
-        gc.collect()  # graphs are cycles; the weights inside would stay while the engine is built and run
+        give_back()  # the weights would stay while the engine is built and run
         with phases("build the engine"), self.writer.writing():
             get_target(self.recipe.target).build(folder / MODEL, self.recipe.workload, folder / ENGINE)
         with phases("check the engine"):

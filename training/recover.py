@@ -58,7 +58,7 @@ class Settings:
 
     minutes: float = 10.0
     steps: int | None = None
-    lr: float = 1e-4
+    lr: float = 5e-5
     batch_size: int = 32
     max_tokens: int = 128
     weight_decay: float = 0.01

@@ -78,7 +78,9 @@ def read_samples(
     else:
         texts = [text for text, _ in dataset.texts]
         of_texts = text_feeds(source, inputs, max_tokens)
-        lengths = np.concatenate([_tokens(of_texts(texts[i : i + _AT_A_TIME])) for i in range(0, len(texts), _AT_A_TIME)])
+        lengths = np.concatenate(
+            [_tokens(of_texts(texts[i : i + _AT_A_TIME])) for i in range(0, len(texts), _AT_A_TIME)]
+        )
 
         def feeds(rows: np.ndarray) -> Feeds:
             return of_texts([texts[i] for i in rows])

@@ -31,7 +31,7 @@ def command(
     steps: Annotated[
         int | None, typer.Option(min=0, help="Follow a number of steps instead, repeatably.", show_default=False)
     ] = None,
-    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 1e-4,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 5e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut there.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of samples.")] = 0,

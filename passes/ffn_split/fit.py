@@ -96,7 +96,7 @@ class Fitter:
         if key not in self._maps:
             d = self._inputs
             if plan.refit:
-                full = moments.solve()[:d]
+                full = moments.solve()[:d].copy()  # not a view, which would keep the rest
             else:
                 n, ordered = plan.heavy, self.ordered
                 cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ self.layer.down[n:]

@@ -20,8 +20,8 @@ class Moments:
 
     Attributes:
         z_mean, y_mean: [n], [m].
-        cov: covariance of z, [n, n], float64.
-        cross: covariance of z and y, [n, m], float64.
+        cov: covariance of z, [n, n], float32: it is the largest array of a fit.
+        cross: covariance of z and y, [n, m], float32.
     """
 
     z_mean: np.ndarray
@@ -42,15 +42,19 @@ class Moments:
         for i, z in _centred(parts, z_mean):
             cov += z.T @ z
             cross += z.T @ (y[i : i + _ROWS] - y_mean.astype(np.float32))
-        return cls(z_mean, y_mean, cov.astype(np.float64) / count, cross.astype(np.float64) / count)
+        cov /= count
+        cross /= count
+        return cls(z_mean, y_mean, cov, cross)
 
     def solve(self, ridge: float = RIDGE) -> np.ndarray:
         """C of least E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
-        scale = np.sqrt(np.diag(self.cov))
+        scale = np.sqrt(np.diag(self.cov).astype(np.float64))
         scale = np.where(scale > 1e-12 * max(scale.max(initial=0), 1e-30), scale, np.inf)
-        normal = self.cov / scale[:, None] / scale
+        normal = self.cov / scale
+        normal /= scale[:, None]
         normal[np.diag_indices_from(normal)] = np.where(np.isinf(scale), 1.0, 1.0 + ridge)
-        found: np.ndarray = cho_solve(cho_factor(normal), self.cross / scale[:, None]) / scale[:, None]
+        factor = cho_factor(normal, overwrite_a=True, check_finite=False)
+        found: np.ndarray = cho_solve(factor, self.cross / scale[:, None]) / scale[:, None]
         return found
 
     def part(self, features: slice) -> Moments:

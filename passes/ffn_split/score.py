@@ -36,4 +36,6 @@ def score(layer: Layer, kind: Score) -> np.ndarray:
         return np.sqrt(np.maximum(stats.square_sum - stats.sum**2 / stats.tokens, 0)) * norm
     moments = Moments.of((layer.fit,), layer.h_fit)
     explained = np.einsum("ij,ij->j", moments.solve(), moments.cross)
-    return np.sqrt(np.maximum(layer.h_fit.var(0, dtype=np.float64) - explained, 0)) * norm
+    h = layer.h_fit
+    spread = np.einsum("ij,ij->j", h, h, dtype=np.float64) / len(h) - h.mean(0, dtype=np.float64) ** 2
+    return np.sqrt(np.maximum(spread - explained, 0)) * norm

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from trimtab.passes.anatomy import FFN, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError, RecipeError
-from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, RANKS, Budget, Candidate, choose
+from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
 from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
 from trimtab.passes.ffn_split.layer import Layer
@@ -131,7 +131,8 @@ class FFNSplit(Pass):
         heavies = [f for f in ("int8", "int4") if BITS[f] in bits] if narrow else [self.heavy_form]
         tails = [f for f in ("int4", "int2") if BITS[f] in bits] if narrow else []
         seen = set()
-        for share in COARSE_SHARES if narrow else FINE_SHARES:
+        shares = COARSE_SHARES if narrow else [s for s in FINE_SHARES if s <= LARGEST * (self.budget.time or 1)]
+        for share in shares:
             for form in heavies or [self.heavy_form]:
                 rests: list[tuple[str, int]] = [("affine", r) for r in RANKS if r < ffn.d_model] + [("drop", 1)]
                 rests += [(tail, 1) for tail in tails if BITS[tail] < BITS.get(form, 32)]
