@@ -57,8 +57,11 @@ TIME: list[tuple[str, Passes]] = [
     ("int4", split(heavy=1.0, heavy_form="int4", block=64)),
     *(("svd", split(heavy=0.0, rest_form="low-rank", rank=rank)) for rank in (192, 96, 48)),
     *(("drop", split(heavy=share, rest_form="drop")) for share in (0.5, 0.25, 0.125)),
-    *(("ffsplit", split(budget={"time": time})) for time in (0.4, 0.23, 0.15)),
-    *(("ffsplit + int8", [*split(budget={"time": time}), "dynamic-int8"]) for time in (0.4, 0.23, 0.15)),
+    *(("ffsplit", split(budget={"time": time}, rest_form="paired")) for time in (0.4, 0.25, 0.15)),
+    *(
+        ("ffsplit + int8", [*split(budget={"time": time}, rest_form="paired"), "dynamic-int8"])
+        for time in (0.4, 0.25, 0.15)
+    ),
 ]
 
 
@@ -114,19 +117,21 @@ class Task:
         return found
 
 
-def timed(task: Task, minutes: float, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+def timed(
+    task: Task, minutes: float, labels_weight: float, seconds: float, say: Callable[[str], None]
+) -> dict[str, Any]:
     """The recovered split in fp32 and in dynamic int8, each against the dense engine of its precision."""
     from trimtab.training.recover import Settings, recover
 
     recipe = load_recipe(HERE / "recipes" / "time.yaml")
     say(f"{task.name}: {minutes:g} minutes of recovery training")
-    settings = Settings(minutes=minutes, max_tokens=TOKENS[task.name])
+    settings = Settings(minutes=minutes, labels_weight=labels_weight, max_tokens=TOKENS[task.name])
     learned = recover(task.source, recipe, read_data(task.train), Profile.load(task.profile_path), settings)
     path = task.work / f"{task.name}.learned.profile"
     learned.save(path)
     record = learned.info.learned["recover"]
     found: dict[str, Any] = {
-        "training": {k: record[k] for k in ("minutes", "steps", "lr", "batch_size", "before", "after")}
+        "training": {k: record[k] for k in ("minutes", "steps", "lr", "batch_size", "labels_weight", "before", "after")}
     }
     for precision, file in (("fp32", "time.yaml"), ("int8", "time-int8.yaml")):
         passes = yaml.safe_load((HERE / "recipes" / file).read_text())["passes"]
@@ -147,6 +152,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="sst2 or agnews; both by default.")] = None,
     parts: Annotated[str, typer.Option(help="Some of size,time,trained.")] = "size,time,trained",
     minutes: Annotated[float, typer.Option(help="Of recovery training per task.")] = 10.0,
+    labels_weight: Annotated[float, typer.Option(help="Of the labels in training; 0 is distillation alone.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="Of timing per shape and precision.")] = 20.0,
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
@@ -166,7 +172,7 @@ def main(
             it = Task(name, shared, Path(work))
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
             if "trained" in parts:
-                found["trained"] = timed(it, minutes, seconds, say)
+                found["trained"] = timed(it, minutes, labels_weight, seconds, say)
             for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):
                 if part in parts.split(","):
                     found[part] = []

@@ -1,4 +1,4 @@
-"""Where trimtab keeps what it can make again: exported models and finished builds."""
+"""Where trimtab keeps what it can make again: exported models, Profiles, dense models and engines."""
 
 from __future__ import annotations
 

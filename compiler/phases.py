@@ -28,7 +28,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
-        """Time the body. Not `shown`: the body shows its own progress."""
+        """Time the body, and give the memory it freed back. Not `shown`: the body shows its own progress."""
         start = time.perf_counter()
         if shown:
             self.progress(name, 0, 1)
@@ -42,7 +42,7 @@ class Phases:
 def give_back() -> None:
     """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError, TypeError):  # another C library or system
         ctypes.CDLL(None).malloc_trim(0)
 
 

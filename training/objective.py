@@ -28,6 +28,7 @@ class Objective:
         states: the blocks' outputs, [..., d_model], under names that both graphs have.
         temperature: τ of the softmax of both, in the comparison of logits.
         states_weight: of the mean over `states`, beside the outputs.
+        labels_weight: of the cross-entropy of the first logits with the samples' labels, beside the outputs.
     """
 
     logits: tuple[str, ...]
@@ -35,30 +36,49 @@ class Objective:
     states: tuple[str, ...]
     temperature: float = 1.0
     states_weight: float = 1.0
+    labels_weight: float = 0.0
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return self.logits + self.vectors
 
-    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
-        """Distance of outputs, plus the weighted distance of states.
+    def loss(
+        self,
+        student: dict[str, Tensor],
+        teacher: dict[str, Tensor],
+        mask: Tensor | None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """What a step lowers: `output_loss`, plus the weighted distance of states.
 
         Args:
             student, teacher: tensors by name.
             mask: [batch, tokens], 0 where there is padding; used where a tensor has one row per token.
+            labels: [batch], the classes of the samples, -100 where one has none; or None.
         """
-        total = self.output_loss(student, teacher, mask)
+        total = self.output_loss(student, teacher, mask, labels)
         if self.states:
             apart = [_mean(relative_error(student[n], teacher[n]), mask) for n in self.states]
             total = total + self.states_weight * torch.stack(apart).mean()
         return total
 
-    def output_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
-        """Distance of outputs alone: KL divergence of logits; relative squared error and 1 - cosine of vectors."""
+    def output_loss(
+        self,
+        student: dict[str, Tensor],
+        teacher: dict[str, Tensor],
+        mask: Tensor | None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Distance of outputs: KL divergence of logits; relative squared error and 1 - cosine of vectors.
+
+        With `labels_weight`, plus the weighted distance of the student's classes from the labels.
+        """
         parts = [_mean(divergence(student[n], teacher[n], self.temperature), mask) for n in self.logits]
         for name in self.vectors:
             cosine = functional.cosine_similarity(student[name].float(), teacher[name].float(), dim=-1)
             parts.append(_mean(1 - cosine + relative_error(student[name], teacher[name]), mask))
+        if self.labels_weight and labels is not None and (labels >= 0).any():
+            parts.append(self.labels_weight * functional.cross_entropy(student[self.logits[0]].float(), labels))
         return torch.stack(parts).sum()
 
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
@@ -89,11 +109,12 @@ def _mean(rows: Tensor, mask: Tensor | None) -> Tensor:
     return (rows * weight).sum() / weight.sum()
 
 
-def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy) -> Objective:
+def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, **weights: float) -> Objective:
     """Where to compare: the outputs, and what each block hands on, wherever passes have left its name standing.
 
     Args:
         anatomy: of `dense`.
+        weights: of Objective, by name.
 
     Raises:
         ModelError: the model has no output of floats that is [..., d].
@@ -106,7 +127,7 @@ def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy) -> Obje
         raise ModelError("the model has no output to compare: neither logits nor vectors")
     there = student.tensors()
     states = [_block_output(ffn.y, there) for ffn in anatomy.ffns]
-    return Objective(logits, vectors, tuple(name for name in states if name is not None))
+    return Objective(logits, vectors, tuple(name for name in states if name is not None), **weights)
 
 
 def _block_output(y: gs.Tensor, there: dict[str, gs.Tensor]) -> str | None:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +25,11 @@ from trimtab.compiler.sources import Source
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability
-from trimtab.passes.errors import RecipeError, TrimtabError
+from trimtab.passes.errors import DataError, ModelError, RecipeError, TrimtabError
 from trimtab.passes.profile import Profile
 from trimtab.passes.recover import origin_of
 from trimtab.training.objective import Objective, find_objective
-from trimtab.training.samples import Feeds, Samples, read_samples
+from trimtab.training.samples import Batch, Feeds, Samples, read_samples
 from trimtab.training.torch_graph import GraphModule, learnable
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Settings:
         train: all weights but embeddings, or those of the FFNs alone, as the passes have made them.
         temperature: τ of the softmax when logits are compared.
         states_weight: of the blocks' outputs in the loss, beside the model's outputs.
+        labels_weight: of the data's labels in the loss, beside the dense model's outputs; for classifiers.
     """
 
     minutes: float = 10.0
@@ -66,6 +67,7 @@ class Settings:
     train: Literal["all", "ffn"] = "all"
     temperature: float = 1.0
     states_weight: float = 1.0
+    labels_weight: float = 0.0
 
 
 def recover(
@@ -94,15 +96,17 @@ def recover(
     context = PassContext(profile, capability or Capability(), progress)
     dense, student = source.graph(), student_graph(source, recipe, context)
     anatomy = find_anatomy(dense)
-    objective = replace(
-        find_objective(dense, student, anatomy),
-        temperature=settings.temperature, states_weight=settings.states_weight,
+    objective = find_objective(
+        dense, student, anatomy, temperature=settings.temperature, states_weight=settings.states_weight,
+        labels_weight=settings.labels_weight,
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     samples = read_samples(
         dataset, source, dense.inputs, max_tokens=settings.max_tokens, held_out=_HELD_OUT,
         most_held_out=_MOST_HELD_OUT, rng=rng,
     )  # fmt: skip
+    if settings.labels_weight:
+        _check_labels(samples.labels, dataset, dense, objective)
     names = trained_names(dense, student, anatomy, settings.train)
     origin = origin_of(student, names, context.done)
     distillation = Distillation(dense, student, names, objective, samples, settings)
@@ -169,7 +173,7 @@ class Distillation:
         wanted = [*objective.outputs, *objective.states]
         self.teacher = GraphModule(dense, outputs=wanted).to(self.device)
         self.student = GraphModule(student, train=names, outputs=wanted).to(self.device)
-        self._judged: list[tuple[Feeds, dict[str, Tensor]]] = []
+        self._judged: list[tuple[Batch, dict[str, Tensor]]] = []
 
     def run(self, rng: np.random.Generator, start: float, progress: Progress | None) -> dict[str, Any]:
         """Train until time or steps are over, and leave the student with the weights that judged best.
@@ -218,23 +222,22 @@ class Distillation:
         """Loss of the outputs, and agreement with the teacher, on the samples held out."""
         objective = self.objective
         if not self._judged:  # the teacher's answers do not change, and its outputs are small
-            for feeds in self.samples.judged(self.settings.batch_size):
-                out = self._infer(self.teacher, feeds)
-                self._judged.append((feeds, {name: out[name] for name in objective.outputs}))
+            for batch in self.samples.judged(self.settings.batch_size):
+                out = self._infer(self.teacher, batch.feeds)
+                self._judged.append((batch, {name: out[name] for name in objective.outputs}))
         sums, count = np.zeros(2), 0
-        for feeds, teacher in self._judged:
-            student, mask = self._infer(self.student, feeds), self._mask(feeds)
-            rows = len(next(iter(feeds.values())))
-            found = (objective.output_loss(student, teacher, mask), objective.agreement(student, teacher, mask))
-            sums += rows * np.array([float(value) for value in found])
-            count += rows
+        for batch, teacher in self._judged:
+            student, mask = self._infer(self.student, batch.feeds), self._mask(batch.feeds)
+            loss = objective.output_loss(student, teacher, mask, self._labels(batch))
+            sums += len(batch) * np.array([float(loss), float(objective.agreement(student, teacher, mask))])
+            count += len(batch)
         return {"loss": float(sums[0] / count), "agreement": float(sums[1] / count)}
 
-    def _loss(self, feeds: Feeds) -> Tensor:
-        teacher = self._infer(self.teacher, feeds)
+    def _loss(self, batch: Batch) -> Tensor:
+        teacher = self._infer(self.teacher, batch.feeds)
         with self._autocast():
-            student = self.student(self._tensors(feeds))
-        return self.objective.loss(student, teacher, self._mask(feeds))
+            student = self.student(self._tensors(batch.feeds))
+        return self.objective.loss(student, teacher, self._mask(batch.feeds), self._labels(batch))
 
     def _infer(self, module: GraphModule, feeds: Feeds) -> dict[str, Tensor]:
         with torch.no_grad(), self._autocast():
@@ -242,6 +245,9 @@ class Distillation:
 
     def _tensors(self, feeds: Feeds) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in feeds.items()}
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return torch.from_numpy(batch.labels).to(self.device)
 
     def _mask(self, feeds: Mapping[str, np.ndarray]) -> Tensor | None:
         mask = feeds.get("attention_mask")
@@ -282,6 +288,16 @@ class _Clock:
         """0 at the beginning; 1 and more is the end."""
         by_time = _share(time.monotonic() - self._begin, self._seconds)
         return by_time if self._steps is None or by_time >= 1 else _share(step, self._steps)
+
+
+def _check_labels(labels: np.ndarray, dataset: Dataset, dense: gs.Graph, objective: Objective) -> None:
+    shape = dense.tensors()[objective.logits[0]].shape if objective.logits else None
+    if shape is None or len(shape) != 2:
+        raise ModelError("labels can weigh in the loss of classifiers alone, and this model is none")
+    if not (labels >= 0).any():
+        raise DataError(f"{dataset.path}: no sample has a label", hint="give labelled data, or no weight to labels")
+    if isinstance(shape[1], int) and labels.max() >= shape[1]:
+        raise DataError(f"{dataset.path}: label {labels.max()} lies outside 0..{shape[1] - 1}, the model's classes")
 
 
 def _share(done: float, total: float) -> float:

@@ -8,14 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.data import Dataset, fit_arrays, text_feeds
+from trimtab.compiler.data import LABEL, Dataset, class_number, fit_arrays, text_feeds
 from trimtab.compiler.sources import Source
 from trimtab.passes.errors import DataError
 
 Feeds = dict[str, np.ndarray]
 
+NO_LABEL = -100
+"""As torch's cross-entropy has it."""
+
 _AT_A_TIME = 256  # texts that are tokenized together when their lengths are taken
 _POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples.
+
+    Attributes:
+        feeds: of the model.
+        labels: the class of each, [samples], NO_LABEL where it has none.
+    """
+
+    feeds: Feeds
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -25,14 +44,16 @@ class Samples:
     Attributes:
         train: numbers of the samples to learn from.
         held_out: numbers of the samples to judge by, in order of length.
+        labels: the class of each sample, NO_LABEL where it has none.
     """
 
     train: np.ndarray
     held_out: np.ndarray
+    labels: np.ndarray
     _lengths: np.ndarray
     _feeds: Callable[[np.ndarray], Feeds]
 
-    def epochs(self, batch_size: int, rng: np.random.Generator) -> Iterator[Feeds]:
+    def epochs(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
         """Batches without end, each epoch in another order. The last, smaller batch of a pool is used too."""
         pool = batch_size * _POOL
         while True:
@@ -41,12 +62,15 @@ class Samples:
                 taken = order[start : start + pool]
                 batches = self._batches(taken[np.argsort(self._lengths[taken], kind="stable")], batch_size)
                 for i in rng.permutation(len(batches)):
-                    yield self._feeds(batches[i])
+                    yield self._batch(batches[i])
 
-    def judged(self, batch_size: int) -> Iterator[Feeds]:
+    def judged(self, batch_size: int) -> Iterator[Batch]:
         """The samples held out."""
         for batch in self._batches(self.held_out, batch_size):
-            yield self._feeds(batch)
+            yield self._batch(batch)
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        return Batch(self._feeds(rows), self.labels[rows])
 
     @staticmethod
     def _batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -65,18 +89,23 @@ def read_samples(
         held_out: share of the samples to hold out; at least one, at most `most_held_out`.
 
     Raises:
-        DataError: fewer than two samples, or they do not fit the model's inputs.
+        DataError: fewer than two samples, or they do not fit the model's inputs or classes.
     """
     if dataset.count < 2:
         raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
     if dataset.arrays is not None:
-        arrays = fit_arrays(dataset, inputs)
+        labelled = LABEL in dataset.arrays and all(tensor.name != LABEL for tensor in inputs)
+        extra = [gs.Variable(LABEL, np.int64, ["batch"])] if labelled else []
+        arrays = fit_arrays(dataset, [*inputs, *extra])
+        labels = arrays.pop(LABEL) if labelled else np.full(dataset.count, NO_LABEL)
         lengths = np.zeros(dataset.count)
 
         def feeds(rows: np.ndarray) -> Feeds:
             return {name: array[rows] for name, array in arrays.items()}
     else:
-        texts = [text for text, _ in dataset.texts]
+        texts, given = zip(*dataset.texts, strict=True)
+        numbers = (class_number(label, source.labels) for label in given)
+        labels = np.array([NO_LABEL if number is None else number for number in numbers])
         of_texts = text_feeds(source, inputs, max_tokens)
         lengths = np.concatenate(
             [_tokens(of_texts(texts[i : i + _AT_A_TIME])) for i in range(0, len(texts), _AT_A_TIME)]
@@ -85,10 +114,11 @@ def read_samples(
         def feeds(rows: np.ndarray) -> Feeds:
             return of_texts([texts[i] for i in rows])
 
+    labels = np.where(labels < 0, NO_LABEL, labels)
     order = rng.permutation(dataset.count)
     kept = min(max(1, round(held_out * dataset.count)), most_held_out)
     judged = order[:kept]
-    return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], lengths, feeds)
+    return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], labels, lengths, feeds)
 
 
 def _tokens(feeds: Feeds) -> np.ndarray:

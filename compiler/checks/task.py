@@ -8,15 +8,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.checks.quality import Quality, measure_quality
-from trimtab.compiler.data import Dataset, batches
-from trimtab.compiler.data.textfile import Label
+from trimtab.compiler.data import LABEL, Dataset, batches, class_number
 from trimtab.compiler.feeds import Run, within
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import Source
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import DataError
-
-_LABEL = "label"
 
 
 def check_quality(
@@ -41,9 +37,9 @@ def check_quality(
     wanted = [*graph.inputs]
     labels: list[int | None] | None = None
     if dataset.arrays is None:
-        labels = [_class(label, source.labels) for _, label in dataset.sample(count, seed)]
-    elif _LABEL in dataset.arrays and _LABEL not in names:
-        wanted.append(gs.Variable(_LABEL, np.int64, ["batch"]))
+        labels = [class_number(label, source.labels) for _, label in dataset.sample(count, seed)]
+    elif LABEL in dataset.arrays and LABEL not in names:
+        wanted.append(gs.Variable(LABEL, np.int64, ["batch"]))
         labels = []
 
     report = progress or (lambda what, done, total: None)
@@ -53,18 +49,9 @@ def check_quality(
         for feed in batches(dataset, source, batch, longest, count, seed=seed, inputs=wanted):
             report("quality", done, count)
             if labels is not None and len(wanted) > len(names):
-                labels.extend(feed[_LABEL].tolist())
+                labels.extend(feed[LABEL].tolist())
             yield feed
             done += len(next(iter(feed.values())))
         report("quality", count, count)
 
     return measure_quality(feeds(), within(dense, names, workload), within(compiled, names, workload), labels)
-
-
-def _class(label: Label, names: tuple[str, ...] | None) -> int | None:
-    if not isinstance(label, str):
-        return label
-    if names is None or label not in names:
-        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
-        raise DataError(f"label {label!r} is no class of the model; {known}")
-    return names.index(label)

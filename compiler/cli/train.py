@@ -36,6 +36,9 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Texts are cut there.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of samples.")] = 0,
     train: Annotated[Train, typer.Option(help="All weights but embeddings, or those of the FFNs.")] = Train.all,
+    labels_weight: Annotated[
+        float, typer.Option(min=0, help="Of the data's labels in the loss, beside the dense model's outputs.")
+    ] = 0.0,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickled weights: they can run code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
@@ -64,7 +67,8 @@ def command(
     given = Profile.load(profile) if profile is not None else None
     source = open_source(model, allow_pickle=allow_pickle)
     settings = Settings(
-        minutes=minutes, steps=steps, lr=lr, batch_size=batch_size, max_tokens=max_tokens, seed=seed, train=train.value
+        minutes=minutes, steps=steps, lr=lr, batch_size=batch_size, max_tokens=max_tokens, seed=seed, train=train.value,
+        labels_weight=labels_weight,
     )  # fmt: skip
     with console.progress() as progress:
         if given is None:

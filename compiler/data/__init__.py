@@ -1,5 +1,5 @@
 """Data in: texts and tensors from files, and the tokenizer that makes inputs of texts."""
 
-from trimtab.compiler.data.dataset import Dataset, batches, fit_arrays, read_data, text_feeds
+from trimtab.compiler.data.dataset import LABEL, Dataset, batches, class_number, fit_arrays, read_data, text_feeds
 
-__all__ = ["Dataset", "batches", "fit_arrays", "read_data", "text_feeds"]
+__all__ = ["LABEL", "Dataset", "batches", "class_number", "fit_arrays", "read_data", "text_feeds"]

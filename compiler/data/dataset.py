@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.data.textfile import Example, read_texts
+from trimtab.compiler.data.textfile import Example, Label, read_texts
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.passes.errors import DataError, ModelError
 from trimtab.passes.graph import load_graph
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
 
 T = TypeVar("T")
+
+LABEL = "label"
+"""The array of an .npz file that holds the samples' classes, unless the model has an input of that name."""
 
 _WINDOW = 512  # samples that are sorted by length together; not tied to the batch size, so that neither is the order
 
@@ -126,6 +129,20 @@ def batches(
     examples = dataset.sample(samples, seed)
     while batch := list(islice(examples, batch_size)):
         yield feeds([text for text, _ in batch])
+
+
+def class_number(label: Label, names: Sequence[str] | None) -> int | None:
+    """The class that a text's label means, by number or by name.
+
+    Raises:
+        DataError: the model has no class of that name.
+    """
+    if not isinstance(label, str):
+        return label
+    if names is None or label not in names:
+        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
+        raise DataError(f"label {label!r} is no class of the model; {known}")
+    return list(names).index(label)
 
 
 def text_feeds(

@@ -21,7 +21,7 @@ def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Ite
     """(text, label or None) of each sample, read as asked for: memory does not grow with the file.
 
     Args:
-        path: a file of texts (the kinds are listed in `data.py`).
+        path: a file of texts (the kinds are listed in `dataset.py`).
         seen: is called with the bytes of each line, unpacked; for hashing.
 
     Raises:

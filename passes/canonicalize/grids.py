@@ -12,6 +12,7 @@ from trimtab.passes.canonicalize.simplify import guarded
 from trimtab.passes.graph import constant, insert, values
 from trimtab.passes.graph.shapes import Dim, dim, entries
 
+_UNSQUEEZE_TAKES_AXES = 13  # as an input, as written here; they were an attribute before
 _BROADCAST = {"Add", "Max", "Min", "Mul", "Sum"}
 
 
@@ -21,6 +22,8 @@ def unfold_grids(graph: gs.Graph) -> int:
     Exporters write an attention mask so where the model indexes it elementwise under `vmap` (transformers 5): a dozen
     small nodes, and as many index pairs as the result has elements, for what is mask[:, None, None, :].
     """
+    if graph.opset < _UNSQUEEZE_TAKES_AXES:
+        return 0
     kept = guarded(graph)
     changed = 0
     for node in list(graph.nodes):
@@ -33,6 +36,7 @@ def unfold_grids(graph: gs.Graph) -> int:
         new = node.inputs[0]
         if axes:
             new = insert(graph, "Unsqueeze", [new, constant(f"{name}.axes", np.array(axes))], name, dtype=new.dtype)
+            new.shape = old.shape
         for consumer in list(old.outputs):
             consumer.inputs = [new if tensor is old else tensor for tensor in consumer.inputs]
         changed += 1
@@ -69,15 +73,13 @@ def _new_axes(x: gs.Tensor, indices: gs.Tensor) -> list[int] | None:
 def _before_broadcast(columns: list[gs.Tensor]) -> list[gs.Tensor] | None:
     """What the columns were expanded from; None unless to the very shape that they have when broadcast together."""
     expands = [_producer(column, "Expand") for column in columns]
-    if len(columns) == 1 and expands == [None]:
-        return columns
     walked = [expand.inputs[0] for expand in expands if expand is not None]
     for expand in expands:
         shape = _producer(expand.inputs[1], "Shape") if expand is not None else None
         if shape is None or shape.attrs.get("start") or "end" in shape.attrs or not shape.inputs[0].inputs:
             return None
         joined = shape.inputs[0].inputs[0]
-        if joined.op not in _BROADCAST or {id(t) for t in joined.inputs} != {id(t) for t in walked}:
+        if joined.domain or joined.op not in _BROADCAST or {id(t) for t in joined.inputs} != {id(t) for t in walked}:
             return None
     return walked
 
@@ -105,10 +107,8 @@ def _producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _axes(unsqueeze: gs.Node | None) -> list[int] | None:
-    """The axes it adds, where they are constant: an input since opset 13, an attribute before."""
-    if unsqueeze is None:
-        return None
-    return _integers(unsqueeze.inputs[1]) if len(unsqueeze.inputs) > 1 else list(unsqueeze.attrs["axes"])
+    """The axes it adds, where they are constant."""
+    return None if unsqueeze is None else _integers(unsqueeze.inputs[1])
 
 
 def _integers(tensor: gs.Tensor) -> list[int] | None:

@@ -17,7 +17,7 @@ FINE_SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Shares of heavy neurons that a search tries where all weights keep their precision: small ones save time."""
 
 LARGEST = 3
-"""How many times the mean share a search lets one layer have: fits take time with the cube of it."""
+"""How many times the mean share a budget of time lets one layer have: fits take time with the cube of it."""
 
 COARSE_SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
 """Those that it tries where forms vary too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -60,6 +61,10 @@ class Layer:
 
     def reorder(self, order: np.ndarray) -> None:
         """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""
+        stats = self.stats
+        self.stats = replace(
+            stats, abs_sum=stats.abs_sum[order], sum=stats.sum[order], square_sum=stats.square_sum[order]
+        )
         self.ups = tuple(w[:, order] for w in self.ups)
         self.up_biases = tuple(None if b is None else b[order] for b in self.up_biases)
         self.down = self.down[order]
@@ -76,6 +81,14 @@ class Layer:
             feeds = {id(t): p[i : i + _ROWS] for t, p in zip(activation.inputs, pre, strict=True)}
             out[i : i + _ROWS] = evaluate(activation.nodes, feeds, activation.output)
         return out
+
+    @cached_property
+    def has_pairs(self) -> bool:
+        """True if act(z) - act(-z) = z, so that two neurons make a linear one: GELU, SiLU, ReLU, where ungated."""
+        if self.ffn.gated:
+            return False
+        z = np.linspace(-8, 8, 161, dtype=np.float32)[:, None]
+        return bool(np.allclose(self.act((z,)) - self.act((-z,)), z, rtol=1e-4, atol=1e-4))
 
     def hidden(self, x: np.ndarray, ups: tuple[np.ndarray, ...], biases: tuple[np.ndarray | None, ...]) -> np.ndarray:
         """Activations h of neurons given by their projections, [n, neurons]."""

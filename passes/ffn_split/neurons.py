@@ -25,6 +25,7 @@ class OrderedNeurons:
     form for all neurons, and any prefix or rest of them is a slice.
 
     Args:
+        layer: is put in that order.
         kind: the score that orders them.
         reach: how many of the heaviest the second moments cover; their memory grows with its square.
         precise: round integers with error feedback; without it, rounding is a cheap estimate for a search.

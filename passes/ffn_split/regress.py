@@ -53,7 +53,7 @@ class Moments:
         normal = self.cov / scale
         normal /= scale[:, None]
         normal[np.diag_indices_from(normal)] = np.where(np.isinf(scale), 1.0, 1.0 + ridge)
-        factor = cho_factor(normal, overwrite_a=True, check_finite=False)
+        factor = cho_factor(normal.T, overwrite_a=True)  # symmetric; LAPACK would copy what is not in Fortran's order
         found: np.ndarray = cho_solve(factor, self.cross / scale[:, None]) / scale[:, None]
         return found
 

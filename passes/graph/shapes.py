@@ -19,7 +19,7 @@ Dim: TypeAlias = int | str | tuple[int, int]
 def dim(tensor: gs.Tensor, axis: int) -> Dim:
     """Size of `tensor` along `axis`."""
     known = tensor.shape[axis] if tensor.shape is not None else None
-    return known if known not in (None, "", -1) else (id(tensor), axis)
+    return known if known not in (None, "", "?", -1) else (id(tensor), axis)
 
 
 def entries(tensor: gs.Tensor, depth: int = _DEPTH) -> list[Dim] | None:

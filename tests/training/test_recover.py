@@ -14,7 +14,7 @@ import pytest
 import zoo
 from recovery import ZeroNeurons, arrays_of, empty_profile, onnx_source, recipe
 
-from trimtab.compiler.data import read_data
+from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes import PassContext, run_passes
@@ -77,12 +77,43 @@ def test_pass_puts_in_what_was_learned(bert: Source, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("family", "changed"), [("bert", {"states_weight": 0.0}), ("llama", {"temperature": 4.0})])
 def test_what_is_minimised_follows_the_settings(family: str, changed: dict[str, float], tmp_path: Path) -> None:
     source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 40, tmp_path)
-    base = Settings(steps=3, batch_size=8)
+    base = replace(SHORT, steps=5)
     runs = [
         recover(source, plan, data, empty_profile(source), s).learned("recover")
         for s in (base, replace(base, **changed))
     ]
     assert not all(np.allclose(runs[0][name], runs[1][name], rtol=0, atol=1e-6) for name in runs[0])
+
+
+def labelled(family: str, labels: np.ndarray, folder: Path) -> Dataset:
+    path = arrays_of(family, len(labels), folder).path
+    with np.load(path) as arrays:
+        np.savez(path, **arrays, label=labels)
+    return read_data(path)
+
+
+def test_labels_draw_the_classes_to_themselves(bert: Source, tmp_path: Path) -> None:
+    data = labelled("bert", np.full(60, 1), tmp_path)
+    feeds = zoo.feeds("bert", 64, 9, np.random.default_rng())
+    plan, shares = recipe(ZeroNeurons()), []
+    for weight in (0.0, 20.0):
+        profile = recover(bert, plan, data, empty_profile(bert), replace(SHORT, labels_weight=weight))
+        logits = outputs(compiled(bert, plan, profile), feeds, tmp_path)[0]
+        shares.append((logits.argmax(-1) == 1).mean())
+    assert shares[1] == 1 and shares[1] > shares[0]
+
+
+def test_labels_that_cannot_weigh_are_refused(bert: Source, tmp_path: Path) -> None:
+    settings, plan = Settings(steps=1, labels_weight=1.0), recipe(ZeroNeurons())
+    for labels, message in (
+        (np.full(20, -1), "no sample has a label"),
+        (np.full(20, 99), r"label 99 lies outside 0\.\."),
+    ):
+        with pytest.raises(DataError, match=message):
+            recover(bert, plan, labelled("bert", labels, tmp_path), empty_profile(bert), settings)
+    llama = onnx_source("llama")
+    with pytest.raises(ModelError, match="classifiers alone"):
+        recover(llama, plan, labelled("llama", np.ones(20, int), tmp_path), empty_profile(llama), settings)
 
 
 def test_no_step_is_the_exact_end(bert: Source, tmp_path: Path) -> None:

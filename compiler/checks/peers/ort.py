@@ -17,7 +17,7 @@ from trimtab.passes.graph.io import model_fingerprint
 
 
 def dense_fp32(dense: Path, threads: int) -> Run:
-    """The dense model as it was exported, under the session options of trimtab's own engines."""
+    """The dense model, canonicalized, under the session options of trimtab's own engines: both profit alike."""
     return OnnxRuntimeRunner(dense, session_options(threads)).run
 
 
