@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trimtab.compiler.builds import build as build_module
+from trimtab.compiler.builds import manifest as manifest_module
 from trimtab.compiler.builds.build import BuildWriter, find_build, open_build, update_manifest
 from trimtab.compiler.builds.manifest import NAME, Manifest, SelfCheck, Sizes
 from trimtab.compiler.recipe import Recipe
@@ -252,3 +254,14 @@ def test_only_a_sound_build_of_the_same_inputs_is_reused(tmp_path: Path) -> None
     assert find_build(out, "other") is None
     (out / "model" / "model.onnx").write_text("damaged")
     assert find_build(out, "k") is None
+
+
+def test_other_code_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "import_module", lambda name: SimpleNamespace(__path__=[str(tmp_path)]))
+    found = []
+    for code in ("x = 1\n", "x = 2\n", "x = 1\n"):
+        (tmp_path / "a.py").write_text(code)
+        manifest_module._version.cache_clear()
+        found.append(manifest_module.package_versions()["trimtab"])
+    manifest_module._version.cache_clear()
+    assert found[0] == found[2] != found[1]
