@@ -57,11 +57,8 @@ TIME: list[tuple[str, Passes]] = [
     ("int4", split(heavy=1.0, heavy_form="int4", block=64)),
     *(("svd", split(heavy=0.0, rest_form="low-rank", rank=rank)) for rank in (192, 96, 48)),
     *(("drop", split(heavy=share, rest_form="drop")) for share in (0.5, 0.25, 0.125)),
-    *(("ffsplit", split(budget={"time": time}, rest_form="paired")) for time in (0.4, 0.25, 0.15)),
-    *(
-        ("ffsplit + int8", [*split(budget={"time": time}, rest_form="paired"), "dynamic-int8"])
-        for time in (0.4, 0.25, 0.15)
-    ),
+    *(("ffsplit", split(budget={"time": time})) for time in (0.4, 0.25, 0.15)),
+    *(("ffsplit + int8", [*split(budget={"time": time}), "dynamic-int8"]) for time in (0.4, 0.25, 0.15)),
 ]
 
 

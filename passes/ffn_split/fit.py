@@ -9,7 +9,7 @@ import numpy as np
 from trimtab.passes.ffn_split.layer import Layer
 from trimtab.passes.ffn_split.matrix import Dense, LowRank
 from trimtab.passes.ffn_split.neurons import OrderedNeurons
-from trimtab.passes.ffn_split.plan import BITS, MAPS, Neurons, Plan, Split
+from trimtab.passes.ffn_split.plan import BITS, Neurons, Plan, Split
 from trimtab.passes.ffn_split.regress import Moments, leading_directions, reduce_rank
 from trimtab.passes.ffn_split.score import Score
 
@@ -43,20 +43,18 @@ class Fitter:
         correction = np.zeros((n, self._inputs))
         if n == d_ff or plan.rest_form == "drop":
             pass
-        elif plan.rest_form in MAPS:
+        elif plan.rest_form == "affine":
             tail, correction = self._affine(plan)
         elif plan.rest_form == "low-rank":
             tail = self._low_rank(plan)
         else:
             tail = ordered.neurons(rest, plan.rest_form, plan.block)
-        if plan.refit and n and (n == d_ff or plan.rest_form not in (*MAPS, "low-rank")):
+        if plan.refit and n and (n == d_ff or plan.rest_form not in ("affine", "low-rank")):
             correction = self._residual(plan, tail).part(slice(self._inputs, None)).solve()
         down = (self.layer.down[:n] + correction).astype(np.float32)
         head = ordered.neurons(heavy, plan.heavy_form, plan.block, down) if n else None
         offset = self.layer.mean_output - self._mean_output(plan, head, tail)
         error = self.layer.error(self._held_output(plan, head, tail) + offset)
-        if isinstance(tail, LowRank) and plan.rest_form == "paired":
-            head, tail = self._with_pairs(plan, head, tail), None
         return Split(plan, head, tail, (dense_bias + offset).astype(np.float32), error)
 
     @property
@@ -85,32 +83,13 @@ class Fitter:
             rank = left.shape[1]
             again = moments.compressed(left).solve()
             right, correction = again[:rank], again[rank:]
-        # Equal norms on both sides, so that neither matrix rounds worse than the other.
-        balance = np.sqrt(np.linalg.norm(right, axis=1) / np.maximum(np.linalg.norm(left, axis=0), 1e-30))
-        left, right = left * balance, right / np.maximum(balance, 1e-30)[:, None]
+        # In between, values as large as activations are, so that integers in common serve both alike.
+        h = self.ordered.hidden(plan.heavy_form, plan.block)[:, : n or None]
+        size = np.sqrt(np.square(h).mean() / np.maximum(np.square(self.layer.fit @ left).mean(0), 1e-30))
+        left, right = left * size, right / size[:, None]
         form = "int8" if plan.heavy_form in BITS else plan.heavy_form
         pair = (self.ordered.matrix(m.astype(np.float32), form, plan.block) for m in (left, right))
         return LowRank(*pair), correction
-
-    def _with_pairs(self, plan: Plan, head: Neurons | None, tail: LowRank) -> Neurons:
-        """FFN1 and, beside it, two neurons for each rank of the map x A B: x a b = act(x a) b - act(-x a) b.
-
-        The pairs are scaled to the size of FFN1's activations, so that integers serve both alike.
-        """
-        left, right = tail.left.array, tail.right.array
-        size = np.sqrt(np.square(self.layer.fit @ left).mean(0)) + 1e-30
-        h = self.ordered.hidden(plan.heavy_form, plan.block)[:, : plan.heavy or None]
-        scale = np.sqrt(np.square(h).mean()) / size
-        a, b = left * scale, right / scale[:, None]
-        ups, downs, biases = [a, -a], [b, -b], [np.zeros(2 * len(b), np.float32)]
-        if head is not None:
-            ups, downs = [head.ups[0].array, *ups], [head.down.array, *downs]
-            biases = [] if head.up_biases[0] is None else [head.up_biases[0], *biases]
-        up, down = (
-            self.ordered.matrix(np.concatenate(parts, axis).astype(np.float32), plan.heavy_form, plan.block)
-            for parts, axis in ((ups, 1), (downs, 0))
-        )
-        return Neurons((up,), (np.concatenate(biases) if biases else None,), down)
 
     def _full_map(self, plan: Plan, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
         """The best map of x of any rank, and the directions of its outputs, most important first; for all ranks."""

@@ -82,14 +82,6 @@ class Layer:
             out[i : i + _ROWS] = evaluate(activation.nodes, feeds, activation.output)
         return out
 
-    @cached_property
-    def has_pairs(self) -> bool:
-        """True if act(z) - act(-z) = z, so that two neurons make a linear one: GELU, SiLU, ReLU, where ungated."""
-        if self.ffn.gated:
-            return False
-        z = np.linspace(-8, 8, 161, dtype=np.float32)[:, None]
-        return bool(np.allclose(self.act((z,)) - self.act((-z,)), z, rtol=1e-4, atol=1e-4))
-
     def hidden(self, x: np.ndarray, ups: tuple[np.ndarray, ...], biases: tuple[np.ndarray | None, ...]) -> np.ndarray:
         """Activations h of neurons given by their projections, [n, neurons]."""
         pre = tuple(x @ w if b is None else x @ w + b for w, b in zip(ups, biases, strict=True))

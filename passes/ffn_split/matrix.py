@@ -30,6 +30,10 @@ class Matrix(ABC):
     def macs(self) -> int:
         """Multiply-adds per token."""
 
+    def joined(self, other: Matrix, axis: int) -> Matrix | None:
+        """Both matrices in one, side by side (axis 1) or one below the other (axis 0); None if their forms differ."""
+        return None
+
     @abstractmethod
     def emit(self, graph: gs.Graph, x: gs.Tensor, name: str, dtype: np.dtype) -> gs.Variable:
         """Append nodes called `name`... that compute x W in `dtype`; returns their output."""
@@ -44,6 +48,9 @@ class Dense(Matrix):
     def columns(self, part: slice) -> Dense:
         """The matrix of some output features."""
         return Dense(self.weight[:, part])
+
+    def joined(self, other: Matrix, axis: int) -> Dense | None:
+        return Dense(np.concatenate([self.weight, other.weight], axis)) if isinstance(other, Dense) else None
 
     @property
     def array(self) -> np.ndarray:
@@ -66,6 +73,9 @@ class Half(Matrix):
     """Stored as float16, multiplied in the graph's precision: half the bytes on disk, the same time."""
 
     weight: np.ndarray
+
+    def joined(self, other: Matrix, axis: int) -> Half | None:
+        return Half(np.concatenate([self.weight, other.weight], axis)) if isinstance(other, Half) else None
 
     @property
     def array(self) -> np.ndarray:
@@ -135,6 +145,10 @@ class LowRank(Matrix):
 
     left: Matrix
     right: Matrix
+
+    @property
+    def rank(self) -> int:
+        return int(self.left.array.shape[1])
 
     @property
     def array(self) -> np.ndarray:

@@ -10,12 +10,9 @@ import numpy as np
 from trimtab.passes.ffn_split.matrix import LowRank, Matrix
 
 HeavyForm = Literal["fp32", "fp16", "int8", "int4"]
-RestForm = Literal["fp32", "fp16", "int8", "int4", "int2", "low-rank", "drop", "affine", "paired"]
+RestForm = Literal["fp32", "fp16", "int8", "int4", "int2", "low-rank", "drop", "affine"]
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-MAPS = ("affine", "paired")
-"""Forms in which one low-rank affine map, of any rank, stands for FFN2."""
-
 HEAVY_FORMS: tuple[str, ...] = get_args(HeavyForm)
 
 
@@ -72,7 +69,7 @@ class Split:
     """An FFN in two parts: y = heavy(x) + rest(x) + bias.
 
     Attributes:
-        heavy: FFN1, with the pairs of neurons that stand for FFN2 where it is `paired`; None if there are no neurons.
+        heavy: FFN1, or None if no neuron is heavy.
         rest: FFN2 as neurons, as the linear part of an affine map, or None where it was dropped or is empty.
         bias: the down projection's bias and all constant parts, [d_model], or None if there is none.
         error: squared error of the outputs on held-out states, relative to their variance.

@@ -17,7 +17,7 @@ from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST,
 from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
 from trimtab.passes.ffn_split.layer import Layer
-from trimtab.passes.ffn_split.plan import BITS, MAPS, HeavyForm, Plan, RestForm, Split
+from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
 from trimtab.passes.ffn_split.quantize import fit_block
 from trimtab.passes.ffn_split.score import Score
 from trimtab.passes.graph.opset import raise_opset
@@ -87,7 +87,7 @@ class FFNSplit(Pass):
                 left.append(Left(ffn.where, reason))
             else:
                 wanted.append(ffn)
-        plans = self._budgeted(wanted, context) if self.budget else [self._plan(ffn, context) for ffn in wanted]
+        plans = self._budgeted(wanted, context) if self.budget else [self._plan(ffn) for ffn in wanted]
         forms = {form for plan in plans for form in (plan.heavy_form, plan.rest_form)}
         forms |= {"int8"} if any(p.rest_form == "affine" and p.heavy_form in BITS for p in plans) else set()
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
@@ -101,13 +101,8 @@ class FFNSplit(Pass):
         details = {"layers": rows, "ffn_bytes": untouched + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
 
-    def _plan(self, ffn: FFN, context: PassContext) -> Plan:
-        rest = self._map(Layer(ffn, _stats(ffn, context))) if self.rest_form in MAPS else self.rest_form
-        return Plan(self._neurons(ffn, self.heavy), self.heavy_form, rest, self.rank, self.block, self.refit)
-
-    def _map(self, layer: Layer) -> RestForm:
-        """The form of FFN2's map: as asked for, where the activation has pairs."""
-        return "paired" if self.rest_form == "paired" and layer.has_pairs else "affine"
+    def _plan(self, ffn: FFN) -> Plan:
+        return Plan(self._neurons(ffn, self.heavy), self.heavy_form, self.rest_form, self.rank, self.block, self.refit)
 
     def _neurons(self, ffn: FFN, share: float) -> int:
         """`share` of the FFN's neurons, as a multiple where there is room for one."""
@@ -120,9 +115,8 @@ class FFNSplit(Pass):
         assert self.budget is not None
         candidates = []
         for ffn in ffns:
-            layer = Layer(ffn, _stats(ffn, context))
-            plans = list(self._candidates(layer, context))
-            fitter = Fitter(layer, self.score, plans, precise=False)
+            plans = list(self._candidates(ffn, context))
+            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, plans, precise=False)
             candidates.append([Candidate.of(fitter.split(plan)) for plan in plans])
             _tell(context, "search the budget", len(candidates), len(ffns))
         dense = [4 * ffn.params for ffn in ffns]
@@ -130,9 +124,8 @@ class FFNSplit(Pass):
         chosen = choose(candidates, dense, macs, self.budget)
         return [layer[i].plan for layer, i in zip(candidates, chosen, strict=True)]
 
-    def _candidates(self, layer: Layer, context: PassContext) -> Iterator[Plan]:
+    def _candidates(self, ffn: FFN, context: PassContext) -> Iterator[Plan]:
         assert self.budget is not None
-        ffn, linear = layer.ffn, self._map(layer)
         bits, seen = context.capability.weight_bits, set()
         heavies: Sequence[str] = [self.heavy_form]
         tails: Sequence[str] = []
@@ -144,7 +137,7 @@ class FFNSplit(Pass):
             shares = [share for share in FINE_SHARES if share <= LARGEST * self.budget.time]
         for share in shares:
             for form in heavies:
-                rests: list[tuple[str, int]] = [(linear, r) for r in RANKS if r < ffn.d_model] + [("drop", 1)]
+                rests: list[tuple[str, int]] = [("affine", r) for r in RANKS if r < ffn.d_model] + [("drop", 1)]
                 rests += [(tail, 1) for tail in tails if BITS[tail] < BITS.get(form, 32)]
                 for rest, rank in rests if share < 1 else [("drop", 1)]:
                     n = self._neurons(ffn, share)
@@ -158,12 +151,6 @@ class FFNSplit(Pass):
             if form in BITS and BITS[form] not in context.capability.weight_bits and self.budget is None:
                 can = ", ".join(f"int{b}" for b in sorted(context.capability.weight_bits)) or "no integer weights"
                 raise RecipeError(f"the target does not multiply with {form} weights", hint=f"it takes {can}")
-        by_size = self.budget is not None and self.budget.time is None
-        if self.rest_form == "paired" and (self.heavy_form in BITS or by_size):
-            raise RecipeError(
-                "rest_form: pairs of neurons are for time, with weights in floating point",
-                hint="take heavy_form fp32 or fp16, or rest_form affine",
-            )
 
     def _unfit(self, ffn: FFN) -> str | None:
         """Why this FFN stays as it is, or None."""
@@ -198,7 +185,7 @@ def _row(ffn: FFN, split: Split) -> dict[str, Any]:
         "neurons": ffn.d_ff,
         "heavy_form": plan.heavy_form if plan.heavy else None,
         "rest_form": plan.rest_form if has_rest else None,
-        "rank": plan.rank if has_rest and plan.rest_form in (*MAPS, "low-rank") else None,
+        "rank": plan.rank if has_rest and plan.rest_form in ("affine", "low-rank") else None,
         "error": round(split.error, 6),
         "bytes": split.nbytes,
         "macs": split.macs,
