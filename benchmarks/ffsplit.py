@@ -27,7 +27,7 @@ from trimtab.compiler.builds.build import Build
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.checks.bench import bench
-from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.data import Dataset, batches, read_data
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes.profile import Profile
@@ -35,6 +35,10 @@ from trimtab.passes.profile import Profile
 HERE = Path(__file__).resolve().parent
 SHAPES = [(1, 48), (8, 48)]
 TOKENS = {"sst2": 64, "agnews": 96}
+WORDS = {
+    "sst2": 8,
+    "agnews": 1,
+}  # fewest of a text to learn from: SST-2's training set is phrases, what is served sentences
 
 Passes = list[str | dict[str, Any]]
 
@@ -74,6 +78,15 @@ class Task:
         profile = calibrate(self.source, read_data(self.train), **settings.model_dump())
         profile.save(self.profile_path)
         self.dense = self.accuracy(self.build("dense", {"passes": []}))
+
+    def lessons(self) -> Dataset:
+        """The training set without texts that are shorter than what is served."""
+        path = self.work / f"{self.name}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for text, label in read_data(self.train).texts:
+                if len(text.split()) >= WORDS[self.name]:
+                    file.write(json.dumps({"text": text, "label": label}) + "\n")
+        return read_data(path)
 
     def build(self, name: str, recipe: dict[str, Any], profile: Path | None = None) -> Build:
         limits = {"workload": {"batch": [1, 8, 32], "tokens": [8, 48, TOKENS[self.name]]}}
@@ -123,7 +136,7 @@ def timed(
     recipe = load_recipe(HERE / "recipes" / "time.yaml")
     say(f"{task.name}: {minutes:g} minutes of recovery training")
     settings = Settings(minutes=minutes, labels_weight=labels_weight, max_tokens=TOKENS[task.name])
-    learned = recover(task.source, recipe, read_data(task.train), Profile.load(task.profile_path), settings)
+    learned = recover(task.source, recipe, task.lessons(), Profile.load(task.profile_path), settings)
     path = task.work / f"{task.name}.learned.profile"
     learned.save(path)
     record = learned.info.learned["recover"]
