@@ -36,9 +36,6 @@ HERE = Path(__file__).resolve().parent
 SHAPES = [(1, 48), (8, 48)]
 TOKENS = {"sst2": 64, "agnews": 96}
 WORDS = {"sst2": 8, "agnews": 1}  # fewest of a text to learn from: SST-2 trains on phrases and is asked for sentences
-    "sst2": 8,
-    "agnews": 1,
-}  # fewest of a text to learn from: SST-2's training set is phrases, what is served sentences
 
 Passes = list[str | dict[str, Any]]
 
