@@ -21,7 +21,7 @@ class DynamicInt8(Pass):
     """Store the remaining weights as int8 and quantize activations as they come, per tensor.
 
     What onnxruntime.quantization.quantize_dynamic does to a dense model, done to the compiled one. It stands after the
-    passes that need weights in floating point.
+    passes that need weights in floating point. Where the target's products saturate, weights take seven bits.
     """
 
     name: ClassVar[str] = "dynamic-int8"
@@ -37,7 +37,7 @@ class DynamicInt8(Pass):
         with TemporaryDirectory(prefix="trimtab-int8-") as folder:
             source, result = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
             save_graph(graph, source)
-            quantize_file(source, result, per_channel=self.per_channel)
+            quantize_file(source, result, per_channel=self.per_channel, reduce_range=context.capability.saturates)
             quantized = load_graph(result)
             for tensor in quantized.tensors().values():
                 if isinstance(tensor, gs.Constant) and is_external(tensor):
@@ -56,8 +56,12 @@ def _belongs(name: str, weights: set[str]) -> bool:
     return whole in weights or name.startswith("ffn-split/")
 
 
-def quantize_file(source: Path, result: Path, *, per_channel: bool = True) -> None:
-    """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come."""
+def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False) -> None:
+    """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come.
+
+    Args:
+        reduce_range: weights of seven bits, as ONNX Runtime advises for processors whose products saturate.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(str(source))
@@ -68,7 +72,12 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True) -> No
     root.setLevel(logging.ERROR)  # it advises on the root logger to preprocess the model, which changes nothing here
     try:
         quantize_dynamic(
-            model, result, per_channel=per_channel, weight_type=QuantType.QInt8, use_external_data_format=large
+            model,
+            result,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=large,
         )
     finally:
         root.setLevel(level)

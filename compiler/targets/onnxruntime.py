@@ -114,7 +114,7 @@ def _brief(error: Exception) -> str:
 @lru_cache
 def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
-    capability = Capability(weight_bits=bits, float16=_computes_half())
+    capability = Capability(weight_bits=bits, float16=_computes_half(), saturates=_saturates())
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
 
@@ -151,3 +151,10 @@ def _computes_half() -> bool:
     """Whether float16 stays float16; without such kernels, ONNX Runtime casts to float32 and back."""
     found = _optimised(trials.half(), np.ones((3, trials.K), np.float16))
     return found is not None and "Cast" not in found[1]
+
+
+def _saturates() -> bool:
+    """Whether sums of integer products overflow on the way, as they do on x86 without VNNI."""
+    model, want = trials.largest()
+    found = _optimised(model, np.full((1, trials.K), 255, np.uint8))
+    return found is not None and bool(np.any(found[0] != want))

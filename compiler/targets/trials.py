@@ -35,6 +35,15 @@ def half() -> onnx.ModelProto:
     return _model(nodes, [numpy_helper.from_array(w, "w")], TensorProto.FLOAT16, [("", 21)], 10)
 
 
+def largest() -> tuple[onnx.ModelProto, int]:
+    """y = x w in integers, with the largest weights of int8; and what each y is for the largest x of uint8."""
+    weights = [numpy_helper.from_array(np.full((K, N), 127, np.int8), "w")]
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", K])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", N])
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "trial", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), 255 * 127 * K
+
+
 def _model(
     nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], dtype: int, opsets: list[tuple[str, int]], ir: int
 ) -> onnx.ModelProto:
