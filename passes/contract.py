@@ -25,8 +25,7 @@ class Capability:
     Attributes:
         weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
         float16: it computes in half precision without falling back to float32.
-        saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI): large weights give wrong
-            sums.
+        saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})

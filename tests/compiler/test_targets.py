@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,9 @@ def test_the_probe_sees_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     blockwise = trials.blockwise
     monkeypatch.setattr(trials, "blockwise", negated)
     assert onnxruntime._probe.__wrapped__().weight_bits == frozenset()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads x86 flags")
+def test_saturating_products_are_those_of_processors_without_vnni() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert get_target("onnxruntime").probe().saturates == flags.isdisjoint({"avx512_vnni", "avx_vnni"})
