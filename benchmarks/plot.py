@@ -49,7 +49,7 @@ def main(results: list[Path], out: Path) -> None:
 
 def draw_size(axis: Axes, found: dict[str, Any]) -> None:
     """Bytes of the FFNs on disk against accuracy, without any training."""
-    draw_curves(axis, [(row["curve"], row["ffn_bytes"], row["accuracy"]) for row in found["size"]])
+    draw_curves(axis, [(row["curve"], row["ffn_bytes"], row["accuracy"]) for row in found.get("size", [])])
     axis.set_xlabel("FFN bytes, of fp32 (no training)")
     axis.set_xscale("log")
     axis.set_xticks([0.0625, 0.125, 0.25, 0.5], minor=False)
@@ -60,17 +60,20 @@ def draw_size(axis: Axes, found: dict[str, Any]) -> None:
 def draw_time(axis: Axes, found: dict[str, Any]) -> None:
     """Time of a run as a share of the dense fp32 engine's in the same run, against accuracy; stars were trained."""
     points = []
-    for row in found["time"]:
+    for row in found.get("time", []):
         times = row["median_ms"]["{}x{}".format(*SHAPE)]
         points.append((row["curve"], times["compiled"] / times["dense-fp32"], row["accuracy"]))
     draw_curves(axis, points)
-    minutes = found["trained"]["training"]["minutes"]
-    for precision, curve in (("fp32", "ffsplit"), ("int8", "ffsplit + int8")):
-        part = found["trained"][precision]
+    trained = found["trained"]
+    minutes = trained["training"]["minutes"]
+    for precision, curve, dense in (("fp32", "ffsplit", "dense"), ("int8", "ffsplit + int8", "int8")):
+        part = trained[precision]
         times = {run["name"]: run["median_ms"] for run in part["runs"] if (run["batch"], run["tokens"]) == SHAPE}
-        share = times["compiled"] / times["dense-fp32"]
-        color = STYLES[curve][0]
-        axis.plot(share, part["accuracy"], "*", color=color, markersize=12, label=f"{curve}, {minutes:.0f} min trained")
+        share, peer = (times[name] / times["dense-fp32"] for name in ("compiled", f"dense-{precision}"))
+        color, marker = STYLES[dense]
+        axis.plot(peer, part["dense_accuracy_same_precision"], marker, color=color, label=f"dense {precision}")
+        label = f"{curve}, {minutes:.0f} min trained"
+        axis.plot(share, part["accuracy"], "*", color=STYLES[curve][0], markersize=12, label=label)
     axis.set(xlabel=f"time for {SHAPE[0]} x {SHAPE[1]} tokens, of dense fp32", xlim=(0, None))
 
 
