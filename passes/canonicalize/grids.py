@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.canonicalize.fold import is_small
 from trimtab.passes.canonicalize.simplify import guarded
-from trimtab.passes.graph import constant, insert, values
+from trimtab.passes.graph import constant, insert, replace_uses, values
 from trimtab.passes.graph.shapes import Dim, dim, entries
 
 _UNSQUEEZE_TAKES_AXES = 13  # as an input, as written here; they were an attribute before
@@ -37,8 +37,7 @@ def unfold_grids(graph: gs.Graph) -> int:
         if axes:
             new = insert(graph, "Unsqueeze", [new, constant(f"{name}.axes", np.array(axes))], name, dtype=new.dtype)
             new.shape = old.shape
-        for consumer in list(old.outputs):
-            consumer.inputs = [new if tensor is old else tensor for tensor in consumer.inputs]
+        replace_uses(graph, old, new)
         changed += 1
     return changed
 

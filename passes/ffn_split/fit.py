@@ -85,7 +85,8 @@ class Fitter:
             right, correction = again[:rank], again[rank:]
         # In between, values as large as activations are, so that integers in common serve both alike.
         h = self.ordered.hidden(plan.heavy_form, plan.block)[:, : n or None]
-        size = np.sqrt(np.square(h).mean() / np.maximum(np.square(self.layer.fit @ left).mean(0), 1e-30))
+        wanted = np.square(h).mean() or 1.0  # neurons may all be silent on the calibration data
+        size = np.sqrt(wanted / np.maximum(np.square(self.layer.fit @ left).mean(0), 1e-30))
         left, right = left * size, right / size[:, None]
         form = "int8" if plan.heavy_form in BITS else plan.heavy_form
         pair = (self.ordered.matrix(m.astype(np.float32), form, plan.block) for m in (left, right))
