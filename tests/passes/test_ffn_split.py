@@ -135,6 +135,16 @@ def test_the_map_takes_no_product_of_its_own(family: str) -> None:
     assert products(graph) == before
 
 
+def test_neurons_that_are_all_silent_split_into_finite_weights() -> None:
+    graph = canonical(zoo.exported("opt"))
+    for ffn in find_anatomy(graph).ffns:
+        assert ffn.up.bias is not None
+        ffn.up.bias.values = np.full(ffn.up.bias.shape, -1e4, np.float32)  # ReLU gives nothing
+    split(graph, heavy=0.5, rank=4, multiple=4)
+    made = [t for t in graph.tensors().values() if isinstance(t, gs.Constant) and t.name.startswith("ffn-split/")]
+    assert made and all(np.all(np.isfinite(tensor.values)) for tensor in made)
+
+
 def constants_of(graph: gs.Graph, layer: int) -> list[gs.Constant]:
     held = {t.name: t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
     return [tensor for name, tensor in held.items() if name.startswith(f"ffn-split/layer.{layer}/")]
