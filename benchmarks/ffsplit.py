@@ -1,6 +1,6 @@
 """FFSplit against what a user would try first, on fine-tuned MiniLM classifiers: size and time against accuracy.
 
-python benchmarks/ffsplit.py --json                    everything, with ten minutes of training per task
+python benchmarks/ffsplit.py --json                    everything, with ten minutes of training per engine
 python benchmarks/ffsplit.py --task sst2 --parts size  one part of it
 
 Peers: the same FFNs in int8, int4 and int2 throughout, by plain low rank (SVD weighted by the activations), and with
@@ -30,6 +30,7 @@ from trimtab.compiler.checks.bench import bench
 from trimtab.compiler.data import Dataset, batches, read_data
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import Source
+from trimtab.compiler.targets import get_target
 from trimtab.passes.profile import Profile
 
 HERE = Path(__file__).resolve().parent
@@ -125,41 +126,40 @@ class Task:
 
 
 def timed(
-    task: Task, minutes: float, labels_weight: float, seconds: float, say: Callable[[str], None]
+    task: Task, precision: str, minutes: float, labels_weight: float, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The recovered split in fp32 and in dynamic int8, each against the dense engine of its precision."""
+    """The recovered split in fp32 or in dynamic int8, against the dense engine of its precision."""
     from trimtab.training.recover import Settings, recover
 
-    recipe = load_recipe(HERE / "recipes" / "time.yaml")
-    say(f"{task.name}: {minutes:g} minutes of recovery training")
+    file = HERE / "recipes" / f"time-{precision}.yaml"
+    recipe, passes = load_recipe(file), yaml.safe_load(file.read_text())["passes"]
+    say(f"{task.name}: {minutes:g} minutes of recovery training for {precision}")
     settings = Settings(minutes=minutes, labels_weight=labels_weight, max_tokens=TOKENS[task.name])
-    learned = recover(task.source, recipe, task.lessons(), Profile.load(task.profile_path), settings)
-    path = task.work / f"{task.name}.learned.profile"
+    capability, profile = get_target(recipe.target).probe(), Profile.load(task.profile_path)
+    learned = recover(task.source, recipe, task.lessons(), profile, settings, capability=capability)
+    path = task.work / f"{task.name}.{precision}.profile"
     learned.save(path)
     record = learned.info.learned["recover"]
-    found: dict[str, Any] = {
-        "training": {k: record[k] for k in ("minutes", "steps", "lr", "batch_size", "labels_weight", "before", "after")}
+    build = task.build(precision, {"passes": passes}, path)
+    dense = task.dense
+    if precision == "int8":
+        dense = task.accuracy(task.build("dense-int8", {"passes": ["dynamic-int8"]}))
+    runs = bench(build, shapes=SHAPES, threads=2, seconds=seconds).runs
+    return {
+        "passes": passes,
+        "training": {key: record[key] for key in ("minutes", "steps", "lr", "labels_weight", "before", "after")},
+        "accuracy": task.accuracy(build),
+        "dense_accuracy_same_precision": dense,
+        "speedup": {f"{run.batch}x{run.tokens}": run.ratio for run in runs if run.name == f"dense-{precision}"},
+        "runs": [run.model_dump() for run in runs],
     }
-    for precision, file in (("fp32", "time.yaml"), ("int8", "time-int8.yaml")):
-        passes = yaml.safe_load((HERE / "recipes" / file).read_text())["passes"]
-        build = task.build(precision, {"passes": passes}, path)
-        dense = task.build("dense-int8", {"passes": ["dynamic-int8"]}) if precision == "int8" else None
-        result = bench(build, shapes=SHAPES, threads=2, seconds=seconds)
-        peer = f"dense-{precision}"
-        found[precision] = {
-            "accuracy": task.accuracy(build),
-            "dense_accuracy_same_precision": task.accuracy(dense) if dense else task.dense,
-            "speedup": {f"{r.batch}x{r.tokens}": r.ratio for r in result.runs if r.name == peer},
-            "runs": [run.model_dump() for run in result.runs],
-        }
-    return found
 
 
 def main(
     task: Annotated[list[str] | None, typer.Option(help="sst2 or agnews; both by default.")] = None,
     parts: Annotated[str, typer.Option(help="Some of size,time,trained.")] = "size,time,trained",
-    minutes: Annotated[float, typer.Option(help="Of recovery training per task.")] = 10.0,
-    labels_weight: Annotated[float, typer.Option(help="Of the labels in training; 0 is distillation alone.")] = 1.0,
+    minutes: Annotated[float, typer.Option(help="Of recovery training per engine.")] = 10.0,
+    labels_weight: Annotated[float, typer.Option(help="Of the labels in training; 0 is distillation alone.")] = 0.0,
     seconds: Annotated[float, typer.Option(help="Of timing per shape and precision.")] = 20.0,
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
@@ -179,7 +179,7 @@ def main(
             it = Task(name, shared, Path(work))
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
             if "trained" in parts:
-                found["trained"] = timed(it, minutes, labels_weight, seconds, say)
+                found["trained"] = {p: timed(it, p, minutes, labels_weight, seconds, say) for p in ("fp32", "int8")}
             for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):
                 if part in parts.split(","):
                     found[part] = []
@@ -210,7 +210,8 @@ def show(results: dict[str, Any]) -> None:
         for precision in ("fp32", "int8") if "trained" in found else ():
             row = found["trained"][precision]
             speed = ", ".join(f"{shape}: {ratio:.2f}x" for shape, ratio in row["speedup"].items())
-            print(f"  trained {precision}: {row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f}); {speed}")
+            less = row["accuracy"] - row["dense_accuracy_same_precision"]
+            print(f"  trained {precision}: {row['accuracy']:.2f} ({less:+.2f} of dense {precision}); {speed}")
 
 
 if __name__ == "__main__":

@@ -64,15 +64,15 @@ def draw_time(axis: Axes, found: dict[str, Any]) -> None:
         times = row["median_ms"]["{}x{}".format(*SHAPE)]
         points.append((row["curve"], times["compiled"] / times["dense-fp32"], row["accuracy"]))
     draw_curves(axis, points)
-    trained = found["trained"]
-    minutes = trained["training"]["minutes"]
     for precision, curve, dense in (("fp32", "ffsplit", "dense"), ("int8", "ffsplit + int8", "int8")):
-        part = trained[precision]
+        part = found.get("trained", {}).get(precision)
+        if part is None:
+            continue
         times = {run["name"]: run["median_ms"] for run in part["runs"] if (run["batch"], run["tokens"]) == SHAPE}
         share, peer = (times[name] / times["dense-fp32"] for name in ("compiled", f"dense-{precision}"))
         color, marker = STYLES[dense]
         axis.plot(peer, part["dense_accuracy_same_precision"], marker, color=color, label=f"dense {precision}")
-        label = f"{curve}, {minutes:.0f} min trained"
+        label = f"{curve}, {part['training']['minutes']:.0f} min trained"
         axis.plot(share, part["accuracy"], "*", color=STYLES[curve][0], markersize=12, label=label)
     axis.set(xlabel=f"time for {SHAPE[0]} x {SHAPE[1]} tokens, of dense fp32", xlim=(0, None))
 

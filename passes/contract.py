@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -33,6 +34,19 @@ class Capability:
     saturates: bool = False
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How a pass will round the operands of products with weights, for training to learn with the error of it.
+
+    Attributes:
+        largest: weights become integers in [-largest, largest], symmetrically.
+        per_channel: a scale per output feature instead of one per matrix.
+    """
+
+    largest: int
+    per_channel: bool
+
+
 @dataclass
 class PassContext:
     """All that a pass may know besides the graph: no data, no files, no network."""
@@ -43,6 +57,22 @@ class PassContext:
     """Called with (what, done, total) by passes that take long."""
     done: list[Pass] = field(default_factory=list)
     """The passes that `run_passes` has run on this graph so far."""
+    choices: dict[str, Any] = field(default_factory=dict)
+    """What passes have searched for on this graph, for `ProfileInfo.choices`."""
+
+    def choice(self, step: Pass, search: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+        """What the Profile says that `step` with these options chose; or what `search` finds now. JSON types.
+
+        A search may end otherwise on another machine, at a tie between two plans, and weights that were learned for the
+        one do not fit the other.
+
+        Args:
+            fits: whether a choice of the Profile holds here.
+        """
+        key = json.dumps(step.written(), sort_keys=True)
+        known = self.profile.info.choices.get(key) if self.profile is not None else None
+        self.choices[key] = known if known is not None and fits(known) else search()
+        return self.choices[key]
 
 
 @dataclass(frozen=True)
@@ -84,12 +114,20 @@ class Pass(BaseModel, ABC):
     """One line for `trimtab passes`."""
     needs_profile: ClassVar[bool] = False
 
+    def written(self) -> dict[str, Any]:
+        """Name → options, as in a recipe; JSON types."""
+        return {self.name: self.model_dump(mode="json")}
+
     @abstractmethod
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite `graph` in place.
 
         At the exact end of the pass's dial the new graph computes the same as the old one.
         """
+
+    def rounding(self, capability: Capability) -> Rounding | None:
+        """What the pass does to products in floating point, beyond the rewrite: nothing, for most."""
+        return None
 
 
 def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) -> list[PassResult]:

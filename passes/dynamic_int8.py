@@ -13,8 +13,10 @@ import onnx_graphsurgeon as gs
 from pydantic import Field
 
 from trimtab.passes.anatomy import find_anatomy
-from trimtab.passes.contract import Pass, PassContext, PassResult
+from trimtab.passes.contract import Capability, Pass, PassContext, PassResult, Rounding
 from trimtab.passes.graph import is_external, load_graph, save_graph, stored_bytes
+
+_SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
 
 
 class DynamicInt8(Pass):
@@ -48,6 +50,10 @@ class DynamicInt8(Pass):
         ffn = [t for name, t in graph.tensors().items() if isinstance(t, gs.Constant) and _belongs(name, weights)]
         details: dict[str, Any] = {"float_products": after, "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
         return PassResult(self.name, before - after, (), details)
+
+    def rounding(self, capability: Capability) -> Rounding:
+        """The quantizer's: uint8 activations with one scale for the tensor, symmetric int8 weights."""
+        return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)
 
 
 def _belongs(name: str, weights: set[str]) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +28,7 @@ class ProfileInfo(BaseModel):
         samples, tokens: how much of it was used.
         versions: of the packages that made it.
         learned: what `trimtab train` added, method → its settings and results.
+        choices: what passes in front of it had searched for, pass and options → what they chose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class ProfileInfo(BaseModel):
     tokens: int
     versions: dict[str, str] = {}
     learned: dict[str, dict[str, object]] = {}
+    choices: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)

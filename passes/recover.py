@@ -59,15 +59,14 @@ def origin_of(graph: gs.Graph, names: Sequence[str], done: Sequence[Pass]) -> di
         done: the passes that have made the graph.
     """
     tensors = graph.tensors()
-    return {"passes": _written(done), "norms": {name: _norm(values(tensors[name])) for name in names}}
-
-
-def _written(passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    return [{step.name: step.model_dump(mode="json")} for step in passes]
+    return {
+        "passes": [step.written() for step in done],
+        "norms": {name: _norm(values(tensors[name])) for name in names},
+    }
 
 
 def _check_passes(done: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
-    have = _written(done)
+    have = [step.written() for step in done]
     if have == trained:
         return
     for now, then in zip(have, trained, strict=False):

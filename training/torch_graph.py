@@ -14,11 +14,13 @@ import onnx_graphsurgeon as gs
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trimtab.passes.contract import Rounding
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import output_name_of, values
 from trimtab.passes.graph.linear import Linear, match_linear
 from trimtab.training.ops import OPS
 from trimtab.training.ops.dtypes import to_torch
+from trimtab.training.rounding import rounded_activations, rounded_weight
 
 _NORMS = {
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
@@ -64,12 +66,16 @@ class GraphModule(nn.Module):
         graph: is read, not kept.
         train: names of the initializers that become parameters; all other constants are buffers.
         outputs: names of the tensors to compute; by default the graph's outputs. Nodes they do not need are left out.
+        rounding: of products with weights in floating point; none by default.
 
     Raises:
         ModelError: an operator, or an attribute of it, that has no counterpart here; names node and operator.
     """
 
-    def __init__(self, graph: gs.Graph, *, train: Collection[str] = (), outputs: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, graph: gs.Graph, *, train: Collection[str] = (), outputs: Sequence[str] | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         graph.toposort()
         tensors = graph.tensors()
@@ -79,7 +85,7 @@ class GraphModule(nn.Module):
         self._dtypes = [np.dtype(tensors[name].dtype) for name in self.trained]
         self.weights = nn.ParameterList(nn.Parameter(to_torch(values(tensors[name]))) for name in self.trained)
         self._constants: list[str] = []
-        self._steps = self._plan(graph)
+        self._steps = self._plan(graph, rounding)
 
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute `outputs` from the graph's inputs, both by name."""
@@ -110,7 +116,7 @@ class GraphModule(nn.Module):
         else:
             have[step.outputs[0]] = made
 
-    def _plan(self, graph: gs.Graph) -> list[_Step]:
+    def _plan(self, graph: gs.Graph, rounding: Rounding | None) -> list[_Step]:
         """The steps that remain to be run per call, after what is constant has been computed."""
         wanted = {*self.outputs}
         fused, covered = _fusable(graph, wanted)
@@ -120,7 +126,7 @@ class GraphModule(nn.Module):
             if id(node) in covered or not wanted.intersection(t.name for t in node.outputs):
                 continue
             linear = fused.get(id(node))
-            steps.append(_step(node) if linear is None else _linear_step(linear))
+            steps.append(_step(node) if linear is None else _linear_step(linear, rounding))
             wanted.update(steps[-1].inputs)
             if linear is not None and linear.quantized is not None:
                 known[linear.weight.name] = to_torch(linear.w())
@@ -155,10 +161,12 @@ def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[
     return fused, covered
 
 
-def _linear_step(linear: Linear) -> _Step:
+def _linear_step(linear: Linear, rounding: Rounding | None) -> _Step:
     as_stored = linear.transposed and linear.quantized is None
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if rounding is not None and linear.quantized is None:
+            x, weight = rounded_activations(x), rounded_weight(weight, 0 if as_stored else 1, rounding)
         return functional.linear(x, weight if as_stored else weight.t(), None if bias is None else bias.reshape(-1))
 
     inputs = (linear.x.name, linear.weight.name, linear.bias.name if linear.bias is not None else "")

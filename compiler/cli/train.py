@@ -45,7 +45,7 @@ def command(
     """Learn what a pass needs, and add it to a Profile.
 
     recover: a short distillation of the model that the recipe's passes make from the dense one. Passes behind `recover`
-    in the recipe, such as quantization, are not run while learning.
+    in the recipe are not run while learning, but it learns with the rounding that they bring.
     """
     from trimtab.compiler.data import read_data
     from trimtab.compiler.profiling import measured_profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -112,6 +113,15 @@ class FFNSplit(Pass):
 
     def _budgeted(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
         """A plan for each FFN, chosen over all of them by measured output error."""
+        bits, layers = sorted(context.capability.weight_bits), [ffn.layer for ffn in ffns]
+        chosen = context.choice(
+            self,
+            lambda: {"weight_bits": bits, "layers": layers, "plans": [asdict(p) for p in self._search(ffns, context)]},
+            lambda known: (known["weight_bits"], known["layers"]) == (bits, layers),
+        )
+        return [Plan(**plan) for plan in chosen["plans"]]
+
+    def _search(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
         assert self.budget is not None
         candidates = []
         for ffn in ffns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,27 @@ def test_budget_is_kept_and_used(budget: dict[str, float], cost: str) -> None:
     spent = sum(row[cost] for row in result.details["layers"]) / dense
     (limit,) = budget.values()
     assert 0.7 * limit < spent <= limit
+
+
+def test_what_a_budget_chose_holds_on_another_machine() -> None:
+    step = FFNSplit.model_validate({"budget": {"size": 0.2}, "block": 16, "multiple": 4})
+    graph = canonical(zoo.exported("bert"))
+    first = PassContext(profile_of(graph), EVERYTHING)
+    found = run_passes(graph, [step], first)[0]
+    (choice,) = first.choices.values()
+    assert [plan["heavy"] for plan in choice["plans"]] == [row["heavy"] for row in found.details["layers"]]
+    choice["plans"][1] |= {"heavy": 12, "heavy_form": "int8", "rest_form": "affine", "rank": 16}  # a tie went otherwise
+
+    def heavy(capability: Capability, **options: object) -> int:
+        graph = canonical(zoo.exported("bert"))
+        profile = profile_of(graph)
+        profile.info.choices.update(json.loads(json.dumps(first.choices)))
+        context = PassContext(profile, capability)
+        return int(run_passes(graph, [step.model_copy(update=options)], context)[0].details["layers"][1]["heavy"])
+
+    assert heavy(EVERYTHING) == 12
+    assert heavy(Capability(weight_bits=frozenset({8}))) != 12  # what it chose among is not there
+    assert heavy(EVERYTHING, block=32) != 12
 
 
 def test_error_budget_is_kept() -> None:

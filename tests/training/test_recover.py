@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,11 +19,12 @@ from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes import PassContext, run_passes
-from trimtab.passes.contract import Pass, PassResult
+from trimtab.passes.contract import Capability, Pass, PassResult, Rounding
 from trimtab.passes.errors import DataError, ModelError, PassError, ProfileError, RecipeError, TrimtabError
 from trimtab.passes.graph import save_graph, values
 from trimtab.passes.profile import Profile
-from trimtab.training.recover import Settings, recover, schedule
+from trimtab.training.distill import schedule
+from trimtab.training.recover import Settings, recover
 
 SHORT = Settings(minutes=5, steps=40, lr=2e-3, batch_size=16, max_tokens=16)
 
@@ -78,11 +80,11 @@ def test_pass_puts_in_what_was_learned(bert: Source, tmp_path: Path) -> None:
 def test_what_is_minimised_follows_the_settings(family: str, changed: dict[str, float], tmp_path: Path) -> None:
     source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 40, tmp_path)
     base = replace(SHORT, steps=5)
-    runs = [
-        recover(source, plan, data, empty_profile(source), s).learned("recover")
-        for s in (base, replace(base, **changed))
-    ]
-    assert not all(np.allclose(runs[0][name], runs[1][name], rtol=0, atol=1e-6) for name in runs[0])
+    ends = []
+    for settings in (base, replace(base, **changed)):
+        record = recover(source, plan, data, empty_profile(source), settings).info.learned["recover"]
+        ends.append(record["history"][-1]["loss"])
+    assert abs(ends[0] - ends[1]) > 1e-5 * ends[0]
 
 
 def labelled(family: str, labels: np.ndarray, folder: Path) -> Dataset:
@@ -142,7 +144,8 @@ def test_same_seed_same_weights(bert: Source, tmp_path: Path) -> None:
 
 def test_ends_in_time_with_the_schedule_run_down(bert: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()  # each reading of the clock is a second later
-    monkeypatch.setattr("trimtab.training.recover.time", SimpleNamespace(monotonic=ticks.__next__))
+    for module in ("recover", "distill"):
+        monkeypatch.setattr(f"trimtab.training.{module}.time", SimpleNamespace(monotonic=ticks.__next__))
     data, seen = arrays_of("bert", 60, tmp_path), []
     profile = recover(
         bert, recipe(ZeroNeurons()), data, empty_profile(bert), Settings(minutes=1, batch_size=8),
@@ -150,7 +153,7 @@ def test_ends_in_time_with_the_schedule_run_down(bert: Source, tmp_path: Path, m
     )  # fmt: skip
     assert next(ticks) - 1 <= 60
     assert profile.info.learned["recover"]["steps"] == len(seen) > 20
-    assert seen[-1] == ("recover", 60, 60)
+    assert seen[-1] == ("distil", 60, 60)
 
 
 def test_schedule_rises_and_falls() -> None:
@@ -183,6 +186,27 @@ def test_passes_behind_recover_are_not_run(bert: Source, tmp_path: Path) -> None
     recover(bert, plan, data, empty_profile(bert), Settings(steps=1, batch_size=4))
 
 
+def test_learns_with_the_rounding_of_a_pass_behind(bert: Source, tmp_path: Path) -> None:
+    class Coarse(Pass):
+        name = "coarse"
+        summary = "For tests."
+
+        def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+            return PassResult(self.name, 0)
+
+        def rounding(self, capability: Capability) -> Rounding:
+            return Rounding(largest=7, per_channel=True)
+
+    data, records = arrays_of("bert", 120, tmp_path), []
+    for after in ((), (Coarse(),)):
+        profile = recover(bert, recipe(ZeroNeurons(), after=after), data, empty_profile(bert), SHORT)
+        records.append(profile.info.learned["recover"])
+    plain, rounded = records
+    assert abs(rounded["before"]["loss"] / plain["before"]["loss"] - 1) > 1e-4
+    assert rounded["after"]["loss"] < 0.9 * rounded["before"]["loss"]
+    assert (plain["rounding"], rounded["rounding"]) == (None, {"largest": 7, "per_channel": True})
+
+
 def test_learns_from_texts_of_every_length(tmp_path: Path) -> None:
     source = replace(onnx_source("bert"), tokenizer=zoo.save_pretrained("bert", tmp_path / "bert"))
     words = np.random.default_rng().integers(0, 90, 4000).astype(str)
@@ -200,6 +224,23 @@ def test_profile_survives_its_file(bert: Source, tmp_path: Path) -> None:
     profile = recover(bert, plan, data, empty_profile(bert), Settings(steps=2, batch_size=4))
     profile.save(tmp_path / "p.safetensors")
     compiled(bert, plan, Profile.load(tmp_path / "p.safetensors"))
+
+
+def test_profile_keeps_what_a_budget_chose(bert: Source, tmp_path: Path) -> None:
+    class Chooses(Pass):
+        name = "chooses"
+        summary = "For tests."
+        searches: ClassVar[list[int]] = []
+
+        def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+            context.choice(self, lambda: self.searches.append(1) or [1, 2], lambda known: known == [1, 2])
+            return PassResult(self.name, 0)
+
+    plan, data = recipe(Chooses()), arrays_of("bert", 20, tmp_path)
+    profile = recover(bert, plan, data, empty_profile(bert), Settings(steps=1, batch_size=4))
+    profile.save(tmp_path / "p.safetensors")
+    compiled(bert, plan, Profile.load(tmp_path / "p.safetensors"))
+    assert len(Chooses.searches) == 1
 
 
 def test_learning_again_replaces_what_was_learned(bert: Source, tmp_path: Path) -> None:

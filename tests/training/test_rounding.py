@@ -1,0 +1,92 @@
+"""Rounded products are those of the quantized graph in ONNX Runtime, and gradients pass them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import pytest
+import torch
+
+from trimtab.compiler.targets import get_target
+from trimtab.passes import PassContext, run_passes
+from trimtab.passes.contract import Rounding
+from trimtab.passes.dynamic_int8 import DynamicInt8
+from trimtab.passes.graph import constant, save_graph
+from trimtab.training.rounding import rounded_activations, rounded_weight
+from trimtab.training.torch_graph import GraphModule, learnable
+
+SHAPES = {"up": (24, 32), "bias": (32,), "down": (32, 8)}
+
+
+def ffn(rng: np.random.Generator) -> gs.Graph:
+    """Two products without anything else that the pass would round."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[B, T, 24] x) => (float[B, T, 8] y) {
+        p = MatMul(x, up)  h = Add(p, bias)  a = Gelu(h)  y = MatMul(a, down)
+    }"""
+    graph = gs.import_onnx(onnx.parser.parse_model(text))
+    made = {n: constant(n, rng.standard_normal(s).astype(np.float32)) for n, s in SHAPES.items()}
+    for node in graph.nodes:
+        node.inputs = [made.get(tensor.name, tensor) for tensor in node.inputs]
+    return graph
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("saturates", [True, False])
+def test_as_the_pass_rounds(per_channel: bool, saturates: bool, tmp_path: Path) -> None:
+    capability = get_target("onnxruntime").probe()
+    if capability.saturates and not saturates:
+        pytest.skip("eight bits saturate on this processor")
+    capability = replace(capability, saturates=saturates)
+    step, rng = DynamicInt8(per_channel=per_channel), np.random.default_rng()
+    graph, x = ffn(rng), rng.standard_normal((3, 5, 24)).astype(np.float32)
+    exact = GraphModule(graph)
+    ours = GraphModule(graph, train=learnable(graph), rounding=step.rounding(capability))
+    run_passes(graph, [step], PassContext(capability=capability))
+    save_graph(graph, tmp_path / "int8.onnx")
+    session = ort.InferenceSession(str(tmp_path / "int8.onnx"), providers=["CPUExecutionProvider"])
+    want = session.run(None, {"x": x})[0]
+    rounded, dense = (module({"x": torch.from_numpy(x)})["y"] for module in (ours, exact))
+    away = np.linalg.norm(dense.detach().numpy() - want)
+    assert np.linalg.norm(rounded.detach().numpy() - want) < 0.2 * away  # a value in the middle may go the other way
+    rounded.sum().backward()
+    for parameter in ours.weights:
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+
+
+def test_activations_as_onnx_rounds_them() -> None:
+    x = torch.from_numpy(np.random.default_rng().standard_normal((3, 5, 7)).astype(np.float32)) + 2
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[A, B, C] x) => (float[A, B, C] y) {
+        q, scale, zero = DynamicQuantizeLinear(x)  y = DequantizeLinear(q, scale, zero)
+    }"""
+    for values in (x, -x.abs(), x - 2, torch.zeros_like(x)):
+        session = ort.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+        want = session.run(None, {"x": values.numpy()})[0]
+        torch.testing.assert_close(rounded_activations(values), torch.from_numpy(want), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weights_are_integers_times_a_scale(axis: int) -> None:
+    weight = torch.randn(6, 9, dtype=torch.float64).float()
+    weight[:, 2] = weight[2] = 0
+    for per_channel in (True, False):
+        rounded = rounded_weight(weight, axis, Rounding(64, per_channel)).double()
+        scale = (
+            weight.double().abs().amax(1 - axis, keepdim=True) / 64 if per_channel else weight.double().abs().max() / 64
+        )
+        want = torch.where(scale > 0, (weight.double() / scale).round() * scale, 0)
+        torch.testing.assert_close(rounded, want, rtol=0, atol=1e-5)
+
+
+def test_gradients_go_straight_through() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    x = torch.randn(5, 4, requires_grad=True)
+    (rounded_activations(x).sum() + rounded_weight(weight, 1, Rounding(127, True)).sum()).backward()
+    torch.testing.assert_close(weight.grad, torch.ones(4, 3))
+    assert x.grad is not None and (x.grad == 1).float().mean() > 0.9  # the ends may fall outside by a rounding

@@ -1,0 +1,213 @@
+"""The loop of a distillation: a teacher, a student, and a schedule that follows the clock.
+
+The learning rate has come down to nothing when the time is over, however fast the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor, nn
+
+from trimtab.passes.contract import Rounding
+from trimtab.passes.errors import TrimtabError
+from trimtab.training.objective import Objective
+from trimtab.training.samples import Batch, Feeds, Samples
+from trimtab.training.torch_graph import GraphModule
+
+log = logging.getLogger(__name__)
+
+_CHECKS = 10  # times the held-out samples are looked at, besides the beginning
+_LOOKING = 0.1  # share of the time that looking may take
+_WARM_UP = 0.05  # of the schedule
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        minutes: time limit, from the first look at the model on; the learning rate follows it.
+        steps: follow a number of steps instead, with `minutes` as a mere end: such a run can be repeated exactly.
+        lr: highest learning rate.
+        train: all weights but embeddings, or those of the FFNs alone, as the passes have made them.
+        temperature: τ of the softmax when logits are compared.
+        states_weight: of the blocks' outputs in the loss, beside the model's outputs.
+        labels_weight: of the data's labels in the loss, beside the dense model's outputs; for classifiers.
+    """
+
+    minutes: float = 10.0
+    steps: int | None = None
+    lr: float = 5e-5
+    batch_size: int = 32
+    max_tokens: int = 128
+    weight_decay: float = 0.01
+    seed: int = 0
+    train: Literal["all", "ffn"] = "all"
+    temperature: float = 1.0
+    states_weight: float = 1.0
+    labels_weight: float = 0.0
+
+
+class Distillation:
+    """A teacher, a student, and what the one learns from the other."""
+
+    def __init__(
+        self, dense: gs.Graph, student: gs.Graph, names: Sequence[str], objective: Objective, samples: Samples,
+        settings: Settings, rounding: Rounding | None = None,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(settings.seed)
+        self.settings, self.objective, self.samples = settings, objective, samples
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = [*objective.outputs, *objective.states]
+        self.teacher = GraphModule(dense, outputs=wanted).to(self.device)
+        self.student = GraphModule(student, train=names, outputs=wanted, rounding=rounding).to(self.device)
+        self._judged: list[tuple[Batch, dict[str, Tensor]]] = []
+
+    def run(self, rng: np.random.Generator, start: float, progress: Progress | None) -> dict[str, Any]:
+        """Train until time or steps are over, and leave the student with the weights that judged best.
+
+        Args:
+            start: reading of the monotonic clock from which the time counts.
+
+        Returns:
+            steps, losses and agreement with the teacher before and after, for the record.
+        """
+        settings = self.settings
+        optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), fused=True)
+        batches = self.samples.epochs(settings.batch_size, rng)
+        began = time.monotonic()
+        before = best = self.judge()
+        weights = self._weights()
+        clock = _Clock(settings, start, time.monotonic() - began)
+        step, check_at, history = 0, clock.every, [best | {"step": 0}]
+        while (at := clock.at(step)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * schedule(at)
+            loss = self._loss(next(batches))
+            _require_finite(loss.item(), step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            at = clock.at(step)
+            if at >= min(check_at, 1):
+                check_at = at + clock.every
+                now = self.judge()
+                _require_finite(now["loss"], step)
+                history.append(now | {"step": step})
+                log.info("step %d: loss %.4f, agreement %.4f on held-out samples", step, now["loss"], now["agreement"])
+                if now["loss"] < best["loss"]:
+                    best, weights = now, self._weights()
+            if progress is not None:
+                progress("distil", round(min(at, 1) * clock.total), clock.total)
+        with torch.no_grad():
+            for parameter, value in zip(self.student.parameters(), weights, strict=True):
+                parameter.copy_(value)
+        return {"steps": step, "before": before, "after": best, "history": history}
+
+    def judge(self) -> dict[str, float]:
+        """Loss of the outputs, and agreement with the teacher, on the samples held out."""
+        objective = self.objective
+        if not self._judged:  # the teacher's answers do not change, and its outputs are small
+            for batch in self.samples.judged(self.settings.batch_size):
+                out = self._infer(self.teacher, batch.feeds)
+                self._judged.append((batch, {name: out[name] for name in objective.outputs}))
+        sums, count = np.zeros(2), 0
+        for batch, teacher in self._judged:
+            student, mask = self._infer(self.student, batch.feeds), self._mask(batch.feeds)
+            loss = objective.output_loss(student, teacher, mask, self._labels(batch))
+            sums += len(batch) * np.array([float(loss), float(objective.agreement(student, teacher, mask))])
+            count += len(batch)
+        return {"loss": float(sums[0] / count), "agreement": float(sums[1] / count)}
+
+    def _loss(self, batch: Batch) -> Tensor:
+        teacher = self._infer(self.teacher, batch.feeds)
+        with self._autocast():
+            student = self.student(self._tensors(batch.feeds))
+        return self.objective.loss(student, teacher, self._mask(batch.feeds), self._labels(batch))
+
+    def _infer(self, module: GraphModule, feeds: Feeds) -> dict[str, Tensor]:
+        with torch.no_grad(), self._autocast():
+            return module(self._tensors(feeds))
+
+    def _tensors(self, feeds: Feeds) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in feeds.items()}
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return torch.from_numpy(batch.labels).to(self.device)
+
+    def _mask(self, feeds: Mapping[str, np.ndarray]) -> Tensor | None:
+        mask = feeds.get("attention_mask")
+        return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=_bfloat16_is_fast(self.device))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Matrices decay; biases and norms do not."""
+        parameters = list(self.student.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+
+    def _weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.student.parameters()]
+
+
+class _Clock:
+    """How much of a run is over, by time or by steps.
+
+    Args:
+        start: reading of the monotonic clock from which the time limit counts.
+        look: seconds that a look at the held-out samples takes; the last one must still fit in.
+    """
+
+    def __init__(self, settings: Settings, start: float, look: float) -> None:
+        self._steps, self._begin = settings.steps, time.monotonic()
+        self._seconds = start + 60 * settings.minutes - look - self._begin
+        self.total = max(1, settings.steps if settings.steps is not None else round(60 * settings.minutes))
+        by_time = settings.steps is None and self._seconds > 0
+        self.every = max(1 / _CHECKS, look / self._seconds / _LOOKING) if by_time else 1 / _CHECKS
+        """Share of the run from one look to the next."""
+
+    def at(self, step: int) -> float:
+        """0 at the beginning; 1 and more is the end."""
+        by_time = _share(time.monotonic() - self._begin, self._seconds)
+        return by_time if self._steps is None or by_time >= 1 else _share(step, self._steps)
+
+
+def _share(done: float, total: float) -> float:
+    return done / total if total > 0 else 1.0
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrimtabError(f"recover: the loss is {loss} at step {step}", hint="use a smaller --lr")
+
+
+def schedule(at: float) -> float:
+    """Factor of the learning rate at the share `at` of the schedule: up in a line, then down along a cosine."""
+    if at < _WARM_UP:
+        return max(at / _WARM_UP, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (at - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the machine multiplies bfloat16 natively; elsewhere autocast would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = torch.backends.cpu.get_cpu_capability()
+    return flags.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
