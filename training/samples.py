@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.data import LABEL, Dataset, class_number, fit_arrays, text_feeds
+from trimtab.compiler.data import LABEL, Dataset, class_number, fit_arrays, text_feeds, with_labels
 from trimtab.compiler.sources import Source
 from trimtab.passes.errors import DataError
 
@@ -94,10 +94,9 @@ def read_samples(
     if dataset.count < 2:
         raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
     if dataset.arrays is not None:
-        labelled = LABEL in dataset.arrays and all(tensor.name != LABEL for tensor in inputs)
-        extra = [gs.Variable(LABEL, np.int64, ["batch"])] if labelled else []
-        arrays = fit_arrays(dataset, [*inputs, *extra])
-        labels = arrays.pop(LABEL) if labelled else np.full(dataset.count, NO_LABEL)
+        wanted = with_labels(dataset, inputs)
+        arrays = fit_arrays(dataset, wanted)
+        labels = arrays.pop(LABEL) if len(wanted) > len(inputs) else np.full(dataset.count, NO_LABEL)
         lengths = np.zeros(dataset.count)
 
         def feeds(rows: np.ndarray) -> Feeds:

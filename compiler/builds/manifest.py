@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trimtab.compiler.checks.compare import OutputError
+from trimtab.compiler.checks.measure import OutputError
 from trimtab.passes.contract import PassResult
 from trimtab.passes.errors import BuildError
 

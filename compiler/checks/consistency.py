@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
-from trimtab.compiler.checks.compare import real_values, relative_l2
+from trimtab.compiler.checks.measure import real_values, relative_l2
 from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.compiler.workload import Workload
 

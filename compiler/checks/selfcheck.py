@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.builds.manifest import SelfCheck
-from trimtab.compiler.checks.compare import measure
+from trimtab.compiler.checks.measure import measure
 from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.checks.quality import Quality, measure_quality
-from trimtab.compiler.data import LABEL, Dataset, batches, class_number
+from trimtab.compiler.data import LABEL, Dataset, batches, class_number, with_labels
 from trimtab.compiler.feeds import Run, within
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import Source
@@ -33,13 +33,11 @@ def check_quality(
     """
     count = min(samples or dataset.count, dataset.count)
     batch, longest = workload.batch[1], min(workload.tokens[2], source.max_tokens or workload.tokens[2])
-    names = {tensor.name for tensor in graph.inputs}
-    wanted = [*graph.inputs]
+    names, wanted = {tensor.name for tensor in graph.inputs}, with_labels(dataset, graph.inputs)
     labels: list[int | None] | None = None
     if dataset.arrays is None:
         labels = [class_number(label, source.labels) for _, label in dataset.sample(count, seed)]
-    elif LABEL in dataset.arrays and LABEL not in names:
-        wanted.append(gs.Variable(LABEL, np.int64, ["batch"]))
+    elif len(wanted) > len(names):
         labels = []
 
     report = progress or (lambda what, done, total: None)

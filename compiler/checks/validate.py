@@ -11,9 +11,10 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.compiler.builds.build import Build, update_manifest
-from trimtab.compiler.checks.compare import OutputError, compare, describe
+from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.dense import dense_model
+from trimtab.compiler.checks.measure import OutputError, describe
 from trimtab.compiler.checks.peers import open_peer
 from trimtab.compiler.checks.quality import Classification, Quality
 from trimtab.compiler.checks.task import check_quality

@@ -213,6 +213,12 @@ def _read_arrays(path: Path) -> Dataset:
     return Dataset(path, digest.hexdigest(), count, arrays)
 
 
+def with_labels(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> list[gs.Tensor]:
+    """`inputs`, and the array of labels where the arrays hold one that is no input of the model."""
+    labelled = LABEL in (dataset.arrays or {}) and all(tensor.name != LABEL for tensor in inputs)
+    return [*inputs, *([gs.Variable(LABEL, np.int64, ["batch"])] if labelled else [])]
+
+
 def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:
     """The arrays as the model's inputs, in their types."""
     arrays = dict(dataset.arrays or {})
