@@ -126,15 +126,15 @@ class Task:
 
 
 def timed(
-    task: Task, precision: str, minutes: float, labels_weight: float, seconds: float, say: Callable[[str], None]
+    task: Task, precision: str, training: dict[str, Any], seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The recovered split in fp32 or in dynamic int8, against the dense engine of its precision."""
     from trimtab.training.recover import Settings, recover
 
     file = HERE / "recipes" / f"time-{precision}.yaml"
     recipe, passes = load_recipe(file), yaml.safe_load(file.read_text())["passes"]
-    say(f"{task.name}: {minutes:g} minutes of recovery training for {precision}")
-    settings = Settings(minutes=minutes, labels_weight=labels_weight, max_tokens=TOKENS[task.name])
+    settings = Settings(**training, max_tokens=TOKENS[task.name])
+    say(f"{task.name}: {settings.minutes:g} minutes of recovery training for {precision}")
     capability, profile = get_target(recipe.target).probe(), Profile.load(task.profile_path)
     learned = recover(task.source, recipe, task.lessons(), profile, settings, capability=capability)
     path = task.work / f"{task.name}.{precision}.profile"
@@ -147,7 +147,7 @@ def timed(
     runs = bench(build, shapes=SHAPES, threads=2, seconds=seconds).runs
     return {
         "passes": passes,
-        "training": {key: record[key] for key in ("minutes", "steps", "lr", "labels_weight", "before", "after")},
+        "training": {key: record[key] for key in (*training, "steps", "before", "after")},
         "accuracy": task.accuracy(build),
         "dense_accuracy_same_precision": dense,
         "speedup": {f"{run.batch}x{run.tokens}": run.ratio for run in runs if run.name == f"dense-{precision}"},
@@ -160,6 +160,9 @@ def main(
     parts: Annotated[str, typer.Option(help="Some of size,time,trained.")] = "size,time,trained",
     minutes: Annotated[float, typer.Option(help="Of recovery training per engine.")] = 10.0,
     labels_weight: Annotated[float, typer.Option(help="Of the labels in training; 0 is distillation alone.")] = 0.0,
+    lr: Annotated[float, typer.Option(help="Of that training.")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(help="Of that training.")] = 32,
+    precision: Annotated[list[str] | None, typer.Option(help="To train for: fp32 or int8; both by default.")] = None,
     seconds: Annotated[float, typer.Option(help="Of timing per shape and precision.")] = 20.0,
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
@@ -179,7 +182,8 @@ def main(
             it = Task(name, shared, Path(work))
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
             if "trained" in parts:
-                found["trained"] = {p: timed(it, p, minutes, labels_weight, seconds, say) for p in ("fp32", "int8")}
+                training = {"minutes": minutes, "lr": lr, "batch_size": batch_size, "labels_weight": labels_weight}
+                found["trained"] = {p: timed(it, p, training, seconds, say) for p in precision or ("fp32", "int8")}
             for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):
                 if part in parts.split(","):
                     found[part] = []
@@ -207,8 +211,7 @@ def show(results: dict[str, Any]) -> None:
                     ratios = [times["dense-fp32"] / times["compiled"] for times in row["median_ms"].values()]
                     cost += f", {' and '.join(f'{ratio:.2f}' for ratio in ratios)} times as fast"
                 print(f"  {part:5} {row['curve']:14} {cost}  {row['accuracy']:.2f} ({row['accuracy'] - dense:+.2f})")
-        for precision in ("fp32", "int8") if "trained" in found else ():
-            row = found["trained"][precision]
+        for precision, row in found.get("trained", {}).items():
             speed = ", ".join(f"{shape}: {ratio:.2f}x" for shape, ratio in row["speedup"].items())
             less = row["accuracy"] - row["dense_accuracy_same_precision"]
             print(f"  trained {precision}: {row['accuracy']:.2f} ({less:+.2f} of dense {precision}); {speed}")
