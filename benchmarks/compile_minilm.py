@@ -1,8 +1,8 @@
 """What it costs to compile MiniLM-L6 with calibration on 512 texts: python benchmarks/compile_minilm.py --json
 
 Each compile is a process of its own. The first has an empty cache and exports the model, in a child with torch in it;
-the second finds the exported graph and does everything else again. Limits: 60 s, and 4 times the model's bytes in the
-memory of the process that compiles.
+the second finds the exported graph and does everything else again. Wanted: at most 60 s, and 4 times the model's bytes
+in the memory of the process that compiles.
 """
 
 from __future__ import annotations

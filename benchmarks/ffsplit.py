@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -39,6 +39,7 @@ TOKENS = {"sst2": 64, "agnews": 96}
 WORDS = {"sst2": 8, "agnews": 1}  # fewest of a text to learn from: SST-2 trains on phrases and is asked for sentences
 
 Passes = list[str | dict[str, Any]]
+Precision = Literal["fp32", "int8"]
 
 
 def split(**options: Any) -> Passes:
@@ -162,7 +163,9 @@ def main(
     labels_weight: Annotated[float, typer.Option(help="Of the labels in training; 0 is distillation alone.")] = 0.0,
     lr: Annotated[float, typer.Option(help="Of that training.")] = 5e-5,
     batch_size: Annotated[int, typer.Option(help="Of that training.")] = 32,
-    precision: Annotated[list[str] | None, typer.Option(help="To train for: fp32 or int8; both by default.")] = None,
+    precision: Annotated[
+        list[Precision] | None, typer.Option(help="To train for: fp32 or int8; both by default.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Of timing per shape and precision.")] = 20.0,
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
@@ -181,7 +184,7 @@ def main(
             say(f"{name}: calibrating")
             it = Task(name, shared, Path(work))
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
-            if "trained" in parts:
+            if "trained" in parts.split(","):
                 training = {"minutes": minutes, "lr": lr, "batch_size": batch_size, "labels_weight": labels_weight}
                 found["trained"] = {p: timed(it, p, training, seconds, say) for p in precision or ("fp32", "int8")}
             for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):

@@ -32,7 +32,8 @@ def main(results: list[Path], out: Path) -> None:
     tasks: dict[str, dict[str, Any]] = {}
     for path in results:
         for name, found in json.loads(path.read_text())["tasks"].items():
-            tasks.setdefault(name, {}).update(found)
+            trained = tasks.setdefault(name, {}).get("trained", {}) | found.get("trained", {})
+            tasks[name] |= found | ({"trained": trained} if trained else {})
     figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 3.6 * len(tasks)), squeeze=False)
     for (name, found), (left, right) in zip(tasks.items(), axes, strict=True):
         draw_size(left, found)

@@ -37,7 +37,7 @@ def main() -> None:
     trimtab("inspect", model)
     recipe, profile = HERE / "minilm.yaml", calibration.with_name("minilm.profile")
     trimtab("calibrate", model, "--data", calibration, "-o", profile)
-    learn = ("--method", "recover", "--recipe", recipe, "--profile", profile, "--max-tokens", 48, "--lr", 1e-4)
+    learn = ("--method", "recover", "--recipe", recipe, "--profile", profile, "--max-tokens", 48, "--lr", 3e-4)
     trimtab("train", model, *learn, "--minutes", MINUTES, "--data", calibration, "-o", profile)
     trimtab("compile", model, recipe, "-o", BUILD, "--profile", profile)
     trimtab("validate", BUILD, "--data", unseen)

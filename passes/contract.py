@@ -61,7 +61,7 @@ class PassContext:
     """What passes have searched for on this graph, for `ProfileInfo.choices`."""
 
     def choice(self, step: Pass, search: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
-        """What the Profile says that `step` with these options chose; or what `search` finds now. JSON types.
+        """What the Profile says that `step` chose behind the same passes; or what `search` finds now. JSON types.
 
         A search may end otherwise on another machine, at a tie between two plans, and weights that were learned for the
         one do not fit the other.
@@ -69,9 +69,12 @@ class PassContext:
         Args:
             fits: whether a choice of the Profile holds here.
         """
-        key = json.dumps(step.written(), sort_keys=True)
+        key = json.dumps([s.written() for s in (*self.done, step)], sort_keys=True)
         known = self.profile.info.choices.get(key) if self.profile is not None else None
-        self.choices[key] = known if known is not None and fits(known) else search()
+        taken = known is not None and fits(known)
+        if taken:
+            log.info("%s: as chosen before, says the profile", step.name)
+        self.choices[key] = known if taken else search()
         return self.choices[key]
 
 

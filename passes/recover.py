@@ -47,7 +47,9 @@ class Recover(Pass):
         targets = {n: _target(n, tensors.get(n), value, origin["norms"].get(n)) for n, value in learned.items()}
         for name, constant in targets.items():
             constant.values = np.array(learned[name])
-        details: dict[str, Any] = {key: record[key] for key in ("steps", "before", "after") if key in record}
+        details: dict[str, Any] = {
+            key: record[key] for key in ("steps", "before", "after", "rounding") if key in record
+        }
         return PassResult(self.name, changed=len(targets), details=details)
 
 

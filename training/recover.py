@@ -43,8 +43,8 @@ def recover(
     learns is good after that pass.
 
     Args:
-        dataset: to learn from, labels unused; 5 % of it, at most 512 samples, are held out, and the weights that do
-            best on them are returned, be it those of the beginning.
+        dataset: to learn from, its labels only if they weigh; 5 % of it, at most 512 samples, are held out, and the
+            weights that do best on them are returned, be it those of the beginning.
         profile: what those passes need. It is not changed.
         capability: of the target, as the passes will see it when the model is compiled.
         progress: is called with (what, done, total).

@@ -28,6 +28,10 @@ _NORMS = {
 }  # fmt: skip
 
 
+_PRODUCTS = ("MatMul", "Gemm")
+_ROUNDED = "/rounded"  # behind the name of a tensor
+
+
 @dataclass(frozen=True)
 class _Step:
     """One call: names of tensors in and out, and those that no later step reads."""
@@ -127,17 +131,23 @@ class GraphModule(nn.Module):
                 continue
             linear = fused.get(id(node))
             steps.append(_step(node) if linear is None else _linear_step(linear, rounding))
-            wanted.update(steps[-1].inputs)
+            wanted.update(name.removesuffix(_ROUNDED) for name in steps[-1].inputs)
             if linear is not None and linear.quantized is not None:
                 known[linear.weight.name] = to_torch(linear.w())
         for name, tensor in graph.tensors().items():
             if isinstance(tensor, gs.Constant) and name in wanted and name not in {*known, *self.trained}:
                 known[name] = to_torch(values(tensor))
+                if rounding is not None and any(user.op == "Gather" for user in tensor.outputs) and _is_float(tensor):
+                    known[name] = rounded_activations(known[name])  # tables too, with one scale
         kept: list[_Step] = []
+        there: set[str] = set()  # rounded tensors; several products may read one
         for step in reversed(steps):
             if all(not name or name in known for name in step.inputs):
                 self._run(step, [known[name] if name else None for name in step.inputs], known)
             else:
+                for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there:
+                    there.add(name)
+                    kept.append(_Step(rounded_activations, (name.removesuffix(_ROUNDED),), (name,), step.where))
                 kept.append(step)
         used = {name for step in kept for name in step.inputs}.union(self.outputs)
         for name, value in known.items():
@@ -163,13 +173,16 @@ def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[
 
 def _linear_step(linear: Linear, rounding: Rounding | None) -> _Step:
     as_stored = linear.transposed and linear.quantized is None
+    # A quantizer takes weights that the product itself reads; behind a Cast or a Transpose it leaves them.
+    rounds = rounding if any(n.op in _PRODUCTS and linear.weight in n.inputs for n in linear.nodes) else None
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if rounding is not None and linear.quantized is None:
-            x, weight = rounded_activations(x), rounded_weight(weight, 0 if as_stored else 1, rounding)
+        if rounds is not None:
+            weight = rounded_weight(weight, 0 if as_stored else 1, rounds)
         return functional.linear(x, weight if as_stored else weight.t(), None if bias is None else bias.reshape(-1))
 
-    inputs = (linear.x.name, linear.weight.name, linear.bias.name if linear.bias is not None else "")
+    x_name = linear.x.name + (_ROUNDED if rounds is not None else "")
+    inputs = (x_name, linear.weight.name, linear.bias.name if linear.bias is not None else "")
     return _Step(call, inputs, (linear.y.name,), _where(linear.nodes[-1]))
 
 

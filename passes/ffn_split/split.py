@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from threadpoolctl import threadpool_limits
 
 from trimtab.passes.anatomy import FFN, find_anatomy
@@ -25,6 +24,9 @@ from trimtab.passes.graph.opset import raise_opset
 
 _OPSET = {"int8": 21, "int4": 21, "int2": 25}
 """The opset in which DequantizeLinear takes blocks of this type."""
+
+_CHOICE = TypeAdapter(list[tuple[int, int, int, Plan]])
+"""Layer, d_ff, d_model and plan of each FFN: what a budget chose, as the Profile keeps it."""
 
 
 class FFNSplit(Pass):
@@ -113,13 +115,22 @@ class FFNSplit(Pass):
 
     def _budgeted(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
         """A plan for each FFN, chosen over all of them by measured output error."""
-        bits, layers = sorted(context.capability.weight_bits), [ffn.layer for ffn in ffns]
-        chosen = context.choice(
-            self,
-            lambda: {"weight_bits": bits, "layers": layers, "plans": [asdict(p) for p in self._search(ffns, context)]},
-            lambda known: (known["weight_bits"], known["layers"]) == (bits, layers),
-        )
-        return [Plan(**plan) for plan in chosen["plans"]]
+        sizes = [(ffn.layer, ffn.d_ff, ffn.d_model) for ffn in ffns]
+
+        def search() -> Any:
+            plans = self._search(ffns, context)
+            return _CHOICE.dump_python([(*size, plan) for size, plan in zip(sizes, plans, strict=True)], mode="json")
+
+        def fits(known: Any) -> bool:
+            try:
+                chosen = _CHOICE.validate_python(known)
+            except ValidationError:
+                return False
+            bits = {BITS[form] for *_, plan in chosen for form in (plan.heavy_form, plan.rest_form) if form in BITS}
+            possible = bits <= context.capability.weight_bits and all(plan.heavy <= d_ff for _, d_ff, _, plan in chosen)
+            return possible and [tuple(size) for *size, _ in chosen] == sizes
+
+        return [plan for *_, plan in _CHOICE.validate_python(context.choice(self, search, fits))]
 
     def _search(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
         assert self.budget is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,11 @@ def test_the_dense_model_is_found_again(tmp_path: Path, monkeypatch: pytest.Monk
     tiny.model(tmp_path / "model.onnx", seed=1)
     with pytest.raises(ModelError, match=r"no longer those that were compiled.*--dense"):
         dense_model(build)
+
+
+def test_opening_a_build_loads_nothing_that_only_checks_need() -> None:
+    code = (
+        "import sys, trimtab.compiler.engine; print(*sorted({'polygraphy', 'torch', 'transformers'} & {*sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

@@ -211,8 +211,8 @@ def test_what_a_budget_chose_holds_on_another_machine() -> None:
     first = PassContext(profile_of(graph), EVERYTHING)
     found = run_passes(graph, [step], first)[0]
     (choice,) = first.choices.values()
-    assert [plan["heavy"] for plan in choice["plans"]] == [row["heavy"] for row in found.details["layers"]]
-    choice["plans"][1] |= {"heavy": 12, "heavy_form": "int8", "rest_form": "affine", "rank": 16}  # a tie went otherwise
+    assert [plan["heavy"] for *_, plan in choice] == [row["heavy"] for row in found.details["layers"]]
+    choice[1][3] |= {"heavy": 12, "heavy_form": "int8", "rest_form": "affine", "rank": 16}  # a tie went otherwise
 
     def heavy(capability: Capability, **options: object) -> int:
         graph = canonical(zoo.exported("bert"))
@@ -224,6 +224,8 @@ def test_what_a_budget_chose_holds_on_another_machine() -> None:
     assert heavy(EVERYTHING) == 12
     assert heavy(Capability(weight_bits=frozenset({8}))) != 12  # what it chose among is not there
     assert heavy(EVERYTHING, block=32) != 12
+    choice[1][3]["heavy"] = 1000
+    assert heavy(EVERYTHING) <= 80  # the profile is damaged
 
 
 def test_error_budget_is_kept() -> None:
