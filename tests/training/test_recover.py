@@ -78,7 +78,7 @@ def test_pass_puts_in_what_was_learned(bert: Source, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "changed"), [("bert", {"states_weight": 0.0}), ("llama", {"temperature": 4.0})])
 def test_what_is_minimised_follows_the_settings(family: str, changed: dict[str, float], tmp_path: Path) -> None:
-    source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 40, tmp_path)
+    source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 120, tmp_path)
     runs = [
         recover(source, plan, data, empty_profile(source), settings).learned("recover")
         for settings in (SHORT, replace(SHORT, **changed))
