@@ -9,6 +9,6 @@ from trimtab.compiler.data.dataset import (
     read_data,
     text_feeds,
     with_labels,
-)  # fmt: skip
+)
 
 __all__ = ["LABEL", "Dataset", "batches", "class_number", "fit_arrays", "read_data", "text_feeds", "with_labels"]
