@@ -15,8 +15,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -39,7 +40,13 @@ TOKENS = {"sst2": 64, "agnews": 96}
 WORDS = {"sst2": 8, "agnews": 1}  # fewest of a text to learn from: SST-2 trains on phrases and is asked for sentences
 
 Passes = list[str | dict[str, Any]]
-Precision = Literal["fp32", "int8"]
+
+
+class Precision(str, Enum):
+    """What a trained engine computes in."""
+
+    fp32 = "fp32"
+    int8 = "int8"
 
 
 def split(**options: Any) -> Passes:
@@ -186,7 +193,7 @@ def main(
             found = results["tasks"][name] = {"dense_accuracy": it.dense}
             if "trained" in parts.split(","):
                 training = {"minutes": minutes, "lr": lr, "batch_size": batch_size, "labels_weight": labels_weight}
-                found["trained"] = {p: timed(it, p, training, seconds, say) for p in precision or ("fp32", "int8")}
+                found["trained"] = {p.value: timed(it, p.value, training, seconds, say) for p in precision or Precision}
             for part, points, each in (("size", SIZE, 0.0), ("time", TIME, seconds / 4)):
                 if part in parts.split(","):
                     found[part] = []

@@ -6,12 +6,12 @@ One row per task: accuracy against FFN bytes, and accuracy against time for 8 te
 from __future__ import annotations
 
 import json
-import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import typer
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -27,7 +27,10 @@ SHAPE = (8, 48)
 BELOW = 9  # points under the dense accuracy that are still shown
 
 
-def main(results: list[Path], out: Path) -> None:
+def main(
+    results: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="What ffsplit.py wrote.")],
+    out: Annotated[Path, typer.Argument(help="The SVG to write.")],
+) -> None:
     """Draw the frontiers of all tasks in `results` into one figure."""
     tasks: dict[str, dict[str, Any]] = {}
     for path in results:
@@ -87,4 +90,4 @@ def draw_curves(axis: Axes, points: list[tuple[str, float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:-1]], Path(sys.argv[-1]))
+    typer.run(main)
