@@ -57,6 +57,8 @@ class PassContext:
     """Called with (what, done, total) by passes that take long."""
     done: list[Pass] = field(default_factory=list)
     """The passes that `run_passes` has run on this graph so far."""
+    ahead: Sequence[Pass] = ()
+    """Those that it will run after the present one."""
     choices: dict[str, Any] = field(default_factory=dict)
     """What passes have searched for on this graph, for `ProfileInfo.choices`."""
 
@@ -133,6 +135,12 @@ class Pass(BaseModel, ABC):
         return None
 
 
+def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding | None:
+    """How the first of `passes` that rounds products will round them; None where none does."""
+    found = (step.rounding(capability) for step in passes)
+    return next((rounding for rounding in found if rounding is not None), None)
+
+
 def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) -> list[PassResult]:
     """Run `passes` in order over `graph`, in place.
 
@@ -141,7 +149,8 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
     """
     results: list[PassResult] = []
     context.done = []
-    for step in passes:
+    for number, step in enumerate(passes, 1):
+        context.ahead = passes[number:]
         try:
             result = step.run(graph, context)
             graph.cleanup(remove_unused_graph_inputs=False)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.contract import Pass, PassContext, PassResult
+from trimtab.passes.contract import Pass, PassContext, PassResult, Rounding, first_rounding
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import values
+
+log = logging.getLogger(__name__)
 
 _TRAIN = "train with this recipe and model: `trimtab train MODEL --method recover --recipe RECIPE`"
 _NEAR = 0.01  # by which norms may differ: fits and SVDs come out a little different on another machine
@@ -47,6 +51,7 @@ class Recover(Pass):
         targets = {n: _target(n, tensors.get(n), value, origin["norms"].get(n)) for n, value in learned.items()}
         for name, constant in targets.items():
             constant.values = np.array(learned[name])
+        _compare_rounding(record.get("rounding"), first_rounding(context.ahead, context.capability))
         details: dict[str, Any] = {
             key: record[key] for key in ("steps", "before", "after", "rounding") if key in record
         }
@@ -82,6 +87,18 @@ def _check_passes(done: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
                     )
     names = [", ".join(name for step in steps for name in step) or "none" for steps in (have, trained)]
     raise ProfileError(f"the passes before recover are {names[0]}, but it learned behind {names[1]}", hint=_TRAIN)
+
+
+def _compare_rounding(learned: object, coming: Rounding | None) -> None:
+    """Warn where the weights learned for one precision and are about to be put in another: right, but less good."""
+    now = coming and asdict(coming)
+    if now != learned:
+        log.warning(
+            "recover: its weights learned %s, and this recipe %s; %s",
+            f"to be rounded ({learned})" if learned else "in floating point",
+            f"rounds them ({now})" if now else "leaves them in floating point",
+            _TRAIN,
+        )
 
 
 def _target(name: str, tensor: gs.Tensor | None, value: np.ndarray, norm: float | None) -> gs.Constant:

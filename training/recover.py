@@ -18,7 +18,7 @@ from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy
-from trimtab.passes.contract import Capability, Rounding
+from trimtab.passes.contract import Capability, first_rounding
 from trimtab.passes.errors import DataError, ModelError, RecipeError
 from trimtab.passes.profile import Profile
 from trimtab.passes.recover import origin_of
@@ -75,7 +75,7 @@ def recover(
         _check_labels(samples.labels, dataset, dense, objective)
     names = trained_names(dense, student, anatomy, settings.train)
     origin = origin_of(student, names, context.done)
-    rounding = rounding_behind(recipe, context.capability)
+    rounding = first_rounding(recipe.passes[check_recipe(recipe) + 1 :], context.capability)
     distillation = Distillation(dense, student, names, objective, samples, settings, rounding)
     record = distillation.run(rng, start, progress)
     learned = distillation.student.learned()
@@ -111,12 +111,6 @@ def check_recipe(recipe: Recipe) -> int:
             hint=f"add {METHOD!r} to `passes`, behind those that change the model and before those that quantize it",
         )
     return names.index(METHOD)
-
-
-def rounding_behind(recipe: Recipe, capability: Capability) -> Rounding | None:
-    """How the first pass behind `recover` that rounds products will round them; None where none does."""
-    found = (step.rounding(capability) for step in recipe.passes[check_recipe(recipe) + 1 :])
-    return next((rounding for rounding in found if rounding is not None), None)
 
 
 def trained_names(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, train: Literal["all", "ffn"]) -> list[str]:

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from trimtab.passes.contract import Pass, PassContext, PassResult, run_passes
+from trimtab.passes.contract import Capability, Pass, PassContext, PassResult, Rounding, run_passes
 from trimtab.passes.errors import PassError, ProfileError
 from trimtab.passes.graph import constant, values
 from trimtab.passes.profile import Profile, ProfileInfo
@@ -120,3 +120,31 @@ def test_other_passes_or_options_before_are_refused() -> None:
     run_passes(graph, [Before(size=2), Recover()], context)
     with pytest.raises(PassError, match="before runs with size = 3, but recover learned with 2"):
         run_passes(graph, [Before(size=3), Recover()], context)
+
+
+class Rounds(Pass):
+    """Stands for a quantizing pass."""
+
+    name: ClassVar[str] = "rounds"
+    summary: ClassVar[str] = "for this test"
+    largest: int = 7
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        return PassResult(self.name, 0)
+
+    def rounding(self, capability: Capability) -> Rounding:
+        return Rounding(self.largest, per_channel=True)
+
+
+@pytest.mark.parametrize("learned", [None, 7, 127])
+@pytest.mark.parametrize("coming", [None, 7])
+def test_says_when_the_precision_is_not_that_of_training(
+    learned: int | None, coming: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = two_layers(np.random.default_rng())
+    profile = profile_of(graph, weights(graph))
+    if learned is not None:
+        profile.info.learned["recover"]["rounding"] = {"largest": learned, "per_channel": True}
+    run_passes(graph, [Recover()] + ([Rounds(largest=coming)] if coming else []), PassContext(profile))
+    assert bool(caplog.records) == (learned != coming)
+    assert all("trimtab train" in record.getMessage() for record in caplog.records)
