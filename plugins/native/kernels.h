@@ -1,0 +1,42 @@
+// The inner loops of the sparse ops, compiled once per instruction set and chosen when the library is loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "weights.h"
+
+namespace trimtab {
+
+// Rows of a weight matrix: blocks of `size` neighbours each.
+struct Chosen {
+  const int32_t* blocks;
+  int64_t size;
+
+  int64_t row(int64_t i) const { return size == 1 ? blocks[i] : blocks[i / size] * size + i % size; }
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[t, i - begin] = x[t] . W[chosen.row(i)] for i in [begin, end) and `tokens` rows of x.
+  // x lies [tokens, width], out has `out_stride` floats from token to token.
+  void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, int64_t tokens,
+              float* out, int64_t out_stride);
+
+  // y[t, first..last) = sum over i in [0, count) of h[t, i] * W[chosen.row(i), first..last).
+  // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of 64.
+  void (*sum)(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
+              int64_t first, int64_t last, float* y);
+};
+
+extern const Kernels kPortable;
+#if defined(TRIMTAB_X86)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The best that this processor runs. TRIMTAB_ISA=portable|avx2|avx512 asks for another, for tests.
+const Kernels& kernels();
+
+}  // namespace trimtab

@@ -1,0 +1,70 @@
+// What the sparse ops that read weights have in common: their weights as tensors, their tasks, their checks.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "custom_op.h"
+#include "kernels.h"
+
+namespace trimtab {
+
+constexpr int64_t kTaskBytes = 1 << 16;  // of weights that are worth a task of their own
+constexpr int64_t kMostTasks = 16;
+
+inline int64_t task_count(int64_t bytes) { return std::clamp<int64_t>(bytes / kTaskBytes, 1, kMostTasks); }
+
+// Bounds of part `i` of `parts` of [0, total), at multiples of `unit`.
+inline int64_t bound(int64_t total, int64_t parts, int64_t i, int64_t unit) {
+  const int64_t units = (total + unit - 1) / unit;
+  return std::min(total, units * i / parts * unit);
+}
+
+// The weights that two inputs are; nullptr, or what is wrong with them.
+inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t width, Weights* out) {
+  if (w.rank != 2) return "weights are not a matrix [neurons, width]";
+  *out = {Format::float32, w.data, scale.floats(), w.dims[0], w.dims[1]};
+  switch (w.type) {
+    case ort::Type::float32: out->format = Format::float32; break;
+    case ort::Type::float16: out->format = Format::float16; break;
+    case ort::Type::bfloat16: out->format = Format::bfloat16; break;
+    case ort::Type::int8: out->format = Format::int8; break;
+    case ort::Type::uint8: out->format = Format::int4, out->width *= 2; break;
+    default: return "weights are of a type that this op does not take";
+  }
+  if (out->width != width) return "weights and activations have different widths";
+  const bool integer = out->format == Format::int8 || out->format == Format::int4;
+  if (integer != static_cast<bool>(scale)) return "integer weights need scales, others take none";
+  if (!integer) return nullptr;
+  if (out->format == Format::int4 && width % kInt4Block != 0) return "the width of int4 weights is no multiple of 32";
+  const int64_t scales = out->format == Format::int8 ? out->rows : out->rows * (width / kInt4Block);
+  if (scale.type != ort::Type::float32 || scale.rows() * scale.last() != scales)
+    return "scales are not float32 [neurons] (int8) or [neurons, width / 32] (int4)";
+  return nullptr;
+}
+
+// Blocks [1 or tokens, k] of int32, each within [0, rows / size).
+inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t rows, int64_t size) {
+  if (blocks.type != ort::Type::int32 || blocks.rank != 2) return "blocks are not int32 [tokens or 1, k]";
+  if (blocks.dims[0] != 1 && blocks.dims[0] != tokens) return "blocks are for another number of tokens";
+  if (size < 1 || rows % size != 0) return "the block size does not divide the number of neurons";
+  const int32_t* found = blocks.ints();
+  for (int64_t i = 0; i < blocks.dims[0] * blocks.dims[1]; i++)
+    if (found[i] < 0 || found[i] >= rows / size) return "a block lies outside the weights";
+  return nullptr;
+}
+
+// int4 kernels read their vectors with the even places of each block of 32 before the odd ones.
+inline void split_places(const float* x, int64_t count, float* out) {
+  for (int64_t b = 0; b < count; b += kInt4Block)
+    for (int64_t i = 0; i < kInt4Block; i++) out[b + i % 2 * (kInt4Block / 2) + i / 2] = x[b + i];
+}
+inline void join_places(float* y, int64_t count) {
+  float block[kInt4Block];
+  for (int64_t b = 0; b < count; b += kInt4Block) {
+    std::copy_n(y + b, kInt4Block, block);
+    for (int64_t i = 0; i < kInt4Block; i++) y[b + i] = block[i % 2 * (kInt4Block / 2) + i / 2];
+  }
+}
+
+}  // namespace trimtab

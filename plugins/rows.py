@@ -1,0 +1,69 @@
+"""Statements that the reference bodies of the ops with weights share."""
+
+from __future__ import annotations
+
+
+def numbers_of_rows(x: str = "x", block: str = "@block") -> str:
+    """Makes `rows` [tokens or 1, n], the numbers of the neurons in `blocks`, and `flat` [tokens, 1, width] of x."""
+    size = f"value_int: int = {block}" if block.startswith("@") else f"value_int = {block}"
+    return f"""
+  zero = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  one = Constant <value_ints = [1]> ()
+  minus = Constant <value_ints = [-1]> ()
+  two = Constant <value_ints = [2]> ()
+  block_ = Constant <{size}> ()
+  wide = Cast <to = 7> (blocks)
+  starts = Mul (wide, block_)
+  starts_ = Unsqueeze (starts, two)
+  within = Range (zero, block_, step)
+  each = Add (starts_, within)
+  groups = Shape <start = 0, end = 1> (blocks)
+  rows_shape = Concat <axis = 0> (groups, minus)
+  rows = Reshape (each, rows_shape)
+  width = Shape <start = -1> ({x})
+  flat_shape = Concat <axis = 0> (minus, one, width)
+  flat = Reshape ({x}, flat_shape)"""
+
+
+def chosen_rows(kind: str, label: str) -> str:
+    """Makes `<label>_rows` [tokens or 1, n, width] in float: the chosen rows of the weights `label` of type `kind`."""
+    lines = [f"  {label}_g = Gather ({label}, rows)"]
+    if kind == "tensor(uint8)":
+        return "\n".join([*lines, *_int4(label)])
+    if kind != "tensor(int8)":
+        return "\n".join([*lines, f"  {label}_rows = Cast <to = 1> ({label}_g)"])
+    return "\n".join(
+        [
+            *lines,
+            f"  {label}_i = Cast <to = 1> ({label}_g)",
+            f"  {label}_s = Gather ({label}_scale, rows)",
+            f"  {label}_s1 = Unsqueeze ({label}_s, two)",
+            f"  {label}_rows = Mul ({label}_i, {label}_s1)",
+        ]
+    )
+
+
+def _int4(label: str) -> list[str]:
+    return [
+        f"  {label}_w = Cast <to = 6> ({label}_g)",  # runtimes lack bit operations on some types; int32 has Div and Mod
+        f"  {label}_16 = Constant <value = int32 {{16}}> ()",
+        f"  {label}_8 = Constant <value = float {{8.0}}> ()",
+        f"  {label}_3 = Constant <value_ints = [3]> ()",
+        f"  {label}_0 = Mod ({label}_w, {label}_16)",
+        f"  {label}_1 = Div ({label}_w, {label}_16)",
+        f"  {label}_0u = Unsqueeze ({label}_0, {label}_3)",
+        f"  {label}_1u = Unsqueeze ({label}_1, {label}_3)",
+        f"  {label}_both = Concat <axis = -1> ({label}_0u, {label}_1u)",
+        f"  {label}_int = Cast <to = 1> ({label}_both)",
+        f"  {label}_centred = Sub ({label}_int, {label}_8)",
+        f"  {label}_s = Gather ({label}_scale, rows)",
+        f"  {label}_lead = Shape ({label}_s)",
+        f"  {label}_blocks = Concat <axis = 0> ({label}_lead, minus)",
+        f"  {label}_in = Reshape ({label}_centred, {label}_blocks)",
+        f"  {label}_s3 = Unsqueeze ({label}_s, {label}_3)",
+        f"  {label}_out = Mul ({label}_in, {label}_s3)",
+        f"  {label}_first = Shape <end = 2> ({label}_s)",
+        f"  {label}_flat = Concat <axis = 0> ({label}_first, minus)",
+        f"  {label}_rows = Reshape ({label}_out, {label}_flat)",
+    ]

@@ -1,0 +1,105 @@
+"""SelectBlocks: scores of blocks of neurons → the numbers of the blocks to compute.
+
+HiRE (arXiv 2402.09360): the approximate top-k over s devices (DA-TOP-k) is `shards`, where each narrows down to its own
+best and one merge follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from trimtab.plugins.dialect import FLOAT, Attribute, Form, Input, Op, Shape, Value
+
+__all__ = ["SELECT_BLOCKS", "local_k"]
+
+
+def local_k(k: int, shards: int, slack: int, blocks: int) -> int:
+    """How many blocks each of the shards hands on."""
+    return min(-(-k // shards) + slack, blocks // shards)
+
+
+def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
+    scores = shapes["scores"]
+    if scores is None:
+        return None
+    tokens = scores[:-1]
+    known = math.prod(size for size in tokens if isinstance(size, int))
+    count = known if all(isinstance(size, int) for size in tokens) else tokens[0] if len(tokens) == 1 else None
+    dense_above = int(attributes["dense_above"])
+    k: int | str | None = int(attributes["k"])
+    if dense_above >= 0:
+        k = None if not isinstance(count, int) else scores[-1] if count > dense_above else k
+    return [1 if attributes["shared"] else count, k]
+
+
+def _body(form: Form) -> str:
+    return """
+  minus = Constant <value_ints = [-1]> ()
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  two = Constant <value_ints = [2]> ()
+  k_ = Constant <value_int: int = @k> ()
+  shared_ = Constant <value_int: int = @shared> ()
+  shards_ = Constant <value_int: int = @shards> ()
+  slack_ = Constant <value_int: int = @slack> ()
+  dense_above_ = Constant <value_int: int = @dense_above> ()
+  n = Shape <start = -1> (scores)
+  flat_shape = Concat <axis = 0> (minus, n)
+  flat = Reshape (scores, flat_shape)
+  tokens = Shape <start = 0, end = 1> (flat)
+  s = Reshape (shards_, one)
+
+  is_shared = Equal (shared_, one)
+  rows = Where (is_shared, one, tokens)
+  together = Div (tokens, rows)
+  grouped_shape = Concat <axis = 0> (rows, together, n)
+  grouped = Reshape (flat, grouped_shape)
+  most = ReduceMax <keepdims = 0> (grouped, one)
+
+  bounded = GreaterOrEqual (dense_above_, zero)
+  above = Greater (tokens, dense_above_)
+  dense = And (bounded, above)
+  take = Where (dense, n, k_)
+  width = Div (n, s)
+  k_s = Add (k_, s)
+  k_s_1 = Sub (k_s, one)
+  share = Div (k_s_1, s)
+  share_slack = Add (share, slack_)
+  fewer = Min (share_slack, width)
+  local = Where (dense, width, fewer)
+
+  parts_shape = Concat <axis = 0> (rows, s, width)
+  parts = Reshape (most, parts_shape)
+  values, places = TopK <axis = -1> (parts, local)
+  first = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  shard = Range (first, shards_, step)
+  offset = Mul (shard, width)
+  offset_ = Unsqueeze (offset, one)
+  numbers = Add (places, offset_)
+  candidates_shape = Concat <axis = 0> (rows, minus)
+  candidates = Reshape (numbers, candidates_shape)
+  theirs = Reshape (values, candidates_shape)
+  best, chosen = TopK <axis = -1> (theirs, take)
+  found = GatherElements <axis = 1> (candidates, chosen)
+  ascending, order = TopK <axis = -1, largest = 0> (found, take)
+  blocks = Cast <to = 6> (ascending)
+"""
+
+
+SELECT_BLOCKS = Op(
+    "SelectBlocks",
+    doc="The k blocks of highest score of each token, in ascending order of their numbers; of equal ones the first.",
+    inputs=(Input("scores", FLOAT, "[..., blocks]"),),
+    output=("blocks", "tensor(int32)"),
+    attributes=(
+        Attribute("k", 1, "blocks to take"),
+        Attribute("shared", 0, "1: one selection for all tokens, by each block's highest score; blocks is [1, k]"),
+        Attribute("shards", 1, "neighbouring parts of the blocks, of which each narrows down on its own; divides them"),
+        Attribute("slack", 0, "blocks that a shard hands on beyond ceil(k / shards)"),
+        Attribute("dense_above", -1, "with more tokens than this all blocks are taken; -1: never"),
+    ),
+    infer=_infer,
+    body=_body,
+)

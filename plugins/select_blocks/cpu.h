@@ -1,0 +1,92 @@
+// SelectBlocks on the CPU: the blocks of highest score, in ascending order of their numbers.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "../native/custom_op.h"
+
+namespace trimtab {
+
+struct SelectBlocks {
+  static constexpr const char* kName = "SelectBlocks";
+  static constexpr ort::Type kOutput = ort::Type::int32;
+  static constexpr ort::Presence kInputs[] = {ort::Presence::required};
+
+  int64_t k = 1;
+  int64_t shared = 0;       // one selection for all tokens, by each block's highest score
+  int64_t shards = 1;       // parts of the blocks that narrow down on their own
+  int64_t slack = 0;        // blocks that a shard hands on beyond k / shards
+  int64_t dense_above = -1;  // more tokens than this take all blocks; -1: never
+
+  const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
+    runtime.attribute(info, "k", &k);
+    runtime.attribute(info, "shared", &shared);
+    runtime.attribute(info, "shards", &shards);
+    runtime.attribute(info, "slack", &slack);
+    runtime.attribute(info, "dense_above", &dense_above);
+    return k < 1 || shards < 1 || slack < 0 ? "SelectBlocks: k and shards are at least 1, slack at least 0" : nullptr;
+  }
+
+  const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
+    const Tensor scores = read_input(runtime, context, 0);
+    if (scores.type != ort::Type::float32 || scores.rank < 1 || scores.rank > Tensor::kMostDims)
+      return "SelectBlocks: scores are not float32 [..., blocks]";
+    const int64_t tokens = scores.rows(), blocks = scores.last();
+    const bool all = dense_above >= 0 && tokens > dense_above;
+    if (blocks % shards != 0) return "SelectBlocks: the number of shards does not divide that of blocks";
+    if (!all && k > shards * local(blocks)) return "SelectBlocks: k is more than there are blocks";
+    const int64_t take = all ? blocks : k, rows = shared ? 1 : tokens;
+    const int64_t shape[] = {rows, take};
+    auto* out = static_cast<int32_t*>(runtime.data(runtime.output(context, 0, shape, 2)));
+    std::vector<float> most;
+    const float* from = scores.floats();
+    if (shared && tokens != 1) {
+      most.assign(blocks, -INFINITY);
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t b = 0; b < blocks; b++) most[b] = std::max(most[b], from[t * blocks + b]);
+      from = most.data();
+    }
+    for (int64_t row = 0; row < rows; row++, from += blocks, out += take) select(from, blocks, take, out);
+    return nullptr;
+  }
+
+ private:
+  // What each shard hands on.
+  int64_t local(int64_t blocks) const { return std::min((k + shards - 1) / shards + slack, blocks / shards); }
+
+  void select(const float* scores, int64_t blocks, int64_t take, int32_t* out) const {
+    if (take == blocks) {
+      for (int64_t b = 0; b < blocks; b++) out[b] = static_cast<int32_t>(b);
+      return;
+    }
+    if (shards == 1) {
+      highest(scores, 0, blocks, take, out);
+      return;
+    }
+    const int64_t each = local(blocks), width = blocks / shards;
+    std::vector<int32_t> candidates(shards * each), chosen(take);
+    std::vector<float> theirs(shards * each);
+    for (int64_t s = 0; s < shards; s++) highest(scores + s * width, s * width, width, each, candidates.data() + s * each);
+    for (size_t i = 0; i < candidates.size(); i++) theirs[i] = scores[candidates[i]];
+    highest(theirs.data(), 0, shards * each, take, chosen.data());
+    for (int64_t i = 0; i < take; i++) out[i] = candidates[chosen[i]];
+  }
+
+  // Places of the `take` highest of `count` scores plus `offset`, ascending; of equal ones the first.
+  static void highest(const float* scores, int64_t offset, int64_t count, int64_t take, int32_t* out) {
+    thread_local std::vector<float> sorted;
+    sorted.assign(scores, scores + count);
+    std::nth_element(sorted.begin(), sorted.begin() + take - 1, sorted.end(), std::greater<>());
+    const float cut = sorted[take - 1];
+    int64_t above = 0;
+    for (int64_t i = 0; i < take - 1; i++) above += sorted[i] > cut;
+    int64_t equal = take - above;
+    for (int64_t i = 0; i < count; i++)
+      if (scores[i] > cut || (scores[i] == cut && equal-- > 0)) *out++ = static_cast<int32_t>(offset + i);
+  }
+};
+
+}  // namespace trimtab

@@ -1,0 +1,37 @@
+"""SparseHead: exact logits of candidate rows of the vocabulary."""
+
+from __future__ import annotations
+
+from trimtab.plugins.dialect import FLOAT, INT32, WEIGHTS, Form, Input, Op
+from trimtab.plugins.rows import numbers_of_rows
+from trimtab.plugins.sparse_up import infer_chosen, products, shaped
+
+__all__ = ["SPARSE_HEAD"]
+
+
+def _body(form: Form) -> str:
+    return "\n".join(
+        [numbers_of_rows(block="1"), *products(form, "weight"), "  logits_ = Identity (weight_y)", *shaped("logits")]
+    )
+
+
+SPARSE_HEAD = Op(
+    "SparseHead",
+    doc="x weightᵀ + bias, for the chosen rows of the vocabulary alone.",
+    inputs=(
+        Input("x", FLOAT, "[..., width]"),
+        Input("blocks", INT32, "the rows: [tokens, k], or [1, k] for all tokens"),
+        Input("weight", WEIGHTS, "[vocabulary, width]; int4 as uint8 [vocabulary, width / 2]"),
+        Input(
+            "weight_scale",
+            FLOAT,
+            "of integer weights: [vocabulary] for int8, [vocabulary, width / 32] for int4",
+            optional=True,
+        ),
+        Input("weight_bias", FLOAT, "[vocabulary]", optional=True),
+    ),
+    output=("logits", "tensor(float)"),
+    attributes=(),
+    infer=infer_chosen,
+    body=_body,
+)

@@ -1,0 +1,16 @@
+// SparseHead on the CPU: exact logits of candidate rows of the vocabulary, which are blocks of one row without activation.
+#pragma once
+
+#include "../sparse_up/cpu.h"
+
+namespace trimtab {
+
+struct SparseHead : SparseUp {
+  static constexpr const char* kName = "SparseHead";
+  // x, rows, weight, scale, bias
+  static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional, kOptional};
+
+  const char* read(const ort::Runtime&, const ort::KernelInfo*) { return nullptr; }
+};
+
+}  // namespace trimtab

@@ -1,0 +1,109 @@
+"""SparseUp: the activations of the chosen blocks of an FFN's neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trimtab.plugins.dialect import FLOAT, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.rows import chosen_rows, numbers_of_rows
+
+__all__ = ["ACTIVATIONS", "SPARSE_UP"]
+
+ACTIVATIONS = {
+    "identity": ("act = Identity ({x})",),
+    "relu": ("act = Relu ({x})",),
+    "relu_squared": ("act_r = Relu ({x})", "act = Mul (act_r, act_r)"),
+    "silu": ("act_s = Sigmoid ({x})", "act = Mul ({x}, act_s)"),
+    "gelu": (
+        "act_a = Constant <value_float = 0.70710678> ()", "act_half = Constant <value_float = 0.5> ()",
+        "act_u = Mul ({x}, act_a)", "act_e = Erf (act_u)", "act_f = Mul (act_e, act_half)",
+        "act_g = Add (act_f, act_half)", "act = Mul ({x}, act_g)",
+    ),
+    "gelu_tanh": (
+        "act_a = Constant <value_float = 0.79788456> ()", "act_b = Constant <value_float = 0.035677408> ()",
+        "act_half = Constant <value_float = 0.5> ()", "act_q = Mul ({x}, {x})", "act_bq = Mul (act_b, act_q)",
+        "act_abq = Add (act_a, act_bq)", "act_u = Mul ({x}, act_abq)", "act_e = Tanh (act_u)",
+        "act_f = Mul (act_e, act_half)", "act_g = Add (act_f, act_half)", "act = Mul ({x}, act_g)",
+    ),
+    "quick_gelu": (
+        "act_c = Constant <value_float = 1.702> ()", "act_m = Mul ({x}, act_c)", "act_s = Sigmoid (act_m)",
+        "act = Mul ({x}, act_s)",
+    ),
+    "sigmoid": ("act = Sigmoid ({x})",),
+    "tanh": ("act = Tanh ({x})",),
+}  # fmt: skip
+"""Name, as `trimtab.passes.anatomy` gives it → the statements that compute `act` of `{x}`."""
+
+
+def infer_chosen(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
+    """x [..., width] and blocks [tokens or 1, k] → [..., k · block]."""
+    x, blocks = shapes["x"], shapes["blocks"]
+    if x is None:
+        return None
+    k = blocks[1] if blocks is not None else None
+    return [*x[:-1], k * int(attributes.get("block", 1)) if isinstance(k, int) else None]
+
+
+def _body(form: Form) -> str:
+    gated = "gate" in form.given
+    lines = [numbers_of_rows(), *products(form, "up")]
+    if gated:
+        lines += products(form, "gate")
+    activation = ACTIVATIONS[str(form.attributes["activation"])]
+    lines += ["  " + line.format(x="gate_y" if gated else "up_y") for line in activation]
+    lines.append("  h_ = Mul (act, up_y)" if gated else "  h_ = Identity (act)")
+    return "\n".join([*lines, *shaped("h")])
+
+
+def products(form: Form, label: str) -> list[str]:
+    """Statements that compute `<label>_y`, [tokens, 1, rows], of x with the chosen rows of the weights `label`."""
+    lines = [
+        chosen_rows(form.given[label], label),
+        f"  {label}_t = Transpose <perm = [0, 2, 1]> ({label}_rows)",
+        f"  {label}_p = MatMul (flat, {label}_t)",
+    ]
+    if f"{label}_bias" not in form.given:
+        return [*lines, f"  {label}_y = Identity ({label}_p)"]
+    return [
+        *lines,
+        f"  {label}_b = Gather ({label}_bias, rows)",
+        f"  {label}_c = Unsqueeze ({label}_b, one)",
+        f"  {label}_y = Add ({label}_p, {label}_c)",
+    ]
+
+
+def shaped(name: str) -> list[str]:
+    """Statements that bring `<name>_`, [tokens, 1, n], into the shape of x."""
+    return [
+        "  lead = Shape <end = -1> (x)",
+        "  size = Shape <start = -1> (rows)",
+        "  shape = Concat <axis = 0> (lead, size)",
+        f"  {name} = Reshape ({name}_, shape)",
+    ]
+
+
+SPARSE_UP = Op(
+    "SparseUp",
+    doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone.",
+    inputs=(
+        Input("x", FLOAT, "[..., width]"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
+        Input(
+            "up", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2], the first in the low half, zero at 8"
+        ),
+        Input(
+            "up_scale", FLOAT, "of integer weights: [neurons] for int8, [neurons, width / 32] for int4", optional=True
+        ),
+        Input("up_bias", FLOAT, "[neurons]", optional=True),
+        Input("gate", WEIGHTS, "as up", optional=True),
+        Input("gate_scale", FLOAT, "as up_scale", optional=True),
+        Input("gate_bias", FLOAT, "[neurons]", optional=True),
+    ),
+    output=("h", "tensor(float)"),
+    attributes=(
+        Attribute("activation", "identity", f"one of {', '.join(ACTIVATIONS)}"),
+        Attribute("block", 1, "neurons in a block"),
+    ),
+    infer=infer_chosen,
+    body=_body,
+)

@@ -1,0 +1,90 @@
+// SparseUp on the CPU: activations of the chosen blocks of an FFN's neurons.
+#pragma once
+
+#include "../native/activation.h"
+#include "../native/rows.h"
+
+namespace trimtab {
+
+struct SparseUp {
+  static constexpr const char* kName = "SparseUp";
+  static constexpr ort::Type kOutput = ort::Type::float32;
+  static constexpr ort::Presence kRequired = ort::Presence::required, kOptional = ort::Presence::optional;
+  // x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias
+  static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional,
+                                              kOptional, kOptional, kOptional, kOptional};
+
+  Activation activation = Activation::identity;
+  int64_t block = 1;
+
+  const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
+    char name[32];
+    size_t size = sizeof name;
+    if (runtime.attribute(info, "activation", name, &size)) activation = activation_named(name);
+    if (activation == Activation::unknown) return "SparseUp: unknown activation";
+    runtime.attribute(info, "block", &block);
+    return nullptr;
+  }
+
+  const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
+    Tensor in[8];
+    for (size_t i = 0; i < 8; i++) in[i] = read_input(runtime, context, i);
+    const Tensor &x = in[0], &blocks = in[1];
+    if (x.type != ort::Type::float32 || x.rank < 1 || x.rank > Tensor::kMostDims) return "SparseUp: x is not float32 [..., width]";
+    const int64_t tokens = x.rows(), width = x.last();
+    Weights up, gate;
+    if (const char* error = read_weights(in[2], in[3], width, &up)) return error;
+    if (in[5])
+      if (const char* error = read_weights(in[5], in[6], width, &gate)) return error;
+    if (const char* error = check_blocks(blocks, tokens, up.rows, block)) return error;
+
+    const int64_t k = blocks.last(), count = k * block;
+    int64_t shape[Tensor::kMostDims];
+    std::copy_n(x.dims, x.rank, shape);
+    shape[x.rank - 1] = count;
+    auto* out = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, x.rank)));
+    if (tokens == 0 || count == 0) return nullptr;
+
+    const float* rows = x.floats();
+    std::vector<float> split;
+    if (up.format == Format::int4) {
+      split.resize(tokens * width);
+      split_places(rows, tokens * width, split.data());
+      rows = split.data();
+    }
+    // One selection for all tokens is one group; otherwise each token is one.
+    const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
+    const int64_t matrices = in[5] ? 2 : 1;
+    const int64_t parts = task_count(matrices * bytes_of(up.format, count * width));
+    auto task = [&](int64_t i) {
+      const int64_t group = i / parts, begin = bound(count, parts, i % parts, 4), end = bound(count, parts, i % parts + 1, 4);
+      if (begin == end) return;
+      const Chosen chosen{blocks.ints() + group * k, block};
+      const float* mine = rows + group * each * width;
+      float* to = out + group * each * count + begin;
+      const Kernels& use = kernels();
+      use.dot(up, chosen, begin, end, mine, each, to, count);
+      std::vector<float> gated;
+      if (in[5]) {
+        gated.resize(each * (end - begin));
+        use.dot(gate, chosen, begin, end, mine, each, gated.data(), end - begin);
+      }
+      for (int64_t t = 0; t < each; t++)
+        for (int64_t j = 0; j < end - begin; j++) {
+          const int64_t row = chosen.row(begin + j);
+          float& h = to[t * count + j];
+          if (in[4]) h += in[4].floats()[row];
+          if (in[5]) {
+            const float g = gated[t * (end - begin) + j] + (in[7] ? in[7].floats()[row] : 0.0f);
+            h *= activate(activation, g);
+          } else {
+            h = activate(activation, h);
+          }
+        }
+    };
+    parallel(runtime, context, groups * parts, task);
+    return nullptr;
+  }
+};
+
+}  // namespace trimtab

@@ -1,0 +1,82 @@
+"""SelectBlocks: the highest scores, however they are shared, sharded or let through."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from dialects import everywhere, finish, graph_of, native
+
+from trimtab.plugins import SELECT_BLOCKS, add_node
+from trimtab.plugins.select_blocks import local_k
+
+
+def model(**attributes: int) -> onnx.ModelProto:
+    graph = graph_of(scores=(np.float32, ["batch", "tokens", "blocks"]))
+    return finish(graph, add_node(graph, SELECT_BLOCKS, {"scores": graph.inputs[0]}, "blocks", **attributes))
+
+
+def highest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Of equal ones the first; in ascending order."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k])
+
+
+def check(found: dict[str, list[np.ndarray]], wanted: np.ndarray) -> None:
+    for (blocks,) in found.values():
+        assert blocks.dtype == np.int32
+        np.testing.assert_array_equal(blocks, wanted)
+
+
+@pytest.mark.parametrize("distinct", [3, 1000])
+def test_each_token_takes_its_own(distinct: int) -> None:
+    """With few distinct scores most are ties."""
+    rng = np.random.default_rng()
+    scores = rng.integers(0, distinct, (2, 3, 40)).astype(np.float32)
+    k = int(rng.integers(1, 41))
+    check(everywhere(model(k=k), {"scores": scores}), np.stack([highest(row, k) for row in scores.reshape(6, 40)]))
+
+
+def test_shared_takes_what_any_token_wants_most() -> None:
+    rng = np.random.default_rng()
+    scores = rng.standard_normal((2, 3, 40)).astype(np.float32)
+    check(everywhere(model(k=7, shared=1), {"scores": scores}), highest(scores.max((0, 1)), 7)[None])
+
+
+@pytest.mark.parametrize("slack", [0, 1, 9])
+def test_shards_narrow_down_first(slack: int) -> None:
+    rng = np.random.default_rng()
+    scores = rng.standard_normal((1, 5, 48)).astype(np.float32)
+    each, rows = local_k(10, 4, slack, 48), []
+    for row in scores[0]:
+        parts = [highest(part, each) + 12 * s for s, part in enumerate(row.reshape(4, 12))]
+        candidates = np.concatenate(parts)
+        rows.append(candidates[highest(row[candidates], 10)])
+    check(everywhere(model(k=10, shards=4, slack=slack), {"scores": scores}), np.stack(rows))
+
+
+def test_slack_enough_makes_shards_exact() -> None:
+    scores = np.random.default_rng().standard_normal((1, 5, 48)).astype(np.float32)
+    sharded = native(model(k=10, shards=4, slack=9)).run(None, {"scores": scores})
+    np.testing.assert_array_equal(sharded, native(model(k=10)).run(None, {"scores": scores}))
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(1, 5), (4, 5), (5, 24)])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_prompt_takes_all(tokens: int, taken: int, shards: int, shared: int) -> None:
+    scores = np.random.default_rng().standard_normal((1, tokens, 24)).astype(np.float32)
+    for (blocks,) in everywhere(
+        model(k=5, dense_above=4, shards=shards, shared=shared, slack=5), {"scores": scores}
+    ).values():
+        assert blocks.shape == (1 if shared else tokens, taken)
+        if taken == 24:
+            np.testing.assert_array_equal(blocks, np.broadcast_to(np.arange(24), blocks.shape))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [({"k": 25}, "more than there are"), ({"k": 4, "shards": 5}, "does not divide"), ({"k": 0}, "at least 1")],
+)
+def test_refuses_what_does_not_fit(attributes: dict[str, int], says: str) -> None:
+    with pytest.raises(Exception, match=says):
+        native(model(**attributes)).run(None, {"scores": np.zeros((1, 1, 24), np.float32)})

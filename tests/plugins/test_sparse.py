@@ -1,0 +1,161 @@
+"""SparseUp, SparseDown and SparseHead: kernel, reference body, ONNX's evaluator and dense masked computation agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from dialects import (
+    ACTIVATIONS,
+    FORMATS,
+    close,
+    everywhere,
+    finish,
+    graph_of,
+    mask_of,
+    native,
+    some_blocks,
+    weights,
+)  # fmt: skip
+
+from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
+
+SELECTIONS = [(1, 1), (4, 4), (5, 1), (2, 2)]
+"""(tokens, selections): one token; each its own; one for all."""
+
+
+def activations(mask: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Of the chosen neurons alone, in order, [tokens, chosen], of `dense` [tokens, neurons]."""
+    return np.stack([row[chosen != 0] for row, chosen in zip(dense, mask, strict=True)])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "selections"), SELECTIONS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, gated: bool) -> None:
+    rng = np.random.default_rng()
+    block, count = int(rng.integers(1, 5)), int(rng.integers(3, 30))
+    width, neurons, k = 32 * int(rng.integers(1, 6)), block * count, int(rng.integers(1, count + 1))
+    graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
+    x, blocks = graph.inputs
+    ups, up = weights("up", neurons, width, form, rng)
+    downs, down = weights("down", neurons, width, form, rng)
+    bias = rng.standard_normal(neurons).astype(np.float32)
+    inputs: dict[str, gs.Tensor] = {"x": x, "blocks": blocks, "up_bias": gs.Constant("up_bias", bias)} | ups
+    if gated:
+        gates, gate = weights("gate", neurons, width, form, rng)
+        inputs |= gates
+    h = add_node(graph, SPARSE_UP, inputs, "h", activation="silu", block=block)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)
+    model = finish(graph, h, y)
+    feeds = {
+        "x": rng.standard_normal((tokens, width)).astype(np.float32),
+        "blocks": some_blocks(selections, count, k, rng),
+    }
+    z = feeds["x"] @ up.T + bias
+    dense = ACTIVATIONS["silu"](feeds["x"] @ gate.T) * z if gated else ACTIVATIONS["silu"](z)
+    mask = mask_of(feeds["blocks"], block, neurons, tokens)
+    for found_h, found_y in everywhere(model, feeds).values():
+        close(found_h, activations(mask, dense))
+        close(found_y, (mask * dense) @ down)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str) -> None:
+    rng = np.random.default_rng()
+    graph = graph_of(x=(np.float32, ["batch", "tokens", 48]), blocks=(np.int32, ["selections", "k"]))
+    inputs, up = weights("up", 40, 48, "float32", rng)
+    h = add_node(
+        graph, SPARSE_UP, {"x": graph.inputs[0], "blocks": graph.inputs[1]} | inputs, "h", activation=activation
+    )
+    feeds = {"x": rng.standard_normal((2, 3, 48)).astype(np.float32) / 4, "blocks": some_blocks(6, 40, 7, rng)}
+    dense = ACTIVATIONS[activation](feeds["x"].reshape(6, 48) @ up.T)
+    wanted = activations(mask_of(feeds["blocks"], 1, 40, 6), dense).reshape(2, 3, 7)
+    for (found,) in everywhere(finish(graph, h), feeds).values():
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_blocks_are_the_dense_ffn(form: str) -> None:
+    """The exact end of the dial, for a prompt: more tokens than any tile of the kernels holds."""
+    rng = np.random.default_rng()
+    tokens, width, neurons = 37, 96, 60
+    graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, [1, "k"]))
+    ups, up = weights("up", neurons, width, form, rng)
+    downs, down = weights("down", neurons, width, form, rng)
+    x, blocks = graph.inputs
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups, "h", activation="relu", block=4)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=4)
+    feeds = {
+        "x": rng.standard_normal((tokens, width)).astype(np.float32),
+        "blocks": np.arange(15, dtype=np.int32)[None],
+    }
+    for (found,) in everywhere(finish(graph, y), feeds).values():
+        close(found, np.maximum(feeds["x"] @ up.T, 0) @ down)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
+    rng = np.random.default_rng()
+    graph = graph_of(x=(np.float32, ["tokens", 64]), rows=(np.int32, ["tokens", "k"]))
+    inputs, weight = weights("weight", 90, 64, form, rng)
+    given: dict[str, gs.Tensor] = {"x": graph.inputs[0], "blocks": graph.inputs[1]} | inputs
+    added = rng.standard_normal(90).astype(np.float32) if bias else np.zeros(90, np.float32)
+    if bias:
+        given["weight_bias"] = gs.Constant("bias", added)
+    logits = add_node(graph, SPARSE_HEAD, given, "logits")
+    feeds = {"x": rng.standard_normal((3, 64)).astype(np.float32), "rows": some_blocks(3, 90, 11, rng)}
+    wanted = activations(mask_of(feeds["rows"], 1, 90, 3), feeds["x"] @ weight.T + added)
+    for (found,) in everywhere(finish(graph, logits), feeds).values():
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("width", [1, 3, 17, 63, 200])
+@pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8"])
+def test_widths_that_fill_no_vector(form: str, width: int) -> None:
+    rng = np.random.default_rng()
+    graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, [1, "k"]))
+    ups, up = weights("up", 13, width, form, rng)
+    downs, down = weights("down", 13, width, form, rng)
+    x, blocks = graph.inputs
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups, "h")
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y")
+    feeds = {"x": rng.standard_normal((1, width)).astype(np.float32), "blocks": some_blocks(1, 13, 6, rng)}
+    mask = mask_of(feeds["blocks"], 1, 13, 1)
+    (found,) = native(finish(graph, y)).run(None, feeds)
+    close(found, (mask * (feeds["x"] @ up.T)) @ down)
+
+
+def _bad(**change: object) -> gs.Graph:
+    rng = np.random.default_rng()
+    graph = graph_of(x=(np.float32, ["tokens", 32]), blocks=(np.int32, ["selections", "k"]))
+    inputs, _ = weights("up", 12, 32, "int8", rng)
+    if "scale" in change:
+        inputs["up_scale"] = gs.Constant("up_scale", np.ones(5, np.float32))
+    if "no_scale" in change:
+        del inputs["up_scale"]
+    if "width" in change:
+        inputs["up"] = gs.Constant("up", np.zeros((12, 33), np.int8))
+    given = {"x": graph.inputs[0], "blocks": graph.inputs[1]} | inputs
+    finish(graph, add_node(graph, SPARSE_UP, given, "h", block=int(change.get("block", 4))))  # type: ignore[call-overload]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks", "says"),
+    [
+        ({}, [[0, 3]], "lies outside"),
+        ({}, [[-1, 0]], "lies outside"),
+        ({}, [[0], [1], [2]], "another number of tokens"),
+        ({"block": 5}, [[0, 1]], "does not divide"),
+        ({"scale": 1}, [[0, 1]], "scales are not"),
+        ({"no_scale": 1}, [[0, 1]], "integer weights need scales"),
+        ({"width": 1}, [[0, 1]], "different widths"),
+    ],
+)
+def test_kernels_refuse_what_does_not_fit(change: dict[str, object], blocks: list[list[int]], says: str) -> None:
+    session = native(gs.export_onnx(_bad(**change)))
+    feeds = {"x": np.ones((2, 32), np.float32), "blocks": np.array(blocks, np.int32)}
+    with pytest.raises(Exception, match=says):
+        session.run(None, feeds)
