@@ -1,5 +1,6 @@
 """What is where in a transformer's graph, found by structure alone: names of nodes and tensors never matter."""
 
+from trimtab.passes.anatomy.clone import clone_activation
 from trimtab.passes.anatomy.find import find_anatomy, require_ffns
 from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Embedding, Head, Unrecognized
 
@@ -11,6 +12,7 @@ __all__ = [
     "Embedding",
     "Head",
     "Unrecognized",
+    "clone_activation",
     "find_anatomy",
     "require_ffns",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy import FFN
-from trimtab.passes.ffn_split.matrix import LowRank
+from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_split.plan import Neurons, Split
 from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.matrices.forms import LowRank
 
 
 def emit(graph: gs.Graph, ffn: FFN, split: Split) -> None:
@@ -67,7 +67,7 @@ def _neurons(graph: gs.Graph, ffn: FFN, part: Neurons, name: str, dtype: np.dtyp
             shift = constant(f"{name}/{label}.bias", bias.astype(dtype))
             out = insert(graph, "Add", [out, shift], f"{name}/{label}/shift", dtype=dtype)
         pre.append(out)
-    hidden = _activation(graph, ffn, pre, name)
+    hidden = clone_activation(graph, ffn.activation, pre, name)
     if linear is not None:
         hidden = insert(graph, "Concat", [hidden, linear], f"{name}/around", attrs={"axis": -1}, dtype=dtype)
     return part.down.emit(graph, hidden, f"{name}/down", dtype)
@@ -82,16 +82,3 @@ def _parted(
     attrs: dict[str, object] = {"axis": -1} if as_input else {"axis": -1, "split": list(sizes)}
     insert(graph, "Split", inputs, name, attrs=attrs, outputs=list(outputs))
     return outputs
-
-
-def _activation(graph: gs.Graph, ffn: FFN, pre: list[gs.Tensor], name: str) -> gs.Tensor:
-    """The FFN's own elementwise nodes once more, reading `pre`: whatever the exporter's GELU is, both parts have it."""
-    clones: dict[int, gs.Tensor] = {id(t): p for t, p in zip(ffn.activation.inputs, pre, strict=True)}
-    for number, node in enumerate(ffn.activation.nodes):
-        out = gs.Variable(f"{name}/act.{number}", dtype=node.outputs[0].dtype)
-        inputs = [clones.get(id(tensor), tensor) for tensor in node.inputs]
-        insert(
-            graph, node.op, inputs, f"{name}/act.{number}", attrs=dict(node.attrs), domain=node.domain, outputs=[out]
-        )
-        clones[id(node.outputs[0])] = out
-    return clones[id(ffn.activation.output)]

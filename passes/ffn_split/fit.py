@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trimtab.passes.ffn_split.layer import Layer
-from trimtab.passes.ffn_split.matrix import Dense, LowRank
 from trimtab.passes.ffn_split.neurons import OrderedNeurons
 from trimtab.passes.ffn_split.plan import BITS, Neurons, Plan, Split
-from trimtab.passes.ffn_split.regress import Moments, leading_directions, reduce_rank
 from trimtab.passes.ffn_split.score import Score
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.forms import Dense, LowRank
+from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
 
 
 class Fitter:

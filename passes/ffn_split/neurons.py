@@ -8,12 +8,12 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from trimtab.passes.ffn_split.layer import Layer
-from trimtab.passes.ffn_split.matrix import Dense, Half, Matrix, Quantized
 from trimtab.passes.ffn_split.plan import BITS, Neurons
-from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
-from trimtab.passes.ffn_split.regress import Moments, cross_covariance
 from trimtab.passes.ffn_split.score import Score, score
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.forms import Dense, Half, Matrix, Quantized
+from trimtab.passes.matrices.quantize import fit_block, round_to_nearest, with_feedback
+from trimtab.passes.matrices.regress import Moments, cross_covariance
 
 T = TypeVar("T")
 

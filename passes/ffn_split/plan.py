@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from trimtab.passes.ffn_split.matrix import LowRank, Matrix
+from trimtab.passes.matrices.forms import LowRank, Matrix
 
 HeavyForm = Literal["fp32", "fp16", "int8", "int4"]
 RestForm = Literal["fp32", "fp16", "int8", "int4", "int2", "low-rank", "drop", "affine"]

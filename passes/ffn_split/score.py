@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from trimtab.passes.ffn_split.layer import Layer
-from trimtab.passes.ffn_split.regress import Moments
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.regress import Moments
 
 Score = Literal["contribution", "activation", "energy", "deviation", "residual"]
 

@@ -16,11 +16,11 @@ from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
 from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
-from trimtab.passes.ffn_split.layer import Layer
 from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
-from trimtab.passes.ffn_split.quantize import fit_block
 from trimtab.passes.ffn_split.score import Score
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.quantize import fit_block
 
 _OPSET = {"int8": 21, "int4": 21, "int2": 25}
 """The opset in which DequantizeLinear takes blocks of this type."""

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.budget import Budget, Candidate, choose
-from trimtab.passes.ffn_split.matrix import pack
 from trimtab.passes.ffn_split.plan import Plan
-from trimtab.passes.ffn_split.quantize import fit_block, round_to_nearest, with_feedback
-from trimtab.passes.ffn_split.regress import Moments, leading_directions, reduce_rank
+from trimtab.passes.matrices.forms import pack
+from trimtab.passes.matrices.quantize import fit_block, round_to_nearest, with_feedback
+from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**31))

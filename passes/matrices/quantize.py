@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
-from trimtab.passes.ffn_split.matrix import Quantized
+from trimtab.passes.matrices.forms import Quantized
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
 _TYPICAL = np.array([0.9])

@@ -15,6 +15,8 @@ from trimtab.passes.graph import constant, insert
 class Matrix(ABC):
     """W of y = x W, [in_features, out_features]."""
 
+    __array_ufunc__ = None  # so that `array @ matrix` asks the matrix
+
     @property
     @abstractmethod
     def array(self) -> np.ndarray:
@@ -29,6 +31,11 @@ class Matrix(ABC):
     @abstractmethod
     def macs(self) -> int:
         """Multiply-adds per token."""
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        """x W."""
+        y: np.ndarray = x @ self.array
+        return y
 
     def joined(self, other: Matrix, axis: int) -> Matrix | None:
         """Both matrices in one, side by side (axis 1) or one below the other (axis 0); None if their forms differ."""
@@ -153,6 +160,9 @@ class LowRank(Matrix):
     @property
     def array(self) -> np.ndarray:
         return self.left.array @ self.right.array
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        return (x @ self.left) @ self.right
 
     @property
     def nbytes(self) -> int:
