@@ -9,6 +9,7 @@ from trimtab.passes.registry import import_named
 _PASSES = {
     "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
+    "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
     "recover": "trimtab.passes.recover:Recover",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
 }

@@ -1,0 +1,141 @@
+"""Cheap guesses of what an FFN's neurons will do: low-rank or quantized copies of its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from scipy.linalg import cholesky, solve_triangular, svd
+
+from trimtab.passes.anatomy import FFN, clone_activation
+from trimtab.passes.ffn_topk.importance import pool
+from trimtab.passes.graph import constant, insert
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.forms import Dense, Matrix
+from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+
+_DAMP = 1e-3  # of the mean variance of the inputs
+_PROBES = 16  # directions beyond the rank that the subspace iteration follows
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One projection's outputs, guessed: x Ŵ + b.
+
+    Attributes:
+        weight: stands for W_up or W_gate, [d_model, d_ff].
+        bias: the projection's own, [d_ff], or None.
+    """
+
+    weight: Matrix
+    bias: np.ndarray | None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        y: np.ndarray = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+    def emit(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
+        y = self.weight.emit(graph, x, name, np.dtype(np.float32))
+        if self.bias is None:
+            return y
+        shift = constant(f"{name}.bias", self.bias.astype(np.float32))
+        return insert(graph, "Add", [y, shift], f"{name}/shift", dtype=np.float32)
+
+
+class Predictor:
+    """Scores of blocks from guesses of what goes into the activation.
+
+    Of a gated FFN the gate alone may be guessed; typical sizes stand for the other projection then.
+
+    Args:
+        guesses: of (up,), of (gate,) or of (gate, up).
+        typical: root mean square of W_up's outputs, [d_ff], where the gate alone is guessed.
+        norm: ‖v_j‖ of each neuron, [d_ff].
+        common: blocks that are always taken.
+    """
+
+    def __init__(
+        self, layer: Layer, guesses: Sequence[Guess], norm: np.ndarray, block: int, *,
+        typical: np.ndarray | None = None, common: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.guesses, self.block, self.common = layer, tuple(guesses), block, common
+        self.weight = norm if typical is None else norm * typical
+        self.gate_alone = typical is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Read per token."""
+        return sum(guess.weight.nbytes for guess in self.guesses)
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """[tokens, blocks] of states x [tokens, d_model]."""
+        pre = tuple(guess(x) for guess in self.guesses)
+        if self.gate_alone:
+            pre = (*pre, np.ones_like(pre[0]))
+        found = pool(np.abs(self.layer.act(pre)) * self.weight, self.block)
+        if self.common is not None:
+            found[:, self.common] = np.inf
+        return found
+
+    def emit(self, graph: gs.Graph, ffn: FFN, name: str) -> gs.Variable:
+        """Nodes that compute the scores; returns them."""
+        pre: list[gs.Tensor] = [guess.emit(graph, ffn.x, f"{name}/guess.{i}") for i, guess in enumerate(self.guesses)]
+        if self.gate_alone:
+            pre.append(constant(f"{name}/one", np.ones((), np.float32)))
+        act = clone_activation(graph, ffn.activation, pre, name)
+        size = insert(graph, "Abs", [act], f"{name}/abs", dtype=np.float32)
+        weight = constant(f"{name}/weight", self.weight.astype(np.float32))
+        scores = insert(graph, "Mul", [size, weight], f"{name}/weighted", dtype=np.float32)
+        if self.block > 1:
+            shape = constant(f"{name}/shape", np.array([-1, len(self.weight) // self.block, self.block]))
+            parts = insert(graph, "Reshape", [scores, shape], f"{name}/parts", dtype=np.float32)
+            axis = constant(f"{name}/axis", np.array([-1]))
+            scores = insert(graph, "ReduceSum", [parts, axis], f"{name}/pool", attrs={"keepdims": 0}, dtype=np.float32)
+        if self.common is not None:
+            boost = np.zeros(len(self.weight) // self.block, np.float32)
+            boost[self.common] = np.finfo(np.float32).max / 2
+            scores = insert(
+                graph, "Add", [scores, constant(f"{name}/common", boost)], f"{name}/always", dtype=np.float32
+            )
+        return scores
+
+
+def low_rank(
+    weight: np.ndarray, x: np.ndarray, importance: np.ndarray, rank: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [d, r] and B [r, n] of least E‖(x W − x A B) diag(importance)‖² over the states x.
+
+    Reduced-rank regression (Izenman 1975) of x W on x: with Cov x = L Lᵀ, the leading left singular vectors Q of
+    Lᵀ W diag(importance) give A = L⁻ᵀ Q, B = Qᵀ Lᵀ W. They come from a subspace iteration (Halko et al. 2011,
+    algorithm 4.4).
+
+    Args:
+        weight: W, [d, n].
+        x: states, [tokens, d].
+        importance: what an output weighs, [n].
+    """
+    d = x.shape[1]
+    moments = x.T @ x / len(x)
+    moments[np.diag_indices(d)] += _DAMP * np.trace(moments) / d
+    root = cholesky(moments, lower=True, check_finite=False)
+    seen = root.T @ weight
+    weighted = seen * importance
+    rank = min(rank, d)
+    wide = min(rank + _PROBES, d)
+    span = np.linalg.qr(
+        weighted @ np.random.default_rng(seed).standard_normal((weighted.shape[1], wide)).astype(np.float32)
+    )[0]
+    for _ in range(2):
+        span = np.linalg.qr(weighted @ (weighted.T @ span))[0]
+    q = span @ svd(span.T @ weighted, full_matrices=False, check_finite=False)[0][:, :rank]
+    left = solve_triangular(root.T, q, lower=False, check_finite=False)
+    return left.astype(np.float32), (q.T @ seen).astype(np.float32)
+
+
+def in_form(weight: np.ndarray, form: str, block: int) -> Matrix:
+    """`weight` in fp32, or in int8 or int4 in blocks; as it is where no block divides its inputs."""
+    size = fit_block(block, len(weight)) if form in _BITS else None
+    return Dense(weight) if size is None else round_to_nearest(weight, _BITS[form], size, search=False)

@@ -1,0 +1,66 @@
+"""An FFN's weights as the sparse ops read them: one row per neuron, in the wanted type."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph import constant
+
+RowForm = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+INT4_BLOCK = 32
+"""Inputs that share a scale."""
+
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / INT4_BLOCK}
+
+
+def row_bytes(form: RowForm, width: int) -> float:
+    """Of one row, its scales included."""
+    return _BYTES[form] * width + (4 if form == "int8" else 0)
+
+
+def row_constants(weight: np.ndarray, form: RowForm, label: str, name: str) -> dict[str, gs.Constant]:
+    """Inputs `label`, and `label`_scale for integers, of a sparse op.
+
+    Args:
+        weight: [neurons, width].
+        name: of the constants, before the label.
+    """
+    if form == "fp32":
+        return {label: constant(f"{name}/{label}", np.ascontiguousarray(weight, np.float32))}
+    if form == "fp16":
+        return {label: constant(f"{name}/{label}", weight.astype(np.float16))}
+    if form == "bf16":
+        return {label: constant(f"{name}/{label}", _bfloat16(weight))}
+    q, scale = quantize_rows(weight) if form == "int8" else quantize_blocks(weight)
+    return {label: constant(f"{name}/{label}", q), f"{label}_scale": constant(f"{name}/{label}_scale", scale)}
+
+
+def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [neurons, width] and a scale for each row, [neurons]."""
+    scale = (np.abs(weight).max(1) / 127).astype(np.float32)
+    safe = np.where(scale > 0, scale, 1)
+    return np.clip(np.rint(weight / safe[:, None]), -127, 127).astype(np.int8), scale
+
+
+def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int4, two to a byte with zero at 8, uint8 [neurons, width / 2], and scales [neurons, width / 32].
+
+    The value of largest size of a block becomes -8, as in GGML's Q4_0: so all sixteen levels are used.
+    """
+    blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
+    scale = (largest / -8).astype(np.float32)
+    safe = np.where(scale != 0, scale, 1)
+    q = (np.clip(np.rint(blocks / safe[..., None]), -8, 7) + 8).astype(np.uint8).reshape(weight.shape)
+    return q[:, 0::2] | (q[:, 1::2] << 4), scale
+
+
+def _bfloat16(weight: np.ndarray) -> onnx.TensorProto:
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return onnx.helper.make_tensor("", onnx.TensorProto.BFLOAT16, weight.shape, rounded.tobytes(), raw=True)

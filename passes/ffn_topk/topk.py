@@ -1,0 +1,213 @@
+"""The pass: FFNs compute the neurons that a predictor chooses, by the sparse ops of the dialect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
+from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
+from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
+from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.forms import LowRank
+from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
+from trimtab.plugins.dialect import OPSET
+from trimtab.plugins.sparse_up import ACTIVATIONS
+
+_WORTH = 0.8  # of the dense form's speed per byte that the sparse one reaches
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for one FFN.
+
+    Attributes:
+        k: blocks wanted of each token; take: blocks computed, k' of the paper.
+        recall: share of the wanted ones among those computed, on held-out states.
+    """
+
+    predictor: Predictor
+    k: int
+    take: int
+    recall: float
+
+
+class FFNTopK(Pass):
+    """Predict the neurons that matter for a token, and compute those alone.
+
+    Source: HiRE (arXiv 2402.09360). More neurons are taken than wanted (k' > k), so that a cheap predictor finds nearly
+    all of the wanted ones; k' is the least that does so on held-out states.
+    Exact end: density=1 with weights=fp32 computes the dense FFN.
+    """
+
+    name: ClassVar[str] = "ffn-topk"
+    summary: ClassVar[str] = "compute only the neurons that a cheap predictor chooses for each token (HiRE)"
+    needs_profile: ClassVar[bool] = True
+
+    density: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of neurons wanted for each token",
+        json_schema_extra={"search": [0.05, 0.1, 0.2]},
+    )
+    recall: float = Field(0.95, gt=0, le=1, description="share of the wanted neurons that must be among those computed")
+    take: float | None = Field(
+        None, gt=0, le=1, description="share of neurons to compute, instead of what recall asks for"
+    )
+    most: float = Field(0.5, gt=0, le=1, description="FFNs that would have to compute more than this share stay dense")
+    block: int = Field(1, ge=1, description="neighbouring neurons that are chosen together")
+    predictor: Literal["low-rank", "copy"] = Field("low-rank", description="of the projections that decide")
+    signal: Literal["gate", "both"] = Field("gate", description="projections of a gated FFN that are guessed")
+    rank: int = Field(64, ge=1, description="of a low-rank predictor", json_schema_extra={"search": [32, 64, 128, 256]})
+    form: Literal["fp32", "int8", "int4"] = Field("fp32", description="of the predictor's weights")
+    common: float = Field(
+        0.0, ge=0, lt=1, description="share of neurons that are always computed, those most often wanted"
+    )
+    shared: bool = Field(False, description="one choice for all tokens of a call")
+    weights: RowForm = Field("fp32", description="of the FFN's own weights")
+    dense_above: int | None = Field(
+        None, ge=0, description="calls with more tokens compute all neurons; chosen if not given"
+    )
+    layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
+        if self.take is not None and self.take < self.density:
+            raise RecipeError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
+        ffns = find_anatomy(graph).ffns
+        unknown = set(self.layers or ()) - {ffn.layer for ffn in ffns}
+        if unknown:
+            raise RecipeError(
+                f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(ffns)}, counted from 0"
+            )
+        if context.profile is None:
+            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        raise_opset(graph, OPSET)
+        left: list[Left] = []
+        rows: list[dict[str, Any]] = []
+        wanted = [ffn for ffn in ffns if self.layers is None or ffn.layer in self.layers]
+        kept = sum(linear.bytes for ffn in ffns if ffn not in wanted for linear in ffn.linears)
+        best = 0.0
+        for done, ffn in enumerate(wanted, 1):
+            reason = self._unfit(ffn)
+            if reason is None:
+                stats = context.profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
+                layer = Layer(ffn, stats)
+                choice = self._choose(layer)
+                best = max(best, choice.recall)
+                if choice.recall < self.recall and self.take is None:
+                    held = f"{choice.recall:.1%} of the wanted ones"
+                    reason = f"{self.most:.0%} of its neurons hold {held}, not {self.recall:.0%}"
+                else:
+                    rows.append(self._rewrite(graph, layer, choice))
+            if reason is not None:
+                left.append(Left(ffn.where, reason))
+                kept += sum(linear.bytes for linear in ffn.linears)
+            if context.progress is not None:
+                context.progress("predict neurons", done, len(wanted))
+        if wanted and not rows and best:
+            raise RecipeError(
+                f"recall: no FFN finds {self.recall:.0%} with {self.most:.0%} of its neurons; the best has {best:.1%}",
+                hint="allow more neurons (most), a better predictor (rank, signal), or less recall",
+            )
+        details = {"layers": rows, "ffn_bytes": round(kept + sum(row["bytes"] for row in rows))}
+        return PassResult(self.name, len(rows), tuple(left), details)
+
+    def _unfit(self, ffn: FFN) -> str | None:
+        """Why this FFN stays as it is, or None."""
+        if any(linear.quantized is not None for linear in ffn.linears):
+            return "its weights are quantized already; choose `weights` of this pass instead"
+        if ffn.activation.name not in ACTIVATIONS:
+            return f"its activation ({ffn.activation.name}) is none of {', '.join(ACTIVATIONS)}"
+        if ffn.d_ff % self.block:
+            return f"blocks of {self.block} do not divide its {ffn.d_ff} neurons"
+        if self.weights == "int4" and ffn.d_model % INT4_BLOCK:
+            return f"int4 blocks of {INT4_BLOCK} do not divide its {ffn.d_model} inputs"
+        if np.dtype(ffn.y.dtype or np.float32) != np.float32:
+            return f"it computes in {np.dtype(ffn.y.dtype).name}; the sparse ops take float32"
+        return None
+
+    def _choose(self, layer: Layer) -> Choice:
+        """Fit a predictor, and find how many blocks it takes."""
+        blocks, norm = layer.ffn.d_ff // self.block, norms(layer)
+        k = max(1, round(self.density * blocks))
+        common = self._common(importance(layer.h_fit, norm, self.block), k)
+        predictor = self._fit(layer, norm, common)
+        found_at = places(predictor.scores(layer.held), importance(layer.h_held, norm, self.block), k)
+        if self.take is not None:
+            take = max(k, round(self.take * blocks))
+        else:
+            take = max(k, min(smallest(found_at, self.recall), max(k, int(self.most * blocks))))
+        return Choice(predictor, k, take, recall_at(found_at, take))
+
+    def _common(self, truth: np.ndarray, k: int) -> np.ndarray | None:
+        """The blocks that are among the k most important most often."""
+        count = round(self.common * truth.shape[1])
+        if not count:
+            return None
+        often = np.bincount(most_important(truth, k).reshape(-1), minlength=truth.shape[1])
+        return np.sort(np.argsort(-often, kind="stable")[:count])
+
+    def _fit(self, layer: Layer, norm: np.ndarray, common: np.ndarray | None) -> Predictor:
+        gated = layer.ffn.gated
+        alone = gated and self.signal == "gate"
+        projections = list(zip(layer.ups, layer.up_biases, strict=True))[: 1 if alone or not gated else 2]
+        typical = None
+        if alone:
+            up, bias = layer.ups[1], layer.up_biases[1]
+            y = layer.fit @ up if bias is None else layer.fit @ up + bias
+            typical = np.sqrt(np.square(y).mean(0))
+        weight = norm if typical is None else norm * typical
+        guesses = []
+        for w, bias in projections:
+            if self.predictor == "copy" or self.rank >= min(w.shape):
+                guesses.append(Guess(in_form(w, self.form, 32), bias))
+            else:
+                pair = low_rank(w, layer.fit, weight, self.rank)
+                guesses.append(Guess(LowRank(*(in_form(m, self.form, 32) for m in pair)), bias))
+        return Predictor(layer, guesses, norm, self.block, typical=typical, common=common)
+
+    def _rewrite(self, graph: gs.Graph, layer: Layer, choice: Choice) -> dict[str, Any]:
+        """Put the sparse ops in the place of the FFN; returns what the report says of it."""
+        ffn, name, blocks = layer.ffn, f"{self.name}/layer.{layer.ffn.layer}", layer.ffn.d_ff // self.block
+        limit = self.dense_above if self.dense_above is not None else max(1, int(_WORTH * blocks / choice.take))
+        if choice.take == blocks:
+            chosen: gs.Tensor = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
+        else:
+            scores = choice.predictor.emit(graph, ffn, f"{name}/predict")
+            chosen = add_node(
+                graph, SELECT_BLOCKS, {"scores": scores}, f"{name}/blocks",
+                k=choice.take, shared=int(self.shared), dense_above=limit,
+            )  # fmt: skip
+        parts: dict[str, gs.Tensor] = {"x": ffn.x, "blocks": chosen}
+        labels = ("gate", "up") if ffn.gated else ("up",)
+        for label, w, bias in zip(labels, layer.ups, layer.up_biases, strict=True):
+            parts |= row_constants(w.T, self.weights, label, name)
+            if bias is not None:
+                parts[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
+        h = add_node(graph, SPARSE_UP, parts, f"{name}/up.h", activation=ffn.activation.name, block=self.block)
+        downs = row_constants(layer.down, self.weights, "down", name)
+        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{name}/down.y", block=self.block)
+        if np.any(layer.down_bias):
+            y = insert(graph, "Add", [y, constant(f"{name}/bias", layer.down_bias)], f"{name}/shift", dtype=np.float32)
+        y.shape = ffn.y.shape
+        replace_uses(graph, ffn.y, y)
+        row = row_bytes(self.weights, ffn.d_model) * len(ffn.linears)
+        predictor = 0 if choice.take == blocks else choice.predictor.nbytes
+        return {
+            "layer": ffn.layer, "neurons": ffn.d_ff,
+            "wanted": choice.k * self.block, "computed": choice.take * self.block,
+            "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4), "predictor_bytes": predictor,
+            "read_bytes": round(predictor + row * choice.take * self.block), "bytes": round(predictor + row * ffn.d_ff),
+            "dense_bytes": 4 * ffn.params, "dense_above": limit,
+        }  # fmt: skip
