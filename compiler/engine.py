@@ -21,6 +21,7 @@ class Engine:
     Attributes:
         manifest: what the build says of itself.
         inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
+        runner: what runs it; generation takes it step by step.
     """
 
     def __init__(self, build: Build, runner: Runner) -> None:
@@ -28,7 +29,7 @@ class Engine:
         self.inputs = build.manifest.inputs
         self.outputs = build.manifest.outputs
         self._build = build
-        self._runner = runner
+        self.runner = runner
         self._tokenizer: Tokenizer | None = None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -44,7 +45,20 @@ class Engine:
             InputError: an input is missing, unknown, or of another type or shape; says which and what is wanted.
         """
         _check(self.inputs, inputs)
-        return self._runner.run(inputs)
+        return self.runner.run(inputs)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own.
+
+        Raises:
+            ModelError: the build has none.
+        """
+        if self._tokenizer is None:
+            if self._build.tokenizer is None:
+                raise ModelError(f"{self._build.path}: has no tokenizer", hint="make the inputs yourself and call run")
+            self._tokenizer = load_tokenizer(self._build.tokenizer, self.manifest.max_tokens)
+        return self._tokenizer
 
     def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest.
@@ -55,11 +69,7 @@ class Engine:
         Raises:
             ModelError: the build has no tokenizer, or the engine takes other inputs than texts give.
         """
-        if self._tokenizer is None:
-            if self._build.tokenizer is None:
-                raise ModelError(f"{self._build.path}: has no tokenizer", hint="make the inputs yourself and call run")
-            self._tokenizer = load_tokenizer(self._build.tokenizer, self.manifest.max_tokens)
-        feeds = self._tokenizer.encode(texts, max_tokens or self.manifest.workload["tokens"][-1])
+        feeds = self.tokenizer.encode(texts, max_tokens or self.manifest.workload["tokens"][-1])
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
         if missing:

@@ -66,7 +66,7 @@ def random_feeds(
 
 
 def _shapes(graph: gs.Graph, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    others = {name: size for name, size in dims.items() if name not in ("batch", "tokens")}
+    others = {name: size for name, size in dims.items() if name not in ("batch", "tokens", "past")}
     fixed = Workload.model_validate({**{k: v for k, v in dims.items() if k not in others}, "dims": others})
     return {name: opt for name, (_, opt, _) in fixed.shapes(graph).items()}
 

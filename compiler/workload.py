@@ -14,8 +14,9 @@ Shape = tuple[int, ...]
 
 _ALIASES = {
     "batch_size": "batch", "sequence": "tokens", "sequence_length": "tokens", "seq": "tokens", "seq_len": "tokens",
+    "past_sequence_length": "past", "total_sequence_length": "total",
 }  # fmt: skip
-"""How other exporters call the two axes."""
+"""How other exporters call the axes."""
 
 
 def _fixed(value: object) -> object:
@@ -33,6 +34,7 @@ class Workload(BaseModel):
     Attributes:
         batch: samples in one call.
         tokens: tokens in one sample, padding included.
+        past: tokens that a decoder's cache holds already; 0 is a prompt. "total" is both together.
         dims: any other symbolic dimension of the model's inputs, by its name in the ONNX file.
     """
 
@@ -40,23 +42,26 @@ class Workload(BaseModel):
 
     batch: Range = (1, 8, 32)
     tokens: Range = (8, 48, 128)
+    past: Range = (0, 0, 0)
     dims: dict[str, Range] = {}
 
-    @field_validator("batch", "tokens")
+    @field_validator("batch", "tokens", "past")
     @classmethod
     def _ordered(cls, value: tuple[int, int, int], info: object) -> tuple[int, int, int]:
-        return _check(str(getattr(info, "field_name", "")), value)
+        name = str(getattr(info, "field_name", ""))
+        return _check(name, value, least=0 if name == "past" else 1)
 
     @field_validator("dims")
     @classmethod
     def _dims_ordered(cls, value: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
-        for reserved in ("batch", "tokens"):
+        for reserved in ("batch", "tokens", "past"):
             if reserved in value:
                 raise RecipeError(f"workload.dims: {reserved!r} has a key of its own", hint=f"set workload.{reserved}")
         return {name: _check(f"dims.{name}", sizes) for name, sizes in value.items()}
 
     def axes(self, graph: gs.Graph) -> dict[str, tuple[int | str, ...]]:
-        """Shape of every input, each dynamic axis by the name of its dimension: "batch", "tokens" or a key of `dims`.
+        """Shape of every input, each dynamic axis by the name of its dimension: "batch", "tokens", "past", "total" or
+        a key of `dims`.
 
         An axis is known by its name in the ONNX file. Where that says nothing, an input's first dynamic axis is the
         batch and its second the tokens. An axis without a name is called "<input>.<position>".
@@ -84,8 +89,10 @@ class Workload(BaseModel):
 
     def shapes_at(self, graph: gs.Graph, sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Shape of every input where the dimensions have `sizes`, such as one of `corners()`."""
+        past = sizes.get("past", 0)
+        known = {"past": past, "total": past + sizes["tokens"], **sizes}
         return {
-            name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
+            name: tuple(known[axis] if isinstance(axis, str) else axis for axis in axes)
             for name, axes in self.axes(graph).items()
         }
 
@@ -102,20 +109,21 @@ class Workload(BaseModel):
         return list(unique.values())
 
     def _named(self, axis: str) -> str | None:
-        if axis in self.dims or axis in ("batch", "tokens"):
+        if axis in self.dims or axis in ("batch", "tokens", "past", "total"):
             return axis
         return _ALIASES.get(axis.lower())
 
     def _sizes(self, level: int) -> dict[str, int]:
-        ranges = {"batch": self.batch, "tokens": self.tokens, **self.dims}
+        past = {"past": self.past} if any(self.past) else {}
+        ranges = {"batch": self.batch, "tokens": self.tokens, **past, **self.dims}
         return {name: sizes[level] for name, sizes in ranges.items()}
 
 
-def _check(name: str, value: tuple[int, int, int]) -> tuple[int, int, int]:
+def _check(name: str, value: tuple[int, int, int], least: int = 1) -> tuple[int, int, int]:
     low, opt, high = value
-    if not 1 <= low <= opt <= high:
+    if not least <= low <= opt <= high:
         raise RecipeError(
-            f"workload.{name}: {list(value)} is not [min, opt, max] with 1 <= min <= opt <= max",
+            f"workload.{name}: {list(value)} is not [min, opt, max] with {least} <= min <= opt <= max",
             hint="for one fixed size n, give n alone",
         )
     return value

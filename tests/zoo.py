@@ -74,7 +74,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
         vocab_size=109,
         n_embd=40,
         n_layer=2,
-        n_head=4,
+        n_head=5,
         n_inner=104,
         n_positions=TEXT,
     ),
@@ -84,7 +84,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
         hidden_size=48,
         num_hidden_layers=3,
         ffn_dim=92,
-        num_attention_heads=4,
+        num_attention_heads=3,
         max_position_embeddings=TEXT,
         word_embed_proj_dim=48,
     ),
@@ -140,7 +140,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 FAMILIES = tuple(_CONFIGS)
-EXPORTERS = ("dynamo", "torchscript", "genai")
+DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "qwen2", "gemma")
+EXPORTERS = ("dynamo", "torchscript", "cached", "genai")
 
 
 @cache
@@ -203,7 +204,7 @@ def feeds(family: str, batch: int, tokens: int, rng: np.random.Generator) -> dic
 
 
 def exported(family: str, exporter: str = "dynamo") -> Path:
-    """The ONNX file that `exporter` makes of `tiny_model(family)`; "genai" knows only decoders."""
+    """The ONNX file that `exporter` makes of `tiny_model(family)`; "cached" and "genai" know only decoders."""
     root = _root()
     path = root / f"{family}-{exporter}" / "model.onnx"
     with FileLock(str(root / f"{family}-{exporter}.lock")):
@@ -218,12 +219,13 @@ def exported(family: str, exporter: str = "dynamo") -> Path:
 
 @cache
 def _root() -> Path:
+    import trimtab.compiler.sources.decoder as decoder
     import trimtab.compiler.sources.pooling as pooling
     import trimtab.compiler.sources.torch_export as torch_export
     import trimtab.compiler.sources.transformer as transformer
 
     digest = hashlib.sha256()
-    for module in (torch_export, transformer, pooling):
+    for module in (torch_export, transformer, decoder, pooling):
         digest.update(inspect.getsource(module).encode())
     digest.update(Path(__file__).read_bytes())
     for package in ("torch", "transformers", "onnxscript", "onnxruntime-genai"):
@@ -238,6 +240,12 @@ def _dynamo(family: str, folder: Path) -> None:
     from trimtab.compiler.sources.transformer import Exportable
 
     Exportable(tiny_model(family)).export(folder / "model.onnx")
+
+
+def _cached(family: str, folder: Path) -> None:
+    from trimtab.compiler.sources.decoder import Decoder
+
+    Decoder(tiny_model(family)).export(folder / "model.onnx")
 
 
 def _torchscript(family: str, folder: Path) -> None:
@@ -268,4 +276,4 @@ def _genai(family: str, folder: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-_EXPORT = {"dynamo": _dynamo, "torchscript": _torchscript, "genai": _genai}
+_EXPORT = {"dynamo": _dynamo, "torchscript": _torchscript, "cached": _cached, "genai": _genai}

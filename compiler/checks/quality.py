@@ -1,4 +1,4 @@
-"""How well a compiled model does its task beside its dense self: accuracy, embeddings, or the tokens it predicts."""
+"""How well a compiled model does its task beside its dense self: accuracy, embeddings, or agreement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import norm, rankdata
 
+from trimtab.compiler.checks.perplexity import Perplexity
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import DataError, ModelError
 
@@ -75,8 +76,8 @@ class Agreement(_Result):
         return self.agreement
 
 
-Quality = Classification | Embeddings | Agreement
-"""`score` is what a limit on quality is held against: accuracy, mean cosine, or agreement."""
+Quality = Classification | Embeddings | Agreement | Perplexity
+"""`score` is what a limit on quality is held against: accuracy, mean cosine, agreement, or a ratio of perplexities."""
 
 
 def measure_quality(

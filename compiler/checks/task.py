@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.checks.perplexity import measure_perplexity
 from trimtab.compiler.checks.quality import Quality, measure_quality
 from trimtab.compiler.data import LABEL, Dataset, batches, class_number, with_labels
 from trimtab.compiler.feeds import Run, within
@@ -52,4 +53,7 @@ def check_quality(
             done += len(next(iter(feed.values())))
         report("quality", count, count)
 
-    return measure_quality(feeds(), within(dense, names, workload), within(compiled, names, workload), labels)
+    both = within(dense, names, workload), within(compiled, names, workload)
+    if any(name.startswith("past") for name in names):  # a decoder with its cache
+        return measure_perplexity(feeds(), *both)
+    return measure_quality(feeds(), *both, labels)

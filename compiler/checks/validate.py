@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trimtab.compiler.builds.build import Build, update_manifest
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
+from trimtab.compiler.checks.decoded import as_decoded
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.checks.measure import OutputError, describe
 from trimtab.compiler.checks.peers import open_peer
@@ -123,8 +124,9 @@ def validate(
     )
     quality = None
     if dataset:
+        run = as_decoded(build, threads) or engine.run
         quality = check_quality(
-            reference, engine.run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress
+            reference, run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress
         )
     found = Validation(
         outputs=worst(comparisons),

@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "Learn what a pass needs, and add it to a Profile.",
     "compile": "Compile a model into a build directory.",
     "validate": "Compare a build with its dense model, numerically and on a task.",
+    "generate": "Generate text with a build of a causal language model.",
     "bench": "Time a build against its dense model in one run.",
     "passes": "List the passes and their options.",
     "targets": "List the targets and whether they work here.",

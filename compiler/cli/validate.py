@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.perplexity import Perplexity
 from trimtab.compiler.checks.quality import Classification, Embeddings, Quality
 from trimtab.compiler.checks.validate import Limits, Validation, validate
 from trimtab.compiler.cli import console
@@ -23,7 +24,10 @@ def command(
         float | None, typer.Option(min=0, help="Largest relative error |y - dense| / |dense| of an output.")
     ] = None,
     min_quality: Annotated[
-        float | None, typer.Option(min=-1, max=1, help="Least accuracy, mean cosine or agreement, 0 to 1.")
+        float | None,
+        typer.Option(
+            min=-1, max=1, help="Least accuracy, mean cosine, agreement, or dense by compiled perplexity, 0 to 1."
+        ),
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="Most accuracy lost against dense, in points.")] = None,
     dense: Annotated[
@@ -96,6 +100,12 @@ def _quality(quality: Quality) -> list[str]:
         return [
             f"embeddings of {quality.samples} samples: mean cosine {quality.mean_cosine:.4f}",
             f"10 nearest neighbours: {quality.neighbour_overlap:.2%} the same; rank correlation {quality.spearman:.4f}",
+        ]
+    if isinstance(quality, Perplexity):
+        return [
+            f"perplexity on {quality.tokens} tokens of {quality.samples} texts: "
+            f"dense {quality.dense:.3f}, compiled {quality.compiled:.3f} ({quality.compiled / quality.dense - 1:+.2%})",
+            f"same likeliest token at {quality.agreement:.2%}; divergence {quality.divergence:.4g} nats",
         ]
     return [f"same prediction for {quality.agreement:.2%} of {quality.samples}"]
 

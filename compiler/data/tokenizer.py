@@ -22,11 +22,14 @@ class Tokenizer:
     Attributes:
         pad_id: token that fills short rows up; the attention mask is 0 there.
         max_tokens: the longest text that the model takes, special tokens included, or None.
+        end_ids: tokens that end what the model generates.
     """
 
     pad_id: int
     max_tokens: int | None
+    end_ids: frozenset[int]
     _tokenize: Callable[[Sequence[str], int | None], _Rows]
+    _decode: Callable[[Sequence[int]], str]
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
@@ -41,6 +44,18 @@ class Tokenizer:
         for i, (row, row_types) in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)], types[i, : len(row)] = row, 1, row_types
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts to go on from: none is cut, and none ends with a token that ends texts."""
+        found = [list(ids) for ids, _ in self._tokenize(texts, None)]
+        for ids in found:
+            while ids and ids[-1] in self.end_ids:
+                ids.pop()
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self._decode(ids)
 
 
 def load_tokenizer(folder: Path | str, max_tokens: int | None = None) -> Tokenizer:
@@ -78,7 +93,11 @@ def _load_json(folder: Path, max_tokens: int | None) -> Tokenizer:
             inner.enable_truncation(limit)
         return [(encoding.ids, encoding.type_ids) for encoding in inner.encode_batch(list(texts))]
 
-    return Tokenizer(_pad_id(folder, inner.token_to_id), max_tokens, tokenize)
+    def decode(ids: Sequence[int]) -> str:
+        return str(inner.decode(list(ids), skip_special_tokens=True))
+
+    pad, ends = _pad_id(folder, inner.token_to_id), _end_ids(folder, inner.token_to_id)
+    return Tokenizer(pad, max_tokens, ends, tokenize, decode)
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
@@ -92,6 +111,18 @@ def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
             return found
     found = _settings(folder / "config.json").get("pad_token_id")
     return found if isinstance(found, int) else 0
+
+
+def _end_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozenset[int]:
+    """Tokens that end what a model generates, by the first of the model's files that names any."""
+    for name in ("generation_config.json", "config.json"):
+        found = _settings(folder / name).get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    token = _settings(folder / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    number = token_to_id(text) if isinstance(text, str) else None
+    return frozenset() if number is None else frozenset([number])
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -120,5 +151,8 @@ def _load_with_transformers(folder: Path, max_tokens: int | None) -> Tokenizer:
         found = inner(list(texts), truncation=limit is not None, max_length=limit, return_token_type_ids=True)
         return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
 
+    def decode(ids: Sequence[int]) -> str:
+        return str(inner.decode(list(ids), skip_special_tokens=True))
+
     pad = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
-    return Tokenizer(pad or 0, max_tokens, tokenize)
+    return Tokenizer(pad or 0, max_tokens, _end_ids(folder, inner.get_vocab().get), tokenize, decode)

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import transformers
 
+from trimtab.compiler.sources.decoder import Decoder, cacheable
 from trimtab.compiler.sources.pooling import Pooling
 from trimtab.compiler.sources.transformer import Exportable, task_outputs
 from trimtab.passes.errors import ModelError, TrimtabError
 
 ERROR_FILE = "error.json"
+
+_GENERATING = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of architectures that are exported with their cache, where that is possible."""
 
 
 def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -> transformers.PreTrainedModel:
@@ -62,7 +66,10 @@ def main() -> int:
     try:
         model = load_model(options.folder, options.architecture, allow_pickle=options.allow_pickle)
         pooling = Pooling(options.pooling[0], options.pooling[1] == "True") if options.pooling else None
-        Exportable(model, pooling).export(options.out / "model.onnx")
+        if options.architecture.endswith(_GENERATING) and cacheable(model):
+            Decoder(model).export(options.out / "model.onnx")
+        else:
+            Exportable(model, pooling).export(options.out / "model.onnx")
     except TrimtabError as error:
         (options.out / ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
         return 1

@@ -21,7 +21,7 @@ from trimtab.passes.errors import BuildError, ModelError
 
 log = logging.getLogger(__name__)
 
-_EXPORTING = ("export.py", "transformer.py", "torch_export.py", "pooling.py")
+_EXPORTING = ("export.py", "transformer.py", "decoder.py", "torch_export.py", "pooling.py")
 """The modules whose code decides what is exported."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
+from trimtab.passes.errors import TargetError
 
 MODEL = Path("model") / "model.onnx"
 """Where a build directory holds its graph."""
@@ -36,6 +37,27 @@ class Runner(ABC):
 
         Raises:
             TargetError: an input is missing, unknown, or of a shape or type the engine does not take.
+        """
+
+    def steps(self, batch: int, length: int) -> Steps:
+        """Room for `batch` rows of at most `length` tokens in the cache of a decoder.
+
+        Raises:
+            TargetError: the engine has no cache.
+        """
+        raise TargetError("this engine has no cache of keys and values", hint="compile a causal language model")
+
+
+class Steps(ABC):
+    """A decoder that goes on from what it has seen: its cache stays where it is between the calls."""
+
+    @abstractmethod
+    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Logits [batch, tokens, vocabulary] of new tokens.
+
+        Args:
+            input_ids: [batch, tokens], int64. Prompts that are shorter than others are filled up behind.
+            attention_mask: [batch, all tokens so far with these], int64; 0 for what fills up.
         """
 
 

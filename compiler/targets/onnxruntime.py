@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import MODEL, Runner, Target
 from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
+from trimtab.plugins import DOMAIN
+from trimtab.plugins.library import register
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +70,15 @@ class OnnxRuntimeRunner(Runner):
     """
 
     def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None) -> None:
+        options = options or session_options()
+        if uses_dialect(model):
+            register(options)
         given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
         try:
-            self.session = ort.InferenceSession(given, options or session_options(), providers=providers())
+            self.session = ort.InferenceSession(given, options, providers=providers())
         except _REFUSALS as error:
             raise TargetError(f"{name}: ONNX Runtime does not take this graph ({_brief(error)})") from error
+        self._model = model
         self.inputs = tuple(tensor.name for tensor in self.session.get_inputs())
         self.outputs = tuple(tensor.name for tensor in self.session.get_outputs())
 
@@ -80,6 +88,22 @@ class OnnxRuntimeRunner(Runner):
         except _REFUSALS as error:
             raise TargetError(f"ONNX Runtime could not run the model ({_brief(error)})") from error
         return dict(zip(self.outputs, outputs, strict=True))
+
+    def steps(self, batch: int, length: int) -> OnnxRuntimeSteps:
+        assert isinstance(self._model, Path), "only a build's model generates"
+        return OnnxRuntimeSteps(self.session, batch, length, Cache.of(self._model))
+
+
+def uses_dialect(model: Path | bytes) -> bool:
+    """Whether an ONNX file declares the operator set of trimtab. What is no ONNX file does not."""
+    try:
+        if isinstance(model, bytes):
+            proto = onnx.load_model_from_string(model)
+        else:
+            proto = onnx.load(str(model), load_external_data=False)
+    except (DecodeError, OSError):
+        return False
+    return any(domain.domain == DOMAIN for domain in proto.opset_import)
 
 
 class OnnxRuntime(Target):

@@ -44,13 +44,13 @@ def test_axes_without_a_name(unnamed: int | None) -> None:
 
 
 def test_other_dimensions_come_from_dims() -> None:
-    model = graph(ids=["batch", "tokens"], past=["batch", 2, "past", 16])
-    with pytest.raises(RecipeError, match=r"input 'x'.*'past'.*no range") as caught:
-        SIZES.axes(graph(x=["batch", "tokens", "past"]))
+    model = graph(ids=["batch", "tokens"], boxes=["batch", 2, "boxes", 16])
+    with pytest.raises(RecipeError, match=r"input 'x'.*'boxes'.*no range") as caught:
+        SIZES.axes(graph(x=["batch", "tokens", "boxes"]))
     assert "dims" in str(caught.value.hint)
-    sizes = Workload(dims={"past": (1, 24, 99)})
-    assert sizes.shapes(model)["past"] == ((1, 2, 1, 16), (8, 2, 24, 16), (32, 2, 99, 16))
-    assert sizes.shapes_at(model, {"batch": 3, "tokens": 5, "past": 7}) == {"ids": (3, 5), "past": (3, 2, 7, 16)}
+    sizes = Workload(dims={"boxes": (1, 24, 99)})
+    assert sizes.shapes(model)["boxes"] == ((1, 2, 1, 16), (8, 2, 24, 16), (32, 2, 99, 16))
+    assert sizes.shapes_at(model, {"batch": 3, "tokens": 5, "boxes": 7}) == {"ids": (3, 5), "boxes": (3, 2, 7, 16)}
 
 
 def test_corners_reach_both_ends_of_batch_and_tokens_once_each() -> None:
@@ -58,7 +58,18 @@ def test_corners_reach_both_ends_of_batch_and_tokens_once_each() -> None:
     found = [(corner["batch"], corner["tokens"]) for corner in corners]
     assert found == [(1, 2), (4, 32), (16, 64), (16, 2), (1, 64)]
     assert Workload(batch=2, tokens=5).corners() == [{"batch": 2, "tokens": 5}]
-    assert all(corner["past"] in (1, 2, 3) for corner in Workload(dims={"past": (1, 2, 3)}).corners())
+    assert all(corner["boxes"] in (1, 2, 3) for corner in Workload(dims={"boxes": (1, 2, 3)}).corners())
+
+
+def test_a_cache_and_its_new_tokens_make_the_total() -> None:
+    model = graph(mask=["batch", "total"], ids=["batch", "tokens"], cache=["batch", 2, "past", 16])
+    assert SIZES.shapes(model)["mask"] == ((1, 2), (4, 32), (16, 64))
+    assert SIZES.shapes(model)["cache"][1] == (4, 2, 0, 16)
+    steps = Workload(batch=2, tokens=1, past=(0, 5, 9))
+    assert steps.shapes(model)["mask"] == ((2, 1), (2, 6), (2, 10))
+    others = graph(mask=["batch_size", "total_sequence_length"], ids=["batch_size", "sequence_length"])
+    assert steps.shapes_at(others, {"batch": 3, "tokens": 2, "past": 4}) == {"mask": (3, 6), "ids": (3, 2)}
+    assert [corner["past"] for corner in steps.corners()] == [0, 5, 9]
 
 
 @pytest.mark.parametrize("sizes", [(8, 4, 16), (1, 20, 16), (0, 1, 2), (-1, -1, -1), 0])
@@ -69,10 +80,12 @@ def test_impossible_sizes_are_refused_by_name(field: str, sizes: object) -> None
 
 
 def test_impossible_dims_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"workload\.dims\.past"):
-        Workload(dims={"past": (3, 2, 1)})
+    with pytest.raises(RecipeError, match=r"workload\.dims\.boxes"):
+        Workload(dims={"boxes": (3, 2, 1)})
     with pytest.raises(RecipeError, match="key of its own"):
         Workload(dims={"batch": (1, 2, 3)})
+    with pytest.raises(RecipeError, match="0 <= min"):
+        Workload(past=(-1, 2, 3))
 
 
 @pytest.mark.parametrize("bad", [{"batch": (1, 2)}, {"tokens": "many"}, {"sequence": 4}, {"dims": 3}])

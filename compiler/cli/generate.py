@@ -1,0 +1,59 @@
+"""`trimtab generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.compiler.cli import console
+from trimtab.compiler.engine import load
+from trimtab.compiler.generation import Sampling
+from trimtab.compiler.generation.text import Answer, generate_text
+
+
+def command(
+    build: Annotated[Path, typer.Argument(help="Build directory of a causal language model.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; given again, all are answered together.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many of the likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Generate text with a build, token by token.
+
+    One answer appears as it comes; several when all are done.
+    """
+    if not 0 < top_p <= 1:
+        raise typer.BadParameter("lies outside 0..1", param_hint="--top-p")
+    engine = load(build, threads=threads)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    streams = len(prompt) == 1 and not json
+    start, first = time.perf_counter(), 0.0
+    answers: list[Answer] = []
+    for answers in generate_text(engine, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
+        first = first or time.perf_counter() - start
+        if streams:
+            print(answers[0].new, end="", flush=True)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(answer.tokens) for answer in answers)
+    if json:
+        rows = [
+            {"prompt": p, "text": a.text, "tokens": a.tokens, "ended": a.ended}
+            for p, a in zip(prompt, answers, strict=True)
+        ]
+        console.emit_json({"answers": rows, "tokens": tokens, "seconds": seconds, "first_token_seconds": first})
+        return
+    if not streams:
+        for text, answer in zip(prompt, answers, strict=True):
+            print(f"{text}{answer.text}\n")
+    steps = max(len(answer.tokens) for answer in answers) - 1
+    pace = f", then {1000 * (seconds - first) / steps:.1f} ms per step" if steps else ""
+    print(f"\n{tokens} tokens; the first after {1000 * first:.0f} ms{pace}", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""The generation loop: prompts in, tokens out one step at a time, with the cache where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from trimtab.compiler.generation.sampling import Sampling
+from trimtab.compiler.targets.base import Runner, Steps
+from trimtab.passes.errors import InputError
+
+NONE = -1
+"""In place of a token of a row that is done."""
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+    context: int | None = None,
+    pad: int = 0,
+) -> Iterator[np.ndarray]:
+    """Continue `prompts`, all together.
+
+    Args:
+        prompts: token ids of each.
+        max_new_tokens: of each prompt.
+        stop: tokens that end a row; they are yielded too.
+        context: the most tokens that the model takes, prompt and answer together.
+        pad: token that fills shorter prompts up.
+
+    Yields:
+        the next token of every prompt, [prompts], NONE for those that are done; until all are.
+
+    Raises:
+        InputError: a prompt is empty, or longer than the context.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if not len(prompts) or not lengths.min():
+        raise InputError("a prompt has no tokens", hint="give at least one")
+    longest = int(lengths.max())
+    if context is not None and longest >= context:
+        raise InputError(
+            f"the prompt has {longest} tokens, and the model takes {context} with its answer", hint="shorten it"
+        )
+    room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
+    sampling = sampling or Sampling()
+    rng, done = np.random.default_rng(sampling.seed), np.zeros(len(prompts), bool)
+    steps = runner.steps(len(prompts), longest + room)
+    ids = np.full((len(prompts), longest), pad, np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    logits = _last(steps, ids, mask, lengths - 1)
+    for step in range(room):
+        token = sampling.next(logits, rng)
+        yield np.where(done, NONE, token)
+        done |= np.isin(token, list(stop))
+        if done.all() or step == room - 1:
+            return
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+        logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths))
+
+
+def _last(steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Logits behind the token at place `at` of each row, [batch, vocabulary]."""
+    logits = steps.run(ids, mask)
+    return logits[np.arange(len(ids)), at]

@@ -1,0 +1,49 @@
+"""From logits to the next token: greedy, or drawn at a temperature among the likeliest."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Sampling(BaseModel):
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token always.
+        top_k: only so many of the likeliest are drawn from; 0: all.
+        top_p: only the fewest of the likeliest whose probabilities sum to it (Holtzman et al. 2020, nucleus sampling).
+        seed: of the draws.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(0.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0)
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """What is drawn from, [batch, vocabulary], float64; of `logits` in that shape. Needs a temperature."""
+        scaled = logits.astype(np.float64) / self.temperature
+        if 0 < self.top_k < scaled.shape[-1]:
+            least = np.partition(scaled, -self.top_k, axis=-1)[:, -self.top_k, None]
+            scaled = np.where(scaled < least, -np.inf, scaled)
+        p = np.exp(scaled - scaled.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        if self.top_p < 1:
+            order = np.argsort(-p, axis=-1, kind="stable")
+            ranked = np.take_along_axis(p, order, -1)
+            before = np.cumsum(ranked, -1) - ranked  # the token that crosses the threshold is still in
+            np.put_along_axis(p, order, np.where(before < self.top_p, ranked, 0), -1)
+            p /= p.sum(-1, keepdims=True)
+        return p
+
+    def next(self, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The next token of each row, [batch], of `logits` [batch, vocabulary]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        cumulative = np.cumsum(self.probabilities(logits), -1)
+        drawn = rng.random((len(logits), 1)) * cumulative[:, -1:]
+        # The first whose sum exceeds the draw: a token of probability 0 never does.
+        return (cumulative > drawn).argmax(-1)

@@ -1,0 +1,93 @@
+"""Texts in, texts out, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.compiler.engine import Engine
+from trimtab.compiler.generation.generator import NONE, generate
+from trimtab.compiler.generation.sampling import Sampling
+
+_UNFINISHED = "\ufffd"  # what decoders make of the bytes of half a character
+
+
+@dataclass
+class Answer:
+    """What has come of one prompt so far.
+
+    Attributes:
+        tokens: ids.
+        text: of them, without the token that ended it.
+        new: the end of `text` that this step added; text is held back where it may yet become a stop.
+        ended: why no more comes: by a "stop" token or text, or at the "length" allowed; None while it goes on.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    new: str = ""
+    ended: Literal["stop", "length"] | None = None
+
+
+def generate_text(
+    engine: Engine, prompts: Sequence[str], *, max_tokens: int = 128, sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[list[Answer]]:  # fmt: skip
+    """Answers to `prompts`, after each step.
+
+    Args:
+        max_tokens: new tokens of each answer.
+        stop: texts that end an answer, and are cut from it; the model's own end-of-text tokens do in any case.
+
+    Raises:
+        ModelError: the build has no tokenizer.
+        InputError: a prompt is longer than the model's context.
+        TargetError: the build does not generate.
+    """
+    tokenizer = engine.tokenizer
+    answers, ids = [Answer() for _ in prompts], tokenizer.prompts(prompts)
+
+    def decode(row: int) -> str:
+        """The answer's text; behind its prompt's last token, since a decoder trims what begins a text."""
+        before = ids[row][-1:]
+        return tokenizer.decode(before + answers[row].tokens)[len(tokenizer.decode(before)) :]
+
+    steps = generate(
+        engine.runner, ids, max_new_tokens=max_tokens, sampling=sampling,
+        stop=tokenizer.end_ids, context=engine.manifest.max_tokens, pad=tokenizer.pad_id,
+    )  # fmt: skip
+    for tokens in steps:
+        for row, (answer, token) in enumerate(zip(answers, tokens.tolist(), strict=True)):
+            answer.new = ""
+            if answer.ended is None and token != NONE:
+                answer.tokens.append(token)
+                _grow(answer, decode(row), token in tokenizer.end_ids, stop)
+        yield answers
+        if all(answer.ended for answer in answers):
+            return
+    for row, answer in enumerate(answers):
+        answer.new = ""
+        if answer.ended is None:
+            whole = decode(row)
+            answer.new, answer.text, answer.ended = whole[len(answer.text) :], whole, "length"
+    yield answers
+
+
+def _grow(answer: Answer, whole: str, at_end: bool, stop: Sequence[str]) -> None:
+    """Add to `answer` what of its text `whole` is certain."""
+    cuts = [place for text in stop if (place := whole.find(text)) >= 0]
+    if cuts:
+        certain, answer.ended = whole[: min(cuts)], "stop"
+    elif at_end:
+        certain, answer.ended = whole, "stop"
+    else:
+        certain = whole.rstrip(_UNFINISHED)
+        certain = certain[: len(certain) - max((_overlap(certain, text) for text in stop), default=0)]
+    if len(certain) > len(answer.text):
+        answer.new, answer.text = certain[len(answer.text) :], certain
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

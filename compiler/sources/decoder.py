@@ -1,0 +1,162 @@
+"""A causal language model with its cache as a module of plain tensors.
+
+Attention is exported as one op, com.microsoft GroupQueryAttention, as ONNX Runtime GenAI's builder writes it: the op
+appends to the cache in place where past and present are one buffer, so a step copies no cache. Names of inputs and
+outputs are those that GenAI expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from trimtab.compiler.sources.torch_export import export_module
+from trimtab.passes.errors import ModelError
+
+_ATTENTION = "trimtab_cached"
+
+
+def cacheable(model: transformers.PreTrainedModel) -> bool:
+    """Whether ONNX Runtime's op takes the model's heads: those of a width that is a multiple of 8."""
+    return _head_dim(model) % 8 == 0
+
+
+def _head_dim(model: transformers.PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    found: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return found
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, float | int]:
+    """Attributes of the op for what a model wants of its attention beyond the usual."""
+    found: dict[str, float | int] = {}
+    if given.get("s_aux") is not None or given.get("position_bias") is not None:
+        raise ModelError("its attention has sinks or a bias by position, which the exported op has not")
+    if given.get("softcap"):
+        found["softcap"] = float(given["softcap"])
+    if given.get("sliding_window"):
+        found["local_window_size"] = int(given["sliding_window"])
+    return found
+
+
+class _StepCache(transformers.Cache):
+    """Hands the new keys and values through: the attention op joins them with the past."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[])
+        self.count = layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0, **kwargs: Any) -> int:
+        return 0
+
+
+class Decoder(torch.nn.Module):
+    """`model` taking input_ids, attention_mask and the past keys and values; returning logits and the present ones.
+
+    The mask is [batch, past + new], 1 for real tokens. A row may be shorter than others: padding goes behind a prompt,
+    and the next token is then written over it.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        self.layers = config.num_hidden_layers
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim = _head_dim(model)
+        pairs = [
+            (f"past_key_values.{i}.{part}", f"present.{i}.{part}")
+            for i in range(self.layers)
+            for part in ("key", "value")
+        ]
+        self.inputs = ("input_ids", "attention_mask", *(past for past, _ in pairs))
+        self.outputs = ("logits", *(present for _, present in pairs))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        tokens, total = input_ids.shape[1], attention_mask.shape[1]
+        lengths = attention_mask.sum(-1)
+        # Not the sum of the past's part of the mask: of no columns, ONNX Runtime makes no rows.
+        before = lengths - attention_mask[:, total - tokens :].sum(-1)
+        positions = before[:, None] + torch.arange(tokens, device=input_ids.device)
+        self._past = past
+        self._present: list[Tensor] = []
+        self._last = (lengths - 1).to(torch.int32)
+        self._total = torch.full((1,), total, dtype=torch.int32)
+        found = self.model(
+            input_ids=input_ids, position_ids=positions, past_key_values=_StepCache(self.layers), use_cache=True
+        )
+        if len(self._present) != 2 * self.layers:
+            raise ModelError(
+                f"{type(self.model).__name__}: its attention does not go through transformers' attention interface, "
+                "so it cannot be exported with a cache",
+                hint="export it with ONNX Runtime GenAI's builder and give that file",
+            )
+        return (found.logits, *self._present)
+
+    def _attend(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, *,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """An attention function of transformers.
+
+        Args:
+            query, key, value: [batch, heads, tokens, head_dim].
+
+        Returns:
+            [batch, tokens, heads, head_dim], and no attention weights.
+        """
+        heads, width = query.shape[1], query.shape[3]
+        layer = len(self._present) // 2
+        flat = [t.transpose(1, 2).flatten(2) for t in (query, key, value)]
+        past_key, past_value = self._past[2 * layer : 2 * layer + 2]
+        batch, kv_heads, past, _ = past_key.shape
+        shape = (batch, kv_heads, past + query.shape[2], width)
+        out, *present = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            [*flat, past_key, past_value, self._last, self._total],
+            {
+                "num_heads": heads,
+                "kv_num_heads": kv_heads,
+                "scale": width**-0.5 if scaling is None else scaling,
+                **_options(kwargs),
+            },
+            dtypes=[query.dtype] * 3,
+            shapes=[flat[0].shape, shape, shape],
+            version=1,
+        )
+        self._present += present
+        return out.unflatten(2, (heads, width)), None
+
+    def export(self, path: Path) -> None:
+        """Write the ONNX file. Its dynamic dimensions are called "batch", "tokens", "past" and "total"."""
+        batch, tokens, past = 2, 3, 5
+        # Each a tensor of its own: torch takes one that is given twice for one input.
+        cache = [torch.zeros(batch, self.kv_heads, past, self.head_dim) for _ in range(2 * self.layers)]
+        ids = torch.ones(batch, tokens, dtype=torch.int64)
+        mask = torch.ones(batch, past + tokens, dtype=torch.int64)
+        steps = [{0: "batch", 1: "tokens"}, {0: "batch", 1: "total"}]
+        transformers.AttentionInterface.register(_ATTENTION, self._attend)
+        transformers.AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation(_ATTENTION)
+        try:
+            export_module(
+                self,
+                (ids, mask, *cache),
+                path,
+                dynamic_shapes=(*steps, tuple([{0: "batch", 2: "past"}] * (2 * self.layers))),
+                input_names=self.inputs,
+                output_names=self.outputs,
+            )
+        finally:
+            self.model.set_attn_implementation(usual)
