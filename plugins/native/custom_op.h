@@ -65,6 +65,16 @@ struct Tensor {
     for (size_t i = 0; i + 1 < rank; i++) count *= dims[i];
     return count;
   }
+  size_t element_bytes() const {
+    switch (type) {
+      case ort::Type::float16:
+      case ort::Type::bfloat16: return 2;
+      case ort::Type::int8:
+      case ort::Type::uint8: return 1;
+      case ort::Type::int64: return 8;
+      default: return 4;
+    }
+  }
   const float* floats() const { return static_cast<const float*>(data); }
   const int32_t* ints() const { return static_cast<const int32_t*>(data); }
 };

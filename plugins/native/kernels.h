@@ -16,16 +16,34 @@ struct Chosen {
   int64_t row(int64_t i) const { return size == 1 ? blocks[i] : blocks[i / size] * size + i % size; }
 };
 
+constexpr int64_t kGroup = 512;  // of x that share a scale where it is multiplied in integers
+
+constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
+
+// x [tokens, width]: as floats for weights in floating point; for integer weights as 16-bit integers, whose products with
+// them are exact, with a scale for every kGroup of a row. For int4 the even places of each block stand before the odd ones.
+struct Activations {
+  const float* floats = nullptr;
+  const int16_t* integers = nullptr;
+  const float* scale = nullptr;  // [tokens, groups_of(width)]
+
+  Activations from(int64_t token, int64_t width) const {
+    if (integers == nullptr) return {floats + token * width, nullptr, nullptr};
+    return {nullptr, integers + token * width, scale + token * groups_of(width)};
+  }
+};
+
 struct Kernels {
   const char* name;
 
   // out[t, i - begin] = x[t] . W[chosen.row(i)] for i in [begin, end) and `tokens` rows of x.
-  // x lies [tokens, width], out has `out_stride` floats from token to token.
-  void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, int64_t tokens,
+  // out has `out_stride` floats from token to token.
+  void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
               float* out, int64_t out_stride);
 
   // y[t, first..last) = sum over i in [0, count) of h[t, i] * W[chosen.row(i), first..last).
-  // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of 64.
+  // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of 64. For int4, y comes with the
+  // even places of each block before the odd ones.
   void (*sum)(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
               int64_t first, int64_t last, float* y);
 };

@@ -2,141 +2,30 @@
 // extensions make each what its flags allow, so there is one text for all of them.
 //
 // A decoding step is bound by memory: each weight is read once. So rows are taken four at a time, which are as many streams
-// for the hardware to prefetch, and the beginnings of the next rows, which it cannot foresee, are asked for ahead.
+// for the hardware to prefetch, and the same places of the next four, which it cannot foresee, are asked for meanwhile. Rows
+// of int8 are short, and where they are neighbours, one after the other is read faster (measured on Zen 3).
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
+#include "vectors.h"
 
 namespace trimtab {
 namespace {
 
-constexpr int V = TRIMTAB_WIDTH;
-constexpr int kRows = 4;       // taken together
-constexpr int64_t kTile = 1024;  // outputs of `sum` that stay in the first cache
+// Loops over rows and tokens of a tile are unrolled early, so that their sums are registers and not an array in memory.
+#define TRIMTAB_UNROLL _Pragma("GCC unroll 8")
 
-typedef float vf __attribute__((vector_size(4 * V)));
-typedef int32_t vi __attribute__((vector_size(4 * V)));
-typedef uint32_t vu __attribute__((vector_size(4 * V)));
-typedef uint16_t vh __attribute__((vector_size(2 * V)));
-typedef int8_t vb __attribute__((vector_size(V)));
-typedef uint8_t vq __attribute__((vector_size(V)));
-
-template <typename T>
-inline T load(const void* p) {
-  T v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline vf all(float x) { return vf{} + x; }
-
-inline float total(vf v) {
-  float parts[V];
-  std::memcpy(parts, &v, sizeof v);
-  for (int half = V / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-  return parts[0];
-}
-
-// V bytes as integers. Compilers make poor code of __builtin_convertvector from bytes.
-inline vi widen_bytes(const void* p, bool is_signed) {
-#if defined(__AVX512F__)
-  const __m128i bytes = load<__m128i>(p);
-  return (vi)(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
-#elif defined(__AVX2__)
-  const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
-  return (vi)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-#elif defined(__SSE2__)
-  const __m128i four = _mm_cvtsi32_si128(load<int32_t>(p)), zero = _mm_setzero_si128();
-  if (!is_signed) return (vi)_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero);
-  const __m128i twice = _mm_unpacklo_epi8(four, four);
-  return (vi)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
-#else
-  return is_signed ? __builtin_convertvector(load<vb>(p), vi) : __builtin_convertvector(load<vq>(p), vi);
-#endif
-}
-
-inline vf widen_half(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(load<__m256i>(p));
-#elif defined(__F16C__)
-  return (vf)_mm256_cvtph_ps(load<__m128i>(p));
-#else
-  // Shift exponent and mantissa into place, and multiply by 2^112 for the difference of the exponents' biases.
-  vu bits = __builtin_convertvector(load<vh>(p), vu);
-  vf magnitude = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
-  return (vf)((vu)magnitude | ((bits & 0x8000) << 16));
-#endif
-}
-
-inline float widen_half(uint16_t bits) {
-  uint32_t shifted = (bits & 0x7fffu) << 13;
-  float magnitude;
-  std::memcpy(&magnitude, &shifted, 4);
-  magnitude *= 0x1p112f;
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
+constexpr int kRows = 4;         // taken together
+constexpr int64_t kTile = 2048;  // outputs of `sum` that stay in the first cache
 
 struct Row {
   const char* data;
   const float* scale;  // int8: one; int4: one per block
 };
 
-// One weight format: `vector` widens V weights that begin at element i of a row, `one` a single weight. Integers of int8
-// come without their scale, which the sums over a whole row share.
-template <Format>
-struct As;
-
-template <>
-struct As<Format::float32> {
-  static vf vector(const Row& row, int64_t i) { return load<vf>(reinterpret_cast<const float*>(row.data) + i); }
-  static float one(const Row& row, int64_t i) { return reinterpret_cast<const float*>(row.data)[i]; }
-};
-
-template <>
-struct As<Format::float16> {
-  static vf vector(const Row& row, int64_t i) { return widen_half(reinterpret_cast<const uint16_t*>(row.data) + i); }
-  static float one(const Row& row, int64_t i) { return widen_half(reinterpret_cast<const uint16_t*>(row.data)[i]); }
-};
-
-template <>
-struct As<Format::bfloat16> {
-  static vf vector(const Row& row, int64_t i) {
-    return (vf)(__builtin_convertvector(load<vh>(reinterpret_cast<const uint16_t*>(row.data) + i), vu) << 16);
-  }
-  static float one(const Row& row, int64_t i) {
-    uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(row.data)[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-};
-
-template <>
-struct As<Format::int8> {
-  static vf vector(const Row& row, int64_t i) {
-    return __builtin_convertvector(widen_bytes(row.data + i, true), vf);
-  }
-  static float one(const Row& row, int64_t i) { return reinterpret_cast<const int8_t*>(row.data)[i]; }
-};
-
-// Within a block of 32, `i` counts the weights of even place first, then those of odd place: so they lie in low and high
-// halves of bytes that follow each other. Callers permute x, or the sums, likewise.
-template <>
-struct As<Format::int4> {
-  static vf vector(const Row& row, int64_t i) {
-    const int64_t block = i / kInt4Block, place = i % kInt4Block;
-    const vi bytes = widen_bytes(row.data + block * 16 + place % 16, false);
-    const vi halves = place < 16 ? bytes & 15 : bytes >> 4;
-    return (__builtin_convertvector(halves, vf) - 8.0f) * row.scale[block];
-  }
-  static float one(const Row&, int64_t) { return 0.0f; }  // widths are multiples of a block
+struct Four {
+  Row row[kRows];
 };
 
 inline Row row_at(const Weights& w, int64_t row) {
@@ -145,104 +34,269 @@ inline Row row_at(const Weights& w, int64_t row) {
           w.scale == nullptr ? nullptr : w.scale + row * scales};
 }
 
-// The next kRows rows from i on; the last one again where there are no more.
-inline void find(const Weights& w, const Chosen& chosen, int64_t i, int64_t end, Row* found) {
-  for (int r = 0; r < kRows; r++) found[r] = row_at(w, chosen.row(std::min(i + r, end - 1)));
+// The next rows from i on; the last one again where there are no more.
+inline Four find(const Weights& w, const Chosen& chosen, int64_t i, int64_t end) {
+  Four found;
+  TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) found.row[r] = row_at(w, chosen.row(std::min(i + r, end - 1)));
+  return found;
 }
 
-// Asks for what lies `at` bytes into each of the next rows, once per cache line.
-inline void ask(const Row* next, int64_t at, int64_t step) {
-  if (at % 64 < step)
-    for (int r = 0; r < kRows; r++) __builtin_prefetch(next[r].data + at, 0, 2);
+// Asks for what lies `at` bytes into each of the next rows, once per cache line; `step` bytes are worked on at a time.
+// Inlined at once: GCC takes a function that only prefetches for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void ask(const Four& next, int64_t at, int64_t step) {
+  if (at % 64 >= step) return;
+  TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) __builtin_prefetch(next.row[r].data + at, 0, 2);
 }
 
-// out[t][r] = x[t] . row[r], for T tokens and kRows rows.
+// The same of a single row, of which `step` bytes, at least a line or a part of one, are worked on at a time.
+__attribute__((always_inline)) inline void ask_line(const char* next, int64_t at, int64_t step) {
+  if (step < 64 && at % 64 >= step) return;
+  for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(next + at + line, 0, 3);
+}
+
+// Weights in floating point: `vector` widens V of them that begin at element i of a row, `one` a single one.
+template <Format>
+struct As;
+
+template <>
+struct As<Format::float32> {
+  static vf vector(const char* row, int64_t i) { return load<vf>(row + 4 * i); }
+  static float one(const char* row, int64_t i) { return load<float>(row + 4 * i); }
+};
+
+template <>
+struct As<Format::float16> {
+  static vf vector(const char* row, int64_t i) { return widen_half(row + 2 * i); }
+  static float one(const char* row, int64_t i) { return widen_half(load<uint16_t>(row + 2 * i)); }
+};
+
+template <>
+struct As<Format::bfloat16> {
+  static vf vector(const char* row, int64_t i) { return widen_bfloat(row + 2 * i); }
+  static float one(const char* row, int64_t i) { return widen_bfloat(load<uint16_t>(row + 2 * i)); }
+};
+
+template <>
+struct As<Format::int8> {
+  static vf vector(const char* row, int64_t i) { return __builtin_convertvector(widen_bytes(row + i, true), vf); }
+  static float one(const char* row, int64_t i) { return load<int8_t>(row + i); }
+};
+
+// out[t][r] = x[t] . row[r], for T tokens and kRows rows, in floating point.
 template <Format F, int T>
-void dot_tile(const Row* rows, const Row* next, int64_t width, const float* x, float out[T][kRows]) {
+void dot_tile(const Four& now, const Four& next, int64_t width, const Activations& x, float out[T][kRows]) {
   constexpr int64_t kStep = 2 * V;
   vf a[T][kRows] = {}, b[T][kRows] = {};
   int64_t i = 0;
   for (; i + kStep <= width; i += kStep) {
     ask(next, bytes_of(F, i), bytes_of(F, kStep));
-    for (int r = 0; r < kRows; r++) {
-      const vf w0 = As<F>::vector(rows[r], i), w1 = As<F>::vector(rows[r], i + V);
-      for (int t = 0; t < T; t++) {
-        a[t][r] += w0 * load<vf>(x + t * width + i);
-        b[t][r] += w1 * load<vf>(x + t * width + i + V);
+    TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+      const vf w0 = As<F>::vector(now.row[r].data, i), w1 = As<F>::vector(now.row[r].data, i + V);
+      TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
+        a[t][r] += w0 * load<vf>(x.floats + t * width + i);
+        b[t][r] += w1 * load<vf>(x.floats + t * width + i + V);
       }
     }
   }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < kRows; r++) {
-      float sum = total(a[t][r] + b[t][r]);
-      for (int64_t j = i; j < width; j++) sum += As<F>::one(rows[r], j) * x[t * width + j];
-      out[t][r] = F == Format::int8 ? sum * *rows[r].scale : sum;
+  TRIMTAB_UNROLL for (int t = 0; t < T; t++)
+    TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+      out[t][r] = total(a[t][r] + b[t][r]);
+      for (int64_t j = i; j < width; j++) out[t][r] += As<F>::one(now.row[r].data, j) * x.floats[t * width + j];
     }
 }
 
-template <Format F, int T>
-void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, float* out,
+// The same of int8 weights: products of integers, exact within a group of x.
+template <int T>
+void dot_tile_int8(const Four& now, const Four& next, int64_t width, const Activations& x, float out[T][kRows]) {
+  constexpr int64_t kStep = 2 * V;
+  vf sums[T][kRows] = {};
+  float rest[T][kRows] = {};
+  for (int64_t group = 0; group * kGroup < width; group++) {
+    const int64_t end = std::min(width, (group + 1) * kGroup);
+    vi parts[T][kRows] = {};
+    int64_t i = group * kGroup;
+    for (; i + kStep <= end; i += kStep) {
+      ask(next, i, kStep);
+      TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+        const vs w = widen_bytes_to_shorts(now.row[r].data + i);
+        TRIMTAB_UNROLL for (int t = 0; t < T; t++) parts[t][r] += multiply_pairs(w, load<vs>(x.integers + t * width + i));
+      }
+    }
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
+      const float scale = x.scale[t * groups_of(width) + group];
+      TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+        sums[t][r] += __builtin_convertvector(parts[t][r], vf) * scale;
+        int32_t tail = 0;
+        for (int64_t j = i; j < end; j++) tail += load<int8_t>(now.row[r].data + j) * x.integers[t * width + j];
+        rest[t][r] += static_cast<float>(tail) * scale;
+      }
+    }
+  }
+  TRIMTAB_UNROLL for (int t = 0; t < T; t++)
+    TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) out[t][r] = (total(sums[t][r]) + rest[t][r]) * *now.row[r].scale;
+}
+
+// The same of int4 weights, whose scales change with every block. x has the places of each block split.
+template <int T>
+void dot_tile_int4(const Four& now, const Four& next, int64_t width, const Activations& x, float out[T][kRows]) {
+  vf sums[T][kRows] = {};
+  for (int64_t group = 0; group * kGroup < width; group++) {
+    const int64_t end = std::min(width, (group + 1) * kGroup);
+    vf parts[T][kRows] = {};
+    for (int64_t i = group * kGroup; i < end; i += kInt4Block) {
+      ask(next, i / 2, kInt4Block / 2);
+      TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+        const Nibbles w(now.row[r].data + i / 2);
+        const float scale = now.row[r].scale[i / kInt4Block];
+        TRIMTAB_UNROLL for (int t = 0; t < T; t++)
+          parts[t][r] += __builtin_convertvector(w.dot(x.integers + t * width + i), vf) * scale;
+      }
+    }
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++)
+      TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) sums[t][r] += parts[t][r] * x.scale[t * groups_of(width) + group];
+  }
+  TRIMTAB_UNROLL for (int t = 0; t < T; t++)
+    TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) out[t][r] = total(sums[t][r]);
+}
+
+// The same of a single row of int8: out[t] = x[t] . row.
+template <int T>
+void dot_row_int8(const Row& row, const char* next, int64_t width, const Activations& x, float out[T]) {
+  constexpr int64_t kStep = 4 * V;
+  vf sums[T] = {};
+  float rest[T] = {};
+  for (int64_t group = 0; group * kGroup < width; group++) {
+    const int64_t end = std::min(width, (group + 1) * kGroup);
+    vi even[T] = {}, odd[T] = {};
+    int64_t i = group * kGroup;
+    for (; i + kStep <= end; i += kStep) {
+      ask_line(next, i, kStep);
+      const vs w0 = widen_bytes_to_shorts(row.data + i), w1 = widen_bytes_to_shorts(row.data + i + 2 * V);
+      TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
+        even[t] += multiply_pairs(w0, load<vs>(x.integers + t * width + i));
+        odd[t] += multiply_pairs(w1, load<vs>(x.integers + t * width + i + 2 * V));
+      }
+    }
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
+      const float scale = x.scale[t * groups_of(width) + group];
+      sums[t] += __builtin_convertvector(even[t] + odd[t], vf) * scale;
+      int32_t tail = 0;
+      for (int64_t j = i; j < end; j++) tail += load<int8_t>(row.data + j) * x.integers[t * width + j];
+      rest[t] += static_cast<float>(tail) * scale;
+    }
+  }
+  TRIMTAB_UNROLL for (int t = 0; t < T; t++) out[t] = (total(sums[t]) + rest[t]) * *row.scale;
+}
+
+// One row after the other, for T tokens.
+template <int T>
+void dot_stream_int8(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, float* out,
                 int64_t out_stride) {
-  Row rows[kRows], next[kRows];
-  find(w, chosen, begin, end, next);
+  Row next = row_at(w, chosen.row(begin));
+  for (int64_t i = begin; i < end; i++) {
+    const Row now = next;
+    next = row_at(w, chosen.row(std::min(i + 1, end - 1)));
+    float found[T];
+    dot_row_int8<T>(now, next.data, w.width, x, found);
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++) out[t * out_stride + i - begin] = found[t];
+  }
+}
+
+template <Format F, int T>
+void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, float* out,
+                int64_t out_stride) {
+  Four next = find(w, chosen, begin, end);
   for (int64_t i = begin; i < end; i += kRows) {
-    std::copy(next, next + kRows, rows);
-    find(w, chosen, std::min(i + kRows, end - 1), end, next);
+    const Four now = next;
+    next = find(w, chosen, std::min(i + kRows, end - 1), end);
     float found[T][kRows];
-    dot_tile<F, T>(rows, next, w.width, x, found);
-    for (int t = 0; t < T; t++)
+    if constexpr (F == Format::int8) dot_tile_int8<T>(now, next, w.width, x, found);
+    else if constexpr (F == Format::int4) dot_tile_int4<T>(now, next, w.width, x, found);
+    else dot_tile<F, T>(now, next, w.width, x, found);
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++)
       for (int r = 0; r < kRows && i + r < end; r++) out[t * out_stride + i + r - begin] = found[t][r];
   }
 }
 
 template <Format F>
-void dot_format(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, int64_t tokens,
-                float* out, int64_t out_stride) {
+void dot_format(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x,
+                int64_t tokens, float* out, int64_t out_stride) {
+  if (F == Format::int8 && tokens == 1 && chosen.size > 1)
+    return dot_stream_int8<1>(w, chosen, begin, end, x, out, out_stride);
   int64_t t = 0;
   for (; t + 2 <= tokens; t += 2)
-    dot_tokens<F, 2>(w, chosen, begin, end, x + t * w.width, out + t * out_stride, out_stride);
-  if (t < tokens) dot_tokens<F, 1>(w, chosen, begin, end, x + t * w.width, out + t * out_stride, out_stride);
+    dot_tokens<F, 2>(w, chosen, begin, end, x.from(t, w.width), out + t * out_stride, out_stride);
+  if (t < tokens) dot_tokens<F, 1>(w, chosen, begin, end, x.from(t, w.width), out + t * out_stride, out_stride);
 }
 
-// y[j] += sum over r of h[r] * row[r][first + j], for j in [0, size).
+// y[j] += sum over r of h[r] * row[r][first + j], for j in [0, size); a cache line of each row at a time.
 template <Format F>
-void sum_tile(const Row* rows, const Row* next, const float* h, int64_t first, int64_t size, float* y) {
+void sum_tile(const Four& now, const Four& next, const float* h, int64_t first, int64_t size, float* y) {
+  constexpr int64_t kLine = 64 / bytes_of(F, 1);
+  const float h0 = h[0], h1 = h[1], h2 = h[2], h3 = h[3];
+  const char *row0 = now.row[0].data, *row1 = now.row[1].data, *row2 = now.row[2].data, *row3 = now.row[3].data;
   int64_t j = 0;
-  for (; j + V <= size; j += V) {
-    ask(next, bytes_of(F, first + j), bytes_of(F, V));
-    vf sum = load<vf>(y + j);
-    for (int r = 0; r < kRows; r++) sum += h[r] * As<F>::vector(rows[r], first + j);
-    store(y + j, sum);
+  for (; j + kLine <= size; j += kLine) {
+    ask(next, bytes_of(F, first + j), 64);
+    TRIMTAB_UNROLL for (int64_t v = j; v < j + kLine; v += V) {
+      vf even = h0 * As<F>::vector(row0, first + v) + load<vf>(y + v), odd = h1 * As<F>::vector(row1, first + v);
+      even += h2 * As<F>::vector(row2, first + v);
+      odd += h3 * As<F>::vector(row3, first + v);
+      store(y + v, even + odd);
+    }
   }
   for (; j < size; j++)
-    for (int r = 0; r < kRows; r++) y[j] += h[r] * As<F>::one(rows[r], first + j);
+    for (int r = 0; r < kRows; r++) y[j] += h[r] * As<F>::one(now.row[r].data, first + j);
+}
+
+// The same of int4 weights; y has the places of each block split. h (q - 8) = h q - 8 h, and the second part is one number.
+inline void sum_tile_int4(const Four& now, const Four& next, const float* h, int64_t first, int64_t size, float* y) {
+  for (int64_t j = 0; j < size; j += kInt4Block) {
+    const int64_t block = (first + j) / kInt4Block;
+    ask(next, block * (kInt4Block / 2), kInt4Block / 2);
+    float scaled[kRows], less = 0;
+    TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+      scaled[r] = h[r] * now.row[r].scale[block];
+      less -= 8 * scaled[r];
+    }
+    for (int64_t place = 0; place < kInt4Block; place += V) {
+      vf sum = load<vf>(y + j + place) + less;
+      TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
+        const vi bytes = widen_bytes(now.row[r].data + block * 16 + place % 16, false);
+        sum += scaled[r] * __builtin_convertvector(place < 16 ? bytes & 15 : bytes >> 4, vf);
+      }
+      store(y + j + place, sum);
+    }
+  }
 }
 
 template <Format F>
 void sum_format(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
                 int64_t first, int64_t last, float* y) {
-  Row rows[kRows], next[kRows];
   for (int64_t start = first; start < last; start += kTile) {
     const int64_t size = std::min(kTile, last - start);
     for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + start, size, 0.0f);
-    if (count > 0) find(w, chosen, 0, count, next);
+    Four next = {};
+    if (count > 0) next = find(w, chosen, 0, count);
     for (int64_t i = 0; i < count; i += kRows) {
-      std::copy(next, next + kRows, rows);
-      find(w, chosen, std::min(i + kRows, count - 1), count, next);
+      const Four now = next;
+      next = find(w, chosen, std::min(i + kRows, count - 1), count);
       for (int64_t t = 0; t < tokens; t++) {
         float factor[kRows];
-        for (int r = 0; r < kRows; r++) {
+        TRIMTAB_UNROLL for (int r = 0; r < kRows; r++) {
           factor[r] = i + r < count ? h[t * h_stride + i + r] : 0.0f;
-          if (F == Format::int8) factor[r] *= *rows[r].scale;
+          if (F == Format::int8) factor[r] *= *now.row[r].scale;
         }
-        sum_tile<F>(rows, next, factor, start, size, y + t * w.width + start);
+        float* to = y + t * w.width + start;
+        if constexpr (F == Format::int4) sum_tile_int4(now, next, factor, start, size, to);
+        else sum_tile<F>(now, next, factor, start, size, to);
       }
     }
   }
 }
 
-void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, int64_t tokens, float* out,
-         int64_t out_stride) {
+void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
+         float* out, int64_t out_stride) {
   switch (w.format) {
     case Format::float32: return dot_format<Format::float32>(w, chosen, begin, end, x, tokens, out, out_stride);
     case Format::float16: return dot_format<Format::float16>(w, chosen, begin, end, x, tokens, out, out_stride);

@@ -86,6 +86,13 @@ class Runtime {
     ok(at<Status*(KernelContext*, size_t, const Value**)>(90)(context, index, &value));
     return value;
   }
+  // The constant that input `index` of a node is; nullptr where it is none.
+  const Value* constant_input(const KernelInfo* info, size_t index) const {
+    int constant = 0;
+    const Value* value = nullptr;
+    const bool found = ok(at<Status*(const KernelInfo*, size_t, int*, const Value**)>(249)(info, index, &constant, &value));
+    return found && constant ? value : nullptr;
+  }
   size_t input_count(KernelContext* context) const {
     size_t count = 0;
     ok(at<Status*(KernelContext*, size_t*)>(88)(context, &count));

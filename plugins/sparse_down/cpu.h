@@ -12,16 +12,21 @@ struct SparseDown {
   static constexpr ort::Presence kInputs[] = {ort::Presence::required, ort::Presence::required, ort::Presence::required,
                                               ort::Presence::optional};
 
+  static constexpr int64_t kMostParts = 8;
+  static constexpr int64_t kMostPartial = 1 << 16;  // floats of partial sums that are worth adding up
+
   int64_t block = 1;
+  Resident resident;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "block", &block);
+    resident.take(runtime, info, 2);
     return nullptr;
   }
 
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
     const Tensor h = read_input(runtime, context, 0), blocks = read_input(runtime, context, 1);
-    const Tensor weight = read_input(runtime, context, 2), scale = read_input(runtime, context, 3);
+    const Tensor weight = resident.of(read_input(runtime, context, 2)), scale = read_input(runtime, context, 3);
     if (h.type != ort::Type::float32 || h.rank < 1 || h.rank > Tensor::kMostDims) return "SparseDown: h is not float32 [..., neurons]";
     if (weight.rank != 2) return "SparseDown: weights are not a matrix [neurons, width]";
     const int64_t tokens = h.rows(), count = h.last();
@@ -38,17 +43,38 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    const int64_t parts = std::min(task_count(bytes_of(down.format, count * width)), (width + 127) / 128);
+    const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, count * width)), kMostParts);
+    const float* from = h.floats();
+    const int32_t* numbers = blocks.ints();
+    const int64_t k = blocks.last();
+    if (groups == 1 && parts > 1 && parts * tokens * width <= kMostPartial) {
+      // Each task sums some of the neurons, whole rows that memory delivers at its best; then the sums are added up.
+      const int64_t size = tokens * width;
+      const std::unique_ptr<float[]> partial(new float[parts * size]);
+      auto task = [&](int64_t part) {
+        const int64_t begin = bound(k, parts, part, 1), end = bound(k, parts, part + 1, 1);
+        const Chosen chosen{numbers + begin, block};
+        kernels().sum(down, chosen, (end - begin) * block, from + begin * block, count, tokens, 0, width,
+                      partial.get() + part * size);
+      };
+      parallel(runtime, context, parts, task);
+      std::copy_n(partial.get(), size, y);
+      for (int64_t part = 1; part < parts; part++)
+        for (int64_t i = 0; i < size; i++) y[i] += partial[part * size + i];
+      if (down.format == Format::int4) join_places(y, size);
+      return nullptr;
+    }
+    const int64_t strips = std::min(parts, (width + 127) / 128);
     auto task = [&](int64_t i) {
-      const int64_t group = i / parts, first = bound(width, parts, i % parts, 64), last = bound(width, parts, i % parts + 1, 64);
+      const int64_t group = i / strips, strip = i % strips;
+      const int64_t first = bound(width, strips, strip, 64), last = bound(width, strips, strip + 1, 64);
       if (first == last) return;
-      const Chosen chosen{blocks.ints() + group * blocks.last(), block};
       float* to = y + group * each * width;
-      kernels().sum(down, chosen, count, h.floats() + group * each * count, count, each, first, last, to);
+      kernels().sum(down, {numbers + group * k, block}, count, from + group * each * count, count, each, first, last, to);
       if (down.format == Format::int4)
         for (int64_t t = 0; t < each; t++) join_places(to + t * width + first, last - first);
     };
-    parallel(runtime, context, groups * parts, task);
+    parallel(runtime, context, groups * strips, task);
     return nullptr;
   }
 };

@@ -10,7 +10,10 @@ struct SparseHead : SparseUp {
   // x, rows, weight, scale, bias
   static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional, kOptional};
 
-  const char* read(const ort::Runtime&, const ort::KernelInfo*) { return nullptr; }
+  const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
+    resident_up.take(runtime, info, 2);
+    return nullptr;
+  }
 };
 
 }  // namespace trimtab

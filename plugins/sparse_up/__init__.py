@@ -84,7 +84,8 @@ def shaped(name: str) -> list[str]:
 
 SPARSE_UP = Op(
     "SparseUp",
-    doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone.",
+    doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone. "
+    "Kernels may round x to 16 bits per 512 of a row where weights are integers.",
     inputs=(
         Input("x", FLOAT, "[..., width]"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),

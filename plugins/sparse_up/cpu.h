@@ -16,6 +16,7 @@ struct SparseUp {
 
   Activation activation = Activation::identity;
   int64_t block = 1;
+  Resident resident_up, resident_gate;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     char name[32];
@@ -23,6 +24,8 @@ struct SparseUp {
     if (runtime.attribute(info, "activation", name, &size)) activation = activation_named(name);
     if (activation == Activation::unknown) return "SparseUp: unknown activation";
     runtime.attribute(info, "block", &block);
+    resident_up.take(runtime, info, 2);
+    resident_gate.take(runtime, info, 5);
     return nullptr;
   }
 
@@ -33,9 +36,11 @@ struct SparseUp {
     if (x.type != ort::Type::float32 || x.rank < 1 || x.rank > Tensor::kMostDims) return "SparseUp: x is not float32 [..., width]";
     const int64_t tokens = x.rows(), width = x.last();
     Weights up, gate;
-    if (const char* error = read_weights(in[2], in[3], width, &up)) return error;
-    if (in[5])
-      if (const char* error = read_weights(in[5], in[6], width, &gate)) return error;
+    if (const char* error = read_weights(resident_up.of(in[2]), in[3], width, &up)) return error;
+    if (in[5]) {
+      if (const char* error = read_weights(resident_gate.of(in[5]), in[6], width, &gate)) return error;
+      if (gate.format != up.format || gate.rows != up.rows) return "SparseUp: up and gate differ in type or neurons";
+    }
     if (const char* error = check_blocks(blocks, tokens, up.rows, block)) return error;
 
     const int64_t k = blocks.last(), count = k * block;
@@ -45,13 +50,7 @@ struct SparseUp {
     auto* out = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, x.rank)));
     if (tokens == 0 || count == 0) return nullptr;
 
-    const float* rows = x.floats();
-    std::vector<float> split;
-    if (up.format == Format::int4) {
-      split.resize(tokens * width);
-      split_places(rows, tokens * width, split.data());
-      rows = split.data();
-    }
+    const Prepared prepared(x.floats(), tokens, width, up.format);
     // One selection for all tokens is one group; otherwise each token is one.
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
     const int64_t matrices = in[5] ? 2 : 1;
@@ -60,7 +59,7 @@ struct SparseUp {
       const int64_t group = i / parts, begin = bound(count, parts, i % parts, 4), end = bound(count, parts, i % parts + 1, 4);
       if (begin == end) return;
       const Chosen chosen{blocks.ints() + group * k, block};
-      const float* mine = rows + group * each * width;
+      const Activations mine = prepared.view().from(group * each, width);
       float* to = out + group * each * count + begin;
       const Kernels& use = kernels();
       use.dot(up, chosen, begin, end, mine, each, to, count);

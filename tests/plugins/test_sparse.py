@@ -56,8 +56,8 @@ def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, g
     dense = ACTIVATIONS["silu"](feeds["x"] @ gate.T) * z if gated else ACTIVATIONS["silu"](z)
     mask = mask_of(feeds["blocks"], block, neurons, tokens)
     for found_h, found_y in everywhere(model, feeds).values():
-        close(found_h, activations(mask, dense))
-        close(found_y, (mask * dense) @ down)
+        close(found_h, activations(mask, dense), form)
+        close(found_y, (mask * dense) @ down, form)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -91,7 +91,7 @@ def test_all_blocks_are_the_dense_ffn(form: str) -> None:
         "blocks": np.arange(15, dtype=np.int32)[None],
     }
     for (found,) in everywhere(finish(graph, y), feeds).values():
-        close(found, np.maximum(feeds["x"] @ up.T, 0) @ down)
+        close(found, np.maximum(feeds["x"] @ up.T, 0) @ down, form)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -108,7 +108,7 @@ def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
     feeds = {"x": rng.standard_normal((3, 64)).astype(np.float32), "rows": some_blocks(3, 90, 11, rng)}
     wanted = activations(mask_of(feeds["rows"], 1, 90, 3), feeds["x"] @ weight.T + added)
     for (found,) in everywhere(finish(graph, logits), feeds).values():
-        close(found, wanted)
+        close(found, wanted, form)
 
 
 @pytest.mark.parametrize("width", [1, 3, 17, 63, 200])
@@ -124,7 +124,7 @@ def test_widths_that_fill_no_vector(form: str, width: int) -> None:
     feeds = {"x": rng.standard_normal((1, width)).astype(np.float32), "blocks": some_blocks(1, 13, 6, rng)}
     mask = mask_of(feeds["blocks"], 1, 13, 1)
     (found,) = native(finish(graph, y)).run(None, feeds)
-    close(found, (mask * (feeds["x"] @ up.T)) @ down)
+    close(found, (mask * (feeds["x"] @ up.T)) @ down, form)
 
 
 def _bad(**change: object) -> gs.Graph:
