@@ -58,15 +58,15 @@ def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_tokens(path: Path) -> list[tuple[str, float]]:
-    """(text, score) of each token; single bytes are written as "<0x41>"."""
+    """(text, score) of each token, with blanks as "▁" and single bytes as "<0x41>", as LLaMA's tokenizers have them."""
     if path.suffix == ".vocab":
         lines = path.read_text(encoding="utf-8").splitlines()
         pairs = (line.rsplit("\t", 1) for line in lines)
-        return [(text.replace("▁", " "), float(score)) for text, score in pairs]
+        return [(text, float(score)) for text, score in pairs]
     raw, at, found = path.read_bytes(), 4, []
     while at < len(raw):
         score, size = struct.unpack_from("fi", raw, at)
-        text = raw[at + 8 : at + 8 + size].decode("utf-8")
+        text = raw[at + 8 : at + 8 + size].decode("utf-8").replace(" ", "▁")
         found.append((_SPECIAL[len(found)] if len(found) < len(_SPECIAL) else text, score))
         at += 8 + size
     return found
@@ -92,9 +92,11 @@ def make_tokenizer(tokens: list[tuple[str, float]]) -> Any:
     inner = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
     )
-    inner.normalizer = normalizers.Prepend(" ")
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

@@ -84,6 +84,8 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduc
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             use_external_data_format=large,
+            # ONNX infers no types behind ops of other domains, such as a decoder's attention.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     finally:
         root.setLevel(level)

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -209,3 +210,12 @@ def test_int8_is_made_once_and_is_int8(dense):
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert any(len(tensor.dims) == 2 for tensor in weights)
     assert quantized(zoo.exported("vit")) != path
+
+
+def test_a_decoder_is_timed_beside_its_int8_self(tmp_path: Path) -> None:
+    """Behind GroupQueryAttention ONNX infers no types, and the quantizer needs some."""
+    source = zoo.save_pretrained("llama", tmp_path / "model")
+    recipe = {"passes": ["dynamic-int8"], "workload": {"batch": 1, "tokens": [1, 4, 8]}, "threads": 1}
+    build = compile_model(source, recipe, tmp_path / "build")
+    found = bench(build, shapes=[(1, 1), (1, 4)], seconds=0)
+    assert {run.name for run in found.runs} == {"compiled", "dense-fp32", "dense-int8"}

@@ -1,0 +1,1 @@
+"""Builds in the shape that other programs expect."""
