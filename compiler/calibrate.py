@@ -22,6 +22,7 @@ from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_opti
 from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
+from trimtab.passes.graph.linear import Linear
 from trimtab.passes.profile import FFNStats, Profile, ProfileInfo
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def calibrate(
         raise ModelError(f"{source.origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
     inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
     layers = [_Layer(ffn, states, seed) for ffn in ffns]
-    runner = _runner(graph, ffns, source.onnx.parent)
-    del graph, anatomy, ffns
+    head = _vocabulary_head(anatomy)
+    head_x, head_states = (head.x.name, Reservoir(states, head.in_features, seed)) if head else (None, None)
+    runner = _runner(graph, ffns, head, source.onnx.parent)
+    del graph, anatomy, ffns, head
     gc.collect()  # a graph is full of cycles; its weights would stay until the next collection
 
     used, total = 0, min(samples, data.count)
@@ -79,6 +82,8 @@ def calibrate(
             found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
             for layer in layers:
                 layer.add(found, keep)
+            if head_x is not None and head_states is not None:
+                head_states.add(_rows(found[head_x], keep))
         used += len(batch[inputs[0].name])
         if progress is not None:
             progress("calibrate", used, total)
@@ -93,6 +98,8 @@ def calibrate(
     profile = Profile(info)
     for layer in layers:
         profile.set_ffn(layer.number, layer.stats())
+    if head_states is not None:
+        profile.set_head(head_states.rows)
     return profile
 
 
@@ -178,18 +185,24 @@ def _rows(array: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
     return flat[keep] if keep is not None and len(keep) == len(flat) else flat
 
 
-def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], base: Path) -> OnnxRuntimeRunner:
-    """A session of `graph`, cut down to what its FFNs' inputs and hidden activations need.
+def _vocabulary_head(anatomy: Anatomy) -> Linear | None:
+    """The last projection, if it has more outputs than inputs, as to a vocabulary and not to classes."""
+    linear = anatomy.head.linears[-1] if anatomy.head is not None else None
+    return linear if linear is not None and linear.out_features > linear.in_features else None
+
+
+def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], head: Linear | None, base: Path) -> OnnxRuntimeRunner:
+    """A session of `graph`, cut down to what its FFNs' inputs and hidden activations, and the head's input, need.
 
     Weights in external data are read where they lie, below `base`. Others are written to a temporary file first: a
     graph in memory would be held by Python, by protobuf and by the runtime at once.
     """
     wanted = {}
-    for ffn in ffns:
-        for tensor, linear in ((ffn.x, ffn.up), (ffn.hidden, ffn.down)):
-            if tensor.dtype is None:  # exporters need not annotate inner tensors
-                tensor.dtype = linear.weight.dtype if linear.quantized is None else np.float32
-            wanted[tensor.name] = tensor
+    pairs = [pair for ffn in ffns for pair in ((ffn.x, ffn.up), (ffn.hidden, ffn.down))]
+    for tensor, linear in (*pairs, *([(head.x, head)] if head else [])):
+        if tensor.dtype is None:  # exporters need not annotate inner tensors
+            tensor.dtype = linear.weight.dtype if linear.quantized is None else np.float32
+        wanted[tensor.name] = tensor
     graph.outputs = [tensor for tensor in wanted.values() if tensor.inputs]  # an input of the graph is known anyway
     graph.cleanup(remove_unused_graph_inputs=False)
     options = session_options()

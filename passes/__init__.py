@@ -10,6 +10,7 @@ _PASSES = {
     "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
+    "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
     "recover": "trimtab.passes.recover:Recover",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
 }

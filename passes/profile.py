@@ -66,7 +66,7 @@ class FFNStats:
 class Profile:
     """Statistics and learned tensors of one model on one data set.
 
-    Tensors are named `ffn.<layer>.<statistic>` and `learned.<method>.<initializer>`.
+    Tensors are named `ffn.<layer>.<statistic>`, `head.states` and `learned.<method>.<initializer>`.
     """
 
     info: ProfileInfo
@@ -98,6 +98,24 @@ class Profile:
         self.tensors[prefix + "tokens"] = np.array(stats.tokens, np.int64)
         for key in ("abs_sum", "sum", "square_sum", "states"):
             self.tensors[prefix + key] = getattr(stats, key)
+
+    def head(self, d_model: int) -> np.ndarray:
+        """A sample of what the vocabulary head reads, [n, d_model].
+
+        Raises:
+            ProfileError: there is none, or of another width than the model's.
+        """
+        states = self.tensors.get("head.states")
+        if states is None or len(states) < 2:
+            raise ProfileError("the profile has no states of the head", hint="calibrate this model again")
+        if states.shape[1] != d_model:
+            raise ProfileError(
+                f"head: profile has {states.shape[1]} inputs, model has {d_model}", hint="calibrate this model again"
+            )
+        return states
+
+    def set_head(self, states: np.ndarray) -> None:
+        self.tensors["head.states"] = states
 
     def learned(self, method: str) -> Mapping[str, np.ndarray]:
         """What `method` learned: initializer name → values."""

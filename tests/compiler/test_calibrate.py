@@ -236,3 +236,18 @@ def test_reservoir_is_uniform_and_knows_no_batches() -> None:
 
 def test_a_reservoir_that_is_not_full_keeps_all() -> None:
     np.testing.assert_array_equal(sampled(20, 7, 0, 3), np.arange(7))
+
+
+def test_a_vocabulary_head_is_sampled_and_a_classifier_is_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    for family, sampled in (("llama", True), ("bert", False)):
+        path = zoo.exported(family)
+        feeds = zoo.feeds(family, 40, 9, rng)
+        np.savez(tmp_path / f"{family}.npz", **feeds)
+        source = Source(family, path, None, None, None, "onnx")
+        profile = calibrate(source, read_data(tmp_path / f"{family}.npz"), states=50)
+        assert ("head.states" in profile.tensors) == sampled
+        if sampled:
+            assert profile.head(64).shape == (50, 64)
+            # Behind the last norm every state has about one mean square.
+            assert np.all(np.isfinite(profile.head(64))) and profile.head(64).std() > 0.1

@@ -1,0 +1,145 @@
+"""The pass: a vocabulary head that reads few rows of its matrix per token."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import Anatomy, find_anatomy
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.ffn_topk.predictor import in_form
+from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
+from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.graph.linear import Linear
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
+from trimtab.passes.matrices.forms import LowRank
+from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
+from trimtab.plugins.dialect import OPSET
+
+_HELD_OUT = 5  # every fifth state measures, and is never fitted to
+_WORTH = 0.8  # of the dense form's speed per byte that the sparse one reaches
+
+
+class HeadTopK(Pass):
+    """Exact logits for the candidates of a cheap head, the cheap logits for all other tokens.
+
+    Source: HiRE (arXiv 2402.09360), which renormalises over the candidates; here the tail keeps corrected cheap logits,
+    so that softmax, sampling and log-probabilities stay right.
+    Exact end: take = the vocabulary, with weights=fp32.
+    """
+
+    name: ClassVar[str] = "head-topk"
+    summary: ClassVar[str] = "exact logits for likely tokens alone, cheap ones for the rest (HiRE)"
+    needs_profile: ClassVar[bool] = True
+
+    take: int = Field(128, ge=1, description="candidates, whose logits are exact")
+    miss: float | None = Field(
+        None, gt=0, lt=1, description="bound of the probability to miss the likeliest token; chooses `take`"
+    )
+    rank: int = Field(128, ge=1, description="of the cheap head", json_schema_extra={"search": [64, 128, 256]})
+    form: Literal["fp32", "int8", "int4"] = Field("fp32", description="of the cheap head's weights")
+    weights: RowForm = Field("fp32", description="of the head's own weights")
+    dense_above: int | None = Field(None, ge=0, description="calls with more tokens are exact; chosen if not given")
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite the head of `graph`. Reads the states before it from the Profile."""
+        anatomy = find_anatomy(graph)
+        reason = self._unfit(anatomy)
+        if reason is not None:
+            return PassResult(self.name, 0, (Left("head", reason),))
+        assert anatomy.head is not None
+        linear = anatomy.head.linears[-1]
+        vocabulary = linear.out_features
+        if self.take > vocabulary:
+            raise RecipeError(f"take: {self.take} candidates of a vocabulary of {vocabulary}", hint="give fewer")
+        if context.profile is None:
+            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        raise_opset(graph, OPSET)
+        head = Head(linear.w().astype(np.float32), linear.b())
+        if self.take == vocabulary:
+            exact = {"agreement": 1.0, "divergence": 0.0}
+            return self._result(graph, anatomy, linear, head, None, vocabulary, exact)
+        states = context.profile.head(linear.in_features)
+        held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
+        cheap = CheapHead.fit(head, states[~held], self.rank)
+        found, take = look(head, cheap, states[held]), self.take
+        if self.miss is not None:
+            least = found.least(self.miss)
+            if least is None:
+                raise RecipeError(
+                    f"miss: {int(held.sum())} held-out states show no bound below {found.miss_bound(vocabulary):.2%}",
+                    hint="calibrate on more data (calibration.states), or allow more",
+                )
+            take = least
+        told = {
+            "agreement": round(found.agreement(take), 4), "miss_bound": round(found.miss_bound(take), 4),
+            "divergence": round(divergence(head, cheap, states[held], take), 6),
+        }  # fmt: skip
+        return self._result(graph, anatomy, linear, head, cheap, take, told)
+
+    def _unfit(self, anatomy: Anatomy) -> str | None:
+        """Why the head stays as it is, or None."""
+        if anatomy.head is None:
+            return "the model has none"
+        linear = anatomy.head.linears[-1]
+        if linear.out_features <= linear.in_features:
+            return f"it has {linear.out_features} classes, no vocabulary"
+        if linear.quantized is not None:
+            return "its weights are quantized already; choose `weights` of this pass instead"
+        if self.weights == "int4" and linear.in_features % INT4_BLOCK:
+            return f"int4 blocks of {INT4_BLOCK} do not divide its {linear.in_features} inputs"
+        if np.dtype(linear.weight.dtype) != np.float32:
+            return f"it computes in {np.dtype(linear.weight.dtype).name}; the sparse ops take float32"
+        return None
+
+    def _result(
+        self, graph: gs.Graph, anatomy: Anatomy, linear: Linear, head: Head, cheap: CheapHead | None, take: int,
+        told: dict[str, Any],
+    ) -> PassResult:  # fmt: skip
+        """Put the new head in the place of the old one, and say what it is."""
+        vocabulary, name = linear.out_features, self.name
+        limit = self.dense_above if self.dense_above is not None else max(1, int(_WORTH * vocabulary / take))
+        x, predictor = linear.x, 0
+        parts: dict[str, gs.Tensor] = {"x": x} | self._rows(anatomy, linear, head)
+        if head.bias is not None:
+            parts["weight_bias"] = constant(f"{name}/bias", head.bias.astype(np.float32))
+        if cheap is None:
+            parts["blocks"] = constant(f"{name}/all", np.arange(vocabulary, dtype=np.int32)[None])
+            logits = add_node(graph, SPARSE_HEAD, parts, f"{name}/exact")
+        else:
+            pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
+            predictor = pair.nbytes + 4 * vocabulary
+            guess = pair.emit(graph, x, f"{name}/cheap", np.dtype(np.float32))
+            shift = constant(f"{name}/offset", cheap.offset)
+            guess = insert(graph, "Add", [guess, shift], f"{name}/guess", dtype=np.float32)
+            rows = add_node(graph, SELECT_BLOCKS, {"scores": guess}, f"{name}/rows", k=take, dense_above=limit)
+            exact = add_node(graph, SPARSE_HEAD, parts | {"blocks": rows}, f"{name}/exact")
+            wide = insert(graph, "Cast", [rows], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
+            shape = insert(graph, "Shape", [exact], f"{name}/shape", dtype=np.int64)
+            places = insert(graph, "Reshape", [wide, shape], f"{name}/places", dtype=np.int64)
+            logits = insert(
+                graph, "ScatterElements", [guess, places, exact], f"{name}/logits", attrs={"axis": -1}, dtype=np.float32
+            )
+        logits.shape = linear.y.shape
+        replace_uses(graph, linear.y, logits)
+        row = row_bytes(self.weights, linear.in_features)
+        details = told | {
+            "vocabulary": vocabulary, "computed": take, "dense_above": limit, "dense_bytes": linear.bytes,
+            "read_bytes": round(predictor + row * take), "bytes": round(predictor + row * vocabulary),
+        }  # fmt: skip
+        return PassResult(self.name, 1, (), details)
+
+    def _rows(self, anatomy: Anatomy, linear: Linear, head: Head) -> dict[str, gs.Tensor]:
+        """The head's matrix row by row; a table of embeddings that it is tied to serves both, and lies on disk once."""
+        assert anatomy.head is not None
+        if self.weights == "fp32" and anatomy.head.tied:
+            shape = [linear.out_features, linear.in_features]
+            table = next((e.table for e in anatomy.embeddings if list(e.table.shape) == shape), None)
+            if table is not None:
+                return {"weight": table}
+        return dict(row_constants(head.weight.T, self.weights, "weight", self.name))

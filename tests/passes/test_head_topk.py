@@ -1,0 +1,184 @@
+"""head-topk: dense at its exact end; candidates exact, the tail corrected, and the bounds true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import zoo
+from rewrite import canonical, profile_of, run_part, session
+from scipy.special import log_softmax
+from scipy.stats import binom
+
+from trimtab.passes import PassContext, PassResult, run_passes
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.errors import PassError
+from trimtab.passes.graph import save_graph
+from trimtab.passes.head_topk.cheap import CheapHead, Found, Head, divergence, look
+from trimtab.passes.head_topk.topk import HeadTopK
+from trimtab.passes.profile import Profile
+
+
+def profile(graph: gs.Graph, states: int = 400) -> Profile:
+    found, head = profile_of(graph), find_anatomy(graph).head
+    assert head is not None
+    rng = np.random.default_rng(1)
+    width = head.linears[-1].in_features
+    mixed = rng.standard_normal((states, width)) @ (rng.standard_normal((width, width)) / np.arange(1, width + 1))
+    found.set_head(mixed.astype(np.float32))
+    return found
+
+
+def rewrite(graph: gs.Graph, **options: object) -> PassResult:
+    return run_passes(graph, [HeadTopK.model_validate(options)], PassContext(profile(graph)))[0]
+
+
+def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    run = session(path)
+    return run.run(None, {i.name: feeds[i.name] for i in run.get_inputs()})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", zoo.DECODERS)
+@pytest.mark.parametrize("exact", ["all", "prompt"])
+def test_exact_end_equals_dense(family: str, exact: str, tmp_path: Path) -> None:
+    path = zoo.exported(family)
+    graph, vocabulary = canonical(path), zoo.tiny_model(family).config.vocab_size
+    options = {"take": vocabulary} if exact == "all" else {"take": 20, "rank": 8, "dense_above": 0}
+    assert rewrite(graph, **options).changed == 1
+    save_graph(graph, tmp_path / "head.onnx")
+    rng = np.random.default_rng()
+    for batch, tokens in ((1, 1), (3, 9)):
+        feeds = zoo.feeds(family, batch, tokens, rng)
+        (dense,), (ours,) = outputs(path, feeds), outputs(tmp_path / "head.onnx", feeds)
+        np.testing.assert_allclose(ours, dense, rtol=1e-4, atol=1e-4 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_candidates_are_exact_and_the_tail_is_cheap(family: str, tmp_path: Path) -> None:
+    graph = canonical(zoo.exported(family))
+    anatomy = find_anatomy(graph)
+    assert anatomy.head is not None
+    linear = anatomy.head.linears[-1]
+    head = Head(linear.w().astype(np.float32), linear.b())
+    states = profile(graph).head(linear.in_features)
+    held = np.arange(len(states)) % 5 == 4
+    cheap, x_name, y_name = CheapHead.fit(head, states[~held], 8), linear.x.name, linear.y.name
+    rewrite(graph, take=16, rank=8, dense_above=1000)
+    x = states[held][:11]
+    got = run_part(graph, x_name, y_name, x[None], tmp_path)[0]
+    guess, exact = cheap(x), head(x)
+    rows = np.argsort(-guess, axis=1, kind="stable")[:, :16]
+    wanted = guess.copy()
+    np.put_along_axis(wanted, rows, np.take_along_axis(exact, rows, 1), 1)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_the_tail_keeps_its_share_of_the_softmax() -> None:
+    """Without the correction by variance, a low-rank tail has too little of it."""
+    rng = np.random.default_rng()
+    states = rng.standard_normal((4000, 32)).astype(np.float32)
+    head = Head(
+        (rng.standard_normal((32, 3000)) * 0.35).astype(np.float32), rng.standard_normal(3000).astype(np.float32)
+    )
+    cheap = CheapHead.fit(head, states[1000:], 8)
+    rest = head(states) - states @ cheap.left @ cheap.right
+    plain = CheapHead(cheap.left, cheap.right, rest.mean(0))
+    share = {}
+    for name, guess in (("corrected", cheap), ("plain", plain)):
+        exact, mixed = head(states[:1000]), guess(states[:1000])
+        share[name] = np.mean(
+            [np.logaddexp.reduce(m) - np.logaddexp.reduce(e) for m, e in zip(mixed, exact, strict=True)]
+        )
+    assert abs(share["corrected"]) < 0.05
+    assert share["plain"] < -0.3
+    assert divergence(head, cheap, states[:200], 64) < divergence(head, plain, states[:200], 64)
+
+
+def test_divergence_and_places_are_those_of_their_definition() -> None:
+    rng = np.random.default_rng()
+    states = rng.standard_normal((150, 12)).astype(np.float32)
+    head = Head(rng.standard_normal((12, 90)).astype(np.float32), None)
+    cheap = CheapHead.fit(head, states, 4)
+    found = look(head, cheap, states)
+    for i, x in enumerate(states):
+        order = np.argsort(-cheap(x[None])[0], kind="stable")
+        assert found.places[i] == 1 + int(np.flatnonzero(order == head(x[None])[0].argmax())[0])
+    exact, mixed = head(states), cheap(states)
+    for row, guess in zip(exact, mixed, strict=True):
+        best = np.argsort(-guess)[:10]
+        guess[best] = row[best]
+    p, q = log_softmax(exact.astype(float), -1), log_softmax(mixed.astype(float), -1)
+    assert divergence(head, cheap, states, 10) == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
+
+
+def test_the_bound_holds_at_its_confidence() -> None:
+    """Of many draws, the true probability lies above the bound in at most one of twenty."""
+    rng = np.random.default_rng()
+    truth, count = 0.03, 400
+    bounds = []
+    for missed in rng.binomial(count, truth, 500):
+        places = np.ones(count, int)
+        places[:missed] = 99
+        bounds.append(Found(places).miss_bound(10))
+    assert np.mean(np.array(bounds) < truth) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
+    places = np.ones(400, int)
+    assert Found(places).miss_bound(1) == pytest.approx(1 - 0.05 ** (1 / 400))
+    assert binom.cdf(0, 400, Found(places).miss_bound(1)) == pytest.approx(0.05)
+
+
+def test_a_bound_chooses_the_fewest_candidates() -> None:
+    graph = canonical(zoo.exported("llama"))
+    details = run_passes(graph, [HeadTopK(rank=16, miss=0.1)], PassContext(profile(graph, 2000)))[0].details
+    assert details["miss_bound"] <= 0.1 and 1 <= details["computed"] < 131
+    linear = find_anatomy(canonical(zoo.exported("llama"))).head.linears[-1]  # type: ignore[union-attr]
+    head, states = (
+        Head(linear.w().astype(np.float32), linear.b()),
+        profile(canonical(zoo.exported("llama")), 2000).head(64),
+    )
+    held = np.arange(len(states)) % 5 == 4
+    found = look(head, CheapHead.fit(head, states[~held], 16), states[held])
+    assert found.miss_bound(details["computed"] - 1) > 0.1
+
+
+def test_a_tied_table_lies_on_disk_once(tmp_path: Path) -> None:
+    graph = canonical(zoo.exported("gemma"))
+    head = find_anatomy(graph).head
+    assert head is not None and head.tied
+    rewrite(graph, take=16, rank=4)
+    save_graph(graph, tmp_path / "head.onnx")
+    big = [t for t in graph.tensors().values() if isinstance(t, gs.Constant) and sorted(t.shape or ()) == [40, 139]]
+    assert len(big) == 1 and {node.op for node in big[0].outputs} == {"Gather", "SparseHead"}
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2), ("int8", 3e-2), ("int4", 0.3)])
+def test_weights_in_every_form(weights: str, tolerance: float, tmp_path: Path) -> None:
+    path = zoo.exported("llama")
+    graph = canonical(path)
+    rewrite(graph, take=131, weights=weights)
+    save_graph(graph, tmp_path / "head.onnx")
+    feeds = zoo.feeds("llama", 2, 5, np.random.default_rng())
+    (dense,), (ours,) = outputs(path, feeds), outputs(tmp_path / "head.onnx", feeds)
+    assert 0 < np.linalg.norm(ours - dense) < tolerance * np.linalg.norm(dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"take": 132}, "132 candidates of a vocabulary of 131"), ({"miss": 1e-5, "rank": 4}, "show no bound below")],
+)
+def test_refuses(options: dict[str, object], says: str) -> None:
+    with pytest.raises(PassError, match=says):
+        rewrite(canonical(zoo.exported("llama")), **options)
+
+
+def test_needs_states_of_the_head() -> None:
+    graph = canonical(zoo.exported("llama"))
+    with pytest.raises(PassError, match="no states of the head"):
+        run_passes(graph, [HeadTopK(take=8)], PassContext(profile_of(graph)))
+
+
+def test_a_classifier_is_left_as_it_is() -> None:
+    graph = canonical(zoo.exported("bert"))
+    result = run_passes(graph, [HeadTopK(take=2)], PassContext(profile_of(graph)))[0]
+    assert result.changed == 0 and "no vocabulary" in result.left[0].why
