@@ -88,11 +88,9 @@ def test_the_tail_keeps_its_share_of_the_softmax() -> None:
     share = {}
     for name, guess in (("corrected", cheap), ("plain", plain)):
         exact, mixed = head(states[:1000]), guess(states[:1000])
-        share[name] = np.mean(
-            [np.logaddexp.reduce(m) - np.logaddexp.reduce(e) for m, e in zip(mixed, exact, strict=True)]
-        )
-    assert abs(share["corrected"]) < 0.05
-    assert share["plain"] < -0.3
+        share[name] = float((np.logaddexp.reduce(mixed, 1) - np.logaddexp.reduce(exact, 1)).mean())
+    assert abs(share["corrected"]) < 0.15
+    assert share["plain"] < -0.5
     assert divergence(head, cheap, states[:200], 64) < divergence(head, plain, states[:200], 64)
 
 
@@ -133,10 +131,8 @@ def test_a_bound_chooses_the_fewest_candidates() -> None:
     details = run_passes(graph, [HeadTopK(rank=16, miss=0.1)], PassContext(profile(graph, 2000)))[0].details
     assert details["miss_bound"] <= 0.1 and 1 <= details["computed"] < 131
     linear = find_anatomy(canonical(zoo.exported("llama"))).head.linears[-1]  # type: ignore[union-attr]
-    head, states = (
-        Head(linear.w().astype(np.float32), linear.b()),
-        profile(canonical(zoo.exported("llama")), 2000).head(64),
-    )
+    head = Head(linear.w().astype(np.float32), linear.b())
+    states = profile(canonical(zoo.exported("llama")), 2000).head(64)
     held = np.arange(len(states)) % 5 == 4
     found = look(head, CheapHead.fit(head, states[~held], 16), states[held])
     assert found.miss_bound(details["computed"] - 1) > 0.1
