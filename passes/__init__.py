@@ -12,6 +12,7 @@ _PASSES = {
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
     "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
     "recover": "trimtab.passes.recover:Recover",
+    "weight-only": "trimtab.passes.weight_only:WeightOnly",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
 }
 """Name → where its class is; imported when asked for."""

@@ -1,0 +1,104 @@
+"""weight-only: integers for what is asked for, near the dense model, and what does not fit is left with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import zoo
+from rewrite import canonical, profile_of, session
+
+from trimtab.passes import Capability, PassContext, PassResult, run_passes
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.errors import PassError
+from trimtab.passes.ffn_topk.topk import FFNTopK
+from trimtab.passes.graph import save_graph
+from trimtab.passes.weight_only import WeightOnly
+
+EVERYTHING = Capability(weight_bits=frozenset({4, 8}))
+
+
+def rewrite(graph: gs.Graph, **options: object) -> PassResult:
+    return run_passes(graph, [WeightOnly.model_validate(options)], PassContext(None, EVERYTHING))[0]
+
+
+def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    run = session(path)
+    return run.run(None, {i.name: feeds[i.name] for i in run.get_inputs()})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "opt", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.35)])
+def test_is_near_the_dense_model(family: str, bits: int, tolerance: float, tmp_path: Path) -> None:
+    path = zoo.exported(family)
+    graph = canonical(path)
+    result = rewrite(graph, bits=bits, block=16)
+    assert result.changed > 0
+    save_graph(graph, tmp_path / "int.onnx")
+    feeds = zoo.feeds(family, 3, 11, np.random.default_rng())
+    for dense, ours in zip(outputs(path, feeds), outputs(tmp_path / "int.onnx", feeds), strict=True):
+        assert 0 < np.linalg.norm(ours - dense) < tolerance * np.linalg.norm(dense)
+    assert result.details["bytes"] < result.details["dense_bytes"] * {8: 0.34, 4: 0.21}[bits]
+
+
+def test_integers_are_those_of_the_weights(tmp_path: Path) -> None:
+    graph = canonical(zoo.exported("llama"))
+    before = {
+        f"weight-only/layer.{a.layer}.attention.{i}": linear.w()
+        for a in find_anatomy(graph).attentions
+        for i, linear in enumerate(a.linears)
+    }
+    rewrite(graph, bits=8, parts=("attention",))
+    after = {
+        f"weight-only/layer.{a.layer}.attention.{i}": linear
+        for a in find_anatomy(graph).attentions
+        for i, linear in enumerate(a.linears)
+    }
+    assert before.keys() == after.keys()
+    for name, dense in before.items():
+        assert after[name].quantized is not None
+        step = np.abs(dense).reshape(-1, 32, dense.shape[1]).max(1).repeat(32, axis=0) / 127
+        assert np.all(np.abs(after[name].w() - dense) <= 1.2 * step)
+
+
+@pytest.mark.parametrize("parts", [("attention",), ("ffn",), ("head",)])
+def test_only_what_is_asked_for(parts: tuple[str, ...]) -> None:
+    graph = canonical(zoo.exported("llama"))
+    rewrite(graph, parts=parts)
+    found = find_anatomy(graph)
+    quantized = {
+        "attention": [linear.quantized is not None for a in found.attentions for linear in a.linears],
+        "ffn": [linear.quantized is not None for f in found.ffns for linear in f.linears],
+        "head": [linear.quantized is not None for linear in found.head.linears],  # type: ignore[union-attr]
+    }
+    if parts == ("ffn",):  # 108 neurons: no block divides them
+        assert quantized["ffn"] == [True, True, False] * 2
+    for part, flags in quantized.items():
+        assert any(flags) == (part in parts)
+
+
+def test_stands_behind_sparse_ffns(tmp_path: Path) -> None:
+    """Attention in integers, FFNs by their own rows: the recipe of a decoder."""
+    graph = canonical(zoo.exported("llama"))
+    steps = [FFNTopK(density=1.0, weights="int8"), WeightOnly(bits=8, parts=("attention", "head"))]
+    results = run_passes(graph, steps, PassContext(profile_of(graph), EVERYTHING))
+    assert all(result.changed for result in results)
+    save_graph(graph, tmp_path / "both.onnx")
+    feeds = zoo.feeds("llama", 2, 7, np.random.default_rng())
+    (dense,), (ours,) = outputs(zoo.exported("llama"), feeds), outputs(tmp_path / "both.onnx", feeds)
+    assert 0 < np.linalg.norm(ours - dense) < 0.03 * np.linalg.norm(dense)
+
+
+def test_what_no_block_divides_is_left_with_a_reason() -> None:
+    graph = canonical(zoo.exported("gemma"))  # 40 wide
+    result = rewrite(graph)
+    assert any("no block of 16 or more divides its 40" in left.why for left in result.left)
+
+
+def test_a_target_without_integer_weights_refuses() -> None:
+    with pytest.raises(PassError, match="does not multiply with int4"):
+        run_passes(
+            canonical(zoo.exported("llama")), [WeightOnly(bits=4)], PassContext(None, Capability(frozenset({8})))
+        )
