@@ -61,7 +61,7 @@ def test_hugging_face_directory(bert, monkeypatch, capfd):
     assert source.tokenizer == bert
     assert capfd.readouterr() == ("", "")  # torch and transformers keep quiet
     assert source.onnx.is_relative_to(cache_dir())
-    assert not list(cache_dir().rglob("*.part"))
+    assert not source.onnx.parent.with_suffix(".part").exists()  # others may be exporting into the same cache
     graph = load_graph(source.onnx)
     floats = {values(t).dtype for t in graph.tensors().values() if hasattr(t, "values") and values(t).dtype.kind == "f"}
     assert floats == {np.dtype(np.float32)}

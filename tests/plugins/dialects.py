@@ -99,8 +99,13 @@ def mask_of(blocks: np.ndarray, size: int, neurons: int, tokens: int) -> np.ndar
     return np.broadcast_to(mask.reshape(len(blocks), neurons), (tokens, neurons))
 
 
-def close(found: np.ndarray, wanted: np.ndarray, form: str = "float32") -> None:
-    """Equal up to the rounding of float32 sums; with integer weights, kernels also round x to 16 bits."""
+def close(found: np.ndarray, wanted: np.ndarray, form: str = "float32", scale: float = 1.0) -> None:
+    """Equal up to the rounding of float32 sums; with integer weights, kernels also round x to 16 bits.
+
+    Args:
+        scale: of the numbers that were summed, where the wanted ones happen to be smaller.
+    """
     assert found.shape == wanted.shape
     error = 2e-4 if form.startswith("int") else 2e-5
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=error * max(1.0, float(np.abs(wanted).max(initial=0))))
+    size = max(1.0, scale, float(np.abs(wanted).max(initial=0)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=error * size)

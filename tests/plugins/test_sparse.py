@@ -55,9 +55,10 @@ def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, g
     z = feeds["x"] @ up.T + bias
     dense = ACTIVATIONS["silu"](feeds["x"] @ gate.T) * z if gated else ACTIVATIONS["silu"](z)
     mask = mask_of(feeds["blocks"], block, neurons, tokens)
+    scale = float(np.abs(dense).max())
     for found_h, found_y in everywhere(model, feeds).values():
-        close(found_h, activations(mask, dense), form)
-        close(found_y, (mask * dense) @ down, form)
+        close(found_h, activations(mask, dense), form, scale)
+        close(found_y, (mask * dense) @ down, form, scale * np.sqrt(neurons) * float(np.abs(down).max()))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -106,9 +107,10 @@ def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
         given["weight_bias"] = gs.Constant("bias", added)
     logits = add_node(graph, SPARSE_HEAD, given, "logits")
     feeds = {"x": rng.standard_normal((3, 64)).astype(np.float32), "rows": some_blocks(3, 90, 11, rng)}
-    wanted = activations(mask_of(feeds["rows"], 1, 90, 3), feeds["x"] @ weight.T + added)
+    dense = feeds["x"] @ weight.T + added
+    wanted = activations(mask_of(feeds["rows"], 1, 90, 3), dense)
     for (found,) in everywhere(finish(graph, logits), feeds).values():
-        close(found, wanted, form)
+        close(found, wanted, form, float(np.abs(dense).max()))
 
 
 @pytest.mark.parametrize("width", [1, 3, 17, 63, 200])
@@ -122,9 +124,9 @@ def test_widths_that_fill_no_vector(form: str, width: int) -> None:
     h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups, "h")
     y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y")
     feeds = {"x": rng.standard_normal((1, width)).astype(np.float32), "blocks": some_blocks(1, 13, 6, rng)}
-    mask = mask_of(feeds["blocks"], 1, 13, 1)
+    mask, dense = mask_of(feeds["blocks"], 1, 13, 1), feeds["x"] @ up.T
     (found,) = native(finish(graph, y)).run(None, feeds)
-    close(found, (mask * (feeds["x"] @ up.T)) @ down, form)
+    close(found, (mask * dense) @ down, form, float(np.abs(dense).max() * np.abs(down).max()))
 
 
 def _bad(**change: object) -> gs.Graph:
