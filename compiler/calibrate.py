@@ -67,7 +67,7 @@ def calibrate(
         raise ModelError(f"{source.origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
     inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
     layers = [_Layer(ffn, states, seed) for ffn in ffns]
-    head = _vocabulary_head(anatomy)
+    head = anatomy.head.vocabulary if anatomy.head is not None else None
     head_x, head_states = (head.x.name, Reservoir(states, head.in_features, seed)) if head else (None, None)
     runner = _runner(graph, ffns, head, source.onnx.parent)
     del graph, anatomy, ffns, head
@@ -183,12 +183,6 @@ def _rows(array: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
     """[batch, tokens, d] or [batch·tokens, d] → the rows to keep; all, where rows are not tokens (after pooling)."""
     flat = array.reshape(-1, array.shape[-1])
     return flat[keep] if keep is not None and len(keep) == len(flat) else flat
-
-
-def _vocabulary_head(anatomy: Anatomy) -> Linear | None:
-    """The last projection, if it has more outputs than inputs, as to a vocabulary and not to classes."""
-    linear = anatomy.head.linears[-1] if anatomy.head is not None else None
-    return linear if linear is not None and linear.out_features > linear.in_features else None
 
 
 def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], head: Linear | None, base: Path) -> OnnxRuntimeRunner:

@@ -51,17 +51,18 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
 def _add_body(graph: gs.Graph, op: Op, form: Form) -> None:
     if graph.opset < OPSET:
         raise ValueError(f"{op.name} needs opset {OPSET}, the graph has {graph.opset}; raise it first")
-    proto = op.function(form, graph.opset)
+    key = _form_key(op, form)
     for function in graph.functions:
         if (function.domain, function.name) == (DOMAIN, op.name):
-            if function.doc_string != str(form_key(op, form)):
+            if function.doc_string != key:
                 raise ValueError(f"the model uses {op.name} already, in another form")
             return
-    proto.doc_string = str(form_key(op, form))
+    proto = op.function(form, graph.opset)
+    proto.doc_string = key
     graph.functions.append(OnnxImporter.import_function(proto, model_import_domains=graph.import_domains))
 
 
-def form_key(op: Op, form: Form) -> str:
+def _form_key(op: Op, form: Form) -> str:
     """What two nodes of an op must have in common to share a reference body."""
     strings = {key: value for key, value in form.attributes.items() if isinstance(value, str)}
     return f"{op.doc} Form: {sorted(form.given.items())} {sorted(strings.items())}"

@@ -1,7 +1,7 @@
 """What is where in a transformer's graph, found by structure alone: names of nodes and tensors never matter."""
 
 from trimtab.passes.anatomy.clone import clone_activation
-from trimtab.passes.anatomy.find import find_anatomy, require_ffns
+from trimtab.passes.anatomy.find import find_anatomy, require_ffns, select_ffns
 from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Embedding, Head, Unrecognized
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "clone_activation",
     "find_anatomy",
     "require_ffns",
+    "select_ffns",
 ]

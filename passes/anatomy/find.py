@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -11,7 +11,7 @@ from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
 from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Unrecognized
 from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
 from trimtab.passes.anatomy.scan import Scan
-from trimtab.passes.errors import ModelError
+from trimtab.passes.errors import ModelError, RecipeError
 from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
 
@@ -41,6 +41,20 @@ def find_anatomy(graph: gs.Graph) -> Anatomy:
         params=count_params(scan),
         unrecognized=tuple(unrecognized),
     )
+
+
+def select_ffns(anatomy: Anatomy, layers: Collection[int] | None) -> list[FFN]:
+    """The FFNs whose numbers are in `layers`; all of them for None.
+
+    Raises:
+        RecipeError: the model has no FFN of some number.
+    """
+    unknown = set(layers or ()) - {ffn.layer for ffn in anatomy.ffns}
+    if unknown:
+        raise RecipeError(
+            f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(anatomy.ffns)}, counted from 0"
+        )
+    return [ffn for ffn in anatomy.ffns if layers is None or ffn.layer in layers]
 
 
 def require_ffns(anatomy: Anatomy) -> tuple[FFN, ...]:

@@ -146,6 +146,12 @@ class Head:
     tied: bool
 
     @property
+    def vocabulary(self) -> Linear | None:
+        """The last projection, if it has more outputs than inputs, as to a vocabulary and not to classes."""
+        last = self.linears[-1]
+        return last if last.out_features > last.in_features else None
+
+    @property
     def params(self) -> int:
         return sum(linear.params for linear in self.linears)
 

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from pydantic import Field, TypeAdapter, ValidationError
 from threadpoolctl import threadpool_limits
 
-from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
@@ -72,19 +72,13 @@ class FFNSplit(Pass):
 
     def _run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         self._check_forms(context)
-        ffns = find_anatomy(graph).ffns
-        unknown = set(self.layers or ()) - {ffn.layer for ffn in ffns}
-        if unknown:
-            raise RecipeError(
-                f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(ffns)}, counted from 0"
-            )
+        anatomy = find_anatomy(graph)
+        chosen = select_ffns(anatomy, self.layers)
         if context.profile is None:
             raise ProfileError("a profile is needed", hint="give --data or --profile")
         left: list[Left] = []
         wanted: list[FFN] = []
-        for ffn in ffns:
-            if self.layers is not None and ffn.layer not in self.layers:
-                continue
+        for ffn in chosen:
             reason = self._unfit(ffn)
             if reason:
                 left.append(Left(ffn.where, reason))
@@ -100,7 +94,7 @@ class FFNSplit(Pass):
             emit(graph, ffn, split)
             rows.append(_row(ffn, split))
             _tell(context, "split FFNs", len(rows), len(wanted))
-        untouched = sum(linear.bytes for f in ffns if f not in wanted for linear in f.linears)
+        untouched = sum(linear.bytes for f in anatomy.ffns if f not in wanted for linear in f.linears)
         details = {"layers": rows, "ffn_bytes": untouched + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
 

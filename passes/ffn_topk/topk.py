@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field
 
-from trimtab.passes.anatomy import FFN, find_anatomy
+from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
@@ -84,19 +84,14 @@ class FFNTopK(Pass):
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
         if self.take is not None and self.take < self.density:
             raise RecipeError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
-        ffns = find_anatomy(graph).ffns
-        unknown = set(self.layers or ()) - {ffn.layer for ffn in ffns}
-        if unknown:
-            raise RecipeError(
-                f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(ffns)}, counted from 0"
-            )
+        anatomy = find_anatomy(graph)
+        wanted = select_ffns(anatomy, self.layers)
         if context.profile is None:
             raise ProfileError("a profile is needed", hint="give --data or --profile")
         raise_opset(graph, OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
-        wanted = [ffn for ffn in ffns if self.layers is None or ffn.layer in self.layers]
-        kept = sum(linear.bytes for ffn in ffns if ffn not in wanted for linear in ffn.linears)
+        kept = sum(linear.bytes for ffn in anatomy.ffns if ffn not in wanted for linear in ffn.linears)
         best = 0.0
         for done, ffn in enumerate(wanted, 1):
             reason = self._unfit(ffn)

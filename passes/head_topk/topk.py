@@ -87,7 +87,7 @@ class HeadTopK(Pass):
         if anatomy.head is None:
             return "the model has none"
         linear = anatomy.head.linears[-1]
-        if linear.out_features <= linear.in_features:
+        if anatomy.head.vocabulary is None:
             return f"it has {linear.out_features} classes, no vocabulary"
         if linear.quantized is not None:
             return "its weights are quantized already; choose `weights` of this pass instead"
