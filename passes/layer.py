@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.anatomy.activation import evaluate
-from trimtab.passes.profile import FFNStats
+from trimtab.passes.errors import ProfileError
+from trimtab.passes.profile import FFNStats, Profile
 
 _HELD_OUT = 5  # every fifth state measures errors and is never fitted to
 _MOST = 3  # times the typical spread that a feature may count for
@@ -139,6 +140,21 @@ class Layer:
         """
         spread = (self.y_held - self.y_held.mean(0)) * self.yardstick
         return float(np.square((y - self.y_held) * self.yardstick).sum() / max(np.square(spread).sum(), 1e-30))
+
+
+def read_layer(ffn: FFN, profile: Profile) -> Layer:
+    """The layer of `ffn` with what the Profile knows of it.
+
+    Raises:
+        ProfileError: it knows nothing, or nothing that can be fitted to.
+    """
+    stats = profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
+    if len(stats.states) < 2 or not np.all(np.isfinite(stats.states)):
+        raise ProfileError(
+            f"{ffn.where}: {len(stats.states)} finite states in the profile, at least 2 are needed",
+            hint="calibrate on more data",
+        )
+    return Layer(ffn, stats)
 
 
 def _next_norm_scale(tensor: gs.Tensor) -> np.ndarray | None:

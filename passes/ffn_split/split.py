@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field, TypeAdapter, ValidationError
 from threadpoolctl import threadpool_limits
@@ -19,7 +18,7 @@ from trimtab.passes.ffn_split.fit import Fitter
 from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
 from trimtab.passes.ffn_split.score import Score
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import Layer
+from trimtab.passes.layer import read_layer
 from trimtab.passes.matrices.quantize import fit_block
 
 _OPSET = {"int8": 21, "int4": 21, "int2": 25}
@@ -90,7 +89,7 @@ class FFNSplit(Pass):
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
         rows = []
         for ffn, plan in zip(wanted, plans, strict=True):
-            split = Fitter(Layer(ffn, _stats(ffn, context)), self.score, [plan]).split(plan)
+            split = Fitter(read_layer(ffn, context.profile), self.score, [plan]).split(plan)
             emit(graph, ffn, split)
             rows.append(_row(ffn, split))
             _tell(context, "split FFNs", len(rows), len(wanted))
@@ -127,11 +126,11 @@ class FFNSplit(Pass):
         return [plan for *_, plan in _CHOICE.validate_python(context.choice(self, search, fits))]
 
     def _search(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
-        assert self.budget is not None
+        assert self.budget is not None and context.profile is not None
         candidates = []
         for ffn in ffns:
             plans = list(self._candidates(ffn, context))
-            fitter = Fitter(Layer(ffn, _stats(ffn, context)), self.score, plans, precise=False)
+            fitter = Fitter(read_layer(ffn, context.profile), self.score, plans, precise=False)
             candidates.append([Candidate.of(fitter.split(plan)) for plan in plans])
             _tell(context, "search the budget", len(candidates), len(ffns))
         dense = [4 * ffn.params for ffn in ffns]
@@ -177,17 +176,6 @@ class FFNSplit(Pass):
         ):
             return f"no block of 16 or more divides its {ffn.d_model} input features"
         return None
-
-
-def _stats(ffn: FFN, context: PassContext) -> Any:
-    assert context.profile is not None
-    stats = context.profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
-    if len(stats.states) < 2 or not np.all(np.isfinite(stats.states)):
-        raise ProfileError(
-            f"{ffn.where}: {len(stats.states)} finite states in the profile, at least 2 are needed",
-            hint="calibrate on more data",
-        )
-    return stats
 
 
 def _row(ffn: FFN, split: Split) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_ran
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import Layer
+from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.dialect import OPSET
@@ -96,8 +96,7 @@ class FFNTopK(Pass):
         for done, ffn in enumerate(wanted, 1):
             reason = self._unfit(ffn)
             if reason is None:
-                stats = context.profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
-                layer = Layer(ffn, stats)
+                layer = read_layer(ffn, context.profile)
                 choice = self._choose(layer)
                 best = max(best, choice.recall)
                 if choice.recall < self.recall and self.take is None:
