@@ -1,28 +1,36 @@
-"""Decoding with a 1.1 B LLaMA shape, batch 1: python benchmarks/decode_1b.py --json
+"""Decoding with a 1.1 B LLaMA shape, batch 1: python benchmarks/decode_1b.py --llama-python PATH --json
 
 The model has random weights, written by this script: 2048 wide, FFN 5632, 22 layers, 32 heads of which 4 hold keys and
 values, 32 000 tokens. Compiled to 5 % of its FFN neurons and the HiRE head, in fp32, int8 and int4, and timed in one
-run with the dense model in the same loop. What memory must deliver per token bounds every engine: bytes by bandwidth.
+run with the dense model and with peers of the same shape: onnxruntime-genai's int4 as its model builder writes it, and
+llama.cpp's Q8_0 and Q4_0. Each compile and each engine is a process of its own; engines wait, idle, for their turns.
+What memory must deliver per token bounds every engine: bytes by bandwidth, which is measured in the same run.
 Random weights say nothing about quality; that is what ../shared's trained models are for.
+
+llama.cpp needs an interpreter of its own: python -m venv llama && llama/bin/pip install --no-binary llama-cpp-python
+llama-cpp-python gguf (compiles it for this processor), and then --llama-python llama/bin/python.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from peers.child import Children
+from peers.models import genai_model, llama_model
 
-from trimtab.compiler import compile_model, load, open_source
+from trimtab.compiler import open_source
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.timing import interleave
-from trimtab.compiler.sources import Source
 from trimtab.plugins.library import instruction_set
 
 SIZES = {
@@ -31,10 +39,25 @@ SIZES = {
 }  # fmt: skip
 CONTEXT = 128  # tokens in the cache when a step is timed
 DENSITY = 0.05
+MEMORY = 1 << 29  # bytes summed for the bandwidth
+LIMITS: dict[str, Any] = {
+    "workload": {"batch": 1, "tokens": [1, 1, 128]}, "check": False, "calibration": {"samples": 64, "states": 1024},
+}  # fmt: skip
+WANTED = (("int8", "llama.cpp Q8_0", 2.5), ("int4", "llama.cpp Q4_0", 1.8), ("int4", "onnxruntime-genai int4", 2.0))
+
+COMPILE = """
+import json, sys
+from trimtab.compiler import compile_model
+made = compile_model(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], data=sys.argv[4]).manifest
+print(json.dumps({"phases": made.seconds, "peak_bytes": made.peak_memory_bytes, "dense_bytes": made.sizes.dense_bytes,
+                  "passes": [p.model_dump() for p in made.passes]}))
+"""
 
 
 def recipe(form: str) -> list[Any]:
     """5 % of the neurons, 128 candidates; what is left dense in the same form."""
+    if form == "dense fp32":
+        return []
     passes: list[Any] = [
         {"ffn-topk": {"density": DENSITY, "take": DENSITY, "rank": 128, "block": 8, "form": form, "weights": form}},
         {"head-topk": {"take": 128, "rank": 128, "form": form, "weights": form}},
@@ -55,11 +78,11 @@ def write_model(folder: Path, layers: int) -> Path:
     return folder
 
 
-def write_data(source: Source, path: Path) -> Path:
+def write_data(model: Path, path: Path) -> Path:
     """Random tokens to calibrate on: arrays, since there is no tokenizer."""
     rng, samples, tokens = np.random.default_rng(0), 64, 32
     arrays: dict[str, np.ndarray] = {}
-    for tensor in source.graph().inputs:
+    for tensor in open_source(model).graph().inputs:
         if tensor.name == "input_ids":
             arrays[tensor.name] = rng.integers(0, SIZES["vocab_size"], (samples, tokens))
         elif tensor.name == "attention_mask":
@@ -70,27 +93,31 @@ def write_data(source: Source, path: Path) -> Path:
     return path
 
 
-def stepper(folder: Path, threads: int) -> Callable[[], object]:
-    """A call that decodes one token behind CONTEXT others."""
-    steps = load(folder, threads=threads, verify=False).runner.steps(1, CONTEXT + 1)
-    rng = np.random.default_rng(0)
-    steps.run(rng.integers(0, SIZES["vocab_size"], (1, CONTEXT)), np.ones((1, CONTEXT), np.int64))
-    mask = np.ones((1, CONTEXT + 1), np.int64)
-    return lambda: steps.run(rng.integers(0, SIZES["vocab_size"], (1, 1)), mask)
-
-
-def read_bytes(passes: list[dict[str, Any]], attention: int, form: str) -> float:
-    """Bytes of weights that a token needs."""
-    ffn, head = (each["details"] for each in passes[:2])
-    per = {"fp32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}[form]
-    return sum(row["read_bytes"] for row in ffn["layers"]) + head["read_bytes"] + attention * per
+def compiled(model: Path, form: str, out: Path, data: Path, attention: int) -> dict[str, Any]:
+    """Compile in a process of its own; what its manifest says of that, and the bytes that a token needs."""
+    wanted = json.dumps(LIMITS | {"passes": recipe(form)})
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, model, wanted, out, data], stdout=subprocess.PIPE, text=True, check=True
+    )
+    found = {"compile_seconds": time.perf_counter() - start} | json.loads(run.stdout.splitlines()[-1])
+    found["peak_of_weights"] = found["peak_bytes"] / found["dense_bytes"]
+    passes = found.pop("passes")
+    if passes:
+        ffn, head = (each["details"] for each in passes[:2])
+        per = {"fp32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}[form]
+        read = sum(row["read_bytes"] for row in ffn["layers"]) + head["read_bytes"] + attention * per
+    else:
+        read = found["dense_bytes"] - 4 * SIZES["vocab_size"] * SIZES["hidden_size"]  # of the table one row is read
+    return found | {"bytes_per_token": read}
 
 
 def main(
     forms: Annotated[str, typer.Option(help="Some of fp32,int8,int4.")] = "fp32,int8,int4",
     layers: Annotated[int, typer.Option(help="Fewer, for a try.")] = SIZES["num_hidden_layers"],
     threads: int = 2,
-    seconds: Annotated[float, typer.Option(help="Of timing, all engines together.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Of timing, all engines together.")] = 120.0,
+    llama_python: Annotated[Path | None, typer.Option(help="An interpreter that has llama-cpp-python, gguf.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
@@ -100,51 +127,70 @@ def main(
         print(text, file=sys.stderr, flush=True)
 
     d, kv = SIZES["hidden_size"], SIZES["hidden_size"] // SIZES["num_attention_heads"] * SIZES["num_key_value_heads"]
-    attention = layers * (2 * d * d + 2 * d * kv)
-    results: dict[str, Any] = {
-        "versions": package_versions(), "command": " ".join(sys.argv), "instructions": instruction_set(),
-        "layers": layers, "context": CONTEXT, "engines": {},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="trimtab-1b-") as work:
+    engines: dict[str, dict[str, Any]] = {}
+    missing: list[str] = []
+    rest = (threads, CONTEXT, SIZES["vocab_size"])
+    with tempfile.TemporaryDirectory(prefix="trimtab-1b-") as work, Children() as children:
+        folder = Path(work)
+        os.environ["TRIMTAB_CACHE"] = str(folder / "cache")
         say("writing and exporting the model")
-        source = open_source(write_model(Path(work) / "model", layers))
-        data = write_data(source, Path(work) / "data.npz")
-        limits: dict[str, Any] = {
-            "workload": {"batch": 1, "tokens": [1, 1, 128]}, "check": False,
-            "calibration": {"samples": 64, "states": 1024},
-        }  # fmt: skip
-        runs: dict[str, Callable[[], object]] = {}
-        dense = compile_model(source, limits | {"passes": []}, Path(work) / "dense")
-        runs["dense fp32"] = stepper(dense.path, threads)
-        for form in forms.split(","):
+        model = write_model(folder / "model", layers)
+        data = write_data(model, folder / "data.npz")
+        for form in ("dense fp32", *forms.split(",")):
             say(f"compiling {form}")
-            start = time.perf_counter()
-            build = compile_model(source, limits | {"passes": recipe(form)}, Path(work) / form, data=data)
-            needed = read_bytes([p.model_dump() for p in build.manifest.passes], attention, form)
-            results["engines"][form] = {
-                "compile_seconds": time.perf_counter() - start, "phases": build.manifest.seconds,
-                "peak_bytes": build.manifest.peak_memory_bytes, "dense_bytes": build.manifest.sizes.dense_bytes,
-                "bytes_per_token": needed,
-            }  # fmt: skip
-            runs[f"trimtab {form}"] = stepper(build.path, threads)
+            engines[form] = compiled(model, form, folder / form, data, layers * (2 * d * d + 2 * d * kv))
+        if importlib.util.find_spec("onnxruntime_genai"):
+            say("building the peer of onnxruntime-genai")
+            engines["onnxruntime-genai int4"] = {"bytes_per_token": genai_model(model, SIZES, folder / "genai")}
+        else:
+            missing.append("onnxruntime-genai")
+        if llama_python is not None:
+            for form in ("Q8_0", "Q4_0"):
+                say(f"writing the peer of llama.cpp in {form}")
+                found = llama_model(llama_python, form, SIZES | {"num_hidden_layers": layers}, folder / f"{form}.gguf")
+                engines[f"llama.cpp {form}"] = {"bytes_per_token": found}
+        else:
+            missing.append("llama.cpp (--llama-python)")
         say("timing")
-        for name, taken in interleave(runs, seconds=seconds).items():
-            form = name.removeprefix("trimtab ")
-            found = results["engines"].setdefault(form, {})
-            found["median_ms"] = taken.median_ms
-            if "bytes_per_token" in found:
-                found["gb_s"] = found["bytes_per_token"] / taken.median_ms / 1e6
-        slow = results["engines"]["dense fp32"]["median_ms"]
-        for found in results["engines"].values():
-            found["speedup_of_dense_fp32"] = slow / found["median_ms"]
+        children.start("memory", sys.executable, "memory_steps.py", MEMORY, threads)
+        for name in engines:
+            if name.startswith("llama.cpp"):
+                children.start(name, llama_python or "", "llama_steps.py", folder / f"{name[-4:]}.gguf", *rest)
+            elif name.startswith("onnxruntime-genai"):
+                children.start(name, sys.executable, "genai_steps.py", folder / "genai" / "model", *rest)
+            else:
+                children.start(name, sys.executable, "trimtab_steps.py", folder / name, *rest)
+        taken = interleave(children.steps, seconds=seconds)
+    bandwidth = MEMORY / taken.pop("memory").median_ms / 1e6
+    for name, timing in taken.items():
+        found = engines[name]
+        found |= children.about[name] | {"median_ms": timing.median_ms, "samples": timing.samples}
+        found["bound_ms"] = found["bytes_per_token"] / bandwidth / 1e6
+        found["of_bound"] = found["bound_ms"] / timing.median_ms
+        found["speedup_of_dense_fp32"] = taken["dense fp32"].median_ms / timing.median_ms
+    ratios = {
+        f"{ours} against {theirs}": {"times_as_fast": taken[theirs].median_ms / taken[ours].median_ms, "wanted": wanted}
+        for ours, theirs, wanted in WANTED
+        if {ours, theirs} <= taken.keys()
+    }
+    results = {
+        "versions": package_versions(), "command": " ".join(sys.argv), "instructions": instruction_set(),
+        "layers": layers, "context": CONTEXT, "threads": threads, "memory_gb_s": bandwidth, "missing": missing,
+        "ratios": ratios, "engines": engines,
+    }  # fmt: skip
     text = json.dumps(results, indent=1)
     if output:
         output.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text)
-    else:
-        for name, found in results["engines"].items():
-            print(f"{name}: {found['median_ms']:.1f} ms, {found['speedup_of_dense_fp32']:.2f} of dense fp32")
+        return
+    print(f"memory: {bandwidth:.1f} GB/s{''.join(f'; {name} is missing' for name in missing)}")
+    for name, found in engines.items():
+        print("{}: {median_ms:.1f} ms, {of_bound:.2f} of its bound".format(name, **found))
+        if "peak_of_weights" in found:
+            print("  compiled in {compile_seconds:.0f} s, {peak_of_weights:.2f} times the weights".format(**found))
+    for name, ratio in ratios.items():
+        print("{}: {times_as_fast:.2f} times as fast, wanted {wanted}".format(name, **ratio))
 
 
 if __name__ == "__main__":
