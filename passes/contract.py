@@ -55,6 +55,8 @@ class PassContext:
     capability: Capability = field(default_factory=Capability)
     progress: Callable[[str, int, int], None] | None = None
     """Called with (what, done, total) by passes that take long."""
+    shards: int = 1
+    """Ranks among which the graph will be divided. What is chosen at run time, each has to choose of its own part."""
     done: list[Pass] = field(default_factory=list)
     """The passes that `run_passes` has run on this graph so far."""
     ahead: Sequence[Pass] = ()

@@ -22,7 +22,7 @@ def pool(scores: np.ndarray, block: int) -> np.ndarray:
     return scores if block == 1 else scores.reshape(len(scores), -1, block).sum(-1)
 
 
-def places(scores: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:
+def places(scores: np.ndarray, truth: np.ndarray, k: int, shards: int = 1) -> np.ndarray:
     """How many blocks have to be taken until each of the k most important ones is among them, [tokens, k].
 
     Those that contribute nothing need not be found: 0.
@@ -30,12 +30,13 @@ def places(scores: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:
     Args:
         scores: predicted, [tokens, blocks].
         truth: importance, [tokens, blocks].
+        shards: neighbouring parts of the blocks, of which each takes as many, the best of its own.
     """
     wanted = most_important(truth, k)
-    order = np.argsort(-scores, axis=1, kind="stable")
+    order = np.argsort(-scores.reshape(len(scores) * shards, -1), axis=1, kind="stable")
     rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(scores.shape[1])[None], axis=1)
-    found = np.take_along_axis(rank, wanted, axis=1) + 1
+    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+    found = np.take_along_axis(rank.reshape(scores.shape), wanted, axis=1) + 1
     return np.where(np.take_along_axis(truth, wanted, axis=1) > 0, found, 0)
 
 

@@ -15,6 +15,7 @@ from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
+from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
@@ -33,12 +34,20 @@ class Choice:
     Attributes:
         k: blocks wanted of each token; take: blocks computed, k' of the paper.
         recall: share of the wanted ones among those computed, on held-out states.
+        shards: parts of the blocks, of which each takes its own best, all as many.
     """
 
     predictor: Predictor
     k: int
     take: int
     recall: float
+    shards: int = 1
+
+    def by_shards(self, neurons: int, block: int) -> dict[str, Any]:
+        """For the report: neurons that each shard takes, and the recall if the wanted ones fell at random."""
+        local = self.take // self.shards
+        expected = expected_recall(neurons // block, self.k, self.shards, local)
+        return {"shards": self.shards, "of_each_shard": local * block, "expected_recall": round(expected, 4)}
 
 
 class FFNTopK(Pass):
@@ -97,13 +106,14 @@ class FFNTopK(Pass):
             reason = self._unfit(ffn)
             if reason is None:
                 layer = read_layer(ffn, context.profile)
-                choice = self._choose(layer)
+                choice = self._choose(layer, context.shards)
                 best = max(best, choice.recall)
                 if choice.recall < self.recall and self.take is None:
                     held = f"{choice.recall:.1%} of the wanted ones"
                     reason = f"{self.most:.0%} of its neurons hold {held}, not {self.recall:.0%}"
                 else:
-                    rows.append(self._rewrite(graph, layer, choice))
+                    by_shards = choice.by_shards(ffn.d_ff, self.block) if context.shards > 1 else {}
+                    rows.append(self._rewrite(graph, layer, choice) | by_shards)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
                 kept += sum(linear.bytes for linear in ffn.linears)
@@ -131,18 +141,23 @@ class FFNTopK(Pass):
             return f"it computes in {np.dtype(ffn.y.dtype).name}; the sparse ops take float32"
         return None
 
-    def _choose(self, layer: Layer) -> Choice:
-        """Fit a predictor, and find how many blocks it takes."""
+    def _choose(self, layer: Layer, shards: int = 1) -> Choice:
+        """Fit a predictor, and find how many blocks it takes; of each shard, where they divide into shards."""
         blocks, norm = layer.ffn.d_ff // self.block, norms(layer)
+        shards = shards if blocks % shards == 0 else 1
         k = max(1, round(self.density * blocks))
         common = self._common(importance(layer.h_fit, norm, self.block), k)
         predictor = self._fit(layer, norm, common)
-        found_at = places(predictor.scores(layer.held), importance(layer.h_held, norm, self.block), k)
+        found_at = places(predictor.scores(layer.held), importance(layer.h_held, norm, self.block), k, shards)
+        least = -(-k // shards)
+        if common is not None:  # a shard may have more than its share of them
+            least = max(least, int(np.bincount(common // (blocks // shards)).max()))
         if self.take is not None:
-            take = max(k, round(self.take * blocks))
+            local = -(-round(self.take * blocks) // shards)
         else:
-            take = max(k, min(smallest(found_at, self.recall), max(k, int(self.most * blocks))))
-        return Choice(predictor, k, take, recall_at(found_at, take))
+            local = min(smallest(found_at, self.recall), int(self.most * blocks) // shards)
+        local = min(max(least, local), blocks // shards)
+        return Choice(predictor, k, shards * local, recall_at(found_at, local), shards)
 
     def _common(self, truth: np.ndarray, k: int) -> np.ndarray | None:
         """The blocks that are among the k most important most often."""
@@ -181,7 +196,7 @@ class FFNTopK(Pass):
             scores = choice.predictor.emit(graph, ffn, f"{name}/predict")
             chosen = add_node(
                 graph, SELECT_BLOCKS, {"scores": scores}, f"{name}/blocks",
-                k=choice.take, shared=int(self.shared), dense_above=limit,
+                k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=limit,
             )  # fmt: skip
         parts: dict[str, gs.Tensor] = {"x": ffn.x, "blocks": chosen}
         labels = ("gate", "up") if ffn.gated else ("up",)

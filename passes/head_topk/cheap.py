@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import beta
 
+from trimtab.passes.ffn_topk.importance import smallest
 from trimtab.passes.ffn_topk.predictor import low_rank
 
 _ROWS = 64  # states worked on at a time: a row of logits is as long as the vocabulary
@@ -67,7 +68,7 @@ class Found:
     """How the candidates of a cheap head hold the truth, on held-out states.
 
     Attributes:
-        places: for each state, how many candidates are needed to have the likeliest token among them.
+        places: for each state, how many candidates, of each shard, are needed to have the likeliest token among them.
     """
 
     places: np.ndarray
@@ -81,6 +82,10 @@ class Found:
         count, missed = len(self.places), int((self.places > take).sum())
         return 1.0 if missed == count else float(beta.ppf(_CONFIDENCE, missed + 1, count - missed))
 
+    def reaching(self, agreement: float) -> int:
+        """The fewest candidates that find the likeliest token in this share of the states."""
+        return smallest(self.places, agreement - 1e-9)  # a count over a count: rounding must not ask for one more
+
     def least(self, miss: float) -> int | None:
         """The fewest candidates with a bound of at most `miss`; None if no number is enough to show it."""
         for take in np.unique(self.places):
@@ -89,23 +94,32 @@ class Found:
         return None
 
 
-def look(head: Head, cheap: CheapHead, states: np.ndarray) -> Found:
-    """Where the likeliest token stands among the candidates of each state."""
+def look(head: Head, cheap: CheapHead, states: np.ndarray, shards: int = 1) -> Found:
+    """Where the likeliest token stands among the candidates of each state.
+
+    Args:
+        shards: neighbouring parts of the vocabulary, of which each has candidates of its own.
+    """
     places = []
     for x in parts(states):
-        best, guess = head(x).argmax(-1), cheap(x)
-        places.append((guess > np.take_along_axis(guess, best[:, None], 1)).sum(-1) + 1)
+        best, guess = head(x).argmax(-1)[:, None], cheap(x)
+        own = np.arange(guess.shape[1]) // (guess.shape[1] // shards) == best // (guess.shape[1] // shards)
+        places.append((own & (guess > np.take_along_axis(guess, best, 1))).sum(-1) + 1)
     return Found(np.concatenate(places))
 
 
-def divergence(head: Head, cheap: CheapHead, states: np.ndarray, take: int) -> float:
-    """Mean KL(dense ‖ approximate) of the predicted distributions, in nats, with `take` exact candidates."""
-    total = 0.0
+def divergence(head: Head, cheap: CheapHead, states: np.ndarray, take: int, shards: int = 1) -> float:
+    """Mean KL(dense ‖ approximate) of the predicted distributions, in nats, with `take` exact candidates.
+
+    Args:
+        shards: parts of the vocabulary, of which each has as many of the candidates.
+    """
+    total, local = 0.0, take // shards
     for x in parts(states):
-        exact, mixed = head(x), cheap(x)
-        rows = np.argpartition(-mixed, take - 1, axis=1)[:, :take]
+        exact, mixed = (y.reshape(len(x) * shards, -1) for y in (head(x), cheap(x)))
+        rows = np.argpartition(-mixed, local - 1, axis=1)[:, :local]
         np.put_along_axis(mixed, rows, np.take_along_axis(exact, rows, 1), 1)
-        p, q = log_softmax(exact.astype(np.float64), -1), log_softmax(mixed.astype(np.float64), -1)
+        p, q = (log_softmax(y.reshape(len(x), -1).astype(np.float64), -1) for y in (exact, mixed))
         total += float((np.exp(p) * (p - q)).sum())
     return total / len(states)
 

@@ -13,10 +13,11 @@ from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_topk.predictor import in_form
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
+from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Found, Head, divergence, look
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
 from trimtab.plugins.dialect import OPSET
@@ -67,20 +68,33 @@ class HeadTopK(Pass):
         states = context.profile.head(linear.in_features)
         held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
         cheap = CheapHead.fit(head, states[~held], self.rank)
-        found, take = look(head, cheap, states[held]), self.take
-        if self.miss is not None:
+        shards = context.shards if vocabulary % context.shards == 0 else 1
+        found = look(head, cheap, states[held], shards)
+        if self.miss is None:
+            local = self._local(vocabulary, shards, found, look(head, cheap, states[held]).agreement(self.take))
+        else:
             least = found.least(self.miss)
             if least is None:
                 raise RecipeError(
                     f"miss: {int(held.sum())} held-out states show no bound below {found.miss_bound(vocabulary):.2%}",
                     hint="calibrate on more data (calibration.states), or allow more",
                 )
-            take = least
-        told = {
-            "agreement": round(found.agreement(take), 4), "miss_bound": round(found.miss_bound(take), 4),
-            "divergence": round(divergence(head, cheap, states[held], take), 6),
+            local = least
+        take = shards * local
+        told: dict[str, Any] = {
+            "agreement": round(found.agreement(local), 4), "miss_bound": round(found.miss_bound(local), 4),
+            "divergence": round(divergence(head, cheap, states[held], take, shards), 6),
         }  # fmt: skip
-        return self._result(graph, anatomy, linear, head, cheap, take, told)
+        if context.shards > 1:
+            told |= {"shards": shards, "of_each_shard": local}
+            if self.miss is None:
+                told["expected_recall"] = round(expected_recall(vocabulary, self.take, shards, local), 4)
+        return self._result(graph, anatomy, linear, head, cheap, take, told, shards)
+
+    def _local(self, vocabulary: int, shards: int, found: Found, agreement: float) -> int:
+        """Candidates of each shard: its share of `take`, or more, so that they find what one choice among all does."""
+        share = -(-self.take // shards)
+        return min(max(share, found.reaching(agreement)), vocabulary // shards) if shards > 1 else share
 
     def _unfit(self, anatomy: Anatomy) -> str | None:
         """Why the head stays as it is, or None."""
@@ -99,7 +113,7 @@ class HeadTopK(Pass):
 
     def _result(
         self, graph: gs.Graph, anatomy: Anatomy, linear: Linear, head: Head, cheap: CheapHead | None, take: int,
-        told: dict[str, Any],
+        told: dict[str, Any], shards: int = 1,
     ) -> PassResult:  # fmt: skip
         """Put the new head in the place of the old one, and say what it is."""
         vocabulary, name = linear.out_features, self.name
@@ -117,7 +131,9 @@ class HeadTopK(Pass):
             guess = pair.emit(graph, x, f"{name}/cheap", np.dtype(np.float32))
             shift = constant(f"{name}/offset", cheap.offset)
             guess = insert(graph, "Add", [guess, shift], f"{name}/guess", dtype=np.float32)
-            rows = add_node(graph, SELECT_BLOCKS, {"scores": guess}, f"{name}/rows", k=take, dense_above=limit)
+            rows = add_node(
+                graph, SELECT_BLOCKS, {"scores": guess}, f"{name}/rows", k=take, shards=shards, dense_above=limit
+            )
             exact = add_node(graph, SPARSE_HEAD, parts | {"blocks": rows}, f"{name}/exact")
             wide = insert(graph, "Cast", [rows], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
             shape = insert(graph, "Shape", [exact], f"{name}/shape", dtype=np.int64)

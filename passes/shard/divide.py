@@ -1,0 +1,196 @@
+"""A compiled graph into the graphs of s ranks: FFNs by their neurons, the head by its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.contract import Left, PassResult
+from trimtab.passes.graph import insert, replace_uses, stored_bytes, topological
+from trimtab.passes.graph.linear import Linear
+from trimtab.passes.shard.narrow import Narrow
+from trimtab.passes.shard.slices import Share, Slices, Whole
+from trimtab.plugins import DOMAIN, SPARSE_DOWN, SPARSE_HEAD
+
+NAME = "shard"
+
+How = Literal["sum", "concat"]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where the ranks have to meet.
+
+    Attributes:
+        tensor: of which each rank computes its own.
+        how: the tensor that all go on with: the sum of theirs, or theirs side by side along the last axis.
+    """
+
+    tensor: gs.Tensor
+    how: How
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The graph of one rank.
+
+    Attributes:
+        joins: in the order of computation, at the same tensors in all ranks.
+        result: what was divided and what was not, for the report; the same for all ranks.
+    """
+
+    graph: gs.Graph
+    joins: tuple[Join, ...]
+    result: PassResult
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Something that may be divided.
+
+    Attributes:
+        node: the product, or the op, whose output the ranks join.
+        linear: of a dense head.
+    """
+
+    where: str
+    node: gs.Node
+    how: How
+    what: str
+    linear: Linear | None = None
+
+
+def divide(graph: gs.Graph, rank: int, shards: int) -> Rank:
+    """The graph of `rank` of `shards`; `graph` stays as it is, and they share the weights that are whole.
+
+    Each FFN computes the rank's neurons and what they add to the output; biases behind are added once, after the join.
+    The head computes the rank's logits. Attention and all else every rank computes for itself. Together the ranks
+    compute the same products as the one graph; sums alone are taken in another order.
+    """
+    own = graph.copy()
+    own.nodes = topological(own)
+    slices = Slices(Share(rank, shards))
+    joins: list[Join] = []
+    left: list[Left] = []
+    rows: list[dict[str, object]] = []
+    for site in list(_sites(own)):
+        narrow = Narrow(own, slices, site.what)
+        try:
+            tensor, size = _divide(narrow, site)
+        except Whole as why:
+            narrow.undo()
+            left.append(Left(site.where, str(why)))
+            continue
+        joins.append(Join(tensor, site.how))
+        rows.append({"place": site.where, "divided": site.what, "all": size, "of each rank": size // shards})
+    own.cleanup(remove_unused_graph_inputs=False)
+    own.nodes = topological(own)
+    weights = {id(t): stored_bytes(t) for t in own.tensors().values() if isinstance(t, gs.Constant)}
+    details = {"shards": shards, "rank_bytes": sum(weights.values()), "places": rows}
+    return Rank(own, tuple(joins), PassResult(NAME, len(joins), (*left, *_integer(own)), details))
+
+
+def _sites(graph: gs.Graph) -> Iterator[_Site]:
+    """FFNs in the order of computation, sparse and dense, then the head."""
+    anatomy = find_anatomy(graph)
+    downs = {id(_product(ffn.down)) for ffn in anatomy.ffns}
+    layer = 0
+    for node in graph.nodes:
+        if id(node) in downs or _is(node, SPARSE_DOWN.name):
+            yield _Site(f"layer {layer} FFN", node, "sum", "neurons")
+            layer += 1
+    heads = [node for node in graph.nodes if _is(node, SPARSE_HEAD.name)]
+    for node in heads:
+        scatters = [after for after in node.outputs[0].outputs if after.op == "ScatterElements"]
+        yield _Site("head", scatters[0] if scatters else node, "concat", "vocabulary rows")
+    linear = anatomy.head.vocabulary if anatomy.head is not None and not heads else None
+    if linear is not None:
+        yield _Site("head", linear.nodes[-1], "concat", "vocabulary rows", linear)
+
+
+def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
+    """Put the rank's part in the place of `site`; returns it, and how many things were divided."""
+    node, graph = site.node, narrow.graph
+    whole = node.outputs[0]
+    if site.how == "concat":
+        size = _vocabulary(node, site.linear)
+        tensor = narrow(whole, size)
+        narrow.commit()
+        shape = whole.shape
+        replace_uses(graph, whole, tensor)
+        tensor.shape = None if shape is None else [*shape[:-1], size]  # as it is after the join
+        return tensor, size
+    bias: gs.Tensor | None = None
+    if _is(node, SPARSE_DOWN.name):
+        size, tensor = _sparse_down(narrow, node)
+    else:
+        size, tensor, bias = _dense_down(narrow, node)
+    narrow.commit()
+    tensor.shape = whole.shape
+    after = tensor
+    if bias is not None:
+        after = insert(graph, "Add", [tensor, bias], f"{tensor.name}/bias", dtype=tensor.dtype)
+    replace_uses(graph, whole, after)
+    return tensor, size
+
+
+def _sparse_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable]:
+    names = tuple(i.name for i in SPARSE_DOWN.inputs)
+    size = int(node.inputs[names.index("down")].shape[0])
+    block = int(node.attrs.get("block", 1))
+    narrow.share.of(size, "neurons")
+    narrow.share.of(size // block, f"blocks of {block} neurons")
+    h, *others = narrow.rows(node, names)
+    if not h.inputs:
+        raise Whole(f"it depends on {h.name!r}, an input of the graph")
+    return size, narrow.add(node, [narrow(h, size), *others])
+
+
+def _dense_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable, gs.Tensor | None]:
+    """The product with the rows of W that belong to the rank; its bias is to be added after the join."""
+    if node.op not in ("MatMul", "Gemm"):
+        raise Whole(f"its down projection is {node.op}, which is not divided")
+    x, weight, *bias = node.inputs
+    axis = 1 if node.attrs.get("transB", 0) else 0
+    stored = weight
+    size = None
+    while stored is not None and size is None:
+        if isinstance(stored, gs.Constant):
+            size = int(stored.shape[axis])
+        else:
+            source = stored.inputs[0]
+            axis = 1 - axis if source.op == "Transpose" else axis
+            stored = source.inputs[0]
+    assert size is not None
+    part = narrow(x, size)
+    rows = narrow.slices.weight(weight, 1 if node.attrs.get("transB", 0) else 0, narrow.what, narrow.made)
+    given = bias[0] if bias and bias[0].name else None
+    if given is not None and node.attrs.get("beta", 1.0) != 1.0:
+        raise Whole("its bias is scaled")
+    return size, narrow.add(node, [part, rows]), given
+
+
+def _vocabulary(node: gs.Node, linear: Linear | None) -> int:
+    if linear is not None:
+        return linear.out_features
+    exact = node if _is(node, SPARSE_HEAD.name) else node.inputs[2].inputs[0]
+    return int(exact.inputs[[i.name for i in SPARSE_HEAD.inputs].index("weight")].shape[0])
+
+
+def _product(linear: Linear) -> gs.Node:
+    return next(node for node in linear.nodes if node.op in ("MatMul", "Gemm", "MatMulNBits"))
+
+
+def _is(node: gs.Node, op: str) -> bool:
+    return node.domain == DOMAIN and node.op == op
+
+
+def _integer(graph: gs.Graph) -> list[Left]:
+    """Products of integers with integers, whose operands dynamic quantization has rounded."""
+    count = sum(node.op in ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat") for node in graph.nodes)
+    why = "their activations are rounded by the range of a whole tensor, of which a rank sees a part"
+    return [Left(f"{count} products of integers", why)] if count else []

@@ -1,0 +1,169 @@
+"""A tensor's last axis restricted to a rank's part, by going back to the constants that give it its width."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy.activation import is_elementwise
+from trimtab.passes.graph import constant, output_name_of, values
+from trimtab.passes.shard.slices import Slices, Whole
+from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_HEAD, SPARSE_UP
+
+
+class Narrow:
+    """Makes nodes that compute parts, beside those that compute the whole; what is left without use, a clean-up takes.
+
+    Where a path comes to an op that it does not know, or to a size that does not divide, nothing was changed: nodes
+    join the graph by `commit` alone.
+
+    Args:
+        what: how messages call the things along the axis, such as "neurons".
+    """
+
+    def __init__(self, graph: gs.Graph, slices: Slices, what: str) -> None:
+        self.graph, self.slices, self.share, self.what = graph, slices, slices.share, what
+        self.made: list[gs.Node] = []
+        self._known: dict[int, gs.Tensor] = {}
+
+    def commit(self) -> None:
+        self.graph.nodes.extend(self.made)
+
+    def undo(self) -> None:
+        for node in self.made:
+            node.inputs.clear()
+            node.outputs.clear()
+
+    def add(self, like: gs.Node, inputs: list[gs.Tensor], **attrs: object) -> gs.Variable:
+        """A node as `like`, on other inputs; returns its output."""
+        (whole,) = like.outputs
+        shape = None if whole.shape is None else [*whole.shape[:-1], self._less(whole.shape[-1])]
+        y = gs.Variable(self.slices.name(whole.name), whole.dtype, shape)
+        name = f"{like.name}/part" if like.name else ""
+        self.made.append(gs.Node(like.op, name, {**like.attrs, **attrs}, inputs, [y], like.domain))
+        return y
+
+    def _less(self, size: int | str | None) -> int | None:
+        return size // self.share.shards if isinstance(size, int) and size % self.share.shards == 0 else None
+
+    def __call__(self, tensor: gs.Tensor, size: int) -> gs.Tensor:
+        """The part of `tensor`, [..., size].
+
+        Raises:
+            Whole: something on the way back cannot be divided.
+        """
+        self.share.of(size, self.what)
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = self._narrow(tensor, size)
+        return self._known[id(tensor)]
+
+    def _narrow(self, tensor: gs.Tensor, size: int) -> gs.Tensor:
+        if isinstance(tensor, gs.Constant):
+            return self._constant(tensor, size)
+        if tensor.shape and tensor.shape[-1] == 1 != size:
+            return tensor  # the same for all
+        node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+        if node is None:
+            raise Whole(f"it depends on {tensor.name!r}, an input of the graph")
+        if is_elementwise(node):
+            return self.add(node, [self(t, size) if t.name else t for t in node.inputs])
+        if node.op in ("MatMul", "Gemm") and not node.domain:
+            return self._product(node, size)
+        if node.domain == DOMAIN and node.op in (SPARSE_UP.name, SPARSE_HEAD.name):
+            return self._sparse(node)
+        if node.op == "ReduceSum":
+            return self._pool(node, size)
+        if node.op == "ScatterElements" and node.attrs.get("axis", 0) == -1 and "reduction" not in node.attrs:
+            return self._scatter(node, size)
+        raise Whole(f"{node.op} ({output_name_of(node)}) is no op that is known to divide")
+
+    def _constant(self, tensor: gs.Constant, size: int) -> gs.Constant:
+        last = int(tensor.shape[-1]) if tensor.shape else 1
+        if last == 1 != size:
+            return tensor
+        if last != size:
+            raise Whole(f"constant {tensor.name!r} has {last} values for {size} {self.what}")
+        return self.slices.constant(tensor, -1, self.what)
+
+    def _product(self, node: gs.Node, size: int) -> gs.Tensor:
+        """x W + b, by the columns of W."""
+        x, weight, *bias = node.inputs
+        attrs = node.attrs
+        part = self.slices.weight(weight, 0 if attrs.get("transB", 0) else 1, self.what, self.made)
+        return self.add(node, [x, part, *(self(b, size) if b.name else b for b in bias)])
+
+    def choose(self, blocks: gs.Tensor, count: int) -> gs.Tensor:
+        """A rank's part of a choice among `count` blocks, numbered from its first on.
+
+        Raises:
+            Whole: the choice was made among all of them, and not by each shard on its own.
+        """
+        each = self.share.of(count, self.what)
+        if id(blocks) in self._known:
+            return self._known[id(blocks)]
+        if isinstance(blocks, gs.Constant):
+            if not np.array_equal(values(blocks).reshape(-1), np.arange(count)):
+                raise Whole(f"its choice of {self.what} is fixed")
+            found: gs.Tensor = constant(
+                self.slices.name(blocks.name), np.arange(each.stop - each.start, dtype=np.int32)[None]
+            )
+        else:
+            node = blocks.inputs[0]
+            k, shards = int(node.attrs.get("k", 1)), int(node.attrs.get("shards", 1))
+            if node.op != SELECT_BLOCKS.name or shards != self.share.shards or node.attrs.get("slack", 0) or k % shards:
+                raise Whole(f"its {self.what} are chosen among all, not by each of {self.share.shards} shards")
+            found = self.add(node, [self(node.inputs[0], count)], k=k // shards, shards=1)
+        self._known[id(blocks)] = found
+        return found
+
+    def rows(self, node: gs.Node, op_inputs: tuple[str, ...]) -> list[gs.Tensor]:
+        """The inputs of a sparse op with the rows of its weights that belong to the rank; x, or h, is the caller's."""
+        block = int(node.attrs.get("block", 1))
+        given = dict(zip(op_inputs, node.inputs, strict=False))
+        count = next(int(t.shape[0]) for name, t in given.items() if name in ("up", "down", "weight")) // block
+        found: list[gs.Tensor] = []
+        for name, tensor in given.items():
+            if name == "blocks":
+                found.append(self.choose(tensor, count))
+            elif name in ("x", "h") or not tensor.name:
+                found.append(tensor)
+            else:
+                if not isinstance(tensor, gs.Constant):
+                    raise Whole(f"{name} of {output_name_of(node)} is no constant")
+                found.append(self.slices.constant(tensor, 0, self.what))
+        return found
+
+    def _sparse(self, node: gs.Node) -> gs.Tensor:
+        op = SPARSE_UP if node.op == SPARSE_UP.name else SPARSE_HEAD
+        return self.add(node, self.rows(node, tuple(i.name for i in op.inputs)))
+
+    def _pool(self, node: gs.Node, size: int) -> gs.Tensor:
+        """Sums over blocks of neighbours: ReduceSum of a Reshape to [-1, size, block]."""
+        before = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        wanted = values(before.inputs[1]) if before is not None and before.op == "Reshape" else None
+        axes = values(node.inputs[1]).tolist() if isinstance(node.inputs[1], gs.Constant) else None
+        if wanted is None or wanted.shape != (3,) or wanted[1] != size or axes != [-1] or node.attrs.get("keepdims", 1):
+            raise Whole(f"ReduceSum ({output_name_of(node)}) is not over blocks of neighbours")
+        assert before is not None
+        each = self.share.of(size, self.what)
+        scores = self(before.inputs[0], size * int(wanted[2]))
+        shape = constant(self.slices.name(before.inputs[1].name), np.array([-1, each.stop - each.start, wanted[2]]))
+        parts = self.add(before, [scores, shape])
+        parts.shape = None
+        return self.add(node, [parts, node.inputs[1]])
+
+    def _scatter(self, node: gs.Node, size: int) -> gs.Tensor:
+        """What head-topk makes: exact logits of chosen rows among cheap ones."""
+        cheap, places, exact = node.inputs
+        chosen = exact.inputs[0] if exact.inputs else None
+        reshape = places.inputs[0] if places.inputs else None
+        cast = reshape.inputs[0].inputs[0] if reshape is not None and reshape.inputs[0].inputs else None
+        if chosen is None or chosen.op != SPARSE_HEAD.name or cast is None or cast.op != "Cast" or reshape is None:
+            raise Whole(f"ScatterElements ({output_name_of(node)}) is not of chosen rows")
+        part = self._sparse(chosen)
+        rows = self.choose(cast.inputs[0], size)
+        wide = self.add(cast, [rows])
+        of = reshape.inputs[1].inputs[0]
+        shape = gs.Variable(self.slices.name(of.outputs[0].name), np.int64)
+        self.made.append(gs.Node("Shape", f"{of.name}/part", dict(of.attrs), [part], [shape]))
+        return self.add(node, [self(cheap, size), self.add(reshape, [wide, shape]), part])
