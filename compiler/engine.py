@@ -76,6 +76,10 @@ class Engine:
             raise ModelError(f"{self._build.path}: texts do not give the input {missing[0]!r}")
         return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
 
+    def close(self) -> None:
+        """End the processes of a build in shards; they end with this one otherwise. The engine cannot run any more."""
+        self.runner.close()
+
     def __repr__(self) -> str:
         return f"Engine({str(self._build.path)!r}, target={self.manifest.target!r})"
 
@@ -84,7 +88,8 @@ def load(folder: Path | str, *, threads: int | None = None, verify: bool = True)
     """Load a build.
 
     Args:
-        threads: CPU threads of one run; by default what the recipe says, else the runtime's own choice.
+        threads: CPU threads of one run, in each process; by default what the recipe says, else the runtime's own
+            choice, which for a build in shards is its share of the cores.
         verify: hash every file first.
 
     Raises:

@@ -26,7 +26,7 @@ from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
-from trimtab.passes.errors import DataError
+from trimtab.passes.errors import DataError, TargetError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
 from trimtab.passes.profile import Profile
 
@@ -47,6 +47,7 @@ def compile_model(
     data: Path | str | None = None,
     profile: Profile | Path | str | None = None,
     target: str | None = None,
+    shards: int | None = None,
     progress: Progress | None = None,
     force: bool = False,
     allow_pickle: bool = False,
@@ -62,7 +63,7 @@ def compile_model(
         out: where the build goes; an earlier build there is replaced, anything else is left alone.
         data: file to calibrate on, where a pass needs a Profile and none is given.
         profile: of this model; made from `data` when missing, and then kept in the cache.
-        target: overrides the recipe's.
+        target, shards: override the recipe's.
         progress: called with (what, done, total).
         force: compile, and calibrate, even if nothing changed.
         allow_pickle: read pickled weights, which can run code of their author.
@@ -71,8 +72,11 @@ def compile_model(
         TrimtabError: one of its kinds; `out` is then as it was.
     """
     recipe = load_recipe(recipe)
-    if target is not None:
-        recipe = recipe.model_copy(update={"target": target})
+    told = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
+    if told:
+        recipe = load_recipe(dict(recipe) | told)
+    if recipe.shards > 1:
+        _check_shards(recipe)
     if recipe.needs_profile and profile is None and data is None:
         raise DataError(
             f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
@@ -121,20 +125,22 @@ class _Compile:
                     self.source, dataset, self.recipe.calibration, progress=phases.progress, again=self.force
                 )
         with phases("run the passes", shown=False):
-            context = PassContext(profile, self.capability, phases.progress)
+            context = PassContext(profile, self.capability, phases.progress, shards=self.recipe.shards)
             results = run_passes(graph, self.recipe.passes, context)
             # What passes computed is in memory; everything else was looked at above.
             made = [constant for constant in _constants(graph) if not is_external(constant)]
             check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
         with phases("write the model"), self.writer.writing():
-            self._write(graph, profile)
+            models, divided = self._write(graph, profile)
+            results += divided
         inputs, outputs = ([TensorInfo.of(tensor) for tensor in side] for side in (graph.inputs, graph.outputs))
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
         del graph, anatomy, made
         give_back()  # the weights would stay while the engine is built and run
         with phases("build the engine"), self.writer.writing():
-            get_target(self.recipe.target).build(folder / MODEL, self.recipe.workload, folder / ENGINE)
+            for model in models:
+                get_target(self.recipe.target).build(model, self.recipe.workload, folder / ENGINE)
         with phases("check the engine"):
             check = self_check(self.source, sizes.dense_bytes, folder, self.recipe)
         manifest = Manifest(
@@ -150,6 +156,7 @@ class _Compile:
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             target=self.recipe.target,
+            shards=self.recipe.shards,
             capability=_plain(self.capability),
             recipe=self.recipe.model_dump(mode="json"),
             data=profile.info.data if profile else None,
@@ -163,10 +170,18 @@ class _Compile:
         )
         return self.writer.commit(manifest)
 
-    def _write(self, graph: gs.Graph, profile: Profile | None) -> None:
+    def _write(self, graph: gs.Graph, profile: Profile | None) -> tuple[list[Path], list[PassResult]]:
+        """Write all but the engine; returns the ONNX files, and what was divided among shards."""
         folder = self.writer.folder
         (folder / MODEL).parent.mkdir()
-        save_graph(graph, folder / MODEL)
+        models, divided = [folder / MODEL], []
+        if self.recipe.shards > 1:
+            from trimtab.compiler.targets.sharded.plan import write_shards
+
+            result, models = write_shards(graph, self.recipe.shards, folder)
+            divided.append(result)
+        else:
+            save_graph(graph, folder / MODEL)
         (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
         if profile is not None:
             profile.save(folder / PROFILE)
@@ -175,6 +190,18 @@ class _Compile:
             for name in _TOKENIZER_FILES:
                 if (self.source.tokenizer / name).is_file():
                     shutil.copyfile(self.source.tokenizer / name, folder / TOKENIZER / name)
+        return models, divided
+
+
+def _check_shards(recipe: Recipe) -> None:
+    """That the target runs a divided model, and what that takes is here, before the long work."""
+    if not get_target(recipe.target).divides:
+        raise TargetError(
+            f"target {recipe.target} does not run a model in {recipe.shards} shards", hint="choose --target onnxruntime"
+        )
+    from trimtab.compiler.targets.sharded.group import require_torch
+
+    require_torch()
 
 
 def _origin(source: Source) -> str:

@@ -44,7 +44,8 @@ class Recipe(BaseModel):
         target: name of the runtime to build for.
         workload: the shapes it must serve.
         calibration: how the Profile is measured, when a pass needs one and none is given.
-        threads: CPU threads of the engine and of calibration; None leaves it to the runtime.
+        threads: CPU threads of the engine, of each shard, and of calibration; None leaves it to the runtime.
+        shards: processes among which FFNs and head are divided; 1 divides nothing.
         check: compare the finished engine with the dense model before the build is let out.
     """
 
@@ -55,6 +56,7 @@ class Recipe(BaseModel):
     workload: Workload = Field(default_factory=Workload)
     calibration: Calibration = Calibration()
     threads: int | None = Field(None, ge=1)
+    shards: int = Field(1, ge=1)
     check: bool = True
 
     @field_validator("passes", mode="before")

@@ -107,6 +107,7 @@ class Manifest(_Model):
         family, labels, max_tokens: of the model.
         inputs, outputs: of the engine.
         target, capability: what it was built for, and what that could do.
+        shards: processes among which it is divided.
         recipe: with every default filled in.
         data, profile: hashes of the calibration data and of the Profile.
         versions: of the packages involved.
@@ -132,6 +133,7 @@ class Manifest(_Model):
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     target: str
+    shards: int = 1
     capability: dict[str, Any]
     recipe: dict[str, Any]
     data: str | None = None

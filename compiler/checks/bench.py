@@ -98,7 +98,7 @@ def bench(
     Args:
         peers: beside the dense model on the engine's own target, and dynamic int8 where that is ONNX Runtime.
         shapes: (batch, tokens) to time; by default the least and the opt batch, at opt tokens.
-        threads: of every engine; by default those of the recipe, else one per physical core.
+        threads: of every engine, which shards share; by default those of the recipe, else one per physical core.
         seconds: for each shape, all engines together.
         dense: the dense ONNX file; by default the one that the build was compiled from.
 
@@ -106,8 +106,10 @@ def bench(
         TrimtabError: the build is damaged, its target or dense model is missing, or a peer cannot run.
     """
     workload = Workload.model_validate(build.manifest.workload)
-    threads = threads or build.manifest.recipe.get("threads") or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    runs: dict[str, Run] = {COMPILED: load(build.path, threads=threads, verify=False).run}
+    shards = build.manifest.shards
+    told = (build.manifest.recipe.get("threads") or 0) * shards
+    threads = threads or told or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    runs: dict[str, Run] = {COMPILED: load(build.path, threads=max(1, threads // shards), verify=False).run}
     model = dense or dense_model(build)
     if build.manifest.target == "onnxruntime":
         peers = [DENSE, INT8, *peers]

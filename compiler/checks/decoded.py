@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import onnx
-
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.feeds import Run
-from trimtab.compiler.targets.base import MODEL
+from trimtab.compiler.targets.decoded import decoded
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
-from trimtab.plugins import DOMAIN, SELECT_BLOCKS
 
 
 def as_decoded(build: Build, threads: int | None = None) -> Run | None:
@@ -21,16 +18,18 @@ def as_decoded(build: Build, threads: int | None = None) -> Run | None:
     """
     if build.manifest.target != "onnxruntime":
         return None
-    path = build.path / MODEL
-    model = onnx.load(str(path), load_external_data=False)
-    changed = False
-    for node in model.graph.node:
-        if (node.domain, node.op_type) == (DOMAIN, SELECT_BLOCKS.name):
-            for attribute in node.attribute:
-                if attribute.name == "dense_above" and attribute.i >= 0:
-                    attribute.i, changed = -1, True
-    if not changed:
+    if build.manifest.shards > 1:
+        from trimtab.compiler.targets.sharded.plan import read_plan
+        from trimtab.compiler.targets.sharded.runner import ShardedRunner
+
+        if not any(decoded(path) for path in read_plan(build.path).files(build.path, rank=0)):
+            return None
+        threads = threads or build.manifest.recipe["threads"]
+        return ShardedRunner(build.path, threads=threads, as_decoded=True).run
+    changed = decoded(build.model)
+    if changed is None:
         return None
     options = session_options(threads)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
-    return OnnxRuntimeRunner(model.SerializeToString(), options).run
+    folder = str(build.model.parent.resolve())
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return OnnxRuntimeRunner(changed, options).run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ def self_check(source: Source, dense_bytes: int, folder: Path, recipe: Recipe) -
     dims = _dims(graph, recipe.workload)
     feeds = random_feeds(graph, dims, np.random.default_rng(0), padded=True)
     dense = _run_dense(source.onnx, recipe.threads, feeds)
-    found = target.open(folder, threads=recipe.threads).run(feeds)
+    with closing(target.open(folder, threads=recipe.threads)) as runner:
+        found = runner.run(feeds)
     # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
     errors = measure(dense, found, dims=dims, padded=True, mask=feeds.get("attention_mask"))
     for error in errors.values():

@@ -22,6 +22,12 @@ def command(
     target: Annotated[
         str | None, typer.Option("--target", help="Runtime; overrides the recipe's.", show_default=False)
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            "--shards", help="Processes to divide the model among; overrides the recipe's.", show_default=False
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Calibrate on this (.txt, .jsonl, .tsv, .npz).", show_default=False)
     ] = None,
@@ -44,8 +50,8 @@ def command(
     asked = override(load_recipe(recipe), settings or [])
     with console.progress() as progress:
         build = compile_model(
-            model, asked, out, data=data, profile=profile, target=target, progress=progress, force=force,
-            allow_pickle=allow_pickle,
+            model, asked, out, data=data, profile=profile, target=target, shards=shards, progress=progress,
+            force=force, allow_pickle=allow_pickle,
         )  # fmt: skip
     if json:
         console.emit_json(build.manifest.model_dump(mode="json"))

@@ -33,6 +33,11 @@ def package_genai(build: Build, out: Path | str) -> Path:
         raise BuildError(f"{out}: exists already", hint="give a folder that does not")
     if build.manifest.target != "onnxruntime":
         raise ModelError(f"{build.path}: was built for {build.manifest.target}", hint="compile for onnxruntime")
+    if build.manifest.shards > 1:
+        raise ModelError(
+            f"{build.path}: is divided into {build.manifest.shards} shards, and ONNX Runtime GenAI runs one graph",
+            hint="compile it without --shards",
+        )
     model = build.path / MODEL
     graph = load_graph(model)
     if not any(tensor.name.startswith("past_key_values.") for tensor in graph.inputs):

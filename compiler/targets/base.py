@@ -16,6 +16,9 @@ from trimtab.passes.errors import TargetError
 MODEL = Path("model") / "model.onnx"
 """Where a build directory holds its graph."""
 
+PLAN = Path("model") / "shards.json"
+"""Where a build directory says how its graph is divided, if it is."""
+
 ENGINE = Path("engine")
 """Where a build directory holds what the target made of it."""
 
@@ -47,6 +50,9 @@ class Runner(ABC):
         """
         raise TargetError("this engine has no cache of keys and values", hint="compile a causal language model")
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
+        """Let go of what the engine holds beyond this process. It may not be run again."""
+
 
 class Steps(ABC):
     """A decoder that goes on from what it has seen: its cache stays where it is between the calls."""
@@ -67,6 +73,8 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for `trimtab targets`."""
+    divides: ClassVar[bool] = False
+    """Whether it runs a model that is divided among processes."""
 
     @abstractmethod
     def probe(self) -> Capability:

@@ -44,13 +44,13 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise TargetError(
-                    f"{name}: gave up building after {timeout_s:g} s{_tail(log)}",
+                    f"{name}: gave up building after {timeout_s:g} s{tail(log)}",
                     hint="allow more time, or narrow the workload",
                 ) from error
         if code < 0:
-            raise TargetError(f"{name}: the builder crashed ({_signal(-code)}){_tail(log)}")
+            raise TargetError(f"{name}: the builder crashed ({signal_name(-code)}){tail(log)}")
         if code > 0 or not answer.is_file():
-            raise TargetError(f"{name}: the builder failed (exit code {code}){_tail(log)}")
+            raise TargetError(f"{name}: the builder failed (exit code {code}){tail(log)}")
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
 
@@ -60,13 +60,15 @@ def command(job: Path, answer: Path) -> list[str]:
     return [sys.executable, "-m", "trimtab.compiler.targets.build_engine", str(job), str(answer)]
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Such as SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The end of a log, to go behind a message; nothing of an empty one."""
     lines = log.read_text(errors="replace").strip().splitlines()[-_TAIL:]
     return "\n  ".join(["; its last words:", *lines]) if lines else ""

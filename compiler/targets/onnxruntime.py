@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.targets import trials
-from trimtab.compiler.targets.base import MODEL, Runner, Target
+from trimtab.compiler.targets.base import MODEL, PLAN, Runner, Target
 from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
 from trimtab.compiler.workload import Workload
@@ -61,21 +61,27 @@ def providers() -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
 
 
+def _on(device: int) -> list[str | tuple[str, dict[str, int]]]:
+    """`providers()`, where the CUDA one takes the GPU `device`."""
+    return [(name, {"device_id": device}) if device and name.startswith("CUDA") else name for name in providers()]
+
+
 class OnnxRuntimeRunner(Runner):
     """A session over an ONNX file. Weights in external data are mapped from disk, not read into a second copy.
 
     Args:
         model: the ONNX file, or its bytes.
         options: session options; `session_options()` by default.
+        device: number of the GPU, where one is used.
     """
 
-    def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None) -> None:
+    def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None, *, device: int = 0) -> None:
         options = options or session_options()
         if uses_dialect(model):
             register(options)
         given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
         try:
-            self.session = ort.InferenceSession(given, options, providers=providers())
+            self.session = ort.InferenceSession(given, options, providers=_on(device))
         except _REFUSALS as error:
             raise TargetError(f"{name}: ONNX Runtime does not take this graph ({_brief(error)})") from error
         self._model = model
@@ -111,6 +117,7 @@ class OnnxRuntime(Target):
 
     name = "onnxruntime"
     summary = "the ONNX file itself, optimised by ONNX Runtime when it is opened; CPU, and CUDA where present"
+    divides = True
 
     def probe(self) -> Capability:
         return _probe()
@@ -127,6 +134,10 @@ class OnnxRuntime(Target):
         return []
 
     def open(self, folder: Path, *, threads: int | None = None) -> Runner:
+        if (folder / PLAN).is_file():
+            from trimtab.compiler.targets.sharded.runner import ShardedRunner
+
+            return ShardedRunner(folder, threads=threads)
         return OnnxRuntimeRunner(folder / MODEL, session_options(threads))
 
 

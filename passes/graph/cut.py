@@ -45,8 +45,10 @@ def cut(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[Segment]:
     own = {id(tensor) for tensor in graph.inputs}
     made = {id(tensor): level[id(node)] for node in nodes if id(node) in level for tensor in node.outputs}
     for node in nodes:
-        at = level.get(id(node))
-        for tensor in reads(node) if at is not None else ():
+        if id(node) not in level:
+            continue
+        at = level[id(node)]
+        for tensor in reads(node):
             if id(tensor) in own or made.get(id(tensor), at) != at:
                 inputs[at][tensor.name] = None
             if made.get(id(tensor), at) != at:

@@ -69,19 +69,45 @@ def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
         yield from _constants(subgraph)
 
 
-def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True) -> None:
+class WeightFile:
+    """A data file that the graphs of one folder share; what several of them hold lies in it once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
+        self._known: dict[int, tuple[object, LazyValues]] = {}
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def move(self, constant: gs.Constant) -> LazyValues:
+        """The reference that takes the place of the constant's values in a model; they are written if they are new."""
+        held = constant._values
+        if id(held) not in self._known:  # kept, so that no other object gets the id
+            self._known[id(held)] = held, _move(constant, self._file, self.path.name)
+        reference = TensorProto()
+        reference.CopyFrom(self._known[id(held)][1].tensor)
+        reference.name = constant.name
+        return LazyValues(reference)
+
+
+def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weights: WeightFile | None = None) -> None:
     """Write `graph` to `path`, with its weights in `<name>.data` beside it (regular file, relative name).
 
     Args:
         graph: is left as it was, except for topological sorting.
         path: where the .onnx file goes; its folder must exist.
         external: False puts all weights into the one file, which protobuf limits to 2 GB.
+        weights: a file in the same folder that takes the weights instead.
 
     Raises:
         ModelError: the graph reads its weights from the data file that would be overwritten.
     """
     path = Path(path)
-    data = path.with_name(path.name + ".data")
+    data = path.with_name(path.name + ".data") if weights is None else weights.path
     graph.nodes = topological(graph)
     constants = list({id(constant): constant for constant in _constants(graph)}.values())
     held = [constant._values for constant in constants]
@@ -89,7 +115,10 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True) -> N
         raise ModelError(f"{path}: the weights of this graph lie in {data.name}", hint="save it under another name")
     large = [constant for constant in constants if external and stored_bytes(constant) > _INLINE]
     try:
-        if large:
+        if weights is not None:
+            for constant in large:
+                constant._values = weights.move(constant)
+        elif large:
             with open(data, "wb") as file:
                 for constant in large:
                     constant._values = _move(constant, file, data.name)

@@ -1,0 +1,1 @@
+"""A model that several processes compute together: the ranks' graphs in segments, and what they do between them."""

@@ -1,0 +1,140 @@
+"""The processes that compute the other ranks: started, told what to do, and ended with the one that started them."""
+
+from __future__ import annotations
+
+import pickle
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+from trimtab.compiler.targets.child import signal_name, tail
+from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
+from trimtab.passes.errors import TargetError
+
+READY = b"ready\n"
+_LEAVE_S = 5.0  # that a process has to end by itself
+_NOTICE_S = 2.0  # in which the end of a process becomes known to the system
+
+
+class Crew:
+    """Processes of the ranks 1 to size - 1. They end when this process does, however it ends.
+
+    Args:
+        arguments: of the worker's command line, by rank.
+    """
+
+    def __init__(self, arguments: dict[int, list[str]]) -> None:
+        self._arguments, self._size = arguments, len(arguments) + 1
+        self._log = tempfile.TemporaryDirectory(prefix="trimtab-shards-")
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
+        weakref.finalize(self, _end, self._workers, self._log)
+
+    @property
+    def running(self) -> bool:
+        return bool(self._workers)
+
+    def start(self) -> Group:
+        """Start the processes; returns rank 0's group with them.
+
+        Raises:
+            TargetError: one of them did not come up.
+        """
+        store = require_torch().TCPStore(
+            LOCAL, 0, self._size, True, timedelta(seconds=timeout_s()), wait_for_workers=False
+        )
+        for rank, arguments in self._arguments.items():
+            with open(self._log_of(rank), "wb") as log:
+                self._workers[rank] = subprocess.Popen(
+                    [sys.executable, "-m", "trimtab.compiler.targets.sharded.worker", *arguments, str(store.port)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                )  # fmt: skip
+        try:
+            deadline = time.monotonic() + timeout_s()
+            for rank, worker in self._workers.items():
+                assert worker.stdout is not None
+                self._await(rank, worker.stdout, deadline)
+            return Group.of_store(store, 0, self._size)
+        except BaseException as error:
+            reason = self.failed(error)
+            if reason is error:
+                raise
+            raise reason from error
+
+    def _await(self, rank: int, stdout: IO[bytes], deadline: float) -> None:
+        left = max(0.0, deadline - time.monotonic())
+        if not select.select([stdout], [], [], left)[0]:
+            raise TargetError(f"rank {rank} did not load its part of the model within {timeout_s():g} s")
+        if stdout.readline() != READY:
+            raise TargetError(f"rank {rank} did not load its part of the model")
+
+    def tell(self, command: tuple[Any, ...]) -> None:
+        """Have every rank do `command`, as `worker` documents it.
+
+        Raises:
+            OSError: one of them has ended.
+        """
+        message = pickle.dumps(command, protocol=5)
+        for worker in self._workers.values():
+            assert worker.stdin is not None
+            worker.stdin.write(message)
+            worker.stdin.flush()
+
+    def failed(self, error: BaseException) -> BaseException:
+        """End all processes after `error`; returns what to raise: the reason, where one of them gave it."""
+        ended = self._ended() if isinstance(error, Exception) else None
+        _end(self._workers, None, at_once=True)
+        if ended is not None:
+            rank, code = ended
+            how = f"was ended by {signal_name(-code)}" if code < 0 else f"failed (exit code {code})"
+            hint = "the next call starts it again" if code < 0 else None
+            return TargetError(f"the process of rank {rank} {how}{tail(self._log_of(rank))}", hint=hint)
+        if isinstance(error, RuntimeError) and not isinstance(error, TargetError):  # of torch.distributed
+            return TargetError(
+                f"the ranks lost each other ({' '.join(str(error).split())[:200]})",
+                hint=f"one of them did not answer for {timeout_s():g} s; TRIMTAB_SHARD_TIMEOUT allows more",
+            )
+        return error
+
+    def _ended(self) -> tuple[int, int] | None:
+        """Rank and exit code of a process that has ended by itself."""
+        deadline = time.monotonic() + _NOTICE_S
+        while self._workers and time.monotonic() < deadline:
+            for rank, worker in self._workers.items():
+                if worker.poll() is not None:
+                    return rank, worker.returncode
+            time.sleep(0.02)
+        return None
+
+    def close(self) -> None:
+        _end(self._workers, None)
+
+    def _log_of(self, rank: int) -> Path:
+        return Path(self._log.name) / f"rank{rank}.txt"
+
+
+def _end(
+    workers: dict[int, subprocess.Popen[bytes]], log: tempfile.TemporaryDirectory[str] | None, *, at_once: bool = False
+) -> None:
+    """End `workers`: they leave when nothing can be told to them any more."""
+    for worker in workers.values():
+        if at_once:
+            worker.kill()
+        with suppress(OSError):  # what is still in the buffer does not go out any more
+            worker.stdin.close()  # type: ignore[union-attr]
+    for worker in workers.values():
+        try:
+            worker.wait(_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        worker.stdout.close()  # type: ignore[union-attr]
+    workers.clear()
+    if log is not None:
+        log.cleanup()

@@ -1,0 +1,148 @@
+"""What ranks say to each other, by torch.distributed: NCCL where each has a GPU of its own, gloo elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from trimtab.compiler.targets.onnxruntime import providers
+from trimtab.passes.errors import TargetError
+
+if TYPE_CHECKING:
+    import torch
+
+LOCAL = "127.0.0.1"
+
+
+def timeout_s() -> float:
+    """Seconds that a rank waits for another before it gives up; TRIMTAB_SHARD_TIMEOUT says otherwise."""
+    return float(os.environ.get("TRIMTAB_SHARD_TIMEOUT", "300"))
+
+
+def require_torch() -> Any:
+    """torch.distributed.
+
+    Raises:
+        TargetError: it is not installed.
+    """
+    try:
+        import torch.distributed as distributed
+    except ImportError as error:
+        raise TargetError(
+            f"a model in shards needs torch.distributed ({error})", hint="pip install 'trimtab[shards]'"
+        ) from error
+    if not distributed.is_available():
+        raise TargetError("this torch has no torch.distributed", hint="install another build of torch")
+    return distributed
+
+
+class Group:
+    """The ranks of one engine.
+
+    Args:
+        process_group: of torch.distributed.
+        device: where the tensors lie that it takes, such as "cpu" or "cuda:1".
+    """
+
+    def __init__(self, process_group: Any, device: str) -> None:
+        self._group, self.device = process_group, device
+        self.rank, self.size = int(process_group.rank()), int(process_group.size())
+
+    @classmethod
+    def of_store(cls, store: Any, rank: int, size: int) -> Group:
+        """A group of its own, apart from whatever default group the process may have. Waits for the others."""
+        distributed, timeout, device = require_torch(), timedelta(seconds=timeout_s()), device_of(rank, size)
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(device)
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return cls(distributed.ProcessGroupNCCL(store, rank, size, options), device)
+        options = distributed.ProcessGroupGloo._Options()
+        options._timeout = timeout
+        options._devices = [distributed.ProcessGroupGloo.create_device(hostname=LOCAL)]
+        return cls(distributed.ProcessGroupGloo(store, rank, size, options), device)
+
+    @classmethod
+    def of_launcher(cls, size: int) -> Group:
+        """The group that this process was started in, by torchrun or another launcher.
+
+        Raises:
+            TargetError: it has another number of ranks.
+        """
+        distributed = require_torch()
+        world = int(os.environ["WORLD_SIZE"])
+        if world != size:
+            raise TargetError(
+                f"the build has {size} shards, and WORLD_SIZE is {world}", hint=f"torchrun --nproc-per-node {size} ..."
+            )
+        device = device_of(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), size)
+        if not distributed.is_initialized():
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s()))
+        return cls(distributed.group.WORLD, device)
+
+    def sum(self, value: ort.OrtValue) -> None:
+        """Put the sum over all ranks in the place of `value`."""
+        self._group.allreduce([_tensor(value)]).wait()
+        self._settle()
+
+    def concat(self, value: ort.OrtValue) -> np.ndarray:
+        """The values of all ranks side by side along the last axis."""
+        import torch
+
+        own = _tensor(value)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._group.allgather([parts], [own]).wait()
+        self._settle()
+        found: np.ndarray = torch.cat(parts, -1).cpu().numpy()
+        return found
+
+    def _settle(self) -> None:
+        """ONNX Runtime has a stream of its own, which does not wait for torch's."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun has started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def device_of(rank: int, size: int) -> str:
+    """A GPU where ONNX Runtime uses them and there is one for each rank; else the CPU."""
+    if "CUDAExecutionProvider" not in providers():
+        return "cpu"
+    import torch
+
+    return f"cuda:{rank}" if torch.cuda.is_available() and torch.cuda.device_count() >= size else "cpu"
+
+
+def _tensor(value: ort.OrtValue) -> torch.Tensor:
+    """The memory of `value` as a torch tensor, without a copy."""
+    import torch
+
+    half = value.data_type() == "tensor(float16)"
+    shape = tuple(value.shape())
+    if value.device_name() != "cpu":
+        return torch.as_tensor(_OnGPU(value, shape, "<f2" if half else "<f4"), device="cuda")
+    size = (2 if half else 4) * int(np.prod(shape))
+    memory = memoryview((ctypes.c_char * size).from_address(value.data_ptr()))
+    return torch.frombuffer(memory, dtype=torch.float16 if half else torch.float32).reshape(shape)
+
+
+class _OnGPU:
+    """How torch takes memory that is not its own."""
+
+    def __init__(self, value: ort.OrtValue, shape: tuple[int, ...], kind: str) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape, "typestr": kind, "data": (value.data_ptr(), False), "version": 3,
+        }  # fmt: skip

@@ -1,0 +1,127 @@
+"""A model in shards as one engine: this process is a rank, and the others are its children or a launcher's."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from trimtab.compiler.targets.base import Runner, Steps
+from trimtab.compiler.targets.sharded.crew import Crew
+from trimtab.compiler.targets.sharded.group import Group, launched, require_torch
+from trimtab.compiler.targets.sharded.plan import read_plan
+from trimtab.compiler.targets.sharded.segments import Segments
+from trimtab.passes.errors import TargetError
+
+
+class ShardedRunner(Runner):
+    """The ranks of a build.
+
+    In a process of its own it is rank 0 and starts the others, which end with it; after a failure the next call starts
+    them again. Under torchrun each process is the rank that it was started as, and all of them have to make the same
+    calls with the same inputs; each gets all outputs.
+
+    Args:
+        folder: of the build.
+        threads: CPU threads of each rank; by default the physical cores are shared out.
+        as_decoded: every token by its own choice of neurons, however many are given at once.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None, as_decoded: bool = False) -> None:
+        require_torch()
+        plan = read_plan(folder)
+        self.inputs, self.outputs, self.shards = plan.inputs, plan.outputs, plan.shards
+        threads = threads or threads_of_each(plan.shards)
+        rank = int(os.environ["RANK"]) if launched() else 0
+        group = Group.of_launcher(plan.shards) if launched() else None
+        arguments = {
+            other: [str(folder.resolve()), str(other), str(threads), str(int(as_decoded))]
+            for other in range(1, plan.shards)
+        }
+        self._crew = Crew(arguments) if group is None else None
+        self._segments = Segments(folder, plan, rank, threads, as_decoded=as_decoded)
+        self._segments.group = group
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._dropped: list[int] = []
+        self.starts = 0
+        """How often the other ranks were started; what they held before is gone."""
+        if self._crew is not None:
+            self._start(self._crew)
+
+    def _start(self, crew: Crew) -> None:
+        self._segments.group = crew.start()
+        self.starts += 1
+        self._dropped.clear()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if set(inputs) != set(self.inputs):
+            raise TargetError(f"the model takes the inputs {', '.join(self.inputs)}, not {', '.join(inputs)}")
+        with self.together("run", dict(inputs)):
+            return self._segments.run(inputs)
+
+    def steps(self, batch: int, length: int) -> ShardedSteps:
+        number = next(self._numbers)
+        with self.together("steps", number, batch, length):
+            own = self._segments.steps(batch, length)
+        steps = ShardedSteps(self, number, own, self.starts)
+        weakref.finalize(steps, self._dropped.append, number)
+        return steps
+
+    @contextmanager
+    def together(self, *command: Any, started: int | None = None) -> Iterator[None]:
+        """Have the other ranks do `command` while the body does the same here.
+
+        Args:
+            started: `starts` when what the command speaks of was made.
+
+        Raises:
+            TargetError: a rank failed, or has been started anew since.
+        """
+        with self._lock:
+            if self._crew is None:
+                yield
+                return
+            if started is not None and (started != self.starts or not self._crew.running):
+                raise TargetError("the processes of this engine were started anew, and the cache is gone with them")
+            if not self._crew.running:
+                self._start(self._crew)
+            try:
+                if self._dropped:
+                    gone, self._dropped[:] = self._dropped[:], []
+                    self._crew.tell(("drop", gone))
+                self._crew.tell(command)
+                yield
+            except BaseException as error:
+                reason = self._crew.failed(error)
+                if reason is error:
+                    raise
+                raise reason from error
+
+    def close(self) -> None:
+        if self._crew is not None:
+            self._crew.close()
+
+
+class ShardedSteps(Steps):
+    """A generation, of which every rank has its own cache."""
+
+    def __init__(self, runner: ShardedRunner, number: int, own: Steps, started: int) -> None:
+        self._runner, self._number, self._own, self._started = runner, number, own, started
+
+    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        with self._runner.together("step", self._number, input_ids, attention_mask, started=self._started):
+            return self._own.run(input_ids, attention_mask)
+
+
+def threads_of_each(shards: int) -> int:
+    """The physical cores, shared out."""
+    return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // shards)

@@ -1,0 +1,67 @@
+"""The process of one rank: `python -m trimtab.compiler.targets.sharded.worker FOLDER RANK THREADS DECODED PORT`.
+
+Commands come through stdin, pickled by the process that started it:
+
+    ("run", inputs)                 run the model once
+    ("steps", number, batch, size)  make room for a generation, called `number`
+    ("step", number, ids, mask)     one step of it
+    ("drop", numbers)               forget generations
+
+It answers through the group alone, and ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from trimtab.compiler.targets.base import Steps
+from trimtab.compiler.targets.sharded.crew import READY
+from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
+from trimtab.compiler.targets.sharded.plan import read_plan
+from trimtab.compiler.targets.sharded.segments import Segments
+from trimtab.passes.errors import TrimtabError
+
+
+def main(folder: str, rank: str, threads: str, as_decoded: str, port: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    plan = read_plan(Path(folder))
+    segments = Segments(Path(folder), plan, int(rank), int(threads), as_decoded=as_decoded == "1")
+    store = require_torch().TCPStore(LOCAL, int(port), plan.shards, False, timedelta(seconds=timeout_s()))
+    answer.write(READY)
+    answer.flush()
+    segments.group = Group.of_store(store, int(rank), plan.shards)
+    _serve(segments)
+
+
+def _serve(segments: Segments) -> None:
+    generations: dict[int, Steps] = {}
+    while True:
+        try:
+            what, *values = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        if what == "run":
+            segments.run(values[0])
+        elif what == "steps":
+            generations[values[0]] = segments.steps(*values[1:])
+        elif what == "step":
+            generations[values[0]].run(*values[1:])
+        elif what == "drop":
+            for number in values[0]:
+                generations.pop(number, None)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except TrimtabError as error:
+        sys.exit(str(error))
+    except RuntimeError as error:  # the group is gone, and with it the process that tells this one what to do
+        sys.exit(f"{type(error).__name__}: {error}")
