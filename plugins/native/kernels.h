@@ -18,34 +18,44 @@ struct Chosen {
 
 constexpr int64_t kGroup = 512;  // of x that share a scale where it is multiplied in integers
 
+constexpr int64_t kStrip = 256;  // places worth a task of their own
+
 constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
 
 // x [tokens, width]: as floats for weights in floating point; for integer weights as 16-bit integers, whose products with
-// them are exact, with a scale for every kGroup of a row. For int4 the even places of each block stand before the odd ones.
+// them are exact, with a scale for every kGroup of a row. Their order is that of the kernels, see `prepare`; a row is filled
+// up with zeros to whole groups.
 struct Activations {
   const float* floats = nullptr;
-  const int16_t* integers = nullptr;
-  const float* scale = nullptr;  // [tokens, groups_of(width)]
+  const int16_t* integers = nullptr;  // [tokens, groups_of(width) * kGroup]
+  const float* scale = nullptr;       // [tokens, groups_of(width)]
+  const float* less = nullptr;        // int4: what the zero point takes off, of each block
 
   Activations from(int64_t token, int64_t width) const {
-    if (integers == nullptr) return {floats + token * width, nullptr, nullptr};
-    return {nullptr, integers + token * width, scale + token * groups_of(width)};
+    if (integers == nullptr) return {floats + token * width, nullptr, nullptr, nullptr};
+    const int64_t group = token * groups_of(width);
+    return {nullptr, integers + group * kGroup, scale + group, less + group * (kGroup / kInt4Block)};
   }
+
+  // From place i on, the first of a block of int4.
+  Activations at(int64_t i) const { return {nullptr, integers + i, scale, less + i / kInt4Block}; }
 };
 
 struct Kernels {
   const char* name;
 
   // out[t, i - begin] = x[t] . W[chosen.row(i)] for i in [begin, end) and `tokens` rows of x.
-  // out has `out_stride` floats from token to token.
+  // out has `out_stride` floats from token to token. If `after` is given, its rows are wanted next.
   void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
-              float* out, int64_t out_stride);
+              float* out, int64_t out_stride, const Weights* after);
 
   // y[t, first..last) = sum over i in [0, count) of h[t, i] * W[chosen.row(i), first..last).
-  // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of 64. For int4, y comes with the
-  // even places of each block before the odd ones.
+  // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of kStrip.
   void (*sum)(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
               int64_t first, int64_t last, float* y);
+
+  // A row of x, for integer weights.
+  void (*prepare)(Format format, const float* x, int64_t width, int16_t* integers, float* scale, float* less);
 };
 
 extern const Kernels kPortable;

@@ -64,43 +64,24 @@ class Prepared {
       view_.floats = x;
       return;
     }
-    integers_.resize(tokens * width);
-    scale_.resize(tokens * groups_of(width));
+    const int64_t groups = groups_of(width), blocks = groups * (kGroup / kInt4Block);
+    integers_.reset(new int16_t[tokens * groups * kGroup]);
+    scale_.reset(new float[tokens * (groups + blocks)]);
+    float* less = scale_.get() + tokens * groups;
     for (int64_t t = 0; t < tokens; t++)
-      for (int64_t g = 0; g < groups_of(width); g++) {
-        const int64_t begin = t * width + g * kGroup, end = std::min(begin + kGroup, (t + 1) * width);
-        float most = 0;
-        for (int64_t i = begin; i < end; i++) most = std::max(most, std::fabs(x[i]));
-        scale_[t * groups_of(width) + g] = most / 32767;
-        const float inverse = most > 0 ? 32767 / most : 0;
-        for (int64_t i = begin; i < end; i++)
-          integers_[format == Format::int4 ? begin + split(i - begin) : i] = static_cast<int16_t>(std::lrintf(x[i] * inverse));
-      }
-    view_.integers = integers_.data();
-    view_.scale = scale_.data();
+      kernels().prepare(format, x + t * width, width, integers_.get() + t * groups * kGroup, scale_.get() + t * groups,
+                        less + t * blocks);
+    view_.integers = integers_.get();
+    view_.scale = scale_.get();
+    view_.less = less;
   }
 
   const Activations& view() const { return view_; }
 
-  // Where place i of a row stands when the even places of each block come first.
-  static int64_t split(int64_t i) {
-    const int64_t within = i % kInt4Block;
-    return i - within + within % 2 * (kInt4Block / 2) + within / 2;
-  }
-
  private:
-  std::vector<int16_t> integers_;
-  std::vector<float> scale_;
+  std::unique_ptr<int16_t[]> integers_;
+  std::unique_ptr<float[]> scale_;
   Activations view_;
 };
-
-// The sums of int4 kernels, back in order.
-inline void join_places(float* y, int64_t count) {
-  float block[kInt4Block];
-  for (int64_t b = 0; b < count; b += kInt4Block) {
-    std::copy_n(y + b, kInt4Block, block);
-    for (int64_t i = 0; i < kInt4Block; i++) y[b + i] = block[Prepared::split(i)];
-  }
-}
 
 }  // namespace trimtab

@@ -18,6 +18,7 @@ typedef float vf __attribute__((vector_size(4 * V)));
 typedef int32_t vi __attribute__((vector_size(4 * V)));
 typedef uint32_t vu __attribute__((vector_size(4 * V)));
 typedef int16_t vs __attribute__((vector_size(4 * V)));  // 2 V of them
+typedef uint16_t vw __attribute__((vector_size(4 * V)));
 typedef uint16_t vh __attribute__((vector_size(2 * V)));
 
 template <typename T>
@@ -36,49 +37,78 @@ inline float total(vf v) {
   return parts[0];
 }
 
-// V bytes as integers.
-inline vi widen_bytes(const char* p, bool is_signed) {
-#if defined(__AVX512F__)
-  const __m128i bytes = load<__m128i>(p);
-  return (vi)(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
-#elif defined(__AVX2__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (vi)(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-#elif defined(__SSE2__)
-  const __m128i four = _mm_cvtsi32_si128(load<int32_t>(p)), zero = _mm_setzero_si128();
-  if (!is_signed) return (vi)_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero);
-  const __m128i twice = _mm_unpacklo_epi8(four, four);
-  return (vi)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
-#else
-  vi v;
-  for (int i = 0; i < V; i++) v[i] = is_signed ? load<int8_t>(p + i) : load<uint8_t>(p + i);
-  return v;
+inline vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+// A sum that has to be complete here: GCC otherwise adds up later, and keeps the parts in memory for lack of registers.
+inline void settle([[maybe_unused]] vi& v) {
+#if defined(__SSE2__) && (TRIMTAB_WIDTH == 4 || (TRIMTAB_WIDTH == 8 && defined(__AVX2__)) || defined(__AVX512F__))
+  __asm__("" : "+x"(v));
 #endif
 }
 
-// 2 V signed bytes as 16-bit integers.
-inline vs widen_bytes_to_shorts(const char* p) {
-#if defined(__AVX512BW__)
-  return (vs)_mm512_cvtepi8_epi16(load<__m256i>(p));
-#elif defined(__AVX2__)
-  return (vs)_mm256_cvtepi8_epi16(load<__m128i>(p));
-#elif defined(__SSE2__)
-  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (vs)_mm_srai_epi16(_mm_unpacklo_epi8(eight, eight), 8);
+// The nearest integers of numbers below 2^22: what is added leaves no bits for a fraction.
+inline vi round_to_integers(vf v) { return (vi)(v + 0x1.8p23f) - 0x4b400000; }
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Elements q V / 4 to (q + 1) V / 4, each in all four places of its 128 bits.
+template <int q>
+vf spread(vf v) {
+#if TRIMTAB_WIDTH == 16 && defined(__AVX512F__)
+  constexpr int a = 4 * q, b = a + 1, c = a + 2, d = a + 3;
+  return (vf)_mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d), (__m512)v);
+#elif TRIMTAB_WIDTH == 8 && defined(__AVX2__)
+  constexpr int a = 2 * q, b = a + 1;
+  return (vf)_mm256_permutevar8x32_ps((__m256)v, _mm256_setr_epi32(a, a, a, a, b, b, b, b));
+#elif TRIMTAB_WIDTH == 4 && defined(__SSE2__)
+  return (vf)_mm_shuffle_ps((__m128)v, (__m128)v, q * 0x55);
 #else
-  vs v;
-  for (int i = 0; i < 2 * V; i++) v[i] = load<int8_t>(p + i);
-  return v;
+  vf found;
+  for (int i = 0; i < V; i++) found[i] = v[q * (V / 4) + i / 4];
+  return found;
+#endif
+}
+
+// 16-bit integers of a and b in turns: of the lower and the upper half of every 128 bits.
+inline vs interleave_low(vs a, vs b) {
+#if TRIMTAB_WIDTH == 16 && defined(__AVX512BW__)
+  return (vs)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+#elif TRIMTAB_WIDTH == 8 && defined(__AVX2__)
+  return (vs)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b);
+#elif TRIMTAB_WIDTH == 4 && defined(__SSE2__)
+  return (vs)_mm_unpacklo_epi16((__m128i)a, (__m128i)b);
+#else
+  vs found;
+  for (int i = 0; i < V; i++) found[2 * i] = a[i / 4 * 8 + i % 4], found[2 * i + 1] = b[i / 4 * 8 + i % 4];
+  return found;
+#endif
+}
+
+inline vs interleave_high(vs a, vs b) {
+#if TRIMTAB_WIDTH == 16 && defined(__AVX512BW__)
+  return (vs)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#elif TRIMTAB_WIDTH == 8 && defined(__AVX2__)
+  return (vs)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
+#elif TRIMTAB_WIDTH == 4 && defined(__SSE2__)
+  return (vs)_mm_unpackhi_epi16((__m128i)a, (__m128i)b);
+#else
+  vs found;
+  for (int i = 0; i < V; i++) found[2 * i] = a[i / 4 * 8 + 4 + i % 4], found[2 * i + 1] = b[i / 4 * 8 + 4 + i % 4];
+  return found;
 #endif
 }
 
 // a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], V sums.
 inline vi multiply_pairs(vs a, vs b) {
-#if defined(__AVX512BW__)
+#if TRIMTAB_WIDTH == 16 && defined(__AVX512BW__)
   return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#elif TRIMTAB_WIDTH == 8 && defined(__AVX2__)
   return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
+#elif TRIMTAB_WIDTH == 4 && defined(__SSE2__)
   return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
   vi v;
@@ -86,39 +116,6 @@ inline vi multiply_pairs(vs a, vs b) {
   return v;
 #endif
 }
-
-// A block of 32 int4 weights, less their zero point: those of even place first, then those of odd place.
-class Nibbles {
- public:
-  explicit Nibbles(const char* bytes) {
-#if defined(__SSE2__)
-    const __m128i both = load<__m128i>(bytes), low = _mm_set1_epi8(15), zero = _mm_set1_epi8(8);
-    const __m128i even = _mm_sub_epi8(_mm_and_si128(both, low), zero);
-    const __m128i odd = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), low), zero);
-    char parts[32];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(parts), even);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(parts + 16), odd);
-#else
-    char parts[32];
-    for (int i = 0; i < 16; i++) {
-      parts[i] = static_cast<char>((load<uint8_t>(bytes + i) & 15) - 8);
-      parts[16 + i] = static_cast<char>((load<uint8_t>(bytes + i) >> 4) - 8);
-    }
-#endif
-    for (int i = 0; i < kParts; i++) part_[i] = widen_bytes_to_shorts(parts + i * 2 * V);
-  }
-
-  // V partial sums of the products with 32 integers in the same order.
-  vi dot(const int16_t* x) const {
-    vi sum = multiply_pairs(part_[0], load<vs>(x));
-    for (int i = 1; i < kParts; i++) sum += multiply_pairs(part_[i], load<vs>(x + i * 2 * V));
-    return sum;
-  }
-
- private:
-  static constexpr int kParts = 32 / (2 * V);
-  vs part_[kParts];
-};
 
 inline vf widen_bfloat(const char* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
 
@@ -135,9 +132,9 @@ inline float widen_half(uint16_t bits) {
 }
 
 inline vf widen_half(const char* p) {
-#if defined(__AVX512F__)
+#if TRIMTAB_WIDTH == 16 && defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(load<__m256i>(p));
-#elif defined(__F16C__)
+#elif TRIMTAB_WIDTH == 8 && defined(__F16C__)
   return (vf)_mm256_cvtph_ps(load<__m128i>(p));
 #else
   const vu bits = __builtin_convertvector(load<vh>(p), vu);

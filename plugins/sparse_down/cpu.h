@@ -61,18 +61,15 @@ struct SparseDown {
       std::copy_n(partial.get(), size, y);
       for (int64_t part = 1; part < parts; part++)
         for (int64_t i = 0; i < size; i++) y[i] += partial[part * size + i];
-      if (down.format == Format::int4) join_places(y, size);
       return nullptr;
     }
-    const int64_t strips = std::min(parts, (width + 127) / 128);
+    const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
     auto task = [&](int64_t i) {
       const int64_t group = i / strips, strip = i % strips;
-      const int64_t first = bound(width, strips, strip, 64), last = bound(width, strips, strip + 1, 64);
+      const int64_t first = bound(width, strips, strip, kStrip), last = bound(width, strips, strip + 1, kStrip);
       if (first == last) return;
       float* to = y + group * each * width;
       kernels().sum(down, {numbers + group * k, block}, count, from + group * each * count, count, each, first, last, to);
-      if (down.format == Format::int4)
-        for (int64_t t = 0; t < each; t++) join_places(to + t * width + first, last - first);
     };
     parallel(runtime, context, groups * strips, task);
     return nullptr;

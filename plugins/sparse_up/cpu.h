@@ -62,11 +62,11 @@ struct SparseUp {
       const Activations mine = prepared.view().from(group * each, width);
       float* to = out + group * each * count + begin;
       const Kernels& use = kernels();
-      use.dot(up, chosen, begin, end, mine, each, to, count);
+      use.dot(up, chosen, begin, end, mine, each, to, count, in[5] ? &gate : nullptr);
       std::vector<float> gated;
       if (in[5]) {
         gated.resize(each * (end - begin));
-        use.dot(gate, chosen, begin, end, mine, each, gated.data(), end - begin);
+        use.dot(gate, chosen, begin, end, mine, each, gated.data(), end - begin, nullptr);
       }
       for (int64_t t = 0; t < each; t++)
         for (int64_t j = 0; j < end - begin; j++) {

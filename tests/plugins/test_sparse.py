@@ -129,6 +129,29 @@ def test_widths_that_fill_no_vector(form: str, width: int) -> None:
     close(found, (mask * dense) @ down, form, float(np.abs(dense).max() * np.abs(down).max()))
 
 
+@pytest.mark.parametrize("width", [256, 288, 736, 2048, 2080, 4896])
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_of_many_vectors(form: str, block: int, width: int) -> None:
+    """Whole vectors of every instruction set, what is left of one, and more outputs than a tile of the kernels holds."""
+    rng = np.random.default_rng()
+    tokens, count, k = int(rng.integers(1, 4)), 9, int(rng.integers(1, 9))
+    graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
+    gates, gate = weights("gate", block * count, width, form, rng)
+    ups, up = weights("up", block * count, width, form, rng)
+    downs, down = weights("down", block * count, width, form, rng)
+    x, blocks = graph.inputs
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups | gates, "h", activation="relu", block=block)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)
+    feeds = {"x": rng.standard_normal((tokens, width)).astype(np.float32), "blocks": some_blocks(1, count, k, rng)}
+    dense = np.maximum(feeds["x"] @ gate.T, 0) * (feeds["x"] @ up.T)
+    mask = mask_of(feeds["blocks"], block, block * count, tokens)
+    found_h, found_y = native(finish(graph, h, y)).run(None, feeds)
+    scale = float(np.abs(dense).max())
+    close(found_h, activations(mask, dense), form, scale)
+    close(found_y, (mask * dense) @ down, form, scale * np.sqrt(block * k) * float(np.abs(down).max()))
+
+
 def _bad(**change: object) -> gs.Graph:
     rng = np.random.default_rng()
     graph = graph_of(x=(np.float32, ["tokens", 32]), blocks=(np.int32, ["selections", "k"]))
