@@ -133,7 +133,7 @@ def test_widths_that_fill_no_vector(form: str, width: int) -> None:
 @pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_of_many_vectors(form: str, block: int, width: int) -> None:
-    """Whole vectors of every instruction set, what is left of one, and more outputs than a tile of the kernels holds."""
+    """Whole vectors of every instruction set, what is left of one, and more outputs than a tile of kernels holds."""
     rng = np.random.default_rng()
     tokens, count, k = int(rng.integers(1, 4)), 9, int(rng.integers(1, 9))
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
