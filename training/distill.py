@@ -19,15 +19,12 @@ from torch import Tensor, nn
 
 from trimtab.passes.contract import Rounding
 from trimtab.passes.errors import TrimtabError
+from trimtab.training.clock import Clock, schedule
 from trimtab.training.objective import Objective
 from trimtab.training.samples import Batch, Feeds, Samples
 from trimtab.training.torch_graph import GraphModule
 
 log = logging.getLogger(__name__)
-
-_CHECKS = 10  # times the held-out samples are looked at, besides the beginning
-_LOOKING = 0.1  # share of the time that looking may take
-_WARM_UP = 0.05  # of the schedule
 
 Progress = Callable[[str, int, int], None]
 
@@ -89,7 +86,7 @@ class Distillation:
         began = time.monotonic()
         before = best = self.judge()
         weights = self._weights()
-        clock = _Clock(settings, start, time.monotonic() - began)
+        clock = Clock(settings.minutes, settings.steps, start, time.monotonic() - began)
         step, check_at, history = 0, clock.every, [best | {"step": 0}]
         while (at := clock.at(step)) < 1:
             for group in optimizer.param_groups:
@@ -153,7 +150,7 @@ class Distillation:
         return None if mask is None else torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=_bfloat16_is_fast(self.device))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16_is_fast(self.device))
 
     def _groups(self) -> list[dict[str, Any]]:
         """Matrices decay; biases and norms do not."""
@@ -167,45 +164,12 @@ class Distillation:
         return [p.detach().clone() for p in self.student.parameters()]
 
 
-class _Clock:
-    """How much of a run is over, by time or by steps.
-
-    Args:
-        start: reading of the monotonic clock from which the time limit counts.
-        look: seconds that a look at the held-out samples takes; the last one must still fit in.
-    """
-
-    def __init__(self, settings: Settings, start: float, look: float) -> None:
-        self._steps, self._begin = settings.steps, time.monotonic()
-        self._seconds = start + 60 * settings.minutes - look - self._begin
-        self.total = max(1, settings.steps if settings.steps is not None else round(60 * settings.minutes))
-        by_time = settings.steps is None and self._seconds > 0
-        self.every = max(1 / _CHECKS, look / self._seconds / _LOOKING) if by_time else 1 / _CHECKS
-        """Share of the run from one look to the next."""
-
-    def at(self, step: int) -> float:
-        """0 at the beginning; 1 and more is the end."""
-        by_time = _share(time.monotonic() - self._begin, self._seconds)
-        return by_time if self._steps is None or by_time >= 1 else _share(step, self._steps)
-
-
-def _share(done: float, total: float) -> float:
-    return done / total if total > 0 else 1.0
-
-
 def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise TrimtabError(f"recover: the loss is {loss} at step {step}", hint="use a smaller --lr")
 
 
-def schedule(at: float) -> float:
-    """Factor of the learning rate at the share `at` of the schedule: up in a line, then down along a cosine."""
-    if at < _WARM_UP:
-        return max(at / _WARM_UP, 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (at - _WARM_UP) / (1 - _WARM_UP)))
-
-
-def _bfloat16_is_fast(device: torch.device) -> bool:
+def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the machine multiplies bfloat16 natively; elsewhere autocast would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

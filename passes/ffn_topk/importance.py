@@ -9,7 +9,8 @@ from trimtab.passes.layer import Layer
 
 def norms(layer: Layer) -> np.ndarray:
     """‖v_j‖ of each neuron's row of W_down, [d_ff]: what one unit of its activation adds to the output."""
-    return np.linalg.norm(layer.down * layer.gain.astype(np.float32), axis=1)
+    found: np.ndarray = np.linalg.norm(layer.down, axis=1)
+    return found
 
 
 def importance(h: np.ndarray, norm: np.ndarray, block: int) -> np.ndarray:

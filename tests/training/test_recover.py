@@ -23,7 +23,7 @@ from trimtab.passes.contract import Capability, Pass, PassResult, Rounding
 from trimtab.passes.errors import DataError, ModelError, PassError, ProfileError, RecipeError, TrimtabError
 from trimtab.passes.graph import save_graph, values
 from trimtab.passes.profile import Profile
-from trimtab.training.distill import schedule
+from trimtab.training.clock import schedule
 from trimtab.training.recover import Settings, recover
 
 SHORT = Settings(minutes=5, steps=40, lr=2e-3, batch_size=16, max_tokens=16)

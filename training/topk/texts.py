@@ -1,0 +1,105 @@
+"""Texts as what a transformers model learns from: packed blocks of tokens, or padded texts with their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimtab.compiler.data import Dataset, class_number
+from trimtab.compiler.data.tokenizer import Tokenizer
+from trimtab.passes.errors import DataError
+
+_HELD_OUT, _MOST_HELD_OUT = 0.05, 512
+_AT_A_TIME = 256  # texts that are tokenized together
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a Trainer takes.
+
+    Attributes:
+        train, held_out: samples to learn from, and to judge by.
+        collate: makes the arguments of the model's forward, labels among them, of some samples.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+
+
+def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.random.Generator) -> Examples:
+    """Texts one behind the other, cut into blocks of `max_tokens`, each token of which is predicted from those before.
+
+    Where the tokenizer puts nothing between texts, its end-of-text token does.
+
+    Raises:
+        DataError: not even one block to learn from and one to judge by.
+    """
+    texts = [text for text, _ in dataset.texts]
+    marked = tokenizer.encode([""])["input_ids"].size > 0
+    between = [] if marked or not tokenizer.end_ids else [min(tokenizer.end_ids)]
+
+    def blocks(numbers: np.ndarray) -> list[np.ndarray]:
+        rows = [np.asarray([*row, *between]) for row in _rows([texts[i] for i in numbers], tokenizer)]
+        stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        return list(stream[: len(stream) // max_tokens * max_tokens].reshape(-1, max_tokens))
+
+    train, held_out = (blocks(numbers) for numbers in _parts(dataset, rng))
+    if not train or not held_out:
+        raise DataError(
+            f"{dataset.path}: too little text for blocks of {max_tokens} tokens, of which {_HELD_OUT:.0%} are held out",
+            hint="give more text, or smaller blocks (--max-tokens)",
+        )
+
+    def collate(some: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.stack(some).astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+    return Examples(train, held_out, collate)
+
+
+def labelled(
+    dataset: Dataset, tokenizer: Tokenizer, classes: Sequence[str] | None, count: int, max_tokens: int,
+    rng: np.random.Generator,
+) -> Examples:  # fmt: skip
+    """Texts with their classes.
+
+    Args:
+        count: of the model's classes.
+
+    Raises:
+        DataError: a text without label, or with one that is none of the model's classes.
+    """
+    samples = [(text, class_number(label, classes)) for text, label in dataset.texts]
+    for number, (_, label) in enumerate(samples, 1):
+        if label is None or not 0 <= label < count:
+            said = "has no label" if label is None else f"has the label {label}, outside 0..{count - 1}"
+            raise DataError(f"{dataset.path}: text {number} {said}", hint="a classifier learns from labelled texts")
+    train, held_out = ([samples[i] for i in numbers] for numbers in _parts(dataset, rng))
+
+    def collate(some: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        feeds = tokenizer.encode([text for text, _ in some], max_tokens)
+        made = {name: torch.from_numpy(np.ascontiguousarray(value)).long() for name, value in feeds.items()}
+        return made | {"labels": torch.tensor([label for _, label in some])}
+
+    return Examples(train, held_out, collate)
+
+
+def _parts(dataset: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the texts to learn from, and of those held out."""
+    if dataset.count < 2:
+        raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
+    order = rng.permutation(dataset.count)
+    held = min(max(1, round(_HELD_OUT * dataset.count)), _MOST_HELD_OUT)
+    return order[held:], order[:held]
+
+
+def _rows(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    for i in range(0, len(texts), _AT_A_TIME):
+        feeds = tokenizer.encode(texts[i : i + _AT_A_TIME])
+        for ids, mask in zip(feeds["input_ids"], feeds["attention_mask"], strict=True):
+            yield ids[mask != 0]
