@@ -34,8 +34,10 @@ class OnnxRuntimeSteps(Steps):
         if not self._past:
             raise TargetError("this engine has no cache of keys and values", hint="compile a causal language model")
         self._inputs = {t.name for t in session.get_inputs()}
+        self._rooms: list[ort.OrtValue] = []  # older versions of ONNX Runtime bind memory without holding it
         for name, tensor in self._past.items():
             value = cache.empty(tensor, batch, length)
+            self._rooms.append(value)
             self._binding.bind_ortvalue_input(name, value)
             if cache.in_place:
                 self._binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)

@@ -7,13 +7,15 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from trimtab.passes.graph.scratch import put_away
+
 
 def constant(name: str, array: np.ndarray | onnx.TensorProto) -> gs.Constant:
-    """A new initializer. A TensorProto serves for types that numpy lacks (int4, int2)."""
+    """A new initializer, in the `scratch` file if there is one. A TensorProto serves for types that numpy lacks."""
     if isinstance(array, onnx.TensorProto):
         array.name = name
-        return gs.Constant(name, LazyValues(array))
-    return gs.Constant(name, np.asarray(array, order="C"))  # ascontiguousarray would make a scalar [1]
+        return put_away(gs.Constant(name, LazyValues(array)))
+    return put_away(gs.Constant(name, np.asarray(array, order="C")))  # ascontiguousarray would make a scalar [1]
 
 
 def insert(

@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.order import topological
-from trimtab.passes.graph.weights import ExternalValues, fingerprint, stored_bytes
+from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, stored_bytes
 
 _INLINE = (
     1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
 )
-_ALIGN = 4096  # of each tensor in the data file, so that a runtime may map it
 _IR_VERSION = 10  # of graphs made here: the first with int4
 
 
@@ -87,7 +84,7 @@ class WeightFile:
         """The reference that takes the place of the constant's values in a model; they are written if they are new."""
         held = constant._values
         if id(held) not in self._known:  # kept, so that no other object gets the id
-            self._known[id(held)] = held, _move(constant, self._file, self.path.name)
+            self._known[id(held)] = held, append(constant, self._file, self.path.name)
         reference = TensorProto()
         reference.CopyFrom(self._known[id(held)][1].tensor)
         reference.name = constant.name
@@ -121,7 +118,7 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
         elif large:
             with open(data, "wb") as file:
                 for constant in large:
-                    constant._values = _move(constant, file, data.name)
+                    constant._values = append(constant, file, data.name)
         for constant in constants:
             if isinstance(constant._values, ExternalValues):
                 constant._values = LazyValues(constant._values.inline())
@@ -132,30 +129,6 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
     if graph.ir_version is None:  # made here, not loaded: graphsurgeon would take a version newer than runtimes know
         model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     path.write_bytes(model.SerializeToString())
-
-
-def _move(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
-    """Append the values of `constant` to `file`; returns the reference to them that takes their place in the model."""
-    file.write(b"\0" * (-file.tell() % _ALIGN))
-    start, held = file.tell(), constant._values
-    if isinstance(held, ExternalValues):
-        held.copy_to(file)
-    elif isinstance(held, LazyValues):
-        file.write(_raw(held.tensor))
-    else:
-        file.write(np.ascontiguousarray(held).reshape(-1).view(np.uint8).data)
-    reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
-    known = isinstance(held, LazyValues)
-    reference.data_type = held.tensor.data_type if known else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
-    for key, value in (("location", location), ("offset", start), ("length", file.tell() - start)):
-        reference.external_data.add(key=key, value=str(value))
-    return LazyValues(reference)
-
-
-def _raw(tensor: TensorProto) -> bytes:
-    if tensor.HasField("raw_data"):
-        return tensor.raw_data
-    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
 
 
 def model_fingerprint(graph: gs.Graph) -> str:

@@ -17,6 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from trimtab.passes.errors import ModelError
 
 _CHUNK = 1 << 24  # bytes copied or hashed at a time
+_ALIGN = 4096  # of each tensor in a data file, so that a runtime may map it
 _SAMPLE = 1 << 16  # bytes of each end of a large tensor that go into a fingerprint
 _PACKED_BITS: dict[int, int] = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
@@ -94,6 +95,31 @@ class ExternalValues(LazyValues):
                     raise ModelError(f"weight {self.tensor.name!r}: {self.path} ended early while it was copied")
                 file.write(chunk)
                 left -= len(chunk)
+
+
+def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
+    """Write the values of `constant` at the end of `file`; returns the reference to them, at `location`."""
+    file.write(b"\0" * (-file.tell() % _ALIGN))
+    start, held = file.tell(), constant._values
+    if isinstance(held, ExternalValues):
+        held.copy_to(file)
+    elif isinstance(held, LazyValues):
+        file.write(_raw(held.tensor))
+    else:
+        file.write(np.ascontiguousarray(held).reshape(-1).view(np.uint8).data)
+    file.flush()
+    reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
+    known = isinstance(held, LazyValues)
+    reference.data_type = held.tensor.data_type if known else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
+    for key, value in (("location", location), ("offset", start), ("length", file.tell() - start)):
+        reference.external_data.add(key=key, value=str(value))
+    return LazyValues(reference)
+
+
+def _raw(tensor: TensorProto) -> bytes:
+    if tensor.HasField("raw_data"):
+        return tensor.raw_data
+    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
 
 
 def contained(base: Path, location: str, name: str) -> Path:

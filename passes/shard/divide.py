@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, PassResult
 from trimtab.passes.graph import insert, replace_uses, stored_bytes, topological
 from trimtab.passes.graph.linear import Linear
@@ -77,7 +78,9 @@ def divide(graph: gs.Graph, rank: int, shards: int) -> Rank:
     joins: list[Join] = []
     left: list[Left] = []
     rows: list[dict[str, object]] = []
-    for site in list(_sites(own)):
+    anatomy = find_anatomy(own)
+    unknown = [Left(f"FFN at node {u.where}", u.why) for u in anatomy.unrecognized if u.what == "FFN"]
+    for site in list(_sites(own, anatomy)):
         narrow = Narrow(own, slices, site.what)
         try:
             tensor, size = _divide(narrow, site)
@@ -91,18 +94,18 @@ def divide(graph: gs.Graph, rank: int, shards: int) -> Rank:
     own.nodes = topological(own)
     weights = {id(t): stored_bytes(t) for t in own.tensors().values() if isinstance(t, gs.Constant)}
     details = {"shards": shards, "rank_bytes": sum(weights.values()), "places": rows}
-    return Rank(own, tuple(joins), PassResult(NAME, len(joins), (*left, *_integer(own)), details))
+    return Rank(own, tuple(joins), PassResult(NAME, len(joins), (*left, *unknown, *_integer(own)), details))
 
 
-def _sites(graph: gs.Graph) -> Iterator[_Site]:
+def _sites(graph: gs.Graph, anatomy: Anatomy) -> Iterator[_Site]:
     """FFNs in the order of computation, sparse and dense, then the head."""
-    anatomy = find_anatomy(graph)
     downs = {id(_product(ffn.down)) for ffn in anatomy.ffns}
-    layer = 0
+    layer = -1
     for node in graph.nodes:
-        if id(node) in downs or _is(node, SPARSE_DOWN.name):
+        named = re.search(r"/layer\.(\d+)/", node.name)
+        if id(node) in downs or _is(node, SPARSE_DOWN.name) or _around(node):
+            layer = int(named[1]) if named else layer + 1
             yield _Site(f"layer {layer} FFN", node, "sum", "neurons")
-            layer += 1
     heads = [node for node in graph.nodes if _is(node, SPARSE_HEAD.name)]
     for node in heads:
         scatters = [after for after in node.outputs[0].outputs if after.op == "ScatterElements"]
@@ -167,7 +170,8 @@ def _dense_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable, gs.Ten
             stored = source.inputs[0]
     assert size is not None
     part = narrow(x, size)
-    rows = narrow.slices.weight(weight, 1 if node.attrs.get("transB", 0) else 0, narrow.what, narrow.made)
+    along = 1 if node.attrs.get("transB", 0) else 0
+    rows = narrow.slices.weight(weight, along, narrow.what, narrow.made, narrow.pieces(x))
     given = bias[0] if bias and bias[0].name else None
     if given is not None and node.attrs.get("beta", 1.0) != 1.0:
         raise Whole("its bias is scaled")
@@ -183,6 +187,13 @@ def _vocabulary(node: gs.Node, linear: Linear | None) -> int:
 
 def _product(linear: Linear) -> gs.Node:
     return next(node for node in linear.nodes if node.op in ("MatMul", "Gemm", "MatMulNBits"))
+
+
+def _around(node: gs.Node) -> bool:
+    """Whether a product reads what ffn-split makes: neurons beside a linear part that goes around the activation."""
+    before = node.inputs[0].inputs if node.op == "MatMul" else []
+    splits = before[0].inputs if before and before[0].op == "Concat" else []
+    return any(tensor.inputs and tensor.inputs[0].op == "Split" for tensor in splits)
 
 
 def _is(node: gs.Node, op: str) -> bool:

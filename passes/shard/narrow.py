@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.activation import is_elementwise
 from trimtab.passes.graph import constant, output_name_of, values
-from trimtab.passes.shard.slices import Slices, Whole
+from trimtab.passes.shard.slices import Pieces, Slices, Whole
 from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_HEAD, SPARSE_UP
 
 
@@ -39,7 +39,7 @@ class Narrow:
         (whole,) = like.outputs
         shape = None if whole.shape is None else [*whole.shape[:-1], self._less(whole.shape[-1])]
         y = gs.Variable(self.slices.name(whole.name), whole.dtype, shape)
-        name = f"{like.name}/part" if like.name else ""
+        name = self.slices.name(like.name or like.op)
         self.made.append(gs.Node(like.op, name, {**like.attrs, **attrs}, inputs, [y], like.domain))
         return y
 
@@ -71,6 +71,12 @@ class Narrow:
             return self._product(node, size)
         if node.domain == DOMAIN and node.op in (SPARSE_UP.name, SPARSE_HEAD.name):
             return self._sparse(node)
+        if node.op == "Split" and self.pieces_of(node) is not None:
+            return self._column_part(node, tensor, size)
+        if node.op == "Concat" and self.pieces(tensor) is not None:
+            return self.add(
+                node, [self(t, n) for t, (_, n) in zip(node.inputs, self.pieces(tensor) or (), strict=True)]
+            )
         if node.op == "ReduceSum":
             return self._pool(node, size)
         if node.op == "ScatterElements" and node.attrs.get("axis", 0) == -1 and "reduction" not in node.attrs:
@@ -91,6 +97,35 @@ class Narrow:
         attrs = node.attrs
         part = self.slices.weight(weight, 0 if attrs.get("transB", 0) else 1, self.what, self.made)
         return self.add(node, [x, part, *(self(b, size) if b.name else b for b in bias)])
+
+    def pieces_of(self, node: gs.Node) -> Pieces | None:
+        """Starts and sizes of what the Split `node` makes along its last axis, as ffn-split has it; None if unknown."""
+        sizes: list[int] | None = node.attrs.get("split")
+        if len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+            sizes = values(node.inputs[1]).tolist()
+        if sizes is None or node.attrs.get("axis", 0) != -1:
+            return None
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        return tuple(zip(starts, sizes, strict=True))
+
+    def pieces(self, tensor: gs.Tensor) -> Pieces | None:
+        """Of a Concat of what goes through an activation with what a Split leads around it; None for all else."""
+        node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+        if node is None or node.op != "Concat" or node.attrs.get("axis", 0) != -1:
+            return None
+        splits = [t.inputs[0] for t in node.inputs if t.inputs and t.inputs[0].op == "Split"]
+        return self.pieces_of(splits[0]) if splits else None
+
+    def _column_part(self, node: gs.Node, tensor: gs.Tensor, size: int) -> gs.Tensor:
+        """One output of a Split of a product, by its own columns of W."""
+        product = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        place = next(i for i, t in enumerate(node.outputs) if t is tensor)
+        start, known = (self.pieces_of(node) or ())[place]
+        if product is None or product.op != "MatMul" or known != size:
+            raise Whole(f"Split ({output_name_of(node)}) is not of a product")
+        x, weight = product.inputs
+        part = self.slices.weight(weight, 1, self.what, self.made, ((start, size),))
+        return self.add(product, [x, part])
 
     def choose(self, blocks: gs.Tensor, count: int) -> gs.Tensor:
         """A rank's part of a choice among `count` blocks, numbered from its first on.
@@ -165,5 +200,5 @@ class Narrow:
         wide = self.add(cast, [rows])
         of = reshape.inputs[1].inputs[0]
         shape = gs.Variable(self.slices.name(of.outputs[0].name), np.int64)
-        self.made.append(gs.Node("Shape", f"{of.name}/part", dict(of.attrs), [part], [shape]))
+        self.made.append(gs.Node("Shape", self.slices.name(of.name), dict(of.attrs), [part], [shape]))
         return self.add(node, [self(cheap, size), self.add(reshape, [wide, shape]), part])

@@ -16,9 +16,10 @@ from typing import IO, Any
 
 from trimtab.compiler.targets.child import signal_name, tail
 from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
-from trimtab.passes.errors import TargetError
+from trimtab.passes.errors import TargetError, TrimtabError
 
 READY = b"ready\n"
+_START_S = 120.0  # that loading may take at least
 _LEAVE_S = 5.0  # that a process has to end by itself
 _NOTICE_S = 2.0  # in which the end of a process becomes known to the system
 
@@ -56,7 +57,7 @@ class Crew:
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 )  # fmt: skip
         try:
-            deadline = time.monotonic() + timeout_s()
+            deadline = time.monotonic() + max(_START_S, timeout_s())
             for rank, worker in self._workers.items():
                 assert worker.stdout is not None
                 self._await(rank, worker.stdout, deadline)
@@ -70,9 +71,11 @@ class Crew:
     def _await(self, rank: int, stdout: IO[bytes], deadline: float) -> None:
         left = max(0.0, deadline - time.monotonic())
         if not select.select([stdout], [], [], left)[0]:
-            raise TargetError(f"rank {rank} did not load its part of the model within {timeout_s():g} s")
+            raise TargetError(
+                f"rank {rank} did not load its part of the model in time", hint="TRIMTAB_SHARD_TIMEOUT allows more"
+            )
         if stdout.readline() != READY:
-            raise TargetError(f"rank {rank} did not load its part of the model")
+            raise EOFError(f"rank {rank}")
 
     def tell(self, command: tuple[Any, ...]) -> None:
         """Have every rank do `command`, as `worker` documents it.
@@ -88,14 +91,15 @@ class Crew:
 
     def failed(self, error: BaseException) -> BaseException:
         """End all processes after `error`; returns what to raise: the reason, where one of them gave it."""
-        ended = self._ended() if isinstance(error, Exception) else None
+        told = isinstance(error, TrimtabError) or not isinstance(error, Exception)
+        ended = None if told else self._ended()
         _end(self._workers, None, at_once=True)
         if ended is not None:
             rank, code = ended
             how = f"was ended by {signal_name(-code)}" if code < 0 else f"failed (exit code {code})"
             hint = "the next call starts it again" if code < 0 else None
             return TargetError(f"the process of rank {rank} {how}{tail(self._log_of(rank))}", hint=hint)
-        if isinstance(error, RuntimeError) and not isinstance(error, TargetError):  # of torch.distributed
+        if isinstance(error, RuntimeError):  # of torch.distributed
             return TargetError(
                 f"the ranks lost each other ({' '.join(str(error).split())[:200]})",
                 hint=f"one of them did not answer for {timeout_s():g} s; TRIMTAB_SHARD_TIMEOUT allows more",

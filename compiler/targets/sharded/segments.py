@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,9 @@ from trimtab.compiler.targets.onnxruntime_steps import PAST, PRESENT, Cache, ste
 from trimtab.compiler.targets.sharded.group import Group, device_of
 from trimtab.compiler.targets.sharded.plan import Plan, Point
 from trimtab.passes.errors import TargetError
+
+Values: TypeAlias = dict[str, ort.OrtValue | np.ndarray]
+"""What segments hand on, by name."""
 
 _FLOATS = ("tensor(float)", "tensor(float16)")
 
@@ -71,22 +75,23 @@ class Segments:
         return OnnxRuntimeRunner(changed, options, device=index)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
+        values: Values = dict(inputs)
         for segment in self.segments:
             self.advance(segment, values, segment.session.io_binding(), {})
-        return {name: values[name].numpy() for name in self.plan.outputs}
+        return {name: _array(values[name]) for name in self.plan.outputs}
 
-    def advance(
-        self, segment: _Segment, values: dict[str, ort.OrtValue], binding: ort.IOBinding, fixed: Mapping[str, object]
-    ) -> None:
+    def advance(self, segment: _Segment, values: Values, binding: ort.IOBinding, fixed: Mapping[str, object]) -> None:
         """Run `segment`: it takes its inputs from `values`, and puts its outputs there, joined where ranks meet.
 
         Args:
             fixed: inputs and outputs that are bound already, the outputs in the order of their binding.
         """
         for name in segment.inputs:
-            if name not in fixed:
-                binding.bind_ortvalue_input(name, values[name])
+            value = values.get(name)
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            elif name not in fixed:
+                binding.bind_ortvalue_input(name, value)
         changing = [name for name in segment.outputs if name not in fixed]
         for name in changing:
             # The shape changes from run to run, so each is bound anew. Shapes and masks are computed on the CPU.
@@ -103,7 +108,7 @@ class Segments:
             if point.how == "sum":
                 self.group.sum(values[point.tensor])
             else:
-                values[point.tensor] = ort.OrtValue.ortvalue_from_numpy(self.group.concat(values[point.tensor]))
+                values[point.tensor] = self.group.concat(values[point.tensor])
         for name in segment.last:
             values.pop(name, None)
 
@@ -142,10 +147,13 @@ class SegmentSteps(Steps):
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         own = self._segments
         feeds = step_feeds(input_ids, attention_mask, own.plan.inputs)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
-        values |= self._past
+        values: Values = {**feeds, **self._past}
         for segment, binding, fixed in zip(own.segments, self._bindings, self._fixed, strict=True):
             own.advance(segment, values, binding, fixed)
         self._past = {name: values[PRESENT + name.removeprefix(PAST)] for name in self._past}
-        logits: np.ndarray = values["logits"].numpy()
-        return logits
+        return _array(values["logits"])
+
+
+def _array(value: ort.OrtValue | np.ndarray) -> np.ndarray:
+    found: np.ndarray = value if isinstance(value, np.ndarray) else value.numpy()
+    return found
