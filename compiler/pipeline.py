@@ -27,7 +27,7 @@ from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.errors import DataError, TargetError
-from trimtab.passes.graph import is_external, save_graph, stored_bytes
+from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -124,15 +124,16 @@ class _Compile:
                 profile = measured_profile(
                     self.source, dataset, self.recipe.calibration, progress=phases.progress, again=self.force
                 )
-        with phases("run the passes", shown=False):
-            context = PassContext(profile, self.capability, phases.progress, shards=self.recipe.shards)
-            results = run_passes(graph, self.recipe.passes, context)
-            # What passes computed is in memory; everything else was looked at above.
-            made = [constant for constant in _constants(graph) if not is_external(constant)]
-            check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
-        with phases("write the model"), self.writer.writing():
-            models, divided = self._write(graph, profile)
-            results += divided
+        with scratch(folder):
+            with phases("run the passes", shown=False):
+                context = PassContext(profile, self.capability, phases.progress, shards=self.recipe.shards)
+                results = run_passes(graph, self.recipe.passes, context)
+                # What passes computed; everything else was looked at above.
+                made = [constant for constant in _constants(graph) if is_new(constant)]
+                check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
+            with phases("write the model"), self.writer.writing():
+                models, divided = self._write(graph, profile)
+                results += divided
         inputs, outputs = ([TensorInfo.of(tensor) for tensor in side] for side in (graph.inputs, graph.outputs))
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
