@@ -224,3 +224,28 @@ def test_a_choice_among_all_is_not_divided() -> None:
     run_passes(graph, passes(topk()), PassContext(profile_of(graph)))
     left = divide(graph, 0, 2).result.left
     assert any("chosen among all, not by each of 2 shards" in place.why for place in left)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bias_inside_a_product_is_added_once(transposed: bool, tmp_path: Path) -> None:
+    """Gemm, as exporters write it for inputs without a batch."""
+    from trimtab.passes.graph import constant, insert
+
+    rng = np.random.default_rng()
+    x = gs.Variable("x", np.float32, ["n", 16])
+    graph = gs.Graph([], [x], [], opset=18)
+    tensor: gs.Tensor = x
+    for name, (rows, columns) in (("up", (16, 24)), ("down", (24, 16))):
+        weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        bias = constant(f"{name} bias", rng.standard_normal(columns).astype(np.float32))
+        parts = [tensor, constant(name, weight.T if transposed else weight), bias]
+        tensor = insert(graph, "Gemm", parts, f"{name}.y", attrs={"transB": int(transposed)}, dtype=np.float32)
+        if name == "up":
+            tensor = insert(graph, "Relu", [tensor], "relu", dtype=np.float32)
+    graph.outputs = [insert(graph, "Add", [x, tensor], "y", dtype=np.float32)]
+    save_graph(graph, tmp_path / "whole.onnx")
+    ranks = [divide(graph, rank, 3) for rank in range(3)]
+    assert places(ranks[0]) == ["layer 0 FFN"]
+    feeds = {"x": rng.standard_normal((5, 16)).astype(np.float32)}
+    (wanted,) = session(tmp_path / "whole.onnx").run(None, feeds)
+    np.testing.assert_allclose(together(ranks, feeds, tmp_path)["y"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
