@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <thread>
 #include <vector>
 
 #include "custom_op.h"
@@ -14,7 +15,11 @@ namespace trimtab {
 constexpr int64_t kTaskBytes = 1 << 16;  // of weights that are worth a task of their own
 constexpr int64_t kMostTasks = 16;
 
-inline int64_t task_count(int64_t bytes) { return std::clamp<int64_t>(bytes / kTaskBytes, 1, kMostTasks); }
+// Some for each processor, so that one that is late does not keep the others waiting; each begins with a wait for memory.
+inline int64_t task_count(int64_t bytes) {
+  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+  return std::clamp<int64_t>(bytes / kTaskBytes, 1, std::min(kMostTasks, 2 * processors));
+}
 
 // Bounds of part `i` of `parts` of [0, total), at multiples of `unit`.
 inline int64_t bound(int64_t total, int64_t parts, int64_t i, int64_t unit) {

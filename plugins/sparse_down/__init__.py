@@ -36,7 +36,8 @@ def _body(form: Form) -> str:
 
 SPARSE_DOWN = Op(
     "SparseDown",
-    doc="h down, for the rows of `down` that belong to the chosen blocks.",
+    doc="h down, for the rows of `down` that belong to the chosen blocks. Kernels may round h to 16 bits of the "
+    "largest of eight rows where weights are integers.",
     inputs=(
         Input("h", FLOAT, "[..., k · block], of the chosen neurons in order"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
