@@ -1,8 +1,9 @@
 """The sparse kernels against ONNX Runtime's dense products: python benchmarks/sparse_ffn.py --json
 
 SwiGLU FFNs of 2048 → 8192, four layers of different weights, one token, two threads; blocks are chosen at random,
-others in every run, so that no cache holds them. Peers in the same run: MatMul in fp32, and MatMulInteger as ONNX
-Runtime's dynamic quantization makes it. At best a layer takes `density` of the time that memory needs for its weights.
+others in every run, so that no cache holds them. Peers in the same run: MatMul in fp32, MatMulInteger as ONNX
+Runtime's dynamic quantization makes it, and MatMulNBits in blocks of 32. At best a layer takes `density` of the time
+that memory needs for its weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,7 +25,10 @@ from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.onnxruntime import session_options
 from trimtab.passes.dynamic_int8 import quantize_file
-from trimtab.passes.graph import constant, insert, save_graph
+from trimtab.passes.ffn_topk.rows import RowForm, row_bytes, row_constants
+from trimtab.passes.graph import insert, save_graph
+from trimtab.passes.matrices.forms import Dense
+from trimtab.passes.matrices.quantize import round_to_nearest
 from trimtab.plugins import SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.library import instruction_set, register
 
@@ -39,7 +43,8 @@ def weights(width: int, neurons: int, layers: int) -> list[list[np.ndarray]]:
 
 
 def new_graph(width: int) -> gs.Graph:
-    x = gs.Variable("x", np.float32, ["tokens", width])
+    # With a batch, as models have it: without, a product and the residual behind it would become one Gemm.
+    x = gs.Variable("x", np.float32, ["batch", "tokens", width])
     return gs.Graph(inputs=[x], opset=21, ir_version=10, name="ffn")
 
 
@@ -48,29 +53,37 @@ def residual(graph: gs.Graph, x: gs.Tensor, y: gs.Tensor, name: str) -> gs.Varia
 
 
 def finish(graph: gs.Graph, x: gs.Variable, width: int, path: Path) -> Path:
-    x.name, x.shape = "y", ["tokens", width]
+    x.name, x.shape = "y", ["batch", "tokens", width]
     graph.outputs = [x]
     save_graph(graph, path)
     return path
 
 
-def dense(layers: list[list[np.ndarray]], path: Path) -> Path:
+def dense(layers: list[list[np.ndarray]], path: Path, precision: str) -> Path:
     """The FFNs as MatMuls."""
     width = layers[0][0].shape[1]
     graph = new_graph(width)
     x = graph.inputs[0]
+
+    def product(x: gs.Tensor, w: np.ndarray, name: str) -> gs.Variable:
+        form = round_to_nearest(w, 4, 32, search=False) if precision == "int4" else Dense(w)
+        return form.emit(graph, x, name, np.dtype(np.float32))
+
     for i, (gate, up, down) in enumerate(layers):
-        g = insert(graph, "MatMul", [x, constant(f"gate{i}", gate.T)], f"{i}/gate", dtype=np.float32)
-        u = insert(graph, "MatMul", [x, constant(f"up{i}", up.T)], f"{i}/up", dtype=np.float32)
+        g = product(x, gate.T, f"{i}/gate")
+        u = product(x, up.T, f"{i}/up")
         s = insert(graph, "Sigmoid", [g], f"{i}/sigmoid", dtype=np.float32)
         a = insert(graph, "Mul", [g, s], f"{i}/silu", dtype=np.float32)
         h = insert(graph, "Mul", [a, u], f"{i}/h", dtype=np.float32)
-        y = insert(graph, "MatMul", [h, constant(f"down{i}", down)], f"{i}/down", dtype=np.float32)
-        x = residual(graph, x, y, str(i))
-    return finish(graph, x, width, path)
+        x = residual(graph, x, product(h, down, f"{i}/down"), str(i))
+    path = finish(graph, x, width, path)
+    if precision == "int8":
+        quantize_file(path, path.with_name("int8.onnx"), reduce_range=False)
+        return path.with_name("int8.onnx")
+    return path
 
 
-def sparse(layers: list[list[np.ndarray]], path: Path, block: int, precision: str) -> Path:
+def sparse(layers: list[list[np.ndarray]], path: Path, block: int, precision: RowForm) -> Path:
     """The FFNs as SparseUp and SparseDown, with the blocks of each layer as an input."""
     width = layers[0][0].shape[1]
     graph = new_graph(width)
@@ -80,11 +93,7 @@ def sparse(layers: list[list[np.ndarray]], path: Path, block: int, precision: st
         graph.inputs.append(blocks)
         parts: dict[str, gs.Tensor] = {}
         for label, w in zip(("gate", "up", "down"), layer, strict=True):
-            if precision == "int8":
-                scale = np.abs(w).max(1) / 127
-                parts[f"{label}_scale"] = constant(f"{label}_scale{i}", scale)
-                w = np.round(w / scale[:, None]).astype(np.int8)
-            parts[label] = constant(f"{label}{i}", w)
+            parts |= row_constants(w, precision, label, f"{i}")
         ups = {key: value for key, value in parts.items() if not key.startswith("down")}
         downs = {key: value for key, value in parts.items() if key.startswith("down")}
         h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups, f"{i}/h", activation="silu", block=block)
@@ -120,7 +129,7 @@ def main(
     block: Annotated[int, typer.Option(help="Neurons in a block.")] = 8,
     threads: int = 2,
     densities: Annotated[str, typer.Option(help="Shares of the neurons.")] = "0.05,0.1,0.25,0.5,1",
-    precision: Annotated[str, typer.Option(help="Some of fp32,int8.")] = "fp32,int8",
+    precision: Annotated[str, typer.Option(help="Some of fp32,int8,int4.")] = "fp32,int8,int4",
     seconds: Annotated[float, typer.Option(help="Of timing per density and precision.")] = 10.0,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -134,13 +143,11 @@ def main(
     rows: list[dict[str, object]] = []
     made = weights(width, neurons, layers)
     rng = np.random.default_rng()
-    x = rng.standard_normal((1, width), np.float32)
+    x = rng.standard_normal((1, 1, width), np.float32)
     with tempfile.TemporaryDirectory(prefix="trimtab-sparse-") as folder:
-        for kind in precision.split(","):
-            path = dense(made, Path(folder) / "dense.onnx")
-            if kind == "int8":
-                quantize_file(path, Path(folder) / "int8.onnx", reduce_range=False)
-                path = Path(folder) / "int8.onnx"
+        kinds = cast("list[RowForm]", precision.split(","))
+        for kind in kinds:
+            path = dense(made, Path(folder) / "dense.onnx", kind)
             peer = runner(path, threads, [{"x": x}])
             model = sparse(made, Path(folder) / f"sparse-{kind}.onnx", block, kind)
             for density in map(float, densities.split(",")):
@@ -150,7 +157,7 @@ def main(
                     for _ in range(SELECTIONS)
                 ]
                 taken = interleave({"dense": peer, "sparse": runner(model, threads, feeds)}, seconds=seconds)
-                read = 3 * layers * k * block * width * (4 if kind == "fp32" else 1)
+                read = 3 * layers * k * block * row_bytes(kind, width)
                 ratio = taken["dense"].median_ms / taken["sparse"].median_ms
                 pace = read / taken["sparse"].median_ms / 1e6
                 rows.append({
