@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from rewrite import profile_of
 
+from trimtab.passes import PassContext, run_passes
+from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import constant, insert, is_external, is_new, load_graph, save_graph, scratch, values
 
 BIG, SMALL = (512, 1024), (4, 1024)
@@ -62,3 +66,38 @@ def test_the_file_goes_with_an_error(tmp_path: Path) -> None:
     except RuntimeError:
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_that_replaces_all_weights_holds_few_of_them(tmp_path: Path) -> None:
+    """Of twelve FFNs, 151 MB of weights, one layer in its several copies is in memory at a time."""
+    width, neurons, layers = 512, 2048, 12
+    rng = np.random.default_rng(0)
+    x = gs.Variable("x", np.float32, ["tokens", width])
+    graph = gs.Graph(inputs=[x], opset=21, name="ffns")
+    for i in range(layers):
+        shapes = {"gate": (width, neurons), "up": (width, neurons), "down": (neurons, width)}
+        made = {name: rng.standard_normal(shape, np.float32) / 32 for name, shape in shapes.items()}
+        gate, up, down = (gs.Constant(f"{i}/{name}", w) for name, w in made.items())
+        g = insert(graph, "MatMul", [x, gate], f"{i}/g", dtype=np.float32)
+        s = insert(graph, "Sigmoid", [g], f"{i}/s", dtype=np.float32)
+        a = insert(graph, "Mul", [g, s], f"{i}/a", dtype=np.float32)
+        u = insert(graph, "MatMul", [x, up], f"{i}/u", dtype=np.float32)
+        h = insert(graph, "Mul", [a, u], f"{i}/h", dtype=np.float32)
+        y = insert(graph, "MatMul", [h, down], f"{i}/y", dtype=np.float32)
+        x = insert(graph, "Add", [x, y], f"{i}/x", dtype=np.float32)
+        for tensor in (g, s, a, u, h, y, x):
+            tensor.shape = ["tokens", width if tensor in (y, x) else neurons]
+    graph.outputs = [x]
+    save_graph(graph, tmp_path / "source.onnx")
+    profile = profile_of(graph)
+    del graph, gate, up, down, made
+    source = load_graph(tmp_path / "source.onnx")
+    tracemalloc.start()
+    try:
+        with scratch(tmp_path):
+            (result,) = run_passes(source, [FFNTopK(density=1.0)], PassContext(profile))
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert result.changed == layers
+    assert peak < 0.5 * 4 * 3 * width * neurons * layers
