@@ -136,8 +136,7 @@ class HeadTopK(Pass):
             )
             exact = add_node(graph, SPARSE_HEAD, parts | {"blocks": rows}, f"{name}/exact")
             wide = insert(graph, "Cast", [rows], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
-            shape = insert(graph, "Shape", [exact], f"{name}/shape", dtype=np.int64)
-            places = insert(graph, "Reshape", [wide, shape], f"{name}/places", dtype=np.int64)
+            places = self._like(graph, wide, exact)
             logits = insert(
                 graph, "ScatterElements", [guess, places, exact], f"{name}/logits", attrs={"axis": -1}, dtype=np.float32
             )
@@ -149,6 +148,18 @@ class HeadTopK(Pass):
             "read_bytes": round(predictor + row * take), "bytes": round(predictor + row * vocabulary),
         }  # fmt: skip
         return PassResult(self.name, 1, (), details)
+
+    def _like(self, graph: gs.Graph, rows: gs.Tensor, exact: gs.Tensor) -> gs.Tensor:
+        """`rows`, [tokens, k] or one for all tokens, in the shape of `exact`, [..., tokens, k]."""
+        name = self.name
+        shape = insert(graph, "Shape", [exact], f"{name}/shape", dtype=np.int64)
+        k = insert(graph, "Shape", [exact], f"{name}/k", attrs={"start": -1}, dtype=np.int64)
+        last = constant(f"{name}/tokens", np.array([-1]))
+        two = insert(graph, "Concat", [last, k], f"{name}/two", attrs={"axis": 0}, dtype=np.int64)
+        flat = insert(graph, "Reshape", [exact, two], f"{name}/flat", dtype=np.float32)
+        size = insert(graph, "Shape", [flat], f"{name}/size", dtype=np.int64)
+        each = insert(graph, "Expand", [rows, size], f"{name}/each", dtype=np.int64)
+        return insert(graph, "Reshape", [each, shape], f"{name}/places", dtype=np.int64)
 
     def _rows(self, anatomy: Anatomy, linear: Linear, head: Head) -> dict[str, gs.Tensor]:
         """The head's matrix row by row; a table of embeddings that it is tied to serves both, and lies on disk once."""

@@ -125,7 +125,7 @@ def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
         narrow.commit()
         shape = whole.shape
         replace_uses(graph, whole, tensor)
-        tensor.shape = None if shape is None else [*shape[:-1], size]  # as it is after the join
+        tensor.shape = None if shape is None else [*shape[:-1], None]  # a part before the join, and the whole behind
         return tensor, size
     bias: gs.Tensor | None = None
     if _is(node, SPARSE_DOWN.name):

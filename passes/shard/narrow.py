@@ -191,14 +191,22 @@ class Narrow:
         """What head-topk makes: exact logits of chosen rows among cheap ones."""
         cheap, places, exact = node.inputs
         chosen = exact.inputs[0] if exact.inputs else None
-        reshape = places.inputs[0] if places.inputs else None
-        cast = reshape.inputs[0].inputs[0] if reshape is not None and reshape.inputs[0].inputs else None
-        if chosen is None or chosen.op != SPARSE_HEAD.name or cast is None or cast.op != "Cast" or reshape is None:
+        if chosen is None or chosen.op != SPARSE_HEAD.name:
             raise Whole(f"ScatterElements ({output_name_of(node)}) is not of chosen rows")
+        blocks = chosen.inputs[[i.name for i in SPARSE_HEAD.inputs].index("blocks")]
         part = self._sparse(chosen)
-        rows = self.choose(cast.inputs[0], size)
-        wide = self.add(cast, [rows])
-        of = reshape.inputs[1].inputs[0]
-        shape = gs.Variable(self.slices.name(of.outputs[0].name), np.int64)
-        self.made.append(gs.Node("Shape", self.slices.name(of.name), dict(of.attrs), [part], [shape]))
-        return self.add(node, [self(cheap, size), self.add(reshape, [wide, shape]), part])
+        known: dict[int, gs.Tensor] = {id(exact): part, id(blocks): self.choose(blocks, size)}
+        return self.add(node, [self(cheap, size), self._again(places, known), part])
+
+    def _again(self, tensor: gs.Tensor, known: dict[int, gs.Tensor]) -> gs.Tensor:
+        """What makes `tensor` of those that are `known`, made of what these are for the rank."""
+        if isinstance(tensor, gs.Constant):
+            return tensor
+        if id(tensor) not in known:
+            if len(tensor.inputs) != 1:
+                raise Whole(f"it depends on {tensor.name!r}, an input of the graph")
+            node = tensor.inputs[0]
+            made = self.add(node, [self._again(t, known) for t in node.inputs])
+            made.shape = None
+            known[id(tensor)] = made
+        return known[id(tensor)]

@@ -27,10 +27,12 @@ def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) 
     known = math.prod(size for size in tokens if isinstance(size, int))
     count = known if all(isinstance(size, int) for size in tokens) else tokens[0] if len(tokens) == 1 else None
     dense_above = int(attributes["dense_above"])
-    k: int | str | None = int(attributes["k"])
-    if dense_above >= 0:
-        k = None if not isinstance(count, int) else scores[-1] if count > dense_above else k
-    return [1 if attributes["shared"] else count, k]
+    rows: int | str | None = 1 if attributes["shared"] else count
+    if dense_above < 0:
+        return [rows, int(attributes["k"])]
+    if not isinstance(count, int):
+        return [1 if attributes["shared"] else None, None]
+    return [1, scores[-1]] if count > dense_above else [rows, int(attributes["k"])]
 
 
 def _body(form: Form) -> str:
@@ -50,16 +52,17 @@ def _body(form: Form) -> str:
   tokens = Shape <start = 0, end = 1> (flat)
   s = Reshape (shards_, one)
 
+  bounded = GreaterOrEqual (dense_above_, zero)
+  above = Greater (tokens, dense_above_)
+  dense = And (bounded, above)
   is_shared = Equal (shared_, one)
-  rows = Where (is_shared, one, tokens)
+  together_ = Or (is_shared, dense)
+  rows = Where (together_, one, tokens)
   together = Div (tokens, rows)
   grouped_shape = Concat <axis = 0> (rows, together, n)
   grouped = Reshape (flat, grouped_shape)
   most = ReduceMax <keepdims = 0> (grouped, one)
 
-  bounded = GreaterOrEqual (dense_above_, zero)
-  above = Greater (tokens, dense_above_)
-  dense = And (bounded, above)
   take = Where (dense, n, k_)
   width = Div (n, s)
   k_s = Add (k_, s)
@@ -98,7 +101,7 @@ SELECT_BLOCKS = Op(
         Attribute("shared", 0, "1: one selection for all tokens, by each block's highest score; blocks is [1, k]"),
         Attribute("shards", 1, "neighbouring parts of the blocks, of which each narrows down on its own; divides them"),
         Attribute("slack", 0, "blocks that a shard hands on beyond ceil(k / shards)"),
-        Attribute("dense_above", -1, "with more tokens than this all blocks are taken; -1: never"),
+        Attribute("dense_above", -1, "with more tokens all blocks are taken, and blocks is [1, all]; -1: never"),
     ),
     infer=_infer,
     body=_body,

@@ -19,7 +19,7 @@ struct SelectBlocks {
   int64_t shared = 0;       // one selection for all tokens, by each block's highest score
   int64_t shards = 1;       // parts of the blocks that narrow down on their own
   int64_t slack = 0;        // blocks that a shard hands on beyond k / shards
-  int64_t dense_above = -1;  // more tokens than this take all blocks; -1: never
+  int64_t dense_above = -1;  // more tokens than this take all blocks, in one row; -1: never
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "k", &k);
@@ -38,12 +38,12 @@ struct SelectBlocks {
     const bool all = dense_above >= 0 && tokens > dense_above;
     if (blocks % shards != 0) return "SelectBlocks: the number of shards does not divide that of blocks";
     if (!all && k > shards * local(blocks)) return "SelectBlocks: k is more than there are blocks";
-    const int64_t take = all ? blocks : k, rows = shared ? 1 : tokens;
+    const int64_t take = all ? blocks : k, rows = shared || all ? 1 : tokens;
     const int64_t shape[] = {rows, take};
     auto* out = static_cast<int32_t*>(runtime.data(runtime.output(context, 0, shape, 2)));
     std::vector<float> most;
     const float* from = scores.floats();
-    if (shared && tokens != 1) {
+    if (shared && !all && tokens != 1) {
       most.assign(blocks, -INFINITY);
       for (int64_t t = 0; t < tokens; t++)
         for (int64_t b = 0; b < blocks; b++) most[b] = std::max(most[b], from[t * blocks + b]);
