@@ -14,7 +14,13 @@ import llama_cpp as api
 from serve import serve
 
 
+@api.llama_log_callback
+def quiet(level: int, text: bytes, data: object) -> None:
+    """llama.cpp tells every tensor otherwise."""
+
+
 def main(path: str, threads: int, context: int, vocabulary: int) -> None:
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
     api.llama_backend_init()
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     options = api.llama_context_default_params()
