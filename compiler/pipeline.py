@@ -126,7 +126,10 @@ class _Compile:
                 )
         with scratch(folder):
             with phases("run the passes", shown=False):
-                context = PassContext(profile, self.capability, phases.progress, shards=self.recipe.shards)
+                context = PassContext(
+                    profile, self.capability, phases.progress, shards=self.recipe.shards,
+                    crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
+                )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
+from trimtab.passes.crossover import Measure
 from trimtab.passes.errors import PassError
 from trimtab.passes.graph.order import topological
 from trimtab.passes.profile import Profile
@@ -55,6 +56,8 @@ class PassContext:
     capability: Capability = field(default_factory=Capability)
     progress: Callable[[str, int, int], None] | None = None
     """Called with (what, done, total) by passes that take long."""
+    crossover: Measure | None = None
+    """Where the sparse form of a layer stops paying on the target, measured there; None where that is not known."""
     shards: int = 1
     """Ranks among which the graph will be divided. What is chosen at run time, each has to choose of its own part."""
     done: list[Pass] = field(default_factory=list)

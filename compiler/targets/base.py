@@ -11,6 +11,7 @@ import numpy as np
 
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
+from trimtab.passes.crossover import Measure
 from trimtab.passes.errors import TargetError
 
 MODEL = Path("model") / "model.onnx"
@@ -83,6 +84,14 @@ class Target(ABC):
         Raises:
             TargetError: it is not installed here; the hint says how to install it.
         """
+
+    def crossover(self, threads: int | None = None) -> Measure | None:
+        """How to tell, for a shape, where its sparse form stops paying; None where it cannot be told.
+
+        Args:
+            threads: CPU threads of one run, as `open` takes them.
+        """
+        return None
 
     @abstractmethod
     def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:

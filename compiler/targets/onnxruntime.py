@@ -16,10 +16,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import MODEL, PLAN, Runner, Target
+from trimtab.compiler.targets.crossover import measured_crossover
 from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
+from trimtab.passes.crossover import Measure
 from trimtab.passes.errors import TargetError
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import register
@@ -121,6 +123,9 @@ class OnnxRuntime(Target):
 
     def probe(self) -> Capability:
         return _probe()
+
+    def crossover(self, threads: int | None = None) -> Measure | None:
+        return lambda shape: measured_crossover(shape, lambda: session_options(threads))
 
     def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
         """Checks that the runtime takes the graph; there is nothing to write.

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slower
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
@@ -23,8 +24,6 @@ from trimtab.passes.matrices.forms import LowRank
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.dialect import OPSET
 from trimtab.plugins.sparse_up import ACTIVATIONS
-
-_WORTH = 0.8  # of the dense form's speed per byte that the sparse one reaches
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,12 @@ class FFNTopK(Pass):
     take: float | None = Field(
         None, gt=0, le=1, description="share of neurons to compute, instead of what recall asks for"
     )
-    most: float = Field(0.5, gt=0, le=1, description="FFNs that would have to compute more than this share stay dense")
+    most: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="FFNs that would compute more stay dense; where that is slower, if not given",
+    )
     block: int = Field(1, ge=1, description="neighbouring neurons that are chosen together")
     predictor: Literal["low-rank", "copy"] = Field("low-rank", description="of the projections that decide")
     signal: Literal["gate", "both"] = Field("gate", description="projections of a gated FFN that are guessed")
@@ -101,27 +105,27 @@ class FFNTopK(Pass):
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
         kept = sum(linear.bytes for ffn in anatomy.ffns if ffn not in wanted for linear in ffn.linears)
-        best = 0.0
+        best, measured = 0.0, False
         for done, ffn in enumerate(wanted, 1):
             reason = self._unfit(ffn)
             if reason is None:
                 layer = read_layer(ffn, context.profile)
-                choice = self._choose(layer, context.shards)
+                crossover = self._crossover(ffn, len(wanted), context)
+                measured = crossover is not None and self.most is None
+                choice = self._choose(layer, crossover, context.shards)
                 best = max(best, choice.recall)
-                if choice.recall < self.recall and self.take is None:
-                    held = f"{choice.recall:.1%} of the wanted ones"
-                    reason = f"{self.most:.0%} of its neurons hold {held}, not {self.recall:.0%}"
-                else:
+                reason = self._not_worth(choice, crossover, ffn)
+                if reason is None:
                     by_shards = choice.by_shards(ffn.d_ff, self.block) if context.shards > 1 else {}
-                    rows.append(self._rewrite(graph, layer, choice) | by_shards)
+                    rows.append(self._rewrite(graph, layer, choice, crossover) | by_shards)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
                 kept += sum(linear.bytes for linear in ffn.linears)
             if context.progress is not None:
                 context.progress("predict neurons", done, len(wanted))
-        if wanted and not rows and best:
+        if not rows and best and not measured:
             raise RecipeError(
-                f"recall: no FFN finds {self.recall:.0%} with {self.most:.0%} of its neurons; the best has {best:.1%}",
+                f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
                 hint="allow more neurons (most), a better predictor (rank, signal), or less recall",
             )
         details = {"layers": rows, "ffn_bytes": round(kept + sum(row["bytes"] for row in rows))}
@@ -141,7 +145,31 @@ class FFNTopK(Pass):
             return f"it computes in {np.dtype(ffn.y.dtype).name}; the sparse ops take float32"
         return None
 
-    def _choose(self, layer: Layer, shards: int = 1) -> Choice:
+    def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
+        """What the target measures for this shape, if anything hangs on it."""
+        asked = self.dense_above is not None and (self.most is not None or self.take is not None)
+        if context.crossover is None or asked:
+            return None
+        matrices: Literal[2, 3] = 3 if ffn.gated else 2
+        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, matrices, self.weights, self.block, layers))
+
+    def _most(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
+        """The largest share of the neurons that may be computed."""
+        return bounds(crossover, self.most, predictor.nbytes / (4 * ffn.params))
+
+    def _not_worth(self, choice: Choice, crossover: Crossover | None, ffn: FFN) -> str | None:
+        """Why the FFN stays dense after all, or None."""
+        if self.take is not None:
+            return None
+        most = self._most(ffn, choice.predictor, crossover)
+        density = choice.take * self.block / ffn.d_ff
+        if crossover is not None and self.most is None and density > most:
+            return slower("its neurons", density, crossover)
+        if choice.recall < self.recall:
+            return f"{most:.0%} of its neurons hold {choice.recall:.1%} of the wanted ones, not {self.recall:.0%}"
+        return None
+
+    def _choose(self, layer: Layer, crossover: Crossover | None = None, shards: int = 1) -> Choice:
         """Fit a predictor, and find how many blocks it takes; of each shard, where they divide into shards."""
         blocks, norm = layer.ffn.d_ff // self.block, norms(layer)
         shards = shards if blocks % shards == 0 else 1
@@ -155,7 +183,8 @@ class FFNTopK(Pass):
         if self.take is not None:
             local = -(-round(self.take * blocks) // shards)
         else:
-            local = min(smallest(found_at, self.recall), int(self.most * blocks) // shards)
+            most = self._most(layer.ffn, predictor, crossover)
+            local = min(smallest(found_at, self.recall), int(most * blocks) // shards)
         local = min(max(least, local), blocks // shards)
         return Choice(predictor, k, shards * local, recall_at(found_at, local), shards)
 
@@ -186,17 +215,17 @@ class FFNTopK(Pass):
                 guesses.append(Guess(LowRank(*(in_form(m, self.form, 32) for m in pair)), bias))
         return Predictor(layer, guesses, norm, self.block, typical=typical, common=common)
 
-    def _rewrite(self, graph: gs.Graph, layer: Layer, choice: Choice) -> dict[str, Any]:
+    def _rewrite(self, graph: gs.Graph, layer: Layer, choice: Choice, crossover: Crossover | None) -> dict[str, Any]:
         """Put the sparse ops in the place of the FFN; returns what the report says of it."""
         ffn, name, blocks = layer.ffn, f"{self.name}/layer.{layer.ffn.layer}", layer.ffn.d_ff // self.block
-        limit = self.dense_above if self.dense_above is not None else max(1, int(_WORTH * blocks / choice.take))
+        above = self.dense_above if self.dense_above is not None else limit(crossover, choice.take / blocks)
         if choice.take == blocks:
             chosen: gs.Tensor = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
         else:
             scores = choice.predictor.emit(graph, ffn, f"{name}/predict")
             chosen = add_node(
                 graph, SELECT_BLOCKS, {"scores": scores}, f"{name}/blocks",
-                k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=limit,
+                k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=above,
             )  # fmt: skip
         parts: dict[str, gs.Tensor] = {"x": ffn.x, "blocks": chosen}
         labels = ("gate", "up") if ffn.gated else ("up",)
@@ -218,5 +247,5 @@ class FFNTopK(Pass):
             "wanted": choice.k * self.block, "computed": choice.take * self.block,
             "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4), "predictor_bytes": predictor,
             "read_bytes": round(predictor + row * choice.take * self.block), "bytes": round(predictor + row * ffn.d_ff),
-            "dense_bytes": 4 * ffn.params, "dense_above": limit,
+            "dense_bytes": 4 * ffn.params, "dense_above": above,
         }  # fmt: skip

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.crossover import Crossover, SparseShape, limit, slower
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.passes.ffn_topk.predictor import in_form
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
@@ -23,7 +24,6 @@ from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
 from trimtab.plugins.dialect import OPSET
 
 _HELD_OUT = 5  # every fifth state measures, and is never fitted to
-_WORTH = 0.8  # of the dense form's speed per byte that the sparse one reaches
 
 
 class HeadTopK(Pass):
@@ -45,6 +45,12 @@ class HeadTopK(Pass):
     rank: int = Field(128, ge=1, description="of the cheap head", json_schema_extra={"search": [64, 128, 256]})
     form: Literal["fp32", "int8", "int4"] = Field("fp32", description="of the cheap head's weights")
     weights: RowForm = Field("fp32", description="of the head's own weights")
+    most: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="a head that would compute more stays dense; where that is slower, if not given",
+    )
     dense_above: int | None = Field(None, ge=0, description="calls with more tokens are exact; chosen if not given")
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
@@ -63,7 +69,7 @@ class HeadTopK(Pass):
         raise_opset(graph, OPSET)
         head = Head(linear.w().astype(np.float32), linear.b())
         if self.take == vocabulary:
-            exact = {"agreement": 1.0, "divergence": 0.0}
+            exact = {"agreement": 1.0, "divergence": 0.0, "dense_above": 0}
             return self._result(graph, anatomy, linear, head, None, vocabulary, exact)
         states = context.profile.head(linear.in_features)
         held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
@@ -81,6 +87,11 @@ class HeadTopK(Pass):
                 )
             local = least
         take = shards * local
+        pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
+        crossover = self._crossover(linear, context)
+        reason = self._not_worth(take / vocabulary, pair.nbytes / linear.bytes, crossover)
+        if reason is not None:
+            return PassResult(self.name, 0, (Left("head", reason),))
         told: dict[str, Any] = {
             "agreement": round(found.agreement(local), 4), "miss_bound": round(found.miss_bound(local), 4),
             "divergence": round(divergence(head, cheap, states[held], take, shards), 6),
@@ -89,7 +100,23 @@ class HeadTopK(Pass):
             told |= {"shards": shards, "of_each_shard": local}
             if self.miss is None:
                 told["expected_recall"] = round(expected_recall(vocabulary, self.take, shards, local), 4)
-        return self._result(graph, anatomy, linear, head, cheap, take, told, shards)
+        told["dense_above"] = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
+        return self._result(graph, anatomy, linear, head, (pair, cheap.offset), take, told, shards)
+
+    def _crossover(self, linear: Linear, context: PassContext) -> Crossover | None:
+        """What the target measures for this shape, if anything hangs on it."""
+        if context.crossover is None or (self.dense_above is not None and self.most is not None):
+            return None
+        return context.crossover(SparseShape(linear.out_features, linear.in_features, 1, self.weights))
+
+    def _not_worth(self, density: float, predictor: float, crossover: Crossover | None) -> str | None:
+        """Why the head stays dense after all, or None."""
+        if self.most is not None:
+            few = density <= self.most
+            return None if few else f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
+        if crossover is not None and density > crossover.most(predictor):
+            return slower("its rows", density, crossover)
+        return None
 
     def _local(self, vocabulary: int, shards: int, found: Found, agreement: float) -> int:
         """Candidates of each shard: its share of `take`, or more, so that they find what one choice among all does."""
@@ -112,12 +139,12 @@ class HeadTopK(Pass):
         return None
 
     def _result(
-        self, graph: gs.Graph, anatomy: Anatomy, linear: Linear, head: Head, cheap: CheapHead | None, take: int,
+        self, graph: gs.Graph, anatomy: Anatomy, linear: Linear, head: Head, cheap: tuple[LowRank, np.ndarray] | None,
+        take: int,
         told: dict[str, Any], shards: int = 1,
     ) -> PassResult:  # fmt: skip
         """Put the new head in the place of the old one, and say what it is."""
         vocabulary, name = linear.out_features, self.name
-        limit = self.dense_above if self.dense_above is not None else max(1, int(_WORTH * vocabulary / take))
         x, predictor = linear.x, 0
         parts: dict[str, gs.Tensor] = {"x": x} | self._rows(anatomy, linear, head)
         if head.bias is not None:
@@ -126,13 +153,19 @@ class HeadTopK(Pass):
             parts["blocks"] = constant(f"{name}/all", np.arange(vocabulary, dtype=np.int32)[None])
             logits = add_node(graph, SPARSE_HEAD, parts, f"{name}/exact")
         else:
-            pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
+            pair, offset = cheap
             predictor = pair.nbytes + 4 * vocabulary
             guess = pair.emit(graph, x, f"{name}/cheap", np.dtype(np.float32))
-            shift = constant(f"{name}/offset", cheap.offset)
+            shift = constant(f"{name}/offset", offset)
             guess = insert(graph, "Add", [guess, shift], f"{name}/guess", dtype=np.float32)
             rows = add_node(
-                graph, SELECT_BLOCKS, {"scores": guess}, f"{name}/rows", k=take, shards=shards, dense_above=limit
+                graph,
+                SELECT_BLOCKS,
+                {"scores": guess},
+                f"{name}/rows",
+                k=take,
+                shards=shards,
+                dense_above=told["dense_above"],
             )
             exact = add_node(graph, SPARSE_HEAD, parts | {"blocks": rows}, f"{name}/exact")
             wide = insert(graph, "Cast", [rows], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
@@ -144,7 +177,7 @@ class HeadTopK(Pass):
         replace_uses(graph, linear.y, logits)
         row = row_bytes(self.weights, linear.in_features)
         details = told | {
-            "vocabulary": vocabulary, "computed": take, "dense_above": limit, "dense_bytes": linear.bytes,
+            "vocabulary": vocabulary, "computed": take, "dense_bytes": linear.bytes,
             "read_bytes": round(predictor + row * take), "bytes": round(predictor + row * vocabulary),
         }  # fmt: skip
         return PassResult(self.name, 1, (), details)

@@ -32,7 +32,7 @@ DENSE = {"passes": [], "workload": WORKLOAD, "threads": 1}
 SPARSE = {
     "passes": [
         {"ffn-topk": {"density": 0.2, "recall": 0.8, "rank": 16, "most": 1.0}},
-        {"head-topk": {"take": 24, "rank": 12}},
+        {"head-topk": {"take": 24, "rank": 12, "most": 1.0}},
         {"weight-only": {"parts": ["attention"]}},
     ],
     "workload": WORKLOAD, "threads": 1, "calibration": {"states": 600},

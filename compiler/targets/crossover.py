@@ -1,0 +1,119 @@
+"""Where the sparse form of a layer stops paying in ONNX Runtime, measured on this machine and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnxruntime as ort
+
+from trimtab.compiler.builds.build import hash_file
+from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.checks.timing import interleave
+from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
+from trimtab.passes.crossover import Crossover, SparseShape
+from trimtab.passes.ffn_topk.rows import RowForm
+from trimtab.plugins.library import instruction_set, library_path, register
+
+log = logging.getLogger(__name__)
+
+_BYTES = 1 << 27  # of dense weights that are timed: more than caches hold
+_DENSITIES = (0.05, 0.4)
+_TOKENS = (1, 2, 4, 8, 16, 32)
+_SECONDS = 2.0  # per trial
+_CHOICES = 8  # others in each run, so that no cache holds the rows
+
+Options = Callable[[], ort.SessionOptions]
+
+
+def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
+    """The crossover of `shape`: from the cache, else measured now, which takes some seconds.
+
+    Args:
+        options: makes the options of each session, threads among them.
+    """
+    path = cache_dir() / "crossovers" / f"{_key(shape, options().intra_op_num_threads)}.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return Crossover(**found | {"together": tuple((n, time) for n, time in found["together"])})
+        except (ValueError, TypeError, KeyError) as error:
+            log.warning("%s: damaged (%s); measuring anew", path, error)
+    crossover = measure(shape, options)
+    log.info("%s: %s", shape, crossover)
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
+        json.dump(asdict(crossover), part)
+    Path(part.name).replace(path)
+    return crossover
+
+
+def measure(shape: SparseShape, options: Options) -> Crossover:
+    """Time both forms of layers of this shape, as many as the model has, up to what caches cannot hold."""
+    rng, blocks = np.random.default_rng(0), shape.rows // shape.block
+    bytes_of_one = 4 * shape.rows * shape.width * shape.matrices
+    layers = 1 if shape.matrices == 1 else max(1, min(shape.layers, _BYTES // bytes_of_one))
+    made = random_layers(shape.rows, shape.width, shape.matrices, layers)
+
+    def inputs(tokens: int, k: int) -> list[dict[str, np.ndarray]]:
+        x = rng.standard_normal((1, tokens, shape.width), np.float32)
+        every = np.arange(blocks, dtype=np.int32)[None]
+        return [
+            {"x": x}
+            | {f"blocks{i}": every if k == blocks else random_blocks(rng, tokens, blocks, k) for i in range(layers)}
+            for _ in range(_CHOICES)
+        ]
+
+    with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
+        dense = _session(dense_model(made, Path(folder) / "dense.onnx"), options)
+        sparse = _session(
+            sparse_model(made, Path(folder) / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
+        )
+        del made
+        few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
+        x = [{"x": feed["x"]} for feed in inputs(1, few)]
+        runs = {"dense": _turns(dense, x)} | {str(k): _turns(sparse, inputs(1, k)) for k in (few, many)}
+        one = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}
+        runs = {str(tokens): _turns(sparse, inputs(tokens, blocks)) for tokens in _TOKENS}
+        together = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}
+    times = [one[str(k)] for k in (few, many)]
+    full = max((times[1] - times[0]) / max(many - few, 1) * blocks, 1e-6)
+    fixed = max(times[0] - full * few / blocks, 0.0)
+    return Crossover(one["dense"], fixed, full, tuple((tokens, together[str(tokens)]) for tokens in _TOKENS))
+
+
+def _session(path: Path, options: Options) -> ort.InferenceSession:
+    given = options()
+    register(given)
+    return ort.InferenceSession(str(path), given, providers=["CPUExecutionProvider"])
+
+
+def _turns(session: ort.InferenceSession, feeds: list[dict[str, np.ndarray]]) -> Callable[[], object]:
+    """A call that runs the model on one of `feeds` after the other."""
+    turn = count()
+    return lambda: session.run(None, feeds[next(turn) % len(feeds)])
+
+
+def _key(shape: SparseShape, threads: int) -> str:
+    library = library_path()
+    kernels = [instruction_set(), hash_file(library) if library else None]
+    parts = [asdict(shape), threads, ort.__version__, *kernels, _processor()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Its name: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

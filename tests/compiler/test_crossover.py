@@ -1,0 +1,85 @@
+"""The crossover as ONNX Runtime shows it: measured once, kept, and told in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zoo
+
+from trimtab.compiler import compile_model
+from trimtab.compiler.targets import crossover, get_target
+from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
+from trimtab.passes.crossover import SparseShape
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(crossover, "_SECONDS", 0.0)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("matrices", "form"), [(3, "fp32"), (2, "int8"), (1, "int4")])
+def test_times_are_those_of_both_forms(matrices: int, form: str, cache: Path) -> None:
+    shape = SparseShape(640, 96, matrices, form, 2 if matrices > 1 else 1, 3)  # type: ignore[arg-type]
+    measure = get_target("onnxruntime").crossover(1)
+    assert measure is not None
+    found = measure(shape)
+    assert found is not None
+    assert found.dense > 0
+    assert found.full > 0
+    assert [tokens for tokens, _ in found.together] == [1, 2, 4, 8, 16, 32]
+    assert found.together[-1][1] > found.together[0][1] > 0
+
+
+def test_is_measured_once_for_each_shape_and_number_of_threads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, target = SparseShape(64, 32, 2, "fp32"), get_target("onnxruntime")
+    one, two = target.crossover(1), target.crossover(2)
+    assert one is not None
+    assert two is not None
+    first = one(shape)
+    (file,) = (cache / "crossovers").glob("*.json")
+    measured: list[SparseShape] = []
+    real = crossover.measure
+    monkeypatch.setattr(crossover, "measure", lambda s, options: measured.append(s) or real(s, options))
+    assert one(shape) == first
+    assert measured == []
+    two(shape)
+    assert measured == [shape]
+    file.write_text("{")
+    one(shape)
+    assert measured == [shape, shape]
+
+
+def test_other_targets_know_none() -> None:
+    assert get_target("tensorrt-rtx").crossover() is None
+
+
+@pytest.mark.parametrize("matrices", [1, 2, 3])
+def test_both_forms_compute_the_same(matrices: int, tmp_path: Path) -> None:
+    from rewrite import session
+
+    made = random_layers(40, 24, matrices, 1 if matrices == 1 else 2)
+    x = np.random.default_rng().standard_normal((1, 5, 24), np.float32)
+    (dense,) = session(dense_model(made, tmp_path / "dense.onnx")).run(None, {"x": x})
+    blocks = {f"blocks{i}": np.arange(40, dtype=np.int32)[None] for i in range(len(made))}
+    (sparse,) = session(sparse_model(made, tmp_path / "sparse.onnx", 1, "fp32")).run(None, {"x": x} | blocks)
+    np.testing.assert_allclose(sparse, dense, rtol=1e-4, atol=1e-5)
+    chosen = random_blocks(np.random.default_rng(), 5, 40, 7)
+    assert chosen.shape == (5, 7)
+    assert (np.diff(chosen, axis=1) > 0).all()
+
+
+def test_a_compile_says_where_dense_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 108 neurons is nothing to read: its choice takes longer than all of it."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    folder = zoo.save_pretrained("llama", tmp_path / "model")
+    (tmp_path / "data.txt").write_text("\n".join(f"w{5 + i} w9 w{7 + i % 50} w8" for i in range(80)))
+    plan = {"passes": [{"ffn-topk": {"density": 0.9, "recall": 0.5}}], "threads": 1}
+    build = compile_model(folder, plan, tmp_path / "build", data=tmp_path / "data.txt")
+    (told,) = build.manifest.passes
+    assert told.changed == 0
+    assert len(told.left) == 2
+    assert "measured" in (tmp_path / "build" / "report.md").read_text()
