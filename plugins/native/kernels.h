@@ -20,9 +20,11 @@ constexpr int64_t kGroup = 512;  // of x that share a scale where it is multipli
 
 constexpr int64_t kStrip = 256;  // places worth a task of their own
 
+constexpr int64_t kMany = 8;  // tokens with the same rows from which on arithmetic takes the time, and not memory
+
 constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
 
-// x [tokens, width]: as floats for weights in floating point; for integer weights as 16-bit integers, whose products with
+// x [tokens, width]: as floats for weights in floating point and for many tokens; for integer weights else as 16-bit integers, whose products with
 // them are exact, with a scale for every kGroup of a row. Their order is that of the kernels, see `prepare`; a row is filled
 // up with zeros to whole groups.
 struct Activations {

@@ -6,6 +6,7 @@
 #include "kernel_float.h"
 #include "kernel_int4.h"
 #include "kernel_int8.h"
+#include "kernel_many.h"
 
 namespace trimtab {
 namespace {
@@ -43,6 +44,7 @@ void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t e
 
 void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
          float* out, int64_t out_stride, const Weights* after) {
+  if (tokens >= kMany) return dot_many(w, chosen, begin, end, x.floats, tokens, out, out_stride);
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr bool kApart = decltype(apart)::value;
@@ -55,6 +57,7 @@ void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, con
 
 void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
          int64_t first, int64_t last, float* y) {
+  if (tokens >= kMany) return sum_many(w, chosen, count, h, h_stride, tokens, first, last, y);
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr int R = Kernel::kSumRows;

@@ -64,8 +64,9 @@ inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t ro
 // x as the kernels take it for weights of a format.
 class Prepared {
  public:
-  Prepared(const float* x, int64_t tokens, int64_t width, Format format) {
-    if (format != Format::int8 && format != Format::int4) {
+  // `together`: how many tokens take the same rows.
+  Prepared(const float* x, int64_t tokens, int64_t together, int64_t width, Format format) {
+    if ((format != Format::int8 && format != Format::int4) || together >= kMany) {
       view_.floats = x;
       return;
     }

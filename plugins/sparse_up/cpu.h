@@ -50,9 +50,9 @@ struct SparseUp {
     auto* out = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, x.rank)));
     if (tokens == 0 || count == 0) return nullptr;
 
-    const Prepared prepared(x.floats(), tokens, width, up.format);
     // One selection for all tokens is one group; otherwise each token is one.
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
+    const Prepared prepared(x.floats(), tokens, each, width, up.format);
     const int64_t matrices = in[5] ? 2 : 1;
     const int64_t parts = task_count(matrices * bytes_of(up.format, count * width));
     auto task = [&](int64_t i) {

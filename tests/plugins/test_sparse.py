@@ -95,6 +95,27 @@ def test_all_blocks_are_the_dense_ffn(form: str) -> None:
         close(found, np.maximum(feeds["x"] @ up.T, 0) @ down, form)
 
 
+@pytest.mark.parametrize("tokens", [8, 100, 131])
+@pytest.mark.parametrize("form", FORMATS)
+def test_many_tokens_with_the_same_rows(form: str, tokens: int) -> None:
+    """More tokens, places and rows than the kernels take at a time, none of them a multiple of what they take."""
+    rng = np.random.default_rng()
+    width, neurons, k = 1100 if form != "int4" else 1120, 303, 97
+    graph = graph_of(x=(np.float32, ["batch", "tokens", width]), blocks=(np.int32, [1, "k"]))
+    gates, gate = weights("gate", neurons, width, form, rng)
+    ups, up = weights("up", neurons, width, form, rng)
+    downs, down = weights("down", neurons, width, form, rng)
+    x, blocks = graph.inputs
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups | gates, "h", activation="silu", block=3)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=3)
+    value = rng.standard_normal((1, tokens, width)).astype(np.float32) / 32
+    feeds = {"x": value, "blocks": some_blocks(1, neurons // 3, k, rng)}
+    dense = ACTIVATIONS["silu"](value[0] @ gate.T) * (value[0] @ up.T)
+    (found,) = native(finish(graph, y)).run(None, feeds)
+    mask = mask_of(feeds["blocks"], 3, neurons, tokens)
+    close(found[0], (mask * dense) @ down, form, float(np.sqrt(neurons) * np.abs(dense).max() * np.abs(down).max()))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
