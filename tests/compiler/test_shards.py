@@ -31,8 +31,8 @@ WORKLOAD = {"batch": [1, 2, 4], "tokens": [1, 8, 24]}
 DENSE = {"passes": [], "workload": WORKLOAD, "threads": 1}
 SPARSE = {
     "passes": [
-        {"ffn-topk": {"density": 0.2, "recall": 0.8, "rank": 16, "most": 1.0}},
-        {"head-topk": {"take": 24, "rank": 12, "most": 1.0}},
+        {"ffn-topk": {"density": 0.2, "recall": 0.8, "rank": 16, "most": 1.0, "dense_above": 8}},
+        {"head-topk": {"take": 24, "rank": 12, "most": 1.0, "dense_above": 8}},
         {"weight-only": {"parts": ["attention"]}},
     ],
     "workload": WORKLOAD, "threads": 1, "calibration": {"states": 600},

@@ -92,7 +92,7 @@ def test_recall_by_shards_is_true_and_its_budget_least(family: str, shards: int,
     if blocks % shards:
         pytest.skip("they do not divide")
     for layer in layers_of(graph):
-        choice = step._choose(layer, shards)
+        choice = step._choose(layer, shards=shards)
         assert choice.shards == shards and choice.take % shards == 0
         truth = importance(layer.h_held, norms(layer), step.block)
         scores = choice.predictor.scores(layer.held).reshape(len(truth), shards, -1)
@@ -137,7 +137,7 @@ def test_common_neurons_are_taken_however_they_fall_into_shards() -> None:
     graph = canonical(zoo.exported("llama"))
     step = FFNTopK(density=0.1, take=0.1, rank=4, common=0.3)
     for layer in layers_of(graph):
-        choice = step._choose(layer, 4)
+        choice = step._choose(layer, shards=4)
         common = choice.predictor.common
         assert common is not None
         assert choice.take // 4 >= np.bincount(common // 27, minlength=4).max() > 0.1 * 27
