@@ -38,7 +38,7 @@ from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import TrimtabError
 from trimtab.training.topk.find import down_projections
-from trimtab.training.topk.finetune import finetune
+from trimtab.training.topk.finetune import RECORD, finetune
 from trimtab.training.topk.settings import Settings
 from trimtab.training.topk.sparse import SparseFFNs
 
@@ -55,13 +55,15 @@ def main(
     / "shared",
     steps: Annotated[int, typer.Option(min=1, help="Of each fine-tuning; thrice as many from random weights.")] = 400,
     density: Annotated[list[float] | None, typer.Option(help="Densities to learn; by default 0.1.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Keep the trained models there, and take those it has.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON there, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Fine-tune, judge, compile and judge again."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = models or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         write_texts(shared / "data" / "tinystories", folder)
         found = {
             name: measure(make(shared, folder, steps), folder, steps, density or [0.1])
@@ -101,6 +103,8 @@ def stories260k(shared: Path, folder: Path, steps: int) -> Path:
 
 def relu_model(shared: Path, folder: Path, steps: int) -> Path:
     """A ReLU model trained from random weights: the top-k of all neurons is the dense model."""
+    if (folder / "relu").exists():
+        return folder / "relu"
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=512, max_position_embeddings=512, dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0, **RELU
@@ -115,12 +119,17 @@ def relu_model(shared: Path, folder: Path, steps: int) -> Path:
 def measure(dense: Path, folder: Path, steps: int, densities: list[float]) -> dict[str, Any]:
     """Perplexities of the dense model at every density, and of what is fine-tuned from it."""
     found: dict[str, Any] = {"untrained": curve(dense, folder), "fine_tuned": []}
-    for number, density in enumerate(densities):
-        out = folder / f"{dense.name}-{number}"
+    for density in densities:
+        out = folder / f"{dense.name}-{density:g}"
         settings = Settings(minutes=600, steps=steps, batch_size=16, max_tokens=TOKENS)
-        record = finetune(dense, _recipe(density=density), read_data(folder / "train.jsonl"), settings, out)
+        if not out.exists():
+            finetune(dense, _recipe(density=density), read_data(folder / "train.jsonl"), settings, out)
         found["fine_tuned"].append(
-            {"density": density, "steps": record["steps"], "perplexity": curve(out, folder)}
+            {
+                "density": density,
+                "steps": json.loads((out / RECORD).read_text())["steps"],
+                "perplexity": curve(out, folder),
+            }
             | compiled(out, folder, density)
         )
     return found

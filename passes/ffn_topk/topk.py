@@ -91,12 +91,17 @@ class FFNTopK(Pass):
     dense_above: int | None = Field(
         None, ge=0, description="calls with more tokens compute all neurons; chosen if not given"
     )
+    exact: bool = Field(
+        False, description="of those computed keep the wanted ones alone, for models that were trained with the top-k"
+    )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
         if self.take is not None and self.take < self.density:
             raise RecipeError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
+        if self.exact and context.shards > 1:
+            raise RecipeError("exact: shards choose without knowing each other's neurons", hint="leave out one of them")
         anatomy = find_anatomy(graph)
         wanted = select_ffns(anatomy, self.layers)
         if context.profile is None:
@@ -151,7 +156,8 @@ class FFNTopK(Pass):
         if context.crossover is None or asked:
             return None
         matrices: Literal[2, 3] = 3 if ffn.gated else 2
-        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, matrices, self.weights, self.block, layers))
+        each = ffn.d_ff // context.shards if ffn.d_ff % (context.shards * self.block) == 0 else ffn.d_ff  # of a rank
+        return context.crossover(SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers))
 
     def _most(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
         """The largest share of the neurons that may be computed."""
@@ -233,19 +239,25 @@ class FFNTopK(Pass):
             parts |= row_constants(w.T, self.weights, label, name)
             if bias is not None:
                 parts[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
-        h = add_node(graph, SPARSE_UP, parts, f"{name}/up.h", activation=ffn.activation.name, block=self.block)
+        keep = choice.k if self.exact else 0
+        if self.exact:
+            parts["importance"] = constant(f"{name}/importance", norms(layer))
+        h = add_node(
+            graph, SPARSE_UP, parts, f"{name}/up.h", activation=ffn.activation.name, block=self.block, keep=keep
+        )
         downs = row_constants(layer.down, self.weights, "down", name)
         y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{name}/down.y", block=self.block)
         if np.any(layer.down_bias):
             y = insert(graph, "Add", [y, constant(f"{name}/bias", layer.down_bias)], f"{name}/shift", dtype=np.float32)
         y.shape = ffn.y.shape
         replace_uses(graph, ffn.y, y)
-        row = row_bytes(self.weights, ffn.d_model) * len(ffn.linears)
+        row = row_bytes(self.weights, ffn.d_model)
+        read = row * ((len(ffn.linears) - 1) * choice.take + (keep or choice.take)) * self.block
         predictor = 0 if choice.take == blocks else choice.predictor.nbytes
         return {
             "layer": ffn.layer, "neurons": ffn.d_ff,
             "wanted": choice.k * self.block, "computed": choice.take * self.block,
             "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4), "predictor_bytes": predictor,
-            "read_bytes": round(predictor + row * choice.take * self.block), "bytes": round(predictor + row * ffn.d_ff),
+            "read_bytes": round(predictor + read), "bytes": round(predictor + row * len(ffn.linears) * ffn.d_ff),
             "dense_bytes": 4 * ffn.params, "dense_above": above,
         }  # fmt: skip

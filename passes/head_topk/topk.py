@@ -107,7 +107,9 @@ class HeadTopK(Pass):
         """What the target measures for this shape, if anything hangs on it."""
         if context.crossover is None or (self.dense_above is not None and self.most is not None):
             return None
-        return context.crossover(SparseShape(linear.out_features, linear.in_features, 1, self.weights))
+        rows = linear.out_features
+        each = rows // context.shards if rows % context.shards == 0 else rows  # of a rank
+        return context.crossover(SparseShape(each, linear.in_features, 1, self.weights))
 
     def _not_worth(self, density: float, predictor: float, crossover: Crossover | None) -> str | None:
         """Why the head stays dense after all, or None."""

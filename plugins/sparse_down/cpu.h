@@ -15,6 +15,46 @@ struct SparseDown {
   static constexpr int64_t kMostParts = 8;
   static constexpr int64_t kMostPartial = 1 << 16;  // floats of partial sums that are worth adding up
 
+  // The blocks of each group of tokens. What of one token's is zero adds nothing, and its rows need not be read: those that
+  // SparseUp did not keep, and many of ReLU's.
+  class Used {
+   public:
+    Used(const float* h, const Tensor& blocks, int64_t groups, bool one, int64_t block)
+        : h_(h), blocks_(blocks.ints()), k_(blocks.last()), block_(block) {
+      if (!one) return;
+      starts_.assign(1, 0);
+      for (int64_t g = 0; g < groups; g++) {
+        for (int64_t i = g * k_; i < (g + 1) * k_; i++) {
+          if (std::all_of(h + i * block, h + (i + 1) * block, [](float value) { return value == 0; })) continue;
+          numbers_.push_back(blocks_[i]);
+          values_.insert(values_.end(), h + i * block, h + (i + 1) * block);
+        }
+        starts_.push_back(static_cast<int64_t>(numbers_.size()));
+      }
+    }
+
+    int64_t count(int64_t group) const { return starts_.empty() ? k_ : starts_[group + 1] - starts_[group]; }
+    const int32_t* blocks(int64_t group) const {
+      return starts_.empty() ? blocks_ + group * k_ : numbers_.data() + starts_[group];
+    }
+    const float* h(int64_t group) const {
+      return starts_.empty() ? h_ + group * k_ * block_ : values_.data() + starts_[group] * block_;
+    }
+    int64_t most() const {
+      int64_t found = starts_.empty() ? k_ : 1;
+      for (size_t i = 1; i < starts_.size(); i++) found = std::max(found, starts_[i] - starts_[i - 1]);
+      return found;
+    }
+
+   private:
+    const float* h_;
+    const int32_t* blocks_;
+    int64_t k_, block_;
+    std::vector<int64_t> starts_;
+    std::vector<int32_t> numbers_;
+    std::vector<float> values_;
+  };
+
   int64_t block = 1;
   Resident resident;
 
@@ -43,17 +83,16 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, count * width)), kMostParts);
-    const float* from = h.floats();
-    const int32_t* numbers = blocks.ints();
-    const int64_t k = blocks.last();
+    const Used used(h.floats(), blocks, groups, each == 1, block);
+    const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, used.most() * block * width)), kMostParts);
     if (groups == 1 && parts > 1 && parts * tokens * width <= kMostPartial) {
       // Each task sums some of the neurons, whole rows that memory delivers at its best; then the sums are added up.
-      const int64_t size = tokens * width;
+      const int64_t size = tokens * width, k = used.count(0);
+      const float* from = used.h(0);
       const std::unique_ptr<float[]> partial(new float[parts * size]);
       auto task = [&](int64_t part) {
         const int64_t begin = bound(k, parts, part, 1), end = bound(k, parts, part + 1, 1);
-        const Chosen chosen{numbers + begin, block};
+        const Chosen chosen{used.blocks(0) + begin, block};
         kernels().sum(down, chosen, (end - begin) * block, from + begin * block, count, tokens, 0, width,
                       partial.get() + part * size);
       };
@@ -69,7 +108,8 @@ struct SparseDown {
       const int64_t first = bound(width, strips, strip, kStrip), last = bound(width, strips, strip + 1, kStrip);
       if (first == last) return;
       float* to = y + group * each * width;
-      kernels().sum(down, {numbers + group * k, block}, count, from + group * each * count, count, each, first, last, to);
+      kernels().sum(down, {used.blocks(group), block}, used.count(group) * block, used.h(group), count, each, first, last,
+                    to);
     };
     parallel(runtime, context, groups * strips, task);
     return nullptr;

@@ -51,8 +51,41 @@ def _body(form: Form) -> str:
         lines += products(form, "gate")
     activation = ACTIVATIONS[str(form.attributes["activation"])]
     lines += ["  " + line.format(x="gate_y" if gated else "up_y") for line in activation]
-    lines.append("  h_ = Mul (act, up_y)" if gated else "  h_ = Identity (act)")
+    name = "all_" if "importance" in form.given else "h_"
+    lines.append(f"  {name} = Mul (act, up_y)" if gated else f"  {name} = Identity (act)")
+    if "importance" in form.given:
+        lines.append(_KEEP)
     return "\n".join([*lines, *shaped("h")])
+
+
+_KEEP = """
+  first = Constant <value_ints = [0]> ()
+  keep_ = Constant <value_int: int = @keep> ()
+  many = Reshape (block_, minus)
+  of_rows = Gather (importance, rows)
+  of_each = Unsqueeze (of_rows, one)
+  sizes = Abs (all_)
+  adds = Mul (sizes, of_each)
+  blocks_shape = Concat <axis = 0> (first, first, minus, many)
+  in_blocks = Reshape (adds, blocks_shape)
+  scores = ReduceSum <keepdims = 0> (in_blocks, minus)
+  there = Shape <start = -1> (scores)
+  asked = Reshape (keep_, minus)
+  some = Greater (asked, first)
+  fewer = Min (asked, there)
+  kept = Where (some, fewer, there)
+  values, best = TopK <axis = -1> (scores, kept)
+  none_shape = Shape (scores)
+  none = ConstantOfShape <value = float[1] {0}> (none_shape)
+  one_shape = Shape (best)
+  ones = ConstantOfShape <value = float[1] {1}> (one_shape)
+  mask_ = ScatterElements <axis = -1> (none, best, ones)
+  mask = Unsqueeze (mask_, minus)
+  all_blocks = Reshape (all_, blocks_shape)
+  masked = Mul (all_blocks, mask)
+  back = Shape (all_)
+  h_ = Reshape (masked, back)"""
+"""Zero for all but the blocks of the largest Σ |h| · importance."""
 
 
 def products(form: Form, label: str) -> list[str]:
@@ -99,11 +132,15 @@ SPARSE_UP = Op(
         Input("gate", WEIGHTS, "as up", optional=True),
         Input("gate_scale", FLOAT, "as up_scale", optional=True),
         Input("gate_bias", FLOAT, "[neurons]", optional=True),
+        Input(
+            "importance", FLOAT, "[neurons]: what one unit of a neuron's activation counts, for `keep`", optional=True
+        ),
     ),
     output=("h", "tensor(float)"),
     attributes=(
         Attribute("activation", "identity", f"one of {', '.join(ACTIVATIONS)}"),
         Attribute("block", 1, "neurons in a block"),
+        Attribute("keep", 0, "blocks that are not set to 0, those of the largest Σ |h| · importance; 0: all of them"),
     ),
     infer=infer_chosen,
     body=_body,

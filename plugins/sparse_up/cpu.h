@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../native/activation.h"
+#include "../native/highest.h"
 #include "../native/rows.h"
 
 namespace trimtab {
@@ -10,12 +11,13 @@ struct SparseUp {
   static constexpr const char* kName = "SparseUp";
   static constexpr ort::Type kOutput = ort::Type::float32;
   static constexpr ort::Presence kRequired = ort::Presence::required, kOptional = ort::Presence::optional;
-  // x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias
+  // x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias, importance
   static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional,
-                                              kOptional, kOptional, kOptional, kOptional};
+                                              kOptional, kOptional, kOptional, kOptional, kOptional};
 
   Activation activation = Activation::identity;
   int64_t block = 1;
+  int64_t keep = 0;  // of the chosen blocks, those that add most; 0: all
   Resident resident_up, resident_gate;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
@@ -24,14 +26,15 @@ struct SparseUp {
     if (runtime.attribute(info, "activation", name, &size)) activation = activation_named(name);
     if (activation == Activation::unknown) return "SparseUp: unknown activation";
     runtime.attribute(info, "block", &block);
+    runtime.attribute(info, "keep", &keep);
     resident_up.take(runtime, info, 2);
     resident_gate.take(runtime, info, 5);
     return nullptr;
   }
 
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
-    Tensor in[8];
-    for (size_t i = 0; i < 8; i++) in[i] = read_input(runtime, context, i);
+    Tensor in[9];
+    for (size_t i = 0; i < 9; i++) in[i] = read_input(runtime, context, i);
     const Tensor &x = in[0], &blocks = in[1];
     if (x.type != ort::Type::float32 || x.rank < 1 || x.rank > Tensor::kMostDims) return "SparseUp: x is not float32 [..., width]";
     const int64_t tokens = x.rows(), width = x.last();
@@ -42,6 +45,8 @@ struct SparseUp {
       if (gate.format != up.format || gate.rows != up.rows) return "SparseUp: up and gate differ in type or neurons";
     }
     if (const char* error = check_blocks(blocks, tokens, up.rows, block)) return error;
+    if (in[8] && (in[8].type != ort::Type::float32 || in[8].rows() * in[8].last() != up.rows))
+      return "SparseUp: importance is not float32 [neurons]";
 
     const int64_t k = blocks.last(), count = k * block;
     int64_t shape[Tensor::kMostDims];
@@ -82,7 +87,29 @@ struct SparseUp {
         }
     };
     parallel(runtime, context, groups * parts, task);
+    if (in[8] && keep > 0 && keep < k) {
+      auto rest = [&](int64_t t) {
+        const Chosen chosen{blocks.ints() + (groups == 1 ? 0 : t) * k, block};
+        keep_best(chosen, k, in[8].floats(), out + t * count);
+      };
+      parallel(runtime, context, tokens, rest);
+    }
     return nullptr;
+  }
+
+ private:
+  // Leaves h, [k * block], of a token as it is in the `keep` blocks of the largest sum of |h| * importance; elsewhere 0.
+  void keep_best(const Chosen& chosen, int64_t k, const float* importance, float* h) const {
+    thread_local std::vector<float> scores;
+    thread_local std::vector<int32_t> best;
+    scores.assign(k, 0.0f);
+    best.resize(keep);
+    for (int64_t i = 0; i < k * block; i++) scores[i / block] += std::fabs(h[i]) * importance[chosen.row(i)];
+    highest(scores.data(), 0, k, keep, best.data());
+    for (int64_t i = 0, b = 0; i < k; i++) {
+      if (b < keep && best[b] == i) b++;
+      else std::fill_n(h + i * block, block, 0.0f);
+    }
   }
 };
 

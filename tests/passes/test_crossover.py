@@ -39,7 +39,7 @@ def test_more_tokens_pay_until_all_rows_together_are_faster(density: float) -> N
     assert limit(None, density) == max(1, int(0.8 / density))
 
 
-def run(step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path) -> PassResult:
+def run(step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path, shards: int = 1) -> PassResult:
     graph = canonical(zoo.exported("llama"))
     profile = profile_of(graph)
     profile.set_head(np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32))
@@ -48,7 +48,7 @@ def run(step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path) -
         shapes.append(shape)
         return found
 
-    result = run_passes(graph, [step], PassContext(profile, crossover=measure))[0]
+    result = run_passes(graph, [step], PassContext(profile, crossover=measure, shards=shards))[0]
     save_graph(graph, folder / "out.onnx")
     return result
 
@@ -89,6 +89,13 @@ def test_calls_go_the_dense_way_where_that_was_measured_to_be_faster(tmp_path: P
     wanted = TIMES.dense_above(54 / 108)
     assert nodes(tmp_path, "SelectBlocks") == [wanted, wanted]
     assert [row["dense_above"] for row in result.details["layers"]] == [wanted, wanted]
+
+
+def test_in_shards_each_rank_times_its_own_part(tmp_path: Path) -> None:
+    shapes: list[SparseShape] = []
+    run(FFNTopK(density=0.2, recall=0.5, rank=16), shapes, TIMES, tmp_path, shards=2)
+    run(HeadTopK(take=20, rank=16), shapes, TIMES, tmp_path, shards=2)
+    assert set(shapes) == {SparseShape(54, 64, 3, "fp32", 1, 2), SparseShape(131, 64, 1, "fp32")}  # 131 stay whole
 
 
 def test_a_head_that_would_be_slower_stays_dense(tmp_path: Path) -> None:

@@ -95,6 +95,61 @@ def test_all_blocks_are_the_dense_ffn(form: str) -> None:
         close(found, np.maximum(feeds["x"] @ up.T, 0) @ down, form)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "selections"), [*SELECTIONS, (11, 1)])
+@pytest.mark.parametrize("form", ["float32", "float16", "bfloat16"])
+def test_keeps_the_blocks_that_add_most(form: str, tokens: int, selections: int, gated: bool) -> None:
+    rng = np.random.default_rng()
+    block, count = int(rng.integers(1, 5)), int(rng.integers(6, 30))
+    width, neurons, k = 48, block * count, int(rng.integers(4, count + 1))
+    keep = int(rng.integers(1, k + 2))  # one more than there are, too
+    graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
+    x, blocks = graph.inputs
+    ups, up = weights("up", neurons, width, form, rng)
+    downs, down = weights("down", neurons, width, form, rng)
+    importance = rng.random(neurons).astype(np.float32)
+    inputs: dict[str, gs.Tensor] = {"x": x, "blocks": blocks, "importance": gs.Constant("importance", importance)} | ups
+    if gated:
+        gates, gate = weights("gate", neurons, width, form, rng)
+        inputs |= gates
+    h = add_node(graph, SPARSE_UP, inputs, "h", activation="silu", block=block, keep=keep)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)
+    feeds = {
+        "x": rng.standard_normal((tokens, width)).astype(np.float32),
+        "blocks": some_blocks(selections, count, k, rng),
+    }
+    z = feeds["x"] @ up.T
+    dense = ACTIVATIONS["silu"](feeds["x"] @ gate.T) * z if gated else ACTIVATIONS["silu"](z)
+    mask = mask_of(feeds["blocks"], block, neurons, tokens)
+    sums = (np.abs(dense) * importance * mask).reshape(tokens, count, block).sum(-1)
+    cut = np.sort(sums, -1)[:, -min(keep, k), None]
+    kept = dense * mask * np.repeat(sums >= cut, block, -1)
+    for found_h, found_y in everywhere(finish(graph, h, y), feeds).values():
+        close(found_h, activations(mask, kept), form)
+        close(found_y, kept @ down, form, float(np.abs(dense).max() * np.abs(down).max() * np.sqrt(neurons)))
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_of_zeros_add_nothing(form: str, block: int) -> None:
+    """One token's rows are skipped where its activations are zero: some, all, and those between others."""
+    rng = np.random.default_rng()
+    width, neurons = 96, 24 * block
+    graph = graph_of(h=(np.float32, ["tokens", "chosen"]), blocks=(np.int32, ["tokens", "k"]))
+    downs, down = weights("down", neurons, width, form, rng)
+    h, blocks = graph.inputs
+    model = native(finish(graph, add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)))
+    for share in (0.0, 0.3, 1.0):
+        for tokens in (1, 5):
+            value = rng.standard_normal((tokens, 11 * block)).astype(np.float32)
+            value *= rng.random(value.shape) < share
+            chosen = some_blocks(tokens, 24, 11, rng)
+            rows = (chosen[:, :, None] * block + np.arange(block)).reshape(tokens, -1)
+            wanted = np.einsum("tn,tnw->tw", value, down[rows])
+            (found,) = model.run(None, {"h": value, "blocks": chosen})
+            close(found, wanted, form, float(np.abs(down).max() * 4 * np.sqrt(11 * block)))
+
+
 @pytest.mark.parametrize("tokens", [8, 100, 131])
 @pytest.mark.parametrize("form", FORMATS)
 def test_many_tokens_with_the_same_rows(form: str, tokens: int) -> None:
@@ -165,10 +220,11 @@ def test_rows_of_many_vectors(form: str, block: int, width: int) -> None:
     h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups | gates, "h", activation="relu", block=block)
     y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)
     feeds = {"x": rng.standard_normal((tokens, width)).astype(np.float32), "blocks": some_blocks(1, count, k, rng)}
-    dense = np.maximum(feeds["x"] @ gate.T, 0) * (feeds["x"] @ up.T)
+    z, u = feeds["x"] @ gate.T, feeds["x"] @ up.T
+    dense = np.maximum(z, 0) * u
     mask = mask_of(feeds["blocks"], block, block * count, tokens)
     found_h, found_y = native(finish(graph, h, y)).run(None, feeds)
-    scale = float(np.abs(dense).max())
+    scale = float(np.abs(z).max() * np.abs(u).max())  # a small factor's error is that of large sums, times the other
     close(found_h, activations(mask, dense), form, scale)
     close(found_y, (mask * dense) @ down, form, scale * np.sqrt(block * k) * float(np.abs(down).max()))
 

@@ -143,7 +143,7 @@ def test_same_seed_same_weights(bert: Source, tmp_path: Path) -> None:
 
 def test_ends_in_time_with_the_schedule_run_down(bert: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()  # each reading of the clock is a second later
-    for module in ("recover", "distill"):
+    for module in ("recover", "distill", "clock"):
         monkeypatch.setattr(f"trimtab.training.{module}.time", SimpleNamespace(monotonic=ticks.__next__))
     data, seen = arrays_of("bert", 60, tmp_path), []
     profile = recover(

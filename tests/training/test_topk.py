@@ -109,13 +109,23 @@ def test_density_falls_by_equal_factors() -> None:
     assert annealed(0.0, 0.04, 0.0) == 0.04
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"take": 0.25, "predictor": "copy", "signal": "both", "dense_above": 1000},
+        {"take": 0.6, "predictor": "copy", "signal": "both", "exact": True, "dense_above": 1000},
+        {"take": 0.6, "rank": 4, "exact": True, "dense_above": 0},  # a prompt computes all, and keeps as few
+        {"take": 1.0, "exact": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_compiled_with_an_exact_predictor_it_is_the_model_that_learned(
-    family: str, texts: Path, tmp_path: Path
+    family: str, options: dict[str, Any], texts: Path, tmp_path: Path
 ) -> None:
     """torch's top-k in the forward pass is the function that `ffn-topk` approaches."""
     folder = zoo.save_pretrained(family, tmp_path / "model")
-    exact = {"density": 0.25, "take": 0.25, "predictor": "copy", "signal": "both", "dense_above": 1000}
+    exact = {"density": 0.25, **options}
     plan = {"passes": [{"ffn-topk": exact}], "threads": 1, "workload": {"batch": [1, 1, 2], "tokens": [1, 8, 16]}}
     engine = load(compile_model(folder, plan, tmp_path / "build", data=texts).path)
     source = open_source(folder)
