@@ -42,6 +42,17 @@ def profile_of(graph: gs.Graph, *, states: int = 300, seed: int = 0) -> Profile:
     return profile
 
 
+def head_profile(graph: gs.Graph, states: int = 400) -> Profile:
+    """As `profile_of`, with states before the head, most of which lie in few directions."""
+    found, head = profile_of(graph), find_anatomy(graph).head
+    assert head is not None
+    rng = np.random.default_rng(1)
+    width = head.linears[-1].in_features
+    mixed = rng.standard_normal((states, width)) @ (rng.standard_normal((width, width)) / np.arange(1, width + 1))
+    found.set_head(mixed.astype(np.float32))
+    return found
+
+
 def run_part(graph: gs.Graph, x: str, y: str, value: np.ndarray, folder: Path) -> np.ndarray:
     """Feed `value`, [1, n, d_model], as the tensor called `x` and read the one called `y`."""
     part = graph.copy()

@@ -80,8 +80,8 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         )
         del made
         few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
-        x = [{"x": feed["x"]} for feed in inputs(1, few)]
-        runs = {"dense": _turns(dense, x)} | {str(k): _turns(sparse, inputs(1, k)) for k in (few, many)}
+        x = rng.standard_normal((1, 1, shape.width), np.float32)
+        runs = {"dense": _turns(dense, [{"x": x}])} | {str(k): _turns(sparse, inputs(1, k)) for k in (few, many)}
         one = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}
         runs = {str(tokens): _turns(sparse, inputs(tokens, blocks)) for tokens in _TOKENS}
         together = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}

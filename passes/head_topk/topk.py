@@ -18,7 +18,7 @@ from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.head_topk.cheap import CheapHead, Found, Head, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
 from trimtab.plugins.dialect import OPSET
@@ -77,7 +77,10 @@ class HeadTopK(Pass):
         shards = context.shards if vocabulary % context.shards == 0 else 1
         found = look(head, cheap, states[held], shards)
         if self.miss is None:
-            local = self._local(vocabulary, shards, found, look(head, cheap, states[held]).agreement(self.take))
+            local = -(-self.take // shards)
+            if shards > 1:  # or more, so that they find the likeliest token as often as one choice among all does
+                among_all = look(head, cheap, states[held]).agreement(self.take)
+                local = min(max(local, found.reaching(among_all)), vocabulary // shards)
         else:
             least = found.least(self.miss)
             if least is None:
@@ -119,11 +122,6 @@ class HeadTopK(Pass):
         if crossover is not None and density > crossover.most(predictor):
             return slower("its rows", density, crossover)
         return None
-
-    def _local(self, vocabulary: int, shards: int, found: Found, agreement: float) -> int:
-        """Candidates of each shard: its share of `take`, or more, so that they find what one choice among all does."""
-        share = -(-self.take // shards)
-        return min(max(share, found.reaching(agreement)), vocabulary // shards) if shards > 1 else share
 
     def _unfit(self, anatomy: Anatomy) -> str | None:
         """Why the head stays as it is, or None."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
-from rewrite import canonical, profile_of, run_part, session
+from rewrite import canonical, head_profile, profile_of, run_part, session
 from scipy.special import log_softmax
 from scipy.stats import binom
 
@@ -18,21 +18,10 @@ from trimtab.passes.errors import PassError
 from trimtab.passes.graph import save_graph
 from trimtab.passes.head_topk.cheap import CheapHead, Found, Head, divergence, look
 from trimtab.passes.head_topk.topk import HeadTopK
-from trimtab.passes.profile import Profile
-
-
-def profile(graph: gs.Graph, states: int = 400) -> Profile:
-    found, head = profile_of(graph), find_anatomy(graph).head
-    assert head is not None
-    rng = np.random.default_rng(1)
-    width = head.linears[-1].in_features
-    mixed = rng.standard_normal((states, width)) @ (rng.standard_normal((width, width)) / np.arange(1, width + 1))
-    found.set_head(mixed.astype(np.float32))
-    return found
 
 
 def rewrite(graph: gs.Graph, **options: object) -> PassResult:
-    return run_passes(graph, [HeadTopK.model_validate(options)], PassContext(profile(graph)))[0]
+    return run_passes(graph, [HeadTopK.model_validate(options)], PassContext(head_profile(graph)))[0]
 
 
 def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -62,7 +51,7 @@ def test_candidates_are_exact_and_the_tail_is_cheap(family: str, tmp_path: Path)
     assert anatomy.head is not None
     linear = anatomy.head.linears[-1]
     head = Head(linear.w().astype(np.float32), linear.b())
-    states = profile(graph).head(linear.in_features)
+    states = head_profile(graph).head(linear.in_features)
     held = np.arange(len(states)) % 5 == 4
     cheap, x_name, y_name = CheapHead.fit(head, states[~held], 8), linear.x.name, linear.y.name
     rewrite(graph, take=16, rank=8, dense_above=1000)
@@ -128,11 +117,11 @@ def test_the_bound_holds_at_its_confidence() -> None:
 
 def test_a_bound_chooses_the_fewest_candidates() -> None:
     graph = canonical(zoo.exported("llama"))
-    details = run_passes(graph, [HeadTopK(rank=16, miss=0.1)], PassContext(profile(graph, 2000)))[0].details
+    details = run_passes(graph, [HeadTopK(rank=16, miss=0.1)], PassContext(head_profile(graph, 2000)))[0].details
     assert details["miss_bound"] <= 0.1 and 1 <= details["computed"] < 131
     linear = find_anatomy(canonical(zoo.exported("llama"))).head.linears[-1]  # type: ignore[union-attr]
     head = Head(linear.w().astype(np.float32), linear.b())
-    states = profile(canonical(zoo.exported("llama")), 2000).head(64)
+    states = head_profile(canonical(zoo.exported("llama")), 2000).head(64)
     held = np.arange(len(states)) % 5 == 4
     found = look(head, CheapHead.fit(head, states[~held], 16), states[held])
     assert found.miss_bound(details["computed"] - 1) > 0.1

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
-from rewrite import canonical, profile_of
+from rewrite import canonical, head_profile, profile_of
 
 from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
@@ -16,17 +16,6 @@ from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
 from trimtab.passes.head_topk.topk import HeadTopK
 from trimtab.passes.layer import Layer
-from trimtab.passes.profile import Profile
-
-
-def head_profile(graph: gs.Graph, states: int) -> Profile:
-    found, head = profile_of(graph), find_anatomy(graph).head
-    assert head is not None
-    rng = np.random.default_rng(1)
-    width = head.linears[-1].in_features
-    mixed = rng.standard_normal((states, width)) @ (rng.standard_normal((width, width)) / np.arange(1, width + 1))
-    found.set_head(mixed.astype(np.float32))
-    return found
 
 
 def layers_of(graph: gs.Graph) -> list[Layer]:
