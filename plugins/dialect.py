@@ -17,6 +17,8 @@ OPSET = 18
 """The oldest opset of a model that the reference bodies can stand in."""
 
 FLOAT = ("tensor(float)",)
+ACTIVATION = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+"""Types of activations, and of the scales and biases beside weights. Whatever they are, ops compute in float."""
 INT32 = ("tensor(int32)",)
 WEIGHTS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)", "tensor(uint8)")
 """Types of weights: as they are; int8 with a scale per row; two int4 to a byte with a scale per 32 of a row."""
@@ -42,11 +44,16 @@ class Input:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of an op, an integer or a string. Nodes always carry all: runtimes differ in how they default."""
+    """An attribute of an op, an integer or a string. Nodes always carry all: runtimes differ in how they default.
+
+    Attributes:
+        choices: of a string, those it may be.
+    """
 
     name: str
     default: Value
     doc: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Op:
     """One op of the dialect: one kernel launch.
 
     Attributes:
-        output: name and ONNX type of its one output.
+        output: name and ONNX type of its one output; or, for a type, the name of the input whose type it has.
         infer: shape of the output from those of the inputs (None where not given or not known) and the attributes.
         body: the statements of its reference body, in ONNX's text form, for the form of a node. Attributes are
             written @name where they may vary between nodes of a model.
@@ -80,6 +87,11 @@ class Op:
     attributes: tuple[Attribute, ...]
     infer: Callable[[Mapping[str, Shape | None], Mapping[str, Value]], Shape | None] = field(repr=False)
     body: Callable[[Form], str] = field(repr=False)
+
+    @property
+    def follows(self) -> str | None:
+        """The input whose type the output has; None where it has one of its own."""
+        return self.output[1] if any(i.name == self.output[1] for i in self.inputs) else None
 
     def schema(self) -> OpSchema:
         """For ONNX's checker and shape inference."""
@@ -96,7 +108,9 @@ class Op:
                 )
                 for i in self.inputs
             ],
-            outputs=[OpSchema.FormalParameter(self.output[0], self.output[1])],
+            outputs=[
+                OpSchema.FormalParameter(self.output[0], f"T_{self.output[1]}" if self.follows else self.output[1])
+            ],
             type_constraints=[(f"T_{i.name}", list(i.types), i.doc) for i in self.inputs],
             attributes=[OpSchema.Attribute(a.name, kinds[type(a.default)], a.doc) for a in self.attributes],
         )
@@ -119,7 +133,11 @@ class Op:
         shapes = {i.name: _shape(context, number) for number, i in enumerate(self.inputs)}
         attributes = {a.name: _attribute(context, a) for a in self.attributes}
         found = self.infer(shapes, attributes)
-        kind = onnx.TensorProto.INT32 if self.output[1] in INT32 else onnx.TensorProto.FLOAT
+        kind = onnx.TensorProto.INT32
+        if self.follows is not None:
+            number = next(number for number, i in enumerate(self.inputs) if i.name == self.follows)
+            proto = context.get_input_type(number)
+            kind = onnx.TensorProto.FLOAT if proto is None else proto.tensor_type.elem_type
         context.set_output_type(0, onnx.helper.make_tensor_type_proto(kind, found))
 
 

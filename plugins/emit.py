@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-from trimtab.plugins.dialect import DOMAIN, INT32, OPSET, VERSION, Form, Op, Shape, Value
+from trimtab.plugins.dialect import DOMAIN, OPSET, VERSION, Form, Op, Shape, Value
 
 
 def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str, **attributes: Value) -> gs.Variable:
@@ -22,8 +22,8 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
         attributes: those left out take their defaults.
 
     Raises:
-        ValueError: no such input or attribute, or the model already uses the op in a form with another body: of a model
-            there can be but one, since functions go by name.
+        ValueError: no such input, attribute or choice, or the model already uses the op in a form with another body:
+            of a model there can be but one, since functions go by name.
     """
     known = {i.name for i in op.inputs}, {a.name for a in op.attributes}
     for given, names in zip((inputs, attributes), known, strict=True):
@@ -34,7 +34,12 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
     if missing:
         raise ValueError(f"{op.name} needs {missing[0]!r}")
     whole = {a.name: attributes.get(a.name, a.default) for a in op.attributes}
-    kinds = {key: _kind(tensor) for key, tensor in inputs.items()}
+    for attribute in op.attributes:
+        if attribute.choices and whole[attribute.name] not in attribute.choices:
+            raise ValueError(
+                f"{op.name}: {attribute.name} is {whole[attribute.name]!r}, not one of {', '.join(attribute.choices)}"
+            )
+    kinds = {key: type_of(tensor) for key, tensor in inputs.items()}
     _add_body(graph, op, Form(kinds, whole))
     domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
     if all(domain.domain != DOMAIN for domain in domains):
@@ -43,7 +48,8 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
     shapes = {i.name: _shape(inputs.get(i.name)) for i in op.inputs}
     inferred = op.infer(shapes, whole)
     shape = None if inferred is None else [f"{name}.{i}" if size is None else size for i, size in enumerate(inferred)]
-    output = gs.Variable(name, np.int32 if op.output[1] in INT32 else np.float32, shape)
+    kind = np.int32 if op.follows is None else inputs[op.follows].dtype
+    output = gs.Variable(name, np.float32 if kind is None else kind, shape)
     graph.nodes.append(gs.Node(op.name, name=name, inputs=order, outputs=[output], attrs=whole, domain=DOMAIN))
     return output
 
@@ -68,7 +74,7 @@ def _form_key(op: Op, form: Form) -> str:
     return f"{op.doc} Form: {sorted(form.given.items())} {sorted(strings.items())}"
 
 
-def _kind(tensor: gs.Tensor) -> str:
+def type_of(tensor: gs.Tensor) -> str:
     """ONNX's name of a tensor's type. What has none yet is float, as everything between the layers of a model is."""
     if tensor.dtype is None:
         return "tensor(float)"

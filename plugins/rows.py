@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from trimtab.plugins.dialect import FLOAT, Form
 
-def numbers_of_rows(x: str = "x", block: str = "@block") -> str:
+_ONNX = {"tensor(float16)": 10, "tensor(bfloat16)": 16}
+"""ONNX's numbers of the types that are brought to float, and back."""
+
+
+def in_float(form: Form, name: str, source: str, result: str, op: str) -> list[str]:
+    """Statements that make `result` = `op`, in float: `op` reads `source`, which is of the type of the input `name`."""
+    if form.given.get(name, FLOAT[0]) in FLOAT:
+        return [f"  {result} = {op.format(source)}"]
+    return [f"  {result}_n = {op.format(source)}", f"  {result} = Cast <to = 1> ({result}_n)"]
+
+
+def as_input(form: Form, name: str, result: str, op: str) -> list[str]:
+    """Statements that make `result` = `op`, of what is in float, in the type of the input `name`."""
+    if form.given[name] in FLOAT:
+        return [f"  {result} = {op}"]
+    return [f"  {result}_f = {op}", f"  {result} = Cast <to = {_ONNX[form.given[name]]}> ({result}_f)"]
+
+
+def numbers_of_rows(form: Form, x: str = "x", block: str = "@block") -> str:
     """Makes `rows` [tokens or 1, n], the numbers of the neurons in `blocks`, and `flat` [tokens, 1, width] of x."""
     size = f"value_int: int = {block}" if block.startswith("@") else f"value_int = {block}"
+    flat = "\n".join(in_float(form, x, x, "flat", "Reshape ({}, flat_shape)"))
     return f"""
   zero = Constant <value_int = 0> ()
   step = Constant <value_int = 1> ()
@@ -23,28 +43,29 @@ def numbers_of_rows(x: str = "x", block: str = "@block") -> str:
   rows = Reshape (each, rows_shape)
   width = Shape <start = -1> ({x})
   flat_shape = Concat <axis = 0> (minus, one, width)
-  flat = Reshape ({x}, flat_shape)"""
+{flat}"""
 
 
-def chosen_rows(kind: str, label: str) -> str:
-    """Makes `<label>_rows` [tokens or 1, n, width] in float: the chosen rows of the weights `label` of type `kind`."""
+def chosen_rows(form: Form, label: str) -> str:
+    """Makes `<label>_rows` [tokens or 1, n, width] in float: the chosen rows of the weights `label`."""
+    kind = form.given[label]
     lines = [f"  {label}_g = Gather ({label}, rows)"]
     if kind == "tensor(uint8)":
-        return "\n".join([*lines, *_int4(label)])
+        return "\n".join([*lines, *_int4(form, label)])
     if kind != "tensor(int8)":
         return "\n".join([*lines, f"  {label}_rows = Cast <to = 1> ({label}_g)"])
     return "\n".join(
         [
             *lines,
             f"  {label}_i = Cast <to = 1> ({label}_g)",
-            f"  {label}_s = Gather ({label}_scale, rows)",
+            *in_float(form, f"{label}_scale", f"{label}_scale", f"{label}_s", "Gather ({}, rows)"),
             f"  {label}_s1 = Unsqueeze ({label}_s, two)",
             f"  {label}_rows = Mul ({label}_i, {label}_s1)",
         ]
     )
 
 
-def _int4(label: str) -> list[str]:
+def _int4(form: Form, label: str) -> list[str]:
     return [
         f"  {label}_w = Cast <to = 6> ({label}_g)",  # runtimes lack bit operations on some types; int32 has Div and Mod
         f"  {label}_16 = Constant <value = int32 {{16}}> ()",
@@ -57,7 +78,7 @@ def _int4(label: str) -> list[str]:
         f"  {label}_both = Concat <axis = -1> ({label}_0u, {label}_1u)",
         f"  {label}_int = Cast <to = 1> ({label}_both)",
         f"  {label}_centred = Sub ({label}_int, {label}_8)",
-        f"  {label}_s = Gather ({label}_scale, rows)",
+        *in_float(form, f"{label}_scale", f"{label}_scale", f"{label}_s", "Gather ({}, rows)"),
         f"  {label}_lead = Shape ({label}_s)",
         f"  {label}_blocks = Concat <axis = 0> ({label}_lead, minus)",
         f"  {label}_in = Reshape ({label}_centred, {label}_blocks)",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from trimtab.plugins.dialect import FLOAT, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.rows import in_float
 
 __all__ = ["SELECT_BLOCKS", "local_k"]
 
@@ -36,7 +37,11 @@ def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) 
 
 
 def _body(form: Form) -> str:
-    return """
+    flat = "\n".join(in_float(form, "scores", "scores", "flat", "Reshape ({}, flat_shape)"))
+    return _STATEMENTS.replace("$flat", flat)
+
+
+_STATEMENTS = """
   minus = Constant <value_ints = [-1]> ()
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
@@ -48,7 +53,7 @@ def _body(form: Form) -> str:
   dense_above_ = Constant <value_int: int = @dense_above> ()
   n = Shape <start = -1> (scores)
   flat_shape = Concat <axis = 0> (minus, n)
-  flat = Reshape (scores, flat_shape)
+$flat
   tokens = Shape <start = 0, end = 1> (flat)
   s = Reshape (shards_, one)
 
@@ -94,7 +99,7 @@ def _body(form: Form) -> str:
 SELECT_BLOCKS = Op(
     "SelectBlocks",
     doc="The k blocks of highest score of each token, in ascending order of their numbers; of equal ones the first.",
-    inputs=(Input("scores", FLOAT, "[..., blocks]"),),
+    inputs=(Input("scores", ACTIVATION, "[..., blocks]"),),
     output=("blocks", "tensor(int32)"),
     attributes=(
         Attribute("k", 1, "blocks to take"),

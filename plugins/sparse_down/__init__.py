@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trimtab.plugins.dialect import FLOAT, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
-from trimtab.plugins.rows import chosen_rows, numbers_of_rows
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.rows import as_input, chosen_rows, numbers_of_rows
 
 __all__ = ["SPARSE_DOWN"]
 
@@ -23,13 +23,13 @@ def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) 
 def _body(form: Form) -> str:
     return "\n".join(
         [
-            numbers_of_rows("h"),
-            chosen_rows(form.given["down"], "down"),
+            numbers_of_rows(form, "h"),
+            chosen_rows(form, "down"),
             "  y_ = MatMul (flat, down_rows)",
             "  lead = Shape <end = -1> (h)",
             "  size = Shape <start = -1> (down_rows)",
             "  shape = Concat <axis = 0> (lead, size)",
-            "  y = Reshape (y_, shape)",
+            *as_input(form, "h", "y", "Reshape (y_, shape)"),
         ]
     )
 
@@ -39,14 +39,17 @@ SPARSE_DOWN = Op(
     doc="h down, for the rows of `down` that belong to the chosen blocks. Kernels may round h to 16 bits of the "
     "largest of eight rows where weights are integers.",
     inputs=(
-        Input("h", FLOAT, "[..., k · block], of the chosen neurons in order"),
+        Input("h", ACTIVATION, "[..., k · block], of the chosen neurons in order"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
         Input("down", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2]"),
         Input(
-            "down_scale", FLOAT, "of integer weights: [neurons] for int8, [neurons, width / 32] for int4", optional=True
+            "down_scale",
+            ACTIVATION,
+            "of integer weights: [neurons] for int8, [neurons, width / 32] for int4",
+            optional=True,
         ),
     ),
-    output=("y", "tensor(float)"),
+    output=("y", "h"),
     attributes=(Attribute("block", 1, "neurons in a block"),),
     infer=_infer,
     body=_body,

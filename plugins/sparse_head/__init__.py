@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.plugins.dialect import FLOAT, INT32, WEIGHTS, Form, Input, Op
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Form, Input, Op
 from trimtab.plugins.rows import numbers_of_rows
 from trimtab.plugins.sparse_up import infer_chosen, products, shaped
 
@@ -11,7 +11,12 @@ __all__ = ["SPARSE_HEAD"]
 
 def _body(form: Form) -> str:
     return "\n".join(
-        [numbers_of_rows(block="1"), *products(form, "weight"), "  logits_ = Identity (weight_y)", *shaped("logits")]
+        [
+            numbers_of_rows(form, block="1"),
+            *products(form, "weight"),
+            "  logits_ = Identity (weight_y)",
+            *shaped(form, "logits"),
+        ]
     )
 
 
@@ -19,18 +24,18 @@ SPARSE_HEAD = Op(
     "SparseHead",
     doc="x weightᵀ + bias, for the chosen rows of the vocabulary alone.",
     inputs=(
-        Input("x", FLOAT, "[..., width]"),
+        Input("x", ACTIVATION, "[..., width]"),
         Input("blocks", INT32, "the rows: [tokens, k], or [1, k] for all tokens"),
         Input("weight", WEIGHTS, "[vocabulary, width]; int4 as uint8 [vocabulary, width / 2]"),
         Input(
             "weight_scale",
-            FLOAT,
+            ACTIVATION,
             "of integer weights: [vocabulary] for int8, [vocabulary, width / 32] for int4",
             optional=True,
         ),
-        Input("weight_bias", FLOAT, "[vocabulary]", optional=True),
+        Input("weight_bias", ACTIVATION, "[vocabulary]", optional=True),
     ),
-    output=("logits", "tensor(float)"),
+    output=("logits", "x"),
     attributes=(),
     infer=infer_chosen,
     body=_body,

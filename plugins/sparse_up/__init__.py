@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trimtab.plugins.dialect import FLOAT, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
-from trimtab.plugins.rows import chosen_rows, numbers_of_rows
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.rows import as_input, chosen_rows, in_float, numbers_of_rows
 
 __all__ = ["ACTIVATIONS", "SPARSE_UP"]
 
@@ -46,7 +46,7 @@ def infer_chosen(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Va
 
 def _body(form: Form) -> str:
     gated = "gate" in form.given
-    lines = [numbers_of_rows(), *products(form, "up")]
+    lines = [numbers_of_rows(form), *products(form, "up")]
     if gated:
         lines += products(form, "gate")
     activation = ACTIVATIONS[str(form.attributes["activation"])]
@@ -54,15 +54,16 @@ def _body(form: Form) -> str:
     name = "all_" if "importance" in form.given else "h_"
     lines.append(f"  {name} = Mul (act, up_y)" if gated else f"  {name} = Identity (act)")
     if "importance" in form.given:
-        lines.append(_KEEP)
-    return "\n".join([*lines, *shaped("h")])
+        of_rows = "\n".join(in_float(form, "importance", "importance", "of_rows", "Gather ({}, rows)"))
+        lines.append(_KEEP.replace("$of_rows", of_rows))
+    return "\n".join([*lines, *shaped(form, "h")])
 
 
 _KEEP = """
   first = Constant <value_ints = [0]> ()
   keep_ = Constant <value_int: int = @keep> ()
   many = Reshape (block_, minus)
-  of_rows = Gather (importance, rows)
+$of_rows
   of_each = Unsqueeze (of_rows, one)
   sizes = Abs (all_)
   adds = Mul (sizes, of_each)
@@ -91,7 +92,7 @@ _KEEP = """
 def products(form: Form, label: str) -> list[str]:
     """Statements that compute `<label>_y`, [tokens, 1, rows], of x with the chosen rows of the weights `label`."""
     lines = [
-        chosen_rows(form.given[label], label),
+        chosen_rows(form, label),
         f"  {label}_t = Transpose <perm = [0, 2, 1]> ({label}_rows)",
         f"  {label}_p = MatMul (flat, {label}_t)",
     ]
@@ -99,19 +100,19 @@ def products(form: Form, label: str) -> list[str]:
         return [*lines, f"  {label}_y = Identity ({label}_p)"]
     return [
         *lines,
-        f"  {label}_b = Gather ({label}_bias, rows)",
+        *in_float(form, f"{label}_bias", f"{label}_bias", f"{label}_b", "Gather ({}, rows)"),
         f"  {label}_c = Unsqueeze ({label}_b, one)",
         f"  {label}_y = Add ({label}_p, {label}_c)",
     ]
 
 
-def shaped(name: str) -> list[str]:
-    """Statements that bring `<name>_`, [tokens, 1, n], into the shape of x."""
+def shaped(form: Form, name: str) -> list[str]:
+    """Statements that bring `<name>_`, [tokens, 1, n], into the shape and type of x."""
     return [
         "  lead = Shape <end = -1> (x)",
         "  size = Shape <start = -1> (rows)",
         "  shape = Concat <axis = 0> (lead, size)",
-        f"  {name} = Reshape ({name}_, shape)",
+        *as_input(form, "x", name, f"Reshape ({name}_, shape)"),
     ]
 
 
@@ -120,25 +121,33 @@ SPARSE_UP = Op(
     doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone. "
     "Kernels may round x to 16 bits per 512 of a row where weights are integers.",
     inputs=(
-        Input("x", FLOAT, "[..., width]"),
+        Input("x", ACTIVATION, "[..., width]"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
         Input(
             "up", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2], the first in the low half, zero at 8"
         ),
         Input(
-            "up_scale", FLOAT, "of integer weights: [neurons] for int8, [neurons, width / 32] for int4", optional=True
+            "up_scale",
+            ACTIVATION,
+            "of integer weights: [neurons] for int8, [neurons, width / 32] for int4",
+            optional=True,
         ),
-        Input("up_bias", FLOAT, "[neurons]", optional=True),
+        Input("up_bias", ACTIVATION, "[neurons]", optional=True),
         Input("gate", WEIGHTS, "as up", optional=True),
-        Input("gate_scale", FLOAT, "as up_scale", optional=True),
-        Input("gate_bias", FLOAT, "[neurons]", optional=True),
+        Input("gate_scale", ACTIVATION, "as up_scale", optional=True),
+        Input("gate_bias", ACTIVATION, "[neurons]", optional=True),
         Input(
-            "importance", FLOAT, "[neurons]: what one unit of a neuron's activation counts, for `keep`", optional=True
+            "importance",
+            ACTIVATION,
+            "[neurons]: what one unit of a neuron's activation counts, for `keep`",
+            optional=True,
         ),
     ),
-    output=("h", "tensor(float)"),
+    output=("h", "x"),
     attributes=(
-        Attribute("activation", "identity", f"one of {', '.join(ACTIVATIONS)}"),
+        Attribute(
+            "activation", "identity", "what goes around x gateᵀ, or x upᵀ where there is no gate", tuple(ACTIVATIONS)
+        ),
         Attribute("block", 1, "neurons in a block"),
         Attribute("keep", 0, "blocks that are not set to 0, those of the largest Σ |h| · importance; 0: all of them"),
     ),

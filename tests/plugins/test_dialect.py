@@ -52,6 +52,21 @@ def test_shapes_are_inferred_from_the_schema(schemas: object) -> None:
     assert y.shape == ["batch", "tokens", 64]
 
 
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+def test_the_type_of_the_output_follows_x(schemas: object, kind: int) -> None:
+    graph = graph_of(h=(kind, ["tokens", 8]), blocks=(np.int32, [1, 8]))
+    h, blocks = graph.inputs
+    y = add_node(
+        graph, SPARSE_DOWN, {"h": h, "blocks": blocks, "down": gs.Constant("a", np.zeros((8, 4), np.int8))}, "y"
+    )
+    assert y.dtype == kind
+    graph.functions = []
+    graph.nodes.append(gs.Node("Identity", inputs=[y], outputs=[gs.Variable("z", kind)]))
+    graph.outputs = graph.nodes[-1].outputs
+    model = onnx.shape_inference.infer_shapes(gs.export_onnx(graph), check_type=True, strict_mode=True)
+    assert {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}["y"] == kind
+
+
 def test_schema_refuses_types(schemas: object) -> None:
     node = onnx.helper.make_node("SparseDown", ["h", "blocks", "down"], ["y"], domain=DOMAIN, block=1)
     values = [onnx.helper.make_tensor_value_info(n, t, ["a", "b"]) for n, t in (("h", 1), ("blocks", 7), ("down", 1))]
@@ -93,6 +108,8 @@ def test_refuses_what_the_op_does_not_have() -> None:
         add_node(graph, SELECT_BLOCKS, {"scores": scores}, "a", kk=1)
     with pytest.raises(ValueError, match="needs 'blocks'"):
         add_node(graph, SPARSE_UP, {"x": scores}, "a")
+    with pytest.raises(ValueError, match="activation is 'swish', not one of identity, relu"):
+        add_node(graph, SPARSE_UP, {"x": scores, "blocks": scores, "up": scores}, "a", activation="swish")
     graph.opset = 17
     with pytest.raises(ValueError, match="needs opset 18"):
         add_node(graph, SELECT_BLOCKS, {"scores": scores}, "a")
