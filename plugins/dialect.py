@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx.shape_inference
 from onnx.defs import OpSchema
+
+from trimtab.plugins.sizes import Shapes, Size
 
 DOMAIN = "trimtab"
 """The ONNX operator-set domain of every op declared here."""
@@ -75,7 +78,7 @@ class Op:
 
     Attributes:
         output: name and ONNX type of its one output; or, for a type, the name of the input whose type it has.
-        infer: shape of the output from those of the inputs (None where not given or not known) and the attributes.
+        infer: the rule for the shape of the output, by those of the inputs and the attributes; None where not known.
         body: the statements of its reference body, in ONNX's text form, for the form of a node. Attributes are
             written @name where they may vary between nodes of a model.
     """
@@ -85,7 +88,7 @@ class Op:
     inputs: tuple[Input, ...]
     output: tuple[str, str]
     attributes: tuple[Attribute, ...]
-    infer: Callable[[Mapping[str, Shape | None], Mapping[str, Value]], Shape | None] = field(repr=False)
+    infer: Callable[[Shapes, Mapping[str, Value]], list[Any] | None] = field(repr=False)
     body: Callable[[Form], str] = field(repr=False)
 
     @property
@@ -128,11 +131,20 @@ class Op:
         made: onnx.FunctionProto = onnx.parser.parse_function(text)
         return made
 
+    def shape(self, shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
+        """Of the output: numbers, names, and None for sizes that have none; None where nothing is known."""
+        sizes = {
+            name: None if shape is None else [size if isinstance(size, int) else Size(size) for size in shape]
+            for name, shape in shapes.items()
+        }
+        found = self.infer(sizes, attributes)
+        return None if found is None else [size.name if isinstance(size, Size) else size for size in found]
+
     def _infer(self, context: onnx.shape_inference.InferenceContext) -> None:
         """Tell the type of the output; and its shape, as far as those of the inputs tell."""
         shapes = {i.name: _shape(context, number) for number, i in enumerate(self.inputs)}
         attributes = {a.name: _attribute(context, a) for a in self.attributes}
-        found = self.infer(shapes, attributes)
+        found = self.shape(shapes, attributes)
         kind = onnx.TensorProto.INT32
         if self.follows is not None:
             number = next(number for number, i in enumerate(self.inputs) if i.name == self.follows)

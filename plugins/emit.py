@@ -46,7 +46,7 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
         graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSION)]
     order = [inputs.get(i.name, gs.Variable.empty()) for i in op.inputs]
     shapes = {i.name: _shape(inputs.get(i.name)) for i in op.inputs}
-    inferred = op.infer(shapes, whole)
+    inferred = op.shape(shapes, whole)
     shape = None if inferred is None else [f"{name}.{i}" if size is None else size for i, size in enumerate(inferred)]
     kind = np.int32 if op.follows is None else inputs[op.follows].dtype
     output = gs.Variable(name, np.float32 if kind is None else kind, shape)

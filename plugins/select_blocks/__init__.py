@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Value
 from trimtab.plugins.rows import in_float
+from trimtab.plugins.sizes import Shapes
 
 __all__ = ["SELECT_BLOCKS", "local_k"]
 
@@ -20,20 +22,16 @@ def local_k(k: int, shards: int, slack: int, blocks: int) -> int:
     return min(-(-k // shards) + slack, blocks // shards)
 
 
-def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
+def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
     scores = shapes["scores"]
     if scores is None:
         return None
-    tokens = scores[:-1]
-    known = math.prod(size for size in tokens if isinstance(size, int))
-    count = known if all(isinstance(size, int) for size in tokens) else tokens[0] if len(tokens) == 1 else None
-    dense_above = int(attributes["dense_above"])
-    rows: int | str | None = 1 if attributes["shared"] else count
-    if dense_above < 0:
-        return [rows, int(attributes["k"])]
-    if not isinstance(count, int):
-        return [1 if attributes["shared"] else None, None]
-    return [1, scores[-1]] if count > dense_above else [rows, int(attributes["k"])]
+    tokens, k, most = math.prod(scores[:-1]), int(attributes["k"]), int(attributes["dense_above"])
+    rows = 1 if attributes["shared"] else tokens
+    if most < 0:
+        return [rows, k]
+    dense = tokens > most
+    return [rows - dense * (rows - 1), dense * (scores[-1] - k) + k]
 
 
 def _body(form: Form) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Value
 from trimtab.plugins.rows import as_input, chosen_rows, numbers_of_rows
+from trimtab.plugins.sizes import Shapes, Size
 
 __all__ = ["SPARSE_DOWN"]
 
 
-def _infer(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
-    h, down = shapes["h"], shapes["down"]
+def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+    h, down, scale = shapes["h"], shapes["down"], shapes.get("down_scale")
     if h is None:
         return None
-    scale = shapes["down_scale"]
-    width = down[1] if down is not None else None
-    packed = scale is not None and len(scale) == 2  # int4, two to a byte
-    return [*h[:-1], width * 2 if packed and isinstance(width, int) else width]
+    width = Size() if down is None else down[1]
+    return [*h[:-1], width * (2 if scale is not None and len(scale) == 2 else 1)]  # int4 has two to a byte
 
 
 def _body(form: Form) -> str:

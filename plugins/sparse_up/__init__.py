@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Shape, Value
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Value
 from trimtab.plugins.rows import as_input, chosen_rows, in_float, numbers_of_rows
+from trimtab.plugins.sizes import Shapes, Size
 
 __all__ = ["ACTIVATIONS", "SPARSE_UP"]
 
@@ -35,13 +37,12 @@ ACTIVATIONS = {
 """Name, as `trimtab.passes.anatomy` gives it → the statements that compute `act` of `{x}`."""
 
 
-def infer_chosen(shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
+def infer_chosen(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
     """x [..., width] and blocks [tokens or 1, k] → [..., k · block]."""
     x, blocks = shapes["x"], shapes["blocks"]
     if x is None:
         return None
-    k = blocks[1] if blocks is not None else None
-    return [*x[:-1], k * int(attributes.get("block", 1)) if isinstance(k, int) else None]
+    return [*x[:-1], (Size() if blocks is None else blocks[1]) * int(attributes.get("block", 1))]
 
 
 def _body(form: Form) -> str:
