@@ -1,0 +1,193 @@
+"""com.microsoft GroupQueryAttention and RotaryEmbedding in standard ops.
+
+The cache grows by concatenation, and the mask of the graph's inputs tells which of it is real. ONNX Runtime's op writes
+over the padding behind a shorter prompt instead: keys and values lie elsewhere, what comes of them is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.lower.nodes import Nodes
+
+_OPTIONS = {
+    "num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",
+    "smooth_softmax", "qk_output", "k_quant_type", "v_quant_type", "kv_cache_bit_width",
+}  # fmt: skip
+_PLAIN = {"smooth_softmax": (0, -1), "qk_output": (0,), "kv_cache_bit_width": (0,)}
+"""Options that are taken with these values alone."""
+_LEAST = -1e4  # of a score that counts for nothing: exp of it is 0 in every type, and half precision holds it
+
+
+@dataclass
+class Masks:
+    """What the attention of all layers shares, made when it is first asked for.
+
+    Attributes:
+        mask: the graph's input [batch, past + tokens], 1 for real tokens.
+    """
+
+    mask: gs.Tensor
+    made: dict[tuple[int, int, str], gs.Tensor]
+
+    @classmethod
+    def of(cls, graph: gs.Graph) -> Masks:
+        found = [t for t in graph.inputs if t.name == "attention_mask" and t.shape is not None and len(t.shape) == 2]
+        if not found:
+            raise ModelError(
+                "GroupQueryAttention needs an input attention_mask [batch, past + tokens], and the graph has none",
+                hint="export the model again, with `trimtab compile MODEL` or ONNX Runtime GenAI's builder",
+            )
+        return cls(found[0], {})
+
+    def __call__(self, nodes: Nodes, tokens: gs.Tensor, groups: int, window: int, dtype: np.dtype) -> gs.Tensor:
+        """What is added to scores [batch, kv heads, groups · tokens, past + tokens]: 0, or a lot less."""
+        key = groups, window, str(dtype)
+        if key not in self.made:
+            total = nodes.size(self.mask, 1)
+            at = _count(nodes, total)
+            own = nodes("Unsqueeze", nodes("Add", _count(nodes, tokens), nodes("Sub", total, tokens)), [1])
+            seen = nodes("Cast", nodes("LessOrEqual", at, own, dtype=bool), dtype=dtype, to=_onnx(dtype))
+            real = nodes("Cast", nodes("Unsqueeze", self.mask, [1, 2], dtype=self.mask.dtype), dtype=dtype, to=_onnx(dtype))
+            kept = nodes("Mul", real, seen)
+            if window > 0:
+                kept = nodes("Mul", kept, self._near(nodes, tokens, total, window, dtype))
+            less = nodes("Mul", nodes("Sub", np.array(1, dtype), kept, dtype=dtype), np.array(_LEAST, dtype))
+            self.made[key] = less if groups == 1 else nodes("Concat", *[less] * groups, axis=2)
+        return self.made[key]
+
+    def _near(
+        self, nodes: Nodes, tokens: gs.Tensor, total: gs.Tensor, window: int, dtype: np.dtype
+    ) -> gs.Tensor:
+        """1 where a key lies at most `window` real tokens before the query, [batch, 1, tokens, total]."""
+        place = nodes("CumSum", nodes("Cast", self.mask, dtype=np.int32, to=_onnx(np.dtype(np.int32))), np.array(1, np.int64))
+        start = nodes("Sub", total, tokens)
+        query = nodes("Slice", place, start, total, [1])
+        far = nodes("Sub", nodes("Unsqueeze", query, [1, 3]), nodes("Unsqueeze", place, [1, 2]))
+        near = nodes("LessOrEqual", far, np.array(window, np.int32), dtype=bool)
+        return nodes("Cast", near, dtype=dtype, to=_onnx(dtype))
+
+
+def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: int) -> list[gs.Tensor]:
+    """(output [batch, tokens, heads · head_dim], present key, present value) of the op.
+
+    Source: com.microsoft GroupQueryAttention in ONNX Runtime's ContribOperators.md.
+    """
+    _check(node)
+    heads, kv_heads = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
+    query, key, value, past_key, past_value = node.inputs[:5]
+    dtype = np.dtype(query.dtype or np.float32)
+    tokens = nodes.size(query, 1)
+    if not key.name:
+        query, key, value = _unpacked(nodes, query, head_dim, (heads, kv_heads, kv_heads))
+    q, k, v = (
+        nodes("Transpose", nodes("Reshape", t, [0, 0, n, head_dim], dtype=dtype), perm=[0, 2, 1, 3])
+        for t, n in ((query, heads), (key, kv_heads), (value, kv_heads))
+    )
+    if int(node.attrs.get("do_rotary", 0)):
+        positions = _positions(nodes, node.inputs[5], tokens)
+        tables = [nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), [1]) for t in node.inputs[7:9]]
+        interleaved = bool(node.attrs.get("rotary_interleaved", 0))
+        q, k = (rotate(nodes, t, tables[0], tables[1], interleaved, head_dim) for t in (q, k))
+    present = [nodes("Concat", past, new, axis=2, dtype=dtype) for past, new in ((past_key, k), (past_value, v))]
+    scale = float(node.attrs.get("scale", 0.0)) or head_dim**-0.5
+    groups = heads // kv_heads
+    rows = nodes("Reshape", nodes("Mul", q, np.array(scale, dtype)), [0, kv_heads, -1, head_dim]) if groups > 1 else (
+        nodes("Mul", q, np.array(scale, dtype))
+    )  # the heads that share keys stand below each other
+    scores = nodes("MatMul", rows, nodes("Transpose", present[0], perm=[0, 1, 3, 2]))
+    cap = float(node.attrs.get("softcap", 0.0))
+    if cap:
+        scores = nodes("Mul", nodes("Tanh", nodes("Mul", scores, np.array(1 / cap, dtype))), np.array(cap, dtype))
+    window = int(node.attrs.get("local_window_size", -1))
+    chances = nodes("Softmax", nodes("Add", scores, masks(nodes, tokens, groups, window, dtype)), axis=-1)
+    found = nodes("MatMul", chances, present[1])
+    if groups > 1:
+        found = nodes("Reshape", found, [0, heads, -1, head_dim])
+    flat = nodes("Reshape", nodes("Transpose", found, perm=[0, 2, 1, 3]), [0, 0, heads * head_dim])
+    return [flat, *present]
+
+
+def rotate(
+    nodes: Nodes, x: gs.Tensor, cos: gs.Tensor, sin: gs.Tensor, interleaved: bool, width: int
+) -> gs.Tensor:
+    """x [batch, heads, tokens, width] turned by angles of cos and sin [batch, 1, tokens, rotated / 2]."""
+    rotated = 2 * int(cos.inputs[0].inputs[0].inputs[0].shape[-1])  # Unsqueeze of Gather of the table
+    turned, rest = x, None
+    if rotated < width:
+        turned, rest = _parts(nodes, x, [rotated, width - rotated])
+    if interleaved:
+        pairs = nodes("Reshape", turned, [0, 0, 0, rotated // 2, 2])
+        a, b = (nodes("Gather", pairs, np.array(i, np.int64), axis=4) for i in (0, 1))
+    else:
+        a, b = _parts(nodes, turned, [rotated // 2, rotated // 2])
+    one = nodes("Sub", nodes("Mul", a, cos), nodes("Mul", b, sin))
+    other = nodes("Add", nodes("Mul", b, cos), nodes("Mul", a, sin))
+    if interleaved:
+        both = nodes("Concat", nodes("Unsqueeze", one, [4]), nodes("Unsqueeze", other, [4]), axis=4)
+        turned = nodes("Reshape", both, [0, 0, 0, rotated])
+    else:
+        turned = nodes("Concat", one, other, axis=3)
+    return turned if rest is None else nodes("Concat", turned, rest, axis=3)
+
+
+def rotary_embedding(nodes: Nodes, node: gs.Node) -> list[gs.Tensor]:
+    """The output of com.microsoft RotaryEmbedding for x [batch, heads, tokens, width], or [batch, tokens, hidden]."""
+    x, positions, cos, sin = node.inputs[:4]
+    scale, heads = float(node.attrs.get("scale", 1.0)), int(node.attrs.get("num_heads", 0))
+    half = int(cos.shape[-1])
+    flat = x.shape is None or len(x.shape) == 3
+    width = int(node.attrs.get("rotary_embedding_dim", 0)) and heads and int(x.shape[-1]) // heads or 2 * half
+    if scale != 1.0 or positions.shape is None or len(positions.shape) != 2:
+        raise ModelError(f"{node.name}: RotaryEmbedding with a scale, or positions that are not [batch, tokens]")
+    y = nodes("Transpose", nodes("Reshape", x, [0, 0, -1, width]), perm=[0, 2, 1, 3]) if flat else x
+    tables = [nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), [1]) for t in (cos, sin)]
+    y = rotate(nodes, y, tables[0], tables[1], bool(node.attrs.get("interleaved", 0)), width)
+    if not flat:
+        return [y]
+    back = nodes("Transpose", y, perm=[0, 2, 1, 3])
+    return [nodes("Reshape", back, nodes("Shape", x))]
+
+
+def _check(node: gs.Node) -> None:
+    extra = [t.name for t in node.inputs[9:] if t.name]
+    odd = [key for key, allowed in _PLAIN.items() if int(node.attrs.get(key, allowed[0])) not in allowed]
+    unknown = [key for key in node.attrs if key not in _OPTIONS]
+    if extra or odd or unknown or not all(t.name for t in node.inputs[3:6]):
+        what = ", ".join([*extra, *odd, *unknown]) or "no past"
+        raise ModelError(f"{node.name}: GroupQueryAttention with {what}, which has no form in standard ops here")
+
+
+def _positions(nodes: Nodes, last: gs.Tensor, tokens: gs.Tensor) -> gs.Tensor:
+    """Of new tokens, [batch, tokens]: they stand behind what is real, whose last one `last` [batch] tells."""
+    wide = nodes("Cast", last, dtype=np.int64, to=_onnx(np.dtype(np.int64)))
+    start = nodes("Max", nodes("Sub", nodes("Add", wide, [1]), tokens), [0])
+    return nodes("Add", nodes("Unsqueeze", nodes("Reshape", start, [-1]), [1]), _count(nodes, tokens))
+
+
+def _count(nodes: Nodes, size: gs.Tensor) -> gs.Tensor:
+    """0, 1, ... up to `size`."""
+    end = nodes("Reshape", size, np.zeros(0, np.int64), dtype=np.int64)
+    return nodes("Range", np.array(0, np.int64), end, np.array(1, np.int64), dtype=np.int64)
+
+
+def _unpacked(nodes: Nodes, packed: gs.Tensor, head_dim: int, heads: tuple[int, ...]) -> list[gs.Variable]:
+    return _parts(nodes, packed, [n * head_dim for n in heads], axis=2)
+
+
+def _parts(nodes: Nodes, x: gs.Tensor, sizes: list[int], axis: int = 3) -> list[gs.Variable]:
+    name = nodes.next("Split")
+    outputs = [gs.Variable(f"{name}.{i}", x.dtype) for i in range(len(sizes))]
+    made = gs.Node("Split", name, attrs={"axis": axis}, inputs=[x, nodes.tensor(sizes)], outputs=outputs)
+    nodes.graph.nodes.append(made)
+    return outputs
+
+
+def _onnx(dtype: np.dtype) -> int:
+    from trimtab.passes.lower.nodes import gs_type
+
+    return gs_type(dtype)

@@ -1,0 +1,79 @@
+"""SelectBlocks in standard ops whose sizes TensorRT's parser can tell: its k never comes of data."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.lower.nodes import Nodes
+from trimtab.plugins.select_blocks import local_k
+
+Range = tuple[int, int]
+
+
+def select_blocks(nodes: Nodes, node: gs.Node, blocks: int, tokens: Range | None) -> gs.Tensor:
+    """What `node` puts out, [tokens or 1, k], int32; in the order of the scores where nobody sees the order.
+
+    Args:
+        blocks: of which it chooses.
+        tokens: fewest and most of a call, where that is known: where it decides, either form is left out.
+    """
+    k, shared, shards, slack, above = (
+        int(node.attrs[key]) for key in ("k", "shared", "shards", "slack", "dense_above")
+    )
+    if k > blocks or blocks % shards:
+        raise ModelError(f"{node.name}: chooses {k} of {blocks} blocks in {shards} shards", hint="compile it again")
+    every = np.arange(blocks, dtype=np.int32)[None]
+    low, high = tokens or (1, None)
+    if k == blocks or 0 <= above < low:
+        return nodes.tensor(every)
+    flat = nodes("Reshape", node.inputs[0], [-1, blocks])
+    rows = nodes("ReduceMax", flat, [0], keepdims=1) if shared else flat
+    chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, slack, blocks))
+    if any(output is node.outputs[0] for output in nodes.graph.outputs):
+        chosen = _ascending(nodes, chosen, k)
+    chosen = nodes.cast(chosen, np.dtype(np.int32))
+    if above < 0 or (high is not None and high <= above):
+        return chosen
+    return _or_all(nodes, chosen, nodes.size(flat, 0), every, k, above, bool(shared))
+
+
+def _best(nodes: Nodes, scores: gs.Tensor, k: int, blocks: int, shards: int, local: int) -> gs.Variable:
+    """Places of the k largest of each row of `scores`, of which each shard hands on `local`."""
+    if shards == 1:
+        return nodes.topk(scores, k)[1]
+    width = blocks // shards
+    values, places = nodes.topk(nodes("Reshape", scores, [-1, shards, width]), local)
+    offset = (width * np.arange(shards, dtype=np.int64))[:, None]
+    numbers = nodes("Reshape", nodes("Add", places, offset), [-1, shards * local])
+    if shards * local == k:
+        return numbers
+    best = nodes.topk(nodes("Reshape", values, [-1, shards * local]), k)[1]
+    return nodes("GatherElements", numbers, best, axis=1)
+
+
+def _ascending(nodes: Nodes, numbers: gs.Tensor, k: int) -> gs.Variable:
+    """In floats, which TopK takes everywhere; numbers of blocks are exact in them."""
+    negative = nodes("Neg", nodes.cast(numbers, np.dtype(np.float32)))
+    return nodes("Neg", nodes.topk(negative, k)[0])
+
+
+def _or_all(
+    nodes: Nodes, chosen: gs.Tensor, tokens: gs.Tensor, every: np.ndarray, k: int, above: int, shared: bool
+) -> gs.Variable:
+    """`chosen`, or all blocks in one row in a call of more than `above` tokens.
+
+    Both sizes of the answer are sums and products of the number of tokens, and a slice of one tensor gives either.
+    """
+    blocks = every.shape[1]
+    dense = nodes("Min", nodes("Max", nodes("Sub", tokens, [above]), [0]), [1])
+    one = nodes.tensor([1])
+    rows = one if shared else nodes("Add", tokens, nodes("Mul", dense, nodes("Sub", one, tokens)))
+    take = nodes("Add", nodes("Mul", dense, [blocks - k]), [k])
+    there = one if shared else tokens
+    rest = nodes("Expand", every[:, k:], nodes("Concat", there, [blocks - k], axis=0))
+    wide = nodes("Concat", chosen, rest, axis=1)
+    is_dense = nodes.cast(dense, np.dtype(bool))
+    either = nodes("Where", is_dense, every, wide, dtype=np.int32)
+    return nodes("Slice", either, [0, 0], nodes("Concat", rows, take, axis=0), [0, 1])

@@ -1,0 +1,159 @@
+"""Node by node: each op that a target lacks gives its place to standard ops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import replace_uses, topological
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.lower.attention import Masks, group_query_attention, rotary_embedding
+from trimtab.passes.lower.choose import Range, select_blocks
+from trimtab.passes.lower.contrib import RULES
+from trimtab.passes.lower.nodes import Nodes
+from trimtab.passes.lower.sparse import sparse_down, sparse_up
+from trimtab.passes.lower.topk import in_rounds, needs_rounds
+from trimtab.plugins import DOMAIN, OPS
+
+_OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
+_MICROSOFT = "com.microsoft"
+
+
+def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None) -> dict[str, int]:
+    """Rewrite `graph` in place, so that TensorRT's parser takes it. Weights of the ops that change are read.
+
+    Args:
+        dialect: trimtab's own ops too; a target with plugins for them keeps them.
+        tokens: fewest and most tokens of a call, all rows together, where that is known.
+
+    Returns:
+        op → how many of it were rewritten.
+
+    Raises:
+        ModelError: an op is used in a way that has no form in standard ops; names the node.
+    """
+    wanted = [node for node in graph.nodes if _rule(node, dialect)]
+    done: Counter[str] = Counter()
+    if not wanted:
+        return dict(done)
+    raise_opset(graph, _OPSET)
+    infer_shapes(graph)
+    lowering = _Lowering(graph, tokens)
+    for node in topological(graph):
+        name = _rule(node, dialect)
+        if name is None:
+            continue
+        outputs = lowering.of(name, node)
+        for old, new in zip(list(node.outputs), outputs, strict=False):
+            if new is not None:
+                _take_over(graph, old, new)
+        node.outputs.clear()
+        done[node.op] += 1
+    if dialect:
+        graph.functions = [f for f in graph.functions if f.domain != DOMAIN]
+        graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
+    graph.cleanup(remove_unused_graph_inputs=False)
+    graph.nodes = topological(graph)
+    return dict(done)
+
+
+def _rule(node: gs.Node, dialect: bool) -> str | None:
+    """The name under which `_Lowering` knows the node; None for what stays."""
+    if node.domain == DOMAIN and node.op in OPS:
+        return node.op if dialect else None
+    if node.domain == _MICROSOFT and node.op in ("GroupQueryAttention", "RotaryEmbedding", *RULES):
+        return node.op
+    if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
+        return node.op
+    return "TopK" if not node.domain and needs_rounds(node) else None
+
+
+class _Lowering:
+    """Rules by op, and what the nodes of one graph share."""
+
+    def __init__(self, graph: gs.Graph, tokens: Range | None) -> None:
+        self.graph, self.tokens = graph, tokens
+        self._masks: Masks | None = None
+        self._head_dim: int | None = None
+        self._rules: dict[str, Callable[[Nodes, gs.Node], list[gs.Tensor | None]]] = {
+            "SelectBlocks": self._select,
+            "SparseUp": lambda nodes, node: [sparse_up(nodes, node, _given(node))],
+            "SparseDown": lambda nodes, node: [sparse_down(nodes, node, _given(node))],
+            "SparseHead": lambda nodes, node: [sparse_up(nodes, node, _given(node), "weight", 1)],
+            "GroupQueryAttention": self._attention,
+            "RotaryEmbedding": lambda nodes, node: list(rotary_embedding(nodes, node)),
+            "TopK": lambda nodes, node: list(in_rounds(nodes, node)),
+            **RULES,
+        }
+
+    def of(self, name: str, node: gs.Node) -> list[gs.Tensor | None]:
+        """The tensors that take the place of the outputs of `node`."""
+        first = len(self.graph.nodes)
+        made = self._rules[name](Nodes(self.graph, node.name or node.outputs[0].name), node)
+        for later in self.graph.nodes[first:]:  # a rule may write a TopK that is too large itself
+            if name != "TopK" and needs_rounds(later):
+                again = in_rounds(Nodes(self.graph, later.name), later)
+                made = [_swapped(tensor, later.outputs, again) for tensor in made]
+                for old, new in zip(list(later.outputs), again, strict=True):
+                    _take_over(self.graph, old, new)
+                later.outputs.clear()
+        return made
+
+    def _select(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
+        return [select_blocks(nodes, node, _blocks(node), self.tokens)]
+
+    def _attention(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
+        if self._masks is None:
+            self._masks = Masks.of(self.graph)
+        return list(group_query_attention(nodes, node, self._masks, self._width(node)))
+
+    def _width(self, node: gs.Node) -> int:
+        """Of one head."""
+        past = node.inputs[3].shape
+        if past is not None and isinstance(past[-1], int) and past[-1] > 0:
+            return int(past[-1])
+        if self._head_dim is None:
+            widths = {attention.head_dim for attention in find_anatomy(self.graph).attentions}
+            found = widths.pop() if len(widths) == 1 else None
+            if found is None:
+                raise ModelError(f"{node.name}: the width of its heads is not in the graph", hint="export it again")
+            self._head_dim = found
+        return self._head_dim
+
+
+def _given(node: gs.Node) -> dict[str, gs.Tensor]:
+    """The inputs of a node of the dialect, by name."""
+    return {i.name: t for i, t in zip(OPS[node.op].inputs, node.inputs, strict=False) if t.name}
+
+
+def _blocks(node: gs.Node) -> int:
+    """How many blocks a SelectBlocks chooses from: as many as those who read its choice have rows."""
+    for reader in node.outputs[0].outputs:
+        if reader.domain != DOMAIN:
+            continue
+        given = _given(reader)
+        weight = next((given[label] for label in ("up", "down", "weight") if label in given), None)
+        if weight is not None and weight.shape is not None:
+            return int(weight.shape[0]) // int(reader.attrs.get("block", 1))
+    shape = node.inputs[0].shape
+    if shape is not None and isinstance(shape[-1], int):
+        return int(shape[-1])
+    raise ModelError(f"{node.name}: how many blocks it chooses from is not in the graph", hint="compile it again")
+
+
+def _swapped(tensor: gs.Tensor | None, old: list[gs.Tensor], new: list[gs.Tensor]) -> gs.Tensor | None:
+    return next((b for a, b in zip(old, new, strict=True) if a is tensor), tensor)
+
+
+def _take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let `new` stand for `old`, also as an output of the graph."""
+    if any(t is old for t in graph.outputs) and (not isinstance(new, gs.Variable) or not new.inputs):
+        raise ModelError(f"{old.name!r}: an output of the graph is one of its constants or inputs")
+    replace_uses(graph, old, new)
+    if new.shape is None:
+        new.shape = old.shape

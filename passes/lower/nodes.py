@@ -1,0 +1,81 @@
+"""Nodes written as calls, for rewrites that take dozens of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph import constant, insert
+
+Operand: TypeAlias = gs.Tensor | np.ndarray | Sequence[int] | int
+
+_SAME = frozenset(
+    ["Abs", "Add", "Concat", "Div", "Erf", "Expand", "Floor", "Gather", "GatherElements", "Identity", "MatMul", "Max"]
+    + ["Min", "Mul", "Neg", "Pow", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "ScatterElements"]
+    + ["Sigmoid", "Slice", "Softmax", "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze", "CumSum"]
+)
+"""Ops whose output is of the type of their first input."""
+
+
+class Nodes:
+    """Appends nodes to a graph, all named after what they stand for: `nodes("Add", x, 1)` is the sum.
+
+    Args:
+        name: of the node that they replace.
+    """
+
+    def __init__(self, graph: gs.Graph, name: str) -> None:
+        self.graph, self.name, self._count = graph, name, 0
+
+    def __call__(self, op: str, *inputs: Operand, dtype: object = None, **attrs: object) -> gs.Variable:
+        """Append a node of the standard op `op`; numbers and lists are int64 constants.
+
+        Args:
+            dtype: numpy type of the output, where it is not that of the first input.
+        """
+        tensors = [self.tensor(value) for value in inputs]
+        if dtype is None and op in _SAME:
+            dtype = tensors[0].dtype
+        if op == "Shape":
+            dtype = np.int64
+        return insert(self.graph, op, tensors, self.next(op), attrs=attrs, dtype=dtype)
+
+    def next(self, label: str) -> str:
+        """A name that no other node has."""
+        self._count += 1
+        return f"lower/{self.name}/{label.lower()}.{self._count}"
+
+    def tensor(self, value: Operand) -> gs.Tensor:
+        """`value` as a tensor."""
+        if isinstance(value, gs.Tensor):
+            return value
+        array = value if isinstance(value, np.ndarray) else np.array(value, np.int64)
+        return constant(self.next("constant"), array)
+
+    def cast(self, x: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
+        """`x` in a type that numpy has; itself where it has it already."""
+        if x.dtype is not None and np.dtype(x.dtype) == dtype:
+            return x
+        return self("Cast", x, dtype=dtype, to=int(gs_type(dtype)))
+
+    def size(self, x: gs.Tensor, axis: int) -> gs.Variable:
+        """The size of `x` along `axis`, as a tensor of one element."""
+        end = {} if axis == -1 else {"end": axis + 1}
+        return self("Shape", x, start=axis, **end)
+
+    def topk(self, x: gs.Tensor, k: int) -> tuple[gs.Variable, gs.Variable]:
+        """The `k` largest of the last axis, and their places."""
+        name = self.next("TopK")
+        outputs = [gs.Variable(f"{name}.values", x.dtype), gs.Variable(f"{name}.places", np.int64)]
+        insert(self.graph, "TopK", [x, self.tensor([k])], name, attrs={"axis": -1}, outputs=outputs)
+        return outputs[0], outputs[1]
+
+
+def gs_type(dtype: np.dtype) -> int:
+    """ONNX's number of a numpy type."""
+    import onnx
+
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

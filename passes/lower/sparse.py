@@ -1,0 +1,178 @@
+"""SparseUp, SparseDown and SparseHead in standard ops: chosen rows are gathered, and multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph import values
+from trimtab.passes.lower.nodes import Nodes
+from trimtab.plugins.sparse_up import ACTIVATIONS
+
+_INT4_BLOCK = 32
+_FLOAT = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a weight are multiplied with.
+
+    Attributes:
+        numbers: [tokens or 1, n] int32, or the same as an array where it is known before the model runs.
+    """
+
+    numbers: gs.Tensor | np.ndarray
+
+    @classmethod
+    def of(cls, nodes: Nodes, blocks: gs.Tensor, block: int) -> Rows:
+        """Of the blocks [tokens or 1, k], `block` rows in each."""
+        within = np.arange(block, dtype=np.int32)
+        if isinstance(blocks, gs.Constant):
+            numbers = values(blocks).astype(np.int32)
+            return cls((numbers[..., None] * np.int32(block) + within).reshape(len(numbers), -1))
+        if block == 1:
+            return cls(blocks)
+        starts = nodes("Unsqueeze", nodes("Mul", blocks, np.array(block, np.int32)), [2])
+        return cls(nodes("Reshape", nodes("Add", starts, within), [0, -1]))
+
+    def of_all(self, count: int) -> bool:
+        """Whether these are all rows, in order, for all tokens."""
+        return isinstance(self.numbers, np.ndarray) and np.array_equal(self.numbers, np.arange(count)[None])
+
+    def gather(self, nodes: Nodes, weight: np.ndarray) -> gs.Tensor:
+        """[tokens or 1, n, ...] of `weight` [rows, ...]; where they are known, without a gather."""
+        if isinstance(self.numbers, np.ndarray):
+            return nodes.tensor(weight[None] if self.of_all(len(weight)) else weight[self.numbers])
+        table = nodes.tensor(weight)
+        return nodes("Gather", table, self.numbers, axis=0)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Chosen rows of one weight, in the type it is multiplied in.
+
+    Attributes:
+        rows: [tokens or 1, n, width].
+        scale: what each row still has to be multiplied with, [tokens or 1, 1, n].
+    """
+
+    rows: gs.Tensor
+    scale: gs.Tensor | None
+
+    @classmethod
+    def of(cls, nodes: Nodes, chosen: Rows, given: Mapping[str, gs.Tensor], label: str, x: gs.Tensor) -> Weight:
+        """Of the weight `label`, to multiply `x` with: in half precision where the weight or `x` is of it."""
+        array = values(given[label])
+        if array.dtype not in (np.uint8, np.int8):
+            return cls(chosen.gather(nodes, array), None)
+        dtype, scale = np.dtype(x.dtype or _FLOAT), values(given[f"{label}_scale"])
+        scale = scale.astype(dtype)
+        if array.dtype == np.uint8:
+            return cls(_int4(nodes, chosen, array, scale), None)
+        if isinstance(chosen.numbers, np.ndarray) and len(chosen.numbers) == 1:
+            known = array[chosen.numbers[0]], scale[chosen.numbers[0]]
+            rows = nodes("DequantizeLinear", *known, dtype=dtype, axis=0)
+            return cls(nodes("Unsqueeze", rows, [0]), None)
+        # TensorRT gathers no int8 outside of a quantized region, but uint8.
+        moved = nodes.cast(chosen.gather(nodes, (array.astype(np.int16) + 128).astype(np.uint8)), dtype)
+        rows = nodes("Sub", moved, np.array(128, dtype))
+        return cls(rows, nodes("Unsqueeze", chosen.gather(nodes, scale), [1]))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.rows.dtype)
+
+
+def _int4(nodes: Nodes, chosen: Rows, packed: np.ndarray, scale: np.ndarray) -> gs.Tensor:
+    """Two to a byte, the first in the low half, zero at 8; a scale for each 32 of a row."""
+    dtype = scale.dtype
+    both = nodes.cast(chosen.gather(nodes, packed), dtype)
+    high = nodes("Floor", nodes("Mul", both, np.array(1 / 16, dtype)))
+    low = nodes("Sub", both, nodes("Mul", high, np.array(16, dtype)))
+    pairs = nodes("Concat", nodes("Unsqueeze", low, [3]), nodes("Unsqueeze", high, [3]), axis=3)
+    centred = nodes("Sub", nodes("Reshape", pairs, [0, 0, -1, _INT4_BLOCK]), np.array(8, dtype))
+    spread = nodes("Unsqueeze", chosen.gather(nodes, scale), [3])
+    return nodes("Reshape", nodes("Mul", centred, spread), [0, 0, -1])
+
+
+def sparse_up(
+    nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor], label: str = "up", block: int | None = None
+) -> gs.Tensor:
+    """SparseUp's h, or SparseHead's logits for `label` "weight": [..., n]."""
+    x, size = given["x"], int(node.attrs["block"]) if block is None else block
+    chosen = Rows.of(nodes, given["blocks"], size)
+    up = _product(nodes, x, given, label, chosen)
+    h = up
+    if label == "up":
+        gate = _product(nodes, x, given, "gate", chosen) if "gate" in given else None
+        h = activation(nodes, str(node.attrs["activation"]), up if gate is None else gate)
+        h = h if gate is None else nodes("Mul", h, up)
+    if "importance" in given:
+        counts = chosen.gather(nodes, values(given["importance"]).astype(np.float32))
+        h = _keep(nodes, h, counts, size, int(node.attrs["keep"]))
+    return _like(nodes, nodes.cast(h, np.dtype(x.dtype or _FLOAT)), x)
+
+
+def sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> gs.Tensor:
+    """SparseDown's y, [..., width]."""
+    h = given["h"]
+    chosen = Rows.of(nodes, given["blocks"], int(node.attrs["block"]))
+    down = Weight.of(nodes, chosen, given, "down", h)
+    flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=h.dtype or _FLOAT)
+    if down.scale is not None:
+        flat = nodes("Mul", flat, down.scale)
+    y = nodes("MatMul", nodes.cast(flat, down.dtype), down.rows, dtype=down.dtype)
+    return _like(nodes, nodes.cast(y, np.dtype(h.dtype or _FLOAT)), h)
+
+
+def activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:
+    """The activation `name` of `x`, in its type."""
+    statements = "\n".join(line.format(x="x") for line in ACTIVATIONS[name])
+    body = onnx.parser.parse_function(f'<domain: "f", opset_import: ["": 18]> f (x) => (act)\n{{\n{statements}\n}}')
+    known: dict[str, gs.Tensor] = {"x": x}
+    for step in body.node:
+        attrs = {a.name: onnx.helper.get_attribute_value(a) for a in step.attribute}
+        if step.op_type == "Constant":
+            known[step.output[0]] = nodes.tensor(np.array(attrs["value_float"], x.dtype))
+        else:
+            known[step.output[0]] = nodes(step.op_type, *(known[i] for i in step.input), dtype=x.dtype, **attrs)
+    return known["act"]
+
+
+def _product(
+    nodes: Nodes, x: gs.Tensor, given: Mapping[str, gs.Tensor], label: str, chosen: Rows
+) -> gs.Variable:
+    """x [..., width] with the chosen rows of `label`, [tokens, 1, n]."""
+    weight = Weight.of(nodes, chosen, given, label, x)
+    flat = nodes("Reshape", x, nodes("Concat", [-1, 1], nodes.size(x, -1), axis=0), dtype=x.dtype or _FLOAT)
+    y = nodes("MatMul", nodes.cast(flat, weight.dtype), nodes("Transpose", weight.rows, perm=[0, 2, 1]))
+    if weight.scale is not None:
+        y = nodes("Mul", y, weight.scale)
+    if f"{label}_bias" in given:
+        bias = values(given[f"{label}_bias"]).astype(weight.dtype)
+        y = nodes("Add", y, nodes("Unsqueeze", chosen.gather(nodes, bias), [1]))
+    return y
+
+
+def _keep(nodes: Nodes, h: gs.Tensor, importance: gs.Tensor, block: int, keep: int) -> gs.Tensor:
+    """h [tokens, 1, n] with 0 for all but the `keep` blocks of the largest Σ |h| · importance [tokens or 1, n]."""
+    if not keep:
+        return h
+    sizes = nodes("Mul", nodes("Abs", nodes.cast(h, _FLOAT)), nodes("Unsqueeze", importance, [1]))
+    scores = nodes("ReduceSum", nodes("Reshape", sizes, [0, 0, -1, block]), [-1], keepdims=0)
+    places = nodes.topk(scores, keep)[1]
+    shape, taken = nodes("Shape", scores), nodes("Shape", places)
+    none = nodes("Expand", np.zeros(1, np.float32), shape)
+    mask = nodes("ScatterElements", none, places, nodes("Expand", np.ones(1, np.float32), taken), axis=-1)
+    blocks = nodes("Reshape", h, [0, 0, -1, block])
+    masked = nodes("Mul", blocks, nodes("Unsqueeze", nodes.cast(mask, np.dtype(h.dtype)), [-1]))
+    return nodes("Reshape", masked, [0, 0, -1])
+
+
+def _like(nodes: Nodes, flat: gs.Tensor, x: gs.Tensor) -> gs.Variable:
+    """[tokens, 1, n] in the leading axes of x."""
+    return nodes("Reshape", flat, nodes("Concat", nodes("Shape", x, end=-1), nodes("Shape", flat, start=-1), axis=0))
