@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from trimtab.compiler.engine import Engine
 from trimtab.compiler.generation.generator import NONE, generate
 from trimtab.compiler.generation.sampling import Sampling
+
+if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+    from trimtab.compiler.engine import Engine
 
 _UNFINISHED = "\ufffd"  # what decoders make of the bytes of half a character
 

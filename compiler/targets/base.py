@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from trimtab.compiler.workload import Workload
-from trimtab.passes.contract import Capability
-from trimtab.passes.crossover import Measure
 from trimtab.passes.errors import TargetError
+
+if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+    from trimtab.compiler.workload import Workload
+    from trimtab.passes.contract import Capability
+    from trimtab.passes.crossover import Measure
 
 MODEL = Path("model") / "model.onnx"
 """Where a build directory holds its graph."""

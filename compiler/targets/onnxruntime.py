@@ -50,11 +50,18 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
-    # Idle threads of one session would otherwise spin and take the cores from every other session of the process.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if providers() == ["CPUExecutionProvider"]:
-        options.add_session_config_entry("optimization.disable_specified_optimizers", _SLOW_ON_CPU)
+    for key, value in session_entries(providers()).items():
+        options.add_session_config_entry(key, value)
     return options
+
+
+def session_entries(providers: list[str]) -> dict[str, str]:
+    """Entries of a session's configuration, where it runs on `providers`."""
+    # Idle threads of one session would otherwise spin and take the cores from every other session of the process.
+    entries = {"session.force_spinning_stop": "1"}
+    if providers == ["CPUExecutionProvider"]:
+        entries["optimization.disable_specified_optimizers"] = _SLOW_ON_CPU
+    return entries
 
 
 def providers() -> list[str]:

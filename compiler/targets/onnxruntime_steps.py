@@ -10,9 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trimtab.compiler.targets.base import Steps
-from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import TargetError
-from trimtab.passes.graph import load_graph
 
 PAST, PRESENT = "past_key_values.", "present."
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -88,6 +86,9 @@ class Cache:
     @classmethod
     def of(cls, model: Path) -> Cache:
         """Read an ONNX file, without its weights."""
+        from trimtab.passes.anatomy import find_anatomy  # here, because a Triton repository carries this module alone
+        from trimtab.passes.graph import load_graph
+
         graph = load_graph(model)
         readers = {node.op for tensor in graph.inputs if tensor.name.startswith(PAST) for node in tensor.outputs}
         widths = {attention.head_dim for attention in find_anatomy(graph).attentions}
