@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.lower.nodes import Nodes
+from trimtab.passes.lower.nodes import Nodes, onnx_type, type_of
 
 _OPTIONS = {
     "num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",
@@ -51,8 +51,10 @@ class Masks:
             total = nodes.size(self.mask, 1)
             at = _count(nodes, total)
             own = nodes("Unsqueeze", nodes("Add", _count(nodes, tokens), nodes("Sub", total, tokens)), [1])
-            seen = nodes("Cast", nodes("LessOrEqual", at, own, dtype=bool), dtype=dtype, to=_onnx(dtype))
-            real = nodes("Cast", nodes("Unsqueeze", self.mask, [1, 2], dtype=self.mask.dtype), dtype=dtype, to=_onnx(dtype))
+            seen = nodes("Cast", nodes("LessOrEqual", at, own, dtype=bool), dtype=dtype, to=onnx_type(dtype))
+            real = nodes(
+                "Cast", nodes("Unsqueeze", self.mask, [1, 2], dtype=self.mask.dtype), dtype=dtype, to=onnx_type(dtype)
+            )
             kept = nodes("Mul", real, seen)
             if window > 0:
                 kept = nodes("Mul", kept, self._near(nodes, tokens, total, window, dtype))
@@ -60,16 +62,14 @@ class Masks:
             self.made[key] = less if groups == 1 else nodes("Concat", *[less] * groups, axis=2)
         return self.made[key]
 
-    def _near(
-        self, nodes: Nodes, tokens: gs.Tensor, total: gs.Tensor, window: int, dtype: np.dtype
-    ) -> gs.Tensor:
+    def _near(self, nodes: Nodes, tokens: gs.Tensor, total: gs.Tensor, window: int, dtype: np.dtype) -> gs.Tensor:
         """1 where a key lies at most `window` real tokens before the query, [batch, 1, tokens, total]."""
-        place = nodes("CumSum", nodes("Cast", self.mask, dtype=np.int32, to=_onnx(np.dtype(np.int32))), np.array(1, np.int64))
+        place = nodes("CumSum", nodes("Cast", self.mask, dtype=np.int32, to=onnx_type(np.int32)), np.array(1, np.int64))
         start = nodes("Sub", total, tokens)
         query = nodes("Slice", place, start, total, [1])
         far = nodes("Sub", nodes("Unsqueeze", query, [1, 3]), nodes("Unsqueeze", place, [1, 2]))
         near = nodes("LessOrEqual", far, np.array(window, np.int32), dtype=bool)
-        return nodes("Cast", near, dtype=dtype, to=_onnx(dtype))
+        return nodes("Cast", near, dtype=dtype, to=onnx_type(dtype))
 
 
 def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: int) -> list[gs.Tensor]:
@@ -80,7 +80,7 @@ def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: i
     _check(node)
     heads, kv_heads = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
     query, key, value, past_key, past_value = node.inputs[:5]
-    dtype = np.dtype(query.dtype or np.float32)
+    dtype = type_of(query)
     tokens = nodes.size(query, 1)
     if not key.name:
         query, key, value = _unpacked(nodes, query, head_dim, (heads, kv_heads, kv_heads))
@@ -92,12 +92,15 @@ def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: i
         positions = _positions(nodes, node.inputs[5], tokens)
         tables = [nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), [1]) for t in node.inputs[7:9]]
         interleaved = bool(node.attrs.get("rotary_interleaved", 0))
-        q, k = (rotate(nodes, t, tables[0], tables[1], interleaved, head_dim) for t in (q, k))
+        rotated = 2 * int(node.inputs[7].shape[-1])
+        q, k = (rotate(nodes, t, tables[0], tables[1], interleaved, head_dim, rotated) for t in (q, k))
     present = [nodes("Concat", past, new, axis=2, dtype=dtype) for past, new in ((past_key, k), (past_value, v))]
     scale = float(node.attrs.get("scale", 0.0)) or head_dim**-0.5
     groups = heads // kv_heads
-    rows = nodes("Reshape", nodes("Mul", q, np.array(scale, dtype)), [0, kv_heads, -1, head_dim]) if groups > 1 else (
-        nodes("Mul", q, np.array(scale, dtype))
+    rows = (
+        nodes("Reshape", nodes("Mul", q, np.array(scale, dtype)), [0, kv_heads, -1, head_dim])
+        if groups > 1
+        else (nodes("Mul", q, np.array(scale, dtype)))
     )  # the heads that share keys stand below each other
     scores = nodes("MatMul", rows, nodes("Transpose", present[0], perm=[0, 1, 3, 2]))
     cap = float(node.attrs.get("softcap", 0.0))
@@ -113,10 +116,9 @@ def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: i
 
 
 def rotate(
-    nodes: Nodes, x: gs.Tensor, cos: gs.Tensor, sin: gs.Tensor, interleaved: bool, width: int
+    nodes: Nodes, x: gs.Tensor, cos: gs.Tensor, sin: gs.Tensor, interleaved: bool, width: int, rotated: int
 ) -> gs.Tensor:
-    """x [batch, heads, tokens, width] turned by angles of cos and sin [batch, 1, tokens, rotated / 2]."""
-    rotated = 2 * int(cos.inputs[0].inputs[0].inputs[0].shape[-1])  # Unsqueeze of Gather of the table
+    """x [batch, heads, tokens, width]; its first `rotated` turned by cos and sin [batch, 1, tokens, rotated / 2]."""
     turned, rest = x, None
     if rotated < width:
         turned, rest = _parts(nodes, x, [rotated, width - rotated])
@@ -146,7 +148,7 @@ def rotary_embedding(nodes: Nodes, node: gs.Node) -> list[gs.Tensor]:
         raise ModelError(f"{node.name}: RotaryEmbedding with a scale, or positions that are not [batch, tokens]")
     y = nodes("Transpose", nodes("Reshape", x, [0, 0, -1, width]), perm=[0, 2, 1, 3]) if flat else x
     tables = [nodes("Unsqueeze", nodes("Gather", t, positions, axis=0), [1]) for t in (cos, sin)]
-    y = rotate(nodes, y, tables[0], tables[1], bool(node.attrs.get("interleaved", 0)), width)
+    y = rotate(nodes, y, tables[0], tables[1], bool(node.attrs.get("interleaved", 0)), width, 2 * half)
     if not flat:
         return [y]
     back = nodes("Transpose", y, perm=[0, 2, 1, 3])
@@ -164,7 +166,7 @@ def _check(node: gs.Node) -> None:
 
 def _positions(nodes: Nodes, last: gs.Tensor, tokens: gs.Tensor) -> gs.Tensor:
     """Of new tokens, [batch, tokens]: they stand behind what is real, whose last one `last` [batch] tells."""
-    wide = nodes("Cast", last, dtype=np.int64, to=_onnx(np.dtype(np.int64)))
+    wide = nodes("Cast", last, dtype=np.int64, to=onnx_type(np.int64))
     start = nodes("Max", nodes("Sub", nodes("Add", wide, [1]), tokens), [0])
     return nodes("Add", nodes("Unsqueeze", nodes("Reshape", start, [-1]), [1]), _count(nodes, tokens))
 
@@ -181,13 +183,7 @@ def _unpacked(nodes: Nodes, packed: gs.Tensor, head_dim: int, heads: tuple[int, 
 
 def _parts(nodes: Nodes, x: gs.Tensor, sizes: list[int], axis: int = 3) -> list[gs.Variable]:
     name = nodes.next("Split")
-    outputs = [gs.Variable(f"{name}.{i}", x.dtype) for i in range(len(sizes))]
+    outputs = [gs.Variable(f"{name}.{i}", type_of(x)) for i in range(len(sizes))]
     made = gs.Node("Split", name, attrs={"axis": axis}, inputs=[x, nodes.tensor(sizes)], outputs=outputs)
     nodes.graph.nodes.append(made)
     return outputs
-
-
-def _onnx(dtype: np.dtype) -> int:
-    from trimtab.passes.lower.nodes import gs_type
-
-    return gs_type(dtype)

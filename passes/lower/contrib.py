@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import values
 from trimtab.passes.graph.packed import dequantize_blocks
-from trimtab.passes.lower.nodes import Nodes, Operand
+from trimtab.passes.lower.nodes import Nodes, Operand, type_of
 
 Rule = Callable[[Nodes, gs.Node], list[gs.Tensor | None]]
 _F = np.dtype(np.float32)
@@ -18,7 +18,7 @@ _F = np.dtype(np.float32)
 
 def _rms(nodes: Nodes, x: gs.Tensor, weight: Operand, epsilon: float) -> gs.Tensor:
     """x / sqrt(mean x² + epsilon) · weight; statistics in float32."""
-    dtype = np.dtype(x.dtype or _F)
+    dtype = type_of(x)
     wide = nodes.cast(x, _F)
     mean = nodes("ReduceMean", nodes("Mul", wide, wide, dtype=_F), [-1], keepdims=1)
     root = nodes("Sqrt", nodes("Add", mean, np.array(epsilon, _F)))
@@ -38,34 +38,34 @@ def _skip_norm(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     total = _sum(nodes, [*node.inputs[:2], *node.inputs[4:5]])
     norm = [t for t in node.inputs[2:4] if t.name]
     epsilon = float(node.attrs.get("epsilon", 1e-12))
-    return [nodes("LayerNormalization", total, *norm, dtype=total.dtype, epsilon=epsilon), None, None, total]
+    return [nodes("LayerNormalization", total, *norm, dtype=type_of(total), epsilon=epsilon), None, None, total]
 
 
 def _sum(nodes: Nodes, tensors: list[gs.Tensor]) -> gs.Tensor:
     first, *rest = [t for t in tensors if t.name]
     for tensor in rest:
-        first = nodes("Add", first, tensor, dtype=first.dtype)
+        first = nodes("Add", first, tensor, dtype=type_of(first))
     return first
 
 
 def _gelu(approximate: str) -> Rule:
     def rule(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         x = _sum(nodes, node.inputs[:2])
-        return [nodes("Gelu", x, dtype=x.dtype, approximate=approximate)]
+        return [nodes("Gelu", x, dtype=type_of(x), approximate=approximate)]
 
     return rule
 
 
 def _quick_gelu(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     x = node.inputs[0]
-    inner = nodes("Mul", x, np.array(float(node.attrs.get("alpha", 1.702)), x.dtype or _F), dtype=x.dtype)
-    return [nodes("Mul", x, nodes("Sigmoid", inner), dtype=x.dtype)]
+    inner = nodes("Mul", x, np.array(float(node.attrs.get("alpha", 1.702)), type_of(x)), dtype=type_of(x))
+    return [nodes("Mul", x, nodes("Sigmoid", inner), dtype=type_of(x))]
 
 
 def _matmul_nbits(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     """Integers in blocks, where zero is their middle; else, and for other widths, the floats that they stand for."""
     x = node.inputs[0]
-    dtype = np.dtype(x.dtype or _F)
+    dtype = type_of(x)
     n, k, bits, block = (int(node.attrs[key]) for key in ("N", "K", "bits", "block_size"))
     odd = any(t.name for t in node.inputs[3:5])
     w: gs.Tensor

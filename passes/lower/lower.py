@@ -110,7 +110,13 @@ class _Lowering:
     def _attention(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         if self._masks is None:
             self._masks = Masks.of(self.graph)
-        return list(group_query_attention(nodes, node, self._masks, self._width(node)))
+        width = self._width(node)
+        for past in node.inputs[3:5]:  # of which some exporters leave but a symbol
+            while past.inputs and past.inputs[0].op == "Cast":
+                past = past.inputs[0].inputs[0]
+            if past.shape is not None and isinstance(past, gs.Variable) and not past.inputs:
+                past.shape = [*past.shape[:-1], width]
+        return list(group_query_attention(nodes, node, self._masks, width))
 
     def _width(self, node: gs.Node) -> int:
         """Of one head."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant, insert
@@ -38,7 +39,7 @@ class Nodes:
         """
         tensors = [self.tensor(value) for value in inputs]
         if dtype is None and op in _SAME:
-            dtype = tensors[0].dtype
+            dtype = type_of(tensors[0])
         if op == "Shape":
             dtype = np.int64
         return insert(self.graph, op, tensors, self.next(op), attrs=attrs, dtype=dtype)
@@ -57,9 +58,9 @@ class Nodes:
 
     def cast(self, x: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
         """`x` in a type that numpy has; itself where it has it already."""
-        if x.dtype is not None and np.dtype(x.dtype) == dtype:
+        if x.dtype is not None and type_of(x) == dtype:
             return x
-        return self("Cast", x, dtype=dtype, to=int(gs_type(dtype)))
+        return self("Cast", x, dtype=dtype, to=onnx_type(dtype))
 
     def size(self, x: gs.Tensor, axis: int) -> gs.Variable:
         """The size of `x` along `axis`, as a tensor of one element."""
@@ -69,13 +70,20 @@ class Nodes:
     def topk(self, x: gs.Tensor, k: int) -> tuple[gs.Variable, gs.Variable]:
         """The `k` largest of the last axis, and their places."""
         name = self.next("TopK")
-        outputs = [gs.Variable(f"{name}.values", x.dtype), gs.Variable(f"{name}.places", np.int64)]
+        outputs = [gs.Variable(f"{name}.values", type_of(x)), gs.Variable(f"{name}.places", np.int64)]
         insert(self.graph, "TopK", [x, self.tensor([k])], name, attrs={"axis": -1}, outputs=outputs)
         return outputs[0], outputs[1]
 
 
-def gs_type(dtype: np.dtype) -> int:
-    """ONNX's number of a numpy type."""
-    import onnx
+def type_of(tensor: gs.Tensor) -> np.dtype:
+    """The type of `tensor`. What has none is float, as everything between the layers of a model is."""
+    if tensor.dtype is None:
+        return np.dtype(np.float32)
+    if isinstance(tensor.dtype, int):  # graphsurgeon leaves ONNX's number of what numpy itself lacks
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype))
+    return np.dtype(tensor.dtype)
 
+
+def onnx_type(dtype: np.dtype | type) -> int:
+    """ONNX's number of a numpy type."""
     return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))

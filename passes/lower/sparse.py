@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import values
-from trimtab.passes.lower.nodes import Nodes
+from trimtab.passes.lower.nodes import Nodes, type_of
 from trimtab.plugins.sparse_up import ACTIVATIONS
 
 _INT4_BLOCK = 32
@@ -69,7 +69,7 @@ class Weight:
         array = values(given[label])
         if array.dtype not in (np.uint8, np.int8):
             return cls(chosen.gather(nodes, array), None)
-        dtype, scale = np.dtype(x.dtype or _FLOAT), values(given[f"{label}_scale"])
+        dtype, scale = type_of(x), values(given[f"{label}_scale"])
         scale = scale.astype(dtype)
         if array.dtype == np.uint8:
             return cls(_int4(nodes, chosen, array, scale), None)
@@ -84,7 +84,7 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(self.rows.dtype)
+        return type_of(self.rows)
 
 
 def _int4(nodes: Nodes, chosen: Rows, packed: np.ndarray, scale: np.ndarray) -> gs.Tensor:
@@ -114,7 +114,7 @@ def sparse_up(
     if "importance" in given:
         counts = chosen.gather(nodes, values(given["importance"]).astype(np.float32))
         h = _keep(nodes, h, counts, size, int(node.attrs["keep"]))
-    return _like(nodes, nodes.cast(h, np.dtype(x.dtype or _FLOAT)), x)
+    return _like(nodes, nodes.cast(h, type_of(x)), x)
 
 
 def sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> gs.Tensor:
@@ -122,11 +122,11 @@ def sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> 
     h = given["h"]
     chosen = Rows.of(nodes, given["blocks"], int(node.attrs["block"]))
     down = Weight.of(nodes, chosen, given, "down", h)
-    flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=h.dtype or _FLOAT)
+    flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
     if down.scale is not None:
         flat = nodes("Mul", flat, down.scale)
     y = nodes("MatMul", nodes.cast(flat, down.dtype), down.rows, dtype=down.dtype)
-    return _like(nodes, nodes.cast(y, np.dtype(h.dtype or _FLOAT)), h)
+    return _like(nodes, nodes.cast(y, type_of(h)), h)
 
 
 def activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:
@@ -137,18 +137,16 @@ def activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:
     for step in body.node:
         attrs = {a.name: onnx.helper.get_attribute_value(a) for a in step.attribute}
         if step.op_type == "Constant":
-            known[step.output[0]] = nodes.tensor(np.array(attrs["value_float"], x.dtype))
+            known[step.output[0]] = nodes.tensor(np.array(attrs["value_float"], type_of(x)))
         else:
-            known[step.output[0]] = nodes(step.op_type, *(known[i] for i in step.input), dtype=x.dtype, **attrs)
+            known[step.output[0]] = nodes(step.op_type, *(known[i] for i in step.input), dtype=type_of(x), **attrs)
     return known["act"]
 
 
-def _product(
-    nodes: Nodes, x: gs.Tensor, given: Mapping[str, gs.Tensor], label: str, chosen: Rows
-) -> gs.Variable:
+def _product(nodes: Nodes, x: gs.Tensor, given: Mapping[str, gs.Tensor], label: str, chosen: Rows) -> gs.Variable:
     """x [..., width] with the chosen rows of `label`, [tokens, 1, n]."""
     weight = Weight.of(nodes, chosen, given, label, x)
-    flat = nodes("Reshape", x, nodes("Concat", [-1, 1], nodes.size(x, -1), axis=0), dtype=x.dtype or _FLOAT)
+    flat = nodes("Reshape", x, nodes("Concat", [-1, 1], nodes.size(x, -1), axis=0), dtype=type_of(x))
     y = nodes("MatMul", nodes.cast(flat, weight.dtype), nodes("Transpose", weight.rows, perm=[0, 2, 1]))
     if weight.scale is not None:
         y = nodes("Mul", y, weight.scale)
@@ -169,7 +167,7 @@ def _keep(nodes: Nodes, h: gs.Tensor, importance: gs.Tensor, block: int, keep: i
     none = nodes("Expand", np.zeros(1, np.float32), shape)
     mask = nodes("ScatterElements", none, places, nodes("Expand", np.ones(1, np.float32), taken), axis=-1)
     blocks = nodes("Reshape", h, [0, 0, -1, block])
-    masked = nodes("Mul", blocks, nodes("Unsqueeze", nodes.cast(mask, np.dtype(h.dtype)), [-1]))
+    masked = nodes("Mul", blocks, nodes("Unsqueeze", nodes.cast(mask, type_of(h)), [-1]))
     return nodes("Reshape", masked, [0, 0, -1])
 
 

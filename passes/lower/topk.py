@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import values
-from trimtab.passes.lower.nodes import Nodes
+from trimtab.passes.lower.nodes import Nodes, type_of
 
 MOST = 3840
 """The largest k of one TopK in TensorRT (11.1 and TensorRT-RTX 1.7 refuse more)."""
@@ -25,13 +25,15 @@ def in_rounds(nodes: Nodes, node: gs.Node) -> list[gs.Tensor]:
     """
     x, k = node.inputs[0], int(values(node.inputs[1]).item())
     axis, largest = int(node.attrs.get("axis", -1)), int(node.attrs.get("largest", 1))
-    dtype = np.dtype(x.dtype or np.float32)
+    dtype = type_of(x)
     gone = _beyond(dtype, bool(largest))
     parts: list[tuple[gs.Tensor, gs.Tensor]] = []
     for start in range(0, k, MOST):
         name = nodes.next("TopK")
         outputs = [gs.Variable(f"{name}.values", dtype), gs.Variable(f"{name}.places", np.int64)]
-        made = gs.Node("TopK", name, attrs={"axis": axis, "largest": largest}, inputs=[x, nodes.tensor([min(MOST, k - start)])])
+        made = gs.Node(
+            "TopK", name, attrs={"axis": axis, "largest": largest}, inputs=[x, nodes.tensor([min(MOST, k - start)])]
+        )
         made.outputs = outputs
         nodes.graph.nodes.append(made)
         parts.append((outputs[0], outputs[1]))

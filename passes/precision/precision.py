@@ -1,0 +1,159 @@
+"""The pass: activations and weights in half precision, strongly typed, so that the graph alone decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.contract import Pass, PassContext, PassResult
+from trimtab.passes.graph import constant, insert, rename_output, topological, values
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.precision.regions import MASK, half_nodes, is_float
+from trimtab.plugins import DOMAIN, OPS
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.emit import add_body, type_of
+
+_TYPES: dict[str, np.dtype] = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_OPSETS = {"float16": 19, "bfloat16": 22}
+"""In which QuantizeLinear takes half precision, and in which nearly every op takes bfloat16."""
+_FLOAT = np.dtype(np.float32)
+
+
+class Precision(Pass):
+    """Compute in half precision what does not need more; inputs and outputs keep their types unless told.
+
+    TensorRT takes precision from the graph, and GPUs multiply twice as fast and more in half; CPUs rarely do. It stands
+    behind the passes that need weights in floating point.
+    Exact end: type=float32.
+    """
+
+    name: ClassVar[str] = "precision"
+    summary: ClassVar[str] = "float16 or bfloat16 in the graph, float32 where sums and ranges need it"
+
+    type: Literal["float32", "float16", "bfloat16"] = Field("float16", description="of activations and weights")
+    io: bool = Field(False, description="inputs and outputs too, such as a decoder's cache and logits")
+    keep: tuple[str, ...] = Field((), description="further ops, by their ONNX names, that stay in float32")
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Retype `graph`. Reads its weights, one at a time."""
+        if self.type == "float32":
+            return PassResult(self.name, 0)
+        raise_opset(graph, _OPSETS[self.type])
+        infer_shapes(graph)
+        # On CPUs the dialect's kernels take float32.
+        nodes = half_nodes(graph, self.keep, dialect=context.capability.float16, narrow=self.type == "float16")
+        floats = sum(any(map(is_float, (*n.inputs, *n.outputs))) for n in graph.nodes)
+        typing = _Typing(graph, _TYPES[self.type], {id(node) for node in nodes}, self.io)
+        typing.run()
+        if any(node.domain == DOMAIN for node in nodes):
+            _renew_bodies(graph)
+        chosen = Counter(node.op for node in nodes)
+        details: dict[str, Any] = {
+            "type": self.type, "casts": typing.casts, "kept": floats - len(nodes), "ops": dict(sorted(chosen.items())),
+        }  # fmt: skip
+        return PassResult(self.name, len(nodes), (), details)
+
+
+class _Typing:
+    """Gives the nodes `half` the type `dtype`, with casts where it meets what stays.
+
+    Attributes:
+        casts: how many there are.
+    """
+
+    def __init__(self, graph: gs.Graph, dtype: np.dtype, half: set[int], io: bool) -> None:
+        self.graph, self.dtype, self.half, self.io, self.casts = graph, dtype, half, io, 0
+        self._onnx = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        self._made: dict[tuple[int, bool], gs.Tensor] = {}
+        self._in_half: set[int] = set()  # tensors that have become half
+
+    def run(self) -> None:
+        graph = self.graph
+        if self.io:
+            for tensor in graph.inputs:
+                if is_float(tensor):
+                    self._retype(tensor)
+        for node in topological(graph):
+            if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+                continue  # what it reads has stayed as it was
+            wanted = id(node) in self.half
+            node.inputs = [self._as(tensor, wanted) for tensor in list(node.inputs)]
+            if wanted:
+                self._attributes(node)
+                for tensor in node.outputs:
+                    if is_float(tensor):
+                        self._retype(tensor)
+        for tensor in list(graph.outputs):
+            became = id(tensor) in self._in_half
+            if is_float(tensor) and self.io:
+                self._output(tensor, self.dtype)
+            elif became and not self.io:
+                self._output(tensor, _FLOAT)
+        graph.nodes = topological(graph)
+
+    def _retype(self, tensor: gs.Tensor) -> None:
+        tensor.dtype = self.dtype
+        self._in_half.add(id(tensor))
+
+    def _as(self, tensor: gs.Tensor, half: bool) -> gs.Tensor:
+        """`tensor` in half precision, or in float32; itself where it is neither or that already."""
+        is_half = id(tensor) in self._in_half
+        if half == is_half or not (is_half or is_float(tensor)):
+            return tensor
+        key = id(tensor), half
+        if key not in self._made:
+            if isinstance(tensor, gs.Constant):
+                self._made[key] = constant(f"{tensor.name}/{self.dtype.name}", narrowed(values(tensor), self.dtype))
+            else:
+                self._made[key] = self._cast(tensor, self.dtype if half else _FLOAT)
+        return self._made[key]
+
+    def _cast(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Variable:
+        self.casts += 1
+        name = f"precision/{tensor.name}/{dtype.name}"
+        to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        made = insert(self.graph, "Cast", [tensor], name, attrs={"to": to}, dtype=dtype)
+        made.shape = tensor.shape
+        return made
+
+    def _output(self, tensor: gs.Tensor, dtype: np.dtype) -> None:
+        """Let the graph put out `tensor` in another type, under its name."""
+        made = self._cast(tensor, dtype)
+        shape = tensor.shape
+        rename_output(self.graph, tensor, made)
+        made.dtype, made.shape = dtype, shape
+
+    def _attributes(self, node: gs.Node) -> None:
+        """Types that attributes tell."""
+        for key in ("to", "dtype", "output_dtype"):
+            if node.attrs.get(key) == onnx.TensorProto.FLOAT:
+                node.attrs[key] = self._onnx
+        if node.op == "ConstantOfShape":
+            held = node.attrs.get("value")
+            array = np.zeros(1, np.float32) if held is None else np.asarray(held.values)
+            node.attrs["value"] = gs.Constant(f"{node.name}/value", narrowed(array, self.dtype))
+
+
+def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in half precision. What stands for minus infinity becomes a number twice of which `dtype` still holds."""
+    largest = float(ml_dtypes.finfo(dtype).max) / 2
+    finite = np.isfinite(array) & (np.abs(array) >= MASK)
+    if finite.any():
+        array = np.where(finite, np.sign(array) * min(largest, MASK), array)
+    return np.asarray(array).astype(dtype)
+
+
+def _renew_bodies(graph: gs.Graph) -> None:
+    """Reference bodies for the types that the dialect's nodes have now."""
+    graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
+    for node in graph.nodes:
+        if node.domain == DOMAIN:
+            inputs = {i.name: t for i, t in zip(OPS[node.op].inputs, node.inputs, strict=False) if t.name}
+            add_body(graph, OPS[node.op], Form({key: type_of(t) for key, t in inputs.items()}, node.attrs))
