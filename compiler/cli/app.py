@@ -32,6 +32,7 @@ COMMANDS = {
     "validate": "Compare a build with its dense model, numerically and on a task.",
     "generate": "Generate text with a build of a causal language model.",
     "package": "Write a build in the shape that another program expects.",
+    "serve": "Serve a build with Triton Inference Server.",
     "bench": "Time a build against its dense model in one run.",
     "passes": "List the passes and their options.",
     "targets": "List the targets and whether they work here.",

@@ -1,0 +1,51 @@
+"""What the models share that run in Triton's Python backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from trimtab.passes.errors import InputError, TrimtabError
+
+SETTINGS = "served.json"
+"""What the packager tells the model; it lies beside its code."""
+
+
+def version_folder(args: Mapping[str, str]) -> Path:
+    """The folder of the version that Triton loads, of `initialize`'s arguments."""
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def settings(args: Mapping[str, str]) -> dict[str, Any]:
+    """What `SETTINGS` says."""
+    found: dict[str, Any] = json.loads((version_folder(args) / SETTINGS).read_text(encoding="utf-8"))
+    return found
+
+
+def texts(request: Any, name: str) -> list[str]:
+    """The strings of the input `name`, [batch, 1].
+
+    Raises:
+        InputError: one is not UTF-8.
+    """
+    found = pb.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
+    try:
+        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in found]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 ({error})") from error
+
+
+def strings(name: str, values: list[str]) -> Any:
+    """An output of strings, [batch, 1]."""
+    return pb.Tensor(name, np.array([value.encode("utf-8") for value in values], object)[:, None])
+
+
+def refusal(error: Exception) -> Any:
+    """The response to a request that failed: one line, and the hint where there is one."""
+    said = str(error) if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
+    return pb.InferenceResponse(error=pb.TritonError(" ".join(said.split())))

@@ -1,0 +1,57 @@
+"""Tensors in, tensors out: the build's ONNX file, for servers without Triton's ONNX Runtime backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from trimtab.compiler.packaging.triton.served.common import refusal, settings, version_folder
+from trimtab.compiler.packaging.triton.served.session import open_session
+
+
+class TritonPythonModel:
+    """Runs the requests that Triton batched in one call."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        told = settings(args)
+        self._batched: bool = told["batched"]
+        self._session = open_session(version_folder(args), told)
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        feeds = [{n: pb.get_input_tensor_by_name(request, n).as_numpy() for n in self._inputs} for request in requests]
+        groups: dict[Any, list[int]] = {}  # Triton batches equal shapes alone, unless it is configured to do otherwise
+        for place, feed in enumerate(feeds):
+            groups.setdefault(self._key(place, feed, requests[place]), []).append(place)
+        responses: list[Any] = [None] * len(requests)
+        for places in groups.values():
+            names = requests[places[0]].requested_output_names()
+            try:
+                answers = self._run([feeds[place] for place in places], names)
+            except Exception as error:  # ONNX Runtime's exceptions have no common base
+                answers = [refusal(error) for _ in places]
+            for place, answer in zip(places, answers, strict=True):
+                responses[place] = answer
+        return responses
+
+    def _key(self, place: int, feed: Mapping[str, np.ndarray], request: Any) -> Any:
+        """Equal for requests that can run together."""
+        if not self._batched:
+            return place
+        return tuple(request.requested_output_names()), tuple(array.shape[1:] for array in feed.values())
+
+    def _run(self, feeds: list[dict[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
+        if len(feeds) == 1:
+            outputs = self._session.run(list(names), feeds[0])
+            return [pb.InferenceResponse([pb.Tensor(n, y) for n, y in zip(names, outputs, strict=True)])]
+        joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in self._inputs}
+        outputs = self._session.run(list(names), joined)
+        ends = np.cumsum([len(feed[self._inputs[0]]) for feed in feeds])[:-1]
+        parts = [np.split(output, ends) for output in outputs]
+        return [
+            pb.InferenceResponse([pb.Tensor(n, part[i]) for n, part in zip(names, parts, strict=True)])
+            for i in range(len(feeds))
+        ]

@@ -1,0 +1,89 @@
+"""Text in, label or embedding out: tokenizes all texts that Triton batched, and asks the engine once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
+from trimtab.passes.errors import InputError, TargetError, TrimtabError
+
+TEXT = "TEXT"
+LABEL, PROBABILITIES, EMBEDDING = "LABEL", "PROBABILITIES", "EMBEDDING"
+
+
+class TritonPythonModel:
+    """What it answers is said by "kind": a label and probabilities, or an embedding."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self._told = settings(args)
+        self._tokenizer = load_tokenizer(version_folder(args) / "tokenizer", self._told["max_tokens"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        responses: list[Any] = [None] * len(requests)
+        given: dict[int, list[str]] = {}
+        for place, request in enumerate(requests):
+            try:
+                given[place] = self._texts(request)
+            except TrimtabError as error:  # noqa: PERF203
+                responses[place] = refusal(error)
+        if given:
+            try:
+                rows = self._answer([text for group in given.values() for text in group])
+            except Exception as error:
+                return [response or refusal(error) for response in responses]
+            start = 0
+            for place, group in given.items():
+                responses[place] = self._respond(rows[start : start + len(group)])
+                start += len(group)
+        return responses
+
+    def _texts(self, request: Any) -> list[str]:
+        found = texts(request, TEXT)
+        for text in found:
+            if not self._told["special_tokens"] and not text.strip():
+                raise InputError("a text is empty", hint="send at least one word")
+        return found
+
+    def _answer(self, batch: list[str]) -> np.ndarray:
+        """The output of the engine that is answered with, [texts, width]."""
+        told = self._told
+        feeds = self._tokenizer.encode(batch, told["tokens"][1])
+        short = told["tokens"][0] - feeds["input_ids"].shape[1]
+        if short > 0:  # engines have a least size; the mask hides what fills up
+            feeds = {name: np.pad(value, ((0, 0), (0, short))) for name, value in feeds.items()}
+        rows = len(batch)
+        if rows < told["least_batch"]:
+            feeds = {name: np.resize(value, (told["least_batch"], value.shape[1])) for name, value in feeds.items()}
+        feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
+        inputs = [pb.Tensor(name, np.ascontiguousarray(feeds[name], dtype)) for name, dtype in told["inputs"].items()]
+        asked = pb.InferenceRequest(model_name=told["engine"], requested_output_names=[told["output"]], inputs=inputs)
+        response = asked.exec()
+        if response.has_error():
+            raise TargetError(response.error().message())
+        output = pb.get_output_tensor_by_name(response, told["output"])
+        found = output.as_numpy() if output.is_cpu() else _from_gpu(output)
+        if told["kind"] == "states":
+            weight = feeds["attention_mask"][..., None] != 0
+            found = (found * weight).sum(1, dtype=np.float32) / weight.sum(1)
+        return np.asarray(found[:rows], np.float32)
+
+    def _respond(self, rows: np.ndarray) -> Any:
+        if self._told["kind"] != "classes":
+            return pb.InferenceResponse([pb.Tensor(EMBEDDING, np.ascontiguousarray(rows))])
+        p = np.exp(rows - rows.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        labels = [self._told["labels"][best] for best in rows.argmax(-1)]
+        return pb.InferenceResponse([strings(LABEL, labels), pb.Tensor(PROBABILITIES, p)])
+
+
+def _from_gpu(tensor: Any) -> np.ndarray:
+    """Where Triton left an engine's output on the GPU; what it lies in is known to torch alone here."""
+    from torch.utils.dlpack import from_dlpack
+
+    found: np.ndarray = from_dlpack(tensor.to_dlpack()).cpu().numpy()
+    return found

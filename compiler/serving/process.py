@@ -1,0 +1,170 @@
+"""A running tritonserver: started, waited for, and stopped with all its children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.compiler.serving.example import ask
+from trimtab.compiler.serving.find import TritonServer
+from trimtab.compiler.targets.child import signal_name, tail
+from trimtab.passes.errors import InputError, TargetError
+
+_POLL_S = 0.05
+_LEAVE_S = 15  # seconds for requests under way
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens. 0 becomes a port that is free."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass
+class Served:
+    """A server that is ready.
+
+    Attributes:
+        host, ports: where it listens.
+        process: the server itself.
+        log: file with what it says.
+    """
+
+    host: str
+    ports: Ports
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Of HTTP."""
+        return f"http://{self.host}:{self.ports.http}"
+
+    def wait(self) -> None:
+        """Until it ends, which it should not.
+
+        Raises:
+            TargetError: it did; shows the end of its log.
+        """
+        code = self.process.wait()
+        raise TargetError(f"tritonserver ended ({_ending(code)}){tail(self.log)}")
+
+
+@contextmanager
+def serve(
+    server: TritonServer,
+    repository: Path,
+    log: Path,
+    *,
+    host: str = "127.0.0.1",
+    ports: Ports,
+    start_s: float = 120.0,
+) -> Iterator[Served]:
+    """Run `server` on `repository` for the time of the body.
+
+    Args:
+        log: file for what it says.
+        ports: free ones, as `choose_ports` finds them.
+        start_s: seconds that loading may take.
+
+    Yields:
+        the server, ready to answer.
+
+    Raises:
+        TargetError: the server ended or was not ready in time; shows the end of its log.
+    """
+    prefix = f"trimtab_{os.getpid()}_{ports.http}_"
+    command = [
+        str(server.binary), f"--model-repository={repository}", f"--backend-directory={server.backends}",
+        "--disable-auto-complete-config",  # what is written is complete, and completing it starts every model twice
+        f"--http-address={host}", f"--http-port={ports.http}", f"--grpc-address={host}", f"--grpc-port={ports.grpc}",
+        f"--metrics-address={host}", f"--metrics-port={ports.metrics}", f"--exit-timeout-secs={_LEAVE_S}",
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | server.env,
+            start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
+        )  # fmt: skip
+    try:
+        _await(process, f"http://{host}:{ports.http}/v2/health/ready", start_s, log)
+        yield Served(host, ports, process, log)
+    finally:
+        _stop(process)
+        for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # what a server that was killed could not remove
+            region.unlink(missing_ok=True)
+
+
+def choose_ports(host: str, ports: Ports) -> Ports:
+    """`ports`, each of them free now.
+
+    Raises:
+        InputError: one is taken.
+    """
+    with ExitStack() as held:  # all at once, so that no two are the same
+        return Ports(*(held.enter_context(_take(host, port, name)) for name, port in vars(ports).items()))
+
+
+@contextmanager
+def _take(host: str, port: int, name: str) -> Iterator[int]:
+    """The number of a port that is ours for the time of the body."""
+    option = "--port" if name == "http" else f"--{name}-port"
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose connections are closing is free
+        try:
+            held.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise InputError(
+                f"{option} {port}: cannot listen there on {host} ({reason})",
+                hint=f"give another {option}, or 0 for any",
+            ) from error
+        yield int(held.getsockname()[1])
+
+
+def _await(process: subprocess.Popen[bytes], url: str, start_s: float, log: Path) -> None:
+    deadline = time.monotonic() + start_s
+    while True:
+        if process.poll() is not None:
+            raise TargetError(f"tritonserver did not start ({_ending(process.returncode)}){_reason(log)}")
+        with suppress(TargetError):
+            ask(url)
+            return
+        if time.monotonic() > deadline:
+            raise TargetError(
+                f"tritonserver was not ready in {start_s:g} s{_reason(log)}", hint="give more with --start-timeout"
+            )
+        time.sleep(_POLL_S)
+
+
+def _reason(log: Path) -> str:
+    """What the log says of the failure: the errors in it, else its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    told = [line.strip() for line in lines if "failed to load" in line and line[:1] == "E"]
+    return "".join(f"\n  {line}" for line in told) + tail(log)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server in order, and whatever of it is left by force."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LEAVE_S + 5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _ending(code: int) -> str:
+    return signal_name(-code) if code < 0 else f"exit code {code}"
