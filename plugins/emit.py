@@ -40,7 +40,7 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
                 f"{op.name}: {attribute.name} is {whole[attribute.name]!r}, not one of {', '.join(attribute.choices)}"
             )
     kinds = {key: type_of(tensor) for key, tensor in inputs.items()}
-    _add_body(graph, op, Form(kinds, whole))
+    add_body(graph, op, Form(kinds, whole))
     domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
     if all(domain.domain != DOMAIN for domain in domains):
         graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSION)]
@@ -54,7 +54,12 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
     return output
 
 
-def _add_body(graph: gs.Graph, op: Op, form: Form) -> None:
+def add_body(graph: gs.Graph, op: Op, form: Form) -> None:
+    """Put the reference body of `op` in this form among the graph's functions.
+
+    Raises:
+        ValueError: the model uses the op already, in a form with another body.
+    """
     if graph.opset < OPSET:
         raise ValueError(f"{op.name} needs opset {OPSET}, the graph has {graph.opset}; raise it first")
     key = _form_key(op, form)

@@ -55,9 +55,14 @@ def _body(form: Form) -> str:
     name = "all_" if "importance" in form.given else "h_"
     lines.append(f"  {name} = Mul (act, up_y)" if gated else f"  {name} = Identity (act)")
     if "importance" in form.given:
-        of_rows = "\n".join(in_float(form, "importance", "importance", "of_rows", "Gather ({}, rows)"))
-        lines.append(_KEEP.replace("$of_rows", of_rows))
+        lines.append(kept(form))
     return "\n".join([*lines, *shaped(form, "h")])
+
+
+def kept(form: Form) -> str:
+    """Statements that make `h_` of `all_`, [tokens, 1, n]: 0 for all but the blocks of largest Σ |h| · importance."""
+    of_rows = in_float(form, "importance", "importance", "of_rows", "Gather ({}, rows)")
+    return _KEEP.replace("$of_rows", "\n".join(of_rows))
 
 
 _KEEP = """
@@ -87,7 +92,6 @@ $of_rows
   masked = Mul (all_blocks, mask)
   back = Shape (all_)
   h_ = Reshape (masked, back)"""
-"""Zero for all but the blocks of the largest Σ |h| · importance."""
 
 
 def products(form: Form, label: str) -> list[str]:

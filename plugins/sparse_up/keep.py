@@ -1,0 +1,51 @@
+"""KeepLargest: what `keep` of SparseUp does, as an op of its own for where one launch cannot look at a whole token.
+
+It has no kernels: its reference body, in standard ops, is all that there is of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Value
+from trimtab.plugins.rows import as_input, numbers_of_rows
+from trimtab.plugins.sizes import Shapes
+from trimtab.plugins.sparse_up import kept
+
+__all__ = ["KEEP_LARGEST"]
+
+
+def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+    h = shapes["h"]
+    return None if h is None else [*h]
+
+
+def _body(form: Form) -> str:
+    return "\n".join(
+        [
+            numbers_of_rows(form, "h"),
+            "  all_ = Identity (flat)",
+            kept(form),
+            "  shape = Shape (h)",
+            *as_input(form, "h", "y", "Reshape (h_, shape)"),
+        ]
+    )
+
+
+KEEP_LARGEST = Op(
+    "KeepLargest",
+    doc="h, with 0 for all but the `keep` blocks of each token whose Σ |h| · importance is largest.",
+    inputs=(
+        Input("h", ACTIVATION, "[..., k · block], activations of the chosen neurons in order"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
+        Input("importance", ACTIVATION, "[neurons]: what one unit of a neuron's activation counts"),
+    ),
+    output=("y", "h"),
+    attributes=(
+        Attribute("block", 1, "neurons in a block"),
+        Attribute("keep", 0, "blocks that are not set to 0; 0: all of them"),
+    ),
+    infer=_infer,
+    body=_body,
+)

@@ -1,0 +1,77 @@
+"""Names and attributes of plugins, which have a fixed number of inputs: each form of an op is a plugin of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain, combinations
+from typing import Any
+
+import onnx
+
+from trimtab.plugins import OPS
+from trimtab.plugins.dialect import DOMAIN, Attribute, Op, Value
+
+__all__ = ["PLUGINS", "Plugin", "plugins_of"]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One op with a choice of its optional inputs.
+
+    Attributes:
+        inputs: names of those that are given, in the op's order.
+    """
+
+    op: Op
+    inputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the op and its optional inputs: SparseUpPlugin_up_bias_gate. No op is called so: the parser goes by names."""
+        required = {i.name for i in self.op.inputs if not i.optional}
+        return "_".join([f"{self.op.name}Plugin", *(name for name in self.inputs if name not in required)])
+
+    def encode(self, attributes: Mapping[str, Value]) -> dict[str, int]:
+        """The node's attributes as the plugin has them: all, in order, as integers. A string is its place among the
+        choices, since the parser may hand strings over with a NUL at their end."""
+        return {a.name: _encoded(a, attributes.get(a.name, a.default)) for a in self.op.attributes}
+
+    def decode(self, encoded: Mapping[str, int]) -> dict[str, Value]:
+        """The op's attributes again."""
+        return {a.name: a.choices[encoded[a.name]] if a.choices else encoded[a.name] for a in self.op.attributes}
+
+
+def _encoded(attribute: Attribute, value: Value) -> int:
+    return attribute.choices.index(str(value)) if attribute.choices else int(value)
+
+
+def _subsets(names: list[str]) -> chain[tuple[str, ...]]:
+    return chain.from_iterable(combinations(names, n) for n in range(len(names) + 1))
+
+
+def _forms(op: Op) -> list[Plugin]:
+    optional = [i.name for i in op.inputs if i.optional]
+    chosen = [set(subset) for subset in _subsets(optional)]
+    return [Plugin(op, tuple(i.name for i in op.inputs if not i.optional or i.name in given)) for given in chosen]
+
+
+PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op in OPS.values() for plugin in _forms(op)}
+"""Name → plugin, of all that there can be. Those of a graph are what is registered."""
+
+
+def plugins_of(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the plugins that a prepared model uses, subgraphs and functions included."""
+    found: set[str] = set()
+    for graph in (model.graph, *model.functions):
+        _collect(graph, found)
+    return tuple(sorted(found))
+
+
+def _collect(graph: Any, found: set[str]) -> None:
+    for node in graph.node:
+        if node.domain == DOMAIN and any(a.name == "plugin_namespace" for a in node.attribute):
+            found.add(node.op_type)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _collect(attribute.g, found)

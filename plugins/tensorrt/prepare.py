@@ -1,0 +1,139 @@
+"""The dialect's nodes of a graph as TensorRT's parser finds plugins for them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from trimtab.plugins import OPS, SPARSE_UP
+from trimtab.plugins.dialect import DOMAIN, Form, Op
+from trimtab.plugins.emit import add_body, type_of
+from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
+from trimtab.plugins.tensorrt.kernels import kernel_of
+from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
+
+__all__ = ["Prepared", "prepare", "split_keep"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of the dialect's nodes.
+
+    Attributes:
+        plugins: names of those that the graph needs now, for `register`.
+        left: name of each node that stays as it was, its reference body to be inlined, and why.
+    """
+
+    plugins: tuple[str, ...]
+    left: dict[str, str]
+
+
+def prepare(graph: gs.Graph) -> Prepared:
+    """Make the dialect's nodes of `graph`, in place, nodes of plugins; their reference bodies go.
+
+    A plugin's node is called like the plugin, has the inputs that are given and no others, every attribute as an
+    integer in the order of the declaration, and what TensorRT's parser wants to know: namespace, version, and that the
+    kernel is to be embedded. Nodes without a kernel on the GPU stay, as standard ops within their reference bodies.
+
+    Raises:
+        RuntimeError: the package `triton` is missing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("the kernels of plugins need the package triton; pip install triton")
+    split_keep(graph)
+    used: set[str] = set()
+    left: dict[str, str] = {}
+    for part in _parts(graph):
+        for node in part.nodes:
+            op = OPS.get(node.op) if node.domain == DOMAIN else None
+            if op is None:
+                continue
+            given = _given(op, node)
+            if (reason := _refused(op, given, node)) is not None:
+                left[node.name] = reason
+                continue
+            plugin = Plugin(op, tuple(given))
+            node.op, node.inputs = plugin.name, list(given.values())
+            node.attrs = plugin.encode(node.attrs) | {
+                "plugin_namespace": DOMAIN,
+                "plugin_version": "1",
+                "aot": 1,
+            }
+            used.add(plugin.name)
+    _drop_unused(graph)
+    return Prepared(tuple(sorted(used)), left)
+
+
+def split_keep(graph: gs.Graph) -> None:
+    """Divide each SparseUp that keeps the largest of its blocks in two: all of their activations, and KeepLargest.
+
+    A launch that spreads over the GPU has no place where one token's activations come together.
+    """
+    divided = False
+    for part in _parts(graph):
+        for node in list(part.nodes):
+            if (node.domain, node.op) != (DOMAIN, SPARSE_UP.name):
+                continue
+            given = _given(SPARSE_UP, node)
+            importance = given.pop("importance", None)
+            if importance is None:
+                continue
+            if not divided:  # all SparseUp of a model have one form, so they all lose their importance
+                _drop(graph, SPARSE_UP)
+                divided = True
+            node.inputs = [given.get(i.name, gs.Variable.empty()) for i in SPARSE_UP.inputs]
+            keep, node.attrs = int(node.attrs["keep"]), node.attrs | {"keep": 0}
+            add_body(graph, SPARSE_UP, Form({name: type_of(t) for name, t in given.items()}, node.attrs))
+            if keep > 0:
+                _keep(graph, part, node, given["blocks"], importance, keep)
+
+
+def _keep(graph: gs.Graph, part: gs.Graph, node: gs.Node, blocks: gs.Tensor, importance: gs.Tensor, keep: int) -> None:
+    """KeepLargest behind a SparseUp that computes all."""
+    (result,) = node.outputs
+    whole = gs.Variable(f"{result.name}/all", result.dtype, result.shape)
+    node.outputs = [whole]
+    inputs = {"h": whole, "blocks": blocks, "importance": importance}
+    attributes = {"block": int(node.attrs["block"]), "keep": keep}
+    add_body(graph, KEEP_LARGEST, Form({name: type_of(t) for name, t in inputs.items()}, attributes))
+    made = gs.Node(KEEP_LARGEST.name, f"{node.name}/keep", attributes, list(inputs.values()), [result], domain=DOMAIN)
+    part.nodes.insert(part.nodes.index(node) + 1, made)
+
+
+def _parts(graph: gs.Graph) -> Iterator[gs.Graph]:
+    yield graph
+    yield from graph.subgraphs(recursive=True)
+
+
+def _given(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
+    """Inputs by name; those left out are empty, or missing at the end."""
+    return {i.name: t for i, t in zip(op.inputs, node.inputs, strict=False) if not t.is_empty()}
+
+
+def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
+    """Why a node cannot be a plugin."""
+    form = Form({name: type_of(tensor) for name, tensor in given.items()}, node.attrs)
+    shapes = {name: tensor.shape for name, tensor in given.items()}
+    for i in op.inputs:
+        if i.name in given and form.given[i.name] not in i.types:
+            return f"{i.name} is {form.given[i.name]}"
+        fixed = i.name not in ("x", "h", "blocks")
+        known = shapes.get(i.name, [0])
+        if fixed and not (known and isinstance(known[-1], int)):
+            return f"the size of {i.name} is not known before the engine runs"
+    if Plugin(op, tuple(given)).name not in PLUGINS:
+        return "an input that it needs is left out"
+    return kernel_of(op).refuses(form, shapes)
+
+
+def _drop(graph: gs.Graph, op: Op) -> None:
+    graph.functions = [f for f in graph.functions if (f.domain, f.name) != (DOMAIN, op.name)]
+
+
+def _drop_unused(graph: gs.Graph) -> None:
+    """Reference bodies that no node of the graph, nor of other functions, asks for."""
+    asked = {(n.domain, n.op) for part in [*_parts(graph), *graph.functions] for n in part.nodes}
+    graph.functions = [f for f in graph.functions if f.domain != DOMAIN or (f.domain, f.name) in asked]

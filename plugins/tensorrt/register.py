@@ -1,0 +1,179 @@
+"""Plugins declared to TensorRT, in the process that builds: what they give, their tactics, and the kernel of each."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trimtab.plugins.dialect import DOMAIN, Form, Value
+from trimtab.plugins.tensorrt import device
+from trimtab.plugins.tensorrt.expressions import raw, sizes_of
+from trimtab.plugins.tensorrt.kernels import compiled, kernel_of, tactics, tile_of
+from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
+
+__all__ = ["missing", "register"]
+
+_TYPES = {
+    "FLOAT": ("tensor(float)", "FP32"),
+    "HALF": ("tensor(float16)", "FP16"),
+    "BF16": ("tensor(bfloat16)", "BF16"),
+    "INT8": ("tensor(int8)", "INT8"),
+    "INT32": ("tensor(int32)", "INT32"),
+}
+"""Name of a tensorrt.DataType → ONNX's name, and that of the grammar of combinations."""
+
+
+_INSTALL = 'pip install "trimtab[tensorrt]"'
+
+
+def missing() -> str | None:
+    """What this machine lacks to declare plugins, with what to do about it; None where all is there."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return f"TensorRT is not installed; {_INSTALL}, with NVIDIA's own package index as an extra index"
+    if importlib.util.find_spec("triton") is None:
+        return f"the Triton language, in which the kernels are written, is not installed; {_INSTALL}"
+    try:
+        import tensorrt.plugin as trtp
+    except ImportError:
+        return "this TensorRT has no Python plugins; install 10.9 or later"
+    return None if hasattr(trtp, "aot_impl") else "this TensorRT embeds no kernels of plugins; install 10.9 or later"
+
+
+def register(names: Iterable[str], capability: int | None = None) -> None:
+    """Declare plugins, before a parser meets them. Those that are declared already are left as they are.
+
+    Args:
+        names: as `plugins_of(model)` and `prepare(graph)` tell them.
+        capability: compute capability that kernels are compiled for, such as 90; that of this machine's GPU by default,
+            which is asked for when the first kernel is.
+
+    Raises:
+        ValueError: there is no plugin of that name.
+        RuntimeError: `missing()`.
+    """
+    wanted = tuple(names)
+    for name in wanted:
+        if name not in PLUGINS:
+            raise ValueError(f"no plugin of trimtab is called {name!r}")
+    if wanted and (lack := missing()) is not None:
+        raise RuntimeError(lack)
+    for name in wanted:
+        _register(PLUGINS[name], capability)
+
+
+def _register(plugin: Plugin, capability: int | None) -> None:
+    import tensorrt.plugin as trtp
+
+    if hasattr(getattr(trtp.op, DOMAIN, None), plugin.name):
+        return
+    name, made = f"{DOMAIN}::{plugin.name}", _Callbacks(plugin, capability)
+    tensors = [_parameter(i, trtp.TensorDesc) for i in plugin.inputs]
+    attributes = [_parameter(a.name, int) for a in plugin.op.attributes]
+    outputs, tactic = _parameter("outputs", tuple[trtp.TensorDesc]), _parameter("tactic", int)
+    kernel = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    trtp.register(name)(_signed(made.describe, [*tensors, *attributes], trtp.TensorDesc))
+    trtp.autotune(name)(_signed(made.tune, [*tensors, *attributes, outputs], list[trtp.AutoTuneCombination]))
+    trtp.aot_impl(name)(_signed(made.embed, [*tensors, *attributes, outputs, tactic], kernel))
+
+
+def _parameter(name: str, kind: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+
+
+def _signed(call: Any, parameters: Sequence[inspect.Parameter], returned: Any) -> Any:
+    """`call` under a signature of its own, which is all that TensorRT's validators look at."""
+
+    def made(*given: Any, **named: Any) -> Any:
+        return call(*inspect.Signature(parameters).bind(*given, **named).args)
+
+    made.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return made
+
+
+class _Callbacks:
+    """What TensorRT calls, each with the given inputs' descriptors first and the attributes behind them."""
+
+    def __init__(self, plugin: Plugin, capability: int | None) -> None:
+        self.plugin = plugin
+        self.capability = capability
+
+    def describe(self, *arguments: Any) -> Any:
+        """Shape and type of the output."""
+        import tensorrt as trt
+        import tensorrt.plugin as trtp
+
+        tensors, attributes = self._divide(arguments)
+        shape = self.plugin.op.infer(_shapes(self.plugin, tensors), attributes)
+        follows = self.plugin.op.follows
+        assert shape is not None
+        return trtp.from_shape_expr(
+            tuple(raw(size) for size in shape), trt.int32 if follows is None else tensors[follows].dtype
+        )
+
+    def tune(self, *arguments: Any) -> list[Any]:
+        """The types of the network as they are, since it is strongly typed; and every tile that is worth timing."""
+        import tensorrt.plugin as trtp
+
+        *rest, outputs = arguments
+        tensors, attributes = self._divide(rest)
+        form, shapes = self._form(tensors, attributes), _static(tensors)
+        kinds = ", ".join(_TYPES[desc.dtype.name][1] for desc in (*tensors.values(), *outputs))
+        return [
+            trtp.AutoTuneCombination(
+                kinds, "LINEAR", tactics(kernel_of(self.plugin.op), form, shapes, _most_tokens(tensors))
+            )
+        ]
+
+    def embed(self, *arguments: Any) -> tuple[str, str, Any, Any]:
+        """Kernel, launch and run-time sizes of a tactic."""
+        import tensorrt.plugin as trtp
+
+        *rest, _, tactic = arguments
+        tensors, attributes = self._divide(rest)
+        form, static = self._form(tensors, attributes), _static(tensors)
+        kernel = kernel_of(self.plugin.op)
+        if (reason := kernel.refuses(form, static)) is not None:
+            raise ValueError(f"{self.plugin.name}: {reason}")
+        tile = tile_of(kernel, form, static, tactic)
+        made = compiled(kernel, form, static, tile, self.capability or device.capability())
+        shapes = dict(_shapes(self.plugin, tensors))
+        shapes[self.plugin.op.output[0]] = self.plugin.op.infer(shapes, attributes)
+        sizes = kernel.measure(shapes)
+        grid = [raw(size) for size in kernel.grid(sizes, made.constants, tile)]
+        launch = trtp.KernelLaunchParams(*grid, block_x=made.threads, shared_mem=made.shared_bytes)
+        extra = trtp.SymIntExprs(len(kernel.sizes))
+        for place, name in enumerate(kernel.sizes):
+            extra[place] = trtp.SymInt32(raw(sizes[name]))
+        return made.name, made.ptx, launch, extra
+
+    def _divide(self, arguments: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Value]]:
+        """Descriptors by name of input, and the op's attributes."""
+        inputs, op = self.plugin.inputs, self.plugin.op
+        tensors = dict(zip(inputs, arguments[: len(inputs)], strict=True))
+        encoded = {a.name: int(v) for a, v in zip(op.attributes, arguments[len(inputs) :], strict=True)}
+        return tensors, self.plugin.decode(encoded)
+
+    def _form(self, tensors: Mapping[str, Any], attributes: Mapping[str, Value]) -> Form:
+        return Form({name: _TYPES[desc.dtype.name][0] for name, desc in tensors.items()}, attributes)
+
+
+def _shapes(plugin: Plugin, tensors: Mapping[str, Any]) -> dict[str, list[Any] | None]:
+    """Shapes in expressions; None for the inputs that this form leaves out."""
+    return {i.name: sizes_of(tensors[i.name].shape_expr) if i.name in tensors else None for i in plugin.op.inputs}
+
+
+def _static(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes in numbers, -1 for sizes that vary; there are numbers only once the builder tunes."""
+    return {name: tuple(desc.shape) for name, desc in tensors.items()}
+
+
+def _most_tokens(tensors: Mapping[str, Any]) -> int:
+    """Of the first input, in the largest shape that the profile allows."""
+    shape = next(iter(tensors.values())).shape
+    sizes = shape.max if shape.is_dynamic else tuple(shape)
+    product = 1
+    for size in sizes[:-1]:
+        product *= int(size)
+    return product

@@ -1,0 +1,214 @@
+"""Graphs made ready for TensorRT: nodes of plugins, bodies that go, nodes that stay, and the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import pytest
+from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
+
+from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.emit import add_body, type_of
+from trimtab.plugins.tensorrt import PLUGINS, Prepared, missing, plugins_of, prepare
+from trimtab.plugins.tensorrt.prepare import split_keep
+
+pytest.importorskip("triton", reason="the kernels need the package triton")
+WIDTH, BLOCK, COUNT = 64, 4, 12
+NEURONS = BLOCK * COUNT
+
+
+def ffn(
+    rng: np.random.Generator, form: str = "float32", keep: int = 0, kind: type = np.float32, layers: int = 1
+) -> gs.Graph:
+    """Gated FFNs, one after the other, that choose 6 of 12 blocks by their input, and in the end a head."""
+    graph = graph_of(x=(kind, ["batch", "tokens", WIDTH]), rows=(np.int32, [1, "candidates"]))
+    x, rows = graph.inputs
+    for layer in range(layers):
+        name = f"layer.{layer}"
+        scores = gs.Variable(f"{name}/scores", kind, ["batch", "tokens", COUNT])
+        predictor = gs.Constant(f"{name}/predictor", rng.standard_normal((WIDTH, COUNT)).astype(kind))
+        graph.nodes.append(gs.Node("MatMul", f"{name}/predict", inputs=[x, predictor], outputs=[scores]))
+        blocks = add_node(graph, SELECT_BLOCKS, {"scores": scores}, f"{name}/blocks", k=6, dense_above=5)
+        parts: dict[str, gs.Tensor] = {"x": x, "blocks": blocks}
+        for label in ("up", "gate", "down"):
+            made, _ = weights(label, NEURONS, WIDTH, form, rng)
+            for key, tensor in made.items():
+                tensor.name = f"{name}/{key}"
+            parts |= made
+        downs = {key: parts.pop(key) for key in list(parts) if key.startswith("down")}
+        parts["gate_bias"] = gs.Constant(f"{name}/bias", rng.standard_normal(NEURONS).astype(np.float32))
+        parts["importance"] = gs.Constant(f"{name}/importance", rng.random(NEURONS).astype(np.float32))
+        h = add_node(graph, SPARSE_UP, parts, f"{name}/h", activation="silu", block=BLOCK, keep=keep)
+        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, f"{name}/y", block=BLOCK)
+        x = gs.Variable(f"{name}/out", kind, ["batch", "tokens", WIDTH])
+        size = gs.Constant(f"{name}/size", np.array(1 / WIDTH**2, kind))
+        graph.nodes.append(gs.Node("Mul", f"{name}/scale", inputs=[y, size], outputs=[x]))
+    head, _ = weights("weight", 30, WIDTH, form, rng)
+    logits = add_node(graph, SPARSE_HEAD, {"x": x, "blocks": rows} | head, "logits")
+    graph.outputs = [logits]
+    return graph
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def feeds(rng: np.random.Generator, tokens: int, kind: type = np.float32) -> dict[str, np.ndarray]:
+    return {"x": rng.standard_normal((2, tokens, WIDTH)).astype(kind), "rows": some_blocks(1, 30, 9, rng)}
+
+
+def back(graph: gs.Graph) -> None:
+    """Plugins' nodes as those of the ops again, by what the nodes and the table of plugins say alone."""
+    for node in graph.nodes:
+        plugin = PLUGINS.get(node.op) if node.domain == DOMAIN else None
+        if plugin is None:
+            continue
+        assert list(node.attrs) == [
+            *(a.name for a in plugin.op.attributes), "plugin_namespace", "plugin_version", "aot"
+        ]  # fmt: skip
+        assert node.attrs["plugin_namespace"] == "trimtab" and node.attrs["plugin_version"] == "1"
+        assert node.attrs["aot"] == 1
+        numbers = {a.name: node.attrs[a.name] for a in plugin.op.attributes}
+        assert all(type(value) is int for value in numbers.values())
+        given = dict(zip(plugin.inputs, node.inputs, strict=True))
+        node.op, node.attrs = plugin.op.name, plugin.decode(numbers)
+        node.inputs = [given.get(i.name, gs.Variable.empty()) for i in plugin.op.inputs]
+        add_body(graph, plugin.op, Form({name: type_of(t) for name, t in given.items()}, node.attrs))
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+@pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8"])
+def test_nodes_become_those_of_plugins(form: str, keep: int) -> None:
+    rng = np.random.default_rng()
+    graph = ffn(rng, form, keep, layers=2)
+    before = finish(graph, *graph.outputs)
+    prepared = prepare(graph)
+    scales = "_up_scale_gate_gate_scale" if form == "int8" else "_gate"
+    assert prepared.left == {}
+    assert set(prepared.plugins) == {
+        "SelectBlocksPlugin",
+        f"SparseUpPlugin{scales}_gate_bias",
+        "SparseDownPlugin_down_scale" if form == "int8" else "SparseDownPlugin",
+        "SparseHeadPlugin_weight_scale" if form == "int8" else "SparseHeadPlugin",
+    }
+    model = finish(graph, *graph.outputs)
+    assert plugins_of(model) == prepared.plugins
+    assert [f.name for f in model.functions] == (["KeepLargest"] if keep else [])
+    assert not any("" in node.input for node in model.graph.node if node.domain == DOMAIN), "no input is left out"
+    again = gs.import_onnx(model)
+    back(again)
+    after = finish(again, *again.outputs)
+    for tokens in (1, 2, 3):  # below and above what takes all blocks
+        given = feeds(rng, tokens)
+        close(run(after, given), run(before, given), form, float(np.abs(run(before, given)).max()))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("form", FORMATS)
+def test_keep_is_an_op_of_its_own(form: str, kind: type) -> None:
+    """All activations and then the largest are what SparseUp keeps; in half precision they are rounded in between."""
+    rng = np.random.default_rng()
+    keep = int(rng.integers(1, 9))
+    graph = ffn(rng, form, keep, kind)
+    up = next(node for node in graph.nodes if node.op == "SparseUp")
+    graph.outputs = [up.outputs[0]]
+    model = gs.export_onnx(graph)
+    given = feeds(rng, 4, kind)
+    wanted = run(model, given).astype(np.float64)
+    split_keep(graph)
+    nodes = {node.op: node for node in graph.nodes if node.domain == DOMAIN}
+    assert nodes["SparseUp"].attrs["keep"] == 0 and nodes["KeepLargest"].attrs == {"block": BLOCK, "keep": keep}
+    assert len([t for t in nodes["SparseUp"].inputs if not t.is_empty()]) < 9
+    found = run(gs.export_onnx(graph), given).astype(np.float64)
+    if kind is np.float32:
+        close(found, wanted, form, float(np.abs(wanted).max()))
+        assert ((found == 0) == (wanted == 0)).all()
+    else:
+        same = ((found == 0) == (wanted == 0)).all(-1)
+        assert same.mean() >= 0.7, "ties after rounding are rare"
+        np.testing.assert_array_equal(found[same], wanted[same])
+    blocks = (found.reshape(*found.shape[:-1], -1, BLOCK) != 0).any(-1).sum(-1)
+    assert (blocks <= keep).all() and blocks.max() == min(keep, blocks.max())
+
+
+def test_without_keep_its_importance_goes() -> None:
+    graph = ffn(np.random.default_rng())
+    split_keep(graph)
+    assert not any(node.op == "KeepLargest" for node in graph.nodes)
+    assert all(tensor.name != "layer.0/importance" for node in graph.nodes for tensor in node.inputs)
+
+
+def test_int4_stays_standard_ops() -> None:
+    rng = np.random.default_rng()
+    graph = ffn(rng, "int4", keep=2)
+    before = finish(graph, *graph.outputs)
+    prepared = prepare(graph)
+    assert prepared.plugins == ("SelectBlocksPlugin",)
+    assert set(prepared.left) == {"layer.0/h", "layer.0/y", "logits"}
+    assert all("int4" in reason for reason in prepared.left.values())
+    model = finish(graph, *graph.outputs)
+    assert {f.name for f in model.functions} == {"SparseUp", "SparseDown", "SparseHead", "KeepLargest"}
+    again = gs.import_onnx(model)
+    back(again)
+    given = feeds(rng, 3)
+    close(run(gs.export_onnx(again), given), run(before, given), "int4")
+
+
+def test_what_kernels_do_not_hold_stays() -> None:
+    graph = graph_of(scores=(np.float32, [1, 3_000_000]), others=(np.float32, [1, "n"]), few=(np.float32, [1, 50]))
+    outputs = [add_node(graph, SELECT_BLOCKS, {"scores": t}, f"{t.name}/b", k=3) for t in graph.inputs]
+    graph.outputs = outputs
+    prepared = prepare(graph)
+    assert prepared.plugins == ("SelectBlocksPlugin",)
+    assert "3000000 scores are more" in prepared.left["scores/b"]
+    assert "not known before" in prepared.left["others/b"]
+    model = finish(graph, *outputs)
+    assert [n.op_type for n in model.graph.node] == ["SelectBlocks", "SelectBlocks", "SelectBlocksPlugin"]
+    assert [f.name for f in model.functions] == ["SelectBlocks"], "the nodes that stay need it"
+
+
+def test_within_branches() -> None:
+    """Nodes of subgraphs are nodes too, and the model that is read again tells their plugins."""
+    graph = graph_of(scores=(np.float32, [2, 12]), which=(bool, []))
+    scores, which = graph.inputs
+    branches = []
+    for k in (2, 3):
+        inner = gs.Graph(opset=graph.opset, functions=graph.functions, import_domains=graph.import_domains)
+        inner.outputs = [add_node(inner, SELECT_BLOCKS, {"scores": scores}, f"b{k}", k=k, shared=1)]
+        branches.append(inner)
+    graph.functions = branches[0].functions
+    out = gs.Variable("out", np.int32, [1, "k"])
+    attrs = {"then_branch": branches[0], "else_branch": branches[1]}
+    graph.nodes.append(gs.Node("If", "if", attrs, [which], [out]))
+    graph.outputs = [out]
+    assert prepare(graph) == Prepared(("SelectBlocksPlugin",), {})
+    assert plugins_of(gs.export_onnx(graph)) == ("SelectBlocksPlugin",)
+
+
+def test_graphs_without_the_dialect_stay_as_they_are() -> None:
+    graph = graph_of(x=(np.float32, [2]))
+    y = gs.Variable("y", np.float32, [2])
+    graph.nodes.append(gs.Node("Relu", inputs=[graph.inputs[0]], outputs=[y]))
+    assert prepare(graph) == Prepared((), {})
+    assert plugins_of(finish(graph, y)) == ()
+
+
+def test_names_tell_plugins_apart() -> None:
+    assert len({name.lower() for name in PLUGINS}) == len(PLUGINS)
+    assert all(plugin.name == name and "." not in name for name, plugin in PLUGINS.items())
+    assert not any(onnx.defs.has(name) for name in PLUGINS)
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorrt" else find(name))
+    assert 'not installed; pip install "trimtab[tensorrt]"' in (missing() or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else find(name))
+    with pytest.raises(RuntimeError, match="need the package triton"):
+        prepare(ffn(np.random.default_rng()))
