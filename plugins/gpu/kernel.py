@@ -1,0 +1,82 @@
+"""What a GPU kernel of an op is: the function, its tiles, and the sizes that it is told at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.plugins.dialect import Form, Op
+
+Shapes = Mapping[str, Sequence[Any]]
+"""Input or output → its shape. Sizes are integers, or expressions that know + * // with an integer on their right."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a launch divides its work: one of the tactics that a builder may time.
+
+    Attributes:
+        tokens: tokens of one program. 1 multiplies row by row; 16 and more use the matrix units.
+        rows: neurons (or scores) that a program reads at a time.
+        columns: elements of each of those rows that it reads at a time.
+        warps: of a program.
+        stages: loads in flight ahead of their use, where the compiler can keep them so.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class GpuKernel:
+    """The kernel of one op.
+
+    The run-time parameters of `function` are pointers to all inputs of the op in their order (None where a form leaves
+    one out), then `sizes` as 32-bit integers, then the pointer to the output: the order in which TensorRT gives
+    them. Everything behind is known at compile time.
+
+    Attributes:
+        sizes: names of the integers.
+        measure: their values, from the shapes of all inputs and the output.
+        constants: values of what is known at compile time, from the form, the sizes of its constant inputs, and a tile.
+        grid: programs along each axis, from the values of `sizes`, the constants, and a tile.
+        tiles: those worth timing, for a form and the shapes of its constant inputs; the first is the one to take untimed.
+        refuses: why there is no kernel for a form and shapes, or None.
+    """
+
+    op: Op
+    function: Any
+    sizes: tuple[str, ...]
+    measure: Callable[[Shapes], dict[str, Any]] = field(repr=False)
+    constants: Callable[[Form, Shapes, Tile], dict[str, Any]] = field(repr=False)
+    grid: Callable[[Mapping[str, Any], Mapping[str, Any], Tile], tuple[Any, ...]] = field(repr=False)
+    tiles: Callable[[Form, Shapes], tuple[Tile, ...]] = field(repr=False)
+    refuses: Callable[[Form, Shapes], str | None] = field(repr=False)
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    """Of sizes that may be expressions."""
+    made: Any = None
+    for size in sizes:
+        made = size if made is None else made * size
+    return 1 if made is None else made
+
+
+def ceil_div(a: Any, b: int) -> Any:
+    """⌈a / b⌉ of a size that may be an expression."""
+    return a if b == 1 else (a + (b - 1)) // b
+
+
+def token_programs(sizes: Mapping[str, Any], tokens: int) -> Any:
+    """Programs along the tokens: each has at most `tokens` of one group, the tokens that share a choice of blocks."""
+    groups = sizes["groups"]
+    return groups * ceil_div(sizes["tokens"] // groups, tokens)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not less than `n`."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,66 @@
+"""What kernels with weights share, in the Triton language: products with chosen rows, activations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["activate", "place", "rows_of", "times_rows"]
+
+
+@triton.jit
+def place(tokens, groups, TOKENS: tl.constexpr):
+    """Group of this program, number of its first token, and the tokens behind that which are its own."""
+    each = tokens // groups
+    tiles = tl.cdiv(each, TOKENS)
+    group = tl.program_id(0) // tiles
+    first = (tl.program_id(0) % tiles) * TOKENS
+    return group, group * each + first, each - first
+
+
+@triton.jit
+def rows_of(blocks, group, row, k, BLOCK: tl.constexpr):
+    """Numbers of the neurons at the places `row` of a choice of k blocks; row 0 for places behind its end."""
+    there = row < k * BLOCK
+    number = tl.load(blocks + group * k + row // BLOCK, mask=there, other=0)
+    return tl.where(there, number * BLOCK + row % BLOCK, 0).to(tl.int64)
+
+
+@triton.jit
+def times_rows(x, w, number, column, have, WIDTH: tl.constexpr, total):
+    """`total` + the products of a tile of x, [COLUMNS] or [COLUMNS, TOKENS], with columns of chosen rows of w."""
+    from_ = w + number[:, None] * WIDTH + column[None, :]
+    if WIDTH % column.shape[0] == 0:
+        tile = tl.load(from_)
+    else:
+        tile = tl.load(from_, mask=have[None, :], other=0)
+    if len(x.shape) == 1:
+        total += tile.to(tl.float32) * x.to(tl.float32)[None, :]
+    else:
+        total = tl.dot(tile.to(x.dtype), x, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of that name, in float32."""
+    if ACTIVATION == "relu":
+        y = tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu_squared":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif ACTIVATION == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        y = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2u) - 1, so half of 1 + tanh(u) is sigmoid(2u)
+        y = x * tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(x)
+    elif ACTIVATION == "tanh":
+        y = 2 * tl.sigmoid(2 * x) - 1
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        y = x
+    return y

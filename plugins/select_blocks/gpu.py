@@ -1,0 +1,200 @@
+"""SelectBlocks on a GPU: a program makes one choice, of scores that it holds in its registers, or reads again and again.
+
+It looks for the k-th highest score by its bits, two of them per pass, as radix selection does; no sort, no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, power_of_two, product
+from trimtab.plugins.select_blocks import SELECT_BLOCKS, local_k
+
+__all__ = ["KERNEL", "MOST"]
+
+MOST = 1 << 14
+"""Scores that the registers of a program hold; of more it keeps none, and reads them once per pass."""
+
+COUNTED = 1 << 21
+"""Scores up to where three counts of them fit into 64 bits."""
+
+
+@triton.jit
+def keys_of(scores):
+    """Integers in the order of floating-point numbers, of as many bits."""
+    scores = tl.where(scores == 0, 0.0, scores).to(scores.dtype)  # -0 is no less than 0
+    if scores.dtype == tl.float32:
+        bits = scores.to(tl.int32, bitcast=True)
+        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    else:
+        bits = scores.to(tl.int16, bitcast=True).to(tl.int32)
+        keys = bits ^ ((bits >> 31) & 0x7FFF)
+    return keys
+
+
+@triton.jit
+def highest(keys, there, k, BITS: tl.constexpr):
+    """Which of `keys` [rows, n] are among the k highest of their row; of equal ones the first. `there`: not padding."""
+    LOWEST: tl.constexpr = -(2 ** (BITS - 1))
+    keys = tl.where(there, keys, LOWEST)
+    positive = tl.sum((keys >= 0).to(tl.int32), 1) >= k
+    limit = tl.where(positive, 0, LOWEST)
+    for shift in range(BITS - 3, 0, -2):
+        step = 1 << shift
+        a, b, c = limit + step, limit + 2 * step, limit + 3 * step
+        counts = (keys >= a[:, None]).to(tl.int64)  # three counts in one sum
+        counts += (keys >= b[:, None]).to(tl.int64) << 21
+        counts += (keys >= c[:, None]).to(tl.int64) << 42
+        found = tl.sum(counts, 1)
+        for number in tl.static_range(3):
+            limit += tl.where(((found >> (21 * number)) & 0x1FFFFF) >= k, step, 0)
+    if BITS % 2 == 0:  # the sign and pairs of the others leave one
+        enough = tl.sum((keys >= limit[:, None] + 1).to(tl.int32), 1) >= k
+        limit += tl.where(enough, 1, 0)
+    above = (keys > limit[:, None]) & there
+    equal = (keys == limit[:, None]) & there
+    room = k - tl.sum(above.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
+
+
+@triton.jit
+def keys_at(from_, at, each, COUNT: tl.constexpr):
+    """Keys of the highest scores of `each` tokens at the places `at`."""
+    best = keys_of(tl.load(from_ + at, mask=at < COUNT, other=0.0))
+    for token in range(1, each):
+        more = tl.load(from_ + token.to(tl.int64) * COUNT + at, mask=at < COUNT, other=0.0)
+        best = tl.maximum(best, keys_of(more))
+    return best
+
+
+@triton.jit
+def store_highest(from_, each, k, to, COUNT: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`highest` and the writing of what it finds, for more scores than registers hold."""
+    LOWEST: tl.constexpr = -(2 ** (BITS - 1))
+    place = tl.arange(0, COLUMNS)
+    count = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, COUNT, COLUMNS):
+        at = start + place
+        count += ((keys_at(from_, at, each, COUNT) >= 0) & (at < COUNT)).to(tl.int32)
+    limit = tl.where(tl.sum(count, 0) >= k, 0, LOWEST)
+    for shift in range(BITS - 3, 0, -2):
+        step = 1 << shift
+        counts = tl.zeros([COLUMNS], tl.int64)
+        for start in range(0, COUNT, COLUMNS):
+            at = start + place
+            keys = tl.where(at < COUNT, keys_at(from_, at, each, COUNT), LOWEST)
+            counts += (keys >= limit + step).to(tl.int64)
+            counts += (keys >= limit + 2 * step).to(tl.int64) << 21
+            counts += (keys >= limit + 3 * step).to(tl.int64) << 42
+        found = tl.sum(counts, 0)
+        for number in tl.static_range(3):
+            limit += tl.where(((found >> (21 * number)) & 0x1FFFFF) >= k, step, 0)
+    for _ in range(1 - BITS % 2):
+        count = tl.zeros([COLUMNS], tl.int32)
+        for start in range(0, COUNT, COLUMNS):
+            at = start + place
+            count += ((keys_at(from_, at, each, COUNT) >= limit + 1) & (at < COUNT)).to(tl.int32)
+        limit += tl.where(tl.sum(count, 0) >= k, 1, 0)
+    count = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, COUNT, COLUMNS):
+        at = start + place
+        count += ((keys_at(from_, at, each, COUNT) > limit) & (at < COUNT)).to(tl.int32)
+    room = k - tl.sum(count, 0)
+    written = 0
+    for start in range(0, COUNT, COLUMNS):
+        at = start + place
+        keys = keys_at(from_, at, each, COUNT)
+        equal = ((keys == limit) & (at < COUNT)).to(tl.int32)
+        chosen = ((keys > limit) & (at < COUNT)) | ((equal > 0) & (tl.cumsum(equal, 0) <= room))
+        tl.store(to + written + tl.cumsum(chosen.to(tl.int32), 0) - 1, at, mask=chosen)
+        room -= tl.sum(equal, 0)
+        written += tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def select_blocks(
+    scores,
+    tokens, groups, take,
+    blocks,
+    COUNT: tl.constexpr, SHARDS: tl.constexpr, LOCAL: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    each = tokens // groups
+    from_ = scores + (group * each).to(tl.int64) * COUNT
+    if take == COUNT:
+        for start in range(0, COUNT, COLUMNS):
+            at = start + tl.arange(0, COLUMNS)
+            tl.store(blocks + group * COUNT + at, at, mask=at < COUNT)
+    elif ROWS * COLUMNS < COUNT:
+        store_highest(from_, each, take, blocks + group * take, COUNT, BITS, COLUMNS)
+    else:
+        at = tl.arange(0, COLUMNS)[None, :]
+        shard = tl.arange(0, ROWS)[:, None]
+        there = (shard < SHARDS) & (at < COUNT // SHARDS)
+        number = tl.where(there, shard * (COUNT // SHARDS) + at, 0)
+        keys = keys_at(from_, number, each, COUNT)
+        if SHARDS > 1:
+            there = highest(keys, there, LOCAL, BITS)
+        keys = tl.reshape(keys, [1, ROWS * COLUMNS])
+        chosen = highest(keys, tl.reshape(there, [1, ROWS * COLUMNS]), take, BITS)
+        to = blocks + group * take + tl.cumsum(chosen.to(tl.int32), 1) - 1
+        tl.store(to, tl.reshape(number, [1, ROWS * COLUMNS]), mask=chosen)
+
+
+def _measure(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "tokens": product(shapes["scores"][:-1]),
+        "groups": shapes["blocks"][0],
+        "take": shapes["blocks"][1],
+    }
+
+
+def _padded(form: Form, shapes: Shapes) -> tuple[int, int]:
+    shards = int(form.attributes["shards"])
+    return power_of_two(shards), power_of_two(int(shapes["scores"][-1]) // shards)
+
+
+def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
+    count = int(shapes["scores"][-1])
+    k, shards, slack = (int(form.attributes[name]) for name in ("k", "shards", "slack"))
+    return {
+        "COUNT": count,
+        "SHARDS": shards,
+        "LOCAL": local_k(k, shards, slack, count),
+        "BITS": 32 if form.given["scores"] == "tensor(float)" else 16,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+    }
+
+
+def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
+    return sizes["groups"], 1, 1
+
+
+def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
+    rows, columns = _padded(form, shapes)
+    if rows * columns > MOST:
+        return Tile(1, 1, 8192, 16), Tile(1, 1, 4096, 16)
+    least, warps = max(1, rows * columns // 1024), max(1, min(16, rows * columns // 512))
+    return tuple(Tile(1, rows, columns, n) for n in dict.fromkeys((warps, least, max(1, least // 2))))
+
+
+def _refuses(form: Form, shapes: Shapes) -> str | None:
+    rows, columns = _padded(form, shapes)
+    count = shapes["scores"][-1]
+    if rows > 1 and rows * columns > MOST // 2:
+        return f"{count} scores in {form.attributes['shards']} shards are more than the {MOST // 2} that a program holds"
+    if count > COUNTED:
+        return f"{count} scores are more than the {COUNTED} that it counts"
+    return None
+
+
+KERNEL = GpuKernel(
+    SELECT_BLOCKS, select_blocks, ("tokens", "groups", "take"), _measure, _constants, _grid, _tiles, _refuses
+)

@@ -1,0 +1,70 @@
+"""SparseHead on a GPU: as SparseUp, with one matrix and nothing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, token_programs
+from trimtab.plugins.gpu.products import place, rows_of, times_rows
+from trimtab.plugins.sparse_head import SPARSE_HEAD
+from trimtab.plugins.sparse_up.gpu import measure, refuses_weights, tiles
+
+__all__ = ["KERNEL"]
+
+
+@triton.jit
+def sparse_head(
+    x, blocks, weight, weight_scale, weight_bias,
+    tokens, groups, k,
+    logits,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    group, first, own = place(tokens, groups, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    number = rows_of(blocks, group, row, k, 1)
+    token = tl.arange(0, TOKENS)
+    if TOKENS == 1:
+        y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    else:
+        y = tl.zeros([ROWS, TOKENS], tl.float32)
+    for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
+        column = start + tl.arange(0, COLUMNS)
+        have = column < WIDTH
+        if TOKENS == 1:
+            tile = tl.load(x + first * WIDTH + column, mask=have, other=0.0)
+        else:
+            at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
+            tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
+        y = times_rows(tile, weight, number, column, have, WIDTH, y)
+    if TOKENS == 1:
+        y = tl.sum(y, 1)[:, None]
+    if weight_scale is not None:
+        y *= tl.load(weight_scale + number).to(tl.float32)[:, None]
+    if weight_bias is not None:
+        y += tl.load(weight_bias + number).to(tl.float32)[:, None]
+    to = (first + token).to(tl.int64)[None, :] * k + row[:, None]
+    tl.store(logits + to, y.to(logits.dtype.element_ty), mask=(row < k)[:, None] & (token < own)[None, :])
+
+
+def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
+    return {
+        "WIDTH": int(shapes["weight"][1]),
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "STAGES": tile.stages,
+    }
+
+
+def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
+    return token_programs(sizes, tile.tokens), ceil_div(sizes["k"], tile.rows), 1
+
+
+KERNEL = GpuKernel(
+    SPARSE_HEAD, sparse_head, ("tokens", "groups", "k"), measure, _constants, _grid, tiles, refuses_weights
+)

@@ -1,0 +1,114 @@
+"""SparseUp on a GPU: a program has a few chosen rows of `up` and `gate`, read whole, and some of the tokens that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, power_of_two, product, token_programs
+from trimtab.plugins.gpu.products import activate, place, rows_of, times_rows
+from trimtab.plugins.sparse_up import SPARSE_UP
+
+__all__ = ["KERNEL", "measure", "refuses_weights", "tiles"]
+
+
+@triton.jit
+def sparse_up(
+    x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias, importance,
+    tokens, groups, k,
+    h,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    group, first, own = place(tokens, groups, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    number = rows_of(blocks, group, row, k, BLOCK)
+    token = tl.arange(0, TOKENS)
+    if TOKENS == 1:
+        u = tl.zeros([ROWS, COLUMNS], tl.float32)
+    else:
+        u = tl.zeros([ROWS, TOKENS], tl.float32)
+    g = u
+    for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
+        column = start + tl.arange(0, COLUMNS)
+        have = column < WIDTH
+        if TOKENS == 1:
+            tile = tl.load(x + first * WIDTH + column, mask=have, other=0.0)
+        else:
+            at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
+            tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
+        u = times_rows(tile, up, number, column, have, WIDTH, u)
+        if gate is not None:
+            g = times_rows(tile, gate, number, column, have, WIDTH, g)
+    if TOKENS == 1:
+        u = tl.sum(u, 1)[:, None]
+        g = tl.sum(g, 1)[:, None]
+    if up_scale is not None:
+        u *= tl.load(up_scale + number).to(tl.float32)[:, None]
+    if up_bias is not None:
+        u += tl.load(up_bias + number).to(tl.float32)[:, None]
+    if gate is not None:
+        if gate_scale is not None:
+            g *= tl.load(gate_scale + number).to(tl.float32)[:, None]
+        if gate_bias is not None:
+            g += tl.load(gate_bias + number).to(tl.float32)[:, None]
+        u *= activate(g, ACTIVATION)
+    else:
+        u = activate(u, ACTIVATION)
+    to = (first + token).to(tl.int64)[None, :] * (k * BLOCK) + row[:, None]
+    tl.store(h + to, u.to(h.dtype.element_ty), mask=(row < k * BLOCK)[:, None] & (token < own)[None, :])
+
+
+def measure(shapes: Shapes) -> dict[str, Any]:
+    """Run-time sizes of an op that reads x, or h, and blocks."""
+    first = "x" if "x" in shapes else "h"
+    return {"tokens": product(shapes[first][:-1]), "groups": shapes["blocks"][0], "k": shapes["blocks"][1]}
+
+
+def refuses_weights(form: Form, shapes: Shapes) -> str | None:
+    """Why there is no kernel for these weights."""
+    for name, kind in form.given.items():
+        if kind == "tensor(uint8)":
+            return f"{name} is int4, which the GPU kernels do not read"
+    return None
+
+
+def _refuses(form: Form, shapes: Shapes) -> str | None:
+    if int(form.attributes["keep"]) > 0:
+        return "keep looks at all activations of a token, which one launch that spreads over the GPU cannot"
+    return refuses_weights(form, shapes)
+
+
+def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
+    """Whole rows for single tokens, so that all of a program's reads are on their way at once."""
+    weights = shapes["up"] if "up" in shapes else shapes["weight"]
+    wide = power_of_two(int(weights[1]))
+    most = min(wide, 4096)
+    one = [Tile(1, 2, most, 4), Tile(1, 4, min(most, 1024), 4), Tile(1, 1, most, 4), Tile(1, 8, min(most, 512), 4)]
+    many = [Tile(16, 16, min(wide, 128), 4, 4), Tile(16, 32, min(wide, 128), 4, 4), Tile(64, 64, min(wide, 64), 4, 4)]
+    return (*one, *many)
+
+
+def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
+    return {
+        "WIDTH": int(shapes["up"][1]),
+        "BLOCK": int(form.attributes["block"]),
+        "ACTIVATION": str(form.attributes["activation"]),
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "STAGES": tile.stages,
+    }
+
+
+def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
+    return token_programs(sizes, tile.tokens), ceil_div(sizes["k"] * constants["BLOCK"], tile.rows), 1
+
+
+KERNEL = GpuKernel(
+    SPARSE_UP, sparse_up, ("tokens", "groups", "k"), measure, _constants, _grid, tiles, _refuses
+)
