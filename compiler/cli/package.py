@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.cli import console
 
 BACKEND_HELP = "Triton backend that runs the build: auto, onnxruntime, python (ONNX Runtime in it) or tensorrt."
+BATCH_HELP = "Samples that Triton joins in one call, at most. Default: the most that the workload declares."
 
 
 def command(
@@ -25,6 +26,7 @@ def command(
         str | None, typer.Option(help="Name of the model in Triton. Default: that of the build's folder.")
     ] = None,
     backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "auto",
+    max_batch: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
     gpu: Annotated[
         bool | None, typer.Option("--gpu/--cpu", help="Where Triton runs the engine. Default: tensorrt on the GPU.")
     ] = None,
@@ -40,28 +42,22 @@ def command(
     if (genai is None) == (triton is None):
         raise typer.BadParameter("give one of --genai and --triton")
     opened = open_build(build)
-    if triton is not None:
-        _triton(opened, triton, json, name, backend, gpu, mounted_at, environment)
+    if genai is not None:
+        from trimtab.compiler.packaging.genai import package_genai
+
+        out = package_genai(opened, genai)
+        if json:
+            console.emit_json({"genai": str(out)})
+        else:
+            print(f"{out}: ready for onnxruntime-genai")
         return
-    from trimtab.compiler.packaging.genai import package_genai
-
-    assert genai is not None
-    out = package_genai(opened, genai)
-    if json:
-        console.emit_json({"genai": str(out)})
-    else:
-        print(f"{out}: ready for onnxruntime-genai")
-
-
-def _triton(
-    build: Build, out: Path, json: bool, name: str | None, backend: str, gpu: bool | None, mounted_at: str | None,
-    environment: str | None,
-) -> None:  # fmt: skip
     from trimtab.compiler.packaging.triton import package_triton
 
+    assert triton is not None
     made = package_triton(
-        build, out, name=name, backend=backend, gpu=gpu, mounted_at=mounted_at, environment=environment
-    )
+        opened, triton, name=name, backend=backend, batch=max_batch, gpu=gpu, mounted_at=mounted_at,
+        environment=environment,
+    )  # fmt: skip
     if json:
         console.emit_json({"triton": str(made.path), "models": list(made.models), "backend": made.backend})
         return

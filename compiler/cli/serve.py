@@ -15,7 +15,7 @@ import typer
 
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.cli import console
-from trimtab.compiler.cli.package import BACKEND_HELP
+from trimtab.compiler.cli.package import BACKEND_HELP, BATCH_HELP
 
 
 def command(
@@ -28,6 +28,7 @@ def command(
     ] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Of the model. Default: that of the build's folder.")] = None,
     backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "auto",
+    max_batch: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
     repository: Annotated[
         Path | None, typer.Option(help="Write the model repository there, and keep it.", show_default="temporary")
     ] = None,
@@ -54,8 +55,8 @@ def command(
             serving = stack.enter_context(
                 serve_build(
                     opened, repository or scratch / "repository", log or scratch / "server.log", host=host,
-                    ports=Ports(port, grpc_port, metrics_port), name=name, backend=backend, start_s=start_timeout,
-                    progress=report,
+                    ports=Ports(port, grpc_port, metrics_port), name=name, backend=backend, batch=max_batch,
+                    start_s=start_timeout, progress=report,
                 )
             )  # fmt: skip
             _show(serving, time.perf_counter() - start, json)

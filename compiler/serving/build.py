@@ -44,6 +44,7 @@ def serve_build(
     ports: Ports | None = None,
     name: str | None = None,
     backend: str = "auto",
+    batch: int | None = None,
     start_s: float = 120.0,
     progress: Progress | None = None,
 ) -> Iterator[Serving]:
@@ -52,7 +53,7 @@ def serve_build(
     Args:
         repository: folder that is written for the server; it must not exist, and stays.
         log: file for what the server says.
-        name, backend: as `package_triton` takes them; "auto" is what the server at hand can run.
+        name, backend, batch: as `package_triton` takes them; backend "auto" is what the server at hand can run.
         start_s: seconds that loading may take.
         progress: of the installation of a server, where there is none.
 
@@ -69,7 +70,7 @@ def serve_build(
         )
     chosen = choose_ports(host, ports or Ports())
     server = find_server(progress)
-    package = package_triton(build, repository, name=name, backend=_fit(server, wanted, backend))
+    package = package_triton(build, repository, name=name, backend=_fit(server, wanted, backend), batch=batch)
     with serve(server, package.path, log, host=host, ports=chosen, start_s=start_s) as served:
         yield Serving(served, package, first_answer(served.url, package))
 

@@ -60,6 +60,7 @@ def package_triton(
     *,
     name: str | None = None,
     backend: str = "auto",
+    batch: int | None = None,
     gpu: bool | None = None,
     mounted_at: Path | str | None = None,
     environment: str | None = None,
@@ -69,6 +70,7 @@ def package_triton(
     Args:
         name: of the text model; the engine's is the same with "_engine". By default that of the build's folder.
         backend: one of `BACKENDS`; "auto" is the target's own.
+        batch: the most samples that Triton joins in one call; by default the most that the workload declares.
         gpu: whether models lie on the GPU; by default those of TensorRT do.
         mounted_at: where the server will see `out`, if elsewhere: ONNX Runtime's backend wants the native kernels by a
             path that it can open.
@@ -87,6 +89,7 @@ def package_triton(
         build=build,
         name=_model_name(name or build.path.resolve().name),
         backend=chosen,
+        batch=_batch(build, batch),
         gpu=chosen == "tensorrt" if gpu is None else gpu,
         seen_at=Path(mounted_at) if mounted_at else out,
         environment=environment,
@@ -108,6 +111,13 @@ def _model_name(name: str) -> str:
     if not found:
         raise BuildError(f"{name!r}: no name for a model in Triton", hint="give one of letters and digits with --name")
     return found
+
+
+def _batch(build: Build, asked: int | None) -> int:
+    low, _, high = build.manifest.workload["batch"]
+    if asked is not None and not low <= asked <= high:
+        raise BuildError(f"batches of {asked}: the build's workload has {low} to {high}", hint="compile it for more")
+    return int(asked or high)
 
 
 def check_backend(build: Build, asked: str) -> str:
@@ -143,6 +153,7 @@ class _Plan:
     build: Build
     name: str
     backend: str
+    batch: int
     gpu: bool
     seen_at: Path
     environment: str | None
@@ -191,7 +202,7 @@ class _Plan:
     def _engine(self, folder: Path, name: str) -> None:
         manifest, version = self.build.manifest, folder / name / _VERSION
         version.mkdir(parents=True)
-        batch = manifest.workload["batch"][2] if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
+        batch = self.batch if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
         parameters: dict[str, str] = {}
         if self.backend == "tensorrt":
             shutil.copyfile(self.build.path / ENGINE / "model.engine", version / "model.plan")
@@ -236,12 +247,12 @@ class _Plan:
             outputs = [_info("LABEL", "bytes", 1), _info("PROBABILITIES", "float32", width)]
         config = configs.model_config(
             self.name, "python", [_info("TEXT", "bytes", 1)], outputs,
-            batch=workload["batch"][2], instances=_FRONTS, parameters=self._python_parameters(),
+            batch=self.batch, instances=_FRONTS, parameters=self._python_parameters(),
         )  # fmt: skip
         configs.write_config(config, folder / self.name)
 
     def _generator(self, folder: Path) -> None:
-        manifest, version = self.build.manifest, folder / self.name / _VERSION
+        version = folder / self.name / _VERSION
         if self.backend == "tensorrt":
             raise TargetError(
                 f"{self.build.path}: a decoder; in Triton, trimtab generates with ONNX Runtime",
@@ -252,7 +263,7 @@ class _Plan:
         version.mkdir(parents=True)
         cache = Cache.of(self.build.model)
         told = self._session(version) | self._tokenizer(version) | {
-            "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim}, "batch": manifest.workload["batch"][2],
+            "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim},
         }  # fmt: skip
         self._write_python("generate", version, told)
         inputs = [
@@ -262,7 +273,7 @@ class _Plan:
         ]  # fmt: skip
         config = configs.model_config(
             self.name, "python", inputs, [_info("text_output", "bytes", 1), _info("finish_reason", "bytes", 1)],
-            batch=manifest.workload["batch"][2], gpu=self.gpu, optional=[tensor.name for tensor in inputs[1:]],
+            batch=self.batch, gpu=self.gpu, optional=[tensor.name for tensor in inputs[1:]],
             parameters=self._python_parameters(),
         )  # fmt: skip
         config.model_transaction_policy.decoupled = True

@@ -69,7 +69,6 @@ class TritonPythonModel:
         told, folder = settings(args), version_folder(args)
         tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer", told["max_tokens"])
         runner = _Runner(open_session(folder, told), Cache(**told["cache"]))
-        self._batch: int = told["batch"]
         self._engine: Any = SimpleNamespace(
             tokenizer=tokenizer, runner=runner, manifest=SimpleNamespace(max_tokens=told["max_tokens"])
         )
