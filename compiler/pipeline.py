@@ -18,6 +18,7 @@ from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.phases import Phases, Progress, give_back, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
@@ -83,6 +84,7 @@ def compile_model(
             hint="give calibration texts with --data FILE, or a profile with --profile FILE",
         )
     capability = get_target(recipe.target).probe()
+    _check_fit(recipe, capability)
     given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
     dataset = read_data(data) if data is not None and given is None and recipe.needs_profile else None
     phases = Phases(progress)
@@ -144,7 +146,10 @@ class _Compile:
         give_back()  # the weights would stay while the engine is built and run
         with phases("build the engine"), self.writer.writing():
             for model in models:
-                get_target(self.recipe.target).build(model, self.recipe.workload, folder / ENGINE)
+                wishes = self.recipe.engine
+                get_target(self.recipe.target).build(
+                    model, self.recipe.workload, folder / ENGINE, timeout_s=wishes.timeout_s, options=wishes
+                )
         with phases("check the engine"):
             check = self_check(self.source, sizes.dense_bytes, folder, self.recipe)
         manifest = Manifest(
@@ -206,6 +211,22 @@ def _check_shards(recipe: Recipe) -> None:
     from trimtab.compiler.targets.sharded.group import require_torch
 
     require_torch()
+
+
+def _check_fit(recipe: Recipe, capability: Capability) -> None:
+    """That the target runs what the passes make, and knows what the recipe wishes of its engines."""
+    for step in recipe.passes:
+        reason = step.unfit(capability)
+        if reason is not None:
+            raise TargetError(
+                f"target {recipe.target} cannot run what pass {step.name} makes: {reason}",
+                hint="leave the pass out, or choose --target onnxruntime",
+            )
+    if recipe.engine != EngineOptions() and not get_target(recipe.target).builds_engines:
+        raise TargetError(
+            f"engine: target {recipe.target} builds no engines, so it has no use for these wishes",
+            hint="leave the section out, or choose --target tensorrt-rtx",
+        )
 
 
 def _origin(source: Source) -> str:

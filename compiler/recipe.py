@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
 
+from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.strict import explain, parse_yaml, read_yaml, suggest
 from trimtab.compiler.workload import Workload
 from trimtab.passes import Pass, pass_class
@@ -45,6 +46,7 @@ class Recipe(BaseModel):
         workload: the shapes it must serve.
         calibration: how the Profile is measured, when a pass needs one and none is given.
         threads: CPU threads of the engine, of each shard, and of calibration; None leaves it to the runtime.
+        engine: wishes for engines, of targets that build some.
         shards: processes among which FFNs and head are divided; 1 divides nothing.
         check: compare the finished engine with the dense model before the build is let out.
     """
@@ -55,6 +57,7 @@ class Recipe(BaseModel):
     target: str = "onnxruntime"
     workload: Workload = Field(default_factory=Workload)
     calibration: Calibration = Calibration()
+    engine: EngineOptions = EngineOptions()
     threads: int | None = Field(None, ge=1)
     shards: int = Field(1, ge=1)
     check: bool = True

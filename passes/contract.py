@@ -28,11 +28,13 @@ class Capability:
         weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
         float16: it computes in half precision without falling back to float32.
         saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
+        integer_products: it multiplies activations as integers, whose scales are found as they come.
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})
     float16: bool = False
     saturates: bool = False
+    integer_products: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ class Pass(BaseModel, ABC):
 
         At the exact end of the pass's dial the new graph computes the same as the old one.
         """
+
+    def unfit(self, capability: Capability) -> str | None:
+        """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
+        return None
 
     def rounding(self, capability: Capability) -> Rounding | None:
         """What the pass does to products in floating point, beyond the rewrite: nothing, for most."""

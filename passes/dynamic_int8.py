@@ -51,6 +51,11 @@ class DynamicInt8(Pass):
         details: dict[str, Any] = {"float_products": after, "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
         return PassResult(self.name, before - after, (), details)
 
+    def unfit(self, capability: Capability) -> str | None:
+        if capability.integer_products:
+            return None
+        return "it does not multiply integers whose scales are found at run time"
+
     def rounding(self, capability: Capability) -> Rounding:
         """The quantizer's: uint8 activations with one scale for the tensor, symmetric int8 weights."""
         return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from pydantic import Field
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy
-from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.linear import Linear
@@ -38,9 +38,9 @@ class WeightOnly(Pass):
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Quantize the projections of `graph`. Reads their weights, one at a time."""
-        if self.bits not in context.capability.weight_bits:
-            can = ", ".join(f"int{bits}" for bits in sorted(context.capability.weight_bits)) or "no integer weights"
-            raise RecipeError(f"the target does not multiply with int{self.bits} weights", hint=f"it takes {can}")
+        reason = self.unfit(context.capability)
+        if reason is not None:
+            raise RecipeError(f"the target cannot run it: {reason}")
         raise_opset(graph, _OPSET)
         anatomy = find_anatomy(graph)
         left: list[Left] = []
@@ -71,6 +71,12 @@ class WeightOnly(Pass):
         if "ffn" in self.parts and ffn_bytes:
             details["ffn_bytes"] = ffn_bytes
         return PassResult(self.name, changed, tuple(left), details)
+
+    def unfit(self, capability: Capability) -> str | None:
+        if self.bits in capability.weight_bits:
+            return None
+        can = ", ".join(f"int{bits}" for bits in sorted(capability.weight_bits)) or "no integer weights"
+        return f"it does not multiply with int{self.bits} weights, but with {can}"
 
     def _linears(self, anatomy: Anatomy) -> Iterator[tuple[Part, str, Linear]]:
         """(part, what it is called, projection), each projection once."""

@@ -12,6 +12,7 @@ import numpy as np
 from trimtab.passes.errors import TargetError
 
 if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+    from trimtab.compiler.engine_options import EngineOptions
     from trimtab.compiler.workload import Workload
     from trimtab.passes.contract import Capability
     from trimtab.passes.crossover import Measure
@@ -78,6 +79,8 @@ class Target(ABC):
     """One line for `trimtab targets`."""
     divides: ClassVar[bool] = False
     """Whether it runs a model that is divided among processes."""
+    builds_engines: ClassVar[bool] = False
+    """Whether the recipe's `engine` section says anything to it."""
 
     @abstractmethod
     def probe(self) -> Capability:
@@ -96,12 +99,21 @@ class Target(ABC):
         return None
 
     @abstractmethod
-    def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
+    def build(
+        self,
+        model: Path,
+        workload: Workload,
+        out: Path,
+        *,
+        timeout_s: float = 3600,
+        options: EngineOptions | None = None,
+    ) -> list[Path]:
         """Make of the ONNX file `model` what the runtime loads.
 
         Args:
             out: folder for the engine's files, made when needed.
             timeout_s: seconds after which the build is given up.
+            options: wishes for engines, of targets that build some.
 
         Returns:
             The files written. After an error there are none.

@@ -57,7 +57,7 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
 
 def command(job: Path, answer: Path) -> list[str]:
     """The command line of the child."""
-    return [sys.executable, "-m", "trimtab.compiler.targets.build_engine", str(job), str(answer)]
+    return [sys.executable, "-m", "trimtab.compiler.targets.tensorrt.build_engine", str(job), str(answer)]
 
 
 def signal_name(number: int) -> str:

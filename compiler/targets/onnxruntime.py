@@ -14,6 +14,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import MODEL, PLAN, Runner, Target
 from trimtab.compiler.targets.crossover import measured_crossover
@@ -134,7 +135,15 @@ class OnnxRuntime(Target):
     def crossover(self, threads: int | None = None) -> Measure | None:
         return lambda shape: measured_crossover(shape, lambda: session_options(threads))
 
-    def build(self, model: Path, workload: Workload, out: Path, *, timeout_s: float = 3600) -> list[Path]:
+    def build(
+        self,
+        model: Path,
+        workload: Workload,
+        out: Path,
+        *,
+        timeout_s: float = 3600,
+        options: EngineOptions | None = None,
+    ) -> list[Path]:
         """Checks that the runtime takes the graph; there is nothing to write.
 
         Optimisation and prepacking wait until `open`, so that a model larger than memory can be checked too.

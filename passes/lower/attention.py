@@ -143,7 +143,8 @@ def rotary_embedding(nodes: Nodes, node: gs.Node) -> list[gs.Tensor]:
     scale, heads = float(node.attrs.get("scale", 1.0)), int(node.attrs.get("num_heads", 0))
     half = int(cos.shape[-1])
     flat = x.shape is None or len(x.shape) == 3
-    width = int(node.attrs.get("rotary_embedding_dim", 0)) and heads and int(x.shape[-1]) // heads or 2 * half
+    partial = int(node.attrs.get("rotary_embedding_dim", 0)) and heads
+    width = int(x.shape[-1]) // heads if partial else 2 * half
     if scale != 1.0 or positions.shape is None or len(positions.shape) != 2:
         raise ModelError(f"{node.name}: RotaryEmbedding with a scale, or positions that are not [batch, tokens]")
     y = nodes("Transpose", nodes("Reshape", x, [0, 0, -1, width]), perm=[0, 2, 1, 3]) if flat else x

@@ -13,11 +13,11 @@ from trimtab.passes.graph import constant, insert
 
 Operand: TypeAlias = gs.Tensor | np.ndarray | Sequence[int] | int
 
-_SAME = frozenset(
-    ["Abs", "Add", "Concat", "Div", "Erf", "Expand", "Floor", "Gather", "GatherElements", "Identity", "MatMul", "Max"]
-    + ["Min", "Mul", "Neg", "Pow", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "ScatterElements"]
-    + ["Sigmoid", "Slice", "Softmax", "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze", "CumSum"]
-)
+_SAME = frozenset([
+    "Abs", "Add", "Concat", "CumSum", "Div", "Erf", "Expand", "Floor", "Gather", "GatherElements", "Identity", "MatMul",
+    "Max", "Min", "Mul", "Neg", "Pow", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "ScatterElements",
+    "Sigmoid", "Slice", "Softmax", "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze",
+])  # fmt: skip
 """Ops whose output is of the type of their first input."""
 
 

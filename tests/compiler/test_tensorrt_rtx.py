@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trimtab.compiler.targets import child, get_target, tensorrt, trials
 from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.targets.tensorrt import target
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import TargetError
 
@@ -65,7 +67,11 @@ def test_an_engine_says_what_it_is(tmp_path: Path) -> None:
     said = json.loads(info.read_text())
     assert said["target"] == "tensorrt-rtx" and said["library"] == "tensorrt_rtx" and said["version"]
     assert said["precisions"] == ["FLOAT"]
-    assert said["profile"] == {"x": [[1, 64], [2, 64], [4, 64]]}
+    (engine,) = said["engines"]
+    assert engine["file"] == "model.engine"
+    assert engine["profiles"] == [{"name": "all", "shapes": {"x": [[1, 64], [2, 64], [4, 64]]}}]
+    assert engine["inputs"] == [{"name": "x", "dtype": "float", "shape": [-1, 64]}]
+    assert engine["outputs"] == [{"name": "y", "dtype": "float", "shape": [-1, 32]}]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -82,8 +88,8 @@ def test_transformers_are_built(tmp_path: Path, family: str) -> None:
     engine, info = get_target("tensorrt-rtx").build(zoo.exported(family), SIZES, tmp_path / "engine")
     weights = sum(p.numel() for p in zoo.tiny_model(family).parameters())
     assert engine.stat().st_size > 2 * weights
-    profile = json.loads(info.read_text())["profile"]
-    assert profile["input_ids"] == [[1, 4], [2, 8], [4, 16]] == profile["attention_mask"]
+    (profile,) = json.loads(info.read_text())["engines"][0]["profiles"]
+    assert profile["shapes"]["input_ids"] == [[1, 4], [2, 8], [4, 16]] == profile["shapes"]["attention_mask"]
 
 
 def test_external_weights_reach_the_engine(tmp_path: Path) -> None:
@@ -103,16 +109,15 @@ def test_refused_nodes_are_all_named_before_anything_is_built(tmp_path: Path) ->
         [
             helper.make_node("Relu", ["x"], ["h"], name="fine"),
             helper.make_node("NonZero", ["h"], ["y"], name="layer.0/nonzero"),
-            helper.make_node("FastGelu", ["h"], ["z"], name="layer.1/gelu", domain="com.microsoft"),
+            helper.make_node("Inverse", ["h"], ["z"], name="layer.1/inverse", domain="com.microsoft"),
             helper.make_node("Compress", ["h", "keep"], ["c"], name="layer.2/compress"),
         ],
         {"keep": np.ones(3, bool)},
     )
-    target = get_target("tensorrt-rtx")
     with pytest.raises(
-        TargetError, match=r"(?s)NonZero 'layer.0/nonzero'.*::FastGelu 'layer.1/gelu'.*Compress"
+        TargetError, match=r"(?s)NonZero 'layer.0/nonzero'.*::Inverse 'layer.1/inverse'.*Compress"
     ) as caught:
-        target.build(model, SIZES, tmp_path / "engine")
+        get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
     assert "fine" not in str(caught.value)
     assert_nothing_left(tmp_path / "engine")
     with pytest.raises(TargetError, match=r"layer\.0/nonzero"):
@@ -147,7 +152,7 @@ def test_a_crash_of_the_builder_is_an_error_with_its_last_words(
     swap_child(
         monkeypatch,
         "import json, os, sys; print('converting layer 3', file=sys.stderr, flush=True);"
-        "open(json.load(open(sys.argv[1]))['engine'], 'w').write('half an engine'); os.abort()",
+        "open(json.load(open(sys.argv[1]))['build']['engines'][0], 'w').write('half an engine'); os.abort()",
     )
     with pytest.raises(TargetError, match=r"(?s)tensorrt-rtx: the builder crashed \(SIGABRT\).*converting layer 3"):
         get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
@@ -175,11 +180,11 @@ def test_a_builder_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pyt
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = relu(tmp_path / "m.onnx")
 
-    def interrupted(name: str, job: dict[str, str], **_: object) -> None:
-        Path(job["engine"]).write_text("half an engine")
+    def interrupted(name: str, job: dict[str, Any], **_: object) -> None:
+        Path(job["build"]["engines"][0]).write_text("half an engine")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorrt, "run_child", interrupted)
+    monkeypatch.setattr(target, "run_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
     assert_nothing_left(tmp_path / "engine")
@@ -194,6 +199,7 @@ def test_an_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(gpu_present(), reason="a GPU is present")
 def test_opening_needs_a_gpu_and_says_so(tmp_path: Path) -> None:
+    get_target("tensorrt-rtx").build(relu(tmp_path / "m.onnx"), SIZES, tmp_path / "engine")
     with pytest.raises(TargetError, match="runs on an NVIDIA GPU, and this machine has none"):
         get_target("tensorrt-rtx").open(tmp_path)
 
@@ -202,12 +208,12 @@ def test_opening_needs_a_gpu_and_says_so(tmp_path: Path) -> None:
 def test_a_missing_library_is_refused_at_once_with_the_install_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda package: None)
-    target = get_target(name)
+    monkeypatch.setattr(target.importlib.util, "find_spec", lambda package: None)
+    missing = get_target(name)
     for attempt in (
-        target.probe,
-        lambda: target.build(tmp_path / "m.onnx", SIZES, tmp_path / "engine"),
-        lambda: target.open(tmp_path),
+        missing.probe,
+        lambda: missing.build(tmp_path / "m.onnx", SIZES, tmp_path / "engine"),
+        lambda: missing.open(tmp_path),
     ):
         with pytest.raises(TargetError, match=r"not installed here.*pip install") as caught:
             attempt()

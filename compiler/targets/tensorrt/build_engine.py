@@ -1,0 +1,201 @@
+"""The child process that parses graphs with TensorRT, or TensorRT-RTX, builds engines, and loads them once.
+
+`python -m trimtab.compiler.targets.tensorrt.build_engine JOB ANSWER`, two JSON files. The job has
+
+- `models`: paths of ONNX files to parse;
+- `plugins`: whether to register the dialect's plugins first;
+- `build`: null, or how to build an engine of each: `engines`, where to write them; `profiles`, for each a list of
+  {name, shapes: input → [min, opt, max]}; `gpus`, `weight_streaming`, `refit`, as the recipe has them; `timing_cache`,
+  the path of a file;
+- `load`: null, or [{engine, shapes: input → shape}], to be loaded and run once.
+
+The answer has `refused`, for each model a list of {node, op, reason}, and, when engines were asked for and nothing was
+refused, `built`, what is worth knowing of them. Which of the two libraries is used is decided by
+POLYGRAPHY_USE_TENSORRT_RTX, which Polygraphy reads when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from polygraphy import config as polygraphy_config
+from polygraphy.backend.trt import (
+    CreateConfig,
+    EngineBytesFromNetwork,
+    EngineFromBytes,
+    NetworkFromOnnxPath,
+    Profile,
+    TrtRunner,
+    create_network,
+)
+from polygraphy.mod.trt_importer import lazy_import_trt
+
+trt = lazy_import_trt()
+
+_SAME_ELSEWHERE = ("DequantizeLinear", "Gelu", "QuantizeLinear")
+"""Ops of com.microsoft that mean what the ONNX ops of their names mean."""
+
+
+def main(job_file: str, answer_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    if job.get("plugins"):
+        from trimtab.plugins.tensorrt import register
+
+        register()
+    answer: dict[str, Any] = {"refused": [refused_nodes(model) for model in job["models"]]}
+    if job["build"] and not any(answer["refused"]):
+        answer["built"] = build_all(job["models"], job["build"])
+    for each in job.get("load") or ():
+        load_once(Path(each["engine"]), each["shapes"])
+    Path(answer_file).write_text(json.dumps(answer))
+
+
+def refused_nodes(model: str) -> list[dict[str, str]]:
+    """What TensorRT's parser refuses in the ONNX file `model`: {node, op, reason}, in the order of the graph."""
+    _, network = create_network(**_typing())
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
+    proto = onnx.load(model, load_external_data=False)
+    supported = parser.supports_model_v2(proto.SerializeToString(), model)
+    errors = [] if supported else [parser.get_error(i) for i in range(parser.num_errors)]
+    reasons = {error.node(): error.desc() for error in errors if error.node() >= 0}
+    functions = {(function.domain, function.name) for function in proto.functions}
+    refused = []
+    for index, node in enumerate(
+        proto.graph.node
+    ):  # the parser stops at the first fault, so the other ops are asked for
+        if (node.domain, node.op_type) in functions or _is_plugin(node):
+            reason = reasons.get(index)
+        elif _mistaken(node):
+            reason = "the parser would take it for the ONNX op of the same name"
+        elif not parser.supports_operator(node.op_type):
+            reason = "not an op that the parser knows"
+        else:
+            reason = reasons.get(index)
+        if reason:
+            op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            refused.append({"node": node.name or node.output[0], "op": op, "reason": reason})
+    if not supported and not refused:  # faults of no node of the graph: an initializer's type, a node in a subgraph
+        refused = [{"node": e.node_name(), "op": e.node_operator(), "reason": e.desc()} for e in errors]
+    return refused
+
+
+def _is_plugin(node: onnx.NodeProto) -> bool:
+    return any(attribute.name == "plugin_namespace" for attribute in node.attribute)
+
+
+def _mistaken(node: onnx.NodeProto) -> bool:
+    """Whether the op only shares its name with an ONNX op: the parser sees names alone, and no domains."""
+    return node.domain not in ("", "ai.onnx") and onnx.defs.has(node.op_type) and node.op_type not in _SAME_ELSEWHERE
+
+
+def build_all(models: list[str], wishes: dict[str, Any]) -> dict[str, Any]:
+    """Build an engine of each of `models`, write it, and say what they are."""
+    _check_offered(wishes)
+    precisions: set[str] = set()
+    engines = []
+    for model, path, profiles in zip(models, wishes["engines"], wishes["profiles"], strict=True):
+        described, found = build(model, profiles, Path(path), wishes)
+        engines.append(described)
+        precisions |= set(found)
+    return {
+        "library": trt.__name__,
+        "version": trt.__version__,
+        "precisions": sorted(precisions),
+        "engines": engines,
+    }
+
+
+def build(
+    model: str, profiles: list[dict[str, Any]], path: Path, wishes: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Build one engine; returns its inputs, outputs and profiles, and the types of its tensors."""
+    builder, network, parser = NetworkFromOnnxPath(model, **_typing())()
+    config = CreateConfig(
+        profiles=[_profile(each["shapes"]) for each in profiles],
+        refittable=wishes["refit"] or None,
+        weight_streaming=wishes["weight_streaming"] or None,
+        load_timing_cache=_existing(wishes["timing_cache"]),
+    )(builder, network)
+    _aim(config, wishes["gpus"])
+    timing = wishes["timing_cache"]
+    engine = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=timing)()
+    with path.open("wb") as file:
+        file.write(engine)
+    sides = {
+        "inputs": [network.get_input(i) for i in range(network.num_inputs)],
+        "outputs": [network.get_output(i) for i in range(network.num_outputs)],
+    }
+    tensors = {side: [_described(tensor) for tensor in found] for side, found in sides.items()}
+    return {"profiles": profiles, **tensors}, _precisions(network)
+
+
+def load_once(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Load an engine and run it on zeros."""
+    with TrtRunner(EngineFromBytes(path.read_bytes())) as runner:
+        types = runner.get_input_metadata()
+        runner.infer({name: np.zeros(shape, types[name].dtype.numpy()) for name, shape in shapes.items()})
+
+
+def _profile(shapes: dict[str, list[list[int]]]) -> Profile:
+    made = Profile()
+    for name, (low, opt, high) in shapes.items():
+        made.add(name, min=low, opt=opt, max=high)
+    return made
+
+
+def _check_offered(wishes: dict[str, Any]) -> None:
+    for wish, flag in (("weight_streaming", "WEIGHT_STREAMING"), ("refit", "REFIT")):
+        if wishes[wish] and not hasattr(trt.BuilderFlag, flag):
+            raise SystemExit(f"{trt.__name__} {trt.__version__} offers no {wish}; leave engine.{wish} out")
+    if wishes["gpus"]:
+        known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] if _aims() else []
+        for gpu in wishes["gpus"]:
+            if _sm(gpu) not in known:
+                can = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known) or "the one that is here"
+                raise SystemExit(f"{trt.__name__} {trt.__version__} builds for no GPU {gpu}, but for: {can}")
+
+
+def _aims() -> bool:
+    """Whether an engine can be built for GPUs other than the one that is here."""
+    return hasattr(trt, "ComputeCapability")
+
+
+def _sm(gpu: str) -> str:
+    return "SM" + gpu.replace(".", "")
+
+
+def _aim(config: Any, gpus: list[str]) -> None:
+    """Build for `gpus`; for none, for what the library takes for usual."""
+    if gpus:
+        config.num_compute_capabilities = len(gpus)
+        for number, gpu in enumerate(gpus):
+            config.set_compute_capability(getattr(trt.ComputeCapability, _sm(gpu)), number)
+
+
+def _existing(path: str | None) -> str | None:
+    return path if path and Path(path).is_file() else None
+
+
+def _described(tensor: Any) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype.name.lower(), "shape": list(tensor.shape)}
+
+
+def _typing() -> dict[str, bool]:
+    """Types come from the ONNX graph alone; the newest TensorRT knows nothing else and has no such flag."""
+    return {"strongly_typed": hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")}
+
+
+def _precisions(network: Any) -> list[str]:
+    """Types of all tensors that the network's layers make, by TensorRT's names."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return sorted({layer.get_output_type(i).name for layer in layers for i in range(layer.num_outputs)})
+
+
+if __name__ == "__main__":
+    polygraphy_config.AUTOINSTALL_DEPS = False
+    main(*sys.argv[1:])

@@ -1,0 +1,112 @@
+"""engine/engine.json: what engines are, and on what they run. Read before an engine is loaded, and by packaging.
+
+`engines` are in the order in which they run; what one puts out under the name of a later one's input is handed on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trimtab.passes.errors import TargetError
+
+INFO_FILE = "engine.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tensor(_Model):
+    """An input or output of an engine; -1 is a dynamic size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class ProfileInfo(_Model):
+    """An optimization profile: input → (min, opt, max) shape. Its number is its place."""
+
+    name: str
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+class EngineFile(_Model):
+    """One engine of the build.
+
+    Attributes:
+        file: its name, beside engine.json.
+        profiles: the general one first.
+    """
+
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    profiles: tuple[ProfileInfo, ...]
+
+
+class EngineInfo(_Model):
+    """What is worth knowing of the engines of a build.
+
+    Attributes:
+        library, version: what built them; another version refuses them.
+        precisions: types of all tensors between their layers, by TensorRT's names.
+        compute_capabilities: GPUs that they were asked to run on, such as "8.9"; empty where the library chose.
+        gpu: compute capability of the GPU that they were built on, and run on alone; None where none was needed.
+        weight_streaming, refit: whether they were built so.
+        lowered: op → how many of it were given in standard ops.
+    """
+
+    target: str
+    library: str
+    version: str
+    precisions: tuple[str, ...]
+    compute_capabilities: tuple[str, ...] = ()
+    gpu: str | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+    lowered: dict[str, int] = {}
+    engines: tuple[EngineFile, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> EngineInfo:
+        """Of the engines in `folder`.
+
+        Raises:
+            TargetError: there are none, or the file is damaged.
+        """
+        path = folder / INFO_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise TargetError(f"{path}: says nothing of the engines ({said})", hint="compile it again") from error
+
+    def write(self, folder: Path) -> Path:
+        path = folder / INFO_FILE
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+        return path
+
+    def check(self, folder: Path, version: str, gpu: str | None) -> None:
+        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines.
+
+        Raises:
+            TargetError: it does not; says which wants which.
+        """
+        if version != self.version:
+            raise TargetError(
+                f"{folder}: these engines are of {self.library} {self.version}, and here is {version}",
+                hint=f"install {self.library} {self.version}, or compile the model again",
+            )
+        if gpu is None:
+            return
+        fit = (self.gpu,) if self.gpu is not None else self.compute_capabilities
+        if fit and gpu not in fit:
+            raise TargetError(
+                f"{folder}: these engines run on GPUs of compute capability {', '.join(fit)}, and this one has {gpu}",
+                hint="compile the model again on this machine"
+                if self.gpu is not None
+                else "compile the model again with this GPU among `engine: {gpus: [...]}`",
+            )

@@ -1,0 +1,113 @@
+"""From a build's graph to the ONNX files that TensorRT's parser takes: lowered, cut, with their profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.targets.tensorrt.profiles import Profile, profiles_of, tokens_of
+from trimtab.compiler.targets.tensorrt.segments import segments_of
+from trimtab.compiler.workload import Workload
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import load_graph, save_graph
+from trimtab.passes.graph.io import WeightFile
+from trimtab.passes.lower import lower
+from trimtab.plugins import DOMAIN
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the builder gets.
+
+    Attributes:
+        models: ONNX files, in the order in which their engines run.
+        profiles: of each.
+        plugins: whether they use the dialect's plugins.
+        lowered: op → how many of it were given in standard ops.
+    """
+
+    models: list[Path]
+    profiles: list[list[Profile]]
+    plugins: bool
+    lowered: dict[str, int]
+
+
+def prepare(model: Path, workload: Workload, scratch: Path, *, dialect: bool, segments: int) -> Prepared:
+    """Write what the builder needs into `scratch`; a model that it takes as it is stays where it is.
+
+    Args:
+        dialect: rewrite trimtab's own ops too. A target that has plugins keeps them.
+        segments: engines to cut it into.
+
+    Raises:
+        ModelError: an op has no form that the target takes; names the node.
+        RecipeError: the workload does not cover the inputs.
+        TargetError: the model cannot be cut so.
+    """
+    graph = load_graph(model)
+    profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
+    lowered = lower(graph, dialect=dialect, tokens=tokens_of(graph, workload))
+    plugins = any(node.domain == DOMAIN for node in graph.nodes)
+    if plugins:
+        _with_plugins(graph)
+    if not lowered and not plugins and segments == 1:
+        return Prepared([model], [profiles], False, lowered)
+    wanted = profiles_of(graph, workload)  # lowering tells sizes that an exporter left open
+    parts = segments_of(graph, segments)
+    whole = [[part_profile(part.inputs, profile, graph) for profile in wanted] for part in parts]
+    paths = [scratch / f"model.{number}.onnx" for number in range(len(parts))]
+    with WeightFile(scratch / "model.data") as weights:
+        for part, path in zip(parts, paths, strict=True):
+            save_graph(part, path, weights=weights)
+    return Prepared(paths, whole, plugins, lowered)
+
+
+def _with_plugins(graph: gs.Graph) -> None:
+    """Write what TensorRT wants to read of plugins on the dialect's nodes; their bodies are not needed then."""
+    from trimtab.plugins.tensorrt import prepare as write_attributes
+
+    write_attributes(graph)
+    graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
+
+
+def part_profile(inputs: Sequence[gs.Tensor], profile: Profile, graph: gs.Graph) -> Profile:
+    """`profile` of the whole `graph`, for a part of it with these inputs, which learn what of their shapes is dynamic.
+
+    What earlier parts hand on has the sizes that shape inference finds where the inputs have theirs.
+
+    Raises:
+        TargetError: it finds none.
+    """
+    handed = [tensor for tensor in inputs if tensor.name not in profile.shapes]
+    levels = [_sizes_at(graph, profile, level) for level in range(3)] if handed else []
+    shapes = dict(profile.shapes)
+    for tensor in handed:
+        found = [level.get(tensor.name) for level in levels]
+        low, opt, high = (tuple(size) if size is not None else () for size in found)
+        if any(size is None or not all(isinstance(n, int) for n in size) for size in found):
+            raise TargetError(
+                f"engine.segments: {tensor.name!r}, which would cross a cut, has no shape that can be told",
+                hint="build it as one engine",
+            )
+        shapes[tensor.name] = low, opt, high
+        known = tensor.shape or [None] * len(low)
+        fixed = [a == b and isinstance(n, int) for a, b, n in zip(low, high, known, strict=True)]
+        tensor.shape = [a if same else f"{tensor.name}.{i}" for i, (a, same) in enumerate(zip(low, fixed, strict=True))]
+    return Profile(profile.name, {tensor.name: shapes[tensor.name] for tensor in inputs})
+
+
+def _sizes_at(graph: gs.Graph, profile: Profile, level: int) -> dict[str, Sequence[int | str] | None]:
+    """Tensor → its shape, where the inputs have those of `profile` at `level` (min, opt or max)."""
+    dynamic = [tensor.shape for tensor in graph.inputs]
+    try:
+        for tensor in graph.inputs:
+            tensor.shape = list(profile.shapes[tensor.name][level])
+        infer_shapes(graph)
+        return {name: tensor.shape for name, tensor in graph.tensors().items() if tensor.shape is not None}
+    finally:
+        for tensor, shape in zip(graph.inputs, dynamic, strict=True):
+            tensor.shape = shape

@@ -1,0 +1,52 @@
+"""Optimization profiles: the sizes that an engine is built for, from the workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.targets.onnxruntime_steps import PAST
+from trimtab.compiler.workload import Shape, Workload
+
+PROMPT, STEP, ALL = "prompt", "step", "all"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile.
+
+    Attributes:
+        name: "all" of a model without a cache; a decoder has "prompt", which takes all that is declared, and "step" for
+            single tokens behind a cache.
+        shapes: input → (min, opt, max).
+    """
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+def profiles_of(graph: gs.Graph, workload: Workload) -> list[Profile]:
+    """The profiles for `graph`, the general one first.
+
+    Raises:
+        RecipeError: a dynamic axis has no range in the workload.
+    """
+    if not any(tensor.name.startswith(PAST) for tensor in graph.inputs):
+        return [Profile(ALL, workload.shapes(graph))]
+    found = [Profile(PROMPT, workload.shapes(graph))]
+    low, opt, high = workload.past
+    if high:
+        low = max(1, low)
+        step = workload.model_copy(update={"tokens": (1, 1, 1), "past": (low, max(low, opt), high)})
+        found.append(Profile(STEP, step.shapes(graph)))
+    return found
+
+
+def tokens_of(graph: gs.Graph, workload: Workload) -> tuple[int, int] | None:
+    """Fewest and most tokens of a call, all rows together; None where the inputs do not tell."""
+    axes = workload.axes(graph).values()
+    if not any("tokens" in shape for shape in axes):
+        return None
+    fewest = 1 if any("past" in shape for shape in axes) else workload.tokens[0]
+    return workload.batch[0] * fewest, workload.batch[2] * workload.tokens[2]

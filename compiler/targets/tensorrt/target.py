@@ -1,0 +1,224 @@
+"""TensorRT and TensorRT-RTX as targets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx
+
+from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.engine_options import EngineOptions
+from trimtab.compiler.targets import trials
+from trimtab.compiler.targets.base import ENGINE, Runner, Target
+from trimtab.compiler.targets.child import run_child
+from trimtab.compiler.targets.gpu import compute_capability, gpu_present
+from trimtab.compiler.targets.tensorrt.info import INFO_FILE, EngineInfo
+from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
+from trimtab.compiler.workload import Workload
+from trimtab.passes.contract import Capability
+from trimtab.passes.errors import TargetError
+
+_SHOWN = 5  # refused nodes that a message names
+_PARSE_S = 600.0
+
+
+class TensorRT(Target):
+    """Serialized, strongly typed engines, with optimization profiles from the workload."""
+
+    name = "tensorrt"
+    summary = "an engine for this machine's NVIDIA GPU; built on a machine with that GPU"
+    builds_engines = True
+    package: ClassVar[str] = "tensorrt"
+    install: ClassVar[str] = 'pip install "trimtab[tensorrt]", with NVIDIA\'s own package index as an extra index'
+    rtx: ClassVar[bool] = False
+
+    def probe(self) -> Capability:
+        self._require()
+        return _probe(self.name)
+
+    def check(self, model: Path) -> None:
+        """Let TensorRT's parser read `model`, without building.
+
+        Raises:
+            TargetError: it refuses nodes; names them.
+        """
+        self._require()
+        self._refuse(self.parse([model])[0])
+
+    def build(
+        self,
+        model: Path,
+        workload: Workload,
+        out: Path,
+        *,
+        timeout_s: float = 3600,
+        options: EngineOptions | None = None,
+    ) -> list[Path]:
+        self._require()
+        options = options or EngineOptions()
+        self._check_gpu(options)
+        made: list[Path] = []
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with _removed_on_error(made), tempfile.TemporaryDirectory(prefix=".graph-", dir=out) as scratch:
+                prepared = prepare(model, workload, Path(scratch), dialect=self.rtx, segments=options.segments)
+                names = [f"model.{number}.engine" for number in range(len(prepared.models))]
+                names = names if len(names) > 1 else ["model.engine"]
+                parts = [out / f"{name}.part" for name in names]
+                made += [*parts, *(out / name for name in names), out / INFO_FILE]
+                answer = self._child(self._job(prepared, parts, options), timeout_s)
+                self._refuse([node for refused in answer["refused"] for node in refused])
+                for part, name in zip(parts, names, strict=True):
+                    part.replace(out / name)
+                info = self._info(answer["built"], names, prepared, options)
+                info.write(out)
+                if gpu_present():
+                    self._load_once(info, out, timeout_s)
+        except OSError as error:
+            raise TargetError(f"{out}: cannot write the engine ({error})") from error
+        return [*(out / name for name in names), out / INFO_FILE]
+
+    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
+        self._require()
+        info = EngineInfo.read(folder / ENGINE)
+        info.check(folder, self._version(), compute_capability())
+        if not gpu_present():
+            raise TargetError(
+                f"{folder}: a {self.name} engine runs on an NVIDIA GPU, and this machine has none",
+                hint="open it on a machine with a GPU and its driver, or compile with --target onnxruntime",
+            )
+        from trimtab.compiler.targets.tensorrt.runner import TensorRTRunner
+
+        return TensorRTRunner(folder / ENGINE, info, rtx=self.rtx)
+
+    def _require(self) -> None:
+        if importlib.util.find_spec(self.package) is None:
+            raise TargetError(f"target {self.name} is not installed here", hint=self.install)
+
+    def _check_gpu(self, options: EngineOptions) -> None:
+        """Before the long build: TensorRT measures on the GPU that the engine is for."""
+        if self.rtx:
+            return
+        if not gpu_present():
+            raise TargetError(
+                f"a {self.name} engine is built on the GPU that it is for, and this machine has none",
+                hint="compile there, or with --target tensorrt-rtx, which needs no GPU to build",
+            )
+        if options.gpus:
+            raise TargetError(f"engine.gpus: {self.name} builds for the GPU that is here", hint="leave it out")
+
+    def _version(self) -> str:
+        """Of the installed library, without importing it."""
+        owners = importlib.metadata.packages_distributions().get(self.package, [])
+        return importlib.metadata.version(owners[0]) if owners else "unknown"
+
+    def _job(self, prepared: Prepared, parts: Sequence[Path], options: EngineOptions) -> dict[str, Any]:
+        return {
+            "models": [str(model) for model in prepared.models],
+            "plugins": prepared.plugins,
+            "build": {
+                "engines": [str(part) for part in parts],
+                "profiles": [
+                    [{"name": profile.name, "shapes": profile.shapes} for profile in profiles]
+                    for profiles in prepared.profiles
+                ],
+                "gpus": list(options.gpus),
+                "weight_streaming": options.weight_streaming,
+                "refit": options.refit,
+                "timing_cache": None if self.rtx else str(self._timing_cache()),  # RTX times nothing when it builds
+            },
+        }
+
+    def _timing_cache(self) -> Path:
+        """Of measured tactics: they hold for one version and one GPU."""
+        folder = cache_dir() / "timing"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{self.name}-{self._version()}-{compute_capability()}.cache"
+
+    def _info(
+        self, built: dict[str, Any], names: Sequence[str], prepared: Prepared, options: EngineOptions
+    ) -> EngineInfo:
+        engines = [{"file": name} | engine for name, engine in zip(names, built.pop("engines"), strict=True)]
+        return EngineInfo(
+            target=self.name,
+            **built,
+            compute_capabilities=options.gpus,
+            gpu=None if self.rtx else compute_capability(),
+            weight_streaming=options.weight_streaming,
+            refit=options.refit,
+            lowered=prepared.lowered,
+            engines=engines,
+        )
+
+    def _load_once(self, info: EngineInfo, out: Path, timeout_s: float) -> None:
+        """In a fresh process, as whoever serves them will: an engine that does not load is no engine."""
+        loads = [
+            {
+                "engine": str(out / engine.file),
+                "shapes": {name: opt for name, (_, opt, _) in engine.profiles[0].shapes.items()},
+            }
+            for engine in info.engines
+        ]
+        self._child({"models": [], "build": None, "load": loads}, timeout_s)
+
+    def _child(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        env = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if self.rtx else "0"}
+        return run_child(self.name, job, timeout_s=timeout_s, env=env)
+
+    def parse(self, models: Sequence[Path]) -> list[list[dict[str, str]]]:
+        """For each of `models`, what the parser refuses: a list of {node, op, reason}."""
+        job: dict[str, Any] = {"models": [str(model) for model in models], "build": None}
+        found: list[list[dict[str, str]]] = self._child(job, _PARSE_S)["refused"]
+        return found
+
+    def _refuse(self, refused: list[dict[str, str]]) -> None:
+        if not refused:
+            return
+        lines = [f"{r['op']} {r['node']!r}: {r['reason']}" if r["op"] else r["reason"] for r in refused[:_SHOWN]]
+        more = [f"and {len(refused) - _SHOWN} more"] if len(refused) > _SHOWN else []
+        raise TargetError(
+            "\n  ".join([f"{self.name} does not take this graph; its parser refuses", *lines, *more]),
+            hint="leave out the passes that made these nodes, export with standard ops, or choose --target onnxruntime",
+        )
+
+
+class TensorRTRTX(TensorRT):
+    """The same for TensorRT-RTX, whose engines are portable between GPUs and are built without one."""
+
+    name = "tensorrt-rtx"
+    summary = "a portable engine for NVIDIA RTX GPUs; built on any machine, GPU or none"
+    package = "tensorrt_rtx"
+    install = 'pip install "trimtab[tensorrt-rtx]"'
+    rtx = True
+
+
+@contextmanager
+def _removed_on_error(files: list[Path]) -> Iterator[None]:
+    """Take away what was written if the body fails; it adds to `files` what it is about to write."""
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+
+
+@lru_cache
+def _probe(name: str) -> Capability:
+    target = TensorRTRTX() if name == TensorRTRTX.name else TensorRT()
+    widths = (2, 4, 8)
+    tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        paths = [Path(folder) / f"{position}.onnx" for position in range(len(tried))]
+        for model, path in zip(tried, paths, strict=True):
+            onnx.save(model, path)
+        *blockwise, half, integers = (not refused for refused in target.parse(paths))
+    taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
+    return Capability(weight_bits=taken, float16=half, integer_products=integers)
