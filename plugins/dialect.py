@@ -145,7 +145,7 @@ class Op:
         shapes = {i.name: _shape(context, number) for number, i in enumerate(self.inputs)}
         attributes = {a.name: _attribute(context, a) for a in self.attributes}
         found = self.shape(shapes, attributes)
-        kind = onnx.TensorProto.INT32
+        kind: int = onnx.TensorProto.INT32
         if self.follows is not None:
             number = next(number for number, i in enumerate(self.inputs) if i.name == self.follows)
             proto = context.get_input_type(number)

@@ -31,7 +31,10 @@ def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
     if most < 0:
         return [rows, k]
     dense = tokens > most
-    return [rows - dense * (rows - 1), dense * (scores[-1] - k) + k]
+    return [
+        (rows - 1) * (1 - dense) + 1,
+        dense * (scores[-1] - k) + k,
+    ]  # no part is ever negative, for builders' bounds
 
 
 def _body(form: Form) -> str:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compiled", "kernel_of", "tactics", "tile_of"]
 
+SHARED_BYTES = 48 << 10
+"""Of a block, without a launcher that asks the driver for more; TensorRT is not known to ask."""
+
 _FOLDERS = {
     "SelectBlocks": "select_blocks",
     "SparseUp": "sparse_up",
@@ -29,10 +32,23 @@ def kernel_of(op: Op) -> GpuKernel:
     return kernel
 
 
-def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int | None) -> list[int]:
-    """Numbers of the tiles that are worth timing, from 1: those of many tokens are none for one token."""
-    tiles = kernel.tiles(form, shapes)
-    return [n for n, tile in enumerate(tiles, 1) if tile.tokens == 1 or most_tokens is None or most_tokens > 1]
+def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capability: int) -> list[int]:
+    """Numbers of the tiles that are worth timing, from 1.
+
+    Tiles of many tokens are none for one token. Neither are those with more shared memory than a kernel gets unasked,
+    nor, as long as there are others, those whose registers spill.
+    """
+    tiles = {n: t for n, t in enumerate(kernel.tiles(form, shapes), 1) if t.tokens == 1 or most_tokens > 1}
+    made = {number: compiled(kernel, form, shapes, tile, capability) for number, tile in tiles.items()}
+    fit = [number for number, each in made.items() if each.shared_bytes <= SHARED_BYTES]
+    return [number for number in fit if not _spilled_bytes(made[number].ptx, capability)] or fit
+
+
+@lru_cache
+def _spilled_bytes(ptx: str, capability: int) -> int:
+    from trimtab.plugins.gpu.ptx import assemble
+
+    return assemble(ptx, capability).spilled_bytes
 
 
 def tile_of(kernel: GpuKernel, form: Form, shapes: Any, tactic: int) -> Tile:

@@ -28,7 +28,7 @@ class Plugin:
 
     @property
     def name(self) -> str:
-        """Of the op and its optional inputs: SparseUpPlugin_up_bias_gate. No op is called so: the parser goes by names."""
+        """Of op and optional inputs: SparseUpPlugin_up_bias_gate. No op is called so, for the parser goes by names."""
         required = {i.name for i in self.op.inputs if not i.optional}
         return "_".join([f"{self.op.name}Plugin", *(name for name in self.inputs if name not in required)])
 

@@ -41,11 +41,11 @@ def missing() -> str | None:
     return None if hasattr(trtp, "aot_impl") else "this TensorRT embeds no kernels of plugins; install 10.9 or later"
 
 
-def register(names: Iterable[str], capability: int | None = None) -> None:
+def register(names: Iterable[str] | None = None, capability: int | None = None) -> None:
     """Declare plugins, before a parser meets them. Those that are declared already are left as they are.
 
     Args:
-        names: as `plugins_of(model)` and `prepare(graph)` tell them.
+        names: as `plugins_of(model)` and `prepare(graph)` tell them; all that there are by default.
         capability: compute capability that kernels are compiled for, such as 90; that of this machine's GPU by default,
             which is asked for when the first kernel is.
 
@@ -53,7 +53,7 @@ def register(names: Iterable[str], capability: int | None = None) -> None:
         ValueError: there is no plugin of that name.
         RuntimeError: `missing()`.
     """
-    wanted = tuple(names)
+    wanted = tuple(PLUGINS if names is None else names)
     for name in wanted:
         if name not in PLUGINS:
             raise ValueError(f"no plugin of trimtab is called {name!r}")
@@ -120,11 +120,9 @@ class _Callbacks:
         tensors, attributes = self._divide(rest)
         form, shapes = self._form(tensors, attributes), _static(tensors)
         kinds = ", ".join(_TYPES[desc.dtype.name][1] for desc in (*tensors.values(), *outputs))
-        return [
-            trtp.AutoTuneCombination(
-                kinds, "LINEAR", tactics(kernel_of(self.plugin.op), form, shapes, _most_tokens(tensors))
-            )
-        ]
+        capability = self.capability or device.capability()
+        numbers = tactics(kernel_of(self.plugin.op), form, shapes, _most_tokens(tensors), capability)
+        return [trtp.AutoTuneCombination(kinds, "LINEAR", numbers)]
 
     def embed(self, *arguments: Any) -> tuple[str, str, Any, Any]:
         """Kernel, launch and run-time sizes of a tactic."""
@@ -138,9 +136,9 @@ class _Callbacks:
             raise ValueError(f"{self.plugin.name}: {reason}")
         tile = tile_of(kernel, form, static, tactic)
         made = compiled(kernel, form, static, tile, self.capability or device.capability())
-        shapes = dict(_shapes(self.plugin, tensors))
-        shapes[self.plugin.op.output[0]] = self.plugin.op.infer(shapes, attributes)
-        sizes = kernel.measure(shapes)
+        shapes = _shapes(self.plugin, tensors)
+        output = {self.plugin.op.output[0]: self.plugin.op.infer(shapes, attributes)}
+        sizes = kernel.measure({name: shape for name, shape in (shapes | output).items() if shape is not None})
         grid = [raw(size) for size in kernel.grid(sizes, made.constants, tile)]
         launch = trtp.KernelLaunchParams(*grid, block_x=made.threads, shared_mem=made.shared_bytes)
         extra = trtp.SymIntExprs(len(kernel.sizes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -9,9 +11,13 @@ import onnxruntime as ort
 import pytest
 from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
 
+from trimtab.compiler.targets import get_target
+from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
+from trimtab.compiler.workload import Workload
 from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.emit import add_body, type_of
+from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
 from trimtab.plugins.tensorrt import PLUGINS, Prepared, missing, plugins_of, prepare
 from trimtab.plugins.tensorrt.prepare import split_keep
 
@@ -135,6 +141,16 @@ def test_keep_is_an_op_of_its_own(form: str, kind: type) -> None:
     assert (blocks <= keep).all() and blocks.max() == min(keep, blocks.max())
 
 
+def test_tensorrts_parser_takes_keep(tmp_path: Path) -> None:
+    """As TensorRT-RTX has it, whose parser works without a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    graph = graph_of(h=(np.float16, ["tokens", 6 * BLOCK]), blocks=(np.int32, ["selections", 6]))
+    given = dict(zip(("h", "blocks"), graph.inputs, strict=True))
+    given["importance"] = gs.Constant("importance", np.ones(NEURONS, np.float32))
+    onnx.save(finish(graph, add_node(graph, KEEP_LARGEST, given, "y", block=BLOCK, keep=2)), tmp_path / "model.onnx")
+    get_target("tensorrt-rtx").check(tmp_path / "model.onnx")
+
+
 def test_without_keep_its_importance_goes() -> None:
     graph = ffn(np.random.default_rng())
     split_keep(graph)
@@ -187,6 +203,27 @@ def test_within_branches() -> None:
     graph.outputs = [out]
     assert prepare(graph) == Prepared(("SelectBlocksPlugin",), {})
     assert plugins_of(gs.export_onnx(graph)) == ("SelectBlocksPlugin",)
+
+
+@pytest.mark.parametrize("form", ["float16", "int4"])
+def test_what_the_builder_gets(form: str, tmp_path: Path) -> None:
+    """The target's files have plugins, and the bodies of what stays."""
+    graph = ffn(np.random.default_rng(), form, keep=2)
+    model = finish(graph, *graph.outputs)
+    onnx.save(model, tmp_path / "model.onnx")
+    (tmp_path / "out").mkdir()
+    workload = Workload(batch=(1, 1, 2), tokens=(1, 2, 4), dims={"candidates": (9, 9, 9)})
+    made = prepare_files(tmp_path / "model.onnx", workload, tmp_path / "out", dialect=False, segments=1)
+    assert made.plugins
+    (path,) = made.models
+    written = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(str(path))
+    bodies = {f.name for f in written.functions}
+    if form == "float16":
+        assert len(plugins_of(written)) == 4 and bodies == {"KeepLargest"}
+    else:
+        assert plugins_of(written) == ("SelectBlocksPlugin",)
+        assert bodies == {"SparseUp", "SparseDown", "SparseHead", "KeepLargest"}
 
 
 def test_graphs_without_the_dialect_stay_as_they_are() -> None:

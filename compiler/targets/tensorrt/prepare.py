@@ -10,12 +10,12 @@ import onnx_graphsurgeon as gs
 
 from trimtab.compiler.targets.tensorrt.profiles import Profile, profiles_of, tokens_of
 from trimtab.compiler.targets.tensorrt.segments import segments_of
+from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.workload import Workload
-from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.graph.io import WeightFile
-from trimtab.passes.lower import lower
+from trimtab.passes.lower import lower, tell_head_dim
 from trimtab.plugins import DOMAIN
 
 
@@ -49,29 +49,31 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, dialect: bool, se
         TargetError: the model cannot be cut so.
     """
     graph = load_graph(model)
+    tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
     lowered = lower(graph, dialect=dialect, tokens=tokens_of(graph, workload))
     plugins = any(node.domain == DOMAIN for node in graph.nodes)
-    if plugins:
-        _with_plugins(graph)
     if not lowered and not plugins and segments == 1:
         return Prepared([model], [profiles], False, lowered)
-    wanted = profiles_of(graph, workload)  # lowering tells sizes that an exporter left open
     parts = segments_of(graph, segments)
-    whole = [[part_profile(part.inputs, profile, graph) for profile in wanted] for part in parts]
+    whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
     paths = [scratch / f"model.{number}.onnx" for number in range(len(parts))]
     with WeightFile(scratch / "model.data") as weights:
         for part, path in zip(parts, paths, strict=True):
+            if plugins:  # last of all, for nobody knows shapes behind a plugin but TensorRT
+                _with_plugins(part)
             save_graph(part, path, weights=weights)
     return Prepared(paths, whole, plugins, lowered)
 
 
 def _with_plugins(graph: gs.Graph) -> None:
-    """Write what TensorRT wants to read of plugins on the dialect's nodes; their bodies are not needed then."""
-    from trimtab.plugins.tensorrt import prepare as write_attributes
+    """Make the dialect's nodes those of plugins. What has no kernel on a GPU stays, with its body in standard ops."""
+    from trimtab.plugins.tensorrt import prepare as to_plugins
 
-    write_attributes(graph)
-    graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
+    try:
+        to_plugins(graph)
+    except RuntimeError as error:  # a package is missing; the message names it
+        raise TargetError(str(error)) from error
 
 
 def part_profile(inputs: Sequence[gs.Tensor], profile: Profile, graph: gs.Graph) -> Profile:
@@ -83,31 +85,18 @@ def part_profile(inputs: Sequence[gs.Tensor], profile: Profile, graph: gs.Graph)
         TargetError: it finds none.
     """
     handed = [tensor for tensor in inputs if tensor.name not in profile.shapes]
-    levels = [_sizes_at(graph, profile, level) for level in range(3)] if handed else []
+    at = ({name: each[level] for name, each in profile.shapes.items()} for level in range(3))
+    levels = [sizes_at(graph, shapes) for shapes in at] if handed else []
     shapes = dict(profile.shapes)
     for tensor in handed:
-        found = [level.get(tensor.name) for level in levels]
-        low, opt, high = (tuple(size) if size is not None else () for size in found)
-        if any(size is None or not all(isinstance(n, int) for n in size) for size in found):
+        found = [level[tensor.name] for level in levels if tensor.name in level]
+        if len(found) < len(levels):
             raise TargetError(
                 f"engine.segments: {tensor.name!r}, which would cross a cut, has no shape that can be told",
                 hint="build it as one engine",
             )
-        shapes[tensor.name] = low, opt, high
+        low, _, high = shapes[tensor.name] = found[0], found[1], found[2]
         known = tensor.shape or [None] * len(low)
         fixed = [a == b and isinstance(n, int) for a, b, n in zip(low, high, known, strict=True)]
         tensor.shape = [a if same else f"{tensor.name}.{i}" for i, (a, same) in enumerate(zip(low, fixed, strict=True))]
     return Profile(profile.name, {tensor.name: shapes[tensor.name] for tensor in inputs})
-
-
-def _sizes_at(graph: gs.Graph, profile: Profile, level: int) -> dict[str, Sequence[int | str] | None]:
-    """Tensor → its shape, where the inputs have those of `profile` at `level` (min, opt or max)."""
-    dynamic = [tensor.shape for tensor in graph.inputs]
-    try:
-        for tensor in graph.inputs:
-            tensor.shape = list(profile.shapes[tensor.name][level])
-        infer_shapes(graph)
-        return {name: tensor.shape for name, tensor in graph.tensors().items() if tensor.shape is not None}
-    finally:
-        for tensor, shape in zip(graph.inputs, dynamic, strict=True):
-            tensor.shape = shape
