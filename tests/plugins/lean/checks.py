@@ -147,10 +147,11 @@ def at(shape: list[int | str], sizes: Mapping[str, int]) -> list[int]:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of no code, with the constants that they would have."""
+    """Kernels that are compiled to the constants that they would have in them."""
 
     def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, capability: int) -> Compiled:
-        return Compiled("none", "// none", tile.warps * 32, 1024, kernel.constants(form, shapes, tile))
+        constants = kernel.constants(form, shapes, tile)
+        return Compiled("none", repr(constants), tile.warps * 32, 1024, constants)
 
     monkeypatch.setattr(kernels, "_made", {})
     monkeypatch.setattr(kernels, "_spilled_bytes", lambda ptx, capability: 0)
@@ -201,6 +202,7 @@ def test_shapes_and_launches(case: Case, uncompiled: None) -> None:
             measured = kernel.measure(shapes | {case.op.output[0]: wanted})
             assert [size.at(sizes) for size in made.extra] == [measured[name] for name in kernel.sizes]
             constants = kernel.constants(case.form, shapes, tile)
+            assert made.code.decode() == repr(constants)
             grid = [size.at(sizes) for size in made.grid]
             assert grid == [int(size) for size in kernel.grid(measured, constants, tile)]
             assert min(grid) > 0
