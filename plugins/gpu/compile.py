@@ -51,12 +51,16 @@ def arguments(kernel: GpuKernel, form: Form) -> tuple[str, ...]:
     return (*given, *kernel.sizes, kernel.op.output[0])
 
 
-def compile_kernel(kernel: GpuKernel, form: Form, shapes: Shapes, tile: Tile, capability: int) -> Compiled:
+def compile_kernel(
+    kernel: GpuKernel, form: Form, shapes: Shapes, tile: Tile, capability: int, ptx_version: int | None = None
+) -> Compiled:
     """Compile `kernel` for GPUs of `capability`, such as 90.
 
     Args:
         form: which inputs are given, of which types.
         shapes: of the inputs; only sizes that are constants of a model are looked at.
+        ptx_version: of the language, such as 87 for 8.7, for drivers that take none newer; by default that of the
+            assembler which comes with the Triton language.
 
     Raises:
         ValueError: there is no kernel for this form, or the Triton language would need memory of its own for it.
@@ -83,9 +87,8 @@ def compile_kernel(kernel: GpuKernel, form: Form, shapes: Shapes, tile: Tile, ca
             signature[name] = "constexpr"
             fixed.setdefault(name, None)
     source = ASTSource(kernel.function, signature, fixed, aligned)
-    made = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tile.warps, "num_stages": tile.stages}
-    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": ptx_version}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = only_parameters(made.asm["ptx"], len(arguments(kernel, form)))
     return Compiled(made.metadata.name, ptx, tile.warps * 32, made.metadata.shared, constants)
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trimtab.plugins.dialect import Form, Op
+from trimtab.plugins.tensorrt import device
 
 if TYPE_CHECKING:
     from trimtab.plugins.gpu import GpuKernel, Tile
@@ -66,5 +67,16 @@ def compiled(kernel: GpuKernel, form: Form, shapes: Any, tile: Tile, capability:
     constants = kernel.constants(form, shapes, tile)
     key = (kernel.op.name, tuple(sorted(form.given.items())), tuple(sorted(constants.items())), tile, capability)
     if key not in _made:
-        _made[key] = compile_kernel(kernel, form, shapes, tile, capability)
+        _made[key] = compile_kernel(kernel, form, shapes, tile, capability, _ptx_version(capability))
     return _made[key]
+
+
+def _ptx_version(capability: int) -> int | None:
+    """The newest that this machine's driver takes, where it is older than the assembler; None for the assembler's."""
+    from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
+
+    driver = device.cuda_version()
+    if driver is None:
+        return None
+    taken: int = ptx_get_version(driver)
+    return taken if taken < ptx_get_version(get_ptxas(capability).version) else None

@@ -17,8 +17,10 @@ from trimtab.compiler.workload import Workload
 from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.emit import add_body, type_of
+from trimtab.plugins.gpu.compile import compile_kernel
+from trimtab.plugins.gpu.ptx import assemble
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
-from trimtab.plugins.tensorrt import PLUGINS, Prepared, missing, plugins_of, prepare
+from trimtab.plugins.tensorrt import PLUGINS, Prepared, device, kernels, missing, plugins_of, prepare
 from trimtab.plugins.tensorrt.prepare import split_keep
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -238,6 +240,30 @@ def test_names_tell_plugins_apart() -> None:
     assert len({name.lower() for name in PLUGINS}) == len(PLUGINS)
     assert all(plugin.name == name and "." not in name for name, plugin in PLUGINS.items())
     assert not any(onnx.defs.has(name) for name in PLUGINS)
+
+
+@pytest.mark.parametrize(("driver", "version"), [("12.8", "8.7"), ("13.0", "9.0"), ("99.0", None), (None, None)])
+def test_code_is_for_the_driver(driver: str | None, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What assembles the code of an engine is the driver, which takes no PTX that is newer than itself."""
+    monkeypatch.setattr(device, "cuda_version", lambda: driver)
+    monkeypatch.setattr(kernels, "_made", {})
+    kernel = kernels.kernel_of(SPARSE_DOWN)
+    form = Form({"h": "tensor(float16)", "blocks": "tensor(int32)", "down": "tensor(float16)"}, {"block": 1})
+    shapes = {"h": [-1, -1], "blocks": [1, -1], "down": [64, 32]}
+    made = kernels.compiled(kernel, form, shapes, kernel.tiles(form, shapes)[0], 120)
+    if version is not None:
+        assert f".version {version}\n" in made.ptx
+    else:
+        assert made.ptx == compile_kernel(kernel, form, shapes, kernel.tiles(form, shapes)[0], 120).ptx
+    assert assemble(made.ptx, 120).registers > 0
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_driver", lambda: None)
+    device.capability.cache_clear()
+    with pytest.raises(RuntimeError, match="built on the machine whose GPU"):
+        device.capability()
+    device.capability.cache_clear()
 
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def at(shape: list[int | str], sizes: Mapping[str, int]) -> list[int]:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are compiled to the constants that they would have in them."""
 
-    def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, capability: int) -> Compiled:
+    def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, *_: object) -> Compiled:
         constants = kernel.constants(form, shapes, tile)
         return Compiled("none", repr(constants), tile.warps * 32, 1024, constants)
 
@@ -230,7 +230,7 @@ def test_one_token_needs_no_tiles_of_many(uncompiled: None) -> None:
 def test_tiles_that_ask_too_much_are_no_tactics(spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of shared memory, or of registers; the latter are better than none."""
 
-    def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, capability: int) -> Compiled:
+    def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, *_: object) -> Compiled:
         constants = kernel.constants(form, shapes, tile)
         return Compiled("none", str(tile.tokens), 32, kernels.SHARED_BYTES + (tile.tokens > 16), constants)
 
@@ -292,7 +292,7 @@ def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch
         descs, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
         for tactic in tactics:
             launch(plugin, descs, tactic)
-    assert len(calls) == len({tile for *_, tile, _ in calls}) >= len(tactics)
+    assert len(calls) == len({tile for *_, tile, _, _ in calls}) >= len(tactics)
 
 
 def test_builder_is_what_it_says() -> None:
