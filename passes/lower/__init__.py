@@ -3,6 +3,6 @@
 No pass of recipes: a target asks for it when it builds, and the build keeps the graph as it was beside the engine.
 """
 
-from trimtab.passes.lower.lower import lower
+from trimtab.passes.lower.lower import lower, tell_head_dim
 
-__all__ = ["lower"]
+__all__ = ["lower", "tell_head_dim"]

@@ -29,20 +29,22 @@ class Masks:
 
     Attributes:
         mask: the graph's input [batch, past + tokens], 1 for real tokens.
+        ids: the graph's input [batch, tokens], if it has one: of sizes, those of inputs serve best.
     """
 
     mask: gs.Tensor
+    ids: gs.Tensor | None
     made: dict[tuple[int, int, str], gs.Tensor]
 
     @classmethod
     def of(cls, graph: gs.Graph) -> Masks:
-        found = [t for t in graph.inputs if t.name == "attention_mask" and t.shape is not None and len(t.shape) == 2]
-        if not found:
+        flat = {t.name: t for t in graph.inputs if t.shape is not None and len(t.shape) == 2}
+        if "attention_mask" not in flat:
             raise ModelError(
                 "GroupQueryAttention needs an input attention_mask [batch, past + tokens], and the graph has none",
                 hint="export the model again, with `trimtab compile MODEL` or ONNX Runtime GenAI's builder",
             )
-        return cls(found[0], {})
+        return cls(flat["attention_mask"], flat.get("input_ids"), {})
 
     def __call__(self, nodes: Nodes, tokens: gs.Tensor, groups: int, window: int, dtype: np.dtype) -> gs.Tensor:
         """What is added to scores [batch, kv heads, groups · tokens, past + tokens]: 0, or a lot less."""
@@ -81,7 +83,7 @@ def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: i
     heads, kv_heads = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
     query, key, value, past_key, past_value = node.inputs[:5]
     dtype = type_of(query)
-    tokens = nodes.size(query, 1)
+    tokens = nodes.size(query if masks.ids is None else masks.ids, 1)
     if not key.name:
         query, key, value = _unpacked(nodes, query, head_dim, (heads, kv_heads, kv_heads))
     q, k, v = (

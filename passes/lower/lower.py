@@ -43,6 +43,7 @@ def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None)
         return dict(done)
     raise_opset(graph, _OPSET)
     infer_shapes(graph)
+    tell_head_dim(graph)
     lowering = _Lowering(graph, tokens)
     for node in topological(graph):
         name = _rule(node, dialect)
@@ -60,6 +61,25 @@ def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None)
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
     return dict(done)
+
+
+def tell_head_dim(graph: gs.Graph) -> None:
+    """Write into the inputs of a decoder's cache how wide a head is, of which some exporters leave but a symbol."""
+    width = None
+    for node in graph.nodes:
+        if node.op != "GroupQueryAttention":
+            continue
+        for past in node.inputs[3:5]:
+            while past.inputs and past.inputs[0].op == "Cast":
+                past = past.inputs[0].inputs[0]
+            if past.shape is not None and any(past is t for t in graph.inputs) and not isinstance(past.shape[-1], int):
+                width = width or _head_dim(graph)
+                past.shape = [*past.shape[:-1], width]
+
+
+def _head_dim(graph: gs.Graph) -> int | None:
+    widths = {attention.head_dim for attention in find_anatomy(graph).attentions}
+    return widths.pop() if len(widths) == 1 else None
 
 
 def _rule(node: gs.Node, dialect: bool) -> str | None:
@@ -110,13 +130,7 @@ class _Lowering:
     def _attention(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         if self._masks is None:
             self._masks = Masks.of(self.graph)
-        width = self._width(node)
-        for past in node.inputs[3:5]:  # of which some exporters leave but a symbol
-            while past.inputs and past.inputs[0].op == "Cast":
-                past = past.inputs[0].inputs[0]
-            if past.shape is not None and isinstance(past, gs.Variable) and not past.inputs:
-                past.shape = [*past.shape[:-1], width]
-        return list(group_query_attention(nodes, node, self._masks, width))
+        return list(group_query_attention(nodes, node, self._masks, self._width(node)))
 
     def _width(self, node: gs.Node) -> int:
         """Of one head."""
@@ -124,8 +138,7 @@ class _Lowering:
         if past is not None and isinstance(past[-1], int) and past[-1] > 0:
             return int(past[-1])
         if self._head_dim is None:
-            widths = {attention.head_dim for attention in find_anatomy(self.graph).attentions}
-            found = widths.pop() if len(widths) == 1 else None
+            found = _head_dim(self.graph)
             if found is None:
                 raise ModelError(f"{node.name}: the width of its heads is not in the graph", hint="export it again")
             self._head_dim = found

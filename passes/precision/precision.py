@@ -125,9 +125,9 @@ class _Typing:
 
     def _output(self, tensor: gs.Tensor, dtype: np.dtype) -> None:
         """Let the graph put out `tensor` in another type, under its name."""
-        made = self._cast(tensor, dtype)
-        shape = tensor.shape
-        rename_output(self.graph, tensor, made)
+        made, shape = self._as(tensor, dtype != _FLOAT), tensor.shape
+        if made is not tensor:
+            rename_output(self.graph, tensor, made)
         made.dtype, made.shape = dtype, shape
 
     def _attributes(self, node: gs.Node) -> None:

@@ -1,0 +1,57 @@
+"""Shapes of all tensors of a graph whose inputs have known ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.canonicalize.fold import fold_constants
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.graph import constant, topological, values
+
+_ROUNDS = 32
+
+
+def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape, of those that can be told, where the inputs have `shapes`. `graph` stays as it is.
+
+    Shape inference sees no further than a size that is computed; so sizes that it has found become constants, what is
+    computed of them is folded, and it goes on from there.
+    """
+    part = graph.copy()
+    for tensor in part.inputs:
+        tensor.shape = list(shapes[tensor.name])
+    kept = {id(tensor) for tensor in part.outputs}
+    for _ in range(_ROUNDS):
+        infer_shapes(part)
+        found = sum(_told(node, kept) for node in topological(part))
+        if not found + fold_constants(part):
+            break
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in part.tensors().items()
+        if tensor.shape is not None and all(isinstance(size, int) for size in tensor.shape)
+    }
+
+
+def _told(node: gs.Node, kept: set[int]) -> bool:
+    """Let the answer of a Shape or a Range that is known stand in its place."""
+    if len(node.outputs) != 1 or id(node.outputs[0]) in kept or not node.outputs[0].outputs:
+        return False
+    output = node.outputs[0]
+    if node.op == "Shape":
+        shape = node.inputs[0].shape
+        if shape is None or not all(isinstance(size, int) for size in shape):
+            return False
+        answer = np.array(list(shape)[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)
+    elif node.op == "Range" and all(isinstance(t, gs.Constant) for t in node.inputs):
+        start, limit, delta = (values(t).item() for t in node.inputs)
+        answer = np.arange(start, limit, delta, dtype=values(node.inputs[0]).dtype)
+    else:
+        return False
+    made = constant(f"{output.name}/known", answer)
+    for reader in list(output.outputs):
+        reader.inputs = [made if tensor is output else tensor for tensor in reader.inputs]
+    return True
