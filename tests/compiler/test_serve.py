@@ -1,0 +1,208 @@
+"""`trimtab serve`: one command to an answer, a graceful stop, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import triton_server
+from typer.testing import CliRunner
+
+from trimtab.compiler import compile_model, load
+from trimtab.compiler.builds.build import Build
+from trimtab.compiler.cli.app import app
+from trimtab.compiler.serving import environment
+from trimtab.compiler.serving.example import ask
+from trimtab.compiler.serving.find import VARIABLE
+from trimtab.passes.errors import TargetError
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
+FREE = ("--port", 0, "--grpc-port", 0, "--metrics-port", 0)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("serve")
+    source = triton_server.exported("distilbert", folder / "model")
+    return compile_model(source, {"passes": [], "threads": 1}, folder / "tiny build")
+
+
+def cli(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def stub(path: Path, body: str) -> Path:
+    """A program in the place of tritonserver, with a Python backend beside it."""
+    binary = path / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text(f"#!/bin/sh\n{body}\n")
+    binary.chmod(0o755)
+    (path / "backends" / "python").mkdir(parents=True)
+    return binary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_from_a_build_to_an_answer_and_back(build: Build, tmp_path: Path, number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        triton_server.server(patch)
+        command = [sys.executable, "-m", "trimtab.compiler.cli", "serve", build.path, "--json", *FREE]
+        command += ["--repository", tmp_path / "repository", "--log", tmp_path / "log"]
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while not lines or lines[-1].rstrip() != "}":
+            lines.append(process.stdout.readline())
+            assert lines[-1], "ended without an answer"
+        told = json.loads("".join(lines))
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("tritonserver" in child.name() for child in children) and len(children) >= 3
+        assert told["models"] == ["tiny_build", "tiny_build_engine"]
+        words = shlex.split(told["curl"])
+        answer = json.loads(ask(words[2], words[4]))
+        states = load(build.path).run(load(build.path).tokenize(["It works."]))["last_hidden_state"]
+        np.testing.assert_allclose(answer["EMBEDDING"], states[0].mean(0), rtol=1e-4, atol=1e-5)
+        assert 'nv_inference_request_success{model="tiny_build"' in ask(told["metrics"])
+    finally:
+        process.send_signal(number)
+        process.wait(60)
+    assert process.returncode == 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    for url in (told["http"], told["metrics"].removesuffix("/metrics"), f"http://{told['grpc']}"):
+        with socket.socket() as held:  # the port is free again
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+    assert not list(Path("/dev/shm").glob(f"trimtab_{process.pid}_*"))
+    assert (tmp_path / "repository" / "tiny_build" / "config.pbtxt").is_file() and (tmp_path / "log").stat().st_size
+
+
+def test_a_port_that_is_taken(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(stub(tmp_path, "exit 0")))
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        done = cli("serve", build.path, *FREE[:2], "--grpc-port", held.getsockname()[1], *FREE[4:])
+    assert done.exit_code == 1 and "--grpc-port" in done.stderr and "in use" in done.stderr
+    assert "give another --grpc-port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "echo 'I0101 loading'; echo 'E0101 failed to load the thing'; exit 3",
+            ["exit code 3", "failed to load the thing"],
+        ),
+        ("echo 'Segmentation fault imminent'; kill -SEGV $$", ["SIGSEGV", "fault imminent"]),
+        ("echo 'still loading'; exec sleep 60", ["not ready in 1 s", "still loading", "--start-timeout"]),
+    ],
+    ids=["fails", "crashes", "hangs"],
+)
+def test_a_server_that_does_not_start(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: list[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(stub(tmp_path, body)))
+    done = cli("serve", build.path, *FREE, "--start-timeout", 1)
+    assert done.exit_code == 1 and "Traceback" not in done.stderr
+    for said in says:
+        assert said in done.stderr
+    assert not [child for child in psutil.Process().children(recursive=True) if "sleep" in child.name()]
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "says"),
+    [
+        (["/nowhere"], {}, "no such build"),
+        ([], {VARIABLE: "/nowhere/tritonserver"}, "is no program"),
+        (["--backend", "tensorrt"], {}, "was built for onnxruntime"),
+        (["--max-batch", "99"], {}, "batches of 99"),
+    ],
+)
+def test_bad_input(
+    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], env: dict[str, str], says: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(stub(tmp_path, "exit 0")))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    where = [] if words[:1] == ["/nowhere"] else [build.path]
+    done = cli("serve", *where, *words, *FREE)
+    assert done.exit_code == 1 and says in done.stderr and "hint:" in done.stderr
+
+
+def test_a_server_without_the_backend(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    binary = stub(tmp_path, "exit 0")
+    monkeypatch.setenv(VARIABLE, str(binary))
+    done = cli("serve", build.path, "--backend", "onnxruntime", *FREE)
+    assert done.exit_code == 1 and "has no onnxruntime backend" in done.stderr
+    (tmp_path / "backends" / "python").rmdir()
+    done = cli("serve", build.path, *FREE)
+    assert done.exit_code == 1 and "has no Python backend" in done.stderr
+
+
+def test_an_engine_for_a_gpu_without_one(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("trimtab.compiler.serving.build.gpu_present", lambda: False)
+    copy = tmp_path / "build"
+    copy.mkdir()
+    for path in build.path.rglob("*"):
+        target = copy / path.relative_to(build.path)
+        target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for target, says in (("tensorrt", "this machine has none"), ("tensorrt-rtx", "those of TensorRT alone")):
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"target": target}))
+        done = cli("serve", copy, *FREE)
+        assert done.exit_code == 1 and says in done.stderr and "hint:" in done.stderr
+
+
+def test_an_installation_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_CONSTRAINT", "/nowhere/constraints.txt")  # trimtab's own, which are not the server's
+    monkeypatch.setattr(environment, "SERVER", "nvidia-pytriton==0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(TargetError, match="could not be installed") as caught:
+        environment.install()
+    assert "No matching distribution" in caught.value.message and "nowhere" not in caught.value.message
+    assert not [path for path in (tmp_path / "tritonserver").iterdir() if path.is_dir()]
+    monkeypatch.setattr(environment.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    monkeypatch.setattr(environment.sys, "base_prefix", str(tmp_path))
+    with pytest.raises(TargetError, match="libpython"):
+        environment.install()
+
+
+def test_a_python_without_a_stub(tmp_path: Path) -> None:
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    stubs = tmp_path / "lib" / version / "site-packages" / "pytriton" / "tritonserver" / "python_backend_stubs"
+    for known in ("3.8", "3.13"):
+        (stubs / known).mkdir(parents=True)
+    with pytest.raises(TargetError, match=r"it has 3\.8, 3\.13"):
+        environment._lay_out_backends(tmp_path)
+
+
+def test_two_installations_at_once_make_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    runs: list[str] = []
+
+    def run(command: list[str], folder: Path) -> None:
+        runs.append(command[-1])
+        folder.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(environment, "_run", run)
+    monkeypatch.setattr(environment, "_lay_out_backends", lambda folder: None)
+    threads = [threading.Thread(target=environment.install) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 3 and environment.installed() is not None
+    assert os.environ["TRIMTAB_CACHE"] in str(environment.installed())

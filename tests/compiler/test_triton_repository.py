@@ -1,0 +1,236 @@
+"""What `trimtab package --triton` writes, field by field against Triton's own schema, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import triton_server
+from typer.testing import CliRunner
+
+from trimtab.compiler import compile_model
+from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.cli.app import app
+from trimtab.compiler.packaging.triton import package_triton
+from trimtab.compiler.packaging.triton.carried import CARRIED, write_code
+from trimtab.compiler.packaging.triton.config import model_config
+from trimtab.passes.errors import BuildError, ModelError, TargetError
+from trimtab.plugins.library import library_path
+
+pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
+from google.protobuf import text_format  # noqa: E402
+
+WORKLOAD = {"batch": [1, 4, 8], "tokens": [4, 16, 32]}
+
+
+def cli(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("bert")
+    source = triton_server.exported("bert", folder / "model")
+    return compile_model(source, {"passes": [], "workload": WORKLOAD, "threads": 2}, folder / "build")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("llama")
+    source = triton_server.exported("llama", folder / "model")
+    return compile_model(source, {"passes": [], "workload": WORKLOAD, "threads": 1}, folder / "build")
+
+
+def altered(build: Build, folder: Path, **changes: Any) -> Build:
+    """A copy of `build` whose manifest says something else; with an engine where its target has one."""
+    shutil.copytree(build.path, folder)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if "target" in changes:
+        (folder / "engine").mkdir()
+        (folder / "engine" / "model.engine").write_bytes(b"an engine")
+    return open_build(folder)
+
+
+def config(model: Path) -> Any:
+    return text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def tensors(described: Any) -> dict[str, tuple[str, list[int]]]:
+    return {t.name: (pb.DataType.Name(t.data_type), list(t.dims)) for t in described}
+
+
+def test_onnxruntime_backend(bert: Build, tmp_path: Path) -> None:
+    done = cli("package", bert.path, "--triton", tmp_path / "repo", "--name", "sst", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["models"] == ["sst", "sst_engine"]
+    engine, front = config(tmp_path / "repo" / "sst_engine"), config(tmp_path / "repo" / "sst")
+    assert (engine.name, engine.backend, engine.max_batch_size) == ("sst_engine", "onnxruntime", 8)
+    ids = ("TYPE_INT64", [-1])
+    assert tensors(engine.input) == {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
+    assert tensors(engine.output) == {"logits": ("TYPE_FP32", [3])}
+    assert engine.HasField("dynamic_batching") and engine.version_policy.latest.num_versions == 1
+    assert [(g.kind, g.count) for g in engine.instance_group] == [(pb.ModelInstanceGroup.KIND_CPU, 1)]
+    assert engine.parameters["intra_op_thread_count"].string_value == "2"
+    (warmup,) = engine.model_warmup
+    assert warmup.batch_size == 1
+    assert {n: list(given.dims) for n, given in warmup.inputs.items()} == {n: [16] for n in warmup.inputs}
+    mask = tmp_path / "repo" / "sst_engine" / "warmup" / warmup.inputs["attention_mask"].input_data_file
+    assert np.fromfile(mask, np.int64).tolist() == [1] * 16
+    version = tmp_path / "repo" / "sst_engine" / "1"
+    assert (version / "model.onnx" / "model.onnx").is_file() and engine.default_model_filename == "model.onnx"
+    weights = {path.name: path.stat().st_size for path in bert.model.parent.iterdir()}
+    assert {path.name: path.stat().st_size for path in (version / "model.onnx").iterdir()} == weights
+    assert not engine.model_operations.op_library_filename
+    assert (front.backend, front.max_batch_size) == ("python", 8)
+    assert tensors(front.input) == {"TEXT": ("TYPE_STRING", [1])}
+    assert tensors(front.output) == {"LABEL": ("TYPE_STRING", [1]), "PROBABILITIES": ("TYPE_FP32", [3])}
+    assert front.HasField("dynamic_batching") and not front.model_transaction_policy.decoupled
+    assert not [path for path in (tmp_path / "repo").rglob("*") if path.is_symlink()]
+
+
+def test_a_model_in_one_file_stays_one(bert: Build, tmp_path: Path) -> None:
+    build = altered(bert, tmp_path / "build")
+    onnx.save(onnx.load(str(build.model)), build.model)
+    for path in build.model.parent.iterdir():
+        if path != build.model:
+            path.unlink()
+    found = package_triton(build, tmp_path / "repo")
+    assert (found.path / "build_engine" / "1" / "model.onnx").is_file()
+
+
+def test_without_a_tokenizer_there_are_tensors_alone(tmp_path: Path) -> None:
+    source = tiny.model(tmp_path / "m.onnx")
+    build = compile_model(source, {"passes": [], "threads": 1, "workload": WORKLOAD}, tmp_path / "build")
+    found = package_triton(build, tmp_path / "repo")
+    assert found.models == ("build_engine",) and found.why == "the build has no tokenizer"
+    assert [path.name for path in found.path.iterdir()] == ["build_engine"]
+
+
+def test_the_dialect_brings_its_library(bert: Build, tmp_path: Path) -> None:
+    if library_path() is None:
+        pytest.skip("trimtab was installed without a C++ compiler")
+    texts = tmp_path / "texts.txt"
+    texts.write_text(
+        "\n".join(" ".join(f"w{i}" for i in np.random.default_rng(j).integers(4, 100, 12)) for j in range(30))
+    )
+    recipe = {
+        "passes": [{"ffn-topk": {"density": 0.2, "take": 0.4, "rank": 8, "dense_above": 1}}], "threads": 1,
+        "workload": WORKLOAD,
+    }  # fmt: skip
+    source = triton_server.exported("bert", tmp_path / "model")
+    build = compile_model(source, recipe, tmp_path / "build", data=texts)
+    found = package_triton(build, tmp_path / "repo", mounted_at="/models")
+    (library,) = config(found.path / "build_engine").model_operations.op_library_filename
+    assert library == "/models/build_engine/1/trimtab_ops.so"
+    assert (found.path / "build_engine" / "1" / "trimtab_ops.so").is_file()
+    found = package_triton(build, tmp_path / "here")
+    (library,) = config(found.path / "build_engine").model_operations.op_library_filename
+    assert Path(library).is_file() and Path(library).is_absolute()
+    found = package_triton(build, tmp_path / "python", backend="python")
+    told = json.loads((found.path / "build_engine" / "1" / "served.json").read_text())
+    assert (found.path / "build_engine" / "1" / told["library"]).is_file()
+
+
+def test_tensorrt_backend(bert: Build, tmp_path: Path) -> None:
+    build = altered(bert, tmp_path / "build", target="tensorrt")
+    found = package_triton(build, tmp_path / "repo", batch=4)
+    engine, front = config(found.path / "build_engine"), config(found.path / "build")
+    assert (engine.backend, engine.default_model_filename, engine.max_batch_size) == ("tensorrt", "model.plan", 4)
+    assert (found.path / "build_engine" / "1" / "model.plan").read_bytes() == b"an engine"
+    assert engine.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert front.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    told = json.loads((found.path / "build" / "1" / "served.json").read_text())
+    assert told["tokens"] == [4, 32] and told["least_batch"] == 1  # the profile's, which the front fills up to
+
+
+def test_generation(llama: Build, tmp_path: Path) -> None:
+    found = package_triton(llama, tmp_path / "repo", name="llama", environment="/envs/py.tar.gz")
+    assert found.models == ("llama",) and found.kind == "text"
+    model = config(found.path / "llama")
+    assert model.backend == "python" and model.model_transaction_policy.decoupled
+    assert model.parameters["EXECUTION_ENV_PATH"].string_value == "/envs/py.tar.gz"
+    optional = {tensor.name: tensor.optional for tensor in model.input}
+    assert not optional.pop("text_input") and all(optional.values())
+    assert tensors(model.input)["stop"] == ("TYPE_STRING", [-1])
+    told = json.loads((found.path / "llama" / "1" / "served.json").read_text())
+    assert told["cache"] == {"in_place": True, "head_dim": 16}
+
+
+def test_a_fixed_batch_is_left_to_the_client(tmp_path: Path) -> None:
+    fixed = TensorInfo(name="x", dtype="float16", shape=(2, None, 3))
+    plain = TensorInfo(name="n", dtype="bool", shape=("batch",))
+    found = model_config("m", "onnxruntime", [fixed], [fixed], batch=0, gpu=True, instances=3)
+    assert tensors(found.input) == {"x": ("TYPE_FP16", [2, -1, 3])} and not found.HasField("dynamic_batching")
+    assert (found.instance_group[0].kind, found.instance_group[0].count) == (pb.ModelInstanceGroup.KIND_GPU, 3)
+    found = model_config("m", "onnxruntime", [plain], [plain], batch=5)
+    assert tensors(found.input) == {"n": ("TYPE_BOOL", [1])} and found.input[0].HasField("reshape")
+    with pytest.raises(ModelError, match="float8"):
+        model_config("m", "python", [TensorInfo(name="x", dtype="float8_e4m3fn", shape=(1,))], [], batch=0)
+
+
+@pytest.mark.parametrize("model", CARRIED)
+def test_carried_code_imports_without_trimtab(model: str, tmp_path: Path) -> None:
+    write_code(model, tmp_path)
+    (tmp_path / "triton_python_backend_utils.py").touch()
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({site!r}); import model; "
+        "print(model.TritonPythonModel); "
+        "heavy = [name for name in sys.modules if name in ('onnx', 'scipy', 'torch', 'onnx_graphsurgeon')]; "
+        "assert not heavy, heavy; assert all(str(m.__file__).startswith(sys.path[0]) "
+        "for n, m in sys.modules.items() if n.startswith('trimtab'))"
+    )
+    # -S: no .pth file, by which an editable install would be found
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "says"),
+    [
+        ({"shards": 2}, {}, ModelError, "2 shards"),
+        ({"target": "tensorrt-rtx"}, {}, TargetError, "TensorRT-RTX"),
+        ({}, {"backend": "tensorrt"}, TargetError, "was built for onnxruntime"),
+        ({}, {"backend": "openvino"}, BuildError, "onnxruntime, python, tensorrt"),
+        ({}, {"batch": 9}, BuildError, "1 to 8"),
+        ({}, {"name": "..."}, BuildError, "no name"),
+    ],
+)
+def test_what_triton_does_not_serve(
+    bert: Build, tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    build = altered(bert, tmp_path / "build", **changes) if changes else bert
+    with pytest.raises(error, match=says):
+        package_triton(build, tmp_path / "out" / "repo", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_or_not_at_all(llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    done = cli("package", llama.path, "--triton", tmp_path / "there")
+    assert done.exit_code == 1 and "exists already" in done.stderr
+    shutil.copytree(llama.path, tmp_path / "build")
+    shutil.rmtree(tmp_path / "build" / "tokenizer")
+    manifest = json.loads((tmp_path / "build" / "manifest.json").read_text())
+    manifest["files"] = {n: f for n, f in manifest["files"].items() if not n.startswith("tokenizer")}
+    (tmp_path / "build" / "manifest.json").write_text(json.dumps(manifest))
+    done = cli("package", tmp_path / "build", "--triton", tmp_path / "repo")
+    assert done.exit_code == 1 and "no tokenizer" in done.stderr
+    monkeypatch.setattr(shutil, "copytree", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(BuildError, match="No space left"):
+        package_triton(llama, tmp_path / "repo")
+    assert sorted(os.listdir(tmp_path)) == ["build", "there"]
+    for words in ([], ["--genai", tmp_path / "a", "--triton", tmp_path / "b"]):
+        done = cli("package", llama.path, *words)
+        assert done.exit_code == 2 and "one of --genai and --triton" in done.stderr
