@@ -27,13 +27,13 @@ def rows_of(blocks, group, row, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def times_rows(x, w, number, column, have, WIDTH: tl.constexpr, total):
+def times_rows(x, w, number, column, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """`total` + the products of a tile of x, [COLUMNS] or [COLUMNS, TOKENS], with columns of chosen rows of w."""
     from_ = w + number[:, None] * WIDTH + column[None, :]
-    if WIDTH % column.shape[0] == 0:
+    if WIDTH % COLUMNS == 0:
         tile = tl.load(from_)
     else:
-        tile = tl.load(from_, mask=have[None, :], other=0)
+        tile = tl.load(from_, mask=(column < WIDTH)[None, :], other=0)
     if len(x.shape) == 1:
         total += tile.to(tl.float32) * x.to(tl.float32)[None, :]
     else:

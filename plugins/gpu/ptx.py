@@ -8,7 +8,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Assembled", "assemble", "only_parameters", "parameters"]
+__all__ = ["SHARED_BUDGET", "Assembled", "assemble", "only_parameters", "parameters"]
+
+SHARED_BUDGET = 48 * 1024
+"""Bytes of shared memory of a block that need no permission of the driver, which a runtime would have to ask for."""
 
 _ENTRY = re.compile(r"(\.visible \.entry (\w+)\()(.*?)(\n?\))", re.DOTALL)
 
@@ -83,7 +86,9 @@ def assemble(ptx: str, capability: int) -> Assembled:
 
 def _parameter_bytes(listed: str) -> tuple[int, ...]:
     """Sizes from the attributes EIATTR_KPARAM_INFO, which cuobjdump lists last parameter first."""
-    found = re.findall(r"EIATTR_KPARAM_INFO.*?Ordinal\s*:\s*(0x[0-9a-f]+).*?Size\s*:\s*(0x[0-9a-f]+)", listed, re.DOTALL)
+    found = re.findall(
+        r"EIATTR_KPARAM_INFO.*?Ordinal\s*:\s*(0x[0-9a-f]+).*?Size\s*:\s*(0x[0-9a-f]+)", listed, re.DOTALL
+    )
     return tuple(size for _, size in sorted((int(ordinal, 16), int(size, 16)) for ordinal, size in found))
 
 

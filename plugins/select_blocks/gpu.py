@@ -66,8 +66,9 @@ def highest(keys, there, k, BITS: tl.constexpr):
 def keys_at(from_, at, each, COUNT: tl.constexpr):
     """Keys of the highest scores of `each` tokens at the places `at`."""
     best = keys_of(tl.load(from_ + at, mask=at < COUNT, other=0.0))
-    for token in range(1, each):
-        more = tl.load(from_ + token.to(tl.int64) * COUNT + at, mask=at < COUNT, other=0.0)
+    for _ in range(1, each):
+        from_ += COUNT
+        more = tl.load(from_ + at, mask=at < COUNT, other=0.0)
         best = tl.maximum(best, keys_of(more))
     return best
 
@@ -180,16 +181,19 @@ def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) ->
 def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     rows, columns = _padded(form, shapes)
     if rows * columns > MOST:
-        return Tile(1, 1, 8192, 16), Tile(1, 1, 4096, 16)
-    least, warps = max(1, rows * columns // 1024), max(1, min(16, rows * columns // 512))
-    return tuple(Tile(1, rows, columns, n) for n in dict.fromkeys((warps, least, max(1, least // 2))))
+        return (Tile(1, 1, 8192, 16),)
+    warps = max(1, min(16, rows * columns // 512))
+    fewer = (max(1, warps // 2), max(1, warps // 4)) if rows == 1 else ()  # of shards, that takes too many registers
+    return tuple(Tile(1, rows, columns, n) for n in dict.fromkeys((warps, *fewer)))
 
 
 def _refuses(form: Form, shapes: Shapes) -> str | None:
     rows, columns = _padded(form, shapes)
     count = shapes["scores"][-1]
     if rows > 1 and rows * columns > MOST // 2:
-        return f"{count} scores in {form.attributes['shards']} shards are more than the {MOST // 2} that a program holds"
+        return (
+            f"{count} scores in {form.attributes['shards']} shards are more than the {MOST // 2} that a program holds"
+        )
     if count > COUNTED:
         return f"{count} scores are more than the {COUNTED} that it counts"
     return None

@@ -49,13 +49,14 @@ def sparse_down(
             w = tl.load(from_, mask=have[None, :], other=0)
         at = (first + token).to(tl.int64)[:, None] * rows + row[None, :]
         part = tl.load(h + at, mask=(token < own)[:, None] & (row < rows)[None, :], other=0.0)
-        if down_scale is not None:
-            scaled = part.to(tl.float32) * tl.load(down_scale + number).to(tl.float32)[None, :]
-            part = scaled if TOKENS == 1 else scaled.to(part.dtype)
+        if down_scale is not None:  # in half precision, small scales would vanish
+            part = part.to(tl.float32) * tl.load(down_scale + number).to(tl.float32)[None, :]
         if TOKENS == 1:
             total += w.to(tl.float32) * tl.reshape(part.to(tl.float32), [ROWS, 1])
-        else:
-            total = tl.dot(part, w.to(part.dtype), total, input_precision="ieee")
+        elif h.dtype.element_ty == tl.float32:
+            total = tl.dot(part, w.to(tl.float32), total, input_precision="ieee")
+        else:  # of float16, bfloat16 and int8, tf32 loses nothing
+            total = tl.dot(part, w.to(part.dtype), total, input_precision="tf32")
     if TOKENS == 1:
         total = tl.sum(total, 0)[None, :]
     to = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]

@@ -40,7 +40,7 @@ def sparse_head(
         else:
             at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
             tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
-        y = times_rows(tile, weight, number, column, have, WIDTH, y)
+        y = times_rows(tile, weight, number, column, y, WIDTH, COLUMNS)
     if TOKENS == 1:
         y = tl.sum(y, 1)[:, None]
     if weight_scale is not None:

@@ -41,9 +41,9 @@ def sparse_up(
         else:
             at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
             tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
-        u = times_rows(tile, up, number, column, have, WIDTH, u)
+        u = times_rows(tile, up, number, column, u, WIDTH, COLUMNS)
         if gate is not None:
-            g = times_rows(tile, gate, number, column, have, WIDTH, g)
+            g = times_rows(tile, gate, number, column, g, WIDTH, COLUMNS)
     if TOKENS == 1:
         u = tl.sum(u, 1)[:, None]
         g = tl.sum(g, 1)[:, None]
@@ -89,7 +89,7 @@ def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     wide = power_of_two(int(weights[1]))
     most = min(wide, 4096)
     one = [Tile(1, 2, most, 4), Tile(1, 4, min(most, 1024), 4), Tile(1, 1, most, 4), Tile(1, 8, min(most, 512), 4)]
-    many = [Tile(16, 16, min(wide, 128), 4, 4), Tile(16, 32, min(wide, 128), 4, 4), Tile(64, 64, min(wide, 64), 4, 4)]
+    many = [Tile(16, 16, min(wide, 128), 4, 4), Tile(16, 32, min(wide, 128), 4, 2), Tile(64, 64, min(wide, 32), 4, 3)]
     return (*one, *many)
 
 
@@ -109,6 +109,4 @@ def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) ->
     return token_programs(sizes, tile.tokens), ceil_div(sizes["k"] * constants["BLOCK"], tile.rows), 1
 
 
-KERNEL = GpuKernel(
-    SPARSE_UP, sparse_up, ("tokens", "groups", "k"), measure, _constants, _grid, tiles, _refuses
-)
+KERNEL = GpuKernel(SPARSE_UP, sparse_up, ("tokens", "groups", "k"), measure, _constants, _grid, tiles, _refuses)

@@ -1,0 +1,396 @@
+"""The GPU kernels of the dialect: each checked against float64, then timed against cuBLAS at the shapes of LLaMA-7B.
+
+    python benchmarks/gpu/kernels.py [--json FILE] [--sweep]
+
+Kernels are compiled to PTX and launched by the driver, as TensorRT launches them. Layers of weights follow each other
+in one CUDA graph, more than the L2 cache holds. Of the tiles that a builder would time, the fastest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from graphs import copy_bandwidth, seconds
+
+from trimtab.plugins.dialect import Form
+from trimtab.plugins.gpu.compile import compile_kernel
+from trimtab.plugins.gpu.kernel import GpuKernel, Tile
+from trimtab.plugins.gpu.launch import form_of, prepared
+from trimtab.plugins.gpu.ptx import SHARED_BUDGET
+from trimtab.plugins.select_blocks.gpu import KERNEL as SELECT
+from trimtab.plugins.sparse_down.gpu import KERNEL as DOWN
+from trimtab.plugins.sparse_head.gpu import KERNEL as HEAD
+from trimtab.plugins.sparse_up.gpu import KERNEL as UP
+
+WIDTH, NEURONS, VOCABULARY = 4096, 11008, 32000  # LLaMA-7B
+LAYERS = 16  # of random weights: 4.3 GB in half precision
+DENSITIES = (0.05, 0.10, 0.25, 0.50, 0.75, 1.0)
+BATCHES = (1, 2, 4, 8, 16)
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative errors: rounding of the output
+
+Job = tuple[str, Mapping[str, str], Mapping[str, int | str], Mapping[str, tuple[int, ...]], Tile]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on some layers of inputs."""
+
+    kernel: GpuKernel
+    layers: list[dict[str, torch.Tensor]]
+    attributes: dict[str, int | str]
+
+    def all_tiles(self) -> tuple[Tile, ...]:
+        return self.kernel.tiles(*self._shape())
+
+    def tiles(self) -> tuple[Tile, ...]:
+        """Those that a plugin offers: of as much shared memory as needs no permission."""
+        form, shapes = self._shape()
+        sm = capability()
+        made = ((tile, compile_kernel(self.kernel, form, shapes, tile, sm)) for tile in self.all_tiles())
+        return tuple(tile for tile, compiled in made if compiled.shared_bytes <= SHARED_BUDGET)
+
+    def _shape(self) -> tuple[Form, dict[str, tuple[int, ...]]]:
+        form = form_of(self.kernel, self.layers[0], self.attributes)
+        return form, {name: tuple(tensor.shape) for name, tensor in self.layers[0].items()}
+
+    def time(self, tile: Tile) -> float:
+        """Seconds per layer."""
+        runs = [prepared(self.kernel, inputs, self.attributes, tile)[0] for inputs in self.layers]
+        return seconds(runs) / len(runs)
+
+    def best(self, tiles: Iterable[Tile] | None = None) -> tuple[float, Tile]:
+        return min(((self.time(tile), tile) for tile in tiles or self.tiles()), key=lambda found: found[0])
+
+    def jobs(self, tiles: Iterable[Tile] | None = None) -> list[Job]:
+        """What there is to compile."""
+        form, shapes = self._shape()
+        return [(self.kernel.op.name, form.given, form.attributes, shapes, tile) for tile in tiles or self.all_tiles()]
+
+
+def capability() -> int:
+    """Of the GPU: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def chosen(tokens: int, blocks: int, k: int) -> torch.Tensor:
+    """Random blocks in ascending order, [tokens, k]."""
+    scores = torch.rand(tokens, blocks, device="cuda")
+    return scores.topk(k).indices.sort(-1).values.int()
+
+
+def weights(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (rows, width), dtype=dtype, device="cuda")
+    return (torch.randn(rows, width, device="cuda") / width**0.5).to(dtype)
+
+
+# Correctness
+
+
+def check() -> list[dict[str, Any]]:
+    """Every kernel, type and tile, alone and in batches, against float64; outputs hold NaN before."""
+    torch.manual_seed(time.time_ns() % (1 << 31))
+    cases: list[Checked] = []
+    for dtype, kind in product((torch.float16, torch.bfloat16, torch.float32), (None, torch.int8)):
+        for tokens, own in ((1, False), (3, True), (5, False), (16, False), (70, False)):
+            cases += _products(dtype, kind or dtype, tokens, own)
+        cases += _selections(dtype) if kind is None else []
+    compile_all(job for case in cases for job in Case(case.kernel, [case.inputs], case.attributes).jobs())
+    return [_compared(case) for case in cases]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One call, and what it should give."""
+
+    kernel: GpuKernel
+    inputs: dict[str, torch.Tensor]
+    attributes: dict[str, int | str]
+    expected: torch.Tensor
+
+
+def _products(dtype: torch.dtype, weight: torch.dtype, tokens: int, own: bool) -> list[Checked]:
+    neurons, width, block = 520, 328, 2
+    up, gate, down = weights(neurons, width, weight), weights(neurons, width, weight), weights(neurons, width, weight)
+    scales = {
+        name: torch.rand(neurons, device="cuda").to(dtype) / 1000 for name in ("up_scale", "gate_scale", "down_scale")
+    }
+    if weight != torch.int8:
+        scales = {}
+    bias = torch.randn(neurons, device="cuda").to(dtype)
+    x = torch.randn(tokens, width, device="cuda").to(dtype)
+    blocks = chosen(tokens if own else 1, neurons // block, 37)
+    rows = (blocks.long()[:, :, None] * block + torch.arange(block, device="cuda")).flatten(1).expand(tokens, -1)
+
+    def whole(name: str, w: torch.Tensor) -> torch.Tensor:
+        return w.double() * scales[name].double()[:, None] if name in scales else w.double()
+
+    u = torch.einsum("tw,trw->tr", x.double(), whole("up_scale", up)[rows]) + bias.double()[rows]
+    g = torch.einsum("tw,trw->tr", x.double(), whole("gate_scale", gate)[rows])
+    h = torch.randn(tokens, rows.shape[1], device="cuda").to(dtype)
+    y = torch.einsum("tr,trw->tw", h.double(), whole("down_scale", down)[rows])
+    both = {"x": x, "blocks": blocks, "up": up, "up_bias": bias, "gate": gate}
+    plain = {"x": x, "blocks": blocks, "up": up, "up_bias": bias}
+    head = {"x": x, "blocks": blocks, "weight": up, "weight_bias": bias}
+    some = {name: scales[name] for name in ("up_scale", "gate_scale") if name in scales}
+    first = {name: scales[name] for name in ("up_scale",) if name in scales}
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    head_rows = blocks.long().expand(tokens, -1)
+    logits = torch.einsum("tw,trw->tr", x.double(), whole("up_scale", up)[head_rows]) + bias.double()[head_rows]
+    scale = {"weight_scale": scales["up_scale"]} if scales else {}
+    last = {"down_scale": scales["down_scale"]} if scales else {}
+    return [
+        Checked(UP, both | some, {"activation": "silu", "block": block}, silu(g) * u),
+        Checked(UP, plain | first, {"activation": "gelu", "block": block}, gelu(u)),
+        Checked(DOWN, {"h": h, "blocks": blocks, "down": down} | last, {"block": block}, y),
+        Checked(HEAD, head | scale, {}, logits),
+    ]
+
+
+def _selections(dtype: torch.dtype) -> list[Checked]:
+    found = []
+    for tokens, blocks, k, shared in ((1, 11008, 550, 0), (3, 1000, 37, 0), (5, 1000, 37, 1), (2, 32000, 512, 0)):
+        scores = torch.randn(tokens, blocks, device="cuda").to(dtype)  # in half precision many are equal
+        of = scores.max(0, keepdim=True).values if shared else scores
+        order = torch.sort(of, dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+        found.append(Checked(SELECT, {"scores": scores}, {"k": k, "shared": shared}, order))
+    return found
+
+
+def _compared(case: Checked) -> dict[str, Any]:
+    """The largest relative error over all tiles."""
+    worst = 0.0
+    for tile in Case(case.kernel, [case.inputs], case.attributes).tiles():
+        run, output = prepared(case.kernel, case.inputs, case.attributes, tile)
+        output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
+        run()
+        error = float((output.double() - case.expected).norm() / case.expected.double().norm())
+        worst = max(worst, error if error == error else float("inf"))
+    first = next(iter(case.inputs.values()))
+    limit = 0 if case.kernel is SELECT else LIMITS[first.dtype]
+    shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in case.inputs.items()}
+    return {"op": case.kernel.op.name, "inputs": shapes, "error": worst, "right": worst <= limit}
+
+
+# Time
+
+
+@dataclass
+class Layers:
+    """Weights of all layers in half precision, dense and as the kernels read them; int8 beside."""
+
+    gate_up: list[torch.Tensor]  # gate and up under each other: one product of cuBLAS
+    down: list[torch.Tensor]
+
+    @classmethod
+    def random(cls) -> Layers:
+        made = [weights(2 * NEURONS, WIDTH, torch.float16) for _ in range(LAYERS)]
+        return cls(made, [weights(NEURONS, WIDTH, torch.float16) for _ in range(LAYERS)])
+
+    def dense(self, tokens: int) -> float:
+        """Seconds per layer of cuBLAS's two products, without the activation between them."""
+        x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
+        h = torch.randn(tokens, NEURONS, device="cuda", dtype=torch.float16)
+        calls: list[Callable[[], object]] = []
+        for up, down in zip(self.gate_up, self.turned(), strict=True):
+            calls += [partial(torch.nn.functional.linear, x, up), partial(torch.nn.functional.linear, h, down)]
+        return seconds(calls) / LAYERS
+
+    def turned(self) -> list[torch.Tensor]:
+        """`down` as torch lays it out, [WIDTH, NEURONS] contiguous."""
+        if not hasattr(self, "_turned"):
+            self._turned = [w.t().contiguous() for w in self.down]
+        return self._turned
+
+    def sparse(self, tokens: int, k: int, own: bool) -> tuple[Case, Case]:
+        x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
+        h = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+        ups, downs = [], []
+        for gate_up, down in zip(self.gate_up, self.down, strict=True):
+            blocks = chosen(tokens if own else 1, NEURONS, k)
+            ups.append({"x": x, "blocks": blocks, "up": gate_up[NEURONS:], "gate": gate_up[:NEURONS]})
+            downs.append({"h": h, "blocks": blocks, "down": down})
+        return Case(UP, ups, {"activation": "silu"}), Case(DOWN, downs, {})
+
+
+def together(up: Case, down: Case, tiles: tuple[Tile, Tile]) -> float:
+    """Seconds per layer of both ops, one after the other; SparseDown reads what SparseUp wrote."""
+    runs: list[Callable[[], object]] = []
+    for first, second in zip(up.layers, down.layers, strict=True):
+        run, h = prepared(UP, first, up.attributes, tiles[0])
+        runs += [run, prepared(DOWN, {**second, "h": h}, down.attributes, tiles[1])[0]]
+    return seconds(runs) / len(up.layers)
+
+
+def ffn(layers: Layers, copy: float) -> list[dict[str, Any]]:
+    rows = []
+    cases = [layers.sparse(tokens, 64, False) for tokens in (1, 2)]
+    compile_all(job for pair in cases for case in pair for job in case.jobs())
+    dense = {tokens: layers.dense(tokens) for tokens in BATCHES}
+    for tokens, density, own in product(BATCHES, DENSITIES, (False, True)):
+        if own and (tokens == 1 or density > 0.25):
+            continue
+        k = max(16, round(NEURONS * density / 16) * 16)
+        up, down = layers.sparse(tokens, k, own)
+        (up_s, up_tile), (down_s, down_tile) = up.best(), down.best()
+        both = together(up, down, (up_tile, down_tile))
+        size = 3 * k * WIDTH * 2 * (tokens if own else 1)
+        row = {
+            "tokens": tokens, "own": own, "density": density, "dense_us": dense[tokens] * 1e6, "sparse_us": both * 1e6,
+            "up_us": up_s * 1e6, "down_us": down_s * 1e6, "ratio": dense[tokens] / both, "gb_per_s": size / both / 1e9,
+            "share_of_copy": size / both / copy, "up_tile": repr(up_tile), "down_tile": repr(down_tile),
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"{tokens:3d} {'own' if own else 'shared':6s} {density:5.0%} dense {row['dense_us']:7.1f} sparse "
+            f"{row['sparse_us']:7.1f} us (up {row['up_us']:6.1f} down {row['down_us']:6.1f}) {row['ratio']:6.2f}x "
+            f"{row['gb_per_s']:6.0f} GB/s {row['share_of_copy']:4.0%} of copy  {_short(up_tile)} {_short(down_tile)}",
+            flush=True,
+        )
+    return rows
+
+
+def others(copy: float) -> list[dict[str, Any]]:
+    """SelectBlocks beside torch.topk; SparseHead beside cuBLAS."""
+    rows = []
+    for tokens, count, k in product((1, 16), (NEURONS, VOCABULARY, 344), (0.05, 0.5)):
+        inputs = [{"scores": torch.randn(tokens, count, device="cuda").half()} for _ in range(8)]
+        time_s, tile = Case(SELECT, inputs, {"k": round(count * k)}).best()
+        peer = seconds([partial(torch.topk, one["scores"], round(count * k)) for one in inputs]) / len(inputs)
+        rows.append({"op": "SelectBlocks", "tokens": tokens, "count": count, "k": round(count * k),
+                     "us": time_s * 1e6, "torch_topk_us": peer * 1e6, "tile": repr(tile)})  # fmt: skip
+    heads = [weights(VOCABULARY, WIDTH, torch.float16) for _ in range(4)]
+    for tokens, k in product((1, 16), (512, 3200)):
+        x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
+        inputs = [{"x": x, "blocks": chosen(1, VOCABULARY, k), "weight": w} for w in heads]
+        time_s, tile = Case(HEAD, inputs, {}).best()
+        peer = seconds([partial(torch.nn.functional.linear, x, w) for w in heads]) / len(heads)
+        rows.append({"op": "SparseHead", "tokens": tokens, "k": k, "us": time_s * 1e6, "dense_us": peer * 1e6,
+                     "ratio": peer / time_s, "share_of_copy": k * WIDTH * 2 / time_s / copy, "tile": repr(tile)})  # fmt: skip
+    for row in rows:
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return rows
+
+
+def int8(copy: float) -> list[dict[str, Any]]:
+    """SparseUp and SparseDown with int8 weights, one token."""
+    rows = []
+    x = torch.randn(1, WIDTH, device="cuda", dtype=torch.float16)
+    made = [[weights(NEURONS, WIDTH, torch.int8) for _ in range(3)] for _ in range(LAYERS)]
+    scale = torch.rand(NEURONS, device="cuda").half() / 1000
+    for density in DENSITIES:
+        k = max(16, round(NEURONS * density / 16) * 16)
+        h = torch.randn(1, k, device="cuda", dtype=torch.float16)
+        blocks = [chosen(1, NEURONS, k) for _ in made]
+        ups = [{"x": x, "blocks": b, "up": w[0], "up_scale": scale, "gate": w[1], "gate_scale": scale}
+               for b, w in zip(blocks, made, strict=True)]  # fmt: skip
+        downs = [{"h": h, "blocks": b, "down": w[2], "down_scale": scale} for b, w in zip(blocks, made, strict=True)]
+        up, down = Case(UP, ups, {"activation": "silu"}), Case(DOWN, downs, {})
+        tiles = up.best()[1], down.best()[1]
+        time_s = together(up, down, tiles)
+        rows.append({"density": density, "sparse_us": time_s * 1e6, "share_of_copy": 3 * k * WIDTH / time_s / copy,
+                     "tiles": [_short(tile) for tile in tiles]})  # fmt: skip
+        print("int8", {key: round(v, 2) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
+    return rows
+
+
+def sweep(layers: Layers) -> None:
+    """More tiles than a builder would time, to choose those that it does."""
+
+    def tiles(tokens: int, *choices: tuple[int, ...]) -> list[Tile]:
+        made = [Tile(tokens, *chosen) for chosen in product(*choices)]
+        return [t for t in made if tokens > 1 or 16 <= t.rows * t.columns // (32 * t.warps) <= 64]
+
+    one_up = tiles(1, (1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8), (1,)) + [Tile(1, 4, 512, 4, 3)]
+    one_down = tiles(1, (64, 128, 256, 512, 1024), (16, 32, 64), (4, 8, 16), (1,)) + [Tile(1, 128, 32, 8, 3)]
+    many_up = tiles(16, (16, 32), (64, 128, 256), (4, 8), (2, 4))
+    many_down = tiles(16, (64, 128, 256), (16, 32, 64), (4, 8), (2, 4))
+    cases = [layers.sparse(tokens, k, False) for tokens, k in ((1, 544), (1, 5504), (16, 544), (16, 5504))]
+    jobs = []
+    lists = [(one_up, one_down), (one_up, one_down), (many_up, many_down), (many_up, many_down)]
+    for pair, tiles in zip(cases[::2], lists[::2], strict=True):
+        for case, some in zip(pair, tiles, strict=True):
+            jobs += case.jobs(some)
+    compile_all(jobs)
+    for pair, tiles in zip(cases, lists, strict=True):
+        for case, some in zip(pair, tiles, strict=True):
+            timed = []
+            for tile in some:
+                try:
+                    timed.append((case.time(tile), tile))
+                except (ValueError, RuntimeError) as error:
+                    print("left out", _short(tile), str(error)[:80])
+            timed.sort(key=lambda found: found[0])
+            shape = case.layers[0]["x" if "x" in case.layers[0] else "h"].shape[0], case.layers[0]["blocks"].shape[1]
+            print(case.kernel.op.name, shape, [(round(t * 1e6, 2), _short(tile)) for t, tile in timed[:6]], flush=True)
+
+
+def _short(tile: Tile) -> str:
+    return f"{tile.tokens}/{tile.rows}x{tile.columns}/w{tile.warps}s{tile.stages}"
+
+
+def compile_all(jobs: Iterable[Job]) -> None:
+    """Fill the Triton language's cache, on all cores."""
+    unique = {repr(job): job for job in jobs}
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(partial(_compile, capability()), unique.values(), chunksize=2))
+
+
+def _compile(sm: int, job: Job) -> None:
+    name, given, attributes, shapes, tile = job
+    kernel = {k.op.name: k for k in (UP, DOWN, HEAD, SELECT)}[name]
+    try:
+        compile_kernel(kernel, Form(given, attributes), shapes, tile, sm)
+    except Exception as error:  # of one tile: whoever launches it meets the error again
+        print("not compiled", name, tile, str(error)[:100])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--sweep", action="store_true", help="time many tiles, and stop")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("not measured: this machine has no NVIDIA GPU")
+    device = torch.cuda.get_device_properties(0)
+    started = time.monotonic()
+    checked = check()
+    wrong = [row for row in checked if not row["right"]]
+    print(f"{len(checked)} checks against float64, {len(wrong)} wrong, {time.monotonic() - started:.0f} s")
+    for row in wrong:
+        print("WRONG", row)
+    copy = copy_bandwidth()
+    print(f"{device.name}: a copy moves {copy / 1e9:.0f} GB/s", flush=True)
+    layers = Layers.random()
+    if options.sweep:
+        sweep(layers)
+        return
+    found = {
+        "device": device.name, "compute_capability": f"{device.major}.{device.minor}",
+        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
+        "command": "python benchmarks/gpu/kernels.py --json FILE", "copy_gb_per_s": copy / 1e9,
+        "checks": {"done": len(checked), "wrong": wrong}, "ffn": ffn(layers, copy), "others": others(copy),
+        "int8": int8(copy), "seconds": 0.0,
+    }  # fmt: skip
+    found["seconds"] = time.monotonic() - started
+    print(f"{found['seconds']:.0f} s in all")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
