@@ -65,12 +65,12 @@ class Masks:
         return self.made[key]
 
     def _near(self, nodes: Nodes, tokens: gs.Tensor, total: gs.Tensor, window: int, dtype: np.dtype) -> gs.Tensor:
-        """1 where a key lies at most `window` real tokens before the query, [batch, 1, tokens, total]."""
+        """1 where a key is among the last `window` real tokens up to the query, [batch, 1, tokens, total]."""
         place = nodes("CumSum", nodes("Cast", self.mask, dtype=np.int32, to=onnx_type(np.int32)), np.array(1, np.int64))
         start = nodes("Sub", total, tokens)
         query = nodes("Slice", place, start, total, [1])
         far = nodes("Sub", nodes("Unsqueeze", query, [1, 3]), nodes("Unsqueeze", place, [1, 2]))
-        near = nodes("LessOrEqual", far, np.array(window, np.int32), dtype=bool)
+        near = nodes("LessOrEqual", far, np.array(window - 1, np.int32), dtype=bool)
         return nodes("Cast", near, dtype=dtype, to=onnx_type(dtype))
 
 

@@ -1,0 +1,306 @@
+"""Lowered graphs compute what the graphs did, in standard ops alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from rewrite import canonical, head_profile, session
+from zoo import exported, feeds, tiny_model
+
+from trimtab.compiler.targets.onnxruntime_steps import step_feeds
+from trimtab.passes import PassContext, pass_class, run_passes
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import load_graph, save_graph
+from trimtab.passes.lower import lower, tell_head_dim
+
+STANDARD = ("", "ai.onnx")
+
+
+def lowered(path: Path, folder: Path, **options: Any) -> tuple[Path, dict[str, int]]:
+    """The lowered form of an ONNX file, and what was done."""
+    graph = load_graph(path)
+    done = lower(graph, **options)
+    folder.mkdir(exist_ok=True)
+    save_graph(graph, folder / "lowered.onnx")
+    return folder / "lowered.onnx", done
+
+
+def assert_standard(path: Path) -> None:
+    model = onnx.load(str(path), load_external_data=False)
+    assert {node.domain for node in model.graph.node} <= set(STANDARD) and not model.functions
+
+
+def compiled(family: str, passes: dict[str, dict[str, Any]], folder: Path) -> Path:
+    graph = canonical(exported(family))
+    context = PassContext(head_profile(graph) if "head-topk" in passes else _profile(graph))
+    run_passes(graph, [pass_class(name).model_validate(options) for name, options in passes.items()], context)
+    folder.mkdir(exist_ok=True)
+    save_graph(graph, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def _profile(graph: Any) -> Any:
+    from rewrite import profile_of
+
+    return profile_of(graph)
+
+
+def assert_same(before: Path, after: Path, family: str, atol: float, shapes: list[tuple[int, int]]) -> None:
+    """Relative to the largest output."""
+    rng = np.random.default_rng()
+    one, two = session(before), session(after)
+    for batch, tokens in shapes:
+        given = feeds(family, batch, tokens, rng)
+        for want, got in zip(one.run(None, given), two.run(None, given), strict=True):
+            assert np.abs(got - want).max() <= atol * np.abs(want).max()
+
+
+TOPK: dict[str, Any] = {"density": 0.2, "take": 0.3, "recall": 0.01}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "opt"])
+@pytest.mark.parametrize("dense_above", [0, 4, 1000])
+def test_chosen_neurons(tmp_path: Path, family: str, dense_above: int) -> None:
+    model = compiled(family, {"ffn-topk": TOPK | {"dense_above": dense_above}}, tmp_path / "a")
+    found, done = lowered(model, tmp_path / "b")
+    assert done["SelectBlocks"] == done["SparseUp"] == done["SparseDown"] > 0
+    assert_standard(found)
+    assert_same(model, found, family, 2e-5, [(1, 3), (2, 2), (3, 7)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "int8", "block": 4, "exact": True},
+        {"weights": "int8", "shared": True},
+        {"weights": "int4", "block": 2},
+        {"density": 1, "take": 1, "weights": "int8"},
+        {"predictor": "copy", "common": 0.05, "signal": "both"},
+    ],
+    ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),
+)
+def test_forms_of_weights_and_choices(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = compiled("llama", {"ffn-topk": TOPK | {"dense_above": 5} | options}, tmp_path / "a")
+    found, _ = lowered(model, tmp_path / "b")
+    assert_standard(found)
+    # The native kernels round what they multiply integers with to 16 bits.
+    assert_same(model, found, "llama", 3e-4, [(1, 3), (3, 4)])
+
+
+def test_a_head_that_chooses_its_rows(tmp_path: Path) -> None:
+    model = compiled("llama", {"head-topk": {"take": 16, "most": 1.0, "dense_above": 3}}, tmp_path / "a")
+    found, done = lowered(model, tmp_path / "b")
+    assert done == {"SelectBlocks": 1, "SparseHead": 1}
+    assert_standard(found)
+    assert_same(model, found, "llama", 2e-5, [(1, 2), (2, 5)])
+
+
+def test_known_sizes_leave_one_form(tmp_path: Path) -> None:
+    """Where the workload decides between the sparse and the dense form, the other one is not in the graph."""
+    model = compiled("bert", {"ffn-topk": TOPK | {"dense_above": 8}}, tmp_path / "a")
+    ops = {}
+    for name, tokens in {"few": (1, 8), "many": (9, 64), "both": (1, 64)}.items():
+        found, _ = lowered(model, tmp_path / name, tokens=tokens)
+        ops[name] = [node.op_type for node in onnx.load(str(found), load_external_data=False).graph.node]
+    assert "TopK" in ops["few"] and "TopK" in ops["both"] and "TopK" not in ops["many"]
+    assert len(ops["both"]) > len(ops["few"])
+    assert_same(model, tmp_path / "few" / "lowered.onnx", "bert", 2e-5, [(1, 8), (2, 4)])
+    assert_same(model, tmp_path / "many" / "lowered.onnx", "bert", 2e-5, [(3, 3), (4, 16)])
+
+
+def test_a_target_with_plugins_keeps_the_dialect(tmp_path: Path) -> None:
+    model = compiled("bert", {"ffn-topk": TOPK}, tmp_path / "a")
+    found, done = lowered(model, tmp_path / "b", dialect=False)
+    assert not done
+    assert "trimtab" in {node.domain for node in onnx.load(str(found), load_external_data=False).graph.node}
+
+
+def test_nothing_to_do_changes_nothing(tmp_path: Path) -> None:
+    graph = load_graph(exported("bert"))
+    before = [node.name for node in graph.nodes], graph.opset
+    assert lower(graph) == {} and ([node.name for node in graph.nodes], graph.opset) == before
+
+
+def topk_model(path: Path, n: int, k: int, largest: int, dtype: str = "float") -> Path:
+    text = f"""<ir_version: 9, opset_import: ["" : 18]>
+    g ({dtype}[rows, {n}] x) => ({dtype}[rows, {k}] y, int64[rows, {k}] i) <int64[1] k = {{{k}}}>
+    {{ y, i = TopK <axis = 1, largest = {largest}> (x, k) }}"""
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+@pytest.mark.parametrize(("n", "k"), [(11008, 5504), (9000, 9000), (8000, 3841)])
+@pytest.mark.parametrize("largest", [1, 0])
+def test_topk_of_more_than_tensorrt_takes_at_once(tmp_path: Path, n: int, k: int, largest: int) -> None:
+    found, done = lowered(topk_model(tmp_path / "m.onnx", n, k, largest), tmp_path / "b")
+    assert done == {"TopK": 1}
+    x = np.random.default_rng().permutation(3 * n).reshape(3, n).astype(np.float32)
+    y, places = session(found).run(None, {"x": x})
+    order = np.argsort(-x if largest else x, axis=1)[:, :k]
+    np.testing.assert_array_equal(places, order)
+    np.testing.assert_array_equal(y, np.take_along_axis(x, order, 1))
+    sizes = [t for t in onnx.load(str(found)).graph.initializer if t.dims == [1] and t.data_type == 7]
+    assert max(onnx.numpy_helper.to_array(t).item() for t in sizes) <= 3840
+
+
+def test_topk_of_ties_takes_each_place_once(tmp_path: Path) -> None:
+    found, _ = lowered(topk_model(tmp_path / "m.onnx", 6000, 5000, 1), tmp_path / "b")
+    x = np.random.default_rng().integers(0, 3, (2, 6000)).astype(np.float32)
+    _, places = session(found).run(None, {"x": x})
+    assert all(len(set(row)) == 5000 for row in places.tolist())
+
+
+def test_a_choice_of_more_than_tensorrt_takes_at_once(tmp_path: Path) -> None:
+    """5504 of 11008 neurons, as half of LLaMA-7B's: in rounds too, and the numbers in order where they are seen."""
+    import onnx_graphsurgeon as gs
+
+    from trimtab.plugins import SELECT_BLOCKS, add_node
+
+    graph = gs.Graph(opset=18, name="g")
+    scores = gs.Variable("scores", np.float32, ["tokens", 11008])
+    blocks = add_node(graph, SELECT_BLOCKS, {"scores": scores}, "blocks", k=5504)
+    graph.inputs, graph.outputs = [scores], [blocks]
+    save_graph(graph, tmp_path / "m.onnx")
+    found, _ = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    assert_standard(found)
+    x = np.random.default_rng().normal(size=(2, 11008)).astype(np.float32)
+    (got,) = session(found).run(None, {"scores": x})
+    np.testing.assert_array_equal(got, np.sort(np.argsort(-x, axis=1)[:, :5504], axis=1))
+
+
+def generated(path: Path, prompts: list[list[int]], heads: int, width: int) -> list[np.ndarray]:
+    """Logits of the real tokens of `prompts`, and of three tokens behind each."""
+    found = session(path)
+    names = [t.name for t in found.get_outputs()]
+    given = {t.name for t in found.get_inputs()}
+    past = {name: np.zeros((len(prompts), heads, 0, width), np.float32) for name in given if name.startswith("past")}
+    rng, longest = np.random.default_rng(5), max(map(len, prompts))
+    mask = np.array([[1] * len(p) + [0] * (longest - len(p)) for p in prompts])
+    ids = np.array([p + [0] * (longest - len(p)) for p in prompts])
+    logits = []
+    for _ in range(4):
+        out = dict(zip(names, found.run(None, step_feeds(ids, mask, given) | past), strict=True))
+        logits.append(out["logits"][mask[:, -ids.shape[1] :].astype(bool)])
+        past = {name: out[name.replace("past_key_values", "present")] for name in past}
+        ids, mask = rng.integers(3, 90, (len(prompts), 1)), np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("family", "exporter"),
+    [("llama", "cached"), ("gpt2", "cached"), ("gemma", "cached"), ("qwen2", "cached"), ("llama", "genai")],
+)
+def test_attention_with_a_cache(tmp_path: Path, family: str, exporter: str) -> None:
+    """Prompts of unlike length together: the cache of the shorter ones has gaps in one form, and none in the other."""
+    model = exported(family, exporter)
+    found, done = lowered(model, tmp_path / "b")
+    assert done["GroupQueryAttention"] == tiny_model(family).config.num_hidden_layers
+    assert_standard(found)
+    config = tiny_model(family).config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    prompts = [[5, 6, 7, 8, 9], [4, 3], [11, 12, 13]]
+    wanted, got = (generated(path, prompts, heads, width) for path in (model, found))
+    for want, have in zip(wanted, got, strict=True):
+        np.testing.assert_allclose(have, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("window", [-1, 2, 5])
+@pytest.mark.parametrize(("heads", "kv_heads", "softcap"), [(4, 4, 0.0), (6, 2, 0.0), (4, 1, 3.0)])
+@pytest.mark.parametrize("rotary", [0, 1, 2])
+def test_options_of_attention(
+    tmp_path: Path, window: int, heads: int, kv_heads: int, softcap: float, rotary: int
+) -> None:
+    """Against ONNX Runtime's own op: rotation (1: of halves, 2: of neighbours), windows, caps, shared keys."""
+    width = 16
+    rng = np.random.default_rng()
+    turn = f"do_rotary = 1, rotary_interleaved = {rotary - 1}, " if rotary else ""
+    tables = ", cos, sin" if rotary else ""
+    new = f"float[b, t, {heads * width}] q, float[b, t, {kv_heads * width}] k, float[b, t, {kv_heads * width}] v"
+    cache = f"float[b, {kv_heads}, p, {width}] pk, float[b, {kv_heads}, p, {width}] pv"
+    text = f"""<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
+    g ({new}, {cache}, int64[b, n] attention_mask)
+      => (float[b, t, {heads * width}] y, float[b, {kv_heads}, n, {width}] ok, float[b, {kv_heads}, n, {width}] ov)
+      <float[32, 8] cos, float[32, 8] sin>
+    {{
+      one = Constant <value_ints = [1]> ()
+      sum = ReduceSum <keepdims = 0> (attention_mask, one)
+      last64 = Sub (sum, one)
+      last = Cast <to = 6> (last64)
+      size64 = Shape <start = 1> (attention_mask)
+      size = Cast <to = 6> (size64)
+      y, ok, ov = com.microsoft.GroupQueryAttention <num_heads = {heads}, kv_num_heads = {kv_heads}, {turn}
+        local_window_size = {window}, softcap = {softcap}> (q, k, v, pk, pv, last, size{tables})
+    }}"""
+    model = onnx.parser.parse_model(text)
+    del model.graph.initializer[:]
+    angles = rng.uniform(0, 3, (32, 8)).astype(np.float32)
+    if rotary:
+        model.graph.initializer.extend(
+            onnx.numpy_helper.from_array(table, name)
+            for name, table in {"cos": np.cos(angles), "sin": np.sin(angles)}.items()
+        )
+    onnx.save(model, tmp_path / "m.onnx")
+    found, _ = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    assert_standard(found)
+    one, two = session(tmp_path / "m.onnx"), session(found)
+    for batch, tokens, past in ((2, 1, 6), (1, 3, 5), (2, 4, 0)):
+        shapes = {name: (batch, tokens, n * width) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+        shapes |= dict.fromkeys(("pk", "pv"), (batch, kv_heads, past, width))
+        feed: dict[str, np.ndarray] = {name: rng.normal(size=size).astype(np.float32) for name, size in shapes.items()}
+        feed["attention_mask"] = np.ones((batch, past + tokens), np.int64)
+        for want, got in zip(one.run(None, feed), two.run(None, feed), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_small_ops_of_onnx_runtime(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    text = """<ir_version: 9, opset_import: ["" : 21, "com.microsoft" : 1]>
+    g (float[rows, 64] x, float[rows, 64] r) => (float[rows, 32] y, float[rows, 64] s, float[rows, 64] t) {
+      n = SimplifiedLayerNormalization <axis = -1, epsilon = 0.001> (x, w)
+      a, empty1, empty2, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.01> (n, r, w)
+      b, empty3, empty4, t = com.microsoft.SkipLayerNormalization <epsilon = 0.01> (a, s, w, bias, extra)
+      c = com.microsoft.FastGelu (b, bias)
+      d = com.microsoft.BiasGelu (c, bias)
+      e = com.microsoft.QuickGelu <alpha = 1.5> (d)
+      y = com.microsoft.MatMulNBits <N = 32, K = 64, bits = 4, block_size = 32> (e, q, scale)
+    }"""
+    model = onnx.parser.parse_model(text)
+    weights = {
+        "w": rng.uniform(0.5, 2, 64), "bias": rng.normal(size=64), "extra": rng.normal(size=64),
+        "q": rng.integers(0, 256, (32, 2, 16)).astype(np.uint8), "scale": rng.uniform(0.5, 1, 64),
+    }  # fmt: skip
+    for name, array in weights.items():
+        kept = array if array.dtype == np.uint8 else array.astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(kept, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    found, done = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    assert len(done) == 7
+    assert_standard(found)
+    given = {name: rng.normal(size=(5, 64)).astype(np.float32) for name in "xr"}
+    for want, got in zip(session(tmp_path / "m.onnx").run(None, given), session(found).run(None, given), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())  # MatMulNBits rounds x to int8 by blocks
+
+
+def test_the_width_of_a_head_is_told(tmp_path: Path) -> None:
+    graph = load_graph(exported("llama", "genai"))
+    assert not isinstance(graph.inputs[-1].shape[-1], int)
+    tell_head_dim(graph)
+    assert graph.inputs[-1].shape[-1] == 16
+
+
+def test_what_has_no_standard_form_is_named(tmp_path: Path) -> None:
+    graph = load_graph(exported("llama", "cached"))
+    node = next(node for node in graph.nodes if node.op == "GroupQueryAttention")
+    node.attrs["smooth_softmax"], node.name = 1, "layer.0/attention"
+    with pytest.raises(ModelError, match=r"layer\.0/attention: GroupQueryAttention with smooth_softmax"):
+        lower(graph)
+    graph = load_graph(exported("llama", "cached"))
+    next(t for t in graph.inputs if t.name == "attention_mask").name = "other"
+    with pytest.raises(ModelError, match="needs an input attention_mask"):
+        lower(graph)
