@@ -27,6 +27,7 @@ _FOREIGN = frozenset([
 ])  # fmt: skip
 """Ops of com.microsoft that take half precision."""
 
+_SMALL = 1024  # elements of a constant that is no weight
 _INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger")
 _LARGEST = float(np.finfo(np.float16).max)
 MASK = 1e30
@@ -88,6 +89,7 @@ def _between(graph: gs.Graph, nodes: list[gs.Node], kept: set[int]) -> set[int]:
     """Nodes all of whose floats come from nodes that stay (or from integers) and go to such.
 
     They stay too: a cast there and back would only round, as with the epsilon of a norm, or positions of a rotation.
+    What has weights is worth a cast.
     """
     known = {id(node) for node in nodes}
     given = {id(t) for t in graph.inputs}
@@ -95,7 +97,8 @@ def _between(graph: gs.Graph, nodes: list[gs.Node], kept: set[int]) -> set[int]:
     behind: set[int] = set()
     for node in nodes:
         floats = [t for t in reads(node) if is_float(t)]
-        if all(id(t) not in given and t.inputs and id(t.inputs[0]) in behind | kept for t in floats):
+        fits = all(id(t) not in given and t.inputs and id(t.inputs[0]) in behind | kept for t in floats)
+        if fits and not any(isinstance(t, gs.Constant) and np.prod(t.shape) > _SMALL for t in node.inputs):
             behind.add(id(node))
     before: set[int] = set()
     for node in reversed(nodes):
