@@ -27,7 +27,9 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     for _ in range(_ROUNDS):
         infer_shapes(part)
         found = sum(_told(node, kept) for node in topological(part))
-        if not found + fold_constants(part):
+        with np.errstate(all="ignore"):  # of branches that are computed and not taken
+            folded = fold_constants(part)
+        if not found + folded:
             break
     return {
         name: tuple(tensor.shape)

@@ -1,0 +1,185 @@
+"""Several engines as one, and a decoder's cache between them: ONNX Runtime's sessions stand in for engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from rewrite import canonical, session
+from zoo import exported, feeds
+
+from trimtab.compiler.engine_options import EngineOptions
+from trimtab.compiler.generation import generate
+from trimtab.compiler.targets import get_target
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, Values, choose
+from trimtab.compiler.targets.tensorrt.info import EngineFile, ProfileInfo, Tensor
+from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
+from trimtab.compiler.targets.tensorrt.sizes import sizes_at
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import save_graph
+
+ENCODER = Workload(batch=(1, 2, 4), tokens=(1, 8, 16))
+DECODER = Workload(batch=(1, 2, 4), tokens=(1, 8, 16), past=(0, 4, 24))
+
+
+class StandIn(Stage):
+    """A session whose outputs go when it runs again, as an engine's do."""
+
+    def __init__(self, info: EngineFile, run: ort.InferenceSession, used: list[int]) -> None:
+        super().__init__(info)
+        self.session, self.used = run, used
+        self.last: list[np.ndarray] = []
+
+    def run(self, given: Values, profile: int) -> Values:
+        self.used.append(profile)
+        found = [np.array(array) for array in self.session.run(None, given)]
+        for array in self.last:
+            array[...] = -99 if array.dtype.kind in "iu" else False if array.dtype == bool else np.nan
+        self.last = found
+        return dict(zip((t.name for t in self.session.get_outputs()), found, strict=True))
+
+    def fork(self) -> StandIn:
+        return StandIn(self.info, self.session, self.used)
+
+    def host(self, value: Any) -> np.ndarray:
+        return np.array(value)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        assert dtype == "float"
+        return np.zeros(shape, np.float32)
+
+
+def chain(prepared: Prepared, whole: Path) -> tuple[Chain, list[int]]:
+    """Stand-ins for the engines of `prepared`; and the numbers of the profiles that they will run in."""
+    used: list[int] = []
+    stages = []
+    for path, profiles in zip(prepared.models, prepared.profiles, strict=True):
+        run = session(path)
+        sides = [
+            tuple(
+                Tensor(name=t.name, dtype="float", shape=[n if isinstance(n, int) else -1 for n in t.shape]) for t in s
+            )
+            for s in (run.get_inputs(), run.get_outputs())
+        ]
+        known = tuple(ProfileInfo(name=p.name, shapes=p.shapes) for p in profiles)
+        info = EngineFile(file=path.name, inputs=sides[0], outputs=sides[1], profiles=known)
+        stages.append(StandIn(info, run, used))
+    dense = session(whole)
+    return Chain(stages, [t.name for t in dense.get_inputs()], [t.name for t in dense.get_outputs()]), used
+
+
+def canonical_file(family: str, folder: Path, exporter: str = "dynamo") -> Path:
+    save_graph(canonical(exported(family, exporter)), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+@pytest.mark.parametrize(("family", "segments"), [("bert", 3), ("llama", 2), ("vit", 2), ("t5", 2), ("gpt2", 2)])
+def test_a_model_in_several_engines_computes_the_same(tmp_path: Path, family: str, segments: int) -> None:
+    model = canonical_file(family, tmp_path)
+    scratch = tmp_path / "parts"
+    scratch.mkdir()
+    prepared = prepare(model, ENCODER, scratch, dialect=True, segments=segments)
+    assert len(prepared.models) == segments
+    weights = [sum(np.prod(t.dims) for t in load_proto(path).graph.initializer) for path in prepared.models]
+    assert min(weights) > 1000  # each has layers of its own
+    runner, _ = chain(prepared, model)
+    rng, dense = np.random.default_rng(), session(model)
+    for batch, tokens in ((1, 1), (3, 9), (4, 16)):
+        given = feeds(family, batch, tokens, rng)
+        (want,) = dense.run(None, given)
+        (got,) = runner.run(given).values()
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def load_proto(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(path), load_external_data=False)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("exporter", ["cached", "genai"])
+def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporter: str) -> None:
+    """Its profiles in turn, prompts of unlike length, and what one step puts out is not what the next writes over."""
+    model = exported("llama", exporter)
+    prepared = prepare(model, DECODER, tmp_path, dialect=True, segments=segments)
+    assert [profile.name for profile in prepared.profiles[0]] == ["prompt", "step"]
+    runner, used = chain(prepared, model)
+    prompts = [[5, 6, 7, 8, 9], [4, 3], [11, 12, 13]]
+    found = list(generate(runner, prompts, max_new_tokens=8))
+    wanted = list(generate(OnnxRuntimeRunner(model), prompts, max_new_tokens=8))
+    np.testing.assert_array_equal(np.stack(found), np.stack(wanted))
+    assert used == [0] * segments + [1] * 7 * segments
+
+
+def test_generations_at_the_same_time_have_caches_of_their_own(tmp_path: Path) -> None:
+    model = exported("llama", "cached")
+    runner, _ = chain(prepare(model, DECODER, tmp_path, dialect=True, segments=1), model)
+    alone = [list(generate(runner, [prompt], max_new_tokens=6)) for prompt in ([5, 6, 7], [9])]
+    both = [generate(runner, [prompt], max_new_tokens=6) for prompt in ([5, 6, 7], [9])]
+    together = [[], []]
+    for _ in range(6):
+        for number, each in enumerate(both):
+            together[number].append(next(each))
+    assert together == alone
+
+
+def test_a_cache_that_is_too_short_is_told_at_once(tmp_path: Path) -> None:
+    model = exported("llama", "cached")
+    runner, _ = chain(prepare(model, DECODER, tmp_path, dialect=True, segments=1), model)
+    with pytest.raises(TargetError, match=r"cache takes 24 tokens, and 40 are wanted.*past"):
+        runner.steps(1, 40)
+    encoder = canonical_file("bert", tmp_path)
+    other, _ = chain(prepare(encoder, ENCODER, tmp_path, dialect=True, segments=1), encoder)
+    with pytest.raises(TargetError, match="no cache"):
+        other.steps(1, 4)
+
+
+def test_shapes_outside_of_the_profile_are_refused_by_name(tmp_path: Path) -> None:
+    model = canonical_file("bert", tmp_path)
+    runner, used = chain(prepare(model, ENCODER, tmp_path, dialect=True, segments=1), model)
+    with pytest.raises(TargetError, match=r"'input_ids' has the shape \[2, 17\].*\[1, 1\] to \[4, 16\]"):
+        runner.run(feeds("bert", 2, 17, np.random.default_rng()))
+    with pytest.raises(TargetError, match="takes the inputs input_ids"):
+        runner.run({"ids": np.zeros((1, 2), np.int64)})
+    assert not used
+
+
+def test_the_narrowest_profile_is_chosen() -> None:
+    whole = ProfileInfo(name="prompt", shapes={"x": ((1, 0), (1, 4), (4, 9))})
+    step = ProfileInfo(name="step", shapes={"x": ((1, 1), (1, 1), (4, 1))})
+    info = EngineFile(file="f", inputs=(), outputs=(), profiles=(whole, step))
+    assert choose(info, {"x": (2, 1)}) == 1 and choose(info, {"x": (2, 2)}) == 0
+
+
+def test_sizes_are_found_through_what_is_computed_of_them() -> None:
+    graph = canonical(exported("t5"))
+    last = graph.outputs[0].inputs[0].inputs[0]
+    found = sizes_at(graph, {tensor.name: (3, 7) for tensor in graph.inputs})
+    assert found[last.name] == (3, 7, 40)
+    assert graph.outputs[0].shape[0] == "batch"
+
+
+def test_more_engines_than_layers_are_refused(tmp_path: Path) -> None:
+    model = canonical_file("bert", tmp_path)
+    with pytest.raises(TargetError, match="5 engines of a model in which 3 layers were found"):
+        prepare(model, ENCODER, tmp_path, dialect=True, segments=5)
+
+
+def test_every_segment_is_built(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = canonical_file("bert", tmp_path)
+    options = EngineOptions(segments=3)
+    files = get_target("tensorrt-rtx").build(model, ENCODER, tmp_path / "engine", options=options)
+    assert [file.name for file in files] == [*(f"model.{n}.engine" for n in range(3)), "engine.json"]
+    assert {file.name for file in (tmp_path / "engine").iterdir()} == {file.name for file in files}
+    engines = json.loads(files[-1].read_text())["engines"]
+    made = {tensor["name"] for tensor in engines[0]["outputs"]}
+    assert made & {tensor["name"] for tensor in engines[1]["inputs"]}
+    assert [tensor["name"] for tensor in engines[-1]["outputs"]] == ["logits"]
