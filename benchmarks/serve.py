@@ -140,13 +140,13 @@ def measure(build: Path, batch: int, kind: str, turns: int, seconds: float) -> d
             rows = []
             for child in (client, inside):
                 child.run(seconds)
-            before = batches_run(metrics, "minilm_engine")
+            before = batches_run(metrics, model)
             for _ in range(turns):
                 server = cpu_seconds(serving.server.process.pid)
                 served = client.run(seconds)
                 served["server_cpu_seconds"] = cpu_seconds(serving.server.process.pid) - server
                 rows.append((served, inside.run(seconds)))
-            after = batches_run(metrics, "minilm_engine")
+            after = batches_run(metrics, model)
             for child in (client, inside):
                 child.close()
     return summary(rows) | {

@@ -31,6 +31,7 @@ pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritoncli
 from google.protobuf import text_format  # noqa: E402
 
 WORKLOAD = {"batch": [1, 4, 8], "tokens": [4, 16, 32]}
+IDS = {"input_ids": [-1, -1], "attention_mask": [-1, -1], "token_type_ids": [-1, -1]}
 
 
 def cli(*words: object) -> Any:
@@ -52,14 +53,42 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def altered(build: Build, folder: Path, **changes: Any) -> Build:
-    """A copy of `build` whose manifest says something else; with an engine where its target has one."""
+    """A copy of `build` whose manifest says something else."""
     shutil.copytree(build.path, folder)
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    if "target" in changes:
-        (folder / "engine").mkdir()
-        (folder / "engine" / "model.engine").write_bytes(b"an engine")
     return open_build(folder)
+
+
+def with_engines(build: Build, folder: Path, *engines: tuple[dict[str, list[int]], dict[str, list[int]]]) -> Build:
+    """A copy of `build` for TensorRT, with engines that take and give {name: shape}."""
+    sizes = dict(zip(("batch", "tokens"), (WORKLOAD["batch"], WORKLOAD["tokens"]), strict=True))
+    described = []
+    for number, sides in enumerate(engines):
+        inputs, outputs = (
+            [
+                {"name": n, "dtype": "int64" if "ids" in n or "mask" in n else "float", "shape": s}
+                for n, s in side.items()
+            ]
+            for side in sides
+        )
+        shapes = {
+            tensor["name"]: [
+                [sizes["tokens" if place else "batch"][level] if size < 0 else size for place, size in enumerate(shape)]
+                for level in range(3)
+            ]
+            for tensor in inputs
+            for shape in [tensor["shape"]]
+        }
+        profiles = [{"name": "all", "shapes": shapes}]
+        described.append({"file": f"{number}.engine", "inputs": inputs, "outputs": outputs, "profiles": profiles})
+    found = altered(build, folder, target="tensorrt")
+    (folder / "engine").mkdir()
+    for engine in described:
+        (folder / "engine" / engine["file"]).write_bytes(f"engine {engine['file']}".encode())
+    info = {"target": "tensorrt", "library": "tensorrt", "version": "11.1.0", "precisions": ["FLOAT"], "gpu": "9.0"}
+    (folder / "engine" / "engine.json").write_text(json.dumps(info | {"engines": described}))
+    return found
 
 
 def config(model: Path) -> Any:
@@ -143,15 +172,51 @@ def test_the_dialect_brings_its_library(bert: Build, tmp_path: Path) -> None:
 
 
 def test_tensorrt_backend(bert: Build, tmp_path: Path) -> None:
-    build = altered(bert, tmp_path / "build", target="tensorrt")
+    build = with_engines(bert, tmp_path / "build", (IDS, {"logits": [-1, 3]}))
     found = package_triton(build, tmp_path / "repo", batch=4)
+    assert found.models == ("build", "build_engine") and found.backend == "tensorrt"
     engine, front = config(found.path / "build_engine"), config(found.path / "build")
     assert (engine.backend, engine.default_model_filename, engine.max_batch_size) == ("tensorrt", "model.plan", 4)
-    assert (found.path / "build_engine" / "1" / "model.plan").read_bytes() == b"an engine"
+    assert (found.path / "build_engine" / "1" / "model.plan").read_bytes() == b"engine 0.engine"
+    assert tensors(engine.input) == dict.fromkeys(IDS, ("TYPE_INT64", [-1])) and engine.HasField("dynamic_batching")
+    assert tensors(engine.output) == {"logits": ("TYPE_FP32", [3])}
+    assert engine.parameters["trimtab.version"].string_value == "11.1.0"
+    assert list(engine.model_warmup[0].inputs["input_ids"].dims) == [16]
     assert engine.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
-    assert front.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    assert front.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU and front.instance_group[0].count == 2
     told = json.loads((found.path / "build" / "1" / "served.json").read_text())
+    assert told["session"] is None and told["engine"] == "build_engine"
     assert told["tokens"] == [4, 32] and told["least_batch"] == 1  # the profile's, which the front fills up to
+
+
+def test_several_engines_run_as_an_ensemble(bert: Build, tmp_path: Path) -> None:
+    first = ({"input_ids": [-1, -1], "token_type_ids": [-1, -1]}, {"h": [-1, -1, 48]})
+    second = ({"h": [-1, -1, 48], "attention_mask": [-1, -1]}, {"logits": [-1, 3]})
+    found = package_triton(with_engines(bert, tmp_path / "build", first, second), tmp_path / "repo")
+    whole = config(found.path / "build_engine")
+    assert whole.platform == "ensemble" and not whole.backend and not whole.instance_group
+    assert whole.max_batch_size == 8 and (found.path / "build_engine" / "1").is_dir()
+    steps = whole.ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["build_engine_0", "build_engine_1"]
+    assert dict(steps[0].output_map) == {"h": "h"} and set(steps[1].input_map) == {"h", "attention_mask"}
+    assert tensors(whole.input) == dict.fromkeys(IDS, ("TYPE_INT64", [-1]))
+    for number in (0, 1):
+        model = config(found.path / f"build_engine_{number}")
+        assert model.backend == "tensorrt" and model.max_batch_size == 8
+        plan = found.path / model.name / "1" / "model.plan"
+        assert plan.read_bytes() == f"engine {number}.engine".encode()
+
+
+def test_engines_whose_tensors_are_not_all_batched_are_joined_by_none(bert: Build, tmp_path: Path) -> None:
+    first = ({"input_ids": [-1, -1], "token_type_ids": [-1, -1]}, {"h": [-1, -1, 48], "size": [1]})
+    second = ({"h": [-1, -1, 48], "attention_mask": [-1, -1], "size": [1]}, {"logits": [-1, 3]})
+    found = package_triton(with_engines(bert, tmp_path / "build", first, second), tmp_path / "repo")
+    for name in ("build_engine", "build_engine_0", "build_engine_1"):
+        model = config(found.path / name)
+        assert model.max_batch_size == 0 and not model.HasField("dynamic_batching")
+    assert tensors(model.input)["h"] == ("TYPE_FP32", [-1, -1, 48])
+    assert list(model.model_warmup[0].inputs["h"].dims) == [4, 16, 48]
+    assert config(found.path / "build").max_batch_size == 8  # texts are joined in front all the same
 
 
 def test_generation(llama: Build, tmp_path: Path) -> None:

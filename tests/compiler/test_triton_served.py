@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,19 @@ from scipy.special import softmax
 
 from trimtab.compiler import compile_model, load
 from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.engine import Engine
 from trimtab.compiler.generation import Sampling
 from trimtab.compiler.generation.text import generate_text
 from trimtab.compiler.packaging.triton import package_triton
+from trimtab.compiler.packaging.triton.carried import write_code
+from trimtab.compiler.packaging.triton.config import model_config, write_config
+from trimtab.compiler.packaging.triton.engines import ensemble_config
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
 from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import load_graph, save_graph
+from trimtab.passes.graph.cut import cut
 
 http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -53,6 +60,33 @@ class Running:
         return float(lines[0].split()[-1])
 
 
+def _let_it_ask(front: Path) -> None:
+    """Make a front ask the engine's model, as it does where that is of another backend."""
+    path = front / "1" / "served.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"session": None}))
+
+
+def _chain(folder: Path, model: Path) -> None:
+    """An ensemble of two models, which are `model` cut in two."""
+    graph = load_graph(model)
+    point = next(node for node in graph.nodes if node.op == "LayerNormalization").outputs[0]
+    steps = []
+    for number, segment in enumerate(cut(graph, [point])):
+        name, batched = f"chain_{number}", False
+        version = folder / name / "1"
+        version.mkdir(parents=True)
+        save_graph(segment.graph, version / "model.onnx")
+        write_code("engine", version)
+        told = {"threads": 1, "entries": {}, "providers": ["CPUExecutionProvider"], "library": None, "batched": batched}
+        (version / "served.json").write_text(json.dumps(told))
+        inputs, outputs = ([TensorInfo.of(t) for t in side] for side in (segment.graph.inputs, segment.graph.outputs))
+        write_config(model_config(name, "python", inputs, outputs, batch=0), folder / name)
+        steps.append((name, [t.name for t in inputs], [t.name for t in outputs]))
+    (folder / "chain" / "1").mkdir(parents=True)
+    inputs, outputs = ([TensorInfo.of(t) for t in side] for side in (graph.inputs, graph.outputs))
+    write_config(ensemble_config("chain", inputs, outputs, steps, batch=0), folder / "chain")
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
@@ -71,8 +105,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         engines[name] = load(build.path)
         package = package_triton(open_build(build.path), folder / f"{name}-repo", backend="python")
         assert package.kind == name
+        if name == "states":
+            _let_it_ask(package.path / name)
         for part in package.path.iterdir():
             part.rename(folder / "repo" / part.name)
+    _chain(folder / "repo", folder / "states" / "model" / "model.onnx")
     host = "127.0.0.1"
     ports = choose_ports(host, Ports(0, 0, 0))
     with (
@@ -137,11 +174,22 @@ def test_tensors_are_those_of_the_engine(running: Running) -> None:
     np.testing.assert_array_equal(found, engine.run(feeds)["logits"])
 
 
+def test_engines_that_run_one_after_the_other(running: Running) -> None:
+    feeds = zoo.feeds("distilbert", 2, 9, np.random.default_rng())
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(grpc.InferInput(name, array.shape, "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    found = running.grpc.infer("chain", inputs).as_numpy("last_hidden_state")
+    wanted = running.engines["states"].run(feeds)["last_hidden_state"]
+    np.testing.assert_allclose(found, wanted, **TOLERANCE)
+
+
 def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -> None:
     engine, texts = running.engines["classes"], words(np.random.default_rng(), 64)
     wanted = [softmax(expected(engine, text)["logits"].astype(float)) for text in texts]
     names = "nv_inference_request_success", "nv_inference_count", "nv_inference_exec_count"
-    before = [running.metric(name, "classes_engine") for name in names]
+    before = [running.metric(name, "classes") for name in names]
     found: dict[int, np.ndarray] = {}
 
     def ask_some(client: int) -> None:
@@ -157,9 +205,9 @@ def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -
     assert len(found) == len(texts)
     for i, row in enumerate(wanted):
         np.testing.assert_allclose(found[i], row, **TOLERANCE)
-    requests, samples, calls = (running.metric(n, "classes_engine") - b for n, b in zip(names, before, strict=True))
-    assert samples == len(texts)
-    assert calls <= requests < samples  # some requests of the engine held several texts
+    requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
+    assert samples == requests == len(texts)
+    assert calls < samples  # some ran together
 
 
 def test_health(running: Running) -> None:

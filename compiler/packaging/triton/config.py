@@ -98,21 +98,18 @@ def _describe(described: Any, tensor: TensorInfo, batched: bool) -> Any:
     return described
 
 
-def add_warmup(config: Any, folder: Path, inputs: Sequence[TensorInfo], sizes: Mapping[str, int]) -> None:
-    """Let Triton run the model once, on one sample, before it counts as ready.
+def add_warmup(config: Any, folder: Path, inputs: Sequence[TensorInfo], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Let Triton run the model once before it counts as ready: on one sample, or where it joins none, as `shapes` say.
 
     Args:
         folder: of the model; data is written below it.
-        sizes: of the dimensions of `inputs`; those it lacks are "tokens".
+        shapes: of every input, with its first dimension.
     """
     import numpy as np
 
     sample = config.model_warmup.add(name="one sample", batch_size=1 if config.max_batch_size else 0)
     for tensor, described in zip(inputs, config.input, strict=True):
-        whole = [
-            size if isinstance(size, int) else sizes.get(str(size), sizes["tokens"]) for size in tensor.shape or ()
-        ]
-        shape = whole[1:] if config.max_batch_size else whole
+        shape = list(shapes[tensor.name])[config.max_batch_size > 0 :]
         given = sample.inputs[tensor.name]
         given.data_type = described.data_type
         given.dims.extend(shape or [1])

@@ -20,8 +20,14 @@ class TritonPythonModel:
     """What it answers is said by "kind": a label and probabilities, or an embedding."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        self._told = settings(args)
-        self._tokenizer = load_tokenizer(version_folder(args) / "tokenizer", self._told["max_tokens"])
+        self._told, folder = settings(args), version_folder(args)
+        self._tokenizer = load_tokenizer(folder / "tokenizer", self._told["max_tokens"])
+        self._session: Any = None
+        beside = folder.parents[1] / self._told["engine"] / folder.name
+        if self._told["session"] is not None and beside.is_dir():  # not where Triton fetches each model by itself
+            from trimtab.compiler.packaging.triton.served.session import open_session
+
+            self._session = open_session(beside, self._told["session"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
@@ -59,18 +65,29 @@ class TritonPythonModel:
         rows = len(batch)
         if rows < told["least_batch"]:
             feeds = {name: np.resize(value, (told["least_batch"], value.shape[1])) for name, value in feeds.items()}
-        feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
-        inputs = [pb.Tensor(name, np.ascontiguousarray(feeds[name], dtype)) for name, dtype in told["inputs"].items()]
-        asked = pb.InferenceRequest(model_name=told["engine"], requested_output_names=[told["output"]], inputs=inputs)
-        response = asked.exec()
-        if response.has_error():
-            raise TargetError(response.error().message())
-        output = pb.get_output_tensor_by_name(response, told["output"])
-        found = output.as_numpy() if output.is_cpu() else _from_gpu(output)
+        if "position_ids" in told["inputs"]:
+            feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
+        given = {name: np.ascontiguousarray(feeds[name], dtype) for name, dtype in told["inputs"].items()}
+        found = self._ask(given) if self._session is None else self._session.run([told["output"]], given)[0]
         if told["kind"] == "states":
             weight = feeds["attention_mask"][..., None] != 0
             found = (found * weight).sum(1, dtype=np.float32) / weight.sum(1)
         return np.asarray(found[:rows], np.float32)
+
+    def _ask(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The engine's output, from the model that holds it."""
+        output = self._told["output"]
+        asked = pb.InferenceRequest(
+            model_name=self._told["engine"],
+            requested_output_names=[output],
+            inputs=[pb.Tensor(name, value) for name, value in given.items()],
+        )
+        response = asked.exec()
+        if response.has_error():
+            raise TargetError(response.error().message())
+        tensor = pb.get_output_tensor_by_name(response, output)
+        found: np.ndarray = tensor.as_numpy() if tensor.is_cpu() else _from_gpu(tensor)
+        return found
 
     def _respond(self, rows: np.ndarray) -> Any:
         if self._told["kind"] != "classes":

@@ -1,0 +1,88 @@
+"""Engines of TensorRT as models of Triton: one, or several behind an ensemble, which hands on what lies on the GPU."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.packaging.triton import config as configs
+from trimtab.compiler.targets.base import ENGINE
+from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo, Tensor
+
+VERSION = "1"
+_PLAN = "model.plan"
+_NAMES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
+"""TensorRT's names of types, where they are not numpy's."""
+
+
+def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: bool) -> None:
+    """Write the model `name`, and of several engines those that it runs, `name`_0 and so on.
+
+    Args:
+        batch: the most samples that Triton joins, if every engine has them as its first dimension.
+    """
+    info = EngineInfo.read(build.path / ENGINE)
+    joined = batch if all(_is_batched(engine, build.manifest.workload["batch"]) for engine in info.engines) else 0
+    names = [name] if len(info.engines) == 1 else [f"{name}_{number}" for number in range(len(info.engines))]
+    steps = []
+    for each, engine in zip(names, info.engines, strict=True):
+        version = folder / each / VERSION
+        version.mkdir(parents=True)
+        shutil.copyfile(build.path / ENGINE / engine.file, version / _PLAN)
+        inputs, outputs = _infos(engine.inputs), _infos(engine.outputs)
+        config = configs.model_config(each, "tensorrt", inputs, outputs, batch=joined, gpu=gpu)
+        config.default_model_filename = _PLAN
+        for key, value in (("library", info.library), ("version", info.version), ("gpu", info.gpu or "any")):
+            config.parameters[f"trimtab.{key}"].string_value = value
+        opt = {key: shapes[1] for key, shapes in engine.profiles[0].shapes.items()}
+        configs.add_warmup(config, folder / each, inputs, opt)
+        configs.write_config(config, folder / each)
+        steps.append((each, [tensor.name for tensor in inputs], [tensor.name for tensor in outputs]))
+    if len(steps) > 1:
+        (folder / name / VERSION).mkdir(parents=True)  # Triton wants a version of an ensemble, empty as it is
+        config = ensemble_config(name, build.manifest.inputs, build.manifest.outputs, steps, batch=joined)
+        configs.write_config(config, folder / name)
+
+
+def ensemble_config(
+    name: str,
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+    steps: Sequence[tuple[str, Sequence[str], Sequence[str]]],
+    *,
+    batch: int,
+) -> Any:
+    """An ensemble of `steps`, each (model, its inputs, its outputs); tensors of one name are one tensor."""
+    config = configs.model_config(name, "", inputs, outputs, batch=batch)
+    for field in ("backend", "instance_group", "dynamic_batching"):  # which are its steps'
+        config.ClearField(field)
+    config.platform = "ensemble"
+    for model, reads, writes in steps:
+        step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+        step.input_map.update({tensor: tensor for tensor in reads})
+        step.output_map.update({tensor: tensor for tensor in writes})
+    return config
+
+
+def _is_batched(engine: EngineFile, batch: Sequence[int]) -> bool:
+    """Whether the first dimension of every tensor is the batch: as long as it, in every shape of the profile."""
+    shapes = engine.profiles[0].shapes.values()
+    firsts = [[size[0] if size else None for size in levels] for levels in shapes]
+    return all(first == list(batch) for first in firsts) and configs.is_batched(
+        _infos((*engine.inputs, *engine.outputs))
+    )
+
+
+def _infos(tensors: Sequence[Tensor]) -> list[TensorInfo]:
+    return [
+        TensorInfo(
+            name=tensor.name,
+            dtype=_NAMES.get(tensor.dtype, tensor.dtype),
+            shape=tuple(None if size < 0 else size for size in tensor.shape),
+        )
+        for tensor in tensors
+    ]

@@ -1,0 +1,221 @@
+"""The models of a repository: the text model in front, and what runs the build."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.packaging.triton import config as configs
+from trimtab.compiler.packaging.triton.carried import write_code
+from trimtab.compiler.packaging.triton.engines import VERSION, write_engines
+from trimtab.compiler.targets.base import MODEL
+from trimtab.compiler.targets.onnxruntime import session_entries, uses_dialect
+from trimtab.compiler.targets.onnxruntime_steps import PAST, Cache
+from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import ModelError, TargetError
+from trimtab.plugins.library import library_path
+
+SETTINGS = "served.json"
+_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_ANSWERS = {"logits": ("classes", 2), "sentence_embedding": ("embedding", 2), "last_hidden_state": ("states", 3)}
+"""Output → what kind of answer it gives, where it has so many dimensions; the first that a model has counts."""
+
+_FRONTS = 2  # instances of a front that asks another model: one tokenizes while the other waits
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is written of `build`, and how; the fields are those of `package_triton`."""
+
+    build: Build
+    name: str
+    backend: str
+    batch: int
+    gpu: bool
+    seen_at: Path
+    environment: str | None
+
+    def write(self, folder: Path) -> tuple[str | None, str | None, tuple[str, ...]]:
+        """Write every model into `folder`; returns `kind`, `why` and `models` of a `Package`."""
+        manifest = self.build.manifest
+        if any(tensor.name.startswith(PAST) for tensor in manifest.inputs):
+            self._generator(folder)
+            return "text", None, (self.name,)
+        engine = f"{self.name}_engine"
+        if self.backend == "tensorrt":
+            write_engines(self.build, folder, engine, batch=self.batch, gpu=self.gpu)
+        else:
+            self._engine(folder, engine)
+        output, why = self._answer()
+        if output is None:
+            return None, why, (engine,)
+        kind = _ANSWERS[output][0]
+        self._front(folder, engine, output, kind)
+        return kind, None, (self.name, engine)
+
+    def _answer(self) -> tuple[str | None, str | None]:
+        """The output that texts are answered with; or None, and why there is none."""
+        manifest = self.build.manifest
+        others = [tensor.name for tensor in manifest.inputs if tensor.name not in _TEXT_INPUTS]
+        if others:
+            return None, f"texts do not give the input {others[0]!r}"
+        if self.build.tokenizer is None:
+            return None, "the build has no tokenizer"
+        if not configs.is_batched((*manifest.inputs, *manifest.outputs)):
+            return None, "its batch is fixed"
+        ranks = {tensor.name: len(tensor.shape or ()) for tensor in manifest.outputs}
+        for output, (_, rank) in _ANSWERS.items():
+            if ranks.get(output) == rank:
+                return output, None
+        return None, f"none of the outputs {', '.join(ranks)} is a label or an embedding"
+
+    def _engine(self, folder: Path, name: str) -> None:
+        """The ONNX file, run by Triton's ONNX Runtime backend, or in its Python backend."""
+        manifest, version = self.build.manifest, folder / name / VERSION
+        version.mkdir(parents=True)
+        batch = self.batch if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
+        self._copy_model(version)
+        if self.backend == "python":
+            self._write_python("engine", version, self._session() | {"batched": batch > 0})
+            parameters = self._python_parameters()
+        else:
+            threads = str(manifest.recipe["threads"] or 0)
+            parameters = {"intra_op_thread_count": threads, "inter_op_thread_count": "1"}
+        config = configs.model_config(
+            name, self.backend, manifest.inputs, manifest.outputs, batch=batch, gpu=self.gpu, parameters=parameters
+        )
+        if self.backend == "onnxruntime":
+            config.default_model_filename = MODEL.name
+            if library := self._library():
+                config.model_operations.op_library_filename.append(str(self.seen_at / name / VERSION / library.name))
+        configs.add_warmup(config, folder / name, manifest.inputs, self._shapes())
+        configs.write_config(config, folder / name)
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Of every input, at the workload's opt sizes."""
+        manifest = self.build.manifest
+        workload = Workload.model_validate(manifest.workload)
+        opt = {"batch": workload.batch[1], "tokens": workload.tokens[1]} | {n: s[1] for n, s in workload.dims.items()}
+        return {
+            tensor.name: [
+                size if isinstance(size, int) else opt.get(str(size), opt["tokens" if place else "batch"])
+                for place, size in enumerate(tensor.shape or ())
+            ]
+            for tensor in manifest.inputs
+        }
+
+    def _front(self, folder: Path, engine: str, output: str, kind: str) -> None:
+        manifest, version = self.build.manifest, folder / self.name / VERSION
+        version.mkdir(parents=True)
+        width = next((tensor.shape or ())[-1] for tensor in manifest.outputs if tensor.name == output)
+        workload, on_engine = manifest.workload, self.backend == "tensorrt"
+        session = self._session() if self.backend == "python" else None
+        told = self._tokenizer(version) | {
+            "engine": engine,
+            "session": session,
+            "kind": kind,
+            "output": output,
+            "inputs": {tensor.name: tensor.dtype for tensor in manifest.inputs},
+            "labels": manifest.labels or ([str(i) for i in range(width)] if isinstance(width, int) else []),
+            "tokens": [workload["tokens"][0] if on_engine else 1, workload["tokens"][2]],
+            "least_batch": workload["batch"][0] if on_engine else 1,
+        }
+        self._write_python("front", version, told)
+        outputs = [_info("EMBEDDING", "float32", width)]
+        if kind == "classes":
+            outputs = [_info("LABEL", "bytes", 1), _info("PROBABILITIES", "float32", width)]
+        config = configs.model_config(
+            self.name, "python", [_info("TEXT", "bytes", 1)], outputs, batch=self.batch,
+            gpu=self.gpu and session is not None, instances=_FRONTS if session is None else 1,
+            parameters=self._python_parameters(),
+        )  # fmt: skip
+        configs.write_config(config, folder / self.name)
+
+    def _generator(self, folder: Path) -> None:
+        version = folder / self.name / VERSION
+        if self.backend == "tensorrt":
+            raise TargetError(
+                f"{self.build.path}: a decoder; in Triton, trimtab generates with ONNX Runtime",
+                hint="give --backend python, which runs the build's graph",
+            )
+        if self.build.tokenizer is None:
+            raise ModelError(f"{self.build.path}: has no tokenizer", hint="compile a directory that has one")
+        version.mkdir(parents=True)
+        cache = Cache.of(self.build.model)
+        self._copy_model(version)
+        told = self._session() | self._tokenizer(version) | {
+            "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim},
+        }  # fmt: skip
+        self._write_python("generate", version, told)
+        inputs = [
+            _info("text_input", "bytes", 1), _info("stream", "bool", 1), _info("max_tokens", "int32", 1),
+            _info("temperature", "float32", 1), _info("top_k", "int32", 1), _info("top_p", "float32", 1),
+            _info("seed", "int64", 1), _info("stop", "bytes", "stops"),
+        ]  # fmt: skip
+        config = configs.model_config(
+            self.name, "python", inputs, [_info("text_output", "bytes", 1), _info("finish_reason", "bytes", 1)],
+            batch=self.batch, gpu=self.gpu, optional=[tensor.name for tensor in inputs[1:]],
+            parameters=self._python_parameters(),
+        )  # fmt: skip
+        config.model_transaction_policy.decoupled = True
+        configs.write_config(config, folder / self.name)
+
+    def _session(self) -> dict[str, Any]:
+        """How a session of the model is opened."""
+        providers = ["CPUExecutionProvider"]
+        if self.gpu:
+            providers.insert(0, "CUDAExecutionProvider")
+        return {
+            "threads": self.build.manifest.recipe["threads"] or 0,
+            "entries": session_entries(providers),
+            "providers": providers,
+            "library": library.name if (library := self._library()) else None,
+        }
+
+    def _copy_model(self, version: Path) -> None:
+        """The graph as `model.onnx`, with external data in a folder of that name, as Triton wants it; its library."""
+        model, library = self.build.path / MODEL, self._library()
+        files = [path for path in model.parent.iterdir() if path.is_file()]
+        if len(files) == 1:
+            shutil.copyfile(model, version / MODEL.name)
+        else:
+            (version / MODEL.name).mkdir()
+            for path in files:
+                shutil.copyfile(path, version / MODEL.name / path.name)
+        if library is not None:
+            shutil.copyfile(library, version / library.name)
+
+    def _library(self) -> Path | None:
+        """The native kernels, where the graph uses them and they are at hand; else the graph's own bodies run."""
+        return library_path() if uses_dialect(self.build.model) else None
+
+    def _tokenizer(self, version: Path) -> dict[str, Any]:
+        """Copy the tokenizer, and say what belongs to it."""
+        folder, limit = self.build.tokenizer, self.build.manifest.max_tokens
+        assert folder is not None
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{folder}: has no tokenizer.json, which a server can read without transformers",
+                hint="save the model with a fast tokenizer, and compile it again",
+            )
+        shutil.copytree(folder, version / "tokenizer")
+        empty = load_tokenizer(folder, limit).encode([""])["input_ids"].shape[1]
+        return {"max_tokens": limit, "special_tokens": int(empty)}
+
+    def _write_python(self, model: str, version: Path, told: dict[str, Any]) -> None:
+        write_code(model, version)
+        (version / SETTINGS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+    def _python_parameters(self) -> dict[str, str]:
+        found = {"EXECUTION_ENV_PATH": self.environment} if self.environment else {}
+        return found | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "yes"} if self.gpu else {})
+
+
+def _info(name: str, dtype: str, width: int | str | None) -> TensorInfo:
+    return TensorInfo(name=name, dtype=dtype, shape=("batch", width))
