@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from trimtab.passes.errors import InputError, TargetError
 
 _POLL_S = 0.05
 _LEAVE_S = 15  # seconds for requests under way
+_PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -96,6 +98,7 @@ def serve(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | server.env,
             start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
+            preexec_fn=_end_with_us,
         )  # fmt: skip
     try:
         _await(process, f"http://{host}:{ports.http}/v2/health/ready", start_s, log)
@@ -164,6 +167,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _end_with_us() -> None:
+    """In the child: let the system stop it where we end without a chance to (Linux alone, as is the server)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _ending(code: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import triton_server
 import zoo
@@ -31,6 +32,7 @@ from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.graph.cut import cut
+from trimtab.plugins.library import library_path
 
 http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -38,7 +40,10 @@ from tritonclient.utils import InferenceServerException  # noqa: E402
 
 pytestmark = pytest.mark.slow
 RECIPE = {"passes": [], "workload": {"batch": [1, 4, 8], "tokens": [1, 16, 48]}, "threads": 1}
-MODELS = {"classes": "bert", "embedding": "distilbert", "states": "distilbert", "text": "llama"}
+MODELS = {"classes": "bert", "embedding": "distilbert", "states": "distilbert", "text": "llama", "sparse": "llama"}
+SPARSE = {"ffn-topk": {"density": 0.2, "take": 0.4, "rank": 8, "dense_above": 1}}
+"""Makes the model use the dialect, whose kernels the server then loads."""
+
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # padding to the longest of a batch changes the order of sums
 
 
@@ -50,6 +55,7 @@ class Running:
     engines: dict[str, Engine]
     http: Any
     grpc: Any
+    repository: Path
 
     @property
     def metrics(self) -> str:
@@ -93,6 +99,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         server = triton_server.server(patch)
     folder, engines = tmp_path_factory.mktemp("served"), {}
     (folder / "repo").mkdir()
+    calibration, rng = folder / "texts.txt", np.random.default_rng(0)
+    calibration.write_text("\n".join(" ".join(f"w{i}" for i in rng.integers(4, 100, 12)) for _ in range(30)))
     for name, family in MODELS.items():
         source = folder / f"{name}-model"
         if name == "embedding":
@@ -101,10 +109,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
         else:
             source = triton_server.exported(family, source)
-        build = compile_model(source, RECIPE, folder / name)
+        sparse = {"passes": [SPARSE]} if name == "sparse" else {}
+        build = compile_model(source, RECIPE | sparse, folder / name, data=calibration if sparse else None)
         engines[name] = load(build.path)
         package = package_triton(open_build(build.path), folder / f"{name}-repo", backend="python")
-        assert package.kind == name
+        assert package.kind == ("text" if name == "sparse" else name)
         if name == "states":
             _let_it_ask(package.path / name)
         for part in package.path.iterdir():
@@ -117,7 +126,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         http.InferenceServerClient(f"{host}:{ports.http}", concurrency=16) as over_http,
         grpc.InferenceServerClient(f"{host}:{ports.grpc}") as over_grpc,
     ):
-        yield Running(served, engines, over_http, over_grpc)
+        yield Running(served, engines, over_http, over_grpc, folder / "repo")
 
 
 def words(rng: np.random.Generator, count: int) -> list[str]:
@@ -208,6 +217,17 @@ def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -
     requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
     assert samples == requests == len(texts)
     assert calls < samples  # some ran together
+
+
+def test_the_native_kernels_are_served(running: Running) -> None:
+    if library_path() is None:
+        pytest.skip("trimtab was installed without a C++ compiler")
+    said = json.loads((running.repository / "sparse" / "1" / "served.json").read_text())
+    maps = [Path(f"/proc/{child.pid}/maps") for child in psutil.Process(running.served.process.pid).children()]
+    told = ask(f"{running.served.url}/v2/models/sparse/generate", json.dumps({"text_input": "w8 w9", "max_tokens": 6}))
+    *_, (wanted,) = generate_text(running.engines["sparse"], ["w8 w9"], max_tokens=6)
+    assert json.loads(told)["text_output"] == wanted.text
+    assert any(f"sparse/1/{said['library']}" in path.read_text() for path in maps)
 
 
 def test_health(running: Running) -> None:

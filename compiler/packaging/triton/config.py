@@ -50,7 +50,6 @@ def model_config(
     gpu: bool = False,
     instances: int = 1,
     optional: Sequence[str] = (),
-    delay_us: int = 0,
     parameters: Mapping[str, str] | None = None,
 ) -> Any:
     """The `ModelConfig` of one model.
@@ -61,7 +60,6 @@ def model_config(
         gpu: its instances lie on the GPUs, one set on each, else on the CPU.
         instances: that run at the same time.
         optional: inputs that a request may leave out.
-        delay_us: microseconds that a request may wait for others to join it.
 
     Raises:
         ModelError: a tensor has no shape, or a type that Triton does not have.
@@ -76,7 +74,7 @@ def model_config(
     config.instance_group.add(count=instances, kind=kind)
     config.version_policy.latest.num_versions = 1
     if batch:
-        config.dynamic_batching.max_queue_delay_microseconds = delay_us
+        config.dynamic_batching.SetInParent()  # as it is by default: what waits is joined, and nothing waits for more
     for key, value in (parameters or {}).items():
         config.parameters[key].string_value = value
     return config

@@ -213,8 +213,7 @@ class Models:
         (version / SETTINGS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def _python_parameters(self) -> dict[str, str]:
-        found = {"EXECUTION_ENV_PATH": self.environment} if self.environment else {}
-        return found | ({"FORCE_CPU_ONLY_INPUT_TENSORS": "yes"} if self.gpu else {})
+        return {"EXECUTION_ENV_PATH": self.environment} if self.environment else {}
 
 
 def _info(name: str, dtype: str, width: int | str | None) -> TensorInfo:
