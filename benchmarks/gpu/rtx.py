@@ -78,17 +78,23 @@ def machine() -> dict[str, Any]:
 
         found = torch.cuda.get_device_properties(0)
         capability = f"{found.major}.{found.minor}"
-        return {"gpu": found.name, "compute_capability": capability, "torch": torch.__version__, "cuda": torch.version.cuda}
+        return {
+            "gpu": found.name,
+            "compute_capability": capability,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        }
     except (ImportError, RuntimeError, AssertionError) as error:
         return {"error": str(error)}
 
 
 def run_case(folder: Path) -> dict[str, Any]:
     """Load the engines of one case, compare and time them."""
-    import tensorrt_rtx as trt
-    import torch
+    import torch  # first: it brings the CUDA libraries that TensorRT-RTX may ask for
 
     torch.cuda.set_device(0)
+    import tensorrt_rtx as trt
+
     info = json.loads((folder / "engine.json").read_text())
     logger = Log(trt)
     start = time.monotonic()
@@ -292,7 +298,11 @@ def steps(torch: Any, stages: list[Stage], arrays: Any) -> dict[str, Any]:
         past = {n.split("/")[1]: torch.from_numpy(arrays[n]).cuda() for n in arrays.files if n.startswith("past/")}
         count = sum(name.startswith("steps.logits.") for name in arrays.files)
         for step in range(count):
-            values = {n.split("/")[1]: torch.from_numpy(arrays[n]).cuda() for n in arrays.files if n.startswith(f"step.{step}/")}
+            values = {
+                n.split("/")[1]: torch.from_numpy(arrays[n]).cuda()
+                for n in arrays.files
+                if n.startswith(f"step.{step}/")
+            }
             values |= past
             start = time.monotonic()
             for stage in stages:
@@ -320,7 +330,9 @@ def table(results: dict[str, Any]) -> str:
             said = []
             for point, got in case["points"].items():
                 bad = not isinstance(got["error"], dict)
-                worst = got["error"] if bad else max((e if e is not None else float("nan")) for e in got["error"].values())
+                worst = (
+                    got["error"] if bad else max((e if e is not None else float("nan")) for e in got["error"].values())
+                )
                 said.append(f"{point}: {worst}" if bad else f"{point}: {got['ms']} ms ({worst:.0e})")
             lines.append(f"{name:24} " + ", ".join(said) + f" [{case['loaded'][:40]}]")
     return "\n".join(lines)

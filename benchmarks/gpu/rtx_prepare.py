@@ -4,7 +4,7 @@
 
 MiniLM-L6 (six layers, 384 wide, FFN 1536) in float32 and float16, dense and compiled; and a tiny decoder, step by step.
 `--small` is for machines that files reach slowly: the vocabulary is cut to 1024 tokens, and weights are rounded to
-fifteen values to a matrix, so that they compress. Neither changes what an engine does, or how long it takes; answers
+seven values to a matrix, so that they compress. Neither changes what an engine does, or how long it takes; answers
 are compared with those of the same weights.
 """
 
@@ -31,7 +31,7 @@ from trimtab.passes.graph import load_graph, save_graph, values
 POINTS = [(1, 16), (1, 48), (1, 128), (8, 48), (32, 48), (32, 128)]
 WORKLOAD = {"batch": [1, 8, 32], "tokens": [8, 48, 128]}
 ROWS, TOKENS = 8, 16  # every so manieth of an output is compared
-VOCABULARY, LEVELS = 1024, 7
+VOCABULARY, LEVELS = 1024, 3
 HALF: dict[str, Any] = {"precision": {"type": "float16"}}
 TOPK = {"ffn-topk": {"density": 0.1, "take": 0.15, "recall": 0.01, "block": 8, "dense_above": 64}}
 RECIPES: dict[str, list[dict[str, Any]]] = {
@@ -100,7 +100,9 @@ def case(out: Path, model: Path, data: Path, passes: list[dict[str, Any]], work:
     runner = OnnxRuntimeRunner(exact.path / MODEL, session_options(2))
     stored: dict[str, np.ndarray] = {}
     for batch, tokens in POINTS:
-        given = {k: v for k, v in feeds(np.random.default_rng(batch * tokens), batch, tokens).items() if k in runner.inputs}
+        given = {
+            k: v for k, v in feeds(np.random.default_rng(batch * tokens), batch, tokens).items() if k in runner.inputs
+        }
         point = f"{batch}x{tokens}"
         stored |= {f"{point}/in/{name}": array for name, array in given.items()}
         found = runner.run(given)
