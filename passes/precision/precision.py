@@ -24,6 +24,7 @@ _TYPES: dict[str, np.dtype] = {"float16": np.dtype(np.float16), "bfloat16": np.d
 _OPSETS = {"float16": 19, "bfloat16": 22}
 """In which QuantizeLinear takes half precision, and in which nearly every op takes bfloat16."""
 _FLOAT = np.dtype(np.float32)
+_QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 
 
 class Precision(Pass):
@@ -84,6 +85,8 @@ class _Typing:
             if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
                 continue  # what it reads has stayed as it was
             wanted = id(node) in self.half
+            if wanted and node.op in _QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
+                self._scales(node.inputs[1])
             node.inputs = [self._as(tensor, wanted) for tensor in list(node.inputs)]
             if wanted:
                 self._attributes(node)
@@ -114,6 +117,13 @@ class _Typing:
             else:
                 self._made[key] = self._cast(tensor, self.dtype if half else _FLOAT)
         return self._made[key]
+
+    def _scales(self, tensor: gs.Constant) -> None:
+        """Scales stay positive, as runtimes demand, also of blocks that are all zeros."""
+        if is_float(tensor) and (id(tensor), True) not in self._made:
+            least = ml_dtypes.finfo(self.dtype).smallest_subnormal
+            array = np.maximum(narrowed(values(tensor), self.dtype), least)
+            self._made[id(tensor), True] = constant(f"{tensor.name}/{self.dtype.name}", array)
 
     def _cast(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Variable:
         self.casts += 1

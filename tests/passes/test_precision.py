@@ -184,6 +184,24 @@ def test_masks_stay_finite_and_large_weights_stay(tmp_path: Path) -> None:
     np.testing.assert_allclose(z, 1e6 * x, rtol=2e-3)
 
 
+def test_scales_stay_positive(tmp_path: Path) -> None:
+    """Blocks of zeros have the least of scales, which half precision has not; TensorRT refuses 0."""
+    graph = model("g (float[n, 64] x) => (float[n, 8] y) { y = MatMul (x, w) }", w=np.zeros((64, 8), np.float32))
+    from trimtab.passes.matrices.quantize import round_to_nearest
+
+    matmul = graph.nodes[0]
+    made = round_to_nearest(np.zeros((64, 8), np.float32), 8, 32).emit(
+        graph, graph.inputs[0], "w", np.dtype(np.float32)
+    )
+    matmul.outputs.clear()
+    graph.outputs, made.shape = [made], ["n", 8]
+    graph.opset = 21
+    in_half(graph)
+    found = onnx.load(str(saved(graph, tmp_path)))
+    scale = next(t for t in found.graph.initializer if t.data_type == TensorProto.FLOAT16)
+    assert (onnx.numpy_helper.to_array(scale) > 0).all()
+
+
 def test_ops_that_are_asked_to_stay(tmp_path: Path) -> None:
     graph = canonical(exported("bert"))
     in_half(graph, keep=["Softmax", "LayerNormalization"])
