@@ -121,7 +121,7 @@ def lowered(model: Path, out: Path) -> None:
     from trimtab.compiler.targets.tensorrt.prepare import prepare
 
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(model, Workload.model_validate(WORKLOAD), Path(scratch), dialect=True, segments=1)
+        prepared = prepare(model, Workload.model_validate(WORKLOAD), Path(scratch), plugins=False, segments=1)
         save_graph(load_graph(prepared.models[0]), out, external=False)
 
 

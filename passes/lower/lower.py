@@ -16,19 +16,22 @@ from trimtab.passes.lower.attention import Masks, group_query_attention, rotary_
 from trimtab.passes.lower.choose import Range, select_blocks
 from trimtab.passes.lower.contrib import RULES
 from trimtab.passes.lower.nodes import Nodes
-from trimtab.passes.lower.sparse import sparse_down, sparse_up
+from trimtab.passes.lower.sparse import keep_largest, sparse_down, sparse_up
 from trimtab.passes.lower.topk import in_rounds, needs_rounds
 from trimtab.plugins import DOMAIN, OPS
+from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
 
 _OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
 _MICROSOFT = "com.microsoft"
+_DIALECT = OPS | {KEEP_LARGEST.name: KEEP_LARGEST}
 
 
-def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None) -> dict[str, int]:
+def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
     """Rewrite `graph` in place, so that TensorRT's parser takes it. Weights of the ops that change are read.
 
+    Nodes of the dialect that have been made plugins have other names, and stay.
+
     Args:
-        dialect: trimtab's own ops too; a target with plugins for them keeps them.
         tokens: fewest and most tokens of a call, all rows together, where that is known.
 
     Returns:
@@ -37,7 +40,7 @@ def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None)
     Raises:
         ModelError: an op is used in a way that has no form in standard ops; names the node.
     """
-    wanted = [node for node in graph.nodes if _rule(node, dialect)]
+    wanted = [node for node in graph.nodes if _rule(node)]
     done: Counter[str] = Counter()
     if not wanted:
         return dict(done)
@@ -46,7 +49,7 @@ def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None)
     tell_head_dim(graph)
     lowering = _Lowering(graph, tokens)
     for node in topological(graph):
-        name = _rule(node, dialect)
+        name = _rule(node)
         if name is None:
             continue
         outputs = lowering.of(name, node)
@@ -55,11 +58,11 @@ def lower(graph: gs.Graph, *, dialect: bool = True, tokens: Range | None = None)
                 _take_over(graph, old, new)
         node.outputs.clear()
         done[node.op] += 1
-    if dialect:
-        graph.functions = [f for f in graph.functions if f.domain != DOMAIN]
-        graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
+    if all(node.domain != DOMAIN for node in graph.nodes):
+        graph.functions = [f for f in graph.functions if f.domain != DOMAIN]
+        graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
     return dict(done)
 
 
@@ -82,10 +85,10 @@ def _head_dim(graph: gs.Graph) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _rule(node: gs.Node, dialect: bool) -> str | None:
+def _rule(node: gs.Node) -> str | None:
     """The name under which `_Lowering` knows the node; None for what stays."""
-    if node.domain == DOMAIN and node.op in OPS:
-        return node.op if dialect else None
+    if node.domain == DOMAIN:
+        return node.op if node.op in _DIALECT else None
     if node.domain == _MICROSOFT and node.op in ("GroupQueryAttention", "RotaryEmbedding", *RULES):
         return node.op
     if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
@@ -105,6 +108,7 @@ class _Lowering:
             "SparseUp": lambda nodes, node: [sparse_up(nodes, node, _given(node))],
             "SparseDown": lambda nodes, node: [sparse_down(nodes, node, _given(node))],
             "SparseHead": lambda nodes, node: [sparse_up(nodes, node, _given(node), "weight", 1)],
+            KEEP_LARGEST.name: lambda nodes, node: [keep_largest(nodes, node, _given(node))],
             "GroupQueryAttention": self._attention,
             "RotaryEmbedding": lambda nodes, node: list(rotary_embedding(nodes, node)),
             "TopK": lambda nodes, node: list(in_rounds(nodes, node)),
@@ -147,7 +151,7 @@ class _Lowering:
 
 def _given(node: gs.Node) -> dict[str, gs.Tensor]:
     """The inputs of a node of the dialect, by name."""
-    return {i.name: t for i, t in zip(OPS[node.op].inputs, node.inputs, strict=False) if t.name}
+    return {i.name: t for i, t in zip(_DIALECT[node.op].inputs, node.inputs, strict=False) if t.name}
 
 
 def _blocks(node: gs.Node) -> int:

@@ -129,6 +129,15 @@ def sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> 
     return _like(nodes, nodes.cast(y, type_of(h)), h)
 
 
+def keep_largest(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> gs.Tensor:
+    """KeepLargest's y, in the shape of h."""
+    h, block = given["h"], int(node.attrs["block"])
+    chosen = Rows.of(nodes, given["blocks"], block)
+    counts = chosen.gather(nodes, values(given["importance"]).astype(np.float32))
+    flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
+    return nodes("Reshape", _keep(nodes, flat, counts, block, int(node.attrs["keep"])), nodes("Shape", h))
+
+
 def activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:
     """The activation `name` of `x`, in its type."""
     statements = "\n".join(line.format(x="x") for line in ACTIVATIONS[name])

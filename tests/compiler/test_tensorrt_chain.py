@@ -84,7 +84,7 @@ def test_a_model_in_several_engines_computes_the_same(tmp_path: Path, family: st
     model = canonical_file(family, tmp_path)
     scratch = tmp_path / "parts"
     scratch.mkdir()
-    prepared = prepare(model, ENCODER, scratch, dialect=True, segments=segments)
+    prepared = prepare(model, ENCODER, scratch, plugins=False, segments=segments)
     assert len(prepared.models) == segments
     weights = [sum(np.prod(t.dims) for t in load_proto(path).graph.initializer) for path in prepared.models]
     assert min(weights) > 1000  # each has layers of its own
@@ -108,7 +108,7 @@ def load_proto(path: Path) -> Any:
 def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporter: str) -> None:
     """Its profiles in turn, prompts of unlike length, and what one step puts out is not what the next writes over."""
     model = exported("llama", exporter)
-    prepared = prepare(model, DECODER, tmp_path, dialect=True, segments=segments)
+    prepared = prepare(model, DECODER, tmp_path, plugins=False, segments=segments)
     assert [profile.name for profile in prepared.profiles[0]] == ["prompt", "step"]
     runner, used = chain(prepared, model)
     prompts = [[5, 6, 7, 8, 9], [4, 3], [11, 12, 13]]
@@ -120,7 +120,7 @@ def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporte
 
 def test_generations_at_the_same_time_have_caches_of_their_own(tmp_path: Path) -> None:
     model = exported("llama", "cached")
-    runner, _ = chain(prepare(model, DECODER, tmp_path, dialect=True, segments=1), model)
+    runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=1), model)
     alone = [list(generate(runner, [prompt], max_new_tokens=6)) for prompt in ([5, 6, 7], [9])]
     both = [generate(runner, [prompt], max_new_tokens=6) for prompt in ([5, 6, 7], [9])]
     together = [[], []]
@@ -132,18 +132,18 @@ def test_generations_at_the_same_time_have_caches_of_their_own(tmp_path: Path) -
 
 def test_a_cache_that_is_too_short_is_told_at_once(tmp_path: Path) -> None:
     model = exported("llama", "cached")
-    runner, _ = chain(prepare(model, DECODER, tmp_path, dialect=True, segments=1), model)
+    runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=1), model)
     with pytest.raises(TargetError, match=r"cache takes 24 tokens, and 40 are wanted.*past"):
         runner.steps(1, 40)
     encoder = canonical_file("bert", tmp_path)
-    other, _ = chain(prepare(encoder, ENCODER, tmp_path, dialect=True, segments=1), encoder)
+    other, _ = chain(prepare(encoder, ENCODER, tmp_path, plugins=False, segments=1), encoder)
     with pytest.raises(TargetError, match="no cache"):
         other.steps(1, 4)
 
 
 def test_shapes_outside_of_the_profile_are_refused_by_name(tmp_path: Path) -> None:
     model = canonical_file("bert", tmp_path)
-    runner, used = chain(prepare(model, ENCODER, tmp_path, dialect=True, segments=1), model)
+    runner, used = chain(prepare(model, ENCODER, tmp_path, plugins=False, segments=1), model)
     with pytest.raises(TargetError, match=r"'input_ids' has the shape \[2, 17\].*\[1, 1\] to \[4, 16\]"):
         runner.run(feeds("bert", 2, 17, np.random.default_rng()))
     with pytest.raises(TargetError, match="takes the inputs input_ids"):
@@ -169,7 +169,7 @@ def test_sizes_are_found_through_what_is_computed_of_them() -> None:
 def test_more_engines_than_layers_are_refused(tmp_path: Path) -> None:
     model = canonical_file("bert", tmp_path)
     with pytest.raises(TargetError, match="5 engines of a model in which 3 layers were found"):
-        prepare(model, ENCODER, tmp_path, dialect=True, segments=5)
+        prepare(model, ENCODER, tmp_path, plugins=False, segments=5)
 
 
 def test_every_segment_is_built(tmp_path: Path) -> None:

@@ -113,11 +113,18 @@ def test_known_sizes_leave_one_form(tmp_path: Path) -> None:
     assert_same(model, tmp_path / "many" / "lowered.onnx", "bert", 2e-5, [(3, 3), (4, 16)])
 
 
-def test_a_target_with_plugins_keeps_the_dialect(tmp_path: Path) -> None:
-    model = compiled("bert", {"ffn-topk": TOPK}, tmp_path / "a")
-    found, done = lowered(model, tmp_path / "b", dialect=False)
-    assert not done
-    assert "trimtab" in {node.domain for node in onnx.load(str(found), load_external_data=False).graph.node}
+def test_what_keeps_the_largest_apart_from_what_computes_them(tmp_path: Path) -> None:
+    """KeepLargest stands behind SparseUp where one launch cannot look at a whole token."""
+    from trimtab.plugins.tensorrt.prepare import split_keep
+
+    model = compiled("llama", {"ffn-topk": TOPK | {"block": 4, "exact": True, "dense_above": 0}}, tmp_path / "a")
+    graph = load_graph(model)
+    split_keep(graph)
+    done = lower(graph)
+    assert done["KeepLargest"] == done["SparseUp"] == 2
+    save_graph(graph, tmp_path / "b.onnx")
+    assert_standard(tmp_path / "b.onnx")
+    assert_same(model, tmp_path / "b.onnx", "llama", 2e-5, [(1, 3), (2, 2)])
 
 
 def test_nothing_to_do_changes_nothing(tmp_path: Path) -> None:

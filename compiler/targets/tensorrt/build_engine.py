@@ -3,7 +3,7 @@
 `python -m trimtab.compiler.targets.tensorrt.build_engine JOB ANSWER`, two JSON files. The job has
 
 - `models`: paths of ONNX files to parse;
-- `plugins`: whether to register the dialect's plugins first;
+- `plugins`: names of the dialect's plugins to declare first;
 - `build`: null, or how to build an engine of each: `engines`, where to write them; `profiles`, for each a list of
   {name, shapes: input → [min, opt, max]}; `gpus`, `weight_streaming`, `refit`, as the recipe has them; `timing_cache`,
   the path of a file;
@@ -46,7 +46,7 @@ def main(job_file: str, answer_file: str) -> None:
     if job.get("plugins"):
         from trimtab.plugins.tensorrt import register
 
-        register()
+        register(job["plugins"])
     answer: dict[str, Any] = {"refused": [refused_nodes(model) for model in job["models"]]}
     if job["build"] and not any(answer["refused"]):
         answer["built"] = build_all(job["models"], job["build"])

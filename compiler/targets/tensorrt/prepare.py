@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from trimtab.passes.graph.io import WeightFile
 from trimtab.passes.lower import lower, tell_head_dim
 from trimtab.plugins import DOMAIN
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -26,54 +29,57 @@ class Prepared:
     Attributes:
         models: ONNX files, in the order in which their engines run.
         profiles: of each.
-        plugins: whether they use the dialect's plugins.
+        plugins: names of the dialect's plugins that they use.
         lowered: op → how many of it were given in standard ops.
     """
 
     models: list[Path]
     profiles: list[list[Profile]]
-    plugins: bool
+    plugins: tuple[str, ...]
     lowered: dict[str, int]
 
 
-def prepare(model: Path, workload: Workload, scratch: Path, *, dialect: bool, segments: int) -> Prepared:
+def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, segments: int) -> Prepared:
     """Write what the builder needs into `scratch`; a model that it takes as it is stays where it is.
 
     Args:
-        dialect: rewrite trimtab's own ops too. A target that has plugins keeps them.
+        plugins: leave trimtab's own ops to plugins, as far as there are kernels for them.
         segments: engines to cut it into.
 
     Raises:
         ModelError: an op has no form that the target takes; names the node.
         RecipeError: the workload does not cover the inputs.
-        TargetError: the model cannot be cut so.
+        TargetError: the model cannot be cut so, or what plugins need is missing.
     """
     graph = load_graph(model)
     tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
-    lowered = lower(graph, dialect=dialect, tokens=tokens_of(graph, workload))
-    plugins = any(node.domain == DOMAIN for node in graph.nodes)
-    if not lowered and not plugins and segments == 1:
-        return Prepared([model], [profiles], False, lowered)
+    used = _with_plugins(graph) if plugins else ()
+    lowered = lower(graph, tokens=tokens_of(graph, workload))
+    if not lowered and not used and segments == 1:
+        return Prepared([model], [profiles], (), lowered)
     parts = segments_of(graph, segments)
     whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
     paths = [scratch / f"model.{number}.onnx" for number in range(len(parts))]
     with WeightFile(scratch / "model.data") as weights:
         for part, path in zip(parts, paths, strict=True):
-            if plugins:  # last of all, for nobody knows shapes behind a plugin but TensorRT
-                _with_plugins(part)
             save_graph(part, path, weights=weights)
-    return Prepared(paths, whole, plugins, lowered)
+    return Prepared(paths, whole, used, lowered)
 
 
-def _with_plugins(graph: gs.Graph) -> None:
-    """Make the dialect's nodes those of plugins. What has no kernel on a GPU stays, with its body in standard ops."""
-    from trimtab.plugins.tensorrt import prepare as to_plugins
+def _with_plugins(graph: gs.Graph) -> tuple[str, ...]:
+    """Make the dialect's nodes those of plugins; their names. Nodes that no kernel takes stay, to be lowered."""
+    if all(node.domain != DOMAIN for node in graph.nodes):
+        return ()
+    from trimtab.plugins.tensorrt import prepare as as_plugins
 
     try:
-        to_plugins(graph)
-    except RuntimeError as error:  # a package is missing; the message names it
-        raise TargetError(str(error)) from error
+        made = as_plugins(graph)
+    except RuntimeError as error:
+        raise TargetError(f"the sparse ops cannot be built as plugins ({error})") from error
+    for name, reason in made.left.items():
+        log.warning("%s becomes standard ops: %s", name, reason)
+    return made.plugins
 
 
 def part_profile(inputs: Sequence[gs.Tensor], profile: Profile, graph: gs.Graph) -> Profile:

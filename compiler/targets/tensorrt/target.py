@@ -68,7 +68,7 @@ class TensorRT(Target):
         try:
             out.mkdir(parents=True, exist_ok=True)
             with _removed_on_error(made), tempfile.TemporaryDirectory(prefix=".graph-", dir=out) as scratch:
-                prepared = prepare(model, workload, Path(scratch), dialect=self.rtx, segments=options.segments)
+                prepared = prepare(model, workload, Path(scratch), plugins=not self.rtx, segments=options.segments)
                 names = [f"model.{number}.engine" for number in range(len(prepared.models))]
                 names = names if len(names) > 1 else ["model.engine"]
                 parts = [out / f"{name}.part" for name in names]
@@ -122,7 +122,7 @@ class TensorRT(Target):
     def _job(self, prepared: Prepared, parts: Sequence[Path], options: EngineOptions) -> dict[str, Any]:
         return {
             "models": [str(model) for model in prepared.models],
-            "plugins": prepared.plugins,
+            "plugins": list(prepared.plugins),
             "build": {
                 "engines": [str(part) for part in parts],
                 "profiles": [
@@ -166,7 +166,10 @@ class TensorRT(Target):
             }
             for engine in info.engines
         ]
-        self._child({"models": [], "build": None, "load": loads}, timeout_s)
+        try:
+            self._child({"models": [], "build": None, "load": loads}, timeout_s)
+        except TargetError as error:
+            raise TargetError(f"the finished engine does not load: {error.message}", hint=error.hint) from error
 
     def _child(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         env = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if self.rtx else "0"}
