@@ -14,6 +14,7 @@ _PASSES = {
     "recover": "trimtab.passes.recover:Recover",
     "weight-only": "trimtab.passes.weight_only:WeightOnly",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",
+    "static-int8": "trimtab.passes.static_int8:StaticInt8",
     "precision": "trimtab.passes.precision:Precision",
 }
 """Name → where its class is; imported when asked for."""
