@@ -37,6 +37,8 @@ RECIPES: dict[str, list[Any]] = {
     "ffn-topk int4 exact": [{"ffn-topk": TOPK | {"weights": "int4", "exact": True}}],
     "weight-only int8": [{"weight-only": {"bits": 8}}],
     "weight-only int4": [{"weight-only": {"bits": 4}}],
+    "static-int8": ["static-int8"],
+    "static-int8 + float16": ["static-int8", HALF],
     "float16": [HALF],
     "bfloat16": [{"precision": {"type": "bfloat16"}}],
     "default + float16": ["ffn-split", HALF],

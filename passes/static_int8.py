@@ -1,4 +1,4 @@
-"""The pass `static-int8`: int8 products of FFNs, with scales of activations from calibration, for TensorRT above all."""
+"""The pass `static-int8`: int8 products of FFNs, with scales of activations from calibration (for TensorRT)."""
 
 from __future__ import annotations
 

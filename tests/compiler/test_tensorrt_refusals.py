@@ -12,8 +12,8 @@ import onnx
 import onnx.parser
 import pytest
 import tiny
-from rewrite import canonical, profile_of
-from zoo import exported
+from rewrite import canonical, head_profile, profile_of
+from zoo import DECODERS, FAMILIES, exported
 
 from trimtab.compiler import compile_model
 from trimtab.compiler.engine_options import EngineOptions
@@ -21,6 +21,7 @@ from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.targets import child, get_target
 from trimtab.compiler.targets.tensorrt import target as module
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
+from trimtab.compiler.targets.tensorrt.prepare import prepare
 from trimtab.compiler.workload import Workload
 from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.errors import RecipeError, TargetError
@@ -182,6 +183,33 @@ def test_every_recipe_is_built(tmp_path: Path, family: str, exporter: str, name:
     assert files[0].stat().st_size > 10000
     if name == "precision":
         assert "HALF" in info.precisions
+
+
+def test_every_family_and_exporter_is_parsed(tmp_path: Path) -> None:
+    """One child for all: what it refuses is named."""
+    pytest.importorskip("tensorrt_rtx")
+    cases = [(family, "dynamo") for family in FAMILIES] + [(family, "cached") for family in DECODERS]
+    cases += [("llama", "genai"), ("gpt2", "torchscript"), ("bert", "torchscript")]
+    models = []
+    for family, exporter in cases:
+        folder = tmp_path / f"{family}-{exporter}"
+        folder.mkdir()
+        save_graph(canonical(exported(family, exporter)), folder / "m.onnx")
+        workload = SIZES.model_copy(update={"past": (0, 4, 16)}) if exporter in ("cached", "genai") else SIZES
+        models += prepare(folder / "m.onnx", workload, folder, plugins=False, segments=1).models
+    refused = module.TensorRTRTX().parse(models)
+    assert dict(zip(cases, refused, strict=True)) == {case: [] for case in cases}
+
+
+def test_a_head_that_chooses_its_rows_is_built(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    graph = canonical(exported("llama", "cached"))
+    head = pass_class("head-topk").model_validate({"take": 16, "most": 1.0, "dense_above": 8})
+    run_passes(graph, [head], PassContext(head_profile(graph)))
+    save_graph(graph, tmp_path / "m.onnx")
+    workload = SIZES.model_copy(update={"past": (0, 4, 16)})
+    get_target(RTX).build(tmp_path / "m.onnx", workload, tmp_path / "engine")
+    assert EngineInfo.read(tmp_path / "engine").lowered["SparseHead"] == 1
 
 
 def test_the_whole_road(tmp_path: Path) -> None:
