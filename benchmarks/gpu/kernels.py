@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from graphs import copy_bandwidth, seconds
 
 from trimtab.plugins.dialect import Form
@@ -57,9 +58,11 @@ class Case:
 
     def tiles(self) -> tuple[Tile, ...]:
         """Those that a plugin offers: of as much shared memory as needs no permission."""
+        return self.fitting(self.all_tiles())
+
+    def fitting(self, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
         form, shapes = self._shape()
-        sm = capability()
-        made = ((tile, compile_kernel(self.kernel, form, shapes, tile, sm)) for tile in self.all_tiles())
+        made = ((tile, compile_kernel(self.kernel, form, shapes, tile, capability())) for tile in tiles)
         return tuple(tile for tile, compiled in made if compiled.shared_bytes <= SHARED_BUDGET)
 
     def _shape(self) -> tuple[Form, dict[str, tuple[int, ...]]]:
@@ -107,8 +110,11 @@ def check() -> list[dict[str, Any]]:
     cases: list[Checked] = []
     for dtype, kind in product((torch.float16, torch.bfloat16, torch.float32), (None, torch.int8)):
         for tokens, own in ((1, False), (3, True), (5, False), (16, False), (70, False)):
-            cases += _products(dtype, kind or dtype, tokens, own)
+            cases += _products(dtype, kind or dtype, tokens, own, (520, 328, 37))
         cases += _selections(dtype) if kind is None else []
+        if dtype == torch.float16:
+            for tokens in (1, 16):
+                cases += _products(dtype, kind or dtype, tokens, False, (NEURONS, WIDTH, 550))
     compile_all(job for case in cases for job in Case(case.kernel, [case.inputs], case.attributes).jobs())
     return [_compared(case) for case in cases]
 
@@ -123,8 +129,11 @@ class Checked:
     expected: torch.Tensor
 
 
-def _products(dtype: torch.dtype, weight: torch.dtype, tokens: int, own: bool) -> list[Checked]:
-    neurons, width, block = 520, 328, 2
+def _products(
+    dtype: torch.dtype, weight: torch.dtype, tokens: int, own: bool, sizes: tuple[int, int, int], block: int = 2
+) -> list[Checked]:
+    """SparseUp with and without a gate, SparseDown and SparseHead. sizes: neurons, width, chosen blocks."""
+    neurons, width, k = sizes
     up, gate, down = weights(neurons, width, weight), weights(neurons, width, weight), weights(neurons, width, weight)
     scales = {
         name: torch.rand(neurons, device="cuda").to(dtype) / 1000 for name in ("up_scale", "gate_scale", "down_scale")
@@ -133,7 +142,7 @@ def _products(dtype: torch.dtype, weight: torch.dtype, tokens: int, own: bool) -
         scales = {}
     bias = torch.randn(neurons, device="cuda").to(dtype)
     x = torch.randn(tokens, width, device="cuda").to(dtype)
-    blocks = chosen(tokens if own else 1, neurons // block, 37)
+    blocks = chosen(tokens if own else 1, neurons // block, k)
     rows = (blocks.long()[:, :, None] * block + torch.arange(block, device="cuda")).flatten(1).expand(tokens, -1)
 
     def whole(name: str, w: torch.Tensor) -> torch.Tensor:
@@ -201,14 +210,19 @@ class Layers:
         made = [weights(2 * NEURONS, WIDTH, torch.float16) for _ in range(LAYERS)]
         return cls(made, [weights(NEURONS, WIDTH, torch.float16) for _ in range(LAYERS)])
 
-    def dense(self, tokens: int) -> float:
-        """Seconds per layer of cuBLAS's two products, without the activation between them."""
+    def dense(self, tokens: int) -> tuple[float, float]:
+        """Seconds per layer of the dense FFN: cuBLAS's two products and one kernel between them; and without that."""
         x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
         h = torch.randn(tokens, NEURONS, device="cuda", dtype=torch.float16)
-        calls: list[Callable[[], object]] = []
+        both = torch.randn(tokens, 2 * NEURONS, device="cuda", dtype=torch.float16)
+        whole: list[Callable[[], object]] = []
+        products: list[Callable[[], object]] = []
+        between = partial(silu_times[(tokens, triton.cdiv(NEURONS, 1024))], both, h, NEURONS, 1024)
         for up, down in zip(self.gate_up, self.turned(), strict=True):
-            calls += [partial(torch.nn.functional.linear, x, up), partial(torch.nn.functional.linear, h, down)]
-        return seconds(calls) / LAYERS
+            first, last = (partial(torch.nn.functional.linear, *pair) for pair in ((x, up), (h, down)))
+            products += [first, last]
+            whole += [first, between, last]
+        return seconds(whole) / LAYERS, seconds(products) / LAYERS
 
     def turned(self) -> list[torch.Tensor]:
         """`down` as torch lays it out, [WIDTH, NEURONS] contiguous."""
@@ -216,27 +230,45 @@ class Layers:
             self._turned = [w.t().contiguous() for w in self.down]
         return self._turned
 
-    def sparse(self, tokens: int, k: int, own: bool) -> tuple[Case, Case]:
+    def sparse(self, tokens: int, k: int, own: bool, block: int = 1) -> tuple[Case, Case]:
+        """SparseUp and SparseDown for k neurons, in random blocks."""
         x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
         h = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
         ups, downs = [], []
         for gate_up, down in zip(self.gate_up, self.down, strict=True):
-            blocks = chosen(tokens if own else 1, NEURONS, k)
+            blocks = chosen(tokens if own else 1, NEURONS // block, k // block)
             ups.append({"x": x, "blocks": blocks, "up": gate_up[NEURONS:], "gate": gate_up[:NEURONS]})
             downs.append({"h": h, "blocks": blocks, "down": down})
-        return Case(UP, ups, {"activation": "silu"}), Case(DOWN, downs, {})
+        return Case(UP, ups, {"activation": "silu", "block": block}), Case(DOWN, downs, {"block": block})
 
 
-def together(up: Case, down: Case, tiles: tuple[Tile, Tile]) -> float:
-    """Seconds per layer of both ops, one after the other; SparseDown reads what SparseUp wrote."""
+@triton.jit
+def silu_times(both, h, NEURONS: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) · up of one token, gate before up."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < NEURONS
+    row = both + tl.program_id(0) * 2 * NEURONS
+    g = tl.load(row + at, mask=there, other=0.0).to(tl.float32)
+    u = tl.load(row + NEURONS + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(h + tl.program_id(0) * NEURONS + at, (g * tl.sigmoid(g) * u).to(tl.float16), mask=there)
+
+
+def together(up: Case, down: Case, tiles: tuple[Tile, Tile], scores: int = 0) -> float:
+    """Seconds per layer of both ops, one after the other, SelectBlocks before them where there are scores."""
     runs: list[Callable[[], object]] = []
     for first, second in zip(up.layers, down.layers, strict=True):
+        if scores:
+            choice = {"scores": torch.randn(1, scores, device="cuda").half()}
+            run, blocks = prepared(SELECT, choice, {"k": first["blocks"].shape[1]})
+            runs.append(run)
+            first, second = ({**inputs, "blocks": blocks} for inputs in (first, second))
         run, h = prepared(UP, first, up.attributes, tiles[0])
         runs += [run, prepared(DOWN, {**second, "h": h}, down.attributes, tiles[1])[0]]
     return seconds(runs) / len(up.layers)
 
 
 def ffn(layers: Layers, copy: float) -> list[dict[str, Any]]:
+    """All densities and batches, a choice of neurons shared by the batch, or one for each of its tokens."""
     rows = []
     cases = [layers.sparse(tokens, 64, False) for tokens in (1, 2)]
     compile_all(job for pair in cases for case in pair for job in case.jobs())
@@ -248,20 +280,31 @@ def ffn(layers: Layers, copy: float) -> list[dict[str, Any]]:
         up, down = layers.sparse(tokens, k, own)
         (up_s, up_tile), (down_s, down_tile) = up.best(), down.best()
         both = together(up, down, (up_tile, down_tile))
+        whole, products = dense[tokens]
         size = 3 * k * WIDTH * 2 * (tokens if own else 1)
         row = {
-            "tokens": tokens, "own": own, "density": density, "dense_us": dense[tokens] * 1e6, "sparse_us": both * 1e6,
-            "up_us": up_s * 1e6, "down_us": down_s * 1e6, "ratio": dense[tokens] / both, "gb_per_s": size / both / 1e9,
-            "share_of_copy": size / both / copy, "up_tile": repr(up_tile), "down_tile": repr(down_tile),
+            "tokens": tokens, "own": own, "density": density, "dense_us": whole * 1e6, "products_us": products * 1e6,
+            "sparse_us": both * 1e6, "up_us": up_s * 1e6, "down_us": down_s * 1e6, "ratio": whole / both,
+            "ratio_to_products": products / both, "gb_per_s": size / both / 1e9, "share_of_copy": size / both / copy,
+            "up_tile": short(up_tile), "down_tile": short(down_tile),
         }  # fmt: skip
+        if tokens == 1:
+            row["with_select_us"] = 1e6 * with_select(layers, k)
         rows.append(row)
         print(
             f"{tokens:3d} {'own' if own else 'shared':6s} {density:5.0%} dense {row['dense_us']:7.1f} sparse "
             f"{row['sparse_us']:7.1f} us (up {row['up_us']:6.1f} down {row['down_us']:6.1f}) {row['ratio']:6.2f}x "
-            f"{row['gb_per_s']:6.0f} GB/s {row['share_of_copy']:4.0%} of copy  {_short(up_tile)} {_short(down_tile)}",
+            f"{row['gb_per_s']:6.0f} GB/s {row['share_of_copy']:4.0%} of copy  {row['up_tile']} {row['down_tile']}"
+            + (f" select {row['with_select_us']:.1f}" if tokens == 1 else ""),
             flush=True,
         )
     return rows
+
+
+def with_select(layers: Layers, k: int, block: int = 32) -> float:
+    """Seconds per layer of all three ops, the choice in blocks of 32 neurons."""
+    up, down = layers.sparse(1, max(block, k // block * block), False, block)
+    return together(up, down, (up.best()[1], down.best()[1]), NEURONS // block)
 
 
 def others(copy: float) -> list[dict[str, Any]]:
@@ -272,7 +315,7 @@ def others(copy: float) -> list[dict[str, Any]]:
         time_s, tile = Case(SELECT, inputs, {"k": round(count * k)}).best()
         peer = seconds([partial(torch.topk, one["scores"], round(count * k)) for one in inputs]) / len(inputs)
         rows.append({"op": "SelectBlocks", "tokens": tokens, "count": count, "k": round(count * k),
-                     "us": time_s * 1e6, "torch_topk_us": peer * 1e6, "tile": repr(tile)})  # fmt: skip
+                     "us": time_s * 1e6, "torch_topk_us": peer * 1e6, "tile": short(tile)})  # fmt: skip
     heads = [weights(VOCABULARY, WIDTH, torch.float16) for _ in range(4)]
     for tokens, k in product((1, 16), (512, 3200)):
         x = torch.randn(tokens, WIDTH, device="cuda", dtype=torch.float16)
@@ -280,7 +323,8 @@ def others(copy: float) -> list[dict[str, Any]]:
         time_s, tile = Case(HEAD, inputs, {}).best()
         peer = seconds([partial(torch.nn.functional.linear, x, w) for w in heads]) / len(heads)
         rows.append({"op": "SparseHead", "tokens": tokens, "k": k, "us": time_s * 1e6, "dense_us": peer * 1e6,
-                     "ratio": peer / time_s, "share_of_copy": k * WIDTH * 2 / time_s / copy, "tile": repr(tile)})  # fmt: skip
+                     "ratio": peer / time_s, "share_of_copy": k * WIDTH * 2 / time_s / copy,
+                     "tile": short(tile)})  # fmt: skip
     for row in rows:
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     return rows
@@ -303,7 +347,7 @@ def int8(copy: float) -> list[dict[str, Any]]:
         tiles = up.best()[1], down.best()[1]
         time_s = together(up, down, tiles)
         rows.append({"density": density, "sparse_us": time_s * 1e6, "share_of_copy": 3 * k * WIDTH / time_s / copy,
-                     "tiles": [_short(tile) for tile in tiles]})  # fmt: skip
+                     "tiles": [short(tile) for tile in tiles]})  # fmt: skip
         print("int8", {key: round(v, 2) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
     return rows
 
@@ -315,10 +359,10 @@ def sweep(layers: Layers) -> None:
         made = [Tile(tokens, *chosen) for chosen in product(*choices)]
         return [t for t in made if tokens > 1 or 16 <= t.rows * t.columns // (32 * t.warps) <= 64]
 
-    one_up = tiles(1, (1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8), (1,)) + [Tile(1, 4, 512, 4, 3)]
-    one_down = tiles(1, (64, 128, 256, 512, 1024), (16, 32, 64), (4, 8, 16), (1,)) + [Tile(1, 128, 32, 8, 3)]
-    many_up = tiles(16, (16, 32), (64, 128, 256), (4, 8), (2, 4))
-    many_down = tiles(16, (64, 128, 256), (16, 32, 64), (4, 8), (2, 4))
+    one_up = tiles(1, (1, 2), (1024, 2048, 4096), (2, 4, 8), (1,))
+    one_down = [*tiles(1, (256, 512, 1024), (16, 32, 64), (4, 8, 16), (1,)), Tile(1, 256, 32, 8, 3)]
+    many_up = tiles(16, (8, 16, 32), (64, 128, 256), (2, 4), (2, 4))
+    many_down = tiles(16, (64, 128, 256), (16, 32, 64), (4, 8), (1, 3))
     cases = [layers.sparse(tokens, k, False) for tokens, k in ((1, 544), (1, 5504), (16, 544), (16, 5504))]
     jobs = []
     lists = [(one_up, one_down), (one_up, one_down), (many_up, many_down), (many_up, many_down)]
@@ -328,18 +372,14 @@ def sweep(layers: Layers) -> None:
     compile_all(jobs)
     for pair, tiles in zip(cases, lists, strict=True):
         for case, some in zip(pair, tiles, strict=True):
-            timed = []
-            for tile in some:
-                try:
-                    timed.append((case.time(tile), tile))
-                except (ValueError, RuntimeError) as error:
-                    print("left out", _short(tile), str(error)[:80])
-            timed.sort(key=lambda found: found[0])
+            timed = sorted((case.time(tile), repr(tile), tile) for tile in case.fitting(some))
             shape = case.layers[0]["x" if "x" in case.layers[0] else "h"].shape[0], case.layers[0]["blocks"].shape[1]
-            print(case.kernel.op.name, shape, [(round(t * 1e6, 2), _short(tile)) for t, tile in timed[:6]], flush=True)
+            print(
+                case.kernel.op.name, shape, [(round(t * 1e6, 2), short(tile)) for t, _, tile in timed[:6]], flush=True
+            )
 
 
-def _short(tile: Tile) -> str:
+def short(tile: Tile) -> str:
     return f"{tile.tokens}/{tile.rows}x{tile.columns}/w{tile.warps}s{tile.stages}"
 
 
@@ -376,13 +416,15 @@ def main() -> None:
     copy = copy_bandwidth()
     print(f"{device.name}: a copy moves {copy / 1e9:.0f} GB/s", flush=True)
     layers = Layers.random()
+    floor = together(*layers.sparse(1, 16, False), (Tile(1, 1, 4096, 4), Tile(1, 16, 64, 4)))
+    print(f"both ops with next to no work: {floor * 1e6:.2f} us", flush=True)
     if options.sweep:
         sweep(layers)
         return
     found = {
         "device": device.name, "compute_capability": f"{device.major}.{device.minor}",
         "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
-        "command": "python benchmarks/gpu/kernels.py --json FILE", "copy_gb_per_s": copy / 1e9,
+        "command": "python benchmarks/gpu/kernels.py --json FILE", "copy_gb_per_s": copy / 1e9, "floor_us": floor * 1e6,
         "checks": {"done": len(checked), "wrong": wrong}, "ffn": ffn(layers, copy), "others": others(copy),
         "int8": int8(copy), "seconds": 0.0,
     }  # fmt: skip

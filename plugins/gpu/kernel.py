@@ -44,7 +44,7 @@ class GpuKernel:
         measure: their values, from the shapes of all inputs and the output.
         constants: values of what is known at compile time, from the form, the sizes of its constant inputs, and a tile.
         grid: programs along each axis, from the values of `sizes`, the constants, and a tile.
-        tiles: those worth timing, for a form and the shapes of its constant inputs; the first is the one to take untimed.
+        tiles: those worth timing, for a form and the shapes of its constant inputs; the first, where none is timed.
         refuses: why there is no kernel for a form and shapes, or None.
     """
 

@@ -84,11 +84,14 @@ def _on_gpu(
     if key not in _LOADED:
         _LOADED[key] = Loaded(compile_kernel(kernel, form, kept, tile, 10 * major + minor))
     loaded = _LOADED[key]
-    pointers = [inputs[i.name].data_ptr() for i in kernel.op.inputs if i.name in inputs]
+    given = [inputs[i.name] for i in kernel.op.inputs if i.name in inputs]
     values = [sizes[name] for name in kernel.sizes]
-    return lambda: loaded.launch(
-        grid, pointers, values, output.data_ptr(), torch.cuda.current_stream(output.device).cuda_stream
-    )
+
+    def run() -> None:  # holds the tensors, as the driver does not
+        stream = torch.cuda.current_stream(output.device).cuda_stream
+        loaded.launch(grid, [tensor.data_ptr() for tensor in given], values, output.data_ptr(), stream)
+
+    return run
 
 
 _LOADED: dict[tuple[object, ...], Loaded] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "place", "rows_of", "times_rows"]
+__all__ = ["activate", "place", "rows_of", "tile_of", "times_rows", "wide"]
 
 
 @triton.jit
@@ -27,17 +27,36 @@ def rows_of(blocks, group, row, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def times_rows(x, w, number, column, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """`total` + the products of a tile of x, [COLUMNS] or [COLUMNS, TOKENS], with columns of chosen rows of w."""
+def tile_of(w, number, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of chosen rows of the weights w, [rows, COLUMNS]; zero behind the end of the rows."""
     from_ = w + number[:, None] * WIDTH + column[None, :]
     if WIDTH % COLUMNS == 0:
-        tile = tl.load(from_)
+        tile = tl.load(from_, eviction_policy="evict_first")
     else:
-        tile = tl.load(from_, mask=(column < WIDTH)[None, :], other=0)
+        tile = tl.load(from_, mask=(column < WIDTH)[None, :], other=0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def wide(w):
+    """In float32. An integer becomes the last bits of a large float: GPUs add four times as fast as they convert."""
+    if w.dtype == tl.int8:
+        wide_ = (w.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        wide_ = w.to(tl.float32)
+    return wide_
+
+
+@triton.jit
+def times_rows(x, w, total):
+    """`total` + the products of a tile of x, [COLUMNS] or [tokens, COLUMNS], with a tile of weights, [rows, COLUMNS].
+
+    Of a single token, products stay apart, [rows, COLUMNS], and are summed when all are there.
+    """
     if len(x.shape) == 1:
-        total += tile.to(tl.float32) * x.to(tl.float32)[None, :]
+        total += wide(w) * x.to(tl.float32)[None, :]
     else:
-        total = tl.dot(tile.to(x.dtype), x, total, input_precision="ieee")
+        total = tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision="ieee")
     return total
 
 

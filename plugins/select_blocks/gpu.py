@@ -1,6 +1,6 @@
-"""SelectBlocks on a GPU: a program makes one choice, of scores that it holds in its registers, or reads again and again.
+"""SelectBlocks on a GPU: a program makes one choice, of scores in its registers, or of more, read again and again.
 
-It looks for the k-th highest score by its bits, two of them per pass, as radix selection does; no sort, no memory.
+It halves its way to the k-th highest score among the bits that scores have; no sort, no memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ __all__ = ["KERNEL", "MOST"]
 MOST = 1 << 14
 """Scores that the registers of a program hold; of more it keeps none, and reads them once per pass."""
 
-COUNTED = 1 << 21
-"""Scores up to where three counts of them fit into 64 bits."""
-
 
 @triton.jit
 def keys_of(scores):
@@ -40,26 +37,20 @@ def keys_of(scores):
 @triton.jit
 def highest(keys, there, k, BITS: tl.constexpr):
     """Which of `keys` [rows, n] are among the k highest of their row; of equal ones the first. `there`: not padding."""
-    LOWEST: tl.constexpr = -(2 ** (BITS - 1))
-    keys = tl.where(there, keys, LOWEST)
-    positive = tl.sum((keys >= 0).to(tl.int32), 1) >= k
-    limit = tl.where(positive, 0, LOWEST)
-    for shift in range(BITS - 3, 0, -2):
-        step = 1 << shift
-        a, b, c = limit + step, limit + 2 * step, limit + 3 * step
-        counts = (keys >= a[:, None]).to(tl.int64)  # three counts in one sum
-        counts += (keys >= b[:, None]).to(tl.int64) << 21
-        counts += (keys >= c[:, None]).to(tl.int64) << 42
-        found = tl.sum(counts, 1)
-        for number in tl.static_range(3):
-            limit += tl.where(((found >> (21 * number)) & 0x1FFFFF) >= k, step, 0)
-    if BITS % 2 == 0:  # the sign and pairs of the others leave one
-        enough = tl.sum((keys >= limit[:, None] + 1).to(tl.int32), 1) >= k
-        limit += tl.where(enough, 1, 0)
-    above = (keys > limit[:, None]) & there
+    limit = tl.min(tl.where(there, keys, 2 ** (BITS - 1) - 1), 1)
+    keys = tl.where(there, keys, -(2 ** (BITS - 1)))
+    above, count = tl.max(keys, 1), tl.sum(there.to(tl.int32), 1)
+    going = tl.sum((count > k).to(tl.int32), 0)
+    while going > 0:  # at least k are not below `limit`, and less than k are above `above`
+        middle = (above | limit) - ((above ^ limit) >> 1)
+        found = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+        limit, above = tl.where(found >= k, middle, limit), tl.where(found >= k, above, middle - 1)
+        count = tl.where(found >= k, found, count)
+        going = tl.sum(((above > limit) & (count > k)).to(tl.int32), 0)
+    over = (keys > limit[:, None]) & there
     equal = (keys == limit[:, None]) & there
-    room = k - tl.sum(above.to(tl.int32), 1)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
+    room = k - tl.sum(over.to(tl.int32), 1)
+    return over | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
 
 
 @triton.jit
@@ -74,41 +65,30 @@ def keys_at(from_, at, each, COUNT: tl.constexpr):
 
 
 @triton.jit
+def counted(from_, each, least, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many keys are not below `least`."""
+    count = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, COUNT, COLUMNS):
+        at = start + tl.arange(0, COLUMNS)
+        count += ((keys_at(from_, at, each, COUNT) >= least) & (at < COUNT)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
 def store_highest(from_, each, k, to, COUNT: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """`highest` and the writing of what it finds, for more scores than registers hold."""
-    LOWEST: tl.constexpr = -(2 ** (BITS - 1))
-    place = tl.arange(0, COLUMNS)
-    count = tl.zeros([COLUMNS], tl.int32)
-    for start in range(0, COUNT, COLUMNS):
-        at = start + place
-        count += ((keys_at(from_, at, each, COUNT) >= 0) & (at < COUNT)).to(tl.int32)
-    limit = tl.where(tl.sum(count, 0) >= k, 0, LOWEST)
-    for shift in range(BITS - 3, 0, -2):
-        step = 1 << shift
-        counts = tl.zeros([COLUMNS], tl.int64)
-        for start in range(0, COUNT, COLUMNS):
-            at = start + place
-            keys = tl.where(at < COUNT, keys_at(from_, at, each, COUNT), LOWEST)
-            counts += (keys >= limit + step).to(tl.int64)
-            counts += (keys >= limit + 2 * step).to(tl.int64) << 21
-            counts += (keys >= limit + 3 * step).to(tl.int64) << 42
-        found = tl.sum(counts, 0)
-        for number in tl.static_range(3):
-            limit += tl.where(((found >> (21 * number)) & 0x1FFFFF) >= k, step, 0)
-    for _ in range(1 - BITS % 2):
-        count = tl.zeros([COLUMNS], tl.int32)
-        for start in range(0, COUNT, COLUMNS):
-            at = start + place
-            count += ((keys_at(from_, at, each, COUNT) >= limit + 1) & (at < COUNT)).to(tl.int32)
-        limit += tl.where(tl.sum(count, 0) >= k, 1, 0)
-    count = tl.zeros([COLUMNS], tl.int32)
-    for start in range(0, COUNT, COLUMNS):
-        at = start + place
-        count += ((keys_at(from_, at, each, COUNT) > limit) & (at < COUNT)).to(tl.int32)
-    room = k - tl.sum(count, 0)
+    limit = tl.full((), -(2 ** (BITS - 1)), tl.int32)
+    above = tl.full((), 2 ** (BITS - 1) - 1, tl.int32)
+    count = tl.full((), COUNT, tl.int32)
+    while (above > limit) & (count > k):
+        middle = (above | limit) - ((above ^ limit) >> 1)
+        found = counted(from_, each, middle, COUNT, COLUMNS)
+        limit, above = tl.where(found >= k, middle, limit), tl.where(found >= k, above, middle - 1)
+        count = tl.where(found >= k, found, count)
+    room = k - counted(from_, each, limit + 1, COUNT, COLUMNS)
     written = 0
     for start in range(0, COUNT, COLUMNS):
-        at = start + place
+        at = start + tl.arange(0, COLUMNS)
         keys = keys_at(from_, at, each, COUNT)
         equal = ((keys == limit) & (at < COUNT)).to(tl.int32)
         chosen = ((keys > limit) & (at < COUNT)) | ((equal > 0) & (tl.cumsum(equal, 0) <= room))
@@ -181,7 +161,7 @@ def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) ->
 def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     rows, columns = _padded(form, shapes)
     if rows * columns > MOST:
-        return (Tile(1, 1, 8192, 16),)
+        return Tile(1, 1, 4096, 8), Tile(1, 1, 2048, 8)
     warps = max(1, min(16, rows * columns // 512))
     fewer = (max(1, warps // 2), max(1, warps // 4)) if rows == 1 else ()  # of shards, that takes too many registers
     return tuple(Tile(1, rows, columns, n) for n in dict.fromkeys((warps, *fewer)))
@@ -194,8 +174,6 @@ def _refuses(form: Form, shapes: Shapes) -> str | None:
         return (
             f"{count} scores in {form.attributes['shards']} shards are more than the {MOST // 2} that a program holds"
         )
-    if count > COUNTED:
-        return f"{count} scores are more than the {COUNTED} that it counts"
     return None
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, token_programs
-from trimtab.plugins.gpu.products import place, rows_of, times_rows
+from trimtab.plugins.gpu.products import place, rows_of, tile_of, times_rows
 from trimtab.plugins.sparse_head import SPARSE_HEAD
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights, tiles
 
@@ -31,24 +31,23 @@ def sparse_head(
     if TOKENS == 1:
         y = tl.zeros([ROWS, COLUMNS], tl.float32)
     else:
-        y = tl.zeros([ROWS, TOKENS], tl.float32)
+        y = tl.zeros([TOKENS, ROWS], tl.float32)
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
-        have = column < WIDTH
         if TOKENS == 1:
-            tile = tl.load(x + first * WIDTH + column, mask=have, other=0.0)
+            tile = tl.load(x + first * WIDTH + column, mask=column < WIDTH, other=0.0)
         else:
-            at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
-            tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
-        y = times_rows(tile, weight, number, column, y, WIDTH, COLUMNS)
+            at = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]
+            tile = tl.load(x + at, mask=(token < own)[:, None] & (column < WIDTH)[None, :], other=0.0)
+        y = times_rows(tile, tile_of(weight, number, column, WIDTH, COLUMNS), y)
     if TOKENS == 1:
-        y = tl.sum(y, 1)[:, None]
+        y = tl.sum(y, 1)[None, :]
     if weight_scale is not None:
-        y *= tl.load(weight_scale + number).to(tl.float32)[:, None]
+        y *= tl.load(weight_scale + number).to(tl.float32)[None, :]
     if weight_bias is not None:
-        y += tl.load(weight_bias + number).to(tl.float32)[:, None]
-    to = (first + token).to(tl.int64)[None, :] * k + row[:, None]
-    tl.store(logits + to, y.to(logits.dtype.element_ty), mask=(row < k)[:, None] & (token < own)[None, :])
+        y += tl.load(weight_bias + number).to(tl.float32)[None, :]
+    to = (first + token).to(tl.int64)[:, None] * k + row[None, :]
+    tl.store(logits + to, y.to(logits.dtype.element_ty), mask=(token < own)[:, None] & (row < k)[None, :])
 
 
 def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:

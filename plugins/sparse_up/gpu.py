@@ -1,4 +1,4 @@
-"""SparseUp on a GPU: a program has a few chosen rows of `up` and `gate`, read whole, and some of the tokens that share them."""
+"""SparseUp on a GPU: a program reads a few chosen rows of `up` and `gate`, whole, for tokens that share them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, power_of_two, product, token_programs
-from trimtab.plugins.gpu.products import activate, place, rows_of, times_rows
+from trimtab.plugins.gpu.products import activate, place, rows_of, tile_of, times_rows
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 __all__ = ["KERNEL", "measure", "refuses_weights", "tiles"]
@@ -31,36 +31,35 @@ def sparse_up(
     if TOKENS == 1:
         u = tl.zeros([ROWS, COLUMNS], tl.float32)
     else:
-        u = tl.zeros([ROWS, TOKENS], tl.float32)
+        u = tl.zeros([TOKENS, ROWS], tl.float32)
     g = u
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
-        have = column < WIDTH
         if TOKENS == 1:
-            tile = tl.load(x + first * WIDTH + column, mask=have, other=0.0)
+            tile = tl.load(x + first * WIDTH + column, mask=column < WIDTH, other=0.0)
         else:
-            at = (first + token).to(tl.int64)[None, :] * WIDTH + column[:, None]
-            tile = tl.load(x + at, mask=have[:, None] & (token < own)[None, :], other=0.0)
-        u = times_rows(tile, up, number, column, u, WIDTH, COLUMNS)
+            at = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]
+            tile = tl.load(x + at, mask=(token < own)[:, None] & (column < WIDTH)[None, :], other=0.0)
+        u = times_rows(tile, tile_of(up, number, column, WIDTH, COLUMNS), u)
         if gate is not None:
-            g = times_rows(tile, gate, number, column, g, WIDTH, COLUMNS)
+            g = times_rows(tile, tile_of(gate, number, column, WIDTH, COLUMNS), g)
     if TOKENS == 1:
-        u = tl.sum(u, 1)[:, None]
-        g = tl.sum(g, 1)[:, None]
+        u = tl.sum(u, 1)[None, :]
+        g = tl.sum(g, 1)[None, :]
     if up_scale is not None:
-        u *= tl.load(up_scale + number).to(tl.float32)[:, None]
+        u *= tl.load(up_scale + number).to(tl.float32)[None, :]
     if up_bias is not None:
-        u += tl.load(up_bias + number).to(tl.float32)[:, None]
+        u += tl.load(up_bias + number).to(tl.float32)[None, :]
     if gate is not None:
         if gate_scale is not None:
-            g *= tl.load(gate_scale + number).to(tl.float32)[:, None]
+            g *= tl.load(gate_scale + number).to(tl.float32)[None, :]
         if gate_bias is not None:
-            g += tl.load(gate_bias + number).to(tl.float32)[:, None]
+            g += tl.load(gate_bias + number).to(tl.float32)[None, :]
         u *= activate(g, ACTIVATION)
     else:
         u = activate(u, ACTIVATION)
-    to = (first + token).to(tl.int64)[None, :] * (k * BLOCK) + row[:, None]
-    tl.store(h + to, u.to(h.dtype.element_ty), mask=(row < k * BLOCK)[:, None] & (token < own)[None, :])
+    to = (first + token).to(tl.int64)[:, None] * (k * BLOCK) + row[None, :]
+    tl.store(h + to, u.to(h.dtype.element_ty), mask=(token < own)[:, None] & (row < k * BLOCK)[None, :])
 
 
 def measure(shapes: Shapes) -> dict[str, Any]:
@@ -85,12 +84,13 @@ def _refuses(form: Form, shapes: Shapes) -> str | None:
 
 def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     """Whole rows for single tokens, so that all of a program's reads are on their way at once."""
-    weights = shapes["up"] if "up" in shapes else shapes["weight"]
-    wide = power_of_two(int(weights[1]))
-    most = min(wide, 4096)
-    one = [Tile(1, 2, most, 4), Tile(1, 4, min(most, 1024), 4), Tile(1, 1, most, 4), Tile(1, 8, min(most, 512), 4)]
-    many = [Tile(16, 16, min(wide, 128), 4, 4), Tile(16, 32, min(wide, 128), 4, 2), Tile(64, 64, min(wide, 32), 4, 3)]
-    return (*one, *many)
+    name = "up" if "up" in shapes else "weight"
+    size = 4 if form.given[name] == "tensor(float)" else 2  # bytes; float32 fills registers and shared memory twice
+    wide = power_of_two(int(shapes[name][1]))
+    long, half, short = (min(wide, n // size) for n in (8192, 4096, 256))
+    one = Tile(1, 1, half, 4), Tile(1, 1, long, 8), Tile(1, 2, half, 8), Tile(1, 4, min(half, 1024), 8)
+    many = Tile(16, 8, short, 2, 4), Tile(16, 8, min(wide, 2 * short), 4, 2), Tile(16, 16, short, 2, 4)
+    return (*one, *many, Tile(64, 64, min(wide, 64 // size), 4, 3))
 
 
 def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
