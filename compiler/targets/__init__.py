@@ -8,8 +8,8 @@ from trimtab.passes.registry import import_named
 
 _TARGETS = {
     "onnxruntime": "trimtab.compiler.targets.onnxruntime:OnnxRuntime",
-    "tensorrt-rtx": "trimtab.compiler.targets.tensorrt:TensorRTRTX",
-    "tensorrt": "trimtab.compiler.targets.tensorrt:TensorRT",
+    "tensorrt-rtx": "trimtab.compiler.targets.tensorrt.target:TensorRTRTX",
+    "tensorrt": "trimtab.compiler.targets.tensorrt.target:TensorRT",
 }
 """Name → where its class is; imported when asked for."""
 

@@ -11,11 +11,13 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, stored_bytes
 
+G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, go to where our answers go
 _INLINE = (
     1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
 )

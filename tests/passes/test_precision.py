@@ -210,7 +210,7 @@ def test_ops_that_are_asked_to_stay(tmp_path: Path) -> None:
     assert TensorProto.FLOAT16 in found["MatMul"]
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime's CPU has no kernels for it: ONNX's own evaluator runs a small graph."""
     rng = np.random.default_rng()
     w = rng.normal(size=(16, 8)).astype(np.float32)
@@ -227,6 +227,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     in_half(graph, type="bfloat16", io=True)
     onnx.checker.check_model(str(saved(graph, tmp_path / "b")))
     assert lower(load_graph(tmp_path / "b" / "model.onnx"))["GroupQueryAttention"] == 2
+    assert capfd.readouterr().out == ""  # of a type that numpy lacks
 
 
 def test_a_recipe_writes_it() -> None:

@@ -1,5 +1,4 @@
-"""TensorRT and TensorRT-RTX: one path through Polygraphy's loaders, with the builder in a child process."""
+"""TensorRT and TensorRT-RTX: one path through Polygraphy's loaders, with the builder in a child process.
 
-from trimtab.compiler.targets.tensorrt.target import TensorRT, TensorRTRTX
-
-__all__ = ["TensorRT", "TensorRTRTX"]
+The child imports as little of this as it can: what follows here would be its start.
+"""
