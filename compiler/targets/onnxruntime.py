@@ -148,10 +148,10 @@ class OnnxRuntime(Target):
 
         Optimisation and prepacking wait until `open`, so that a model larger than memory can be checked too.
         """
-        options = session_options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        OnnxRuntimeRunner(model, options)
+        light = session_options()
+        light.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        light.add_session_config_entry("session.disable_prepacking", "1")
+        OnnxRuntimeRunner(model, light)
         return []
 
     def open(self, folder: Path, *, threads: int | None = None) -> Runner:

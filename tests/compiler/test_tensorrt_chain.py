@@ -38,9 +38,9 @@ class StandIn(Stage):
 
     def run(self, given: Values, profile: int) -> Values:
         self.used.append(profile)
-        found = [np.array(array) for array in self.session.run(None, given)]
-        for array in self.last:
+        for array in self.last:  # first: an engine reads its inputs while it writes its outputs
             array[...] = -99 if array.dtype.kind in "iu" else False if array.dtype == bool else np.nan
+        found = [np.array(array) for array in self.session.run(None, given)]
         self.last = found
         return dict(zip((t.name for t in self.session.get_outputs()), found, strict=True))
 
