@@ -43,12 +43,17 @@ class Rows:
         """Whether these are all rows, in order, for all tokens."""
         return isinstance(self.numbers, np.ndarray) and np.array_equal(self.numbers, np.arange(count)[None])
 
-    def gather(self, nodes: Nodes, weight: np.ndarray) -> gs.Tensor:
-        """[tokens or 1, n, ...] of `weight` [rows, ...]; where they are known, without a gather."""
+    def gather(self, nodes: Nodes, weight: np.ndarray | gs.Tensor) -> gs.Tensor:
+        """[tokens or 1, n, ...] of `weight` [rows, ...]; where they are known, without a gather.
+
+        A constant of the graph is not read, unless some of its rows are known to be all that is used.
+        """
         if isinstance(self.numbers, np.ndarray):
-            return nodes.tensor(weight[None] if self.of_all(len(weight)) else weight[self.numbers])
-        table = nodes.tensor(weight)
-        return nodes("Gather", table, self.numbers, axis=0)
+            if self.of_all(int(weight.shape[0])):
+                return nodes("Unsqueeze", nodes.tensor(weight), [0])
+            array = values(weight) if isinstance(weight, gs.Constant) else weight
+            return nodes.tensor(np.asarray(array)[self.numbers])
+        return nodes("Gather", nodes.tensor(weight), self.numbers, axis=0)
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,9 @@ class Weight:
     @classmethod
     def of(cls, nodes: Nodes, chosen: Rows, given: Mapping[str, gs.Tensor], label: str, x: gs.Tensor) -> Weight:
         """Of the weight `label`, to multiply `x` with: in half precision where the weight or `x` is of it."""
+        if type_of(given[label]) not in (np.uint8, np.int8):
+            return cls(chosen.gather(nodes, given[label]), None)
         array = values(given[label])
-        if array.dtype not in (np.uint8, np.int8):
-            return cls(chosen.gather(nodes, array), None)
         dtype, scale = type_of(x), values(given[f"{label}_scale"])
         scale = scale.astype(dtype)
         if array.dtype == np.uint8:

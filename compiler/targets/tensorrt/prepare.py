@@ -15,6 +15,7 @@ from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
+from trimtab.passes.graph import scratch as scratch_file
 from trimtab.passes.graph.io import WeightFile
 from trimtab.passes.lower import lower, tell_head_dim
 from trimtab.plugins import DOMAIN
@@ -51,6 +52,11 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, se
         RecipeError: the workload does not cover the inputs.
         TargetError: the model cannot be cut so, or what plugins need is missing.
     """
+    with scratch_file(scratch):
+        return _prepare(model, workload, scratch, plugins, segments)
+
+
+def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int) -> Prepared:
     graph = load_graph(model)
     tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work

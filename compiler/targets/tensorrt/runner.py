@@ -85,9 +85,10 @@ class EngineStage(Stage):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         from polygraphy.cuda import DeviceArray, DeviceView
+        from polygraphy.datatype import DataType
 
         room = DeviceArray.raw((_LEAST,))
-        view = DeviceView(room.ptr, shape, _TYPES[dtype])
+        view = DeviceView(room.ptr, shape, DataType.from_dtype(np.dtype(_TYPES[dtype])))
         view.room = room  # lives as long as the view
         return view
 
