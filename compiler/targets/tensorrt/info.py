@@ -89,13 +89,13 @@ class EngineInfo(_Model):
         path.write_text(self.model_dump_json(indent=2) + "\n")
         return path
 
-    def check(self, folder: Path, version: str, gpu: str | None) -> None:
-        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines.
+    def check(self, folder: Path, version: str | None, gpu: str | None) -> None:
+        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines, where these are known.
 
         Raises:
             TargetError: it does not; says which wants which.
         """
-        if version != self.version:
+        if version is not None and version != self.version:
             raise TargetError(
                 f"{folder}: these engines are of {self.library} {self.version}, and here is {version}",
                 hint=f"install {self.library} {self.version}, or compile the model again",

@@ -114,10 +114,10 @@ class TensorRT(Target):
         if options.gpus:
             raise TargetError(f"engine.gpus: {self.name} builds for the GPU that is here", hint="leave it out")
 
-    def _version(self) -> str:
-        """Of the installed library, without importing it."""
+    def _version(self) -> str | None:
+        """Of the installed library, without importing it; None where no package tells."""
         owners = importlib.metadata.packages_distributions().get(self.package, [])
-        return importlib.metadata.version(owners[0]) if owners else "unknown"
+        return importlib.metadata.version(owners[0]) if owners else None
 
     def _job(self, prepared: Prepared, parts: Sequence[Path], options: EngineOptions) -> dict[str, Any]:
         return {
