@@ -90,7 +90,7 @@ class EngineInfo(_Model):
         return path
 
     def check(self, folder: Path, version: str | None, gpu: str | None) -> None:
-        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines, where these are known.
+        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines; None: not known.
 
         Raises:
             TargetError: it does not; says which wants which.
