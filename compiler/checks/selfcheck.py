@@ -15,7 +15,7 @@ from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target
-from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.targets.gpu import compute_capability
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import BuildError
@@ -63,9 +63,12 @@ def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:
         return "the recipe says check: false"
     if dense_bytes > LIMIT:
         return f"running {dense_bytes / 1e9:.1f} GB of dense weights takes that much memory; `trimtab validate` does it"
-    if target.name != "onnxruntime" and not gpu_present():
-        return f"a {target.name} engine runs on a GPU, and this machine has none"
-    return None
+    why = target.cannot_run_here()
+    if why is None and recipe.engine.gpus and compute_capability() not in recipe.engine.gpus:
+        return (
+            f"the engine is for GPUs of compute capability {', '.join(recipe.engine.gpus)}, and this machine has none"
+        )
+    return why
 
 
 def _dims(graph: gs.Graph, workload: Workload) -> dict[str, int]:

@@ -90,6 +90,10 @@ class Target(ABC):
             TargetError: it is not installed here; the hint says how to install it.
         """
 
+    def cannot_run_here(self) -> str | None:
+        """Why what is built cannot be run on this machine, for checks that would; None where it can."""
+        return None
+
     def crossover(self, threads: int | None = None) -> Measure | None:
         """How to tell, for a shape, where its sparse form stops paying; None where it cannot be told.
 

@@ -140,6 +140,33 @@ def test_an_engine_that_does_not_load_is_no_engine(tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "engine").iterdir())
 
 
+def test_the_check_of_an_engine_for_another_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.compiler.checks import selfcheck
+
+    target = get_target(RTX)
+    monkeypatch.setattr(type(target), "cannot_run_here", lambda self: None)
+    monkeypatch.setattr(selfcheck, "compute_capability", lambda: "8.9")
+    recipe = load_recipe({"engine": {"gpus": ["8.6"]}})
+    assert "is for GPUs of compute capability 8.6" in str(selfcheck._skip(target, recipe, 0))
+    assert selfcheck._skip(target, load_recipe({"engine": {"gpus": ["8.6", "8.9"]}}), 0) is None
+
+
+def test_an_engine_for_another_gpu_is_built_and_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX 1.7 runs on no H100; engines built there are for other machines."""
+    pytest.importorskip("tensorrt_rtx")
+    target = get_target(RTX)
+    monkeypatch.setattr(module, "gpu_present", lambda: True)
+    monkeypatch.setattr(module.TensorRT, "_load_once", lambda *a: pytest.fail("it cannot be loaded here"))
+    monkeypatch.setattr(module, "compute_capability", lambda: "9.0")
+    assert "runs on no GPU of compute capability 9.0" in str(target.cannot_run_here())
+    build(tmp_path)
+    monkeypatch.setattr(module, "compute_capability", lambda: "8.9")
+    assert target.cannot_run_here() is None
+    build(tmp_path, gpus=("8.6",))
+    monkeypatch.setattr(module, "compute_capability", lambda: "13.0")
+    assert target.cannot_run_here() is None
+
+
 def test_a_workload_that_does_not_cover_the_inputs_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     text = """<ir_version: 9, opset_import: ["" : 18]>

@@ -10,7 +10,8 @@
 - `load`: null, or [{engine, shapes: input → shape}], to be loaded and run once.
 
 The answer has `refused`, for each model a list of {node, op, reason}, and, when engines were asked for and nothing was
-refused, `built`, what is worth knowing of them. Which of the two libraries is used is decided by
+refused, `built`, what is worth knowing of them; and `gpus`, compute capabilities that the library knows to build for,
+empty where it builds for the GPU that is here. Which of the two libraries is used is decided by
 POLYGRAPHY_USE_TENSORRT_RTX, which Polygraphy reads when it is imported.
 """
 
@@ -47,7 +48,7 @@ def main(job_file: str, answer_file: str) -> None:
         from trimtab.plugins.tensorrt import register
 
         register(job["plugins"])
-    answer: dict[str, Any] = {"refused": [refused_nodes(model) for model in job["models"]]}
+    answer: dict[str, Any] = {"refused": [refused_nodes(model) for model in job["models"]], "gpus": _known_gpus()}
     if job["build"] and not any(answer["refused"]):
         answer["built"] = build_all(job["models"], job["build"])
     for each in job.get("load") or ():
@@ -153,16 +154,17 @@ def _check_offered(wishes: dict[str, Any]) -> None:
         if wishes[wish] and not hasattr(trt.BuilderFlag, flag):
             raise SystemExit(f"{trt.__name__} {trt.__version__} offers no {wish}; leave engine.{wish} out")
     if wishes["gpus"]:
-        known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] if _aims() else []
+        known = _known_gpus()
         for gpu in wishes["gpus"]:
-            if _sm(gpu) not in known:
-                can = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known) or "the one that is here"
+            if gpu not in known:
+                can = ", ".join(known) or "the one that is here"
                 raise SystemExit(f"{trt.__name__} {trt.__version__} builds for no GPU {gpu}, but for: {can}")
 
 
-def _aims() -> bool:
-    """Whether an engine can be built for GPUs other than the one that is here."""
-    return hasattr(trt, "ComputeCapability")
+def _known_gpus() -> list[str]:
+    """Compute capabilities that an engine can be built for, other than that of the GPU that is here."""
+    names = dir(trt.ComputeCapability) if hasattr(trt, "ComputeCapability") else []
+    return [f"{name[2:-1]}.{name[-1]}" for name in names if name.startswith("SM")]
 
 
 def _sm(gpu: str) -> str:

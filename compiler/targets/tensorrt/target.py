@@ -79,7 +79,7 @@ class TensorRT(Target):
                     part.replace(out / name)
                 info = self._info(answer["built"], names, prepared, options)
                 info.write(out)
-                if gpu_present():
+                if self.cannot_run_here() is None and _is_for(info, compute_capability()):
                     self._load_once(info, out, timeout_s)
         except OSError as error:
             raise TargetError(f"{out}: cannot write the engine ({error})") from error
@@ -97,6 +97,15 @@ class TensorRT(Target):
         from trimtab.compiler.targets.tensorrt.runner import TensorRTRunner
 
         return TensorRTRunner(folder / ENGINE, info, rtx=self.rtx)
+
+    def cannot_run_here(self) -> str | None:
+        gpu = compute_capability()
+        if not gpu_present():
+            return f"a {self.name} engine runs on a GPU, and this machine has none"
+        known = _known_gpus(self.name)
+        if gpu is None or not known or gpu in known or _number(gpu) > max(map(_number, known)):
+            return None
+        return f"{self.name} runs on no GPU of compute capability {gpu}, which this machine has"
 
     def _require(self) -> None:
         if importlib.util.find_spec(self.package) is None:
@@ -211,6 +220,23 @@ def _removed_on_error(files: list[Path]) -> Iterator[None]:
         for file in files:
             file.unlink(missing_ok=True)
         raise
+
+
+def _number(gpu: str) -> tuple[int, ...]:
+    """A compute capability, to be compared."""
+    return tuple(int(part) for part in gpu.split("."))
+
+
+def _is_for(info: EngineInfo, gpu: str | None) -> bool:
+    """Whether engines were built for this GPU among others: portable ones may be meant for another machine."""
+    return not info.compute_capabilities or gpu in info.compute_capabilities
+
+
+@lru_cache
+def _known_gpus(name: str) -> tuple[str, ...]:
+    """Compute capabilities that the library builds for, by itself; none where it takes the GPU that is here."""
+    target = TensorRTRTX() if name == TensorRTRTX.name else TensorRT()
+    return tuple(target._child({"models": [], "build": None}, _PARSE_S)["gpus"])
 
 
 @lru_cache
