@@ -100,17 +100,11 @@ def _size(form: Form) -> int:
 
 def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     more = max(1, _size(form) // 2)  # float32 fills registers twice
-    one = [
-        (1024, 16, 8),
-        (512, 16, 8),
-        (512, 16, 4),
-        (256, 16, 4),
-        (1024, 32, 16),
-        (512, 32, 16),
-        (512, 32, 8),
-        (256, 32, 16),
-    ]
-    many = [Tile(16, 128 // more, 32, 8), Tile(16, 256 // more**2, 32, 4), Tile(64, 64, 64 // more, 4, 2)]
+    one = (1024, 32, 16), (512, 32, 8), (512, 16, 4), (1024, 16, 8), (256, 32, 16)
+    if form.given["h"] == "tensor(float)":  # no matrix units: sums and both factors lie in registers
+        many = [Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)]
+    else:
+        many = [Tile(16, 128, 32, 8), Tile(16, 256, 32, 4), Tile(64, 64, 32, 4, 2)]
     return (*(Tile(1, rows // more, columns, warps) for rows, columns, warps in one), *many)
 
 

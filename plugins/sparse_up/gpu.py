@@ -85,12 +85,15 @@ def _refuses(form: Form, shapes: Shapes) -> str | None:
 def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     """Whole rows for single tokens, so that all of a program's reads are on their way at once."""
     name = "up" if "up" in shapes else "weight"
-    size = 4 if form.given[name] == "tensor(float)" else 2  # bytes; float32 fills registers and shared memory twice
     wide = power_of_two(int(shapes[name][1]))
-    long, half, short = (min(wide, n // size) for n in (8192, 4096, 256))
+    size = 4 if form.given[name] == "tensor(float)" else 2  # bytes; float32 fills registers twice
+    long, half = min(wide, 8192 // size), min(wide, 4096 // size)
     one = Tile(1, 1, half, 4), Tile(1, 1, long, 8), Tile(1, 2, half, 8), Tile(1, 4, min(half, 1024), 8)
-    many = Tile(16, 8, short, 2, 4), Tile(16, 8, min(wide, 2 * short), 4, 2), Tile(16, 16, short, 2, 4)
-    return (*one, *many, Tile(64, 64, min(wide, 64 // size), 4, 3))
+    if form.given["x"] == "tensor(float)":  # no matrix units: sums and both factors lie in registers
+        many = [(32, 16, 32, 4, 2), (32, 32, 32, 4, 2), (64, 32, 32, 8, 2)]
+    else:
+        many = [(16, 8, 128, 2, 4), (16, 8, 256, 4, 2), (16, 16, 128, 2, 4), (64, 64, 32, 4, 3)]
+    return (*one, *(Tile(t, rows, min(wide, columns), *rest) for t, rows, columns, *rest in many))
 
 
 def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:

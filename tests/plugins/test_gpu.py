@@ -1,0 +1,119 @@
+"""GPU kernels without a GPU: interpreted on the CPU, and compiled for every generation. With one: launched there."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.plugins import OPS
+
+pytest.importorskip("triton", reason="the Triton language is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
+
+from trimtab.plugins.gpu.compile import CAPABILITIES, arguments, compile_kernel, forms
+from trimtab.plugins.gpu.kernel import Tile
+from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble, only_parameters, parameters
+
+HERE = Path(__file__).parent
+FOLDERS = {
+    "SelectBlocks": "select_blocks",
+    "SparseUp": "sparse_up",
+    "SparseDown": "sparse_down",
+    "SparseHead": "sparse_head",
+}
+KERNELS = {name: import_module(f"trimtab.plugins.{folder}.gpu").KERNEL for name, folder in FOLDERS.items()}
+SHAPES = {
+    "scores": (1, 11008),
+    "up": (11008, 4096),
+    "gate": (11008, 4096),
+    "down": (11008, 4096),
+    "weight": (32000, 4096),
+}
+TYPES = [(kind, kind) for kind in ("float16", "bfloat16", "float")] + [("float16", "int8"), ("float", "int8")]
+
+
+def test_every_op_has_a_kernel():
+    assert set(KERNELS) == set(OPS)
+    assert all(kernel.op is OPS[name] for name, kernel in KERNELS.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", KERNELS)
+def test_interpreted(op, tmp_path):
+    seed = random.randrange(1 << 30)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "interpreted.py"), op, str(seed)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"seed {seed}\n{done.stderr[-3000:]}"
+
+
+def form_of(op: str, float_: str, weight: str):
+    """A form of the op with a gate and a bias, where it has such, and the shapes of LLaMA-7B's constants."""
+    kernel = KERNELS[op]
+    known = [i.name for i in kernel.op.inputs]
+    scales = [name for name in known if name.endswith("_scale") and weight == "int8"]
+    attributes = {"SelectBlocks": {"k": 550}, "SparseUp": {"activation": "silu"}}.get(op, {})
+    form = forms(kernel, f"tensor({float_})", f"tensor({weight})", ["gate", "up_bias", *scales], **attributes)
+    return form, {name: shape for name, shape in SHAPES.items() if name in form.given}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("op", KERNELS)
+def test_compiled(op, capability):
+    """No spills, shared memory in the budget, and the parameters that TensorRT gives; benchmarks/gpu/ptx.py has all."""
+    kernel = KERNELS[op]
+    form, shapes = form_of(op, *random.choice(TYPES if op != "SelectBlocks" else TYPES[:3]))
+    tile = random.choice(kernel.tiles(form, shapes))
+    made = compile_kernel(kernel, form, shapes, tile, capability)
+    found = assemble(made.ptx, capability)
+    told = form, tile, found
+    names = arguments(kernel, form)
+    assert names[-1] == kernel.op.output[0]
+    assert found.parameter_bytes == tuple(4 if name in kernel.sizes else 8 for name in names), told
+    assert len(parameters(made.ptx)) == len(names)
+    assert found.spilled_bytes == 0, told
+    assert made.shared_bytes + found.static_shared_bytes <= SHARED_BUDGET, told
+    assert found.registers * made.threads <= 65536, told
+
+
+def test_scratch_memory_is_refused():
+    ptx = ".visible .entry f(\n\t.param .u64 a,\n\t.param .u64 b\n)\n{\n\tld.param.u64 %rd1, [b];\n}"
+    assert parameters(only_parameters(ptx.replace("[b]", "[a]"), 1)) == [".param .u64 a"]
+    with pytest.raises(ValueError, match="scratch memory"):
+        only_parameters(ptx, 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "attributes", "reason"),
+    [
+        ("SparseUp", "uint8", {}, "int4"),
+        ("SparseUp", "float16", {"keep": 3}, "keep"),
+        ("SelectBlocks", "float16", {"k": 5, "shards": 4}, "shards"),
+    ],
+)
+def test_refused(op, weight, attributes, reason):
+    kernel = KERNELS[op]
+    form = forms(kernel, "tensor(float16)", f"tensor({weight})", [], **attributes)
+    with pytest.raises(ValueError, match=reason):
+        compile_kernel(kernel, form, {"scores": (1, 11008), "up": (64, 32)}, Tile(1, 1, 32, 1), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu_present(), reason="no NVIDIA GPU: the kernels are interpreted instead")
+def test_launched():
+    """As benchmarks/gpu/kernels.py checks them, all types and tiles against float64."""
+    benchmark = HERE.parents[1] / "benchmarks" / "gpu"
+    code = "import kernels; wrong = [row for row in kernels.check() if not row['right']]; assert not wrong, wrong"
+    subprocess.run([sys.executable, "-c", code], cwd=benchmark, check=True, timeout=600)
