@@ -27,10 +27,11 @@ demo: $(VENV)/demo.stamp  ## Compile MiniLM, check it and time it against its de
 test: $(VENV)/dev.stamp  ## Run the tests (ARGS="-k workload" passes options to pytest)
 	$(PY) -m pytest $(ARGS)
 
-lint: $(VENV)/dev.stamp $(CODE:%=build/mypy/trimtab/%)  ## Check style, format and types
+lint: $(VENV)/dev.stamp $(CODE:%=build/mypy/trimtab/%)  ## Check style, format and types, and the Dockerfile
 	$(PY) -m ruff check $(TESTED)
 	$(PY) -m ruff format --check $(TESTED)
 	$(PY) -m mypy
+	if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; fi
 
 bench: $(VENV)/dev.stamp  ## Run benchmarks/$(BENCH).py (BENCH=ffsplit ARGS=--json)
 	$(PY) benchmarks/$(BENCH).py $(ARGS)

@@ -76,7 +76,7 @@ def compile_kernel(
     constants = kernel.constants(form, shapes, tile)
     signature, fixed, aligned = {}, dict(constants), {}
     output = kernel.op.output[0]
-    types = form.given | {output: output_type(kernel, form)}
+    types = {**form.given, output: output_type(kernel, form)}
     for position, name in enumerate(kernel.function.arg_names):
         if name in types:
             signature[name] = f"*{_TYPES[types[name]]}"
