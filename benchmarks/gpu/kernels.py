@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -24,178 +21,29 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from cases import (
+    DOWN,
+    HEAD,
+    NEURONS,
+    SELECT,
+    UP,
+    VOCABULARY,
+    WIDTH,
+    Case,
+    chosen,
+    compile_all,
+    short,
+    weights,
+)  # fmt: skip
+from checks import check
 from graphs import copy_bandwidth, seconds
 
-from trimtab.plugins.dialect import Form
-from trimtab.plugins.gpu.compile import compile_kernel
-from trimtab.plugins.gpu.kernel import GpuKernel, Tile
-from trimtab.plugins.gpu.launch import form_of, prepared
-from trimtab.plugins.gpu.ptx import SHARED_BUDGET
-from trimtab.plugins.select_blocks.gpu import KERNEL as SELECT
-from trimtab.plugins.sparse_down.gpu import KERNEL as DOWN
-from trimtab.plugins.sparse_head.gpu import KERNEL as HEAD
-from trimtab.plugins.sparse_up.gpu import KERNEL as UP
+from trimtab.plugins.gpu.kernel import Tile
+from trimtab.plugins.gpu.launch import prepared
 
-WIDTH, NEURONS, VOCABULARY = 4096, 11008, 32000  # LLaMA-7B
 LAYERS = 16  # of random weights: 4.3 GB in half precision
 DENSITIES = (0.05, 0.10, 0.25, 0.50, 0.75, 1.0)
 BATCHES = (1, 2, 4, 8, 16)
-LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative errors: rounding of the output
-
-Job = tuple[str, Mapping[str, str], Mapping[str, int | str], Mapping[str, tuple[int, ...]], Tile]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel on some layers of inputs."""
-
-    kernel: GpuKernel
-    layers: list[dict[str, torch.Tensor]]
-    attributes: dict[str, int | str]
-
-    def all_tiles(self) -> tuple[Tile, ...]:
-        return self.kernel.tiles(*self._shape())
-
-    def tiles(self) -> tuple[Tile, ...]:
-        """Those that a plugin offers: of as much shared memory as needs no permission."""
-        return self.fitting(self.all_tiles())
-
-    def fitting(self, tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-        form, shapes = self._shape()
-        made = ((tile, compile_kernel(self.kernel, form, shapes, tile, capability())) for tile in tiles)
-        return tuple(tile for tile, compiled in made if compiled.shared_bytes <= SHARED_BUDGET)
-
-    def _shape(self) -> tuple[Form, dict[str, tuple[int, ...]]]:
-        form = form_of(self.kernel, self.layers[0], self.attributes)
-        return form, {name: tuple(tensor.shape) for name, tensor in self.layers[0].items()}
-
-    def time(self, tile: Tile) -> float:
-        """Seconds per layer."""
-        runs = [prepared(self.kernel, inputs, self.attributes, tile)[0] for inputs in self.layers]
-        return seconds(runs) / len(runs)
-
-    def best(self, tiles: Iterable[Tile] | None = None) -> tuple[float, Tile]:
-        return min(((self.time(tile), tile) for tile in tiles or self.tiles()), key=lambda found: found[0])
-
-    def jobs(self, tiles: Iterable[Tile] | None = None) -> list[Job]:
-        """What there is to compile."""
-        form, shapes = self._shape()
-        return [(self.kernel.op.name, form.given, form.attributes, shapes, tile) for tile in tiles or self.all_tiles()]
-
-
-def capability() -> int:
-    """Of the GPU: 90 for 9.0."""
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def chosen(tokens: int, blocks: int, k: int) -> torch.Tensor:
-    """Random blocks in ascending order, [tokens, k]."""
-    scores = torch.rand(tokens, blocks, device="cuda")
-    return scores.topk(k).indices.sort(-1).values.int()
-
-
-def weights(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, (rows, width), dtype=dtype, device="cuda")
-    return (torch.randn(rows, width, device="cuda") / width**0.5).to(dtype)
-
-
-# Correctness
-
-
-def check() -> list[dict[str, Any]]:
-    """Every kernel, type and tile, alone and in batches, against float64; outputs hold NaN before."""
-    torch.manual_seed(time.time_ns() % (1 << 31))
-    cases: list[Checked] = []
-    for dtype, kind in product((torch.float16, torch.bfloat16, torch.float32), (None, torch.int8)):
-        for tokens, own in ((1, False), (3, True), (5, False), (16, False), (70, False)):
-            cases += _products(dtype, kind or dtype, tokens, own, (520, 328, 37))
-        cases += _selections(dtype) if kind is None else []
-        if dtype == torch.float16:
-            for tokens in (1, 16):
-                cases += _products(dtype, kind or dtype, tokens, False, (NEURONS, WIDTH, 550))
-    compile_all(job for case in cases for job in Case(case.kernel, [case.inputs], case.attributes).jobs())
-    return [_compared(case) for case in cases]
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One call, and what it should give."""
-
-    kernel: GpuKernel
-    inputs: dict[str, torch.Tensor]
-    attributes: dict[str, int | str]
-    expected: torch.Tensor
-
-
-def _products(
-    dtype: torch.dtype, weight: torch.dtype, tokens: int, own: bool, sizes: tuple[int, int, int], block: int = 2
-) -> list[Checked]:
-    """SparseUp with and without a gate, SparseDown and SparseHead. sizes: neurons, width, chosen blocks."""
-    neurons, width, k = sizes
-    up, gate, down = weights(neurons, width, weight), weights(neurons, width, weight), weights(neurons, width, weight)
-    scales = {
-        name: torch.rand(neurons, device="cuda").to(dtype) / 1000 for name in ("up_scale", "gate_scale", "down_scale")
-    }
-    if weight != torch.int8:
-        scales = {}
-    bias = torch.randn(neurons, device="cuda").to(dtype)
-    x = torch.randn(tokens, width, device="cuda").to(dtype)
-    blocks = chosen(tokens if own else 1, neurons // block, k)
-    rows = (blocks.long()[:, :, None] * block + torch.arange(block, device="cuda")).flatten(1).expand(tokens, -1)
-
-    def whole(name: str, w: torch.Tensor) -> torch.Tensor:
-        return w.double() * scales[name].double()[:, None] if name in scales else w.double()
-
-    u = torch.einsum("tw,trw->tr", x.double(), whole("up_scale", up)[rows]) + bias.double()[rows]
-    g = torch.einsum("tw,trw->tr", x.double(), whole("gate_scale", gate)[rows])
-    h = torch.randn(tokens, rows.shape[1], device="cuda").to(dtype)
-    y = torch.einsum("tr,trw->tw", h.double(), whole("down_scale", down)[rows])
-    both = {"x": x, "blocks": blocks, "up": up, "up_bias": bias, "gate": gate}
-    plain = {"x": x, "blocks": blocks, "up": up, "up_bias": bias}
-    head = {"x": x, "blocks": blocks, "weight": up, "weight_bias": bias}
-    some = {name: scales[name] for name in ("up_scale", "gate_scale") if name in scales}
-    first = {name: scales[name] for name in ("up_scale",) if name in scales}
-    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
-    head_rows = blocks.long().expand(tokens, -1)
-    logits = torch.einsum("tw,trw->tr", x.double(), whole("up_scale", up)[head_rows]) + bias.double()[head_rows]
-    scale = {"weight_scale": scales["up_scale"]} if scales else {}
-    last = {"down_scale": scales["down_scale"]} if scales else {}
-    return [
-        Checked(UP, both | some, {"activation": "silu", "block": block}, silu(g) * u),
-        Checked(UP, plain | first, {"activation": "gelu", "block": block}, gelu(u)),
-        Checked(DOWN, {"h": h, "blocks": blocks, "down": down} | last, {"block": block}, y),
-        Checked(HEAD, head | scale, {}, logits),
-    ]
-
-
-def _selections(dtype: torch.dtype) -> list[Checked]:
-    found = []
-    for tokens, blocks, k, shared in ((1, 11008, 550, 0), (3, 1000, 37, 0), (5, 1000, 37, 1), (2, 32000, 512, 0)):
-        scores = torch.randn(tokens, blocks, device="cuda").to(dtype)  # in half precision many are equal
-        of = scores.max(0, keepdim=True).values if shared else scores
-        order = torch.sort(of, dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
-        found.append(Checked(SELECT, {"scores": scores}, {"k": k, "shared": shared}, order))
-    return found
-
-
-def _compared(case: Checked) -> dict[str, Any]:
-    """The largest relative error over all tiles."""
-    worst = 0.0
-    for tile in Case(case.kernel, [case.inputs], case.attributes).tiles():
-        run, output = prepared(case.kernel, case.inputs, case.attributes, tile)
-        output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
-        run()
-        error = float((output.double() - case.expected).norm() / case.expected.double().norm())
-        worst = max(worst, error if error == error else float("inf"))
-    first = next(iter(case.inputs.values()))
-    limit = 0 if case.kernel is SELECT else LIMITS[first.dtype]
-    shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in case.inputs.items()}
-    return {"op": case.kernel.op.name, "inputs": shapes, "error": worst, "right": worst <= limit}
-
-
-# Time
 
 
 @dataclass
@@ -377,26 +225,6 @@ def sweep(layers: Layers) -> None:
             print(
                 case.kernel.op.name, shape, [(round(t * 1e6, 2), short(tile)) for t, _, tile in timed[:6]], flush=True
             )
-
-
-def short(tile: Tile) -> str:
-    return f"{tile.tokens}/{tile.rows}x{tile.columns}/w{tile.warps}s{tile.stages}"
-
-
-def compile_all(jobs: Iterable[Job]) -> None:
-    """Fill the Triton language's cache, on all cores."""
-    unique = {repr(job): job for job in jobs}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(_compile, capability()), unique.values(), chunksize=2))
-
-
-def _compile(sm: int, job: Job) -> None:
-    name, given, attributes, shapes, tile = job
-    kernel = {k.op.name: k for k in (UP, DOWN, HEAD, SELECT)}[name]
-    try:
-        compile_kernel(kernel, Form(given, attributes), shapes, tile, sm)
-    except Exception as error:  # of one tile: whoever launches it meets the error again
-        print("not compiled", name, tile, str(error)[:100])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trimtab.plugins.dialect import Form, Op
+from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble
 from trimtab.plugins.tensorrt import device
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from trimtab.plugins.gpu.compile import Compiled
 
 __all__ = ["compiled", "kernel_of", "tactics", "tile_of"]
-
-SHARED_BYTES = 48 << 10
-"""Of a block, without a launcher that asks the driver for more; TensorRT is not known to ask."""
 
 _FOLDERS = {
     "SelectBlocks": "select_blocks",
@@ -37,18 +35,16 @@ def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capabi
     """Numbers of the tiles that are worth timing, from 1.
 
     Tiles of many tokens are none for one token. Neither are those with more shared memory than a kernel gets unasked,
-    nor, as long as there are others, those whose registers spill.
+    since TensorRT is not known to ask; nor, as long as there are others, those whose registers spill.
     """
     tiles = {n: t for n, t in enumerate(kernel.tiles(form, shapes), 1) if t.tokens == 1 or most_tokens > 1}
     made = {number: compiled(kernel, form, shapes, tile, capability) for number, tile in tiles.items()}
-    fit = [number for number, each in made.items() if each.shared_bytes <= SHARED_BYTES]
+    fit = [number for number, each in made.items() if each.shared_bytes <= SHARED_BUDGET]
     return [number for number in fit if not _spilled_bytes(made[number].ptx, capability)] or fit
 
 
 @lru_cache
 def _spilled_bytes(ptx: str, capability: int) -> int:
-    from trimtab.plugins.gpu.ptx import assemble
-
     return assemble(ptx, capability).spilled_bytes
 
 

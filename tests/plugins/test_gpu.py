@@ -115,5 +115,5 @@ def test_refused(op, weight, attributes, reason):
 def test_launched():
     """As benchmarks/gpu/kernels.py checks them, all types and tiles against float64."""
     benchmark = HERE.parents[1] / "benchmarks" / "gpu"
-    code = "import kernels; wrong = [row for row in kernels.check() if not row['right']]; assert not wrong, wrong"
+    code = "import checks; wrong = [row for row in checks.check() if not row['right']]; assert not wrong, wrong"
     subprocess.run([sys.executable, "-c", code], cwd=benchmark, check=True, timeout=600)

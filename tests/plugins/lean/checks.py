@@ -232,7 +232,7 @@ def test_tiles_that_ask_too_much_are_no_tactics(spills: bool, monkeypatch: pytes
 
     def made(kernel: GpuKernel, form: Form, shapes: object, tile: Tile, *_: object) -> Compiled:
         constants = kernel.constants(form, shapes, tile)
-        return Compiled("none", str(tile.tokens), 32, kernels.SHARED_BYTES + (tile.tokens > 16), constants)
+        return Compiled("none", str(tile.tokens), 32, kernels.SHARED_BUDGET + (tile.tokens > 16), constants)
 
     monkeypatch.setattr(kernels, "_made", {})
     monkeypatch.setattr(kernels, "_spilled_bytes", lambda ptx, capability: spills or ptx != "1")
@@ -273,7 +273,7 @@ def test_kernels_take_what_is_given(case: Case) -> None:
         assembled = assemble(code, CAPABILITY)
         assert assembled.parameter_bytes == tuple({".u64": 8, ".u32": 4}[kind] for kind in types)
         assert assembled.spilled_bytes == 0
-        assert made.shared.at({}) <= kernels.SHARED_BYTES
+        assert made.shared.at({}) <= kernels.SHARED_BUDGET
 
 
 def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
