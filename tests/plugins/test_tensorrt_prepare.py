@@ -177,12 +177,12 @@ def test_int4_stays_standard_ops() -> None:
 
 
 def test_what_kernels_do_not_hold_stays() -> None:
-    graph = graph_of(scores=(np.float32, [1, 3_000_000]), others=(np.float32, [1, "n"]), few=(np.float32, [1, 50]))
-    outputs = [add_node(graph, SELECT_BLOCKS, {"scores": t}, f"{t.name}/b", k=3) for t in graph.inputs]
+    graph = graph_of(scores=(np.float32, [1, 11008]), others=(np.float32, [1, "n"]), few=(np.float32, [1, 48]))
+    outputs = [add_node(graph, SELECT_BLOCKS, {"scores": t}, f"{t.name}/b", k=3, shards=4) for t in graph.inputs]
     graph.outputs = outputs
     prepared = prepare(graph)
     assert prepared.plugins == ("SelectBlocksPlugin",)
-    assert "3000000 scores are more" in prepared.left["scores/b"]
+    assert "11008 scores in 4 shards are more" in prepared.left["scores/b"]
     assert "not known before" in prepared.left["others/b"]
     model = finish(graph, *outputs)
     assert [n.op_type for n in model.graph.node] == ["SelectBlocks", "SelectBlocks", "SelectBlocksPlugin"]
