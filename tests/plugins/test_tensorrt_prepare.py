@@ -215,7 +215,7 @@ def test_what_the_builder_gets(form: str, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "out").mkdir()
     workload = Workload(batch=(1, 1, 2), tokens=(1, 2, 4), dims={"candidates": (9, 9, 9)})
-    made = prepare_files(tmp_path / "model.onnx", workload, tmp_path / "out", dialect=False, segments=1)
+    made = prepare_files(tmp_path / "model.onnx", workload, tmp_path / "out", plugins=True, segments=1)
     assert made.plugins
     (path,) = made.models
     written = onnx.load(path, load_external_data=False)
