@@ -5,17 +5,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "place", "rows_of", "tile_of", "times_rows", "wide"]
+__all__ = ["activate", "place", "rows_of", "tile_of", "tile_of_tokens", "times_rows", "wide"]
 
 
 @triton.jit
 def place(tokens, groups, TOKENS: tl.constexpr):
-    """Group of this program, number of its first token, and the tokens behind that which are its own."""
+    """Group of this program, number of its first token, the tokens from there on that are its own, and its part.
+
+    All programs lie along one axis, since the others end at 65535. Those of the same part, such as the same rows,
+    follow each other.
+    """
     each = tokens // groups
     tiles = tl.cdiv(each, TOKENS)
-    group = tl.program_id(0) // tiles
-    first = (tl.program_id(0) % tiles) * TOKENS
-    return group, group * each + first, each - first
+    part, at = tl.program_id(0) // (groups * tiles), tl.program_id(0) % (groups * tiles)
+    first = (at % tiles) * TOKENS
+    return at // tiles, (at // tiles * each + first).to(tl.int64), each - first, part
+
+
+@triton.jit
+def tile_of_tokens(x, first, token, own, column, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
+    """Columns of x, [COLUMNS] of one token or [TOKENS, COLUMNS]; zero behind their ends."""
+    if TOKENS == 1:
+        tile = tl.load(x + first * WIDTH + column, mask=column < WIDTH, other=0.0)
+    else:
+        at = (first + token)[:, None] * WIDTH + column[None, :]
+        tile = tl.load(x + at, mask=(token < own)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit

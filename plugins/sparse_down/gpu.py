@@ -27,11 +27,11 @@ __all__ = ["KERNEL"]
 def activations(h, row, rows, number, down_scale, first, token, own, TOKENS: tl.constexpr):
     """Those at the places `row`, [rows] of one token or [tokens, rows], times the scales of their rows of weights."""
     if TOKENS == 1:
-        part = tl.load(h + first.to(tl.int64) * rows + row, mask=row < rows, other=0.0).to(tl.float32)
+        part = tl.load(h + first * rows + row, mask=row < rows, other=0.0).to(tl.float32)
         if down_scale is not None:
             part *= tl.load(down_scale + number).to(tl.float32)
     else:
-        at = (first + token).to(tl.int64)[:, None] * rows + row[None, :]
+        at = (first + token)[:, None] * rows + row[None, :]
         part = tl.load(h + at, mask=(token < own)[:, None] & (row < rows)[None, :], other=0.0)
         if down_scale is not None:  # in half precision, small scales would vanish
             part = part.to(tl.float32) * tl.load(down_scale + number).to(tl.float32)[None, :]
@@ -60,9 +60,9 @@ def sparse_down(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    group, first, own = place(tokens, groups, TOKENS)
+    group, first, own, slice_ = place(tokens, groups, TOKENS)
     token = tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = slice_ * COLUMNS + tl.arange(0, COLUMNS)
     rows = k * BLOCK
     if TOKENS == 1:
         total = tl.zeros([LANES, COLUMNS], tl.float32)
@@ -89,7 +89,7 @@ def sparse_down(
             w, part = next_w, next_part
     if TOKENS == 1:
         total = tl.sum(total, 0)[None, :]
-    to = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]
+    to = (first + token)[:, None] * WIDTH + column[None, :]
     tl.store(y + to, total.to(y.dtype.element_ty), mask=(token < own)[:, None] & (column < WIDTH)[None, :])
 
 
@@ -122,7 +122,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
 
 
 def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
-    return token_programs(sizes, tile.tokens), -(-constants["WIDTH"] // tile.columns), 1
+    return token_programs(sizes, tile.tokens) * -(-constants["WIDTH"] // tile.columns), 1, 1
 
 
 KERNEL = GpuKernel(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, token_programs
-from trimtab.plugins.gpu.products import place, rows_of, tile_of, times_rows
+from trimtab.plugins.gpu.products import place, rows_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_head import SPARSE_HEAD
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights, tiles
 
@@ -24,8 +24,8 @@ def sparse_head(
     logits,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    group, first, own = place(tokens, groups, TOKENS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    group, first, own, part = place(tokens, groups, TOKENS)
+    row = part * ROWS + tl.arange(0, ROWS)
     number = rows_of(blocks, group, row, k, 1)
     token = tl.arange(0, TOKENS)
     if TOKENS == 1:
@@ -34,11 +34,7 @@ def sparse_head(
         y = tl.zeros([TOKENS, ROWS], tl.float32)
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
-        if TOKENS == 1:
-            tile = tl.load(x + first * WIDTH + column, mask=column < WIDTH, other=0.0)
-        else:
-            at = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]
-            tile = tl.load(x + at, mask=(token < own)[:, None] & (column < WIDTH)[None, :], other=0.0)
+        tile = tile_of_tokens(x, first, token, own, column, WIDTH, TOKENS)
         y = times_rows(tile, tile_of(weight, number, column, WIDTH, COLUMNS), y)
     if TOKENS == 1:
         y = tl.sum(y, 1)[None, :]
@@ -46,7 +42,7 @@ def sparse_head(
         y *= tl.load(weight_scale + number).to(tl.float32)[None, :]
     if weight_bias is not None:
         y += tl.load(weight_bias + number).to(tl.float32)[None, :]
-    to = (first + token).to(tl.int64)[:, None] * k + row[None, :]
+    to = (first + token)[:, None] * k + row[None, :]
     tl.store(logits + to, y.to(logits.dtype.element_ty), mask=(token < own)[:, None] & (row < k)[None, :])
 
 
@@ -61,7 +57,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
 
 
 def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
-    return token_programs(sizes, tile.tokens), ceil_div(sizes["k"], tile.rows), 1
+    return token_programs(sizes, tile.tokens) * ceil_div(sizes["k"], tile.rows), 1, 1
 
 
 KERNEL = GpuKernel(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, power_of_two, product, token_programs
-from trimtab.plugins.gpu.products import activate, place, rows_of, tile_of, times_rows
+from trimtab.plugins.gpu.products import activate, place, rows_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 __all__ = ["KERNEL", "measure", "refuses_weights", "tiles"]
@@ -24,8 +24,8 @@ def sparse_up(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    group, first, own = place(tokens, groups, TOKENS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    group, first, own, part = place(tokens, groups, TOKENS)
+    row = part * ROWS + tl.arange(0, ROWS)
     number = rows_of(blocks, group, row, k, BLOCK)
     token = tl.arange(0, TOKENS)
     if TOKENS == 1:
@@ -35,11 +35,7 @@ def sparse_up(
     g = u
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
-        if TOKENS == 1:
-            tile = tl.load(x + first * WIDTH + column, mask=column < WIDTH, other=0.0)
-        else:
-            at = (first + token).to(tl.int64)[:, None] * WIDTH + column[None, :]
-            tile = tl.load(x + at, mask=(token < own)[:, None] & (column < WIDTH)[None, :], other=0.0)
+        tile = tile_of_tokens(x, first, token, own, column, WIDTH, TOKENS)
         u = times_rows(tile, tile_of(up, number, column, WIDTH, COLUMNS), u)
         if gate is not None:
             g = times_rows(tile, tile_of(gate, number, column, WIDTH, COLUMNS), g)
@@ -58,7 +54,7 @@ def sparse_up(
         u *= activate(g, ACTIVATION)
     else:
         u = activate(u, ACTIVATION)
-    to = (first + token).to(tl.int64)[:, None] * (k * BLOCK) + row[None, :]
+    to = (first + token)[:, None] * (k * BLOCK) + row[None, :]
     tl.store(h + to, u.to(h.dtype.element_ty), mask=(token < own)[:, None] & (row < k * BLOCK)[None, :])
 
 
@@ -109,7 +105,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
 
 
 def _grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], tile: Tile) -> tuple[Any, ...]:
-    return token_programs(sizes, tile.tokens), ceil_div(sizes["k"] * constants["BLOCK"], tile.rows), 1
+    return token_programs(sizes, tile.tokens) * ceil_div(sizes["k"] * constants["BLOCK"], tile.rows), 1, 1
 
 
 KERNEL = GpuKernel(SPARSE_UP, sparse_up, ("tokens", "groups", "k"), measure, _constants, _grid, tiles, _refuses)

@@ -88,6 +88,20 @@ def test_compiled(op, capability):
     assert found.registers * made.threads <= 65536, told
 
 
+@pytest.mark.parametrize("op", KERNELS)
+def test_grids_of_large_vocabularies_and_prompts(op):
+    """CUDA takes 65535 programs along the second and third axis, and 2³¹ - 1 along the first."""
+    kernel = KERNELS[op]
+    form, shapes = form_of(op, "float16", "float16")
+    many = 151936 if op == "SparseHead" else 11008
+    for tile in kernel.tiles(form, shapes):
+        first = {"scores": [100000, 11008]} if op == "SelectBlocks" else {"x": [4096, 4096], "h": [4096, many]}
+        sizes = kernel.measure({**first, **shapes, "blocks": [1, many]})
+        x, y, z = kernel.grid(sizes, kernel.constants(form, shapes, tile), tile)
+        assert 1 <= x < 1 << 31
+        assert 1 <= y <= 65535 >= z >= 1
+
+
 def test_scratch_memory_is_refused():
     ptx = ".visible .entry f(\n\t.param .u64 a,\n\t.param .u64 b\n)\n{\n\tld.param.u64 %rd1, [b];\n}"
     assert parameters(only_parameters(ptx.replace("[b]", "[a]"), 1)) == [".param .u64 a"]
