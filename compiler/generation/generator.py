@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -50,20 +51,20 @@ def generate(
     room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
     sampling = sampling or Sampling()
     rng, done = np.random.default_rng(sampling.seed), np.zeros(len(prompts), bool)
-    steps = runner.steps(len(prompts), longest + room)
-    ids = np.full((len(prompts), longest), pad, np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-    logits = _last(steps, ids, mask, lengths - 1)
-    for step in range(room):
-        token = sampling.next(logits, rng)
-        yield np.where(done, NONE, token)
-        done |= np.isin(token, list(stop))
-        if done.all() or step == room - 1:
-            return
-        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-        logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths))
+    with closing(runner.steps(len(prompts), longest + room)) as steps:
+        ids = np.full((len(prompts), longest), pad, np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        logits = _last(steps, ids, mask, lengths - 1)
+        for step in range(room):
+            token = sampling.next(logits, rng)
+            yield np.where(done, NONE, token)
+            done |= np.isin(token, list(stop))
+            if done.all() or step == room - 1:
+                return
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+            logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths))
 
 
 def _last(steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -70,6 +70,9 @@ class Steps(ABC):
             attention_mask: [batch, all tokens so far with these], int64; 0 for what fills up.
         """
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
+        """Let go of the cache. It may not be run again."""
+
 
 class Target(ABC):
     """A runtime to compile for."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from trimtab.compiler.generation import generate
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
 from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, Values, choose
-from trimtab.compiler.targets.tensorrt.info import EngineFile, ProfileInfo, Tensor
+from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo, ProfileInfo, Tensor
 from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
+from trimtab.compiler.targets.tensorrt.segments import segments_of
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import TargetError
@@ -35,6 +39,8 @@ class StandIn(Stage):
         super().__init__(info)
         self.session, self.used = run, used
         self.last: list[np.ndarray] = []
+        self.forks: list[StandIn] = []
+        self.closed = False
 
     def run(self, given: Values, profile: int) -> Values:
         self.used.append(profile)
@@ -45,7 +51,11 @@ class StandIn(Stage):
         return dict(zip((t.name for t in self.session.get_outputs()), found, strict=True))
 
     def fork(self) -> StandIn:
-        return StandIn(self.info, self.session, self.used)
+        self.forks.append(StandIn(self.info, self.session, self.used))
+        return self.forks[-1]
+
+    def close(self) -> None:
+        self.closed = True
 
     def host(self, value: Any) -> np.ndarray:
         return np.array(value)
@@ -116,6 +126,71 @@ def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporte
     wanted = list(generate(OnnxRuntimeRunner(model), prompts, max_new_tokens=8))
     np.testing.assert_array_equal(np.stack(found), np.stack(wanted))
     assert used == [0] * segments + [1] * 7 * segments
+
+
+def test_a_generation_lets_go_of_its_cache(tmp_path: Path) -> None:
+    """At its end, and where nobody wants the rest; the engine itself stays."""
+    model = exported("llama", "cached")
+    runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=2), model)
+    list(generate(runner, [[5, 6, 7]], max_new_tokens=3))
+    rest = generate(runner, [[5, 6, 7]], max_new_tokens=3)
+    next(rest)
+    forks = [fork for stage in runner.stages for fork in stage.forks]
+    assert [fork.closed for fork in forks] == [True, True, False, False] * 2
+    rest.close()
+    assert all(fork.closed for fork in forks)
+    assert not any(stage.closed for stage in runner.stages)
+
+
+def test_engines_tell_the_outputs_of_the_whole_model(tmp_path: Path) -> None:
+    """What one engine hands to the next may be an output too, such as hidden states; the order is the model's."""
+    pytest.importorskip("tensorrt_rtx")
+    graph = canonical(exported("bert", "dynamo"))
+    handed = segments_of(graph, 2)[0].outputs[0].name
+    graph.outputs.insert(0, graph.tensors()[handed])
+    save_graph(graph, tmp_path / "model.onnx")
+    options = EngineOptions(segments=2)
+    get_target("tensorrt-rtx").build(tmp_path / "model.onnx", ENCODER, tmp_path / "engine", options=options)
+    info = EngineInfo.read(tmp_path / "engine")
+    assert info.outputs == tuple(tensor.name for tensor in graph.outputs)
+    assert info.inputs == tuple(tensor.name for tensor in graph.inputs)
+    assert {t.name for t in info.engines[0].outputs} & {t.name for t in info.engines[1].inputs} >= {handed}
+    assert all(any(name == t.name for e in info.engines for t in e.outputs) for name in info.outputs)
+
+
+LOAD_ONCE = """
+import numpy as np
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+from trimtab.compiler.targets.tensorrt import build_engine
+
+class Runner:
+    def __init__(self, engine): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def get_input_metadata(self, use_numpy_dtypes=None):
+        found = TensorMetadata()
+        for name, dtype in (("ids", DataType.INT64), ("half", DataType.FLOAT16), ("brain", DataType.BFLOAT16)):
+            told = dtype if use_numpy_dtypes is False else DataType.to_dtype(dtype, "numpy")
+            found.add(name, dtype=told, shape=(1, 3))
+        return found
+    def infer(self, feeds, check_inputs):
+        assert {n: (a.dtype.itemsize, a.shape) for n, a in feeds.items()} == {
+            "ids": (8, (1, 3)), "half": (2, (1, 3)), "brain": (2, (1, 3))}
+        print("ran")
+
+build_engine.TrtRunner, build_engine.EngineFromBytes = Runner, bytes
+from pathlib import Path
+build_engine.load_once(Path(__file__), {"ids": [1, 3], "half": [1, 3], "brain": [1, 3]})
+"""
+
+
+def test_the_finished_engine_is_run_on_zeros_of_its_types(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "child.py").write_text(LOAD_ONCE)
+    env = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    done = subprocess.run([sys.executable, tmp_path / "child.py"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("ran\n"), done.stderr
 
 
 def test_generations_at_the_same_time_have_caches_of_their_own(tmp_path: Path) -> None:

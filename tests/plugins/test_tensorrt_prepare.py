@@ -13,6 +13,7 @@ from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
 
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
+from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.workload import Workload
 from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 from trimtab.plugins.dialect import Form
@@ -275,3 +276,19 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else find(name))
     with pytest.raises(RuntimeError, match="need the package triton"):
         prepare(ffn(np.random.default_rng()))
+
+
+def test_sizes_behind_plugins_are_told() -> None:
+    """By the ops' own rules, which ONNX's shape inference does not ask: a model is cut only where sizes are known."""
+    graph = graph_of(scores=(np.float32, ["batch", "tokens", 12]), x=(np.float32, ["batch", "tokens", 8]))
+    scores, x = graph.inputs
+    blocks = add_node(graph, SELECT_BLOCKS, {"scores": scores}, "b", k=3, dense_above=4)
+    w = gs.Constant("w", np.ones((24, 8), np.float32))
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks, "up": w}, "h", block=2)
+    y = gs.Variable("y", np.float32)
+    graph.nodes.append(gs.Node("Relu", inputs=[h], outputs=[y]))
+    graph.outputs = [y, h]
+    assert len(prepare(graph).plugins) == 2
+    for batch, tokens, neurons in ((1, 3, 6), (2, 5, 24)):
+        sizes = sizes_at(graph, {"scores": [batch, tokens, 12], "x": [batch, tokens, 8]})
+        assert sizes["h"] == sizes["y"] == (batch, tokens, neurons)

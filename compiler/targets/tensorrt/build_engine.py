@@ -34,6 +34,7 @@ from polygraphy.backend.trt import (
     TrtRunner,
     create_network,
 )
+from polygraphy.datatype import DataType
 from polygraphy.mod.trt_importer import lazy_import_trt
 
 trt = lazy_import_trt()
@@ -138,8 +139,14 @@ def build(
 def load_once(path: Path, shapes: dict[str, list[int]]) -> None:
     """Load an engine and run it on zeros."""
     with TrtRunner(EngineFromBytes(path.read_bytes())) as runner:
-        types = runner.get_input_metadata()
-        runner.infer({name: np.zeros(shape, types[name].dtype.numpy()) for name, shape in shapes.items()})
+        types = runner.get_input_metadata(use_numpy_dtypes=False)
+        zeros = {name: np.zeros(shape, _same_size(types[name].dtype)) for name, shape in shapes.items()}
+        runner.infer(zeros, check_inputs=False)
+
+
+def _same_size(dtype: DataType) -> Any:
+    """A numpy type for zeros of `dtype`; of bfloat16, which numpy lacks, one of as many bits."""
+    return np.int16 if dtype == DataType.BFLOAT16 else dtype.numpy()
 
 
 def _profile(shapes: dict[str, list[list[int]]]) -> Profile:

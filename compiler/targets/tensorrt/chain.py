@@ -128,6 +128,12 @@ class ChainSteps(Steps):
         self._count += 1
         return stages[0].host(values["logits"])
 
+    def close(self) -> None:
+        self._past = {}
+        for stages in self._turns:
+            for stage in stages:
+                stage.close()
+
 
 def choose(info: EngineFile, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The number of the narrowest profile that takes inputs of these shapes: the last, as the general one is first.

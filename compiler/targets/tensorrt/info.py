@@ -57,6 +57,7 @@ class EngineInfo(_Model):
         gpu: compute capability of the GPU that they were built on, and run on alone; None where none was needed.
         weight_streaming, refit: whether they were built so.
         lowered: op → how many of it were given in standard ops.
+        inputs, outputs: names of the whole model's, in its order. What one engine hands to the next may be among them.
     """
 
     target: str
@@ -68,6 +69,8 @@ class EngineInfo(_Model):
     weight_streaming: bool = False
     refit: bool = False
     lowered: dict[str, int] = {}
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     engines: tuple[EngineFile, ...]
 
     @classmethod

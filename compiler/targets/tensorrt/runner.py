@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from polygraphy import config as polygraphy_config
 from polygraphy.exception import PolygraphyException
@@ -14,7 +15,11 @@ from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, Values
 from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo
 from trimtab.passes.errors import TargetError
 
-_TYPES = {"float": np.float32, "half": np.float16, "int32": np.int32, "int64": np.int64, "bool": np.bool_}
+_TYPES = {
+    "float": "FLOAT32", "half": "FLOAT16", "bf16": "BFLOAT16", "int32": "INT32", "int64": "INT64", "bool": "BOOL",
+}  # fmt: skip
+"""TensorRT's name of a type → Polygraphy's."""
+
 _LEAST = 256  # bytes of a buffer that stands for a tensor without elements: TensorRT wants an address
 
 
@@ -34,11 +39,7 @@ class TensorRTRunner(Chain):
             )
         polygraphy_config.USE_TENSORRT_RTX = rtx
         stages = [EngineStage.load(folder, engine, info.weight_streaming) for engine in info.engines]
-        made = {tensor.name for engine in info.engines for tensor in engine.outputs}
-        read = {tensor.name for engine in info.engines for tensor in engine.inputs}
-        inputs = dict.fromkeys(t.name for engine in info.engines for t in engine.inputs if t.name not in made)
-        outputs = [t.name for engine in info.engines for t in engine.outputs if t.name not in read]
-        super().__init__(stages, list(inputs), outputs)
+        super().__init__(stages, info.inputs, info.outputs)
 
 
 class EngineStage(Stage):
@@ -49,6 +50,7 @@ class EngineStage(Stage):
 
         super().__init__(info)
         self._engine, self._streaming, self._profile = engine, streaming, 0
+        self._rooms: list[Any] = []
         self._runner = TrtRunner(engine, weight_streaming_budget=-1 if streaming else None)
         self._runner.activate()
 
@@ -73,7 +75,8 @@ class EngineStage(Stage):
             if profile != self._profile:
                 self._runner.set_profile(profile)
                 self._profile = profile
-            found: Values = self._runner.infer(feeds, check_inputs=False, copy_outputs_to_host=False)
+            given = {name: _bits(value) for name, value in feeds.items()}
+            found: Values = self._runner.infer(given, check_inputs=False, copy_outputs_to_host=False)
         except PolygraphyException as error:
             raise TargetError(
                 f"TensorRT could not run the engine ({error})", hint="sizes must lie within the recipe's workload"
@@ -81,19 +84,35 @@ class EngineStage(Stage):
         return found
 
     def host(self, value: Any) -> np.ndarray:
-        return np.array(value) if isinstance(value, np.ndarray) else np.asarray(value.numpy())
+        if isinstance(value, np.ndarray):
+            return np.array(value)
+        from polygraphy.cuda import DeviceView
+        from polygraphy.datatype import DataType
+
+        if value.dtype == DataType.BFLOAT16:  # which numpy does not know, so that its bits are copied
+            bits = DeviceView(value.ptr, value.shape, DataType.INT16).numpy()
+            return np.asarray(bits).view(ml_dtypes.bfloat16)
+        return np.asarray(value.numpy())
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         from polygraphy.cuda import DeviceArray, DeviceView
         from polygraphy.datatype import DataType
 
-        room = DeviceArray.raw((_LEAST,))
-        view = DeviceView(room.ptr, shape, DataType.from_dtype(np.dtype(_TYPES[dtype])))
-        view.room = room  # lives as long as the view
-        return view
+        self._rooms.append(DeviceArray.raw((_LEAST,)))
+        return DeviceView(self._rooms[-1].ptr, shape, getattr(DataType, _TYPES[dtype]))
 
     def close(self) -> None:
+        outputs = self._runner.output_allocator.buffers  # which the runner forgets, and does not free
+        for room in (*self._rooms, *outputs.values()):
+            room.free()
+        self._rooms, self._runner.output_allocator.buffers = [], {}
         self._runner.deactivate()
+
+
+def _bits(value: Any) -> Any:
+    """Arrays of bfloat16 as integers of their bits: only those can be copied to the device."""
+    bfloat16 = isinstance(value, np.ndarray) and value.dtype == ml_dtypes.bfloat16
+    return value.view(np.int16) if bfloat16 else value
 
 
 __all__ = ["EngineStage", "TensorRTRunner"]

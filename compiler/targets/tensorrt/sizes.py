@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.canonicalize.fold import fold_constants
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.graph import constant, topological, values
+from trimtab.plugins.tensorrt.names import PLUGINS
 
 _ROUNDS = 32
 
@@ -23,10 +24,14 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     part = graph.copy()
     for tensor in part.inputs:
         tensor.shape = list(shapes[tensor.name])
+    _let_infer_outputs(part)
+    plugins = [node for node in part.nodes if node.op in PLUGINS]
+    for node in plugins:
+        node.outputs[0].shape = None
     kept = {id(tensor) for tensor in part.outputs}
     for _ in range(_ROUNDS):
         infer_shapes(part)
-        found = sum(_told(node, kept) for node in topological(part))
+        found = sum(_told(node, kept) for node in topological(part)) + sum(_tell(node) for node in plugins)
         with np.errstate(all="ignore"):  # of branches that are computed and not taken
             folded = fold_constants(part)
         if not found + folded:
@@ -36,6 +41,28 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
         for name, tensor in part.tensors().items()
         if tensor.shape is not None and all(isinstance(size, int) for size in tensor.shape)
     }
+
+
+def _let_infer_outputs(graph: gs.Graph) -> None:
+    """Put an Identity behind each output, since inference leaves outputs the sizes that they are declared with."""
+    ends = []
+    for number, tensor in enumerate(graph.outputs):
+        ends.append(gs.Variable(f"{tensor.name}/end.{number}", tensor.dtype))
+        graph.nodes.append(gs.Node("Identity", inputs=[tensor], outputs=[ends[-1]]))
+    graph.outputs = ends
+
+
+def _tell(node: gs.Node) -> bool:
+    """Give the output of a plugin its shape, by its op's own rule; whether that is news."""
+    plugin, output = PLUGINS[node.op], node.outputs[0]
+    shapes = {
+        name: None if t.shape is None else list(t.shape) for name, t in zip(plugin.inputs, node.inputs, strict=True)
+    }
+    found = plugin.op.shape(shapes, plugin.decode(node.attrs))
+    if found is None or any(not isinstance(size, int) for size in found) or found == output.shape:
+        return False
+    output.shape = found
+    return True
 
 
 def _told(node: gs.Node, kept: set[int]) -> bool:

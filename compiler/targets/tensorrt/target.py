@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.engine_options import EngineOptions
@@ -24,6 +25,7 @@ from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import load_graph
 
 _SHOWN = 5  # refused nodes that a message names
 _PARSE_S = 600.0
@@ -81,7 +83,7 @@ class TensorRT(Target):
                 self._refuse([node for refused in answer["refused"] for node in refused])
                 for part, name in zip(parts, names, strict=True):
                     part.replace(out / name)
-                info = self._info(answer["built"], names, prepared, options)
+                info = self._info(answer["built"], names, prepared, options, load_graph(model))
                 info.write(out)
                 if self.cannot_run_here() is None and _is_for(info, compute_capability()):
                     self._load_once(info, out, timeout_s)
@@ -156,7 +158,12 @@ class TensorRT(Target):
         return folder / f"{self.name}-{self._version()}-{compute_capability()}.cache"
 
     def _info(
-        self, built: dict[str, Any], names: Sequence[str], prepared: Prepared, options: EngineOptions
+        self,
+        built: dict[str, Any],
+        names: Sequence[str],
+        prepared: Prepared,
+        options: EngineOptions,
+        whole: gs.Graph,
     ) -> EngineInfo:
         engines = [{"file": name} | engine for name, engine in zip(names, built.pop("engines"), strict=True)]
         return EngineInfo(
@@ -167,6 +174,8 @@ class TensorRT(Target):
             weight_streaming=options.weight_streaming,
             refit=options.refit,
             lowered=prepared.lowered,
+            inputs=tuple(tensor.name for tensor in whole.inputs),
+            outputs=tuple(tensor.name for tensor in whole.outputs),
             engines=engines,
         )
 
