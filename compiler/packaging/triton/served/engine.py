@@ -18,7 +18,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         told = settings(args)
         self._batched: bool = told["batched"]
-        self._session = open_session(version_folder(args), told)
+        self._session = open_session(version_folder(args), told, args["model_instance_device_id"])
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

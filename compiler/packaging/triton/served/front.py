@@ -27,7 +27,7 @@ class TritonPythonModel:
         if self._told["session"] is not None and beside.is_dir():  # not where Triton fetches each model by itself
             from trimtab.compiler.packaging.triton.served.session import open_session
 
-            self._session = open_session(beside, self._told["session"])
+            self._session = open_session(beside, self._told["session"], args["model_instance_device_id"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
@@ -50,9 +50,9 @@ class TritonPythonModel:
 
     def _texts(self, request: Any) -> list[str]:
         found = texts(request, TEXT)
-        for text in found:
-            if not self._told["special_tokens"] and not text.strip():
-                raise InputError("a text is empty", hint="send at least one word")
+        # Without tokens of its own, a tokenizer leaves nothing of some texts, and the mean of nothing is no number.
+        if not self._told["special_tokens"] and not self._tokenizer.encode(found)["attention_mask"].any(1).all():
+            raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
         return found
 
     def _answer(self, batch: list[str]) -> np.ndarray:

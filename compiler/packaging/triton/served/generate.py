@@ -43,7 +43,7 @@ class _Runner(Runner):
 
 @dataclass
 class _Asked:
-    """A request, and what it wants."""
+    """A request, and what it wants; no more tokens than the context leaves behind the longest of its own prompts."""
 
     request: Any
     prompts: list[str]
@@ -68,7 +68,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         told, folder = settings(args), version_folder(args)
         tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer", told["max_tokens"])
-        runner = _Runner(open_session(folder, told), Cache(**told["cache"]))
+        runner = _Runner(open_session(folder, told, args["model_instance_device_id"]), Cache(**told["cache"]))
         self._engine: Any = SimpleNamespace(
             tokenizer=tokenizer, runner=runner, manifest=SimpleNamespace(max_tokens=told["max_tokens"])
         )
@@ -119,8 +119,8 @@ def _read(request: Any, engine: Any) -> _Asked | None:
 
 def _wanted(request: Any, engine: Any) -> _Asked:
     prompts = texts(request, TEXT)
-    context = engine.manifest.max_tokens
-    for ids in engine.tokenizer.prompts(prompts):
+    context, tokens = engine.manifest.max_tokens, engine.tokenizer.prompts(prompts)
+    for ids in tokens:
         if not ids:
             raise InputError("a prompt has no tokens", hint="give at least one")
         if context is not None and len(ids) >= context:
@@ -132,6 +132,8 @@ def _wanted(request: Any, engine: Any) -> _Asked:
     max_tokens = _MAX_TOKENS if given is None else int(given)
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}", hint="give at least 1")
+    if context is not None:  # or those that are generated together would end where the longest of all meets the context
+        max_tokens = min(max_tokens, context - max(map(len, tokens)))
     stop = pb.get_input_tensor_by_name(request, "stop")
     stops = () if stop is None else tuple(text for text in texts(request, "stop") if text)
     return _Asked(request, prompts, bool(_setting(request, "stream")), max_tokens, stops, Sampling(**draws))

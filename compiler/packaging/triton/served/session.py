@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import onnxruntime as ort
 MODEL = "model.onnx"
 
 
-def open_session(folder: Path, told: dict[str, Any]) -> ort.InferenceSession:
+def open_session(folder: Path, told: Mapping[str, Any], device: str) -> ort.InferenceSession:
     """Open the ONNX file in `folder`: `model.onnx`, or with external data a folder of that name around it.
 
     Args:
         told: "threads" (0: one per core), "entries" of the session's configuration, "providers", and the "library" of
             native kernels beside the model, or None.
+        device: number of the GPU, "model_instance_device_id" of the instance; Triton puts one set on each.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = told["threads"]
@@ -26,4 +28,7 @@ def open_session(folder: Path, told: dict[str, Any]) -> ort.InferenceSession:
         options.register_custom_ops_library(str(folder / told["library"]))
     model = folder / MODEL
     model = model / MODEL if model.is_dir() else model
-    return ort.InferenceSession(str(model), options, providers=told["providers"])
+    own = {"CUDAExecutionProvider": {"device_id": device}}
+    return ort.InferenceSession(
+        str(model), options, providers=[(name, own.get(name, {})) for name in told["providers"]]
+    )
