@@ -23,7 +23,7 @@ from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.packaging.triton import package_triton
 from trimtab.compiler.packaging.triton.carried import CARRIED, write_code
-from trimtab.compiler.packaging.triton.config import model_config
+from trimtab.compiler.packaging.triton.config import is_batched, model_config
 from trimtab.passes.errors import BuildError, ModelError, TargetError
 from trimtab.plugins.library import library_path
 
@@ -299,3 +299,11 @@ def test_whole_or_not_at_all(llama: Build, tmp_path: Path, monkeypatch: pytest.M
     for words in ([], ["--genai", tmp_path / "a", "--triton", tmp_path / "b"]):
         done = cli("package", llama.path, *words)
         assert done.exit_code == 2 and "one of --genai and --triton" in done.stderr
+
+
+def test_outputs_along_another_dimension_are_not_joined() -> None:
+    def info(first: str | None) -> TensorInfo:
+        return TensorInfo(name="x", dtype="float32", shape=(first, 4))
+
+    assert is_batched([info("batch"), info("batch")])
+    assert not is_batched([info("batch"), info("boxes")]) and not is_batched([info(None), info(None)])

@@ -36,8 +36,9 @@ def schema() -> Any:
 
 
 def is_batched(tensors: Iterable[TensorInfo]) -> bool:
-    """Whether the first dimension of each of `tensors` is dynamic, so that Triton may join requests along it."""
-    return all(tensor.shape and not isinstance(tensor.shape[0], int) for tensor in tensors)
+    """Whether one named dimension is the first of each of `tensors`, so that Triton may join requests along it."""
+    firsts = {tensor.shape[0] if tensor.shape else None for tensor in tensors}
+    return len(firsts) == 1 and isinstance(firsts.pop(), str)
 
 
 def model_config(

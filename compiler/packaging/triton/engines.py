@@ -19,14 +19,15 @@ _NAMES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 """TensorRT's names of types, where they are not numpy's."""
 
 
-def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: bool) -> None:
-    """Write the model `name`, and of several engines those that it runs, `name`_0 and so on.
+def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: bool) -> list[str]:
+    """Write the model `name`, and of several engines those that it runs, `name`_0 and so on; returns all names.
 
     Args:
         batch: the most samples that Triton joins, if every engine has them as its first dimension.
     """
     info = EngineInfo.read(build.path / ENGINE)
-    joined = batch if all(_is_batched(engine, build.manifest.workload["batch"]) for engine in info.engines) else 0
+    ends = configs.is_batched((*build.manifest.inputs, *build.manifest.outputs))  # an engine's own have no names
+    joined = batch if ends and all(_is_batched(e, build.manifest.workload["batch"]) for e in info.engines) else 0
     names = [name] if len(info.engines) == 1 else [f"{name}_{number}" for number in range(len(info.engines))]
     steps = []
     for each, engine in zip(names, info.engines, strict=True):
@@ -46,6 +47,8 @@ def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: boo
         (folder / name / VERSION).mkdir(parents=True)  # Triton wants a version of an ensemble, empty as it is
         config = ensemble_config(name, build.manifest.inputs, build.manifest.outputs, steps, batch=joined)
         configs.write_config(config, folder / name)
+        names.insert(0, name)
+    return names
 
 
 def ensemble_config(
@@ -72,8 +75,8 @@ def _is_batched(engine: EngineFile, batch: Sequence[int]) -> bool:
     """Whether the first dimension of every tensor is the batch: as long as it, in every shape of the profile."""
     shapes = engine.profiles[0].shapes.values()
     firsts = [[size[0] if size else None for size in levels] for levels in shapes]
-    return all(first == list(batch) for first in firsts) and configs.is_batched(
-        _infos((*engine.inputs, *engine.outputs))
+    return all(first == list(batch) for first in firsts) and all(
+        tensor.shape and tensor.shape[0] < 0 for tensor in (*engine.inputs, *engine.outputs)
     )
 
 

@@ -49,15 +49,16 @@ class Models:
             return "text", None, (self.name,)
         engine = f"{self.name}_engine"
         if self.backend == "tensorrt":
-            write_engines(self.build, folder, engine, batch=self.batch, gpu=self.gpu)
+            engines = write_engines(self.build, folder, engine, batch=self.batch, gpu=self.gpu)
         else:
+            engines = [engine]
             self._engine(folder, engine)
         output, why = self._answer()
         if output is None:
-            return None, why, (engine,)
+            return None, why, tuple(engines)
         kind = _ANSWERS[output][0]
         self._front(folder, engine, output, kind)
-        return kind, None, (self.name, engine)
+        return kind, None, (self.name, *engines)
 
     def _answer(self) -> tuple[str | None, str | None]:
         """The output that texts are answered with; or None, and why there is none."""
