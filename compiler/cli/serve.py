@@ -70,10 +70,13 @@ def _interrupt(_signal: int, _frame: Any) -> None:
 
 
 def _show(serving: Any, seconds: float, json: bool) -> None:
+    from trimtab.compiler.serving.process import in_url
+
     server, package, example = serving.server, serving.package, serving.example
+    host = in_url(server.host)
     urls = {
-        "http": server.url, "grpc": f"{server.host}:{server.ports.grpc}",
-        "metrics": f"http://{server.host}:{server.ports.metrics}/metrics", "log": str(server.log),
+        "http": server.url, "grpc": f"{host}:{server.ports.grpc}",
+        "metrics": f"http://{host}:{server.ports.metrics}/metrics", "log": str(server.log),
     }  # fmt: skip
     if json:
         told = {

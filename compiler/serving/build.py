@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.compiler.builds.build import Build
-from trimtab.compiler.packaging.triton import Package, check_backend, package_triton
+from trimtab.compiler.packaging.triton import Package, check_backend, check_package, package_triton
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.serving.example import Example, first_answer
 from trimtab.compiler.serving.find import TritonServer, find_server
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
 from trimtab.compiler.targets.gpu import gpu_present
-from trimtab.passes.errors import TargetError
+from trimtab.passes.errors import InputError, TargetError
 
 _CONTAINER = "run NVIDIA's container on what `trimtab package --triton` writes"
 
@@ -59,7 +59,7 @@ def serve_build(
 
     Raises:
         TargetError: no server, no GPU for an engine that needs one, or the server did not start.
-        InputError: a port is taken.
+        InputError: a port is taken, or `log` cannot be written.
         BuildError, ModelError: as `package_triton`.
     """
     wanted = check_backend(build, backend)
@@ -68,6 +68,11 @@ def serve_build(
             f"{build.path}: a {build.manifest.target} engine runs on an NVIDIA GPU, and this machine has none",
             hint="serve it on a machine with a GPU and its driver, or compile with --target onnxruntime",
         )
+    check_package(build, repository, name=name, batch=batch)  # all that can be known before a server is installed
+    try:
+        log.open("wb").close()
+    except OSError as error:
+        raise InputError(f"--log {log}: cannot be written ({error.strerror})", hint="give another file") from error
     chosen = choose_ports(host, ports or Ports())
     server = find_server(progress)
     package = package_triton(build, repository, name=name, backend=_fit(server, wanted, backend), batch=batch)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock
@@ -37,7 +37,15 @@ _STUB = "triton_python_backend_stub"
 
 def requirements() -> list[str]:
     """What is installed, besides the server, whose own dependencies are for its Python interface."""
-    return [_NUMPY, *(f"{name}=={version(name)}" for name in _LIKE_OURS)]
+    return [_NUMPY, *(f"{name}=={_version(name)}" for name in _LIKE_OURS)]
+
+
+def _version(name: str) -> str:
+    """The one that is installed here, where ONNX Runtime may be the package for GPUs; the server's is for CPUs."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return version(f"{name}-gpu")
 
 
 def installed() -> Path | None:

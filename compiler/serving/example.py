@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shlex
 import urllib.error
@@ -45,16 +46,16 @@ def first_answer(url: str, package: Package) -> Example:
     return Example(curl, answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}...")
 
 
-def ask(url: str, body: str = "") -> str:
+def ask(url: str, body: str = "", timeout_s: float = _ANSWER_S) -> str:
     """The answer to a GET, or with `body`, a POST.
 
     Raises:
         TargetError: it is an error, or none came.
     """
     try:
-        with _DIRECT.open(url, body.encode() or None, timeout=_ANSWER_S) as response:
+        with _DIRECT.open(url, body.encode() or None, timeout=timeout_s) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as error:
         raise TargetError(f"{url}: {error.code}: {error.read().decode(errors='replace')}") from error
-    except OSError as error:
-        raise TargetError(f"{url}: no answer ({error})") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise TargetError(f"{url}: no answer ({str(error) or type(error).__name__})") from error

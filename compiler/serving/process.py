@@ -19,8 +19,10 @@ from trimtab.compiler.targets.child import signal_name, tail
 from trimtab.passes.errors import InputError, TargetError
 
 _POLL_S = 0.05
+_HEALTH_S = 5.0  # seconds for an answer to whether it is ready
 _LEAVE_S = 15  # seconds for requests under way
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec, another thread's locks are never let go
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -51,7 +53,7 @@ class Served:
     @property
     def url(self) -> str:
         """Of HTTP."""
-        return f"http://{self.host}:{self.ports.http}"
+        return f"http://{in_url(self.host)}:{self.ports.http}"
 
     def wait(self) -> None:
         """Until it ends, which it should not.
@@ -101,12 +103,19 @@ def serve(
             preexec_fn=_end_with_us,
         )  # fmt: skip
     try:
-        _await(process, f"http://{host}:{ports.http}/v2/health/ready", start_s, log)
+        _await(process, f"http://{in_url(host)}:{ports.http}/v2/health/ready", start_s, log)
         yield Served(host, ports, process, log)
     finally:
-        _stop(process)
-        for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # what a server that was killed could not remove
-            region.unlink(missing_ok=True)
+        try:
+            _stop(process)
+        finally:
+            for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # what a server that was killed could not remove
+                region.unlink(missing_ok=True)
+
+
+def in_url(host: str) -> str:
+    """`host` as addresses write it before a port: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def choose_ports(host: str, ports: Ports) -> Ports:
@@ -141,8 +150,9 @@ def _await(process: subprocess.Popen[bytes], url: str, start_s: float, log: Path
     while True:
         if process.poll() is not None:
             raise TargetError(f"tritonserver did not start ({_ending(process.returncode)}){_reason(log)}")
+        left = deadline - time.monotonic()
         with suppress(TargetError):
-            ask(url)
+            ask(url, timeout_s=min(max(left, _POLL_S), _HEALTH_S))
             return
         if time.monotonic() > deadline:
             raise TargetError(
@@ -159,19 +169,21 @@ def _reason(log: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server in order, and whatever of it is left by force."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_LEAVE_S + 5)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End the server in order, and whatever of it is left by force: at once, where a second Ctrl-C comes."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LEAVE_S + 5)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _end_with_us() -> None:
     """In the child: let the system stop it where we end without a chance to (Linux alone, as is the server)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _ending(code: int) -> str:

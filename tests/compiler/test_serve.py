@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from typer.testing import CliRunner
 from trimtab.compiler import compile_model, load
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.cli.app import app
-from trimtab.compiler.serving import environment
+from trimtab.compiler.serving import environment, process
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import VARIABLE
 from trimtab.passes.errors import TargetError
@@ -119,6 +121,86 @@ def test_a_server_that_does_not_start(
     for said in says:
         assert said in done.stderr
     assert not [child for child in psutil.Process().children(recursive=True) if "sleep" in child.name()]
+
+
+def test_a_port_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.socket() as silent, subprocess.Popen(["sleep", "60"]) as sleeping:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        (tmp_path / "log").touch()
+        start = time.monotonic()
+        with pytest.raises(TargetError, match=r"not ready in 0\.2 s"):
+            process._await(sleeping, f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2, tmp_path / "log")
+        sleeping.kill()
+    assert time.monotonic() - start < 30  # far from the minutes that an answer may take
+
+
+def test_an_answer_that_is_no_http() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+
+        def answer() -> None:
+            with held.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"no such protocol\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(TargetError, match="no answer"):
+            ask(f"http://127.0.0.1:{held.getsockname()[1]}")
+        thread.join()
+
+
+def test_a_second_ctrl_c_still_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo; sleep 60 & wait"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert started.stdout is not None and started.stdout.readline()  # the trap is set
+    wait = started.wait
+
+    def interrupted(timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(started, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process._stop(started)
+    assert started.poll() == -signal.SIGKILL
+
+
+def test_ipv6_is_written_in_brackets(tmp_path: Path) -> None:
+    served = process.Served("::1", process.Ports(), subprocess.Popen(["true"]), tmp_path / "log")
+    served.process.wait()
+    assert served.url == "http://[::1]:8000"
+
+
+def test_onnxruntime_for_gpus_names_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(environment, "version", version)
+    assert "onnxruntime==1.2.3" in environment.requirements()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--max-batch", "99"], "batches of 99"),
+        (["--name", "..."], "no name for a model"),
+        (["--repository", "."], "exists already"),
+        (["--log", "/nowhere/log"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_told_before_a_server_is_looked_for(
+    build: Build, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    monkeypatch.setattr("trimtab.compiler.serving.build.find_server", lambda progress: pytest.fail("looked for"))
+    done = cli("serve", build.path, *words, *FREE)
+    assert done.exit_code == 1 and says in done.stderr and "hint:" in done.stderr
 
 
 @pytest.mark.parametrize(

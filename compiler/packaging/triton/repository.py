@@ -68,15 +68,13 @@ def package_triton(
         ModelError, TargetError: the build is of a kind that Triton does not serve; says why.
     """
     out = Path(out).absolute()
-    if out.exists():
-        raise BuildError(f"{out}: exists already", hint="give a folder that does not")
-    configs.schema()
+    model_name, most = check_package(build, out, name=name, batch=batch)
     chosen = check_backend(build, backend)
     models = Models(
         build=build,
-        name=_model_name(name or build.path.resolve().name),
+        name=model_name,
         backend=chosen,
-        batch=_batch(build, batch),
+        batch=most,
         gpu=chosen == "tensorrt" if gpu is None else gpu,
         seen_at=Path(mounted_at) if mounted_at else out,
         environment=environment,
@@ -91,6 +89,18 @@ def package_triton(
     except OSError as error:
         raise BuildError(f"{out}: cannot be written ({error.strerror or error})") from error
     return Package(out, models.name, "python" if kind == "text" else chosen, kind, why, names)
+
+
+def check_package(build: Build, out: Path, *, name: str | None, batch: int | None) -> tuple[str, int]:
+    """The model's name and the most samples in one call, of the arguments of `package_triton`, before anything is made.
+
+    Raises:
+        BuildError: as `package_triton`.
+    """
+    if out.exists():
+        raise BuildError(f"{out}: exists already", hint="give a folder that does not")
+    configs.schema()
+    return _model_name(name or build.path.resolve().name), _batch(build, batch)
 
 
 def _model_name(name: str) -> str:
