@@ -22,7 +22,9 @@ from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.pipeline import compile_model
+from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.gpu import gpu_present
+from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
 from trimtab.passes.graph import load_graph
@@ -137,6 +139,10 @@ def test_an_engine_that_cannot_run_here(build, tmp_path):
     manifest = json.loads((build.path / "manifest.json").read_text())
     copy = shutil.copytree(build.path, tmp_path / "gpu")
     (copy / "manifest.json").write_text(json.dumps(manifest | {"target": "tensorrt-rtx"}))
+    (copy / "engine").mkdir()
+    version = get_target("tensorrt-rtx")._version() or "1"
+    told = EngineInfo(target="tensorrt-rtx", library="tensorrt_rtx", version=version, precisions=(), engines=())
+    told.write(copy / "engine")
     said = cli("bench", copy)
     assert said.exit_code == 1
     assert "tensorrt-rtx" in said.stderr

@@ -37,7 +37,7 @@ def test_is_near_the_dense_model(family: str, bits: int, tolerance: float, tmp_p
     result = rewrite(graph, bits=bits, block=16)
     assert result.changed > 0
     save_graph(graph, tmp_path / "int.onnx")
-    feeds = zoo.feeds(family, 3, 11, np.random.default_rng())
+    feeds = zoo.feeds(family, 24, 11, np.random.default_rng())  # of a few alone, outputs may happen to be small
     for dense, ours in zip(outputs(path, feeds), outputs(tmp_path / "int.onnx", feeds), strict=True):
         assert 0 < np.linalg.norm(ours - dense) < tolerance * np.linalg.norm(dense)
     assert result.details["bytes"] < result.details["dense_bytes"] * {8: 0.34, 4: 0.21}[bits]
