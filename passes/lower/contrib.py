@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph import values
+from trimtab.passes.graph import constant, values
 from trimtab.passes.graph.packed import dequantize_blocks
 from trimtab.passes.lower.nodes import Nodes, Operand, type_of
 
@@ -76,8 +76,6 @@ def _matmul_nbits(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
         weight = onnx.helper.make_tensor("w", kind, centred.shape, centred.reshape(-1).tolist())
         scale = values(node.inputs[2]).reshape(n, k // block).T.astype(dtype)
-        from trimtab.passes.graph import constant
-
         held = constant(nodes.next("weight"), weight)
         w = nodes("DequantizeLinear", held, np.ascontiguousarray(scale), dtype=dtype, axis=0, block_size=block)
     else:

@@ -100,7 +100,7 @@ def _size(form: Form) -> int:
 
 def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     more = max(1, _size(form) // 2)  # float32 fills registers twice
-    one = (1024, 32, 16), (512, 32, 8), (512, 16, 4), (1024, 16, 8), (256, 32, 16)
+    one = (1024, 32, 16), (512, 32, 8), (512, 16, 8), (1024, 16, 8), (256, 32, 8)
     if form.given["h"] == "tensor(float)":  # no matrix units: sums and both factors lie in registers
         many = [Tile(32, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2)]
     else:

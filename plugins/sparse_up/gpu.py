@@ -87,6 +87,8 @@ def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     one = Tile(1, 1, half, 4), Tile(1, 1, long, 8), Tile(1, 2, half, 8), Tile(1, 4, min(half, 1024), 8)
     if form.given["x"] == "tensor(float)":  # no matrix units: sums and both factors lie in registers
         many = [(32, 16, 32, 4, 2), (32, 32, 32, 4, 2), (64, 32, 32, 8, 2)]
+    elif form.given[name] == "tensor(int8)":  # more warps, since what the integers become takes registers
+        many = [(16, 8, 128, 4, 3), (16, 16, 128, 4, 3), (64, 64, 32, 8, 3)]
     else:
         many = [(16, 8, 128, 2, 4), (16, 8, 256, 4, 2), (16, 16, 128, 2, 4), (64, 64, 32, 4, 3)]
     return (*one, *(Tile(t, rows, min(wide, columns), *rest) for t, rows, columns, *rest in many))

@@ -111,14 +111,20 @@ class ChainSteps(Steps):
 
     def __init__(self, chain: Chain, batch: int) -> None:
         self._chain = chain
-        self._turns = [[stage.fork() for stage in chain.stages] for _ in range(2)]
+        self._turns: list[list[Stage]] = [[], []]
         self._count = 0
         self._past: Values = {}
-        for stage in chain.stages:
-            for tensor in stage.info.inputs:
-                if tensor.name.startswith(PAST):
-                    shape = (batch, tensor.shape[1], 0, tensor.shape[3])
-                    self._past[tensor.name] = stage.empty(shape, tensor.dtype)
+        try:
+            for turn in self._turns:
+                turn.extend(stage.fork() for stage in chain.stages)
+            for stage in self._turns[0]:
+                for tensor in stage.info.inputs:
+                    if tensor.name.startswith(PAST):
+                        shape = (batch, tensor.shape[1], 0, tensor.shape[3])
+                        self._past[tensor.name] = stage.empty(shape, tensor.dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         chain, stages = self._chain, self._turns[self._count % 2]

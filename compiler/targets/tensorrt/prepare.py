@@ -75,7 +75,8 @@ def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segm
 
 def _with_plugins(graph: gs.Graph) -> tuple[str, ...]:
     """Make the dialect's nodes those of plugins; their names. Nodes that no kernel takes stay, to be lowered."""
-    if all(node.domain != DOMAIN for node in graph.nodes):
+    parts = (graph, *graph.subgraphs(recursive=True))
+    if all(node.domain != DOMAIN for part in parts for node in part.nodes):
         return ()
     from trimtab.plugins.tensorrt import prepare as as_plugins
 

@@ -89,7 +89,9 @@ class EngineStage(Stage):
         from polygraphy.cuda import DeviceView
         from polygraphy.datatype import DataType
 
-        if value.dtype == DataType.BFLOAT16:  # which numpy does not know, so that its bits are copied
+        if (
+            value._dtype == DataType.BFLOAT16
+        ):  # numpy does not know it, so its bits are copied; `dtype` prints a warning
             bits = DeviceView(value.ptr, value.shape, DataType.INT16).numpy()
             return np.asarray(bits).view(ml_dtypes.bfloat16)
         return np.asarray(value.numpy())
@@ -102,6 +104,8 @@ class EngineStage(Stage):
         return DeviceView(self._rooms[-1].ptr, shape, getattr(DataType, _TYPES[dtype]))
 
     def close(self) -> None:
+        if not self._runner.is_active:
+            return
         outputs = self._runner.output_allocator.buffers  # which the runner forgets, and does not free
         for room in (*self._rooms, *outputs.values()):
             room.free()

@@ -82,7 +82,7 @@ def _sides(graph: gs.Graph) -> dict[str, gs.Node]:
         if any(isinstance(t, gs.Constant) and np.prod(t.shape, dtype=np.int64) > _SMALL for t in node.inputs):
             continue
         parts = [t.name for t in node.inputs if isinstance(t, gs.Variable) and t.name]
-        of_input = node.op == "Shape" and parts[0] in given
+        of_input = node.op == "Shape" and bool(parts) and parts[0] in given
         if of_input or (parts and all(name in found or name in integers for name in parts)):
             found[node.outputs[0].name] = node
     return found

@@ -12,7 +12,7 @@ from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.graph import constant, topological, values
 from trimtab.plugins.tensorrt.names import PLUGINS
 
-_ROUNDS = 32
+_ROUNDS = 256  # each layer of plugins takes one and more
 
 
 def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
