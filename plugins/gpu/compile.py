@@ -75,8 +75,8 @@ def compile_kernel(
         raise ValueError(f"{kernel.op.name}: {reason}")
     constants = kernel.constants(form, shapes, tile)
     signature, fixed, aligned = {}, dict(constants), {}
-    output = kernel.op.output[0]
-    types = {**form.given, output: output_type(kernel, form)}
+    output, kind = kernel.op.output
+    types = {**form.given, output: kind if kernel.op.follows is None else form.given[kernel.op.follows]}
     for position, name in enumerate(kernel.function.arg_names):
         if name in types:
             signature[name] = f"*{_TYPES[types[name]]}"
@@ -91,12 +91,6 @@ def compile_kernel(
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = only_parameters(made.asm["ptx"], len(arguments(kernel, form)))
     return Compiled(made.metadata.name, ptx, tile.warps * 32, made.metadata.shared, constants)
-
-
-def output_type(kernel: GpuKernel, form: Form) -> str:
-    """ONNX type of the output: that of the first input, but for numbers of blocks."""
-    declared = kernel.op.output[1]
-    return declared if declared == "tensor(int32)" else form.given[kernel.op.inputs[0].name]
 
 
 def forms(kernel: GpuKernel, float_: str, weight: str, names: Sequence[str], **attributes: int | str) -> Form:

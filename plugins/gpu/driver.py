@@ -12,15 +12,9 @@ from trimtab.plugins.gpu.ptx import SHARED_BUDGET
 
 __all__ = ["Loaded"]
 
-_LOCAL_SIZE_BYTES, _NUM_REGS = 3, 4  # of CUfunction_attribute
-
 
 class Loaded:
     """A kernel on the GPU that is current in this process.
-
-    Attributes:
-        registers: of a thread.
-        local_bytes: of a thread's memory for what did not fit into registers.
 
     Raises:
         RuntimeError: the driver refuses the code; has its log.
@@ -35,7 +29,6 @@ class Loaded:
         code = _driver().cuModuleLoadDataEx(ctypes.byref(module), compiled.ptx.encode(), 2, options, values)
         _check(code, log.value.decode(errors="replace"))
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, compiled.name.encode()))
-        self.registers, self.local_bytes = (self._attribute(kind) for kind in (_NUM_REGS, _LOCAL_SIZE_BYTES))
         if compiled.shared_bytes > SHARED_BUDGET:
             raise RuntimeError(f"{compiled.name} wants {compiled.shared_bytes} bytes of shared memory")
 
@@ -50,11 +43,6 @@ class Loaded:
             self._function, *grid, *block, self.compiled.shared_bytes, ctypes.c_void_p(stream), addresses, None
         )
         _check(code)
-
-    def _attribute(self, kind: int) -> int:
-        value = ctypes.c_int()
-        _check(_driver().cuFuncGetAttribute(ctypes.byref(value), kind, self._function))
-        return value.value
 
 
 @lru_cache

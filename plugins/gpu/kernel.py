@@ -58,6 +58,11 @@ class GpuKernel:
     refuses: Callable[[Form, Shapes], str | None] = field(repr=False)
 
 
+def of_tile(tile: Tile) -> dict[str, Any]:
+    """What kernels with weights know of their tile at compile time."""
+    return {"TOKENS": tile.tokens, "ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages}
+
+
 def product(sizes: Sequence[Any]) -> Any:
     """Of sizes that may be expressions."""
     made: Any = None

@@ -11,7 +11,7 @@ from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.driver import Loaded
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile
 
-__all__ = ["form_of", "launch", "prepared"]
+__all__ = ["form_of", "prepared"]
 
 _KINDS = {
     torch.float32: "tensor(float)",
@@ -29,10 +29,10 @@ def form_of(kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: M
     return Form(given, {a.name: attributes.get(a.name, a.default) for a in kernel.op.attributes})
 
 
-def launch(
+def prepared(
     kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: Mapping[str, Value], tile: Tile | None = None
-) -> torch.Tensor:
-    """The output of one launch.
+) -> tuple[Callable[[], object], torch.Tensor]:
+    """What launches once, and the tensor that each launch fills.
 
     Args:
         inputs: by name, contiguous; those left out must be optional.
@@ -42,15 +42,6 @@ def launch(
     Raises:
         ValueError: there is no kernel for this form, or shapes do not tell that of the output.
     """
-    run, output = prepared(kernel, inputs, attributes, tile)
-    run()
-    return output
-
-
-def prepared(
-    kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: Mapping[str, Value], tile: Tile | None = None
-) -> tuple[Callable[[], object], torch.Tensor]:
-    """What launches once, and the tensor that each launch fills: for timing, and for CUDA graphs."""
     form = form_of(kernel, inputs, attributes)
     shapes = {i.name: list(inputs[i.name].shape) if i.name in inputs else None for i in kernel.op.inputs}
     given = {name: shape for name, shape in shapes.items() if shape is not None}
@@ -61,7 +52,7 @@ def prepared(
     if shape is None or not all(isinstance(size, int) for size in shape):
         raise ValueError(f"{kernel.op.name}: the shapes {given} do not tell that of the output")
     first = inputs[kernel.op.inputs[0].name]
-    dtype = torch.int32 if kernel.op.output[1] == "tensor(int32)" else first.dtype
+    dtype = torch.int32 if kernel.op.follows is None else inputs[kernel.op.follows].dtype
     output = torch.empty([int(size) for size in shape if size is not None], dtype=dtype, device=first.device)
     sizes = kernel.measure(given | {kernel.op.output[0]: list(output.shape)})
     constants = kernel.constants(form, given, tile)

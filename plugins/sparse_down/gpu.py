@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from trimtab.plugins.dialect import Form
-from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, token_programs
+from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, of_tile, token_programs
 from trimtab.plugins.gpu.products import place, rows_of, tile_of, wide
 from trimtab.plugins.sparse_down import SPARSE_DOWN
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights
@@ -113,10 +113,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {
         "WIDTH": int(shapes["down"][1]),
         "BLOCK": int(form.attributes["block"]),
-        "TOKENS": tile.tokens,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "STAGES": tile.stages,
+        **of_tile(tile),
         "LANES": min(tile.rows, max(1, 32 * tile.warps * at_once // tile.columns)),
     }
 

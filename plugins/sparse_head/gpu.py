@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from trimtab.plugins.dialect import Form
-from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, token_programs
+from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, of_tile, token_programs
 from trimtab.plugins.gpu.products import place, rows_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_head import SPARSE_HEAD
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights, tiles
@@ -49,10 +49,7 @@ def sparse_head(
 def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {
         "WIDTH": int(shapes["weight"][1]),
-        "TOKENS": tile.tokens,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "STAGES": tile.stages,
+        **of_tile(tile),
     }
 
 

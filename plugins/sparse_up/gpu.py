@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from trimtab.plugins.dialect import Form
-from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, power_of_two, product, token_programs
+from trimtab.plugins.gpu.kernel import (
+    GpuKernel,
+    Shapes,
+    Tile,
+    ceil_div,
+    of_tile,
+    power_of_two,
+    product,
+    token_programs,
+)
 from trimtab.plugins.gpu.products import activate, place, rows_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_up import SPARSE_UP
 
@@ -99,10 +108,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
         "WIDTH": int(shapes["up"][1]),
         "BLOCK": int(form.attributes["block"]),
         "ACTIVATION": str(form.attributes["activation"]),
-        "TOKENS": tile.tokens,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "STAGES": tile.stages,
+        **of_tile(tile),
     }
 
 
