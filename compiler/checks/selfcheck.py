@@ -15,10 +15,10 @@ from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target
-from trimtab.compiler.targets.gpu import compute_capability
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import BuildError
+from trimtab.plugins.driver import compute_capability
 
 LIMIT = 1 << 30
 """Bytes of dense weights above which the check is skipped: to run the dense model takes all of them into memory."""

@@ -13,8 +13,8 @@ from trimtab.compiler.phases import Progress
 from trimtab.compiler.serving.example import Example, first_answer
 from trimtab.compiler.serving.find import TritonServer, find_server
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
-from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.passes.errors import InputError, TargetError
+from trimtab.plugins.driver import gpu_present
 
 _CONTAINER = "run NVIDIA's container on what `trimtab package --triton` writes"
 

@@ -18,13 +18,13 @@ from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import MODEL, PLAN, Runner, Target
 from trimtab.compiler.targets.crossover import measured_crossover
-from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
 from trimtab.passes.errors import TargetError
 from trimtab.plugins import DOMAIN
+from trimtab.plugins.driver import gpu_present
 from trimtab.plugins.library import register
 
 log = logging.getLogger(__name__)

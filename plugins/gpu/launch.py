@@ -8,8 +8,8 @@ import torch
 
 from trimtab.plugins.dialect import Form, Value
 from trimtab.plugins.gpu.compile import compile_kernel
-from trimtab.plugins.gpu.driver import Loaded
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile
+from trimtab.plugins.gpu.loaded import Loaded
 
 __all__ = ["form_of", "prepared"]
 

@@ -7,14 +7,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trimtab.plugins.dialect import Form, Op
+from trimtab.plugins.driver import absent, compute_capability, cuda_version
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble
-from trimtab.plugins.tensorrt import device
 
 if TYPE_CHECKING:
     from trimtab.plugins.gpu import GpuKernel, Tile
     from trimtab.plugins.gpu.compile import Compiled
 
-__all__ = ["compiled", "kernel_of", "tactics", "tile_of"]
+__all__ = ["compiled", "kernel_of", "tactics", "this_gpu", "tile_of"]
 
 _FOLDERS = {
     "SelectBlocks": "select_blocks",
@@ -29,6 +29,17 @@ def kernel_of(op: Op) -> GpuKernel:
     """Raises ModuleNotFoundError where the package `triton` is missing."""
     kernel: GpuKernel = importlib.import_module(f"trimtab.plugins.{_FOLDERS[op.name]}.gpu").KERNEL
     return kernel
+
+
+def this_gpu() -> int:
+    """Compute capability of this machine's GPU; 90 is 9.0.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if (found := compute_capability()) is None:
+        raise RuntimeError(f"{absent()}; engines with plugins are built on the machine whose GPU they are for")
+    return int(found.replace(".", ""))
 
 
 def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capability: int) -> list[int]:
@@ -71,8 +82,8 @@ def _ptx_version(capability: int) -> int | None:
     """The newest that this machine's driver takes, where it is older than the assembler; None for the assembler's."""
     from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
-    driver = device.cuda_version()
-    if driver is None:
+    newest = cuda_version()
+    if newest is None:
         return None
-    taken: int = ptx_get_version(driver)
+    taken: int = ptx_get_version(newest)
     return taken if taken < ptx_get_version(get_ptxas(capability).version) else None

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.plugins.dialect import DOMAIN, Form, Value
-from trimtab.plugins.tensorrt import device
 from trimtab.plugins.tensorrt.expressions import raw, sizes_of
-from trimtab.plugins.tensorrt.kernels import compiled, kernel_of, tactics, tile_of
+from trimtab.plugins.tensorrt.kernels import compiled, kernel_of, tactics, this_gpu, tile_of
 from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
 
 __all__ = ["missing", "register"]
@@ -120,7 +119,7 @@ class _Callbacks:
         tensors, attributes = self._divide(rest)
         form, shapes = self._form(tensors, attributes), _static(tensors)
         kinds = ", ".join(_TYPES[desc.dtype.name][1] for desc in (*tensors.values(), *outputs))
-        capability = self.capability or device.capability()
+        capability = self.capability or this_gpu()
         numbers = tactics(kernel_of(self.plugin.op), form, shapes, _most_tokens(tensors), capability)
         return [trtp.AutoTuneCombination(kinds, "LINEAR", numbers)]
 
@@ -135,7 +134,7 @@ class _Callbacks:
         if (reason := kernel.refuses(form, static)) is not None:
             raise ValueError(f"{self.plugin.name}: {reason}")
         tile = tile_of(kernel, form, static, tactic)
-        made = compiled(kernel, form, static, tile, self.capability or device.capability())
+        made = compiled(kernel, form, static, tile, self.capability or this_gpu())
         shapes = _shapes(self.plugin, tensors)
         output = {self.plugin.op.output[0]: self.plugin.op.infer(shapes, attributes)}
         sizes = kernel.measure({name: shape for name, shape in (shapes | output).items() if shape is not None})

@@ -23,11 +23,11 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.targets import get_target
-from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
 from trimtab.passes.graph import load_graph
+from trimtab.plugins.driver import gpu_present
 
 RECIPE = {"passes": [], "workload": {"batch": [1, 2, 4], "tokens": [8, 12, 16]}, "threads": 1}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.compiler.targets.gpu import gpu_present
 from trimtab.plugins import OPS
+from trimtab.plugins.driver import gpu_present
 
 pytest.importorskip("triton", reason="the Triton language is not installed")
 pytest.importorskip("torch", reason="torch is not installed")

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
 
-from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
+from trimtab.compiler.targets.tensorrt.target import TensorRTRTX
 from trimtab.compiler.workload import Workload
 from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 from trimtab.plugins.dialect import Form
@@ -21,7 +21,7 @@ from trimtab.plugins.emit import add_body, type_of
 from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.ptx import assemble
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
-from trimtab.plugins.tensorrt import PLUGINS, Prepared, device, kernels, missing, plugins_of, prepare
+from trimtab.plugins.tensorrt import PLUGINS, Prepared, kernels, missing, plugins_of, prepare
 from trimtab.plugins.tensorrt.prepare import split_keep
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -151,7 +151,7 @@ def test_tensorrts_parser_takes_keep(tmp_path: Path) -> None:
     given = dict(zip(("h", "blocks"), graph.inputs, strict=True))
     given["importance"] = gs.Constant("importance", np.ones(NEURONS, np.float32))
     onnx.save(finish(graph, add_node(graph, KEEP_LARGEST, given, "y", block=BLOCK, keep=2)), tmp_path / "model.onnx")
-    get_target("tensorrt-rtx").check(tmp_path / "model.onnx")
+    assert TensorRTRTX().parse([tmp_path / "model.onnx"]) == [[]]
 
 
 def test_without_keep_its_importance_goes() -> None:
@@ -243,10 +243,10 @@ def test_names_tell_plugins_apart() -> None:
     assert not any(onnx.defs.has(name) for name in PLUGINS)
 
 
-@pytest.mark.parametrize(("driver", "version"), [("12.8", "8.7"), ("13.0", "9.0"), ("99.0", None), (None, None)])
-def test_code_is_for_the_driver(driver: str | None, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("newest", "version"), [("12.8", "8.7"), ("13.0", "9.0"), ("99.0", None), (None, None)])
+def test_code_is_for_the_driver(newest: str | None, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What assembles the code of an engine is the driver, which takes no PTX that is newer than itself."""
-    monkeypatch.setattr(device, "cuda_version", lambda: driver)
+    monkeypatch.setattr(kernels, "cuda_version", lambda: newest)
     monkeypatch.setattr(kernels, "_made", {})
     kernel = kernels.kernel_of(SPARSE_DOWN)
     form = Form({"h": "tensor(float16)", "blocks": "tensor(int32)", "down": "tensor(float16)"}, {"block": 1})
@@ -257,14 +257,6 @@ def test_code_is_for_the_driver(driver: str | None, version: str | None, monkeyp
     else:
         assert made.ptx == compile_kernel(kernel, form, shapes, kernel.tiles(form, shapes)[0], 120).ptx
     assert assemble(made.ptx, 120).registers > 0
-
-
-def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_driver", lambda: None)
-    device.capability.cache_clear()
-    with pytest.raises(RuntimeError, match="built on the machine whose GPU"):
-        device.capability()
-    device.capability.cache_clear()
 
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

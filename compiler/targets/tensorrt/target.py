@@ -19,13 +19,13 @@ from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import ENGINE, Runner, Target
 from trimtab.compiler.targets.child import run_child
-from trimtab.compiler.targets.gpu import compute_capability, gpu_present
 from trimtab.compiler.targets.tensorrt.info import INFO_FILE, EngineInfo
 from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph
+from trimtab.plugins.driver import compute_capability, gpu_present
 
 _SHOWN = 5  # refused nodes that a message names
 _PARSE_S = 600.0
@@ -44,15 +44,6 @@ class TensorRT(Target):
     def probe(self) -> Capability:
         self._require()
         return _probe(self.name)
-
-    def check(self, model: Path) -> None:
-        """Let TensorRT's parser read `model`, without building.
-
-        Raises:
-            TargetError: it refuses nodes; names them.
-        """
-        self._require()
-        self._refuse(self.parse([model])[0])
 
     def build(
         self,

@@ -21,7 +21,6 @@ from trimtab.compiler.generation.sampling import Sampling
 from trimtab.compiler.generation.text import generate_text
 from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
 from trimtab.compiler.packaging.triton.served.session import open_session
-from trimtab.compiler.targets.base import Runner
 from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
 from trimtab.passes.errors import InputError, TrimtabError
 
@@ -30,12 +29,11 @@ _DRAWS = {"temperature": float, "top_k": int, "top_p": float, "seed": int}
 _MAX_TOKENS = 128
 
 
-class _Runner(Runner):
+class _Runner:
+    """What generation asks of a runner."""
+
     def __init__(self, session: ort.InferenceSession, cache: Cache) -> None:
         self._session, self._cache = session, cache
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        raise NotImplementedError
 
     def steps(self, batch: int, length: int) -> OnnxRuntimeSteps:
         return OnnxRuntimeSteps(self._session, batch, length, self._cache)

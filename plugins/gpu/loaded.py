@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
+from trimtab.plugins.driver import absent, driver
 from trimtab.plugins.gpu.compile import Compiled
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET
 
@@ -45,9 +45,10 @@ class Loaded:
         _check(code)
 
 
-@lru_cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    if (library := driver()) is None:
+        raise RuntimeError(absent())
+    return library
 
 
 def _check(code: int, log: str = "") -> None:
