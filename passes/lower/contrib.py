@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph import constant, values
+from trimtab.passes.graph import values
 from trimtab.passes.graph.packed import dequantize_blocks
 from trimtab.passes.lower.nodes import Nodes, Operand, type_of
+from trimtab.passes.matrices.forms import Quantized
 
 Rule = Callable[[Nodes, gs.Node], list[gs.Tensor | None]]
 _F = np.dtype(np.float32)
@@ -68,19 +68,14 @@ def _matmul_nbits(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     dtype = type_of(x)
     n, k, bits, block = (int(node.attrs[key]) for key in ("N", "K", "bits", "block_size"))
     odd = any(t.name for t in node.inputs[3:5])
-    w: gs.Tensor
     if bits in (4, 8) and not odd and k % block == 0:
         packed = values(node.inputs[1]).reshape(n, -1)
         q = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(n, -1)
-        centred = (q.astype(np.int16) - (1 << (bits - 1))).astype(np.int8).T
-        kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
-        weight = onnx.helper.make_tensor("w", kind, centred.shape, centred.reshape(-1).tolist())
-        scale = values(node.inputs[2]).reshape(n, k // block).T.astype(dtype)
-        held = constant(nodes.next("weight"), weight)
-        w = nodes("DequantizeLinear", held, np.ascontiguousarray(scale), dtype=dtype, axis=0, block_size=block)
+        scale = values(node.inputs[2]).reshape(n, k // block)
+        centred = (q - np.uint8(1 << (bits - 1))).view(np.int8)  # wraps around, as two's complement does
+        y = Quantized(centred.T, scale.T, bits, block).emit(nodes.graph, x, nodes.next("MatMul"), dtype)
     else:
-        w = nodes.tensor(np.ascontiguousarray(dequantize_blocks(node).T.astype(dtype)))
-    y = nodes("MatMul", x, w, dtype=dtype)
+        y = nodes("MatMul", x, np.ascontiguousarray(dequantize_blocks(node).T.astype(dtype)), dtype=dtype)
     return [nodes("Add", y, node.inputs[5]) if len(node.inputs) > 5 and node.inputs[5].name else y]
 
 

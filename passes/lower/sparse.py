@@ -118,7 +118,7 @@ def sparse_up(
         h = h if gate is None else nodes("Mul", h, up)
     if "importance" in given:
         counts = chosen.gather(nodes, values(given["importance"]).astype(np.float32))
-        h = _keep(nodes, h, counts, size, int(node.attrs["keep"]))
+        h = _keep(nodes, h, counts, size, _kept(node, given["blocks"]))
     return _like(nodes, nodes.cast(h, type_of(x)), x)
 
 
@@ -140,7 +140,7 @@ def keep_largest(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) ->
     chosen = Rows.of(nodes, given["blocks"], block)
     counts = chosen.gather(nodes, values(given["importance"]).astype(np.float32))
     flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
-    return nodes("Reshape", _keep(nodes, flat, counts, block, int(node.attrs["keep"])), nodes("Shape", h))
+    return nodes("Reshape", _keep(nodes, flat, counts, block, _kept(node, given["blocks"])), nodes("Shape", h))
 
 
 def activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:
@@ -168,6 +168,12 @@ def _product(nodes: Nodes, x: gs.Tensor, given: Mapping[str, gs.Tensor], label: 
         bias = values(given[f"{label}_bias"]).astype(weight.dtype)
         y = nodes("Add", y, nodes("Unsqueeze", chosen.gather(nodes, bias), [1]))
     return y
+
+
+def _kept(node: gs.Node, blocks: gs.Tensor) -> int:
+    """Blocks that `node` leaves as they are: no more than there are, which may be known when the model is compiled."""
+    keep, there = int(node.attrs["keep"]), blocks.shape[-1] if blocks.shape else None
+    return min(keep, there) if isinstance(there, int) else keep
 
 
 def _keep(nodes: Nodes, h: gs.Tensor, importance: gs.Tensor, block: int, keep: int) -> gs.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 from rewrite import canonical, head_profile, session
 from zoo import exported, feeds, tiny_model
@@ -17,6 +18,7 @@ from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.lower import lower, tell_head_dim
+from trimtab.plugins import DOMAIN
 
 STANDARD = ("", "ai.onnx")
 
@@ -292,6 +294,45 @@ def test_small_ops_of_onnx_runtime(tmp_path: Path) -> None:
     given = {name: rng.normal(size=(5, 64)).astype(np.float32) for name in "xr"}
     for want, got in zip(session(tmp_path / "m.onnx").run(None, given), session(found).run(None, given), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())  # MatMulNBits rounds x to int8 by blocks
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_integers_are_what_they_were(bits: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 21, "com.microsoft" : 1]>
+    g (float[rows, 64] x) => (float[rows, 33] y) {{
+      y = com.microsoft.MatMulNBits <N = 33, K = 64, bits = {bits}, block_size = 32> (x, q, scale)
+    }}""")
+    stored, scale = rng.integers(0, 256, (33, 2, 4 * bits)).astype(np.uint8), rng.uniform(0.5, 1, (33, 2))
+    for name, array in {"q": stored, "scale": scale.astype(np.float32)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    found, _ = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    q = stored if bits == 8 else np.stack([stored % 16, stored // 16], -1).reshape(33, 2, 32)
+    w = ((q.astype(float) - 2 ** (bits - 1)) * scale.astype(np.float32)[..., None]).reshape(33, 64)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # which would fuse them again
+    runner = ort.InferenceSession(found, options)
+    x = rng.normal(size=(5, 64)).astype(np.float32)
+    np.testing.assert_allclose(runner.run(None, {"x": x})[0], x @ w.T, atol=1e-5 * np.abs(x @ w.T).max())
+
+
+@pytest.mark.parametrize("keep", [1, 3, 9])
+def test_no_more_blocks_are_kept_than_there_are(keep: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 21, "{DOMAIN}" : 1]>
+    g (float[rows, 12] h, int32[1, 3] blocks) => (float[rows, 12] y) {{
+      y = {DOMAIN}.KeepLargest <block = 4, keep = {keep}> (h, blocks, importance)
+    }}""")
+    importance = rng.uniform(0.5, 1, 20).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(importance, "importance"))
+    onnx.save(model, tmp_path / "m.onnx")
+    found, _ = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    h, blocks = rng.normal(size=(6, 12)).astype(np.float32), np.array([[0, 2, 4]], np.int32)
+    scores = (np.abs(h).reshape(6, 3, 4) * importance.reshape(5, 4)[blocks[0]]).sum(-1)
+    kept = scores >= np.sort(scores)[:, -min(keep, 3), None]
+    got = session(found).run(None, {"h": h, "blocks": blocks})[0]
+    np.testing.assert_array_equal(got, np.where(np.repeat(kept, 4, axis=1), h, 0))
 
 
 def test_the_width_of_a_head_is_told(tmp_path: Path) -> None:
