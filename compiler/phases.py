@@ -14,6 +14,10 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work advances."""
 
 
+_WORTH = 8 << 20
+"""Bytes that a process has to grow by before it is looked through."""
+
+
 class Phases:
     """Times phases and announces them.
 
@@ -25,6 +29,7 @@ class Phases:
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress: Progress = progress or (lambda what, done, total: None)
         self.seconds: dict[str, float] = {}
+        self._resident = _status_bytes("VmRSS")
 
     @contextmanager
     def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
@@ -33,17 +38,25 @@ class Phases:
         if shown:
             self.progress(name, 0, 1)
         yield
-        give_back()
+        self.give_back()
         self.seconds[name] = round(time.perf_counter() - start, 3)
         if shown:
             self.progress(name, 1, 1)
 
+    def give_back(self) -> None:
+        """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone.
 
-def give_back() -> None:
-    """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone."""
-    gc.collect()
-    with suppress(OSError, AttributeError, TypeError):  # another C library or system
-        ctypes.CDLL(None).malloc_trim(0)
+        Where the process has hardly grown there is little to return, and it costs: a collection looks at every object
+        of the process, a second of them beside torch and what the caller holds.
+        """
+        resident = _status_bytes("VmRSS")
+        if resident is not None and self._resident is not None and resident - self._resident < _WORTH:
+            self._resident = min(self._resident, resident)
+            return
+        gc.collect()
+        with suppress(OSError, AttributeError, TypeError):  # another C library or system
+            ctypes.CDLL(None).malloc_trim(0)
+        self._resident = _status_bytes("VmRSS")
 
 
 def peak_memory_bytes() -> int | None:
@@ -51,6 +64,11 @@ def peak_memory_bytes() -> int | None:
 
     Linux alone: getrusage would count the parent's memory too, which a child has until it starts its own program.
     """
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(label: str) -> int | None:
+    """A number of Linux's on this process; None on another system."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    found = re.search(rf"{label}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return int(found[1]) * 1024 if found else None

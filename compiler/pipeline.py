@@ -19,7 +19,7 @@ from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.engine_options import EngineOptions
-from trimtab.compiler.phases import Phases, Progress, give_back, peak_memory_bytes
+from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
@@ -143,7 +143,7 @@ class _Compile:
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
         del graph, anatomy, made
-        give_back()  # the weights would stay while the engine is built and run
+        phases.give_back()  # the weights would stay while the engine is built and run
         with phases("build the engine"), self.writer.writing():
             for model in models:
                 wishes = self.recipe.engine
