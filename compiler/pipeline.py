@@ -275,7 +275,7 @@ def _total(graph: gs.Graph) -> int:
 
 
 def _sizes(graph: gs.Graph, anatomy: Anatomy) -> dict[str, int]:
-    ffn = sum(linear.bytes for block in anatomy.ffns for linear in block.linears)
+    ffn = sum(ffn.bytes for ffn in anatomy.ffns)
     return {"dense_bytes": _total(graph), "dense_ffn_bytes": ffn}
 
 

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.passes.crossover import Measure
-from trimtab.passes.errors import PassError
+from trimtab.passes.errors import PassError, ProfileError
 from trimtab.passes.graph.order import topological
 from trimtab.passes.profile import Profile
 
@@ -68,6 +68,16 @@ class PassContext:
     """Those that it will run after the present one."""
     choices: dict[str, Any] = field(default_factory=dict)
     """What passes have searched for on this graph, for `ProfileInfo.choices`."""
+
+    def measured(self) -> Profile:
+        """The profile, for passes that cannot do without.
+
+        Raises:
+            ProfileError: there is none.
+        """
+        if self.profile is None:
+            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        return self.profile
 
     def choice(self, step: Pass, search: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
         """What the Profile says that `step` chose behind the same passes; or what `search` finds now. JSON types.

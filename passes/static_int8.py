@@ -10,7 +10,6 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
@@ -42,19 +41,18 @@ class StaticInt8(Pass):
         """Quantize the FFNs of `graph`. Reads states of each from the Profile."""
         anatomy = find_anatomy(graph)
         wanted = select_ffns(anatomy, self.layers)
-        if context.profile is None:
-            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        profile = context.measured()
         raise_opset(graph, _OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
-        total = sum(linear.bytes for ffn in anatomy.ffns if ffn not in wanted for linear in ffn.linears)
+        total = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
         for ffn in wanted:
             reason = _unfit(ffn)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
-                total += sum(linear.bytes for linear in ffn.linears)
+                total += ffn.bytes
                 continue
-            layer = read_layer(ffn, context.profile)
+            layer = read_layer(ffn, profile)
             scales = [self._scale(values) for values in (layer.fit, layer.h_fit)]
             name = f"{self.name}/layer.{ffn.layer}"
             x = _rounded(graph, ffn.x, scales[0], f"{name}/x")

@@ -78,6 +78,11 @@ class FFN:
         return sum(linear.params for linear in self.linears)
 
     @property
+    def bytes(self) -> int:
+        """Of its weights and biases, as they are stored."""
+        return sum(linear.bytes for linear in self.linears)
+
+    @property
     def where(self) -> str:
         """How messages call it."""
         return f"layer {self.layer} FFN"

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
 from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
@@ -73,8 +73,7 @@ class FFNSplit(Pass):
         self._check_forms(context)
         anatomy = find_anatomy(graph)
         chosen = select_ffns(anatomy, self.layers)
-        if context.profile is None:
-            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        profile = context.measured()
         left: list[Left] = []
         wanted: list[FFN] = []
         for ffn in chosen:
@@ -89,11 +88,11 @@ class FFNSplit(Pass):
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
         rows = []
         for ffn, plan in zip(wanted, plans, strict=True):
-            split = Fitter(read_layer(ffn, context.profile), self.score, [plan]).split(plan)
+            split = Fitter(read_layer(ffn, profile), self.score, [plan]).split(plan)
             emit(graph, ffn, split)
             rows.append(_row(ffn, split))
             _tell(context, "split FFNs", len(rows), len(wanted))
-        untouched = sum(linear.bytes for f in anatomy.ffns if f not in wanted for linear in f.linears)
+        untouched = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
         details = {"layers": rows, "ffn_bytes": untouched + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
 
@@ -126,11 +125,12 @@ class FFNSplit(Pass):
         return [plan for *_, plan in _CHOICE.validate_python(context.choice(self, search, fits))]
 
     def _search(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
-        assert self.budget is not None and context.profile is not None
+        assert self.budget is not None
+        profile = context.measured()
         candidates = []
         for ffn in ffns:
             plans = list(self._candidates(ffn, context))
-            fitter = Fitter(read_layer(ffn, context.profile), self.score, plans, precise=False)
+            fitter = Fitter(read_layer(ffn, profile), self.score, plans, precise=False)
             candidates.append([Candidate.of(fitter.split(plan)) for plan in plans])
             _tell(context, "search the budget", len(candidates), len(ffns))
         dense = [4 * ffn.params for ffn in ffns]

@@ -12,7 +12,7 @@ from pydantic import Field
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slower
-from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
@@ -104,17 +104,16 @@ class FFNTopK(Pass):
             raise RecipeError("exact: shards choose without knowing each other's neurons", hint="leave out one of them")
         anatomy = find_anatomy(graph)
         wanted = select_ffns(anatomy, self.layers)
-        if context.profile is None:
-            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        profile = context.measured()
         raise_opset(graph, OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
-        kept = sum(linear.bytes for ffn in anatomy.ffns if ffn not in wanted for linear in ffn.linears)
+        kept = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
         best, measured = 0.0, False
         for done, ffn in enumerate(wanted, 1):
             reason = self._unfit(ffn)
             if reason is None:
-                layer = read_layer(ffn, context.profile)
+                layer = read_layer(ffn, profile)
                 crossover = self._crossover(ffn, len(wanted), context)
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
@@ -125,7 +124,7 @@ class FFNTopK(Pass):
                     rows.append(self._rewrite(graph, layer, choice, crossover) | by_shards)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
-                kept += sum(linear.bytes for linear in ffn.linears)
+                kept += ffn.bytes
             if context.progress is not None:
                 context.progress("predict neurons", done, len(wanted))
         if not rows and best and not measured:

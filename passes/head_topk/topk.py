@@ -11,7 +11,7 @@ from pydantic import Field
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, limit, slower
-from trimtab.passes.errors import ProfileError, RecipeError
+from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.predictor import in_form
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
 from trimtab.passes.ffn_topk.shards import expected_recall
@@ -64,14 +64,13 @@ class HeadTopK(Pass):
         vocabulary = linear.out_features
         if self.take > vocabulary:
             raise RecipeError(f"take: {self.take} candidates of a vocabulary of {vocabulary}", hint="give fewer")
-        if context.profile is None:
-            raise ProfileError("a profile is needed", hint="give --data or --profile")
+        profile = context.measured()
         raise_opset(graph, OPSET)
         head = Head(linear.w().astype(np.float32), linear.b())
         if self.take == vocabulary:
             exact = {"agreement": 1.0, "divergence": 0.0, "dense_above": 0}
             return self._result(graph, anatomy, linear, head, None, vocabulary, exact)
-        states = context.profile.head(linear.in_features)
+        states = profile.head(linear.in_features)
         held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
         cheap = CheapHead.fit(head, states[~held], self.rank)
         shards = context.shards if vocabulary % context.shards == 0 else 1
