@@ -6,7 +6,6 @@ source will do, and torch is not needed.
 
 from __future__ import annotations
 
-import gc
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.phases import give_back, resident_bytes
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
 from trimtab.passes.errors import ModelError
@@ -60,6 +60,7 @@ def calibrate(
         ModelError: no FFN was found, the model does not run, or its activations are not finite.
         DataError: the data do not fit the model's inputs.
     """
+    before = resident_bytes()
     graph = source.graph()
     anatomy = find_anatomy(graph)
     ffns = anatomy.ffns
@@ -71,7 +72,7 @@ def calibrate(
     head_x, head_states = (head.x.name, Reservoir(states, head.in_features, seed)) if head else (None, None)
     runner = _runner(graph, ffns, head, source.onnx.parent)
     del graph, anatomy, ffns, head
-    gc.collect()  # a graph is full of cycles; its weights would stay until the next collection
+    give_back(before)  # or the weights that were read would stay until the next collection
 
     used, total = 0, min(samples, data.count)
     room = _ROOM // sum(layer.token_bytes for layer in layers)

@@ -13,7 +13,6 @@ from pathlib import Path
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work advances."""
 
-
 _WORTH = 8 << 20
 """Bytes that a process has to grow by before it is looked through."""
 
@@ -29,7 +28,7 @@ class Phases:
     def __init__(self, progress: Progress | None = None) -> None:
         self.progress: Progress = progress or (lambda what, done, total: None)
         self.seconds: dict[str, float] = {}
-        self._resident = _status_bytes("VmRSS")
+        self._resident = resident_bytes()
 
     @contextmanager
     def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
@@ -44,19 +43,34 @@ class Phases:
             self.progress(name, 1, 1)
 
     def give_back(self) -> None:
-        """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone.
+        """Return what was freed since this was last done."""
+        self._resident = give_back(self._resident)
 
-        Where the process has hardly grown there is little to return, and it costs: a collection looks at every object
-        of the process, a second of them beside torch and what the caller holds.
-        """
-        resident = _status_bytes("VmRSS")
-        if resident is not None and self._resident is not None and resident - self._resident < _WORTH:
-            self._resident = min(self._resident, resident)
-            return
-        gc.collect()
-        with suppress(OSError, AttributeError, TypeError):  # another C library or system
-            ctypes.CDLL(None).malloc_trim(0)
-        self._resident = _status_bytes("VmRSS")
+
+def give_back(since: int | None) -> int | None:
+    """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone.
+
+    Where the process has hardly grown there is little to return, and it costs: a collection looks at every object of
+    the process, which beside torch and what the caller holds may take a second.
+
+    Args:
+        since: `resident_bytes` before.
+
+    Returns:
+        what to compare with the next time.
+    """
+    resident = resident_bytes()
+    if resident is not None and since is not None and resident - since < _WORTH:
+        return min(since, resident)
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # another C library or system
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
+def resident_bytes() -> int | None:
+    """The resident memory of this process; None where the system does not tell."""
+    return _status_bytes("VmRSS")
 
 
 def peak_memory_bytes() -> int | None:
