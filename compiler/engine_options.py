@@ -28,6 +28,10 @@ class EngineOptions(BaseModel):
     refit: bool = False
     timeout_s: float = Field(3600, gt=0)
 
+    def meant_for(self, gpu: str | None) -> bool:
+        """Whether GPUs of compute capability `gpu` are to run the engines: portable ones may be for another machine."""
+        return not self.gpus or gpu in self.gpus
+
     @field_validator("gpus")
     @classmethod
     def _numbers(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:
     if dense_bytes > LIMIT:
         return f"running {dense_bytes / 1e9:.1f} GB of dense weights takes that much memory; `trimtab validate` does it"
     why = target.cannot_run_here()
-    if why is None and recipe.engine.gpus and compute_capability() not in recipe.engine.gpus:
+    if why is None and not recipe.engine.meant_for(compute_capability()):
         return (
             f"the engine is for GPUs of compute capability {', '.join(recipe.engine.gpus)}, and this machine has none"
         )

@@ -32,12 +32,15 @@ class Prepared:
         profiles: of each.
         plugins: names of the dialect's plugins that they use.
         lowered: op → how many of it were given in standard ops.
+        inputs, outputs: names of the whole model's, in its order.
     """
 
     models: list[Path]
     profiles: list[list[Profile]]
     plugins: tuple[str, ...]
     lowered: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, segments: int) -> Prepared:
@@ -58,19 +61,20 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, se
 
 def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int) -> Prepared:
     graph = load_graph(model)
+    inputs, outputs = (tuple(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
     tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
     used = _with_plugins(graph) if plugins else ()
     lowered = lower(graph, tokens=tokens_of(graph, workload))
     if not lowered and not used and segments == 1:
-        return Prepared([model], [profiles], (), lowered)
+        return Prepared([model], [profiles], (), lowered, inputs, outputs)
     parts = segments_of(graph, segments)
     whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
     paths = [scratch / f"model.{number}.onnx" for number in range(len(parts))]
     with WeightFile(scratch / "model.data") as weights:
         for part, path in zip(parts, paths, strict=True):
             save_graph(part, path, weights=weights)
-    return Prepared(paths, whole, used, lowered)
+    return Prepared(paths, whole, used, lowered, inputs, outputs)
 
 
 def _with_plugins(graph: gs.Graph) -> tuple[str, ...]:

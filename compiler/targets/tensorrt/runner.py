@@ -89,9 +89,8 @@ class EngineStage(Stage):
         from polygraphy.cuda import DeviceView
         from polygraphy.datatype import DataType
 
-        if (
-            value._dtype == DataType.BFLOAT16
-        ):  # numpy does not know it, so its bits are copied; `dtype` prints a warning
+        # numpy does not know bfloat16, so its bits are copied; `value.dtype` would print a warning.
+        if value._dtype == DataType.BFLOAT16:
             bits = DeviceView(value.ptr, value.shape, DataType.INT16).numpy()
             return np.asarray(bits).view(ml_dtypes.bfloat16)
         return np.asarray(value.numpy())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.engine_options import EngineOptions
@@ -24,7 +23,6 @@ from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
-from trimtab.passes.graph import load_graph
 from trimtab.plugins.driver import compute_capability, gpu_present
 
 _SHOWN = 5  # refused nodes that a message names
@@ -43,7 +41,7 @@ class TensorRT(Target):
 
     def probe(self) -> Capability:
         self._require()
-        return _probe(self.name)
+        return _probe(type(self))
 
     def build(
         self,
@@ -74,9 +72,9 @@ class TensorRT(Target):
                 self._refuse([node for refused in answer["refused"] for node in refused])
                 for part, name in zip(parts, names, strict=True):
                     part.replace(out / name)
-                info = self._info(answer["built"], names, prepared, options, load_graph(model))
+                info = self._info(answer["built"], names, prepared, options)
                 info.write(out)
-                if self.cannot_run_here() is None and _is_for(info, compute_capability()):
+                if self.cannot_run_here() is None and options.meant_for(compute_capability()):
                     self._load_once(info, out, timeout_s)
         except OSError as error:
             raise TargetError(f"{out}: cannot write the engine ({error})") from error
@@ -99,7 +97,7 @@ class TensorRT(Target):
         gpu = compute_capability()
         if not gpu_present():
             return f"a {self.name} engine runs on a GPU, and this machine has none"
-        known = _known_gpus(self.name)
+        known = _known_gpus(type(self))
         if gpu is None or not known or gpu in known or _number(gpu) > max(map(_number, known)):
             return None
         return f"{self.name} runs on no GPU of compute capability {gpu}, which this machine has"
@@ -149,12 +147,7 @@ class TensorRT(Target):
         return folder / f"{self.name}-{self._version()}-{compute_capability()}.cache"
 
     def _info(
-        self,
-        built: dict[str, Any],
-        names: Sequence[str],
-        prepared: Prepared,
-        options: EngineOptions,
-        whole: gs.Graph,
+        self, built: dict[str, Any], names: Sequence[str], prepared: Prepared, options: EngineOptions
     ) -> EngineInfo:
         engines = [{"file": name} | engine for name, engine in zip(names, built.pop("engines"), strict=True)]
         return EngineInfo(
@@ -165,8 +158,8 @@ class TensorRT(Target):
             weight_streaming=options.weight_streaming,
             refit=options.refit,
             lowered=prepared.lowered,
-            inputs=tuple(tensor.name for tensor in whole.inputs),
-            outputs=tuple(tensor.name for tensor in whole.outputs),
+            inputs=prepared.inputs,
+            outputs=prepared.outputs,
             engines=engines,
         )
 
@@ -231,27 +224,20 @@ def _number(gpu: str) -> tuple[int, ...]:
     return tuple(int(part) for part in gpu.split("."))
 
 
-def _is_for(info: EngineInfo, gpu: str | None) -> bool:
-    """Whether engines were built for this GPU among others: portable ones may be meant for another machine."""
-    return not info.compute_capabilities or gpu in info.compute_capabilities
-
-
 @lru_cache
-def _known_gpus(name: str) -> tuple[str, ...]:
+def _known_gpus(kind: type[TensorRT]) -> tuple[str, ...]:
     """Compute capabilities that the library builds for, by itself; none where it takes the GPU that is here."""
-    target = TensorRTRTX() if name == TensorRTRTX.name else TensorRT()
-    return tuple(target._child({"models": [], "build": None}, _PARSE_S)["gpus"])
+    return tuple(kind()._child({"models": [], "build": None}, _PARSE_S)["gpus"])
 
 
 @lru_cache
-def _probe(name: str) -> Capability:
-    target = TensorRTRTX() if name == TensorRTRTX.name else TensorRT()
+def _probe(kind: type[TensorRT]) -> Capability:
     widths = (2, 4, 8)
     tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         paths = [Path(folder) / f"{position}.onnx" for position in range(len(tried))]
         for model, path in zip(tried, paths, strict=True):
             onnx.save(model, path)
-        *blockwise, half, integers = (not refused for refused in target.parse(paths))
+        *blockwise, half, integers = (not refused for refused in kind().parse(paths))
     taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
     return Capability(weight_bits=taken, float16=half, integer_products=integers)
