@@ -9,6 +9,7 @@ import numpy as np
 
 from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.builds.manifest import Manifest, TensorInfo
+from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
 from trimtab.compiler.strict import suggest
 from trimtab.compiler.targets import Runner, get_target
@@ -60,16 +61,20 @@ class Engine:
             self._tokenizer = load_tokenizer(self._build.tokenizer, self.manifest.max_tokens)
         return self._tokenizer
 
-    def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
+    def tokenize(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest.
 
         Args:
+            texts: strings; or pairs of strings, where the model reads two texts together. Of a pair, the longer one is
+                cut first.
             max_tokens: texts are cut there; by default at the longest that the workload declares.
 
         Raises:
             ModelError: the build has no tokenizer, or the engine takes other inputs than texts give.
+            InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
         """
-        feeds = self.tokenizer.encode(texts, max_tokens or self.manifest.workload["tokens"][-1])
+        limit = self.manifest.workload["tokens"][-1] if max_tokens is None else max_tokens
+        feeds = self.tokenizer.encode(texts, limit)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
         if missing:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.compiler.data.encoding import Encoder, FastEncoder, SlowEncoder
+from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
 from trimtab.passes.errors import ModelError
-
-_Rows = list[tuple[list[int], list[int]]]  # of each text: token ids, token type ids
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's own tokenizer.
+    """A model's own tokenizer. Any number of threads may share it.
 
     Attributes:
         pad_id: token that fills short rows up; the attention mask is 0 there.
@@ -28,34 +28,47 @@ class Tokenizer:
     pad_id: int
     max_tokens: int | None
     end_ids: frozenset[int]
-    _tokenize: Callable[[Sequence[str], int | None], _Rows]
-    _decode: Callable[[Sequence[int]], str]
+    _encoder: Encoder
 
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> dict[str, np.ndarray]:
+    def encode(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
+
+        Args:
+            texts: strings, or pairs of strings; of a pair, the longer text is cut first.
+            max_tokens: the most tokens of a row, special tokens included.
 
         Returns:
             input_ids, attention_mask and token_type_ids, each [len(texts), longest], int64. A model may use only some.
+
+        Raises:
+            InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
         """
-        limits = [limit for limit in (max_tokens, self.max_tokens) if limit]
-        rows = self._tokenize(texts, min(limits, default=None))
-        shape = (len(rows), max((len(ids) for ids, _ in rows), default=0))
+        checked = checked_texts(texts)
+        limits = [limit for limit in (max_tokens, self.max_tokens) if limit is not None]
+        special = self._encoder.special_tokens(any(isinstance(text, tuple) for text in checked))
+        rows = self._encoder.encode(checked, min((checked_limit(limit, special) for limit in limits), default=None))
+        shape = (len(rows), max((len(row.ids) for row in rows), default=0))
         ids, mask, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for i, (row, row_types) in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)], types[i, : len(row)] = row, 1, row_types
+        for i, row in enumerate(rows):
+            width = len(row.ids)
+            ids[i, :width], mask[i, :width], types[i, :width] = row.ids, 1, row.types
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts to go on from: none is cut, and none ends with a token that ends texts."""
-        found = [list(ids) for ids, _ in self._tokenize(texts, None)]
-        for ids in found:
+        """Token ids of texts to go on from: none is cut, and none ends with a token that ends texts.
+
+        Raises:
+            InputError: `texts` is no list of strings.
+        """
+        prompts = [list(row.ids) for row in self._encoder.encode(checked_prompts(texts), None)]
+        for ids in prompts:
             while ids and ids[-1] in self.end_ids:
                 ids.pop()
-        return found
+        return prompts
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        return self._decode(ids)
+        return self._encoder.decode(ids)
 
 
 def load_tokenizer(folder: Path | str, max_tokens: int | None = None) -> Tokenizer:
@@ -84,20 +97,10 @@ def _load_json(folder: Path, max_tokens: int | None) -> Tokenizer:
         raise ModelError(
             f"{path}: not a tokenizer ({error})", hint="save the model with its tokenizer again"
         ) from error
-    inner.no_padding()
-
-    def tokenize(texts: Sequence[str], limit: int | None) -> _Rows:
-        if limit is None:
-            inner.no_truncation()
-        else:
-            inner.enable_truncation(limit)
-        return [(encoding.ids, encoding.type_ids) for encoding in inner.encode_batch(list(texts))]
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(inner.decode(list(ids), skip_special_tokens=True))
-
+    settings = _settings(folder / "tokenizer_config.json")
+    side = settings.get("truncation_side", (inner.truncation or {}).get("direction"))
     pad, ends = _pad_id(folder, inner.token_to_id), _end_ids(folder, inner.token_to_id)
-    return Tokenizer(pad, max_tokens, ends, tokenize, decode)
+    return Tokenizer(pad, max_tokens, ends, FastEncoder(inner, from_left=side == "left"))
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
@@ -147,12 +150,9 @@ def _load_with_transformers(folder: Path, max_tokens: int | None) -> Tokenizer:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder}: no tokenizer that transformers can read ({reason})", hint=hint) from error
 
-    def tokenize(texts: Sequence[str], limit: int | None) -> _Rows:
-        found = inner(list(texts), truncation=limit is not None, max_length=limit, return_token_type_ids=True)
-        return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(inner.decode(list(ids), skip_special_tokens=True))
-
+    backend = getattr(inner, "backend_tokenizer", None)
+    encoder = (
+        FastEncoder(backend, from_left=inner.truncation_side == "left") if backend is not None else SlowEncoder(inner)
+    )
     pad = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
-    return Tokenizer(pad or 0, max_tokens, _end_ids(folder, inner.get_vocab().get), tokenize, decode)
+    return Tokenizer(pad or 0, max_tokens, _end_ids(folder, inner.get_vocab().get), encoder)

@@ -12,16 +12,16 @@ from pathlib import Path
 
 _SERVED = "trimtab.compiler.packaging.triton.served"
 _COMMON = (f"{_SERVED}.common", "trimtab.passes.errors")
-_TOKENIZER = "trimtab.compiler.data.tokenizer"
+_TOKENIZER = ("trimtab.compiler.data.tokenizer", "trimtab.compiler.data.encoding", "trimtab.compiler.data.texts")
 _SESSION = f"{_SERVED}.session"
 
 CARRIED = {
     "engine": (*_COMMON, _SESSION),
-    "front": (*_COMMON, _SESSION, _TOKENIZER),
+    "front": (*_COMMON, _SESSION, *_TOKENIZER),
     "generate": (
         *_COMMON,
         _SESSION,
-        _TOKENIZER,
+        *_TOKENIZER,
         "trimtab.compiler.generation.generator",
         "trimtab.compiler.generation.sampling",
         "trimtab.compiler.generation.text",
