@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from trimtab.compiler.builds.build import Build, open_build
-from trimtab.compiler.builds.manifest import Manifest, TensorInfo
+from trimtab.compiler.builds.manifest import Manifest
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
-from trimtab.compiler.strict import suggest
+from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.targets import Runner, get_target
-from trimtab.passes.errors import InputError, ModelError
+from trimtab.passes.errors import ModelError
 
 
 class Engine:
@@ -43,9 +43,11 @@ class Engine:
             output name → array.
 
         Raises:
-            InputError: an input is missing, unknown, or of another type or shape; says which and what is wanted.
+            InputError: an input is missing, unknown, or of another type or shape; an index lies outside its table; a
+                mask is none of 0 and 1, or has padding where attention takes it for tokens. Says which, and what is
+                wanted.
         """
-        _check(self.inputs, inputs)
+        check_inputs(self.inputs, inputs, self.manifest.packed)
         return self.runner.run(inputs)
 
     @property
@@ -104,42 +106,3 @@ def load(folder: Path | str, *, threads: int | None = None, verify: bool = True)
     build = open_build(folder, verify=verify)
     target = get_target(build.manifest.target)
     return Engine(build, target.open(build.path, threads=threads or build.manifest.recipe["threads"]))
-
-
-def _check(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray]) -> None:
-    names = [tensor.name for tensor in wanted]
-    for name in given:
-        if name not in names:
-            raise InputError(f"unknown input {name!r}", hint=suggest(name, names, "the engine takes"))
-    sizes: dict[str, tuple[int, str]] = {}
-    for tensor in wanted:
-        if tensor.name not in given:
-            raise InputError(f"input {tensor.name!r} is missing", hint=f"the engine takes: {', '.join(names)}")
-        _check_one(tensor, given[tensor.name], sizes)
-
-
-def _check_one(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[int, str]]) -> None:
-    """Check one input; `sizes` remembers the size of each named dimension, and which input set it."""
-    if not isinstance(array, np.ndarray):
-        raise InputError(
-            f"input {tensor.name!r} is a {type(array).__name__}, not a numpy array",
-            hint=f"give np.asarray(..., dtype=np.{tensor.dtype})",
-        )
-    if str(array.dtype) != tensor.dtype:
-        raise InputError(
-            f"input {tensor.name!r} is {array.dtype}, the engine takes {tensor.dtype}",
-            hint=f"convert it with .astype(np.{tensor.dtype})",
-        )
-    if tensor.shape is None:
-        return
-    shown = "[" + ", ".join("?" if size is None else str(size) for size in tensor.shape) + "]"
-    fits = array.ndim == len(tensor.shape) and all(
-        size == have for size, have in zip(tensor.shape, array.shape, strict=True) if isinstance(size, int)
-    )
-    if not fits:
-        raise InputError(f"input {tensor.name!r} has the shape {list(array.shape)}, the engine takes {shown}")
-    for name, have in zip(tensor.shape, array.shape, strict=True):
-        if isinstance(name, str):
-            size, other = sizes.setdefault(name, (have, tensor.name))
-            if size != have:
-                raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {have}")

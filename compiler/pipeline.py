@@ -29,6 +29,7 @@ from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.errors import DataError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
+from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class _Compile:
                 models, divided = self._write(graph, profile)
                 results += divided
         inputs, outputs = ([TensorInfo.of(tensor) for tensor in side] for side in (graph.inputs, graph.outputs))
+        packed = [mask for tensor in graph.inputs if (mask := packed_mask(tensor))]
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
         del graph, anatomy, made
@@ -164,6 +166,7 @@ class _Compile:
             max_tokens=self.source.max_tokens,
             inputs=tuple(inputs),
             outputs=tuple(outputs),
+            packed=tuple(packed),
             target=self.recipe.target,
             shards=self.recipe.shards,
             capability=_plain(self.capability),

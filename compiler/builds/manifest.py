@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.compiler.checks.measure import OutputError
 from trimtab.passes.contract import PassResult
 from trimtab.passes.errors import BuildError
+from trimtab.passes.graph.ranges import Packed, index_bounds
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -37,16 +38,22 @@ class FileInfo(_Model):
 
 
 class TensorInfo(_Model):
-    """One input or output of the engine. A dynamic dimension has a name, or None where the model gives it none."""
+    """One input or output of the engine.
+
+    Attributes:
+        shape: a dynamic dimension has a name, or None where the model gives it none.
+        bounds: the least and the most value of an input that indexes a table.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str | None, ...] | None
+    bounds: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, tensor: gs.Tensor) -> TensorInfo:
         shape = None if tensor.shape is None else tuple(tensor.shape)
-        return cls(name=tensor.name, dtype=str(np.dtype(tensor.dtype)), shape=shape)
+        return cls(name=tensor.name, dtype=str(np.dtype(tensor.dtype)), shape=shape, bounds=index_bounds(tensor))
 
 
 class LeftPlace(_Model):
@@ -106,6 +113,7 @@ class Manifest(_Model):
         fingerprint: of the dense model's weights.
         family, labels, max_tokens: of the model.
         inputs, outputs: of the engine.
+        packed: masks that attention takes as counts of tokens.
         target, capability: what it was built for, and what that could do.
         shards: processes among which it is divided.
         recipe: with every default filled in.
@@ -132,6 +140,7 @@ class Manifest(_Model):
     max_tokens: int | None = None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    packed: tuple[Packed, ...] = ()
     target: str
     shards: int = 1
     capability: dict[str, Any]

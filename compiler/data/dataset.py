@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data.textfile import Example, Label, read_texts
 from trimtab.compiler.data.tokenizer import load_tokenizer
-from trimtab.passes.errors import DataError, ModelError
+from trimtab.compiler.inputs import check_values
+from trimtab.passes.errors import DataError, InputError, ModelError
 from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.ranges import packed_mask
 
 if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
@@ -237,4 +240,9 @@ def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.nd
                 f"{dataset.path}: array {tensor.name!r} has shape {array.shape}, the model wants {list(tensor.shape)}"
             )
         arrays[tensor.name] = array.astype(tensor.dtype, copy=False)
+    packed = [mask for tensor in inputs if (mask := packed_mask(tensor))]
+    try:
+        check_values([TensorInfo.of(tensor) for tensor in inputs], arrays, packed)
+    except InputError as error:
+        raise DataError(f"{dataset.path}: {error.message}", hint=error.hint) from error
     return arrays

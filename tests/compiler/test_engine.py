@@ -64,14 +64,14 @@ def test_inputs_it_does_not_take(engine: Engine, inputs: dict[str, Any], said: s
 
 def test_inputs_that_disagree() -> None:
     from trimtab.compiler.builds.manifest import TensorInfo
-    from trimtab.compiler.engine import _check
+    from trimtab.compiler.inputs import check_inputs
 
     wanted = [TensorInfo(name=name, dtype="float32", shape=("batch", 4)) for name in "ab"]
-    _check(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((2, 4), np.float32)})
+    check_inputs(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((2, 4), np.float32)})
     with pytest.raises(InputError, match="'a' and 'b' disagree on batch: 2 and 3"):
-        _check(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 4), np.float32)})
+        check_inputs(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 4), np.float32)})
     with pytest.raises(InputError, match=r"takes \[batch, 4\]"):
-        _check(wanted, {"a": np.zeros((2, 5), np.float32), "b": np.zeros((2, 4), np.float32)})
+        check_inputs(wanted, {"a": np.zeros((2, 5), np.float32), "b": np.zeros((2, 4), np.float32)})
 
 
 def test_texts_need_a_tokenizer(engine: Engine) -> None:

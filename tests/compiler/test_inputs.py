@@ -1,0 +1,159 @@
+"""Inputs that a runtime would take and answer wrongly are refused by name, in calls and in data files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+import zoo
+
+from trimtab.compiler import compile_model, load
+from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.engine import Engine
+from trimtab.compiler.sources import open_source
+from trimtab.passes.errors import DataError, InputError
+
+DECODING = {"passes": [], "workload": {"batch": [1, 2, 4], "tokens": [1, 8, 16], "past": [0, 8, 16]}}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("inputs")
+    return load(compile_model(tiny.model(folder / "model.onnx"), {"passes": []}, folder / "build").path)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def decoder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Engine]:
+    folder = tmp_path_factory.mktemp("decoder")
+    build = compile_model(zoo.exported(request.param, "cached"), DECODING, folder / "build")
+    return request.param, load(build.path)
+
+
+def _feeds(engine: Engine, ids: np.ndarray, mask: np.ndarray, past: dict[str, np.ndarray] | None = None) -> Any:
+    shapes = {t.name: t.shape or () for t in engine.inputs if t.name.startswith("past")}
+    empty = {name: np.zeros((len(ids), *(n if isinstance(n, int) else 0 for n in shape[1:])), np.float32)
+             for name, shape in shapes.items()}  # fmt: skip
+    return {"input_ids": ids, "attention_mask": mask} | (past or empty)
+
+
+@pytest.mark.parametrize("wrong", [-1, -tiny.ROWS, tiny.ROWS, 1 << 40, -(1 << 40)])
+def test_ids_outside_the_table(engine: Engine, wrong: int) -> None:
+    ids = tiny.ids(3, 9)
+    ids[0, 1], ids[2, 4] = tiny.ROWS - 1, 0
+    engine.run({"input_ids": ids})
+    ids[1, 5] = wrong
+    with pytest.raises(InputError, match=rf"'input_ids' holds {wrong} at \[1, 5\], the engine takes 0 to 49"):
+        engine.run({"input_ids": ids})
+
+
+def test_arrays_that_lie_apart(engine: Engine) -> None:
+    ids = tiny.ids(3, 18)
+    wanted = engine.run({"input_ids": ids[:, ::2].copy()})["last_hidden_state"]
+    np.testing.assert_array_equal(engine.run({"input_ids": ids[:, ::2]})["last_hidden_state"], wanted)
+    turned = np.asfortranarray(ids[:, ::2])
+    np.testing.assert_array_equal(engine.run({"input_ids": turned})["last_hidden_state"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (np.int64(3), "is a int64, not a numpy array|is a .*not a numpy array"),
+        (np.array(3), r"shape \[\]"),
+        (np.zeros((1, 4), bool), "is bool"),
+        (np.zeros((1, 4), ">i8"), "convert it"),
+        (np.zeros((1, 4), object), "is object"),
+        ([[1, 2]], "is a list"),
+        (None, "NoneType|None"),
+    ],
+)
+def test_what_is_no_array_of_ids(engine: Engine, wrong: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        engine.run({"input_ids": wrong})
+
+
+def test_ids_in_a_data_file(tmp_path: Path) -> None:
+    source, ids = open_source(tiny.model(tmp_path / "model.onnx")), tiny.ids(20, 6)
+    ids[13, 2] = -1
+    np.savez(tmp_path / "data.npz", input_ids=ids)
+    with pytest.raises(DataError, match=r"data\.npz: input 'input_ids' holds -1 at \[13, 2\]"):
+        list(batches(read_data(tmp_path / "data.npz"), source))
+
+
+@pytest.mark.parametrize("value", [2, -1])
+def test_a_mask_of_other_numbers(decoder: tuple[str, Engine], value: int) -> None:
+    ids, mask = np.full((2, 4), 5), np.ones((2, 4), np.int64)
+    mask[1, 2] = value
+    with pytest.raises(InputError, match=rf"'attention_mask' holds {value} at \[1, 2\]; give 1 for tokens and 0"):
+        decoder[1].run(_feeds(decoder[1], ids, mask))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([0, 1, 1, 1], r"padding on the left in row 1.*pad on the right"),
+        ([0, 0, 0, 1], "padding on the left"),
+        ([1, 0, 1, 1], "padding between tokens in row 1"),
+        ([1, 0, 1, 0], "padding between tokens"),
+        ([0, 0, 0, 0], "no token in row 1"),
+    ],
+)
+def test_padding_that_attention_takes_for_tokens(decoder: tuple[str, Engine], row: list[int], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        decoder[1].run(_feeds(decoder[1], np.full((2, 4), 5), np.array([[1, 1, 1, 1], row])))
+
+
+def test_steps_of_a_decoder(decoder: tuple[str, Engine]) -> None:
+    """Prompts of different lengths and steps behind them are taken, whatever lies in the past; and are right."""
+    family, engine = decoder
+    rng, lengths = np.random.default_rng(), (2, 5)
+    rows = rng.integers(3, 100, (2, 7))
+    with torch.no_grad():
+        wanted = zoo.tiny_model(family)(input_ids=torch.from_numpy(rows)).logits.numpy()
+    mask = (np.arange(5) < np.array(lengths)[:, None]).astype(np.int64)
+    outputs = engine.run(_feeds(engine, rows[:, :5] * mask, mask))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(outputs["logits"][row, :length], wanted[row, :length], atol=2e-4, rtol=2e-4)
+    for step in range(2):
+        past = {f"past_key_values.{n[8:]}": outputs[n] for n in outputs if n.startswith("present.")}
+        token = np.array([[rows[row, length + step]] for row, length in enumerate(lengths)])
+        short = _feeds(engine, token, np.ones((2, 1), np.int64), past)
+        with pytest.raises(InputError, match=f"'attention_mask' has 1 columns, for {5 + step} tokens of the past and"):
+            engine.run(short)
+        with pytest.raises(InputError, match="no token in row 1"):
+            engine.run(_feeds(engine, token, np.concatenate([mask, np.array([[1], [0]])], 1), past))
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], 1)  # has a hole in the past of row 0
+        outputs = engine.run(_feeds(engine, token, mask, past))
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(outputs["logits"][row, 0], wanted[row, length + step], atol=2e-4, rtol=2e-4)
+
+
+def test_padding_behind_a_past(decoder: tuple[str, Engine]) -> None:
+    engine = decoder[1]
+    outputs = engine.run(_feeds(engine, np.full((1, 3), 5), np.ones((1, 3), np.int64)))
+    past = {f"past_key_values.{n[8:]}": outputs[n] for n in outputs if n.startswith("present.")}
+    with pytest.raises(InputError, match="padding in row 0 behind 3 tokens of the past"):
+        engine.run(_feeds(engine, np.full((1, 4), 5), np.array([[1, 1, 1, 1, 1, 1, 0]]), past))
+
+
+def test_plain_attention_takes_any_mask(tmp_path: Path) -> None:
+    """A foreign decoder whose graph works with any mask is not held to padding on the right."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (int64[batch, tokens] input_ids, int64[batch, tokens] attention_mask) => (float[batch, tokens] logits)
+    {
+      bias = Cast <to = 1> (attention_mask)
+      word = Cast <to = 1> (input_ids)
+      logits = Mul (word, bias)
+    }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    engine = load(compile_model(tmp_path / "model.onnx", {"passes": []}, tmp_path / "build").path)
+    feeds = {"input_ids": np.array([[7, 8, 9]]), "attention_mask": np.array([[0, 1, 0]])}
+    assert engine.run(feeds)["logits"].tolist() == [[0, 8, 0]]
+    with pytest.raises(InputError, match="holds 3"):
+        engine.run(feeds | {"attention_mask": np.array([[0, 1, 3]])})
