@@ -13,8 +13,9 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.builds.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build, hash_file
+from trimtab.compiler.builds.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build
 from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
+from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
@@ -23,11 +24,12 @@ from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
+from trimtab.compiler.sources.source import ModelHashes
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
-from trimtab.passes.errors import DataError, TargetError
+from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.profile import Profile
@@ -94,10 +96,11 @@ def compile_model(
             source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
             if given is not None:
                 given.check(source.fingerprint)
-            key = _key(source, recipe, capability, dataset, given)
+            hashes = source.hashes
+            key = _key(source, hashes, recipe, capability, dataset, given)
         if not force and (found := find_build(writer.out, key)):
             return found
-        return _Compile(writer, source, recipe, capability, key, phases, force).run(dataset, given)
+        return _Compile(writer, source, hashes, recipe, capability, key, phases, force).run(dataset, given)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class _Compile:
 
     writer: BuildWriter
     source: Source
+    hashes: ModelHashes
     recipe: Recipe
     capability: Capability
     key: str
@@ -154,13 +158,15 @@ class _Compile:
                 )
         with phases("check the engine"):
             check = self_check(self.source, sizes.dense_bytes, folder, self.recipe)
+        if self.source.hashes != self.hashes:
+            raise ModelError(f"{self.source.origin}: its files changed while it was compiled", hint="compile it again")
         manifest = Manifest(
             key=self.key,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             origin=_origin(self.source),
             source=str(self.source.onnx.resolve()),
-            graph=hash_file(self.source.onnx),
-            fingerprint=self.source.fingerprint,
+            graph=self.hashes.graph,
+            fingerprint=self.hashes.weights,
             family=family,
             labels=self.source.labels,
             max_tokens=self.source.max_tokens,
@@ -238,17 +244,22 @@ def _origin(source: Source) -> str:
 
 
 def _key(
-    source: Source, recipe: Recipe, capability: Capability, dataset: Dataset | None, profile: Profile | None
+    source: Source,
+    hashes: ModelHashes,
+    recipe: Recipe,
+    capability: Capability,
+    dataset: Dataset | None,
+    profile: Profile | None,
 ) -> str:
     """A hash of all that decides what a build contains.
 
-    The fingerprint covers the weights in external files, of which only samples are read; the ONNX file is hashed whole.
+    The ONNX file is hashed whole, and the fingerprint covers every byte of weights in external files.
     """
     parts = {
         "format": FORMAT,
         "versions": package_versions(),
-        "graph": hash_file(source.onnx),
-        "weights": source.fingerprint,
+        "graph": hashes.graph,
+        "weights": hashes.weights,
         "labels": source.labels,
         "max_tokens": source.max_tokens,
         "tokenizer": _tokenizer_digest(source),
@@ -262,7 +273,7 @@ def _key(
 
 def _tokenizer_digest(source: Source) -> dict[str, str]:
     folder = source.tokenizer
-    return {name: hash_file(folder / name) for name in _TOKENIZER_FILES if folder and (folder / name).is_file()}
+    return {name: file_hash(folder / name) for name in _TOKENIZER_FILES if folder and (folder / name).is_file()}
 
 
 def _plain(capability: Capability) -> dict[str, Any]:

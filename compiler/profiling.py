@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from trimtab.compiler.builds.build import hash_file
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry
 from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.data import Dataset
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import Source
-from trimtab.passes.errors import ProfileError
+from trimtab.passes.errors import BuildError, ProfileError
+from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -36,26 +36,20 @@ def measured_profile(
     Args:
         again: measure in any case.
     """
-    parts = [source.fingerprint, hash_file(source.onnx), dataset.sha256, options.model_dump(), package_versions()]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    path = cache_dir() / "profiles" / f"{key}.safetensors"
-    if path.is_file() and not again:
-        try:
-            found = Profile.load(path)
-            found.check(source.fingerprint)
-            return found
-        except ProfileError as error:
-            log.warning("%s; measuring anew", error)
-    profile = calibrate(source, dataset, **options.model_dump(), progress=progress)
-    part = path.with_name(f"{key}.{os.getpid()}.safetensors")  # of this process: two may measure the same at a time
+    parts = [*source.hashes, dataset.sha256, options.model_dump(), package_versions()]
+    measured: list[Profile] = []
+
+    def make(part: Path) -> None:
+        measured.append(calibrate(source, dataset, **options.model_dump(), progress=progress))
+        measured[0].save(part)
+
     try:
-        path.parent.mkdir(exist_ok=True)
-        profile.save(part)
-        part.replace(path)
-    except (ProfileError, OSError) as error:
-        part.unlink(missing_ok=True)
+        path = entry("profiles", f"{hash_bytes(json.dumps(parts, sort_keys=True))}.safetensors", make, again=again)
+    except (BuildError, ProfileError) as error:
+        if not measured:
+            raise
         log.warning("the profile cannot be kept in the cache: %s", error)
-    return profile
+    return measured[0] if measured else Profile.load(path)
 
 
 def profile_digest(profile: Profile) -> str:

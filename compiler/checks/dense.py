@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
+import logging
 from pathlib import Path
 
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.builds.manifest import Manifest
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import cache_dir, entry, is_sound
 from trimtab.compiler.sources import Source, open_source
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import save_graph
+from trimtab.passes.hashing import hash_bytes
+
+log = logging.getLogger(__name__)
 
 _HINT = "give the dense ONNX file with --dense FILE, or compile the model again"
 
@@ -25,29 +27,39 @@ def dense_model(build: Build) -> Path:
         ModelError: both are gone, or are another model by now.
     """
     manifest = build.manifest
-    parts = (manifest.fingerprint, manifest.graph, manifest.versions["trimtab"])
-    folder = cache_dir() / "dense" / hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    path = folder / "model.onnx"
-    if not path.is_file():
+
+    def make(part: Path) -> None:
         source = _source(manifest)
-        if source.fingerprint != manifest.fingerprint:
-            raise ModelError(f"{manifest.origin}: its weights are no longer those that were compiled", hint=_HINT)
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-            save_graph(source.graph(), Path(part) / path.name)
-            folder.mkdir(exist_ok=True)
-            for file in sorted(Path(part).iterdir(), reverse=True):  # the data first, then the graph that needs them
-                file.replace(folder / file.name)
-    return path
+        part.mkdir()
+        save_graph(source.graph(), part / "model.onnx")
+
+    key = hash_bytes(manifest.fingerprint, manifest.graph, manifest.versions["trimtab"])
+    return entry("dense", key, make) / "model.onnx"
 
 
 def _source(manifest: Manifest) -> Source:
-    if Path(manifest.source).is_file():
-        return Source(
-            origin=manifest.origin, onnx=Path(manifest.source), tokenizer=None, labels=manifest.labels,
+    """The model that was compiled.
+
+    Raises:
+        ModelError: it is gone, or another one by now.
+    """
+    onnx = Path(manifest.source)
+    cached = onnx.is_relative_to(cache_dir())
+    if onnx.is_file() and (not cached or is_sound(onnx)):
+        source = Source(
+            origin=manifest.origin, onnx=onnx, tokenizer=None, labels=manifest.labels,
             max_tokens=manifest.max_tokens, kind="onnx",
         )  # fmt: skip
-    try:
-        return open_source(manifest.origin)
-    except ModelError as error:
-        raise ModelError(f"the dense model of this build is gone: {error.message}", hint=_HINT) from error
+    else:
+        if onnx.is_file():
+            log.warning("cache: %s is damaged; the model is read again from %s", onnx, manifest.origin)
+        try:
+            source = open_source(manifest.origin)
+        except ModelError as error:
+            raise ModelError(f"the dense model of this build is gone: {error.message}", hint=_HINT) from error
+    hashes = source.hashes
+    if hashes.weights != manifest.fingerprint:
+        raise ModelError(f"{manifest.origin}: its weights are no longer those that were compiled", hint=_HINT)
+    if hashes.graph != manifest.graph:
+        raise ModelError(f"{manifest.origin}: its graph is no longer the one that was compiled", hint=_HINT)
+    return source

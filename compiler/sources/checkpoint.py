@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trimtab.compiler.builds.build import hash_file
+from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.sources.folder import read_json
 from trimtab.compiler.sources.sentence import PoolingConfig, sentence_parts
 from trimtab.passes.errors import ModelError
+from trimtab.passes.hashing import hash_bytes
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-_FULL_HASH = 1 << 30  # bytes of a weight file up to which all of it is hashed (about a second)
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,9 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what is exported. A weight file over 1 GiB counts by its size and time of change."""
-        digest = hashlib.sha256(json.dumps([self.config, self.pooling], sort_keys=True).encode())
-        for path in self.weights:
-            stat = path.stat()
-            large = stat.st_size > _FULL_HASH
-            content = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else hash_file(path)
-            digest.update(f"{path.name} {content}\n".encode())
-        return digest.hexdigest()
+        """A hash of all that decides what is exported: configuration, and every byte of the weights."""
+        hashes = [f"{path.name} {file_hash(path)}" for path in self.weights]
+        return hash_bytes(json.dumps([self.config, self.pooling], sort_keys=True), *hashes)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.compiler.builds.build import hash_file
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry, part
 from trimtab.compiler.sources.source import Source
 from trimtab.passes.errors import ModelError
+from trimtab.passes.hashing import hash_bytes, hash_file
 
 if TYPE_CHECKING:
     import torch
@@ -45,19 +42,13 @@ def from_torch(
         raise ModelError(
             f"reading a torch module needs {error.name}", hint='pip install "trimtab[huggingface]"'
         ) from error
-    root = cache_dir() / "sources"
-    root.mkdir(exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="torch-", suffix=".part", dir=root))
-    try:
+    with part("sources") as exported:
+        exported.mkdir()
         export_module(
-            module, args, part / "model.onnx", kwargs=kwargs, dynamic_shapes=dynamic_shapes,
+            module, args, exported / "model.onnx", kwargs=kwargs, dynamic_shapes=dynamic_shapes,
             input_names=input_names, output_names=output_names,
         )  # fmt: skip
-        # Named by content: a module that is given again lands where it was, and the cache does not grow.
-        digests = [hash_file(path) for path in sorted(part.iterdir())]
-        folder = root / ("torch-" + "-".join(digest[:16] for digest in digests))
-        if not folder.exists():
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        # Named by content: a module that is given again gets the same entry, and the cache does not grow.
+        digest = hash_bytes(*(f"{path.name} {hash_file(path)}" for path in sorted(exported.iterdir())))
+        folder = entry("sources", f"torch-{digest[:32]}", exported.rename)
     return Source(name or type(module).__name__, folder / "model.onnx", None, None, None, "torch")

@@ -8,16 +8,13 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.passes.errors import BuildError, ModelError
+from trimtab.passes.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +35,13 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
                 f"{checkpoint.folder}: reading a Hugging Face model needs {package}",
                 hint='pip install "trimtab[huggingface]"',
             )
-    folder = cache_dir() / "sources" / _key(checkpoint)
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "model.onnx").is_file():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            try:
-                part.mkdir()
-                log.info("%s: exporting %s with torch", checkpoint.folder, checkpoint.architecture)
-                _export(checkpoint, part, allow_pickle)
-                part.rename(folder)
-            except OSError as error:
-                hint = "make room there, or set TRIMTAB_CACHE to another folder"
-                raise BuildError(f"cache folder {folder.parent}: cannot be written ({error})", hint=hint) from error
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return folder / "model.onnx"
+
+    def make(part: Path) -> None:
+        part.mkdir()
+        log.info("%s: exporting %s with torch", checkpoint.folder, checkpoint.architecture)
+        _export(checkpoint, part, allow_pickle)
+
+    return entry("sources", _key(checkpoint), make) / "model.onnx"
 
 
 def _key(checkpoint: Checkpoint) -> str:

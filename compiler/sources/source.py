@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.caching.remembered import file_hash, remembered
 from trimtab.passes.contract import PassContext
-from trimtab.passes.graph.io import load_graph, model_fingerprint
+from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
+
+_FINGERPRINT = "fingerprint 2"
+"""Names the algorithm of `model_fingerprint`: what an older one computed is not taken for it."""
+
+
+class ModelHashes(NamedTuple):
+    """What tells a model from another.
+
+    Attributes:
+        graph: blake3 of the ONNX file, without its external data.
+        weights: `model_fingerprint`, of every byte of the weights.
+    """
+
+    graph: str
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,22 @@ class Source:
         Canonicalize().run(graph, PassContext())
         return graph
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """`model_fingerprint` of the ONNX file: what a Profile of this model carries."""
-        return model_fingerprint(load_graph(self.onnx))
+        return weights_hash(self.onnx)
+
+    @property
+    def hashes(self) -> ModelHashes:
+        """Of the files as they are now."""
+        return ModelHashes(file_hash(self.onnx), self.fingerprint)
+
+
+def weights_hash(onnx: Path) -> str:
+    """`model_fingerprint` of an ONNX file. Files that have not changed since the last time are not read again."""
+
+    def read() -> tuple[list[Path], Callable[[], str]]:
+        graph = load_graph(onnx)
+        return external_files(graph), lambda: model_fingerprint(graph)
+
+    return remembered(_FINGERPRINT, onnx, read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -16,12 +15,13 @@ from typing import cast
 import numpy as np
 import onnxruntime as ort
 
-from trimtab.compiler.builds.build import hash_file
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry
+from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
 from trimtab.passes.crossover import Crossover, SparseShape
 from trimtab.passes.ffn_topk.rows import RowForm
+from trimtab.passes.hashing import hash_bytes
 from trimtab.plugins.library import instruction_set, library_path, register
 
 log = logging.getLogger(__name__)
@@ -41,20 +41,18 @@ def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
     Args:
         options: makes the options of each session, threads among them.
     """
-    path = cache_dir() / "crossovers" / f"{_key(shape, options().intra_op_num_threads)}.json"
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Crossover(**found | {"together": tuple((n, time) for n, time in found["together"])})
-        except (ValueError, TypeError, KeyError) as error:
-            log.warning("%s: damaged (%s); measuring anew", path, error)
-    crossover = measure(shape, options)
-    log.info("%s: %s", shape, crossover)
-    path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
-        json.dump(asdict(crossover), part)
-    Path(part.name).replace(path)
-    return crossover
+    measured: list[Crossover] = []
+
+    def make(part: Path) -> None:
+        measured.append(measure(shape, options))
+        log.info("%s: %s", shape, measured[0])
+        part.write_text(json.dumps(asdict(measured[0])), encoding="utf-8")
+
+    path = entry("crossovers", f"{_key(shape, options().intra_op_num_threads)}.json", make)
+    if measured:
+        return measured[0]
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return Crossover(**kept | {"together": tuple((tokens, time) for tokens, time in kept["together"])})
 
 
 def measure(shape: SparseShape, options: Options) -> Crossover:
@@ -105,9 +103,9 @@ def _turns(session: ort.InferenceSession, feeds: list[dict[str, np.ndarray]]) ->
 
 def _key(shape: SparseShape, threads: int) -> str:
     library = library_path()
-    kernels = [instruction_set(), hash_file(library) if library else None]
+    kernels = [instruction_set(), file_hash(library) if library else None]
     parts = [asdict(shape), threads, ort.__version__, *kernels, _processor()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_bytes(json.dumps(parts, sort_keys=True))[:32]
 
 
 def _processor() -> str:

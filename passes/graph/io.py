@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.order import topological
-from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, stored_bytes
+from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
+from trimtab.passes.hashing import hash_bytes
 
 G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, go to where our answers go
 _INLINE = (
@@ -124,6 +125,8 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
         for constant in constants:
             if isinstance(constant._values, ExternalValues):
                 constant._values = LazyValues(constant._values.inline())
+            elif isinstance(constant._values, np.ndarray) and is_packed(constant._values):  # graphsurgeon fails on them
+                constant._values = LazyValues(numpy_helper.from_array(constant._values, constant.name))
         model = gs.export_onnx(graph)
     finally:
         for constant, values in zip(constants, held, strict=True):
@@ -134,15 +137,12 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
 
 
 def model_fingerprint(graph: gs.Graph) -> str:
-    """A hash of all weights, whatever their order and names: a renamed graph has the same, another model another."""
-    prints = sorted(
-        fingerprint(t) for t in graph.tensors().values() if isinstance(t, gs.Constant) and _count(t.shape) >= 64
-    )
-    return hashlib.sha256("".join(prints).encode()).hexdigest()
+    """A hash of every byte of all constants, whatever their order and names: a renamed graph has the same."""
+    constants = {id(constant): constant for constant in _constants(graph)}
+    return hash_bytes(*sorted(fingerprint(constant) for constant in constants.values()))
 
 
-def _count(shape: object) -> int:
-    count = 1
-    for dim in shape or ():  # type: ignore[attr-defined]
-        count *= int(dim)
-    return count
+def external_files(graph: gs.Graph) -> list[Path]:
+    """The data files that constants of `graph` are stored in."""
+    held = [constant._values for constant in _constants(graph)]
+    return sorted({values.path for values in held if isinstance(values, ExternalValues)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -15,10 +14,10 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
+from trimtab.passes.hashing import hash_bytes, hash_data, hash_file
 
-_CHUNK = 1 << 24  # bytes copied or hashed at a time
+_CHUNK = 1 << 24  # bytes copied at a time
 _ALIGN = 4096  # of each tensor in a data file, so that a runtime may map it
-_SAMPLE = 1 << 16  # bytes of each end of a large tensor that go into a fingerprint
 _PACKED_BITS: dict[int, int] = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
 }  # fmt: skip
@@ -77,6 +76,13 @@ class ExternalValues(LazyValues):
         """The bytes as they lie in the file, mapped: [bytes], uint8."""
         return np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,)) if self.bytes else np.zeros(0, np.uint8)
 
+    def hash(self) -> str:
+        """blake3 of the raw bytes, without mapping them: mapped bytes would count as memory of the process."""
+        try:
+            return hash_file(self.path, self.offset, self.bytes)
+        except (OSError, EOFError) as error:
+            raise ModelError(f"weight {self.tensor.name!r}: {self.path} cannot be read ({error})") from error
+
     def inline(self) -> TensorProto:
         """The same tensor with its values inside."""
         tensor = self.tensor
@@ -106,7 +112,7 @@ def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
     elif isinstance(held, LazyValues):
         file.write(_raw(held.tensor))
     else:
-        file.write(np.ascontiguousarray(held).reshape(-1).view(np.uint8).data)
+        file.write(_stored(held))
     file.flush()
     reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
     known = isinstance(held, LazyValues)
@@ -120,6 +126,18 @@ def _raw(tensor: TensorProto) -> bytes:
     if tensor.HasField("raw_data"):
         return tensor.raw_data
     return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+
+
+def is_packed(array: np.ndarray) -> bool:
+    """Whether the values of `array`, of ml_dtypes' types of fewer than eight bits, share bytes in a file."""
+    return onnx.helper.np_dtype_to_tensor_dtype(array.dtype) in _PACKED_BITS
+
+
+def _stored(array: np.ndarray) -> memoryview:
+    """The bytes that the values of `array` take in a file."""
+    if is_packed(array):
+        return memoryview(numpy_helper.from_array(array).raw_data)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def contained(base: Path, location: str, name: str) -> Path:
@@ -148,28 +166,31 @@ def values(constant: gs.Constant) -> np.ndarray:
 def stored_bytes(constant: gs.Constant) -> int:
     """Bytes that the values of `constant` take in the file, without reading them."""
     held = constant._values
-    return byte_size(held.tensor) if isinstance(held, LazyValues) else int(held.nbytes)
+    if isinstance(held, LazyValues):
+        return byte_size(held.tensor)
+    return len(_stored(held)) if is_packed(held) else int(held.nbytes)
 
 
 def fingerprint(constant: gs.Constant) -> str:
-    """A hash of shape, type and values; of a large tensor, the two ends and 64 samples between stand for the rest.
+    """A hash of type, shape and every byte of the values, however they are stored; read in pieces from external data.
 
-    Hashing all of a 13 GB model would read all of it. An accidental mix-up of two models changes every tensor, so
-    samples find it.
+    Raises:
+        ModelError: the external data cannot be read.
     """
     held = constant._values
     if isinstance(held, ExternalValues):
-        dtype, data, size = held.tensor.data_type, held.raw(), held.bytes
+        dtype, digest = held.tensor.data_type, held.hash()
+    elif isinstance(held, LazyValues) and isinstance(held.tensor, TensorProto):
+        dtype, digest = held.tensor.data_type, _hash(held.tensor)
     else:
-        array = np.ascontiguousarray(values(constant))
+        array = values(constant)
         dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        data, size = array.reshape(-1).view(np.uint8), array.nbytes
-    digest = hashlib.sha256(f"{dtype}{list(constant.shape)}".encode())
-    if size <= 4 * _SAMPLE:
-        digest.update(data.tobytes())
-    else:
-        digest.update(data[:_SAMPLE].tobytes())
-        digest.update(data[-_SAMPLE:].tobytes())
-        for start in np.linspace(_SAMPLE, size - _SAMPLE - 64, 64, dtype=np.int64):
-            digest.update(data[start : start + 64].tobytes())
-    return digest.hexdigest()
+        strings = dtype == TensorProto.STRING
+        digest = _hash(numpy_helper.from_array(array)) if strings else hash_data(_stored(array))
+    return hash_bytes(f"{dtype}{list(constant.shape)}", digest)
+
+
+def _hash(tensor: TensorProto) -> str:
+    if tensor.data_type == TensorProto.STRING:
+        return hash_bytes(*tensor.string_data)
+    return hash_data(_raw(tensor))

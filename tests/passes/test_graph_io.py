@@ -6,6 +6,7 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -14,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph import constant, fingerprint, is_external, load_graph, save_graph, values
+from trimtab.passes.graph import constant, is_external, load_graph, save_graph, values
 from trimtab.passes.graph.io import model_fingerprint
 
 WIDTH = 96
@@ -273,13 +274,62 @@ def test_fingerprint_knows_weights_and_not_names(tmp_path: Path) -> None:
     assert model_fingerprint(chain(dtype=np.float64)) != same
 
 
-def test_fingerprint_of_a_large_weight_sees_its_ends_and_between() -> None:
-    array = np.random.default_rng(0).random(1 << 18, np.float32)  # 1 MB
-    first = fingerprint(constant("w", array))
-    assert fingerprint(constant("other name", array.copy())) == first
-    for place in (0, len(array) - 1):
+TYPES = {
+    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8, "int64": np.int64,
+    "bool": np.bool_, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 64, 300_001])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_fingerprint_covers_every_value(tmp_path: Path, dtype: str, count: int) -> None:
+    """The first, the last and any between, in memory, in the ONNX file and in external data: all three agree."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    array = rng.integers(0, 2, count).astype(TYPES[dtype])
+    seen = set()
+    for place in (None, 0, count // 2, int(rng.integers(count)), count - 1):
         changed = array.copy()
-        changed[place] += 1
-        assert fingerprint(constant("w", changed)) != first
-    assert fingerprint(constant("w", array * np.float32(1.01))) != first
-    assert fingerprint(constant("w", array.reshape(512, 512))) != first
+        if place is not None:
+            changed[place] = 1 - changed[place].astype(np.int64)
+        graph = one_weight(changed)
+        first = model_fingerprint(graph)
+        for external in (True, False):
+            save_graph(graph, tmp_path / "w.onnx", external=external)
+            assert model_fingerprint(load_graph(tmp_path / "w.onnx")) == first
+        seen.add((None if place is None else place, first))
+    assert len({first for _, first in seen}) == len({place for place, _ in seen})
+    assert model_fingerprint(one_weight(array.reshape(1, -1))) != model_fingerprint(one_weight(array))
+
+
+def one_weight(array: np.ndarray) -> gs.Graph:
+    weight = constant("w", array)
+    y = gs.Variable("y", array.dtype, array.shape)
+    return gs.Graph([gs.Node("Identity", inputs=[weight], outputs=[y])], [], [y], opset=21)
+
+
+def test_fingerprint_sees_strings_typed_fields_and_subgraphs(tmp_path: Path) -> None:
+    def model(text: str, value: float, inner: float) -> str:
+        parsed = onnx.parser.parse_model(
+            '<ir_version: 8, opset_import: ["": 17]> g (bool c) => (float[2] y, string[2] t) '
+            f'<string[2] s = {{"same", "{text}"}}, float[2] w = {{1, {value}}}> {{'
+            "t = Identity(s) y = If(c) <then_branch = a () => (float[2] b) { b = Identity(w) }, "
+            f"else_branch = d () => (float[2] e) <float[2] v = {{{inner}, 2}}> {{ e = Identity(v) }}> }}"
+        )
+        onnx.save(parsed, tmp_path / "m.onnx")
+        return model_fingerprint(load_graph(tmp_path / "m.onnx"))
+
+    prints = [model("a", 0.5, 3), model("b", 0.5, 3), model("a", 0.25, 3), model("a", 0.5, 4)]
+    assert len(set(prints)) == 4
+    assert model("a", 0.5, 3) == prints[0]
+
+
+def test_fingerprint_counts_what_is_tied_once_and_what_is_equal_twice() -> None:
+    one, other = constant("a", np.arange(99)), constant("b", np.arange(99))
+
+    def model(*weights: gs.Constant) -> str:
+        y = gs.Variable("y", np.int64, [99])
+        return model_fingerprint(gs.Graph([gs.Node("Sum", inputs=list(weights), outputs=[y])], [], [y], opset=21))
+
+    assert model(one, one) == model(one) != model(one, other)

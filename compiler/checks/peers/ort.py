@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from pathlib import Path
 
 import onnxruntime
 
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry
+from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.feeds import Run
+from trimtab.compiler.sources.source import weights_hash
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.passes.dynamic_int8 import quantize_file
-from trimtab.passes.graph import load_graph
-from trimtab.passes.graph.io import model_fingerprint
+from trimtab.passes.hashing import hash_bytes
 
 
 def dense_fp32(dense: Path, threads: int) -> Run:
@@ -29,16 +28,11 @@ def dense_int8(dense: Path, threads: int) -> Run:
 
 def quantized(dense: Path) -> Path:
     """The dense model through onnxruntime.quantization.quantize_dynamic; made once per model, kept in the cache."""
-    key = hashlib.sha256(dense.read_bytes())
-    key.update(model_fingerprint(load_graph(dense)).encode())
     saturates = get_target("onnxruntime").probe().saturates
-    key.update(f"{onnxruntime.__version__} {saturates}".encode())
-    path = cache_dir() / "dense-int8" / key.hexdigest() / "model.onnx"
-    if not path.is_file():
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-            quantize_file(dense, Path(folder) / "model.onnx", reduce_range=saturates)
-            path.parent.mkdir(exist_ok=True)
-            for part in sorted(Path(folder).iterdir(), reverse=True):  # the data first, then the model that needs it
-                part.replace(path.parent / part.name)
-    return path
+
+    def make(part: Path) -> None:
+        part.mkdir()
+        quantize_file(dense, part / "model.onnx", reduce_range=saturates)
+
+    key = hash_bytes(file_hash(dense), weights_hash(dense), onnxruntime.__version__, str(saturates))
+    return entry("dense-int8", key, make) / "model.onnx"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
+import json
 from pathlib import Path
 
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import entry
+from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.feeds import Run
+from trimtab.compiler.sources.source import weights_hash
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE
 from trimtab.compiler.workload import Workload
-from trimtab.passes.graph import load_graph
-from trimtab.passes.graph.io import model_fingerprint
+from trimtab.passes.hashing import hash_bytes
 
 
 def dense_engine(target: str, dense: Path, workload: Workload, threads: int) -> Run:
@@ -23,13 +23,12 @@ def dense_engine(target: str, dense: Path, workload: Workload, threads: int) -> 
         TargetError: the target is not available, or does not take the model.
     """
     runtime = get_target(target)
-    key = hashlib.sha256(dense.read_bytes())
-    for part in (model_fingerprint(load_graph(dense)), target, workload.model_dump_json(), str(package_versions())):
-        key.update(part.encode())
-    folder = cache_dir() / "dense-engines" / key.hexdigest()
-    if not folder.is_dir():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-            runtime.build(dense, workload, Path(made) / "build" / ENGINE)
-            (Path(made) / "build").rename(folder)
+    parts = (target, workload.model_dump_json(), json.dumps(package_versions(), sort_keys=True))
+    key = hash_bytes(file_hash(dense), weights_hash(dense), *parts)
+
+    def make(part: Path) -> None:
+        part.mkdir()
+        runtime.build(dense, workload, part / ENGINE)
+
+    folder = entry("dense-engines", key, make)
     return runtime.open(folder, threads=threads).run

@@ -1,0 +1,32 @@
+"""Small JSON files that carry their own hash: what was damaged reads as if it were not there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trimtab.passes.hashing import hash_bytes
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """Write `content` whole or not at all, under a line with the hash of the text."""
+    text = json.dumps(content, sort_keys=True, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
+        try:
+            part.write(f"{hash_bytes(text)}\n{text}")
+            part.close()
+            Path(part.name).replace(path)
+        finally:
+            Path(part.name).unlink(missing_ok=True)
+
+
+def read_sealed(path: Path) -> Any:
+    """The content; None where the file is missing, damaged or not readable."""
+    try:
+        seal, _, text = path.read_text(encoding="utf-8").partition("\n")
+        return json.loads(text) if seal == hash_bytes(text) else None
+    except (OSError, ValueError):
+        return None
