@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.builds.build import Build, read_build
+from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import Manifest
+from trimtab.compiler.data.held_tokenizer import HeldTokenizer
 from trimtab.compiler.data.texts import Text
-from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
+from trimtab.compiler.data.tokenizer import Tokenizer
 from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.targets import Runner, get_target
 from trimtab.passes.errors import ModelError
@@ -19,19 +21,25 @@ from trimtab.passes.errors import ModelError
 class Engine:
     """A loaded build.
 
+    Every method may be called from many threads at once. Calls of an engine in one process run side by side where its
+    runtime can do that; those of a build in shards, and of TensorRT, wait for each other. It reads nothing from the
+    build's directory any more, which may be replaced or removed.
+
     Attributes:
+        path: where the build was loaded from.
         manifest: what the build says of itself.
         inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
         runner: what runs it; generation takes it step by step.
     """
 
     def __init__(self, build: Build, runner: Runner) -> None:
+        self.path = build.path
         self.manifest: Manifest = build.manifest
         self.inputs = build.manifest.inputs
         self.outputs = build.manifest.outputs
-        self._build = build
         self.runner = runner
-        self._tokenizer: Tokenizer | None = None
+        files = {path.name: path.read_bytes() for path in build.files_in(TOKENIZER)}
+        self._tokenizer = HeldTokenizer(build.path / TOKENIZER, files, self.manifest.max_tokens) if files else None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once.
@@ -58,10 +66,8 @@ class Engine:
             ModelError: the build has none.
         """
         if self._tokenizer is None:
-            if self._build.tokenizer is None:
-                raise ModelError(f"{self._build.path}: has no tokenizer", hint="make the inputs yourself and call run")
-            self._tokenizer = load_tokenizer(self._build.tokenizer, self.manifest.max_tokens)
-        return self._tokenizer
+            raise ModelError(f"{self.path}: has no tokenizer", hint="make the inputs yourself and call run")
+        return self._tokenizer.get()
 
     def tokenize(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest.
@@ -80,7 +86,7 @@ class Engine:
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
         if missing:
-            raise ModelError(f"{self._build.path}: texts do not give the input {missing[0]!r}")
+            raise ModelError(f"{self.path}: texts do not give the input {missing[0]!r}")
         return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
 
     def close(self) -> None:
@@ -88,21 +94,37 @@ class Engine:
         self.runner.close()
 
     def __repr__(self) -> str:
-        return f"Engine({str(self._build.path)!r}, target={self.manifest.target!r})"
+        return f"Engine({str(self.path)!r}, target={self.manifest.target!r})"
 
 
-def load(folder: Path | str, *, threads: int | None = None, verify: bool = True) -> Engine:
-    """Load a build.
+def load(
+    folder: Path | str, *, threads: int | None = None, verify: bool = True, trusted_hash: str | None = None
+) -> Engine:
+    """Load a build. If another process replaces it meanwhile, the new one is loaded, never parts of both.
 
     Args:
         threads: CPU threads of one run, in each process; by default what the recipe says, else the runtime's own
             choice, which for a build in shards is its share of the cores.
         verify: hash every file first.
+        trusted_hash: sha256 of the manifest, as `trimtab compile` prints it: any other build is refused. Every file is
+            hashed in any case.
 
     Raises:
-        BuildError: not a build, or damaged; names the damaged file.
+        BuildError: not a build, damaged, or not the trusted one; names the damaged file.
         TargetError: its runtime or hardware is missing here.
     """
-    build = open_build(folder, verify=verify)
-    target = get_target(build.manifest.target)
-    return Engine(build, target.open(build.path, threads=threads or build.manifest.recipe["threads"]))
+    return read_build(
+        folder, lambda build: _engine(build, threads), verify=verify, trusted_hash=trusted_hash, discard=Engine.close
+    )
+
+
+def _engine(build: Build, threads: int | None) -> Engine:
+    manifest = build.manifest
+    runner = get_target(manifest.target).open(
+        build.path, threads=threads or manifest.recipe["threads"], shards=manifest.shards, manifest_hash=build.hash
+    )
+    try:
+        return Engine(build, runner)
+    except BaseException:
+        runner.close()
+        raise

@@ -13,8 +13,10 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.builds.build import PROFILE, RECIPE, TOKENIZER, Build, BuildWriter, find_build
+from trimtab.compiler.builds.build import Build, find_build
+from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
+from trimtab.compiler.builds.writer import BuildWriter
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
@@ -36,6 +38,8 @@ from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
 
+PROFILE = Path("profile.safetensors")
+RECIPE = Path("recipe.yaml")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
     "generation_config.json",

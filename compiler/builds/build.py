@@ -1,34 +1,37 @@
-"""The build directory: written whole or not at all, by one process at a time, and verified when it is opened."""
+"""A build directory, opened: verified, and read as one even while another process puts a new build in its place.
+
+A build is never changed in place: a compile writes another directory and switches the two. So whoever holds the
+directory, reads, and then finds it under the same name, has read one build.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
-from filelock import FileLock, Timeout
-
-from trimtab.compiler.builds.manifest import NAME, FileInfo, Manifest, is_build, read_manifest, write_text
-from trimtab.compiler.builds.report import render
+from trimtab.compiler.builds.contents import TOKENIZER, check_listing, check_references
+from trimtab.compiler.builds.manifest import NAME, FileInfo, Manifest, is_build, read_manifest
+from trimtab.compiler.builds.measured import Measured, read_measured
 from trimtab.compiler.targets.base import MODEL
 from trimtab.passes.errors import BuildError
 
 log = logging.getLogger(__name__)
 
-PROFILE = Path("profile.safetensors")
-RECIPE = Path("recipe.yaml")
-REPORT = Path("report.md")
-TOKENIZER = Path("tokenizer")
-_CHUNK = 1 << 24  # bytes hashed at a time
-_UPDATE_WAIT_S = 30.0  # for another process that updates the same manifest
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_CHUNK = 1 << 20  # bytes hashed at a time, which fit a core's cache
+_ATTEMPTS = 10  # to read a build that others replace meanwhile
+_ABSENT_S = 5.0  # that a build may be absent where a switch takes two renames
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Build:
     Attributes:
         path: the directory.
         manifest: what it says of itself.
+        hash: sha256 of the manifest, which has the hashes of all files: it stands for the whole build.
         reused: True where a compile found it up to date and did nothing.
     """
 
     path: Path
     manifest: Manifest
+    hash: str
     reused: bool = False
 
     @property
@@ -53,30 +58,106 @@ class Build:
     @property
     def tokenizer(self) -> Path | None:
         """Folder with tokenizer.json, or None where the model has none."""
-        folder = self.path / TOKENIZER
-        return folder if folder.is_dir() else None
+        return self.path / TOKENIZER if self.files_in(TOKENIZER) else None
+
+    @property
+    def measured(self) -> Measured:
+        """What `trimtab validate` and `trimtab bench` have recorded."""
+        return read_measured(self.path, self.hash)
+
+    def files_in(self, folder: Path) -> list[Path]:
+        """Paths of the files that the manifest lists directly in `folder` of the build."""
+        return [self.path / name for name in self.manifest.files if Path(name).parent == folder]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """That the directory holds this build while the body reads from it.
+
+        Raises:
+            BuildError: another process has replaced it; whatever the body ran into then comes of that.
+        """
+        with unchanged(self.path, self.hash):
+            yield
 
 
-def open_build(folder: Path | str, *, verify: bool = True) -> Build:
+def open_build(folder: Path | str, *, verify: bool = True, trusted_hash: str | None = None) -> Build:
     """Open a build directory.
 
     Args:
         verify: hash every file, and not only look whether it is there.
+        trusted_hash: sha256 that the manifest has to have; every file is then hashed in any case.
 
     Raises:
-        BuildError: not a build, of another format, or damaged; names the damaged file.
+        BuildError: not a build, of another format, damaged, or not the trusted one; names the damaged file.
+    """
+    return read_build(folder, lambda build: build, verify=verify, trusted_hash=trusted_hash)
+
+
+def read_build(
+    folder: Path | str,
+    read: Callable[[Build], T],
+    *,
+    verify: bool = True,
+    trusted_hash: str | None = None,
+    discard: Callable[[T], None] | None = None,
+) -> T:
+    """What `read` makes of the build in `folder`, from which it may open files; all of them are of one build.
+
+    Where another process replaces the build meanwhile, it is opened and read again.
+
+    Args:
+        verify, trusted_hash: as `open_build` takes them.
+        discard: takes what was read in vain.
+
+    Raises:
+        BuildError: as `open_build`; or it was replaced again and again.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BuildError(f"{folder}: no such build directory", hint="make one with `trimtab compile`")
-    manifest = read_manifest(folder)
-    for name, info in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BuildError(f"{path}: missing from the build", hint="compile it again")
-        if path.stat().st_size != info.bytes or (verify and hash_file(path) != info.sha256):
-            raise BuildError(f"{path}: damaged: it is not the file that was compiled", hint="compile it again")
-    return Build(folder, manifest)
+    for _ in range(_ATTEMPTS):
+        with _hold(folder) as is_there:
+            try:
+                build, marks = _open(folder, verify, trusted_hash)
+                result = read(build)
+                _check_marks(folder, marks)
+            except Exception:
+                if is_there():
+                    raise
+                continue
+            if is_there():
+                return result
+        if discard is not None:
+            discard(result)
+    raise BuildError(
+        f"{folder}: other processes replaced the build {_ATTEMPTS} times while it was loaded", hint="load it again"
+    )
+
+
+@contextmanager
+def unchanged(folder: Path, manifest_hash: str) -> Iterator[None]:
+    """That `folder` holds the build of that manifest while the body reads from it; see `Build.unchanged`."""
+    replaced = BuildError(f"{folder}: another process has replaced the build that was loaded", hint="load it again")
+    with _hold(folder) as is_there:
+        if read_manifest(folder)[1] != manifest_hash:
+            raise replaced
+        try:
+            yield
+        except Exception as error:
+            if is_there():
+                raise
+            raise replaced from error
+        if not is_there():
+            raise replaced
+
+
+def of_one_build(function: Callable[Concatenate[Build, P], T]) -> Callable[Concatenate[Build, P], T]:
+    """Decorator of functions that read from a build: it is unchanged while they run."""
+
+    @wraps(function)
+    def run(build: Build, *args: P.args, **kwargs: P.kwargs) -> T:
+        with build.unchanged():
+            return function(build, *args, **kwargs)
+
+    return run
 
 
 def find_build(folder: Path, key: str) -> Build | None:
@@ -84,7 +165,7 @@ def find_build(folder: Path, key: str) -> Build | None:
     if not is_build(folder):
         return None
     try:
-        if read_manifest(folder).key != key:
+        if read_manifest(folder)[0].key != key:
             return None
         return replace(open_build(folder), reused=True)
     except BuildError as error:
@@ -92,187 +173,127 @@ def find_build(folder: Path, key: str) -> Build | None:
         return None
 
 
-def update_manifest(
-    build: Build, *, quality: dict[str, Any] | None = None, speed: dict[str, Any] | None = None
-) -> Build:
-    """Record what was measured of `build`, in its manifest and its report. What is None stays as it was.
-
-    Raises:
-        BuildError: the build is gone, is being replaced, or cannot be written.
-    """
-    writer = BuildWriter(build.path)
-    with writer.writing(), _lock(writer.out, timeout=_UPDATE_WAIT_S):
-        changes = {key: value for key, value in (("quality", quality), ("speed", speed)) if value is not None}
-        manifest = read_manifest(build.path).model_copy(update=changes)
-        write_text(build.path / REPORT, render(manifest))
-        files = manifest.files | {REPORT.as_posix(): _info(build.path / REPORT)}
-        manifest = manifest.model_copy(update={"files": files})
-        write_text(build.path / NAME, manifest.model_dump_json(indent=2))
-    return Build(build.path, manifest)
-
-
-class BuildWriter:
-    """Context manager: a folder to write a build into, which takes the place of `out` on `commit`.
-
-    It lies hidden beside `out`, on the same file system. Leaving without a commit, by an error or Ctrl-C, removes it
-    and leaves `out` as it was; what a killed process left is removed by the next one.
-
-    Raises:
-        BuildError: `out` is something else than a build, is being written by another process, or cannot be written.
-    """
-
-    def __init__(self, out: Path | str) -> None:
-        self.out = _absolute(out)
-        self.folder = _sibling(self.out, "part")
-        self._stack = ExitStack()
-
-    def __enter__(self) -> BuildWriter:
-        with self._stack, self.writing():
-            _check_replaceable(self.out)
-            self._stack.enter_context(_parents(self.out))
-            with tempfile.TemporaryDirectory(prefix=".trimtab-", dir=self.out.parent):
-                pass  # can be written; where it cannot, filelock may report a lock that is held
-            self._stack.enter_context(_lock(self.out))
-            _recover(self.out)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            self._stack = self._stack.pop_all()  # nothing failed: what was entered stays so until __exit__
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn failures of the file system in the body, which writes the build, into one clear error."""
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "free some space, or choose another disk" if full else "choose a directory that you may write to"
-            raise BuildError(f"{self.out}: cannot write the build ({error.strerror or error})", hint=hint) from error
-
-    def commit(self, manifest: Manifest) -> Build:
-        """Hash the files, add manifest and report, and put the whole in its place."""
-        with self.writing():
-            write_text(self.folder / REPORT, render(manifest))
-            manifest = manifest.model_copy(update={"files": _describe(self.folder)})
-            write_text(self.folder / NAME, manifest.model_dump_json(indent=2))
-            _sync(self.folder)
-            _check_replaceable(self.out)  # again: much time has passed
-            _swap(self.folder, self.out)
-        return Build(self.out, manifest)
-
-
-def _check_replaceable(out: Path) -> None:
-    """Refuse to write a build over anything but a build or an empty directory."""
-    hint = "choose another directory, or remove this one yourself"
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out}: exists and is not a directory", hint=hint)
-    if out.is_dir() and any(out.iterdir()) and not is_build(out):
-        raise BuildError(f"{out}: exists and is not a build, so it is left alone", hint=hint)
-
-
-def _describe(folder: Path) -> dict[str, FileInfo]:
-    """Hash and size of every file below `folder`."""
-    return {path.relative_to(folder).as_posix(): _info(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _info(path: Path) -> FileInfo:
-    return FileInfo(sha256=hash_file(path), bytes=path.stat().st_size)
-
-
-def hash_file(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """sha256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    with open(path, "rb", buffering=0) as file:
+        return _hash(file.readinto)
+
+
+def _hash(readinto: Callable[[memoryview], int | None]) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    while count := readinto(buffer):
+        digest.update(buffer[:count])
     return digest.hexdigest()
 
 
-def _absolute(out: Path | str) -> Path:
-    """`out` with links resolved, so that two ways to name one directory share its lock."""
-    out = Path(out).expanduser().resolve()
-    if out.parent == out:
-        raise BuildError(f"{out}: is the root of the file system", hint="give a directory of its own with -o")
-    return out
+def absolute(folder: Path | str) -> Path:
+    """`folder` with links resolved, so that two ways to name one directory share its lock."""
+    folder = Path(folder).expanduser().resolve()
+    if folder.parent == folder:
+        raise BuildError(f"{folder}: is the root of the file system", hint="give a directory of its own with -o")
+    return folder
 
 
-def _sibling(out: Path, what: str) -> Path:
+def sibling(out: Path, what: str) -> Path:
+    """The hidden path beside `out` that writers use for `what`."""
     return out.with_name(f".{out.name}.trimtab-{what}")
 
 
-@contextmanager
-def _lock(out: Path, *, timeout: float = 0) -> Iterator[None]:
-    """Hold the right to write `out`.
+_Mark = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file: what tells it from another that took its place."""
 
-    The lock file is removed while it is held. Whoever opened it before then sees that it has no name any more and
-    does not count it as a lock: filelock checks that.
-    """
-    path = _sibling(out, "lock")
-    lock = FileLock(path, timeout=timeout)
-    try:
-        lock.acquire()
-    except Timeout as error:
+
+def _open(folder: Path, verify: bool, trusted_hash: str | None) -> tuple[Build, dict[str, _Mark]]:
+    manifest, digest = read_manifest(folder)
+    if trusted_hash is not None and digest != trusted_hash.strip().lower():
         raise BuildError(
-            f"{out}: another process is writing this build", hint="wait for it to end, or choose another directory"
-        ) from error
+            f"{folder / NAME}: its sha256 is {digest}, and {trusted_hash} is trusted",
+            hint="this is another build than the one you trust, or it was compiled again since",
+        )
+    check_listing(folder, manifest)
+    verify = verify or trusted_hash is not None
+    marks = {name: _check_file(folder / name, info, verify) for name, info in manifest.files.items()}
+    check_references(folder, manifest)
+    return Build(folder, manifest, digest), marks
+
+
+def _check_file(path: Path, info: FileInfo, verify: bool) -> _Mark:
+    """That the file at `path` is the one that `info` describes."""
+    if not path.is_file():
+        raise BuildError(f"{path}: missing from the build", hint="compile it again")
     try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size != info.bytes or (verify and _hash(file.readinto) != info.sha256):
+                raise BuildError(f"{path}: damaged: it is not the file that was compiled", hint="compile it again")
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be read ({error.strerror})") from error
+    return _mark(status)
+
+
+def _mark(status: os.stat_result) -> _Mark:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_marks(folder: Path, marks: dict[str, _Mark]) -> None:
+    """That the files are still those that were verified."""
+    for name, mark in marks.items():
+        try:
+            same = _mark(os.stat(folder / name)) == mark
+        except OSError:
+            same = False
+        if not same:
+            raise BuildError(f"{folder / name}: changed while the build was loaded", hint="load it again")
 
 
 @contextmanager
-def _parents(out: Path) -> Iterator[None]:
-    """Make the folders above `out`, and remove them again if nothing came of it."""
-    missing = [folder for folder in out.parents if not folder.exists()]
+def _hold(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the directory open, so that no other can get its inode.
+
+    Yields:
+        tells whether `folder` still names it.
+    """
+    handle = _open_directory(folder)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        if not out.exists():
-            for folder in missing:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+        held = os.fstat(handle)
 
+        def is_there() -> bool:
+            try:
+                now = os.stat(folder)
+            except OSError:
+                return False
+            return (now.st_dev, now.st_ino) == (held.st_dev, held.st_ino)
 
-def _recover(out: Path) -> None:
-    """Undo what a process that was killed between the two renames of `_swap` left."""
-    old = _sibling(out, "old")
-    if old.exists() and not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _swap(staging: Path, out: Path) -> None:
-    old = _sibling(out, "old")
-    try:
-        if out.exists():
-            out.rename(old)
-        staging.rename(out)
-        _sync_folder(out.parent)
-    finally:
-        _recover(out)
-
-
-def _sync(folder: Path) -> None:
-    """Bring every file below `folder` to the disk, so that a renamed build is never an empty one after a power cut."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
+        yield is_there
     finally:
         os.close(handle)
+
+
+def _open_directory(folder: Path) -> int:
+    """A handle of the directory; waits for it while a writer that needs two renames is between them."""
+    deadline = time.monotonic() + _ABSENT_S
+    while (handle := _handle(folder)) is None:
+        if not _is_being_replaced(folder):
+            raise BuildError(f"{folder}: no such build directory", hint="make one with `trimtab compile`")
+        if time.monotonic() > deadline:
+            raise BuildError(
+                f"{folder}: absent, because the compile that was to replace it was ended", hint="compile it again"
+            )
+        time.sleep(_POLL_S)
+    return handle
+
+
+def _handle(folder: Path) -> int | None:
+    """A handle of the directory, or None where there is none."""
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BuildError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _is_being_replaced(folder: Path) -> bool:
+    """Whether `folder`, absent a moment ago, is there by now, or the build that had its name lies beside it."""
+    path = folder.resolve()
+    return bool(path.name) and (sibling(path, "old").is_dir() or path.is_dir())

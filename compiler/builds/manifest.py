@@ -20,7 +20,10 @@ from trimtab.passes.errors import BuildError
 from trimtab.passes.graph.ranges import Packed, index_bounds
 
 NAME = "manifest.json"
-FORMAT = 1
+HASH = "manifest.sha256"
+"""The file beside the manifest with its hash, as `sha256sum --check` reads it."""
+
+FORMAT = 2
 _PACKAGES = (
     "trimtab", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "tensorrt-rtx", "tensorrt", "torch",
 )  # fmt: skip
@@ -120,11 +123,10 @@ class Manifest(_Model):
         data, profile: hashes of the calibration data and of the Profile.
         versions: of the packages involved.
         passes: what each pass did, in order.
-        files: every file but this one, by its path in the build.
+        files: every file that is read when the build is used, by its path in the build; this one left out.
         seconds: how long each phase took.
         peak_memory_bytes: most resident memory of the compiling process since its start, or None where unknown.
         check: of the engine, before it was let out.
-        quality, speed: filled in by `trimtab validate` and `trimtab bench`.
     """
 
     tool: Literal["trimtab"] = "trimtab"
@@ -154,14 +156,13 @@ class Manifest(_Model):
     seconds: dict[str, float]
     peak_memory_bytes: int | None = None
     check: SelfCheck
-    quality: dict[str, Any] = {}
-    speed: dict[str, Any] = {}
 
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
         for name in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != name:
                 raise ValueError(f"file {name!r} lies outside the build")
         return files
 
@@ -180,28 +181,48 @@ def is_build(folder: Path) -> bool:
     return True
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the build in `folder`.
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of the build in `folder`, and its sha256, which the file beside it confirms.
 
     Raises:
         BuildError: no build there, of another format, or damaged.
     """
     path = folder / NAME
-    if not path.is_file():
-        raise BuildError(f"{folder}: not a build: it has no {NAME}", hint="make one with `trimtab compile`")
+    again = "compile it again"
     try:
         text = path.read_bytes()
-        found = _Format.model_validate_json(text).format
-        if found != FORMAT:
-            raise BuildError(
-                f"{folder}: a build of format {found}, and this trimtab reads {FORMAT}", hint="compile it again"
-            )
-        return Manifest.model_validate_json(text)
+        form = _Format.model_validate_json(text).format
+        if form != FORMAT:
+            raise BuildError(f"{folder}: a build of format {form}, and this trimtab reads {FORMAT}", hint=again)
+        digest = hashlib.sha256(text).hexdigest()
+        if (folder / HASH).read_text(encoding="utf-8") != hash_line(digest):
+            raise BuildError(f"{path}: damaged: its sha256 is not that of {HASH}", hint=again)
+        return Manifest.model_validate_json(text), digest
+    except FileNotFoundError as error:
+        if path.is_file():
+            raise BuildError(f"{folder / HASH}: missing from the build", hint=again) from error
+        raise BuildError(f"{folder}: not a build: it has no {NAME}", hint="make one with `trimtab compile`") from error
     except ValidationError as error:
         said = error.errors()[0]["msg"]
-        raise BuildError(f"{path}: damaged, or not of trimtab ({said})", hint="compile it again") from error
+        raise BuildError(f"{path}: damaged, or not of trimtab ({said})", hint=again) from error
+    except UnicodeDecodeError as error:
+        raise BuildError(f"{folder / HASH}: damaged", hint=again) from error
     except OSError as error:
-        raise BuildError(f"{path}: cannot be read ({error.strerror})") from error
+        raise BuildError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> str:
+    """Write `manifest` and the file with its hash into `folder`; returns the hash."""
+    text = manifest.model_dump_json(indent=2)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(folder / NAME, text)
+    write_text(folder / HASH, hash_line(digest))
+    return digest
+
+
+def hash_line(digest: str) -> str:
+    """What the file `HASH` holds."""
+    return f"{digest}  {NAME}\n"
 
 
 class _Format(BaseModel):

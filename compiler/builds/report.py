@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.compiler.builds.manifest import Manifest, PassReport
+from trimtab.compiler.builds.measured import Measured
 
 
-def render(manifest: Manifest) -> str:
+def render(manifest: Manifest, measured: Measured) -> str:
     """The report of a build: sizes, what each pass changed and left, the check, and what was measured since."""
     parts = [
         f"# {manifest.origin}, compiled for {manifest.target}",
@@ -17,8 +18,8 @@ def render(manifest: Manifest) -> str:
         _sizes(manifest),
         *(_pass(report) for report in manifest.passes),
         _check(manifest),
-        _measured("Quality", manifest.quality, "trimtab validate"),
-        _measured("Speed", manifest.speed, "trimtab bench"),
+        _measured("Quality", measured.quality, "trimtab validate"),
+        _measured("Speed", measured.speed, "trimtab bench"),
         "## Time\n\n" + table(("phase", "seconds"), [(k, f"{v:.2f}") for k, v in manifest.seconds.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -14,8 +14,9 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import gmean
 
-from trimtab.compiler.builds.build import Build, update_manifest
+from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.manifest import package_versions
+from trimtab.compiler.builds.writer import record
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.checks.peers import DENSE, INT8, open_peer
 from trimtab.compiler.checks.peers.same_target import dense_engine
@@ -83,6 +84,7 @@ class Bench(_Result):
     like_for_like: str
 
 
+@of_one_build
 def bench(
     build: Build,
     *,
@@ -93,7 +95,7 @@ def bench(
     dense: Path | None = None,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time the engine of `build` and its peers, and record the result in the manifest.
+    """Time the engine of `build` and its peers, and record the result beside it.
 
     Args:
         peers: beside the dense model on the engine's own target, and dynamic int8 where that is ONNX Runtime.
@@ -103,7 +105,8 @@ def bench(
         dense: the dense ONNX file; by default the one that the build was compiled from.
 
     Raises:
-        TrimtabError: the build is damaged, its target or dense model is missing, or a peer cannot run.
+        TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, or a peer
+            cannot run.
     """
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
@@ -128,7 +131,7 @@ def bench(
         geomean=speedups([run for each in timed.values() for run in each]),
         like_for_like=_KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
     )
-    update_manifest(build, speed=_summary(found))
+    record(build, speed=_summary(found))
     return found
 
 
@@ -192,7 +195,7 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _summary(found: Bench) -> dict[str, object]:
-    """What the manifest keeps: flat, so that the report shows it as tables."""
+    """What measured.json keeps: flat, so that the report shows it as tables."""
     single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
     return {**single, **found.machine.model_dump(), "runs": [run.model_dump() for run in found.runs]}
 

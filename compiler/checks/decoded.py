@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.targets.decoded import decoded
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 
 
+@of_one_build
 def as_decoded(build: Build, threads: int | None = None) -> Run | None:
     """The model of `build` with each token's own choice of neurons, for texts that are read whole.
 
@@ -25,7 +26,7 @@ def as_decoded(build: Build, threads: int | None = None) -> Run | None:
         if not any(decoded(path) for path in read_plan(build.path).files(build.path, rank=0)):
             return None
         threads = threads or build.manifest.recipe["threads"]
-        return ShardedRunner(build.path, threads=threads, as_decoded=True).run
+        return ShardedRunner(build.path, threads=threads, as_decoded=True, manifest_hash=build.hash).run
     changed = decoded(build.model)
     if changed is None:
         return None

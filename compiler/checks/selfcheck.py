@@ -45,7 +45,7 @@ def self_check(source: Source, dense_bytes: int, folder: Path, recipe: Recipe) -
     dims = _dims(graph, recipe.workload)
     feeds = random_feeds(graph, dims, np.random.default_rng(0), padded=True)
     dense = _run_dense(source.onnx, recipe.threads, feeds)
-    with closing(target.open(folder, threads=recipe.threads)) as runner:
+    with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
         found = runner.run(feeds)
     # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
     errors = measure(dense, found, dims=dims, padded=True, mask=feeds.get("attention_mask"))

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab.compiler.builds.build import Build, update_manifest
+from trimtab.compiler.builds.build import Build, of_one_build
+from trimtab.compiler.builds.writer import record
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.decoded import as_decoded
@@ -72,7 +73,7 @@ class Validation(BaseModel):
         return not self.failures
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps: flat, so that the report shows it as tables."""
+        """What measured.json keeps: flat, so that the report shows it as tables."""
         quality = self.quality.model_dump(mode="json") if self.quality else {}
         errors = [
             {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
@@ -82,6 +83,7 @@ class Validation(BaseModel):
         return {"passed": self.passed, **quality, "outputs": shown}
 
 
+@of_one_build
 def validate(
     build: Build,
     *,
@@ -93,7 +95,7 @@ def validate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Validation:
-    """Compare the engine of `build` with its dense model, and record what was found in the manifest.
+    """Compare the engine of `build` with its dense model, and record what was found beside it.
 
     The dense model runs in ONNX Runtime on the CPU, the engine on its own target.
 
@@ -104,7 +106,8 @@ def validate(
         seed: of the random inputs, and of the sample.
 
     Raises:
-        TrimtabError: the build is damaged, its target or its dense model is missing, or the data do not fit.
+        TrimtabError: the build is damaged or was replaced meanwhile, its target or its dense model is missing, or the
+            data do not fit.
     """
     if data is None and (limits.min_quality is not None or limits.max_drop is not None):
         raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
@@ -135,7 +138,7 @@ def validate(
         quality=quality,
         failures=tuple(broken(comparisons, consistency, quality, limits)),
     )
-    update_manifest(build, quality=found.summary())
+    record(build, quality=found.summary())
     return found
 
 

@@ -30,17 +30,18 @@ def command(
     dense: Annotated[
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,
+    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Time a build against its dense model in one run.
 
     The engines take turns in short blocks, with the same threads and inputs: compiled, dense float32, dense with
-    dynamic int8 weights, and the peers asked for. The numbers are recorded in the build's manifest.
+    dynamic int8 weights, and the peers asked for. The numbers are recorded in the build's measured.json and report.md.
     """
     wanted = parse_shapes(shapes) if shapes else None
     with console.progress() as progress:
         found = bench(
-            open_build(build),
+            open_build(build, trusted_hash=trusted_hash),
             peers=peer or (),
             shapes=wanted,
             threads=threads,

@@ -41,7 +41,7 @@ def command(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run their author's code.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON alone.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest and its hash as JSON alone.")] = False,
 ) -> None:
     """Compile a model into a build directory, which appears whole or not at all."""
     from trimtab.compiler.pipeline import compile_model
@@ -54,7 +54,7 @@ def command(
             force=force, allow_pickle=allow_pickle,
         )  # fmt: skip
     if json:
-        console.emit_json(build.manifest.model_dump(mode="json"))
+        console.emit_json(build.manifest.model_dump(mode="json") | {"manifest_sha256": build.hash})
     else:
         _show(build, out)
 
@@ -86,4 +86,5 @@ def _show(build: Build, out: Path) -> None:
     if manifest.check.why:
         print(f"not compared with the dense model: {manifest.check.why}")
     print(f"\n{out}: built for {manifest.target} in {sum(manifest.seconds.values()):.1f} s; see {out / 'report.md'}")
+    print(f"sha256 of its manifest, for --trusted-hash: {build.hash}")
     print(f"next: trimtab validate {out} --data HELD_OUT    trimtab bench {out}")

@@ -18,6 +18,8 @@ log = logging.getLogger("trimtab")
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work advances."""
 
+TRUSTED_HELP = "sha256 of the build's manifest, as compile printed it: any other build is refused."
+
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
 _json_stream: TextIO | None = None  # stdout as it was, while a command that was asked for JSON runs
 

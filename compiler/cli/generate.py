@@ -25,6 +25,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Generate text with a build, token by token.
@@ -33,7 +34,7 @@ def command(
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter("lies outside 0..1", param_hint="--top-p")
-    engine = load(build, threads=threads)
+    engine = load(build, threads=threads, trusted_hash=trusted_hash)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     streams = len(prompt) == 1 and not json
     start, first = time.perf_counter(), 0.0

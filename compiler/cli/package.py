@@ -36,12 +36,13 @@ def command(
     environment: Annotated[
         str | None, typer.Option(help="EXECUTION_ENV_PATH of Triton's Python models: an archive or a folder.")
     ] = None,
+    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Write a build in the shape that another program expects: give one of --genai and --triton."""
     if (genai is None) == (triton is None):
         raise typer.BadParameter("give one of --genai and --triton")
-    opened = open_build(build)
+    opened = open_build(build, trusted_hash=trusted_hash)
     if genai is not None:
         from trimtab.compiler.packaging.genai import package_genai
 

@@ -36,6 +36,7 @@ def command(
         Path | None, typer.Option(help="Write the server's log there, and keep it.", show_default="temporary")
     ] = None,
     start_timeout: Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")] = 120.0,
+    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone, once the server answers.")] = False,
 ) -> None:
     """Serve a build with Triton Inference Server, until Ctrl-C.
@@ -47,7 +48,7 @@ def command(
 
     start = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)
-    opened = open_build(build)
+    opened = open_build(build, trusted_hash=trusted_hash)
     try:
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-serve-")))

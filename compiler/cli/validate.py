@@ -35,6 +35,7 @@ def command(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Compare a build with its dense model, numerically and on a task.
@@ -44,7 +45,7 @@ def command(
     """
     with console.progress() as progress:
         found = validate(
-            open_build(build),
+            open_build(build, trusted_hash=trusted_hash),
             data=data,
             dense=dense,
             samples=samples,

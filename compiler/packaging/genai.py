@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.build import Build, of_one_build
+from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.targets.base import MODEL
 from trimtab.compiler.targets.onnxruntime import uses_dialect
@@ -21,11 +22,12 @@ CONFIG = "genai_config.json"
 _TOKENS = 2048  # of context, for a model that does not say
 
 
+@of_one_build
 def package_genai(build: Build, out: Path | str) -> Path:
     """Write `out`, whole or not at all.
 
     Raises:
-        BuildError: `out` exists, or cannot be written.
+        BuildError: `out` exists, or cannot be written, or the build was replaced.
         ModelError: the build is no language model with a cache, or has no tokenizer.
     """
     out = Path(out)
@@ -51,8 +53,10 @@ def package_genai(build: Build, out: Path | str) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             part = Path(scratch) / "package"
             part.mkdir()
-            for path in (*model.parent.iterdir(), *build.tokenizer.iterdir(), *([library] if library else [])):
-                shutil.copyfile(path, part / path.name)
+            with build.unchanged():
+                files = [*build.files_in(MODEL.parent), *build.files_in(TOKENIZER)]
+                for path in (*files, *([library] if library else [])):
+                    shutil.copyfile(path, part / path.name)
             (part / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
             part.rename(out)
     except OSError as error:

@@ -130,11 +130,15 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
-        """Load the build directory `folder`.
+    def open(
+        self, folder: Path, *, threads: int | None = None, shards: int = 1, manifest_hash: str | None = None
+    ) -> Runner:
+        """Load the build directory `folder`. What the runner needs of it is read now, and nothing later.
 
         Args:
             threads: CPU threads of one run; None lets the runtime choose.
+            shards: processes among which the model is divided.
+            manifest_hash: of the build, which processes that are started again find there or refuse.
 
         Raises:
             TargetError: the runtime or its hardware is missing, or refuses the engine.

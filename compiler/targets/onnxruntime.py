@@ -16,9 +16,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
-from trimtab.compiler.targets.base import MODEL, PLAN, Runner, Target
+from trimtab.compiler.targets.base import MODEL, Runner, Steps, Target
 from trimtab.compiler.targets.crossover import measured_crossover
-from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
+from trimtab.compiler.targets.onnxruntime_steps import PAST, Cache, OnnxRuntimeSteps
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
@@ -94,9 +94,11 @@ class OnnxRuntimeRunner(Runner):
             self.session = ort.InferenceSession(given, options, providers=_on(device))
         except _REFUSALS as error:
             raise TargetError(f"{name}: ONNX Runtime does not take this graph ({_brief(error)})") from error
-        self._model = model
         self.inputs = tuple(tensor.name for tensor in self.session.get_inputs())
         self.outputs = tuple(tensor.name for tensor in self.session.get_outputs())
+        self._cache: Cache | None = None
+        if isinstance(model, Path) and any(name.startswith(PAST) for name in self.inputs):
+            self._cache = Cache.of(model)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
@@ -105,9 +107,10 @@ class OnnxRuntimeRunner(Runner):
             raise TargetError(f"ONNX Runtime could not run the model ({_brief(error)})") from error
         return dict(zip(self.outputs, outputs, strict=True))
 
-    def steps(self, batch: int, length: int) -> OnnxRuntimeSteps:
-        assert isinstance(self._model, Path), "only a build's model generates"
-        return OnnxRuntimeSteps(self.session, batch, length, Cache.of(self._model))
+    def steps(self, batch: int, length: int) -> Steps:
+        if self._cache is None:
+            return super().steps(batch, length)
+        return OnnxRuntimeSteps(self.session, batch, length, self._cache)
 
 
 def uses_dialect(model: Path | bytes) -> bool:
@@ -154,11 +157,13 @@ class OnnxRuntime(Target):
         OnnxRuntimeRunner(model, light)
         return []
 
-    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
-        if (folder / PLAN).is_file():
+    def open(
+        self, folder: Path, *, threads: int | None = None, shards: int = 1, manifest_hash: str | None = None
+    ) -> Runner:
+        if shards > 1:
             from trimtab.compiler.targets.sharded.runner import ShardedRunner
 
-            return ShardedRunner(folder, threads=threads)
+            return ShardedRunner(folder, threads=threads, manifest_hash=manifest_hash)
         return OnnxRuntimeRunner(folder / MODEL, session_options(threads))
 
 

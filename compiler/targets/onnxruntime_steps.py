@@ -86,12 +86,13 @@ class Cache:
     @classmethod
     def of(cls, model: Path) -> Cache:
         """Read an ONNX file, without its weights."""
-        from trimtab.passes.anatomy import find_anatomy  # here, because a Triton repository carries this module alone
-        from trimtab.passes.graph import load_graph
+        import onnx  # here, because a Triton repository carries this module alone
 
-        graph = load_graph(model)
-        readers = {node.op for tensor in graph.inputs if tensor.name.startswith(PAST) for node in tensor.outputs}
-        widths = {attention.head_dim for attention in find_anatomy(graph).attentions}
+        graph = onnx.load(str(model), load_external_data=False).graph
+        past = {value.name: value.type.tensor_type.shape.dim for value in graph.input if value.name.startswith(PAST)}
+        readers = {node.op_type for node in graph.node if not past.keys().isdisjoint(node.input)}
+        sizes = {dims[-1].dim_value for dims in past.values() if dims}
+        widths = sizes if 0 not in sizes else _head_dims(model)
         return cls(readers == {"GroupQueryAttention"}, widths.pop() if len(widths) == 1 else None)
 
     def empty(self, tensor: ort.NodeArg, batch: int, length: int) -> ort.OrtValue:
@@ -108,3 +109,12 @@ class Cache:
             )
         room = np.zeros((batch, heads, length if self.in_place else 0, width), _TYPES[tensor.type])
         return ort.OrtValue.ortvalue_from_numpy(room)
+
+
+def _head_dims(model: Path) -> set[int]:
+    """Widths of the heads, where the inputs leave but a symbol for them: from the products of attention."""
+    from trimtab.passes.anatomy import find_anatomy
+    from trimtab.passes.graph import load_graph
+
+    heads = (attention.head_dim for attention in find_anatomy(load_graph(model)).attentions)
+    return {width for width in heads if width is not None}

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import zoo
+from sealed import entry, listed, seal
 from typer.testing import CliRunner
 
 from trimtab.compiler.builds.build import open_build
@@ -118,7 +119,7 @@ def test_bench_times_every_engine_at_every_shape(build):
     assert found.speedup == pytest.approx({"vs_dense": at_opt["dense-fp32"], "vs_int8": at_opt["dense-int8"]})
     assert found.like_for_like == "vs_dense"
     assert found.machine.threads == 1
-    kept = open_build(build.path).manifest.speed
+    kept = open_build(build.path).measured.speed
     assert kept["vs_dense"] == pytest.approx(found.speedup["vs_dense"], abs=1e-3)
     assert len(kept["runs"]) == 6
 
@@ -136,13 +137,13 @@ def test_an_int8_build_is_held_against_int8(build):
 
 @pytest.mark.skipif(gpu_present(), reason="this machine could run the engine")
 def test_an_engine_that_cannot_run_here(build, tmp_path):
-    manifest = json.loads((build.path / "manifest.json").read_text())
     copy = shutil.copytree(build.path, tmp_path / "gpu")
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"target": "tensorrt-rtx"}))
     (copy / "engine").mkdir()
     version = get_target("tensorrt-rtx")._version() or "1"
     told = EngineInfo(target="tensorrt-rtx", library="tensorrt_rtx", version=version, precisions=(), engines=())
     told.write(copy / "engine")
+    files = listed(copy) | {"engine/engine.json": entry(copy / "engine" / "engine.json")}
+    seal(copy, target="tensorrt-rtx", files=files)
     said = cli("bench", copy)
     assert said.exit_code == 1
     assert "tensorrt-rtx" in said.stderr

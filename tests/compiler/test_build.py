@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
+from sealed import seal
 
 from trimtab.compiler.builds import build as build_module
 from trimtab.compiler.builds import manifest as manifest_module
-from trimtab.compiler.builds.build import BuildWriter, find_build, open_build, update_manifest
-from trimtab.compiler.builds.manifest import NAME, Manifest, SelfCheck, Sizes
+from trimtab.compiler.builds import writer as writer_module
+from trimtab.compiler.builds.build import Build, find_build, open_build, sibling
+from trimtab.compiler.builds.manifest import HASH, NAME, Manifest, SelfCheck, Sizes
+from trimtab.compiler.builds.writer import BuildWriter, record
 from trimtab.compiler.recipe import Recipe
 from trimtab.passes.errors import BuildError
 
@@ -32,11 +37,16 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**base | changes)
 
 
-def write(out: Path, text: str = "weights", **changes: Any) -> None:
+def write(out: Path, text: str = "weights", **changes: Any) -> Build:
+    """A build whose model, an ONNX file of no nodes, has `text` for its description."""
     with BuildWriter(out) as writer:
         (writer.folder / "model").mkdir()
-        (writer.folder / "model" / "model.onnx").write_text(text)
-        writer.commit(manifest(**changes))
+        (writer.folder / "model" / "model.onnx").write_bytes(onnx.ModelProto(doc_string=text).SerializeToString())
+        return writer.commit(manifest(**changes))
+
+
+def text_of(build: Build) -> str:
+    return str(onnx.load(str(build.model)).doc_string)
 
 
 def around(out: Path) -> list[str]:
@@ -48,9 +58,10 @@ def test_a_build_is_found_again_as_it_was_written(tmp_path: Path) -> None:
     out = tmp_path / "new" / "build"
     write(out)
     found = open_build(out)
-    assert found.model.read_text() == "weights"
-    assert found.manifest.files["model/model.onnx"].bytes == len("weights")
-    assert set(found.manifest.files) == {"model/model.onnx", "report.md"}
+    assert text_of(found) == "weights"
+    assert found.manifest.files["model/model.onnx"].bytes == found.model.stat().st_size
+    assert set(found.manifest.files) == {"model/model.onnx"}
+    assert subprocess.run(["sha256sum", "--check", HASH], cwd=out, stdout=subprocess.DEVNULL).returncode == 0
     assert around(out) == ["build"]
 
 
@@ -63,7 +74,7 @@ def test_after_an_error_all_is_as_it_was(tmp_path: Path, error: BaseException) -
             (writer.folder / "half").write_text("half")
             raise error
     assert around(old) == ["old"]
-    assert open_build(old).model.read_text() == "old"
+    assert text_of(open_build(old)) == "old"
 
 
 def test_leaving_without_a_commit_writes_nothing(tmp_path: Path) -> None:
@@ -77,7 +88,7 @@ def test_a_build_is_replaced_whole(tmp_path: Path) -> None:
     write(out, "old")
     (out / "model" / "stray").write_text("stray")
     write(out, "new")
-    assert open_build(out).model.read_text() == "new"
+    assert text_of(open_build(out)) == "new"
     assert not (out / "model" / "stray").exists()
     assert around(out) == ["build"]
 
@@ -132,14 +143,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write(tmp_path / "build", "new")
     assert "free some space" in str(caught.value)
     assert around(tmp_path / "build") == ["build"]
-    assert open_build(tmp_path / "build").model.read_text() == "old"
+    assert text_of(open_build(tmp_path / "build")) == "old"
 
 
 def other_process(code: str, out: Path) -> subprocess.Popen[str]:
     """A process that enters a BuildWriter of `out`, says so, and then runs `code`."""
     script = f"""
         import sys
-        from trimtab.compiler.builds.build import BuildWriter
+        from trimtab.compiler.builds.writer import BuildWriter
         with BuildWriter(sys.argv[1]) as writer:
             (writer.folder / "half").write_text("half")
             print("in", flush=True)
@@ -171,25 +182,27 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     assert len(around(out)) == 2  # the unfinished build and its lock
     write(out)
     assert around(out) == ["build"]
-    assert set(open_build(out).manifest.files) == {"model/model.onnx", "report.md"}
+    assert set(open_build(out).manifest.files) == {"model/model.onnx"}
 
 
 def test_a_process_killed_between_the_two_renames(tmp_path: Path) -> None:
     out = tmp_path / "build"
     write(out, "old")
-    out.rename(build_module._sibling(out, "old"))
+    out.rename(sibling(out, "old"))
     with pytest.raises(ValueError, match="later"), BuildWriter(out):
         raise ValueError("later")
-    assert open_build(out).model.read_text() == "old"
+    assert text_of(open_build(out)) == "old"
     assert around(out) == ["build"]
 
 
-def test_an_update_keeps_the_build_whole(tmp_path: Path) -> None:
+def test_what_is_measured_leaves_the_build_as_it_was(tmp_path: Path) -> None:
     out = tmp_path / "build"
     write(out)
-    update_manifest(open_build(out), quality={"accuracy": 0.9})
-    update_manifest(open_build(out), speed={"runs": [{"name": "dense", "median_ms": 2.5}]})
-    found = open_build(out).manifest
+    before = open_build(out)
+    record(open_build(out), quality={"accuracy": 0.9})
+    record(open_build(out), speed={"runs": [{"name": "dense", "median_ms": 2.5}]})
+    assert open_build(out, trusted_hash=before.hash) == before
+    found = before.measured
     assert found.quality == {"accuracy": 0.9}
     assert found.speed["runs"][0]["median_ms"] == 2.5
     report = (out / "report.md").read_text()
@@ -202,7 +215,7 @@ def test_an_update_keeps_the_build_whole(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, size: str) -> None:
     write(tmp_path / "build")
     path = tmp_path / "build" / "model" / "model.onnx"
-    path.write_text("wEights" if size == "same" else "w")
+    path.write_bytes(path.read_bytes().replace(b"weights", b"wEights" if size == "same" else b"w"))
     with pytest.raises(BuildError, match=r"model/model\.onnx: damaged"):
         open_build(tmp_path / "build")
 
@@ -223,12 +236,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"tool": "other"}, "damaged"),
         ({"files": {"../x": {"sha256": "", "bytes": 0}}}, "outside the build"),
         ({"files": {"/etc/passwd": {"sha256": "", "bytes": 0}}}, "outside the build"),
+        ({"files": {"model//model.onnx": {"sha256": "", "bytes": 0}}}, "outside the build"),
     ],
 )
 def test_manifests_that_cannot_be_trusted(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     write(tmp_path / "build")
-    path = tmp_path / "build" / NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    seal(tmp_path / "build", **change)
     with pytest.raises(BuildError, match=said):
         open_build(tmp_path / "build")
 
@@ -265,3 +278,81 @@ def test_other_code_is_another_version(tmp_path: Path, monkeypatch: pytest.Monke
         found.append(manifest_module.package_versions()["trimtab"])
     manifest_module._version.cache_clear()
     assert found[0] == found[2] != found[1]
+
+
+def test_numbers_of_another_build_do_not_count(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", "a"), write(tmp_path / "b", "b")
+    record(first, quality={"accuracy": 0.9})
+    (second.path / "measured.json").write_bytes((first.path / "measured.json").read_bytes())
+    assert second.measured.quality == {}
+    (second.path / "measured.json").write_text("{")
+    assert second.measured.quality == {}
+    record(second, speed={"ms": 1})
+    assert (second.measured.quality, second.measured.speed) == ({}, {"ms": 1})
+
+
+def test_numbers_of_a_build_that_was_replaced_are_not_recorded(tmp_path: Path) -> None:
+    old = write(tmp_path / "build", "old")
+    new = write(tmp_path / "build", "new")
+    with pytest.raises(BuildError, match="another process has replaced"):
+        record(old, quality={"accuracy": 0.9})
+    assert new.measured.quality == {}
+    assert around(tmp_path / "build") == ["build"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_the_name_has_a_build_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    """Readers meet builds alone; where the system cannot exchange names, they wait for the one that is absent."""
+    if not exchanges:
+        monkeypatch.setattr(writer_module, "exchange", lambda first, second: False)
+    out, read, done = tmp_path / "build", [], threading.Event()
+    write(out, "0")
+
+    def reader() -> None:
+        while not done.is_set():
+            read.append(int(text_of(open_build(out))))
+
+    def absent() -> None:
+        while not done.is_set():
+            gone.append(not out.exists())
+
+    gone: list[bool] = []
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(reader), pool.submit(reader), *([pool.submit(absent)] if exchanges else [])]
+        for number in range(1, 60):
+            write(out, str(number))
+        done.set()
+        for future in futures:
+            future.result()
+    assert not any(gone)
+    assert read and max(read) > 0
+    assert around(out) == ["build"]
+
+
+def test_readers_say_that_a_compile_was_ended_between_its_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_ABSENT_S", 0.05)
+    out = tmp_path / "build"
+    write(out, "old")
+    out.rename(sibling(out, "old"))
+    with pytest.raises(BuildError, match="absent, because the compile"):
+        open_build(out)
+    write(out, "new")
+    assert text_of(open_build(out)) == "new"
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_build_of_read_only_folders_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(writer_module, "exchange", lambda first, second: False)
+    out = tmp_path / "build"
+    write(out, "old")
+    for folder in (out / "model", out):
+        folder.chmod(0o555)
+    for text in ("new", "newer"):
+        write(out, text)
+        assert text_of(open_build(out)) == text
+        assert around(out) == ["build"]

@@ -78,8 +78,11 @@ def test_the_manifest_says_what_was_done(model: Path, data: Path, tmp_path: Path
     assert manifest.check.ran
     assert 0.01 < (manifest.check.outputs[0].relative_l2 or 0) < 1
     assert set(manifest.files) >= {
-        "model/model.onnx", "model/model.onnx.data", "profile.safetensors", "recipe.yaml", "report.md",
-    }  # fmt: skip
+        "model/model.onnx",
+        "model/model.onnx.data",
+        "profile.safetensors",
+        "recipe.yaml",
+    }
     assert Profile.load(build.path / "profile.safetensors").info.model == manifest.fingerprint
     report = (build.path / "report.md").read_text()
     assert "| layer 9 FFN | it does not exist |" in report
@@ -248,7 +251,7 @@ def test_an_engine_that_gives_nan_is_not_let_out(
         def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {name: y * np.nan for name, y in super().run(inputs).items()}
 
-    monkeypatch.setattr(OnnxRuntime, "open", lambda self, folder, threads: Spoiled(folder / MODEL))
+    monkeypatch.setattr(OnnxRuntime, "open", lambda self, folder, **_: Spoiled(folder / MODEL))
     assert "NaN" in refused(BuildError, tmp_path, model, RECIPE, data=data)
 
 

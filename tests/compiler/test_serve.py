@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import triton_server
+from sealed import seal
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -240,9 +241,8 @@ def test_an_engine_for_a_gpu_without_one(build: Build, monkeypatch: pytest.Monke
     for path in build.path.rglob("*"):
         target = copy / path.relative_to(build.path)
         target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
-    manifest = json.loads((copy / "manifest.json").read_text())
     for target, says in (("tensorrt", "this machine has none"), ("tensorrt-rtx", "those of TensorRT alone")):
-        (copy / "manifest.json").write_text(json.dumps(manifest | {"target": target}))
+        seal(copy, target=target)
         done = cli("serve", copy, *FREE)
         assert done.exit_code == 1 and says in done.stderr and "hint:" in done.stderr
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx
 import pytest
 import tiny
 import triton_server
+from sealed import entry, listed, seal
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model
@@ -55,8 +57,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def altered(build: Build, folder: Path, **changes: Any) -> Build:
     """A copy of `build` whose manifest says something else."""
     shutil.copytree(build.path, folder)
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    seal(folder, **changes)
     return open_build(folder)
 
 
@@ -82,13 +83,15 @@ def with_engines(build: Build, folder: Path, *engines: tuple[dict[str, list[int]
         }
         profiles = [{"name": "all", "shapes": shapes}]
         described.append({"file": f"{number}.engine", "inputs": inputs, "outputs": outputs, "profiles": profiles})
-    found = altered(build, folder, target="tensorrt")
+    altered(build, folder, target="tensorrt")
     (folder / "engine").mkdir()
     for engine in described:
         (folder / "engine" / engine["file"]).write_bytes(f"engine {engine['file']}".encode())
     info = {"target": "tensorrt", "library": "tensorrt", "version": "11.1.0", "precisions": ["FLOAT"], "gpu": "9.0"}
     (folder / "engine" / "engine.json").write_text(json.dumps(info | {"engines": described}))
-    return found
+    names = [path.relative_to(folder).as_posix() for path in (folder / "engine").iterdir()]
+    seal(folder, files=listed(folder) | {name: entry(folder / name) for name in names})
+    return open_build(folder)
 
 
 def config(model: Path) -> Any:
@@ -134,7 +137,8 @@ def test_a_model_in_one_file_stays_one(bert: Build, tmp_path: Path) -> None:
     for path in build.model.parent.iterdir():
         if path != build.model:
             path.unlink()
-    found = package_triton(build, tmp_path / "repo")
+    seal(build.path, files=listed(build.path))
+    found = package_triton(open_build(build.path), tmp_path / "repo")
     assert (found.path / "build_engine" / "1" / "model.onnx").is_file()
 
 
@@ -275,7 +279,7 @@ def test_carried_code_imports_without_trimtab(model: str, tmp_path: Path) -> Non
 def test_what_triton_does_not_serve(
     bert: Build, tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
-    build = altered(bert, tmp_path / "build", **changes) if changes else bert
+    build = replace(bert, manifest=bert.manifest.model_copy(update=changes))
     with pytest.raises(error, match=says):
         package_triton(build, tmp_path / "out" / "repo", **options)
     assert not (tmp_path / "out").exists()
@@ -287,12 +291,10 @@ def test_whole_or_not_at_all(llama: Build, tmp_path: Path, monkeypatch: pytest.M
     assert done.exit_code == 1 and "exists already" in done.stderr
     shutil.copytree(llama.path, tmp_path / "build")
     shutil.rmtree(tmp_path / "build" / "tokenizer")
-    manifest = json.loads((tmp_path / "build" / "manifest.json").read_text())
-    manifest["files"] = {n: f for n, f in manifest["files"].items() if not n.startswith("tokenizer")}
-    (tmp_path / "build" / "manifest.json").write_text(json.dumps(manifest))
+    seal(tmp_path / "build", files=listed(tmp_path / "build"))
     done = cli("package", tmp_path / "build", "--triton", tmp_path / "repo")
     assert done.exit_code == 1 and "no tokenizer" in done.stderr
-    monkeypatch.setattr(shutil, "copytree", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(BuildError, match="No space left"):
         package_triton(llama, tmp_path / "repo")
     assert sorted(os.listdir(tmp_path)) == ["build", "there"]

@@ -92,7 +92,7 @@ def test_a_build_without_passes_is_its_dense_model(build, data):
 
 def test_what_was_found_is_recorded(build, data):
     validate(build, data=data, samples=20)
-    kept = open_build(build.path).manifest.quality
+    kept = open_build(build.path).measured.quality
     assert kept["passed"] is True
     assert kept["samples"] == 20
     assert kept["outputs"][0]["output"] == "logits"
@@ -105,7 +105,7 @@ def test_a_broken_build_is_caught_at_the_right_corner(broken, dense):
     assert found.outputs[0].dims["batch"] == 6
     assert found.outputs[0].relative_l2 == pytest.approx(0.5, abs=1e-4)
     assert all((each.relative_l2 > 0.1) == (each.dims["batch"] == 6) for each in found.comparisons)
-    assert open_build(broken.path).manifest.quality["passed"] is False
+    assert open_build(broken.path).measured.quality["passed"] is False
 
 
 def test_the_command_exits_with_1_when_a_limit_is_broken(broken, dense, data):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.packaging.triton import config as configs
@@ -182,7 +183,7 @@ class Models:
     def _copy_model(self, version: Path) -> None:
         """The graph as `model.onnx`, with external data in a folder of that name, as Triton wants it; its library."""
         model, library = self.build.path / MODEL, self._library()
-        files = [path for path in model.parent.iterdir() if path.is_file()]
+        files = self.build.files_in(MODEL.parent)
         if len(files) == 1:
             shutil.copyfile(model, version / MODEL.name)
         else:
@@ -205,7 +206,9 @@ class Models:
                 f"{folder}: has no tokenizer.json, which a server can read without transformers",
                 hint="save the model with a fast tokenizer, and compile it again",
             )
-        shutil.copytree(folder, version / "tokenizer")
+        (version / "tokenizer").mkdir()
+        for path in self.build.files_in(TOKENIZER):
+            shutil.copyfile(path, version / "tokenizer" / path.name)
         empty = load_tokenizer(folder, limit).encode([""])["input_ids"].shape[1]
         return {"max_tokens": limit, "special_tokens": int(empty)}
 

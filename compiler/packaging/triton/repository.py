@@ -64,7 +64,7 @@ def package_triton(
         environment: EXECUTION_ENV_PATH of the Python models: an archive or folder of an environment.
 
     Raises:
-        BuildError: `out` exists or cannot be written, or tritonclient is not installed.
+        BuildError: `out` exists or cannot be written, the build was replaced, or tritonclient is not installed.
         ModelError, TargetError: the build is of a kind that Triton does not serve; says why.
     """
     out = Path(out).absolute()
@@ -84,7 +84,8 @@ def package_triton(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             part = Path(scratch) / "repository"
             part.mkdir()
-            kind, why, names = models.write(part)
+            with build.unchanged():
+                kind, why, names = models.write(part)
             part.rename(out)
     except OSError as error:
         raise BuildError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -6,14 +6,16 @@ import itertools
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from trimtab.compiler.builds.build import unchanged
 from trimtab.compiler.targets.base import Runner, Steps
 from trimtab.compiler.targets.sharded.crew import Crew
 from trimtab.compiler.targets.sharded.group import Group, launched, require_torch
@@ -27,23 +29,32 @@ class ShardedRunner(Runner):
 
     In a process of its own it is rank 0 and starts the others, which end with it; after a failure the next call starts
     them again. Under torchrun each process is the rank that it was started as, and all of them have to make the same
-    calls with the same inputs; each gets all outputs.
+    calls with the same inputs in the same order; each gets all outputs. Calls from several threads wait for each other.
 
     Args:
         folder: of the build.
         threads: CPU threads of each rank; by default the physical cores are shared out.
         as_decoded: every token by its own choice of neurons, however many are given at once.
+        manifest_hash: of the build that the processes load, whenever they are started.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None, as_decoded: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        as_decoded: bool = False,
+        manifest_hash: str | None = None,
+    ) -> None:
         require_torch()
         plan = read_plan(folder)
         self.inputs, self.outputs, self.shards = plan.inputs, plan.outputs, plan.shards
         threads = threads or threads_of_each(plan.shards)
         rank = int(os.environ["RANK"]) if launched() else 0
         group = Group.of_launcher(plan.shards) if launched() else None
+        self._folder, self._hash, self._closed = folder.resolve(), manifest_hash, False
         arguments = {
-            other: [str(folder.resolve()), str(other), str(threads), str(int(as_decoded))]
+            other: [str(self._folder), str(other), str(threads), str(int(as_decoded))]
             for other in range(1, plan.shards)
         }
         self._crew = Crew(arguments) if group is None else None
@@ -51,14 +62,15 @@ class ShardedRunner(Runner):
         self._segments.group = group
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._dropped: list[int] = []
+        self._dropped: deque[int] = deque()  # filled by finalizers, which come at any time
         self.starts = 0
         """How often the other ranks were started; what they held before is gone."""
         if self._crew is not None:
             self._start(self._crew)
 
     def _start(self, crew: Crew) -> None:
-        self._segments.group = crew.start()
+        with unchanged(self._folder, self._hash) if self._hash else nullcontext():
+            self._segments.group = crew.start()
         self.starts += 1
         self._dropped.clear()
 
@@ -71,8 +83,8 @@ class ShardedRunner(Runner):
     def steps(self, batch: int, length: int) -> ShardedSteps:
         number = next(self._numbers)
         with self.together("steps", number, batch, length):
-            own = self._segments.steps(batch, length)
-        steps = ShardedSteps(self, number, own, self.starts)
+            own, starts = self._segments.steps(batch, length), self.starts
+        steps = ShardedSteps(self, number, own, starts)
         weakref.finalize(steps, self._dropped.append, number)
         return steps
 
@@ -85,8 +97,11 @@ class ShardedRunner(Runner):
 
         Raises:
             TargetError: a rank failed, or has been started anew since.
+            BuildError: they have to be started anew, and the build was replaced.
         """
         with self._lock:
+            if self._closed:
+                raise TargetError("this engine is closed", hint="load the build again")
             if self._crew is None:
                 yield
                 return
@@ -95,8 +110,8 @@ class ShardedRunner(Runner):
             if not self._crew.running:
                 self._start(self._crew)
             try:
-                if self._dropped:
-                    gone, self._dropped[:] = self._dropped[:], []
+                gone = [self._dropped.popleft() for _ in range(len(self._dropped))]
+                if gone:
                     self._crew.tell(("drop", gone))
                 self._crew.tell(command)
                 yield
@@ -107,8 +122,10 @@ class ShardedRunner(Runner):
                 raise reason from error
 
     def close(self) -> None:
-        if self._crew is not None:
-            self._crew.close()
+        with self._lock:
+            self._closed = True
+            if self._crew is not None:
+                self._crew.close()
 
 
 class ShardedSteps(Steps):

@@ -30,6 +30,7 @@ class _Segment:
 
     Attributes:
         inputs, outputs: names; last: tensors that no later segment reads.
+        cache: of the part of a decoder's cache that it reads; None where it reads none.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class _Segment:
     outputs: dict[str, str]
     points: tuple[Point, ...]
     last: frozenset[str]
+    cache: Cache | None
 
 
 class Segments:
@@ -61,7 +63,8 @@ class Segments:
         for path, runner, points in reversed(list(zip(plan.files(folder, rank), runners, plan.segments, strict=True))):
             outputs = {tensor.name: tensor.type for tensor in runner.session.get_outputs()}
             last = frozenset(runner.inputs) - seen
-            self.segments.insert(0, _Segment(path, runner.session, runner.inputs, outputs, points, last))
+            cache = Cache.of(path) if any(name.startswith(PAST) for name in runner.inputs) else None
+            self.segments.insert(0, _Segment(path, runner.session, runner.inputs, outputs, points, last, cache))
             seen |= set(runner.inputs)
 
     def _open(self, path: Path, threads: int, as_decoded: bool) -> OnnxRuntimeRunner:
@@ -128,8 +131,8 @@ class SegmentSteps(Steps):
             binding = segment.session.io_binding()
             fixed: dict[str, ort.OrtValue] = {}
             tensors = [tensor for tensor in segment.session.get_inputs() if tensor.name.startswith(PAST)]
-            cache = Cache.of(segment.path) if tensors else None
             for tensor in tensors:
+                cache = segment.cache
                 assert cache is not None
                 value = cache.empty(tensor, batch, length)
                 if cache.in_place:

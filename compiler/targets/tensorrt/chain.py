@@ -56,18 +56,20 @@ class Stage(ABC):
 class Chain(Runner):
     """Runs `stages` one after the other; what they hand on stays on the device.
 
+    Calls from several threads wait for each other, generations too: engines are used by one at a time.
+
     Args:
         inputs, outputs: of the whole model.
     """
 
     def __init__(self, stages: Sequence[Stage], inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self.stages, self.inputs, self.outputs = list(stages), tuple(inputs), tuple(outputs)
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()  # the garbage collector may close a generation while its thread is in a call
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if set(inputs) != set(self.inputs):
             raise TargetError(f"the engine takes the inputs {', '.join(self.inputs)}, not {', '.join(inputs)}")
-        with self._lock:
+        with self.lock:
             values = self.advance(self.stages, dict(inputs))
             return {name: self.stages[0].host(values[name]) for name in self.outputs}
 
@@ -99,8 +101,9 @@ class Chain(Runner):
         return max(profile.shapes[name][2][2] for profile in profiles)
 
     def close(self) -> None:
-        for stage in self.stages:
-            stage.close()
+        with self.lock:
+            for stage in self.stages:
+                stage.close()
 
 
 class ChainSteps(Steps):
@@ -114,19 +117,27 @@ class ChainSteps(Steps):
         self._turns: list[list[Stage]] = [[], []]
         self._count = 0
         self._past: Values = {}
-        try:
-            for turn in self._turns:
-                turn.extend(stage.fork() for stage in chain.stages)
-            for stage in self._turns[0]:
-                for tensor in stage.info.inputs:
-                    if tensor.name.startswith(PAST):
-                        shape = (batch, tensor.shape[1], 0, tensor.shape[3])
-                        self._past[tensor.name] = stage.empty(shape, tensor.dtype)
-        except BaseException:
-            self.close()
-            raise
+        with chain.lock:
+            try:
+                self._open(batch)
+            except BaseException:
+                self.close()
+                raise
+
+    def _open(self, batch: int) -> None:
+        for turn in self._turns:
+            turn.extend(stage.fork() for stage in self._chain.stages)
+        for stage in self._turns[0]:
+            for tensor in stage.info.inputs:
+                if tensor.name.startswith(PAST):
+                    shape = (batch, tensor.shape[1], 0, tensor.shape[3])
+                    self._past[tensor.name] = stage.empty(shape, tensor.dtype)
 
     def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        with self._chain.lock:
+            return self._step(input_ids, attention_mask)
+
+    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         chain, stages = self._chain, self._turns[self._count % 2]
         feeds = step_feeds(input_ids, attention_mask, chain.inputs)
         values = chain.advance(stages, {**feeds, **self._past})
@@ -135,10 +146,11 @@ class ChainSteps(Steps):
         return stages[0].host(values["logits"])
 
     def close(self) -> None:
-        self._past = {}
-        for stages in self._turns:
-            for stage in stages:
-                stage.close()
+        with self._chain.lock:
+            self._past = {}
+            for stages in self._turns:
+                for stage in stages:
+                    stage.close()
 
 
 def choose(info: EngineFile, shapes: Mapping[str, tuple[int, ...]]) -> int:

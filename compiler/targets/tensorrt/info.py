@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.passes.errors import TargetError
 
@@ -41,7 +41,7 @@ class EngineFile(_Model):
         profiles: the general one first.
     """
 
-    file: str
+    file: str = Field(pattern=r"^[^/\\\x00]+$")
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     profiles: tuple[ProfileInfo, ...]

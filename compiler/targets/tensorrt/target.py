@@ -80,7 +80,9 @@ class TensorRT(Target):
             raise TargetError(f"{out}: cannot write the engine ({error})") from error
         return [*(out / name for name in names), out / INFO_FILE]
 
-    def open(self, folder: Path, *, threads: int | None = None) -> Runner:
+    def open(
+        self, folder: Path, *, threads: int | None = None, shards: int = 1, manifest_hash: str | None = None
+    ) -> Runner:
         self._require()
         info = EngineInfo.read(folder / ENGINE)
         info.check(folder, self._version(), compute_capability())

@@ -1,0 +1,200 @@
+"""A build directory, written: whole or not at all, by one process at a time, and switched with the old one at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trimtab.compiler.builds.build import Build, absolute, sha256_of, sibling
+from trimtab.compiler.builds.exchange import exchange
+from trimtab.compiler.builds.manifest import FileInfo, Manifest, is_build, write_manifest, write_text
+from trimtab.compiler.builds.measured import MEASURED, Measured
+from trimtab.compiler.builds.report import render
+from trimtab.passes.errors import BuildError
+
+REPORT = Path("report.md")
+_UPDATE_WAIT_S = 30.0  # for another process that records what it measured
+
+
+class BuildWriter:
+    """Context manager: a folder to write a build into, which takes the place of `out` on `commit`.
+
+    It lies hidden beside `out`, on the same file system. Leaving without a commit, by an error or Ctrl-C, removes it
+    and leaves `out` as it was; what a killed process left is removed by the next one.
+
+    Raises:
+        BuildError: `out` is something else than a build, is being written by another process, or cannot be written.
+    """
+
+    def __init__(self, out: Path | str) -> None:
+        self.out = absolute(out)
+        self.folder = sibling(self.out, "part")
+        self._stack = ExitStack()
+
+    def __enter__(self) -> BuildWriter:
+        with self._stack, self.writing():
+            _check_replaceable(self.out)
+            self._stack.enter_context(_parents(self.out))
+            with tempfile.TemporaryDirectory(prefix=".trimtab-", dir=self.out.parent):
+                pass  # can be written; where it cannot, filelock may report a lock that is held
+            self._stack.enter_context(_lock(self.out))
+            _recover(self.out)
+            _remove(self.folder)
+            self._stack.callback(_remove, self.folder)
+            self.folder.mkdir()
+            self._stack = self._stack.pop_all()  # nothing failed: what was entered stays so until __exit__
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn failures of the file system in the body, which writes the build, into one clear error."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            hint = "free some space, or choose another disk" if full else "choose a directory that you may write to"
+            raise BuildError(f"{self.out}: cannot write the build ({error.strerror or error})", hint=hint) from error
+
+    def commit(self, manifest: Manifest) -> Build:
+        """Hash the files, add manifest and report, and put the whole in its place."""
+        with self.writing():
+            manifest = manifest.model_copy(update={"files": _describe(self.folder)})
+            digest = write_manifest(self.folder, manifest)
+            write_text(self.folder / REPORT, render(manifest, Measured(manifest=digest)))
+            _sync(self.folder)
+            _check_replaceable(self.out)  # again: much time has passed
+            _switch(self.folder, self.out)
+        return Build(self.out, manifest, digest)
+
+
+def record(build: Build, *, quality: dict[str, Any] | None = None, speed: dict[str, Any] | None = None) -> None:
+    """Keep what was measured of `build` beside it, and in its report. What is None stays as it was.
+
+    Raises:
+        BuildError: the build is gone, was replaced by another, is being replaced, or cannot be written.
+    """
+    writer = BuildWriter(build.path)
+    with writer.writing(), _lock(writer.out, timeout=_UPDATE_WAIT_S), build.unchanged():
+        changes = {key: value for key, value in (("quality", quality), ("speed", speed)) if value is not None}
+        measured = build.measured.model_copy(update=changes)
+        write_text(build.path / MEASURED, measured.model_dump_json(indent=2))
+        write_text(build.path / REPORT, render(build.manifest, measured))
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to write a build over anything but a build or an empty directory."""
+    hint = "choose another directory, or remove this one yourself"
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out}: exists and is not a directory", hint=hint)
+    if out.is_dir() and any(out.iterdir()) and not is_build(out):
+        raise BuildError(f"{out}: exists and is not a build, so it is left alone", hint=hint)
+
+
+def _describe(folder: Path) -> dict[str, FileInfo]:
+    """Hash and size of every file below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): FileInfo(sha256=sha256_of(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def _lock(out: Path, *, timeout: float = 0) -> Iterator[None]:
+    """Hold the right to write `out`.
+
+    The lock file is removed while it is held. Whoever opened it before then sees that it has no name any more and
+    does not count it as a lock: filelock checks that.
+    """
+    path = sibling(out, "lock")
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BuildError(
+            f"{out}: another process is writing this build", hint="wait for it to end, or choose another directory"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the folders above `out`, and remove them again if nothing came of it."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        if not out.exists():
+            for folder in missing:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def _recover(out: Path) -> None:
+    """Undo what a process that was killed between two renames of `_switch` left."""
+    old = sibling(out, "old")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    _remove(old)
+
+
+def _switch(staging: Path, out: Path) -> None:
+    """Give `staging` the name `out`; what had it is removed. `out` is absent at no time, where the system allows."""
+    if out.exists() and exchange(staging, out):
+        _sync_folder(out.parent)
+        _remove(staging)  # the old build by now
+        return
+    old = sibling(out, "old")
+    try:
+        if out.exists():
+            out.rename(old)
+        staging.rename(out)
+        _sync_folder(out.parent)
+    finally:
+        _recover(out)
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder` if it is there, read-only folders in it too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        for place, _, _ in os.walk(folder):  # from above, so that it gets into what is below
+            with suppress(OSError):
+                os.chmod(place, stat.S_IRWXU)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file below `folder` to the disk, so that a renamed build is never an empty one after a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,48 @@
+"""A tokenizer whose files are in memory: read with the build that they belong to, and parsed at the first use."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
+from trimtab.passes.errors import ModelError
+
+
+class HeldTokenizer:
+    """The files of a tokenizer. Safe from many threads.
+
+    Args:
+        folder: where they were, for messages.
+        files: name → content.
+        max_tokens: the longest text that the model takes.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, bytes], max_tokens: int | None) -> None:
+        self._folder, self._files, self._max_tokens = folder, dict(files), max_tokens
+        self._lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+
+    def get(self) -> Tokenizer:
+        """The tokenizer; the first call parses the files.
+
+        Raises:
+            ModelError: they are none that can be read.
+        """
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._parse()
+                self._files.clear()
+            return self._tokenizer
+
+    def _parse(self) -> Tokenizer:
+        with tempfile.TemporaryDirectory(prefix="trimtab-tokenizer-") as scratch:
+            for name, content in self._files.items():
+                (Path(scratch) / name).write_bytes(content)
+            try:
+                return load_tokenizer(scratch, self._max_tokens)
+            except ModelError as error:
+                message = error.message.replace(scratch, str(self._folder))
+                raise ModelError(message, hint=error.hint) from error
