@@ -6,6 +6,8 @@ as the identity when gradients are computed, so weights learn to do well where t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,28 @@ from trimtab.passes.contract import Rounding
 _LEVELS = 255  # of an activation, uint8
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`rounded`, whose gradient goes to `x` as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 def rounded_activations(x: Tensor) -> Tensor:
     """`x` [...] as ONNX's DynamicQuantizeLinear keeps it: 256 levels from its least to its greatest value, and 0."""
     x = x.float()
-    least, greatest = torch.aminmax(x.detach())
-    least, greatest = least.clamp_max(0), greatest.clamp_min(0)
-    scale = ((greatest - least) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    zero = (-least / scale).round().clamp(0, _LEVELS).to(torch.int32)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, _LEVELS)
+    with torch.no_grad():  # elementary operations: torch's own fake_quantize takes twice to eight times as long
+        least, greatest = torch.aminmax(x)
+        least, greatest = least.clamp_max(0), greatest.clamp_min(0)
+        scale = ((greatest - least) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = (-least / scale).round().clamp(0, _LEVELS)
+        rounded = (x / scale).round_().clamp_(-zero, _LEVELS - zero).mul_(scale)
+    return _through(x, rounded)
 
 
 def rounded_weight(weight: Tensor, axis: int, rounding: Rounding) -> Tensor:
@@ -31,8 +47,14 @@ def rounded_weight(weight: Tensor, axis: int, rounding: Rounding) -> Tensor:
         axis: of the output features.
     """
     weight = weight.float()
-    size = weight.detach().abs()
-    most = size.amax(1 - axis) if rounding.per_channel else size.amax().expand(weight.shape[axis])
-    scale = (most / rounding.largest).clamp_min(torch.finfo(torch.float32).tiny)
-    zeros = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -rounding.largest, rounding.largest)
+    with torch.no_grad():
+        size = weight.abs()
+        most = size.amax(1 - axis, keepdim=True) if rounding.per_channel else size.amax()
+        scale = (most / rounding.largest).clamp_min(torch.finfo(torch.float32).tiny)
+        rounded = (weight / scale).round_().mul_(scale)
+    return _through(weight, rounded)
+
+
+def _through(x: Tensor, rounded: Tensor) -> Tensor:
+    through: Tensor = _StraightThrough.apply(x, rounded)
+    return through

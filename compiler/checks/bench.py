@@ -17,8 +17,7 @@ from scipy.stats import gmean
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.builds.writer import record
-from trimtab.compiler.checks.dense import dense_model
-from trimtab.compiler.checks.peers import DENSE, INT8, open_peer
+from trimtab.compiler.checks.peers import DENSE, INT8, check_peers, open_peer, peer_model
 from trimtab.compiler.checks.peers.same_target import dense_engine
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.engine import load
@@ -29,6 +28,12 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph
 
 COMPILED = "compiled"
+_INSTRUCTIONS = {
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm",
+    "bf16", "sve",
+}  # fmt: skip
+"""As Linux names them."""
+
 _KEYS = {DENSE: "vs_dense", INT8: "vs_int8"}
 """Peer → its key among the speedups; another peer's is its own name after "vs_"."""
 
@@ -58,11 +63,16 @@ class TimedRun(_Result):
 
 
 class Machine(_Result):
-    """Where it was measured."""
+    """Where it was measured.
+
+    Attributes:
+        instructions: the vector instruction sets of the processor that decide how fast matrix products are.
+    """
 
     cpu: str
     cores: int
     threads: int
+    instructions: tuple[str, ...] = ()
 
 
 class Bench(_Result):
@@ -93,6 +103,7 @@ def bench(
     threads: int | None = None,
     seconds: float = 10.0,
     dense: Path | None = None,
+    data: Path | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time the engine of `build` and its peers, and record the result beside it.
@@ -103,28 +114,30 @@ def bench(
         threads: of every engine, which shards share; by default those of the recipe, else one per physical core.
         seconds: for each shape, all engines together.
         dense: the dense ONNX file; by default the one that the build was compiled from.
+        data: what peers that are calibrated statically are calibrated on, as the build's recipe says.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, or a peer
             cannot run.
     """
+    check_peers(peers)  # before minutes of work
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
     told = (build.manifest.recipe.get("threads") or 0) * shards
     threads = threads or told or psutil.cpu_count(logical=False) or os.cpu_count() or 1
     runs: dict[str, Run] = {COMPILED: load(build.path, threads=max(1, threads // shards), verify=False).run}
-    model = dense or dense_model(build)
+    model = peer_model(build, dense=dense, data=data)
     if build.manifest.target == "onnxruntime":
         peers = [DENSE, INT8, *peers]
     else:
-        runs[DENSE] = dense_engine(build.manifest.target, model, workload, threads)
+        runs[DENSE] = dense_engine(build.manifest.target, model.canonical, workload, threads)
     runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
     shapes = shapes or list(dict.fromkeys((size, workload.tokens[1]) for size in workload.batch[:2]))
-    timed = time_runs(runs, load_graph(model), workload, shapes, seconds=seconds, progress=progress)
+    timed = time_runs(runs, load_graph(model.canonical), workload, shapes, seconds=seconds, progress=progress)
     opt = (workload.batch[1], workload.tokens[1])
     found = Bench(
         target=build.manifest.target,
-        machine=Machine(cpu=_cpu(), cores=os.cpu_count() or 1, threads=threads),
+        machine=this_machine(threads),
         versions=package_versions(),
         runs=tuple(run for each in timed.values() for run in each),
         speedup=speedups(timed[opt] if opt in timed else list(timed.values())[-1]),
@@ -197,13 +210,17 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def _summary(found: Bench) -> dict[str, object]:
     """What measured.json keeps: flat, so that the report shows it as tables."""
     single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
-    return {**single, **found.machine.model_dump(), "runs": [run.model_dump() for run in found.runs]}
+    return {**single, **found.machine.model_dump(mode="json"), "runs": [run.model_dump() for run in found.runs]}
 
 
-def _cpu() -> str:
+def this_machine(threads: int) -> Machine:
+    """The processor of this machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    cpu = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    instructions = tuple(sorted(_INSTRUCTIONS.intersection(flags)))
+    return Machine(cpu=cpu, cores=os.cpu_count() or 1, threads=threads, instructions=instructions)

@@ -37,6 +37,15 @@ def dense_model(build: Build) -> Path:
     return entry("dense", key, make) / "model.onnx"
 
 
+def exported_model(build: Build) -> Path:
+    """The ONNX file that `build` was compiled from, as the user gave it or the exporter wrote it.
+
+    Raises:
+        ModelError: it is gone, or another model by now.
+    """
+    return _source(build.manifest).onnx
+
+
 def _source(manifest: Manifest) -> Source:
     """The model that was compiled.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.checks.bench import COMPILED, Bench, TimedRun, bench, key, parse_shapes
+from trimtab.compiler.checks.bench import COMPILED, Bench, Machine, TimedRun, bench, key, parse_shapes
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.cli import console
 
@@ -31,6 +31,9 @@ def command(
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,
     trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Time a build against its dense model in one run.
@@ -47,6 +50,7 @@ def command(
             threads=threads,
             seconds=seconds,
             dense=dense,
+            data=data,
             progress=progress,
         )
     if json:
@@ -55,8 +59,14 @@ def command(
         _show(found)
 
 
+def describe(machine: Machine) -> str:
+    """The processor, its instruction sets and the threads used, on one line."""
+    instructions = f" ({', '.join(machine.instructions)})" if machine.instructions else ""
+    return f"{machine.cpu}{instructions}, {machine.threads} of {machine.cores} threads"
+
+
 def _show(found: Bench) -> None:
-    print(f"{found.machine.cpu}, {found.machine.threads} of {found.machine.cores} threads")
+    print(describe(found.machine))
     longest = {_shape(run): max(r.median_ms for r in found.runs if _shape(r) == _shape(run)) for run in found.runs}
     rows = [
         (

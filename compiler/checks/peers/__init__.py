@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
+from trimtab.compiler.checks.peers.model import CalibrationData, PeerModel, peer_model
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import TargetError
 
@@ -14,31 +16,49 @@ DENSE, INT8 = "dense-fp32", "dense-int8"
 _PEERS = {
     DENSE: "trimtab.compiler.checks.peers.ort:dense_fp32",
     INT8: "trimtab.compiler.checks.peers.ort:dense_int8",
+    "ort-fp32-default": "trimtab.compiler.checks.peers.ort_default:fp32",
+    "ort-int8-default": "trimtab.compiler.checks.peers.ort_default:int8",
     "openvino-fp32": "trimtab.compiler.checks.peers.openvino:fp32",
     "openvino-bf16": "trimtab.compiler.checks.peers.openvino:bf16",
+    "openvino-int8": "trimtab.compiler.checks.peers.openvino_int8:int8",
 }
-"""Name → a function of (dense ONNX file, threads) that gives a Run; imported when asked for."""
+"""Name → a function of (PeerModel, threads) that gives a Run; imported when asked for."""
 
 PEER_NAMES = tuple(_PEERS)
 
 
-def open_peer(name: str, dense: Path, threads: int) -> Run:
+def check_peers(names: Iterable[str]) -> None:
+    """Refuse names that are no peer's.
+
+    Raises:
+        TargetError: no such peer; names the nearest.
+    """
+    for name in names:
+        _module(name)
+
+
+def open_peer(name: str, dense: Path | PeerModel, threads: int) -> Run:
     """The dense model, ready to run as the peer called `name` runs it.
 
     Args:
-        dense: the dense ONNX file.
+        dense: the dense model, or one ONNX file of it for all its forms.
         threads: CPU threads it may use.
 
     Raises:
-        TargetError: no such peer (names the nearest), or its runtime is not installed.
+        TargetError: no such peer (names the nearest), its runtime is not installed, or it needs data and has none.
     """
+    module, attribute = _module(name).split(":")
+    model = dense if isinstance(dense, PeerModel) else PeerModel.of(dense)
+    run: Run = getattr(import_module(module), attribute)(model, threads)
+    return run
+
+
+def _module(name: str) -> str:
     if name not in _PEERS:
         near = difflib.get_close_matches(name, PEER_NAMES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known peers: {', '.join(PEER_NAMES)}"
         raise TargetError(f"unknown peer {name!r}", hint=hint)
-    module, attribute = _PEERS[name].split(":")
-    run: Run = getattr(import_module(module), attribute)(dense, threads)
-    return run
+    return _PEERS[name]
 
 
-__all__ = ["DENSE", "INT8", "PEER_NAMES", "open_peer"]
+__all__ = ["DENSE", "INT8", "PEER_NAMES", "CalibrationData", "PeerModel", "check_peers", "open_peer", "peer_model"]

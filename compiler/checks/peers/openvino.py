@@ -4,28 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from trimtab.compiler.checks.peers.model import PeerModel
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import TargetError
 
+INSTALL = "pip install 'trimtab[peers]'"
 
-def fp32(dense: Path, threads: int) -> Run:
+
+def fp32(model: PeerModel, threads: int) -> Run:
     """Everything in float32."""
-    return _open(dense, threads, "f32")
+    return open_model(model.canonical, threads, "f32")
 
 
-def bf16(dense: Path, threads: int) -> Run:
+def bf16(model: PeerModel, threads: int) -> Run:
     """Matrix products in bfloat16, which is fastest where the CPU has instructions for it."""
-    return _open(dense, threads, "bf16")
+    return open_model(model.canonical, threads, "bf16")
 
 
-def _open(dense: Path, threads: int, precision: str) -> Run:
+def import_openvino() -> Any:
+    """The module openvino.
+
+    Raises:
+        TargetError: it is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
-        raise TargetError(f"OpenVINO is not available ({error})", hint="pip install 'trimtab[peers]'") from error
+        raise TargetError(f"OpenVINO is not available ({error})", hint=INSTALL) from error
+    return openvino
+
+
+def open_model(model: Path, threads: int, precision: str) -> Run:
+    """Compile an ONNX file, or an OpenVINO file (.xml), for the CPU.
+
+    Args:
+        precision: of what is not quantized: "f32" or "bf16".
+
+    Raises:
+        TargetError: OpenVINO is not installed, or does not take the model.
+    """
+    openvino = import_openvino()
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
@@ -34,7 +56,7 @@ def _open(dense: Path, threads: int, precision: str) -> Run:
     }
     core = openvino.Core()
     try:
-        compiled = core.compile_model(str(dense), "CPU", settings)
+        compiled = core.compile_model(str(model), "CPU", settings)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise TargetError(f"OpenVINO cannot take this model ({reason})", hint="leave this peer out") from error
