@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import Anatomy, Head
 from trimtab.passes.graph import stored_bytes
-from trimtab.passes.graph.linear import Linear
+from trimtab.passes.graph.linear import Linear, distinct_bytes, distinct_params
 
 _HEAVY = 0.25
 """Share of an FFN's neurons that is computed in the second bound of `gains`."""
@@ -74,19 +74,21 @@ def _part(name: str, params: int, flops: float, read: int) -> dict[str, Any]:
 
 
 def _products(linears: Sequence[Linear]) -> tuple[int, int]:
-    """(FLOPs, bytes of weights) of one row through `linears`."""
-    return sum(2 * m.in_features * m.out_features for m in linears), sum(m.bytes for m in linears)
+    """(FLOPs, bytes of weights) of one row through `linears`; weights that layers share are read once."""
+    return sum(2 * m.in_features * m.out_features for m in linears), distinct_bytes(linears)
 
 
 def _ffns(anatomy: Anatomy) -> dict[str, Any]:
-    flops, read = _products([m for ffn in anatomy.ffns for m in ffn.linears])
-    return _part("FFN", sum(ffn.params for ffn in anatomy.ffns), flops, read)
+    linears = [m for ffn in anatomy.ffns for m in ffn.linears]
+    flops, read = _products(linears)
+    return _part("FFN", distinct_params(linears), flops, read)
 
 
 def _attention(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
-    flops, read = _products([m for each in anatomy.attentions for m in each.linears])
+    linears = [m for each in anatomy.attentions for m in each.linears]
+    flops, read = _products(linears)
     flops += sum(4 * tokens * (a.heads or 0) * (a.head_dim or 0) for a in anatomy.attentions)  # QKᵀ and its use on V
-    return _part("attention", sum(each.params for each in anatomy.attentions), flops, read)
+    return _part("attention", distinct_params(linears), flops, read)
 
 
 def _embeddings(anatomy: Anatomy) -> dict[str, Any]:

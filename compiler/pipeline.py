@@ -33,6 +33,7 @@ from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
+from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.profile import Profile
 
@@ -293,7 +294,8 @@ def _total(graph: gs.Graph) -> int:
 
 
 def _sizes(graph: gs.Graph, anatomy: Anatomy) -> dict[str, int]:
-    ffn = sum(ffn.bytes for ffn in anatomy.ffns)
+    """Bytes of the dense model; a weight that layers share counts once, as it is stored."""
+    ffn = distinct_bytes(linear for ffn in anatomy.ffns for linear in ffn.linears)
     return {"dense_bytes": _total(graph), "dense_ffn_bytes": ffn}
 
 

@@ -13,8 +13,12 @@ import onnx_graphsurgeon as gs
 from pydantic import Field
 
 from trimtab.passes.anatomy import find_anatomy
-from trimtab.passes.contract import Capability, Pass, PassContext, PassResult, Rounding
-from trimtab.passes.graph import is_external, load_graph, save_graph, stored_bytes
+from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, Rounding
+from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes
+from trimtab.passes.graph.products import expose_weights, float_products
+
+_INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", "MatMulInteger", "QAttention"])
+"""What the quantizer makes of products."""
 
 _SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
 
@@ -23,7 +27,8 @@ class DynamicInt8(Pass):
     """Store the remaining weights as int8 and quantize activations as they come, per tensor.
 
     What onnxruntime.quantization.quantize_dynamic does to a dense model, done to the compiled one. It stands after the
-    passes that need weights in floating point. Where the target's products saturate, weights take seven bits.
+    passes that need weights in floating point. Weights behind a Transpose or a Cast are rounded too, and what layers
+    share is rounded once. Where the target's products saturate, weights take seven bits.
     """
 
     name: ClassVar[str] = "dynamic-int8"
@@ -33,9 +38,12 @@ class DynamicInt8(Pass):
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Quantize `graph` in place. Reads all its weights into memory."""
-        before = sum(node.op in ("MatMul", "Gemm") for node in graph.nodes)
+        before = _integer_products(graph)
+        expose_weights(graph, self.name)
         linears = [linear for ffn in find_anatomy(graph).ffns for linear in ffn.linears]
         weights = {t.name for linear in linears for t in (linear.weight, linear.bias) if t is not None}
+        names = {node.outputs[0].name: output_name_of(node) for node in graph.nodes if node.outputs}
+        reasons = dict(float_products(graph))
         with TemporaryDirectory(prefix="trimtab-int8-") as folder:
             source, result = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
             save_graph(graph, source)
@@ -46,10 +54,12 @@ class DynamicInt8(Pass):
                     tensor.values = np.array(tensor.values)  # its file is about to go
         graph.nodes, graph.inputs, graph.outputs = quantized.nodes, quantized.inputs, quantized.outputs
         graph.opset, graph.import_domains = quantized.opset, quantized.import_domains
-        after = sum(node.op in ("MatMul", "Gemm") for node in graph.nodes)
+        # Its own names of outputs are those of before, so a product that stayed is found again.
+        left = [Left(names.get(y, y), reasons.get(y, why)) for y, why in float_products(graph)]
+        left += [Left(where, "it is in a branch or a loop") for where in _inner_products(graph)]
         ffn = [t for name, t in graph.tensors().items() if isinstance(t, gs.Constant) and _belongs(name, weights)]
-        details: dict[str, Any] = {"float_products": after, "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
-        return PassResult(self.name, before - after, (), details)
+        details: dict[str, Any] = {"float_products": len(left), "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
+        return PassResult(self.name, _integer_products(graph) - before, tuple(left), details)
 
     def unfit(self, capability: Capability) -> str | None:
         if capability.integer_products:
@@ -59,6 +69,20 @@ class DynamicInt8(Pass):
     def rounding(self, capability: Capability) -> Rounding:
         """The quantizer's: uint8 activations with one scale for the tensor, symmetric int8 weights."""
         return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)
+
+
+def _integer_products(graph: gs.Graph) -> int:
+    return sum(node.op in _INTEGER_PRODUCTS for node in graph.nodes)
+
+
+def _inner_products(graph: gs.Graph) -> list[str]:
+    """Products with weights in the subgraphs of `graph`, which the quantizer does not look into."""
+    return [
+        output_name_of(node)
+        for subgraph in graph.subgraphs(recursive=True)
+        for node in subgraph.nodes
+        if node.op in ("MatMul", "Gemm") and any(isinstance(tensor, gs.Constant) for tensor in node.inputs[:2])
+    ]
 
 
 def _belongs(name: str, weights: set[str]) -> bool:

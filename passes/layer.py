@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +16,7 @@ from trimtab.passes.profile import FFNStats, Profile
 
 _HELD_OUT = 5  # every fifth state measures errors and is never fitted to
 _MOST = 3  # times the typical spread that a feature may count for
+_SHARED = 4  # times the states of one layer that are kept of all layers that share its weights
 _ROWS = 128  # states evaluated at a time: the activation runs in float64
 
 _SCALED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
@@ -22,23 +24,27 @@ _SKIP_SCALED = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
 class Layer:
-    """An FFN, and the states it was calibrated on.
+    """An FFN, and the states it was calibrated on; or several FFNs with the same weights, as one.
+
+    Layers that share weights see different states. What is fitted to the states of all of them is right for each as far
+    as one set of weights can be: a token counts the same in every layer.
 
     Attributes:
-        ffn: the view on the graph.
-        stats: from the Profile.
-        fit: states that fits may use, [n, d_model].
+        ffn: the view on the graph; of several, the first.
+        stats: from the Profile, summed over the layers.
+        fit: states that fits may use, [n, d_model], those of one layer after those of another.
         held: states that only measure, [m, d_model].
     """
 
-    def __init__(self, ffn: FFN, stats: FFNStats) -> None:
+    def __init__(self, ffn: FFN, stats: FFNStats, others: Sequence[tuple[FFN, FFNStats]] = ()) -> None:
         self.ffn = ffn
-        self.stats = stats
-        held = np.arange(len(stats.states)) % _HELD_OUT == _HELD_OUT - 1
-        if not held.any():
-            held[-1:] = True
-        self.fit = stats.states[~held] if not held.all() else stats.states
-        self.held = stats.states[held]
+        self.stats = reduce(_added, (more for _, more in others), stats)
+        self._ffns = (ffn, *(other for other, _ in others))
+        step = -(-len(self._ffns) // _SHARED)
+        parts = [_parted(part.states, step, i % step) for i, part in enumerate((stats, *(more for _, more in others)))]
+        self.fit = np.concatenate([fit for fit, _ in parts])
+        self.held = np.concatenate([held for _, held in parts])
+        self._held_sizes = [len(held) for _, held in parts]
 
     @cached_property
     def ups(self) -> tuple[np.ndarray, ...]:
@@ -115,12 +121,10 @@ class Layer:
 
     @cached_property
     def gain(self) -> np.ndarray:
-        """How much each output feature weighs in a fit: the scale of the next norm, [d_model]."""
-        scale = _next_norm_scale(self.ffn.y)
-        if scale is None or scale.shape != (self.ffn.d_model,):
-            return np.ones(self.ffn.d_model, np.float64)
-        found = np.abs(scale.astype(np.float64))
-        return np.maximum(found, 0.05 * found.mean())
+        """How much each output feature weighs in a fit: the scale of the next norm, or the mean of them, [d_model]."""
+        gains = np.stack([_gain(ffn) for ffn in self._ffns])
+        mean: np.ndarray = gains.mean(0)
+        return mean
 
     @cached_property
     def yardstick(self) -> np.ndarray:
@@ -130,31 +134,70 @@ class Layer:
         behind divides it out again. So no feature counts for more than a few typical ones; a fit still has to get it
         right, since the norm's divisor hangs on it.
         """
-        spread = self.gain * self.y_held.std(0)
+        variances = [self.y_held[rows].var(0) for rows in self._held_parts()]
+        spread = self.gain * np.sqrt(np.mean(variances, axis=0))
         return self.gain * np.minimum(1, _MOST * np.median(spread) / np.maximum(spread, 1e-30))
 
     def error(self, y: np.ndarray) -> float:
         """Squared error of outputs `y` (without the down bias) on the held-out states, relative to their variance.
 
-        Both are weighted by `yardstick`.
+        Both are weighted by `yardstick`. Of layers that share weights, the mean of their errors.
         """
-        spread = (self.y_held - self.y_held.mean(0)) * self.yardstick
-        return float(np.square((y - self.y_held) * self.yardstick).sum() / max(np.square(spread).sum(), 1e-30))
+        errors = []
+        for rows in self._held_parts():
+            want = self.y_held[rows]
+            spread = (want - want.mean(0)) * self.yardstick
+            errors.append(np.square((y[rows] - want) * self.yardstick).sum() / max(np.square(spread).sum(), 1e-30))
+        return float(np.mean(errors))
+
+    def _held_parts(self) -> Iterator[slice]:
+        """The held-out rows of each layer."""
+        start = 0
+        for size in self._held_sizes:
+            yield slice(start, start + size)
+            start += size
 
 
-def read_layer(ffn: FFN, profile: Profile) -> Layer:
-    """The layer of `ffn` with what the Profile knows of it.
+def read_layer(ffn: FFN, profile: Profile, others: Sequence[FFN] = ()) -> Layer:
+    """The layer of `ffn`, and of `others` that have the same weights, with what the Profile knows of them.
 
     Raises:
         ProfileError: it knows nothing, or nothing that can be fitted to.
     """
+    return Layer(ffn, _stats(ffn, profile), [(other, _stats(other, profile)) for other in others])
+
+
+def _stats(ffn: FFN, profile: Profile) -> FFNStats:
     stats = profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)
     if len(stats.states) < 2 or not np.all(np.isfinite(stats.states)):
         raise ProfileError(
             f"{ffn.where}: {len(stats.states)} finite states in the profile, at least 2 are needed",
             hint="calibrate on more data",
         )
-    return Layer(ffn, stats)
+    return stats
+
+
+def _added(a: FFNStats, b: FFNStats) -> FFNStats:
+    """The sums of two layers; the states of the first."""
+    sums = a.abs_sum + b.abs_sum, a.sum + b.sum, a.square_sum + b.square_sum
+    return FFNStats(a.tokens + b.tokens, *sums, a.states)
+
+
+def _parted(states: np.ndarray, step: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """States to fit to and states that measure; every `step`-th of each, from `offset` on."""
+    held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
+    if not held.any():
+        held[-1:] = True
+    fit = states[~held] if not held.all() else states
+    return tuple(part[min(offset, len(part) - 1) :: step] for part in (fit, states[held]))  # type: ignore[return-value]
+
+
+def _gain(ffn: FFN) -> np.ndarray:
+    scale = _next_norm_scale(ffn.y)
+    if scale is None or scale.shape != (ffn.d_model,):
+        return np.ones(ffn.d_model, np.float64)
+    found = np.abs(scale.astype(np.float64))
+    return np.maximum(found, 0.05 * found.mean())
 
 
 def _next_norm_scale(tensor: gs.Tensor) -> np.ndarray | None:

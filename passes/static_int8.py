@@ -10,8 +10,8 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.graph import constant, insert, replace_uses
-from trimtab.passes.graph.linear import Linear
+from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
+from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import read_layer
 
@@ -23,6 +23,7 @@ class StaticInt8(Pass):
     """Round the FFNs' inputs, activations and weights to int8, by pairs of QuantizeLinear and DequantizeLinear.
 
     A scale for each tensor of activations, which covers what the Profile holds, and one for each output of a weight.
+    Layers that share weights share their integers, and have scales of activations of their own.
     TensorRT and ONNX Runtime make integer products of the pairs. Attention stays: the Profile knows FFNs alone.
     Exact end: layers=() rounds nothing.
     """
@@ -45,23 +46,25 @@ class StaticInt8(Pass):
         raise_opset(graph, _OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
-        total = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
+        weights = _Weights(graph)
         for ffn in wanted:
             reason = _unfit(ffn)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
-                total += ffn.bytes
                 continue
             layer = read_layer(ffn, profile)
             scales = [self._scale(values) for values in (layer.fit, layer.h_fit)]
             name = f"{self.name}/layer.{ffn.layer}"
             x = _rounded(graph, ffn.x, scales[0], f"{name}/x")
             for label, linear in zip(("gate", "up") if ffn.gated else ("up",), ffn.linears[:-1], strict=True):
-                total += _replace(graph, linear, x, f"{name}/{label}")
-            total += _replace(graph, ffn.down, _rounded(graph, ffn.hidden, scales[1], f"{name}/h"), f"{name}/down")
+                weights.multiply(linear, x, f"{name}/{label}")
+            weights.multiply(ffn.down, _rounded(graph, ffn.hidden, scales[1], f"{name}/h"), f"{name}/down")
             rows.append({"layer": ffn.layer, "x_scale": scales[0], "h_scale": scales[1]})
             if context.progress is not None:
                 context.progress("quantize", len(rows), len(wanted))
+        rounded = {row["layer"] for row in rows}
+        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rounded for linear in ffn.linears]
+        total = distinct_bytes(untouched) + weights.nbytes
         return PassResult(self.name, len(rows), tuple(left), {"layers": rows, "ffn_bytes": total})
 
     def _scale(self, activations: np.ndarray) -> float:
@@ -85,16 +88,33 @@ def _rounded(graph: gs.Graph, x: gs.Tensor, scale: float, name: str) -> gs.Varia
     return insert(graph, "DequantizeLinear", [q, *parts], f"{name}/dq", dtype=np.float32)
 
 
-def _replace(graph: gs.Graph, linear: Linear, x: gs.Tensor, name: str) -> int:
-    """Multiply `x` with the rounded weights of `linear` in its place; returns the bytes of these."""
-    w, bias = linear.w().astype(np.float32), linear.b()
-    scale = np.maximum(np.abs(w).max(0), 1e-12).astype(np.float32) / _LARGEST
-    q = np.clip(np.rint(w / scale), -_LARGEST, _LARGEST).astype(np.int8)
-    stored = [constant(f"{name}.weight", q), constant(f"{name}.scale", scale)]
-    weight = insert(graph, "DequantizeLinear", stored, f"{name}/weight", attrs={"axis": 1}, dtype=np.float32)
-    y = insert(graph, "MatMul", [x, weight], name, dtype=np.float32)
-    if bias is not None:
-        y = insert(graph, "Add", [y, constant(f"{name}.bias", bias)], f"{name}/shift", dtype=np.float32)
-    y.shape = linear.y.shape
-    replace_uses(graph, linear.y, y)
-    return q.nbytes + scale.nbytes + (0 if bias is None else bias.nbytes)
+class _Weights:
+    """Rounded weights, each made once for all projections that share it."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self._made: dict[tuple[int, bool], list[gs.Constant]] = {}
+        self._biases: dict[int, gs.Constant] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that was made, and of the biases that go with it."""
+        made = [part for parts in self._made.values() for part in parts]
+        return sum(stored_bytes(part) for part in (*made, *self._biases.values()))
+
+    def multiply(self, linear: Linear, x: gs.Tensor, name: str) -> None:
+        """Multiply `x` with the rounded weights of `linear`, in its place."""
+        key = id(linear.weight), linear.transposed
+        if key not in self._made:
+            w = linear.w().astype(np.float32)
+            scale = np.maximum(np.abs(w).max(0), 1e-12).astype(np.float32) / _LARGEST
+            q = np.clip(np.rint(w / scale), -_LARGEST, _LARGEST).astype(np.int8)
+            self._made[key] = [constant(f"{name}.weight", q), constant(f"{name}.scale", scale)]
+        graph, attrs = self.graph, dict[str, object](axis=1)
+        weight = insert(graph, "DequantizeLinear", [*self._made[key]], f"{name}/weight", attrs=attrs, dtype=np.float32)
+        y = insert(graph, "MatMul", [x, weight], name, dtype=np.float32)
+        if linear.bias is not None:
+            self._biases[id(linear.bias)] = linear.bias
+            y = insert(graph, "Add", [y, linear.bias], f"{name}/shift", dtype=np.float32)
+        y.shape = linear.y.shape
+        replace_uses(graph, linear.y, y)

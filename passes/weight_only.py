@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +13,10 @@ from pydantic import Field
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import RecipeError
-from trimtab.passes.graph import constant, insert, replace_uses
-from trimtab.passes.graph.linear import Linear
+from trimtab.passes.graph import insert, replace_uses, stored_bytes
+from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.matrices.forms import Product
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
 
 _OPSET = 21  # in which DequantizeLinear takes blocks
@@ -25,6 +27,7 @@ Part = Literal["attention", "ffn", "head"]
 class WeightOnly(Pass):
     """Store weights as symmetric integers with a scale per block, and compute in floating point as before.
 
+    A matrix that layers share is rounded and stored once.
     A step of a decoder is bound by the bytes of its weights, of which this leaves a quarter or an eighth. It stands
     behind passes that need weights in floating point, and takes what they have left.
     """
@@ -42,35 +45,52 @@ class WeightOnly(Pass):
         if reason is not None:
             raise RecipeError(f"the target cannot run it: {reason}")
         raise_opset(graph, _OPSET)
-        anatomy = find_anatomy(graph)
         left: list[Left] = []
-        before = after = changed = ffn_bytes = 0
-        for part, where, linear in self._linears(anatomy):
+        wanted: list[tuple[str, Linear, int]] = []
+        anatomy = find_anatomy(graph)
+        for where, linear in self._linears(anatomy):
             size = fit_block(self.block, linear.in_features)
-            floats = linear.quantized is None and np.dtype(linear.weight.dtype) == np.float32
-            reason = None if floats else "its weights are not float32"
-            if floats and size is None:
-                reason = f"no block of 16 or more divides its {linear.in_features} inputs"
-            if reason is not None or size is None:
-                left.append(Left(where, reason or ""))
-                ffn_bytes += linear.bytes if part == "ffn" else 0
+            reason = _unfit(linear, size)
+            if reason is None and size is not None:
+                wanted.append((where, linear, size))
                 continue
-            name = f"{self.name}/{where.replace(' ', '.')}"
-            matrix = round_to_nearest(linear.w().astype(np.float32), self.bits, size)
-            y = matrix.emit(graph, linear.x, name, np.dtype(np.float32))
-            bias = linear.b()
-            if bias is not None:
-                y = insert(graph, "Add", [y, constant(f"{name}.bias", bias)], f"{name}/shift", dtype=np.float32)
+            left.append(Left(where, reason or ""))
+        uses = Counter(_matrix_of(linear) for _, linear, _ in wanted)
+        of_ffns = [linear for ffn in anatomy.ffns for linear in ffn.linears]
+        of_ffns_too = {_matrix_of(linear) for linear in of_ffns}
+        products: dict[tuple[int, bool], Product] = {}
+        after = ffn_bytes = 0
+        for done, (where, linear, size) in enumerate(wanted, 1):
+            name, key = f"{self.name}/{where.replace(' ', '.')}", _matrix_of(linear)
+            if key not in products:
+                matrix = round_to_nearest(linear.w().astype(np.float32), self.bits, size)
+                products[key] = matrix.store(name, np.dtype(np.float32), uses[key])
+                after += matrix.nbytes
+                ffn_bytes += matrix.nbytes if key in of_ffns_too else 0
+            y = products[key](graph, linear.x, name)
+            if linear.bias is not None:
+                y = insert(graph, "Add", [y, linear.bias], f"{name}/shift", dtype=np.float32)
             y.shape = linear.y.shape
-            before, after, changed = before + linear.bytes, after + matrix.nbytes, changed + 1
-            ffn_bytes += matrix.nbytes if part == "ffn" else 0
             replace_uses(graph, linear.y, y)
             if context.progress is not None:
-                context.progress("quantize weights", changed, changed)
-        details: dict[str, Any] = {"dense_bytes": before, "bytes": after}
-        if "ffn" in self.parts and ffn_bytes:
-            details["ffn_bytes"] = ffn_bytes
-        return PassResult(self.name, changed, tuple(left), details)
+                context.progress("quantize weights", done, len(wanted))
+        graph.cleanup(remove_unused_graph_inputs=False)
+        weights = {id(linear.weight): linear.weight for _, linear, _ in wanted}
+        in_use = {id(tensor) for tensor in graph.tensors().values()}
+        kept = sum(stored_bytes(weight) for weight in weights.values() if id(weight) in in_use)
+        details: dict[str, Any] = {"dense_bytes": sum(map(stored_bytes, weights.values())), "bytes": after}
+        if kept:  # such as an embedding table that the head is tied to
+            details["float_bytes_kept"] = kept
+        if "ffn" in self.parts and of_ffns:
+            gone = weights.keys() - in_use
+            details["ffn_bytes"] = (
+                ffn_bytes
+                + distinct_bytes(of_ffns)
+                - sum(
+                    stored_bytes(w) for w in {id(m.weight): m.weight for m in of_ffns if id(m.weight) in gone}.values()
+                )
+            )
+        return PassResult(self.name, len(wanted), tuple(left), details)
 
     def unfit(self, capability: Capability) -> str | None:
         if self.bits in capability.weight_bits:
@@ -78,16 +98,30 @@ class WeightOnly(Pass):
         can = ", ".join(f"int{bits}" for bits in sorted(capability.weight_bits)) or "no integer weights"
         return f"it does not multiply with int{self.bits} weights, but with {can}"
 
-    def _linears(self, anatomy: Anatomy) -> Iterator[tuple[Part, str, Linear]]:
-        """(part, what it is called, projection), each projection once."""
+    def _linears(self, anatomy: Anatomy) -> Iterator[tuple[str, Linear]]:
+        """(what it is called, projection), each projection once."""
         if "attention" in self.parts:
             for attention in anatomy.attentions:
                 for number, linear in enumerate(attention.linears):
-                    yield "attention", f"layer {attention.layer} attention {number}", linear
+                    yield f"layer {attention.layer} attention {number}", linear
         if "ffn" in self.parts:
             for ffn in anatomy.ffns:
                 for number, linear in enumerate(ffn.linears):
-                    yield "ffn", f"{ffn.where} {number}", linear
+                    yield f"{ffn.where} {number}", linear
         if "head" in self.parts and anatomy.head is not None:
             for number, linear in enumerate(anatomy.head.linears):
-                yield "head", f"head {number}", linear
+                yield f"head {number}", linear
+
+
+def _matrix_of(linear: Linear) -> tuple[int, bool]:
+    """What projections have in common that multiply with the same matrix."""
+    return id(linear.weight), linear.transposed
+
+
+def _unfit(linear: Linear, block: int | None) -> str | None:
+    """Why this projection stays as it is, or None."""
+    if linear.quantized is not None:
+        return "its weights are quantized already"
+    if linear.weight.dtype != np.float32:
+        return "its weights are not float32"
+    return None if block else f"no block of 16 or more divides its {linear.in_features} inputs"

@@ -3,6 +3,7 @@
 from trimtab.passes.anatomy.clone import clone_activation
 from trimtab.passes.anatomy.find import find_anatomy, require_ffns, select_ffns
 from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Embedding, Head, Unrecognized
+from trimtab.passes.anatomy.shared import also_read_by, by_weights, sharing_partly
 
 __all__ = [
     "FFN",
@@ -12,8 +13,11 @@ __all__ = [
     "Embedding",
     "Head",
     "Unrecognized",
+    "also_read_by",
+    "by_weights",
     "clone_activation",
     "find_anatomy",
     "require_ffns",
     "select_ffns",
+    "sharing_partly",
 ]

@@ -144,11 +144,15 @@ class Head:
 
     Attributes:
         linears: in order of computation; a classifier may have two (pooler, classifier).
-        tied: True if the last one's weight is also an embedding table.
+        table: the embedding table that is the last one's weight too, or None.
     """
 
     linears: tuple[Linear, ...]
-    tied: bool
+    table: gs.Constant | None
+
+    @property
+    def tied(self) -> bool:
+        return self.table is not None
 
     @property
     def vocabulary(self) -> Linear | None:

@@ -77,7 +77,8 @@ def make_head(linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> Hea
     """The head of `linears`, in order of computation; None of none."""
     if not linears:
         return None
-    return Head(tuple(linears), any(_same_table(linears[-1], embedding.table) for embedding in embeddings))
+    tables = (embedding.table for embedding in embeddings)
+    return Head(tuple(linears), next((table for table in tables if _same_table(linears[-1], table)), None))
 
 
 def _same_table(linear: Linear, table: gs.Constant) -> bool:

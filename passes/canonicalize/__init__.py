@@ -12,6 +12,7 @@ from trimtab.passes.canonicalize.products import lift_gemms, split_fused_bias
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.canonicalize.simplify import remove_copies, remove_reshapes
 from trimtab.passes.contract import Pass, PassContext, PassResult
+from trimtab.passes.graph.copies import merge_copies
 
 
 class Canonicalize(Pass):
@@ -21,6 +22,7 @@ class Canonicalize(Pass):
     * Identity, inference-time Dropout, one-input Concat, and Casts and Reshapes that change nothing go.
     * Reshape → Gemm → Reshape (GPT-2's Conv1D) becomes MatMul + Add; a bias fused into an activation becomes an Add.
     * A tensor gathered through a grid of all its own indices (transformers' attention masks) is read as it is.
+    * Weights that are equal, or equal when transposed, become one: layers that share a matrix read the same constant.
     * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
       tools such as onnxruntime.quantization refuse those.
 
@@ -42,5 +44,6 @@ class Canonicalize(Pass):
         details["gemms"] = lift_gemms(graph)
         details["reshapes"] = remove_reshapes(graph)
         details["grids"] = unfold_grids(graph)
+        details["shared"] = merge_copies(graph)
         graph.cleanup(remove_unused_graph_inputs=False)
         return PassResult(self.name, sum(details.values()), details=details)

@@ -30,7 +30,8 @@ class Budget(BaseModel):
     """What all FFNs together may cost. Exactly one of the three.
 
     Attributes:
-        size: bytes of the FFN weights, as a fraction of their size in fp32; the error is minimised.
+        size: bytes of the FFN weights as stored, as a fraction of their size in fp32; the error is minimised. Weights
+            that layers share count once in both.
         time: multiply-adds of the FFNs, as a fraction of the dense ones; the error is minimised. At equal precision an
             FFN's time is proportional to them, whether memory or arithmetic bounds it.
         error: squared error of the FFN outputs on held-out states relative to their variance, the mean over layers; the
@@ -52,7 +53,12 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a plan costs and what it loses, without the weights that showed it."""
+    """What a plan costs and what it loses, without the weights that showed it.
+
+    Attributes:
+        error, macs: summed over the layers that share the weights.
+        nbytes: of the one set of weights.
+    """
 
     plan: Plan
     error: float
@@ -60,18 +66,25 @@ class Candidate:
     macs: int
 
     @classmethod
-    def of(cls, split: Split) -> Candidate:
-        return cls(split.plan, split.error, split.nbytes, split.macs)
+    def of(cls, split: Split, uses: int = 1) -> Candidate:
+        """Args: uses: layers that share the weights."""
+        return cls(split.plan, uses * split.error, split.nbytes, uses * split.macs)
 
 
 def choose(
-    candidates: Sequence[Sequence[Candidate]], dense_bytes: Sequence[int], dense_macs: Sequence[int], budget: Budget
+    candidates: Sequence[Sequence[Candidate]],
+    dense_bytes: Sequence[int],
+    dense_macs: Sequence[int],
+    budget: Budget,
+    layers: int | None = None,
 ) -> list[int]:
-    """Which candidate each layer takes.
+    """Which candidate each layer, or each group of layers that share weights, takes.
 
     Args:
-        candidates: per layer, what it could become, with errors measured.
-        dense_bytes, dense_macs: of each layer's dense FFN, in fp32.
+        candidates: per group, what it could become, with errors measured.
+        dense_bytes: of each group's dense FFN, in fp32, once.
+        dense_macs: of each group's layers together.
+        layers: of all groups together; as many as there are groups, if not given.
 
     Raises:
         RecipeError: no choice keeps the budget; says what the least is.
@@ -82,8 +95,9 @@ def choose(
     costs = [[cost(split) for split in layer] for layer in candidates]
     errors = [[split.error for split in layer] for layer in candidates]
     if budget.error is not None:
-        scale = float(sum(dense_bytes))
-        return _knapsack([[c / scale for c in layer] for layer in costs], errors, budget.error * len(errors), "error")
+        scale, count = float(sum(dense_bytes)), layers or len(candidates)
+        mean = [[error / count for error in layer] for layer in errors]
+        return _knapsack([[c / scale for c in layer] for layer in costs], mean, budget.error, "error")
     total = float(sum(dense_macs if budget.time is not None else dense_bytes))
     limit = budget.time if budget.time is not None else budget.size
     assert limit is not None
@@ -94,8 +108,7 @@ def _knapsack(values: list[list[float]], weights: list[list[float]], limit: floa
     """One item of each group, of least total value within the total weight `limit`: a multiple-choice knapsack."""
     least = sum(min(group) for group in weights)
     if least > limit:
-        shown = least / len(weights) if what == "error" else least
-        raise RecipeError(f"budget.{what}: the least that can be reached is {shown:.4f}", hint="give a larger budget")
+        raise RecipeError(f"budget.{what}: the least that can be reached is {least:.4f}", hint="give a larger budget")
     flat_values, flat_weights = np.concatenate(values), np.concatenate(weights)
     group = np.repeat(np.arange(len(values)), [len(v) for v in values])
     one_each = coo_array((np.ones(len(group)), (group, np.arange(len(group)))))

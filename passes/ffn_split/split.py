@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from pydantic import Field, TypeAdapter, ValidationError
 from threadpoolctl import threadpool_limits
 
-from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
+from trimtab.passes.anatomy import FFN, also_read_by, by_weights, find_anatomy, select_ffns, sharing_partly
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
@@ -17,6 +17,7 @@ from trimtab.passes.ffn_split.emit import emit
 from trimtab.passes.ffn_split.fit import Fitter
 from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
 from trimtab.passes.ffn_split.score import Score
+from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import read_layer
 from trimtab.passes.matrices.quantize import fit_block
@@ -33,6 +34,7 @@ class FFNSplit(Pass):
 
     Source: FFSplit (arXiv 2401.04044). The affine form of the rest is not in the paper: neurons that rarely trigger are
     nearly linear in x, so one low-rank affine map, fitted to their outputs, stands for both of their matrices.
+    Layers that share weights get one split, fitted to the states of all of them.
     Exact end: heavy=1 with heavy_form=fp32, or rest_form=fp32 at any share, computes the dense FFN.
     """
 
@@ -72,28 +74,32 @@ class FFNSplit(Pass):
     def _run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         self._check_forms(context)
         anatomy = find_anatomy(graph)
-        chosen = select_ffns(anatomy, self.layers)
         profile = context.measured()
         left: list[Left] = []
-        wanted: list[FFN] = []
-        for ffn in chosen:
-            reason = self._unfit(ffn)
+        groups: list[tuple[FFN, ...]] = []
+        chosen = select_ffns(anatomy, self.layers)
+        for group in by_weights(chosen):
+            reason = self._unfit(group[0]) or self._unfit_shared(group, chosen)
             if reason:
-                left.append(Left(ffn.where, reason))
+                left += [Left(ffn.where, reason) for ffn in group]
             else:
-                wanted.append(ffn)
-        plans = self._budgeted(wanted, context) if self.budget else [self._plan(ffn) for ffn in wanted]
+                groups.append(group)
+        plans = self._budgeted(groups, context) if self.budget and groups else [self._plan(group[0]) for group in groups]
         forms = {form for plan in plans for form in (plan.heavy_form, plan.rest_form)}
         forms |= {"int8"} if any(p.rest_form == "affine" and p.heavy_form in BITS for p in plans) else set()
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
         rows = []
-        for ffn, plan in zip(wanted, plans, strict=True):
-            split = Fitter(read_layer(ffn, profile), self.score, [plan]).split(plan)
-            emit(graph, ffn, split)
-            rows.append(_row(ffn, split))
-            _tell(context, "split FFNs", len(rows), len(wanted))
-        untouched = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
-        details = {"layers": rows, "ffn_bytes": untouched + sum(row["bytes"] for row in rows)}
+        for group, plan in zip(groups, plans, strict=True):
+            split = Fitter(read_layer(group[0], profile, group[1:]), self.score, [plan]).split(plan)
+            emit(graph, group, split)
+            rows += [_row(ffn, split, group[0]) for ffn in group]
+            _tell(context, "split FFNs", len(rows), sum(map(len, groups)))
+        split_layers = {row["layer"] for row in rows}
+        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in split_layers for linear in ffn.linears]
+        details = {
+            "layers": sorted(rows, key=lambda row: row["layer"]),
+            "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows),
+        }
         return PassResult(self.name, len(rows), tuple(left), details)
 
     def _plan(self, ffn: FFN) -> Plan:
@@ -105,13 +111,15 @@ class FFNSplit(Pass):
         rounded = self.multiple * max(round(wanted / self.multiple), 1 if share > 0 else 0)
         return min(rounded, ffn.d_ff) if share < 1 else ffn.d_ff
 
-    def _budgeted(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
-        """A plan for each FFN, chosen over all of them by measured output error."""
-        sizes = [(ffn.layer, ffn.d_ff, ffn.d_model) for ffn in ffns]
+    def _budgeted(self, groups: list[tuple[FFN, ...]], context: PassContext) -> list[Plan]:
+        """A plan for each group of FFNs with the same weights, chosen over all of them by measured output error."""
+        numbers = [number for number, group in enumerate(groups) for _ in group]
+        sizes = [(ffn.layer, ffn.d_ff, ffn.d_model) for group in groups for ffn in group]
 
         def search() -> Any:
-            plans = self._search(ffns, context)
-            return _CHOICE.dump_python([(*size, plan) for size, plan in zip(sizes, plans, strict=True)], mode="json")
+            plans = self._search(groups, context)
+            rows = [(*size, plans[number]) for size, number in zip(sizes, numbers, strict=True)]
+            return _CHOICE.dump_python(rows, mode="json")
 
         def fits(known: Any) -> bool:
             try:
@@ -120,22 +128,27 @@ class FFNSplit(Pass):
                 return False
             bits = {BITS[form] for *_, plan in chosen for form in (plan.heavy_form, plan.rest_form) if form in BITS}
             possible = bits <= context.capability.weight_bits and all(plan.heavy <= d_ff for _, d_ff, _, plan in chosen)
-            return possible and [tuple(size) for *size, _ in chosen] == sizes
+            if not possible or [tuple(size) for *size, _ in chosen] != sizes:
+                return False
+            plans = {(number, plan) for number, (*_, plan) in zip(numbers, chosen, strict=True)}
+            return len(plans) == len(groups)  # one of each group
 
-        return [plan for *_, plan in _CHOICE.validate_python(context.choice(self, search, fits))]
+        rows = _CHOICE.validate_python(context.choice(self, search, fits))
+        plan_of = {number: plan for number, (*_, plan) in zip(numbers, rows, strict=True)}
+        return [plan_of[number] for number in range(len(groups))]
 
-    def _search(self, ffns: list[FFN], context: PassContext) -> list[Plan]:
+    def _search(self, groups: list[tuple[FFN, ...]], context: PassContext) -> list[Plan]:
         assert self.budget is not None
         profile = context.measured()
         candidates = []
-        for ffn in ffns:
-            plans = list(self._candidates(ffn, context))
-            fitter = Fitter(read_layer(ffn, profile), self.score, plans, precise=False)
-            candidates.append([Candidate.of(fitter.split(plan)) for plan in plans])
-            _tell(context, "search the budget", len(candidates), len(ffns))
-        dense = [4 * ffn.params for ffn in ffns]
-        macs = [sum(linear.in_features * linear.out_features for linear in ffn.linears) for ffn in ffns]
-        chosen = choose(candidates, dense, macs, self.budget)
+        for group in groups:
+            plans = list(self._candidates(group[0], context))
+            fitter = Fitter(read_layer(group[0], profile, group[1:]), self.score, plans, precise=False)
+            candidates.append([Candidate.of(fitter.split(plan), len(group)) for plan in plans])
+            _tell(context, "search the budget", len(candidates), len(groups))
+        dense = [4 * group[0].params for group in groups]
+        macs = [len(group) * sum(m.in_features * m.out_features for m in group[0].linears) for group in groups]
+        chosen = choose(candidates, dense, macs, self.budget, sum(map(len, groups)))
         return [layer[i].plan for layer, i in zip(candidates, chosen, strict=True)]
 
     def _candidates(self, ffn: FFN, context: PassContext) -> Iterator[Plan]:
@@ -177,10 +190,23 @@ class FFNSplit(Pass):
             return f"no block of 16 or more divides its {ffn.d_model} input features"
         return None
 
+    def _unfit_shared(self, group: tuple[FFN, ...], chosen: list[FFN]) -> str | None:
+        """Why FFNs that share weights stay as they are, or None."""
+        partly = sharing_partly(group, chosen)
+        if partly:
+            return (
+                f"it shares a matrix with {partly[0].where} and has other biases or another activation; see ffn-split"
+            )
+        by_bytes = self.budget is not None and self.budget.time is None
+        where = also_read_by(group) if by_bytes else None
+        if where is not None:
+            return f"{where} reads its weights too, so the file would keep them beside the new ones"
+        return None
 
-def _row(ffn: FFN, split: Split) -> dict[str, Any]:
-    """What the report says of one layer."""
-    plan = split.plan
+
+def _row(ffn: FFN, split: Split, first: FFN) -> dict[str, Any]:
+    """What the report says of one layer; bytes that it shares with `first` count there."""
+    plan, once = split.plan, int(ffn is first)
     has_rest = plan.heavy < ffn.d_ff
     return {
         "layer": ffn.layer,
@@ -190,10 +216,10 @@ def _row(ffn: FFN, split: Split) -> dict[str, Any]:
         "rest_form": plan.rest_form if has_rest else None,
         "rank": plan.rank if has_rest and plan.rest_form in ("affine", "low-rank") else None,
         "error": round(split.error, 6),
-        "bytes": split.nbytes,
+        "bytes": once * split.nbytes,
         "macs": split.macs,
-        "dense_bytes": 4 * ffn.params,
-    }
+        "dense_bytes": once * 4 * ffn.params,
+    } | ({} if once else {"weights_of": first.layer})
 
 
 def _tell(context: PassContext, what: str, done: int, total: int) -> None:

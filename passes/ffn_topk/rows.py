@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant
+from trimtab.passes.graph.linear import Linear
 
 RowForm = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
@@ -38,6 +39,28 @@ def row_constants(weight: np.ndarray, form: RowForm, label: str, name: str) -> d
         return {label: constant(f"{name}/{label}", _bfloat16(weight))}
     q, scale = quantize_rows(weight) if form == "int8" else quantize_blocks(weight)
     return {label: constant(f"{name}/{label}", q), f"{label}_scale": constant(f"{name}/{label}_scale", scale)}
+
+
+class Rows:
+    """Weights as `row_constants`, each matrix made once for all FFNs that share it."""
+
+    def __init__(self, form: RowForm) -> None:
+        self.form = form
+        self._made: dict[tuple[int, bool], list[gs.Constant]] = {}
+        self._bytes = 0.0
+
+    @property
+    def nbytes(self) -> float:
+        """Of all that was made so far."""
+        return self._bytes
+
+    def of(self, linear: Linear, weight: np.ndarray, label: str, name: str) -> dict[str, gs.Tensor]:
+        """As `row_constants`, of `weight`, which holds the rows of `linear`."""
+        key = id(linear.weight), linear.transposed
+        if key not in self._made:
+            self._made[key] = list(row_constants(weight, self.form, label, name).values())
+            self._bytes += row_bytes(self.form, weight.shape[1]) * len(weight)
+        return dict(zip((label, f"{label}_scale"), self._made[key], strict=False))
 
 
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,10 @@ from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slow
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
-from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
+from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, Rows, row_bytes
 from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
@@ -108,7 +109,7 @@ class FFNTopK(Pass):
         raise_opset(graph, OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
-        kept = sum(ffn.bytes for ffn in anatomy.ffns if ffn not in wanted)
+        weights = Rows(self.weights)
         best, measured = 0.0, False
         for done, ffn in enumerate(wanted, 1):
             reason = self._unfit(ffn)
@@ -121,10 +122,9 @@ class FFNTopK(Pass):
                 reason = self._not_worth(choice, crossover, ffn)
                 if reason is None:
                     by_shards = choice.by_shards(ffn.d_ff, self.block) if context.shards > 1 else {}
-                    rows.append(self._rewrite(graph, layer, choice, crossover) | by_shards)
+                    rows.append(self._rewrite(graph, layer, choice, crossover, weights) | by_shards)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
-                kept += ffn.bytes
             if context.progress is not None:
                 context.progress("predict neurons", done, len(wanted))
         if not rows and best and not measured:
@@ -132,7 +132,9 @@ class FFNTopK(Pass):
                 f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
                 hint="allow more neurons (most), a better predictor (rank, signal), or less recall",
             )
-        details = {"layers": rows, "ffn_bytes": round(kept + sum(row["bytes"] for row in rows))}
+        rewritten = {row["layer"] for row in rows}
+        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
+        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
 
     def _unfit(self, ffn: FFN) -> str | None:
@@ -220,8 +222,14 @@ class FFNTopK(Pass):
                 guesses.append(Guess(LowRank(*(in_form(m, self.form, 32) for m in pair)), bias))
         return Predictor(layer, guesses, norm, self.block, typical=typical, common=common)
 
-    def _rewrite(self, graph: gs.Graph, layer: Layer, choice: Choice, crossover: Crossover | None) -> dict[str, Any]:
-        """Put the sparse ops in the place of the FFN; returns what the report says of it."""
+    def _rewrite(
+        self, graph: gs.Graph, layer: Layer, choice: Choice, crossover: Crossover | None, weights: Rows
+    ) -> dict[str, Any]:
+        """Put the sparse ops in the place of the FFN; returns what the report says of it.
+
+        Layers that share weights read the same rows, and each has a predictor of its own.
+        """
+        before = weights.nbytes
         ffn, name, blocks = layer.ffn, f"{self.name}/layer.{layer.ffn.layer}", layer.ffn.d_ff // self.block
         above = self.dense_above if self.dense_above is not None else limit(crossover, choice.take / blocks)
         if choice.take == blocks:
@@ -234,8 +242,8 @@ class FFNTopK(Pass):
             )  # fmt: skip
         parts: dict[str, gs.Tensor] = {"x": ffn.x, "blocks": chosen}
         labels = ("gate", "up") if ffn.gated else ("up",)
-        for label, w, bias in zip(labels, layer.ups, layer.up_biases, strict=True):
-            parts |= row_constants(w.T, self.weights, label, name)
+        for label, linear, w, bias in zip(labels, ffn.linears, layer.ups, layer.up_biases, strict=False):
+            parts |= weights.of(linear, w.T, label, name)
             if bias is not None:
                 parts[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
         keep = choice.k if self.exact else 0
@@ -244,7 +252,7 @@ class FFNTopK(Pass):
         h = add_node(
             graph, SPARSE_UP, parts, f"{name}/up.h", activation=ffn.activation.name, block=self.block, keep=keep
         )
-        downs = row_constants(layer.down, self.weights, "down", name)
+        downs = weights.of(ffn.down, layer.down, "down", name)
         y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{name}/down.y", block=self.block)
         if np.any(layer.down_bias):
             y = insert(graph, "Add", [y, constant(f"{name}/bias", layer.down_bias)], f"{name}/shift", dtype=np.float32)
@@ -257,6 +265,6 @@ class FFNTopK(Pass):
             "layer": ffn.layer, "neurons": ffn.d_ff,
             "wanted": choice.k * self.block, "computed": choice.take * self.block,
             "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4), "predictor_bytes": predictor,
-            "read_bytes": round(predictor + read), "bytes": round(predictor + row * len(ffn.linears) * ffn.d_ff),
-            "dense_bytes": 4 * ffn.params, "dense_above": above,
+            "read_bytes": round(predictor + read), "bytes": round(predictor + weights.nbytes - before),
+            "dense_bytes": 4 * ffn.params if weights.nbytes > before else 0, "dense_above": above,
         }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +52,13 @@ class Linear:
     @property
     def bytes(self) -> int:
         """Bytes of its constants as stored: weight, bias, scales and zero points."""
+        return distinct_bytes([self])
+
+    @property
+    def constants(self) -> tuple[gs.Constant, ...]:
+        """Its constants: weight, bias, scales and zero points."""
         parts = [self.weight, self.bias, *(self.quantized.inputs[1:] if self.quantized is not None else ())]
-        return sum(stored_bytes(t) for t in {id(t): t for t in parts}.values() if isinstance(t, gs.Constant))
+        return tuple(part for part in parts if isinstance(part, gs.Constant))
 
     def w(self) -> np.ndarray:
         """W as [in_features, out_features], read from disk if it lies there. Read-only."""
@@ -67,6 +73,21 @@ class Linear:
     def b(self) -> np.ndarray | None:
         """b as [out_features], or None."""
         return None if self.bias is None else values(self.bias).reshape(-1)
+
+
+def distinct_bytes(linears: Iterable[Linear]) -> int:
+    """Bytes of the constants of `linears` as stored; one that several of them use counts once."""
+    return sum(stored_bytes(t) for t in {id(t): t for linear in linears for t in linear.constants}.values())
+
+
+def distinct_params(linears: Iterable[Linear]) -> int:
+    """Parameters of `linears`; a weight or bias that several of them use counts once."""
+    counts: dict[int, int] = {}
+    for linear in linears:
+        counts[id(linear.weight)] = linear.in_features * linear.out_features
+        if linear.bias is not None:
+            counts[id(linear.bias)] = linear.out_features
+    return sum(counts.values())
 
 
 def match_linear(node: gs.Node) -> Linear | None:

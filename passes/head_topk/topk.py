@@ -15,7 +15,7 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.predictor import in_form
 from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
 from trimtab.passes.ffn_topk.shards import expected_recall
-from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
@@ -145,7 +145,7 @@ class HeadTopK(Pass):
         """Put the new head in the place of the old one, and say what it is."""
         vocabulary, name = linear.out_features, self.name
         x, predictor = linear.x, 0
-        parts: dict[str, gs.Tensor] = {"x": x} | self._rows(anatomy, linear, head)
+        parts: dict[str, gs.Tensor] = {"x": x} | self._rows(anatomy, head)
         if head.bias is not None:
             parts["weight_bias"] = constant(f"{name}/bias", head.bias.astype(np.float32))
         if cheap is None:
@@ -179,6 +179,9 @@ class HeadTopK(Pass):
             "vocabulary": vocabulary, "computed": take, "dense_bytes": linear.bytes,
             "read_bytes": round(predictor + row * take), "bytes": round(predictor + row * vocabulary),
         }  # fmt: skip
+        table = anatomy.head.table if anatomy.head is not None else None
+        if table is not None:  # it stays for the embedding; in fp32 it is the head's own matrix
+            details["table_bytes"] = stored_bytes(table)
         return PassResult(self.name, 1, (), details)
 
     def _like(self, graph: gs.Graph, rows: gs.Tensor, exact: gs.Tensor) -> gs.Tensor:
@@ -193,12 +196,9 @@ class HeadTopK(Pass):
         each = insert(graph, "Expand", [rows, size], f"{name}/each", dtype=np.int64)
         return insert(graph, "Reshape", [each, shape], f"{name}/places", dtype=np.int64)
 
-    def _rows(self, anatomy: Anatomy, linear: Linear, head: Head) -> dict[str, gs.Tensor]:
+    def _rows(self, anatomy: Anatomy, head: Head) -> dict[str, gs.Tensor]:
         """The head's matrix row by row; a table of embeddings that it is tied to serves both, and lies on disk once."""
-        assert anatomy.head is not None
-        if self.weights == "fp32" and anatomy.head.tied:
-            shape = [linear.out_features, linear.in_features]
-            table = next((e.table for e in anatomy.embeddings if list(e.table.shape) == shape), None)
-            if table is not None:
-                return {"weight": table}
+        table = anatomy.head.table if anatomy.head is not None else None
+        if self.weights == "fp32" and table is not None:
+            return {"weight": table}
         return dict(row_constants(head.weight.T, self.weights, "weight", self.name))

@@ -119,7 +119,7 @@ def test_constants_and_copies(tmp_path: Path) -> None:
         }""")  # fmt: skip
     graph, result = check_same(path, tmp_path, {"x": np.random.default_rng().standard_normal((3, 4), np.float32)})
     assert sorted(ops(graph)) == ["Mul", "Relu"]
-    nothing = {"biases": 0, "gemms": 0, "reshapes": 0, "grids": 0}
+    nothing = {"biases": 0, "gemms": 0, "reshapes": 0, "grids": 0, "shared": 0}
     assert result.details == {"constants": 2, "copies": 5, "folded": 1, **nothing}
     assert result.changed == 8
 
@@ -228,7 +228,7 @@ def test_external_weights_stay_unread(tmp_path: Path) -> None:
     canonical(graph)
     after = {t.name: t for t in graph.tensors().values() if isinstance(t, gs.Constant)}
     assert all(is_external(after[name]) for name in held & set(after))
-    assert len(held & set(after)) > 10
+    assert len(held & set(after)) >= 10  # the tied head's copy of the table is gone
 
 
 GRID = """agraph (float[A, B] x, float[A, B] other) => (float[P, Q, R, S] y)

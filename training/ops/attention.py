@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trimtab.passes.errors import ModelError
+
 
 def rotary_embedding(
     x: Tensor, cos_cache: Tensor, sin_cache: Tensor, position_ids: Tensor | None = None, *,
@@ -124,10 +126,27 @@ def dequantize_linear(
     return values * along(scale)
 
 
+def matmul_n_bits(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor | None = None, groups: Tensor | None = None,
+    bias: Tensor | None = None, *, K: int, N: int, bits: int = 4, block_size: int, accuracy_level: int = 0,
+) -> Tensor:  # fmt: skip
+    """x W + b of unsigned integers in blocks along K, [N, blocks, bytes], low bits first, zero in their middle."""
+    if zero_points is not None or groups is not None:
+        raise ModelError("training does not know MatMulNBits with zero points or groups", hint="give the dense model")
+    shifts = torch.arange(0, 8, bits, device=packed.device)
+    q = (packed.reshape(N, -1, block_size * bits // 8, 1).long() >> shifts) & ((1 << bits) - 1)
+    centred = q.reshape(N, -1, block_size).to(scale.dtype) - (1 << (bits - 1))
+    weight = (centred * scale.reshape(N, -1, 1)).reshape(N, -1)[:, :K]
+    y = x @ weight.to(x.dtype).T
+    return y if bias is None else y + bias
+
+
 _PLAIN: dict[str, Callable[..., Any]] = {
     "Attention": attention, "DequantizeLinear": dequantize_linear, "RotaryEmbedding": rotary_embedding,
 }  # fmt: skip
 
-_MICROSOFT: dict[str, Callable[..., Any]] = {"GroupQueryAttention": group_query_attention}
+_MICROSOFT: dict[str, Callable[..., Any]] = {
+    "GroupQueryAttention": group_query_attention, "MatMulNBits": matmul_n_bits,
+}  # fmt: skip
 
 OPS = {("", name): op for name, op in _PLAIN.items()} | {("com.microsoft", name): op for name, op in _MICROSOFT.items()}
