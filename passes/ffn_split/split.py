@@ -84,7 +84,9 @@ class FFNSplit(Pass):
                 left += [Left(ffn.where, reason) for ffn in group]
             else:
                 groups.append(group)
-        plans = self._budgeted(groups, context) if self.budget and groups else [self._plan(group[0]) for group in groups]
+        plans = (
+            self._budgeted(groups, context) if self.budget and groups else [self._plan(group[0]) for group in groups]
+        )
         forms = {form for plan in plans for form in (plan.heavy_form, plan.rest_form)}
         forms |= {"int8"} if any(p.rest_form == "affine" and p.heavy_form in BITS for p in plans) else set()
         raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
