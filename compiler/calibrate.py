@@ -84,7 +84,9 @@ def calibrate(
             for layer in layers:
                 layer.add(found, keep)
             if head_x is not None and head_states is not None:
-                head_states.add(_rows(found[head_x], keep))
+                rows = _rows(found[head_x], keep)
+                _check_finite("head", rows)
+                head_states.add(rows)
         used += len(batch[inputs[0].name])
         if progress is not None:
             progress("calibrate", used, total)
@@ -151,16 +153,20 @@ class _Layer:
             for start in range(0, len(hidden), _CHUNK):
                 h = hidden[start : start + _CHUNK].astype(np.float64)
                 self.sums += np.abs(h).sum(0), h.sum(0), np.einsum("tj,tj->j", h, h)
-        if not (np.isfinite(self.sums).all() and np.isfinite(x).all()):
-            raise ModelError(
-                f"{self.where}: its activations hold NaN or Inf on this data",
-                hint="check the model's weights; a float16 model may overflow: export it in float32",
-            )
+        _check_finite(self.where, self.sums, x)
         self.reservoir.add(x)
 
     def stats(self) -> FFNStats:
         abs_sum, total, square_sum = self.sums
         return FFNStats(self.tokens, abs_sum, total, square_sum, self.reservoir.rows)
+
+
+def _check_finite(where: str, *arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ModelError(
+            f"{where}: its activations hold NaN or Inf on this data",
+            hint="check the model's weights; a float16 model may overflow: export it in float32",
+        )
 
 
 def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:

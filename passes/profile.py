@@ -123,20 +123,49 @@ class Profile:
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
     def check(self, fingerprint: str) -> None:
-        """Refuse a Profile of another model."""
+        """Refuse a Profile of another model, or with NaN or Inf.
+
+        Args:
+            fingerprint: `model_fingerprint` of the model.
+
+        Raises:
+            ProfileError: says which.
+        """
+        self.check_finite()
         if fingerprint != self.info.model:
             raise ProfileError(
                 f"the profile belongs to another model (weights {self.info.model[:12]}, this model {fingerprint[:12]})",
                 hint="calibrate this model, or give the profile that was made from it",
             )
 
+    def check_finite(self, where: str = "the profile") -> None:
+        """Refuse NaN and Inf, out of which passes would compute a model.
+
+        Args:
+            where: what the message calls the Profile.
+
+        Raises:
+            ProfileError: names the first tensor that holds one.
+        """
+        for name, value in self.tensors.items():
+            array = np.asarray(value)
+            if array.dtype.kind in "biu":
+                continue
+            bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+            if bad:
+                raise ProfileError(
+                    f"{where}: {bad} of the {array.size} values of {name!r} are NaN or infinite",
+                    hint="make the profile again, with data that the model gives finite answers to",
+                )
+
     def save(self, path: Path | str) -> None:
         """Write the file whole or not at all.
 
         Raises:
-            ProfileError: the folder is missing or not writable, or the disk is full.
+            ProfileError: a tensor holds NaN or Inf, the folder is missing or not writable, or the disk is full.
         """
         path = Path(path)
+        self.check_finite(str(path))
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         tensors = {name: np.asarray(value, order="C") for name, value in self.tensors.items()}
         try:
@@ -152,7 +181,7 @@ class Profile:
         """Read a Profile.
 
         Raises:
-            ProfileError: missing, damaged, not a Profile, or of a newer format.
+            ProfileError: missing, damaged, not a Profile, of a newer format, or with NaN or Inf.
         """
         path = Path(path)
         if not path.is_file():
@@ -166,8 +195,10 @@ class Profile:
                 if isinstance(made, dict) and made.get("format") != FORMAT:
                     raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
                 info = ProfileInfo.model_validate_json(text)
-                return cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                profile = cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, ValidationError, ValueError, OSError) as error:
             raise ProfileError(
                 f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again"
             ) from error
+        profile.check_finite(str(path))
+        return profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import tiny
 from onnx import numpy_helper
 
 from trimtab import passes
-from trimtab.compiler import load, profiling
+from trimtab.compiler import load, pipeline, profiling
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.recipe import load_recipe
+from trimtab.compiler.sources import Source
 from trimtab.compiler.targets.base import MODEL
 from trimtab.compiler.targets.onnxruntime import OnnxRuntime, OnnxRuntimeRunner
 from trimtab.passes import PassContext, PassResult
@@ -110,6 +112,62 @@ def test_every_input_counts(model: Path, data: Path, tmp_path: Path, change: str
     compile_model(**inputs, out=tmp_path / "build")
     assert not compile_model(**inputs | changed, out=tmp_path / "build").reused
     assert compile_model(**inputs | changed, out=tmp_path / "build").reused
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_every_byte_of_a_model_counts(tmp_path: Path, external: bool) -> None:
+    """Of each tensor the first and the last, a bias of a few values among them, with the file's size and mtime kept."""
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print("seed", seed)
+    path = tiny.model(tmp_path / "m.onnx", seed=seed, external=external)
+    file = tmp_path / ("m.onnx.data" if external else "m.onnx")
+    keys = {compile_model(path, {"passes": []}, tmp_path / "build").manifest.key}
+    tensors = [numpy_helper.to_array(tensor).tobytes() for tensor in onnx.load(path).graph.initializer]
+    whole, times = file.read_bytes(), file.stat()
+    places = [whole.index(raw) + place for raw in tensors for place in (0, len(raw) - 4)]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        build = compile_model(path, {"passes": [], "check": False}, tmp_path / "build")
+        assert not build.reused
+        keys.add(build.manifest.key)
+    assert len(keys) == 1 + len(places) > 10
+
+
+def test_a_model_that_changes_while_it_is_compiled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its build would have the key of one model and the weights of another."""
+    path = tiny.model(tmp_path / "m.onnx", external=True)
+    check = pipeline.self_check
+
+    def checked(*args: Any) -> Any:
+        data = bytearray((tmp_path / "m.onnx.data").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "m.onnx.data").write_bytes(data)
+        return check(*args)
+
+    monkeypatch.setattr(pipeline, "self_check", checked)
+    with pytest.raises(ModelError, match=r"changed while it was compiled; compile it again"):
+        compile_model(path, {"passes": []}, tmp_path / "build")
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_every_byte_of_a_tokenizer_counts(model: Path, word_tokenizer: Path, tmp_path: Path, name: str) -> None:
+    source = Source("m", model, word_tokenizer, None, None, "onnx")
+    compile_model(source, {"passes": []}, tmp_path / "build")
+    assert compile_model(source, {"passes": []}, tmp_path / "build").reused
+    (word_tokenizer / name).write_text((word_tokenizer / name).read_text().replace("[PAD]", "[PAP]"))
+    assert not compile_model(source, {"passes": []}, tmp_path / "build").reused
+
+
+def test_a_profile_with_nan_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    profile = Profile.load(compile_model(model, RECIPE, tmp_path / "first", data=data).path / "profile.safetensors")
+    profile.tensors["ffn.0.states"][3, 5] = np.nan
+    said = refused(ProfileError, tmp_path, model, RECIPE, profile=profile)
+    assert "the profile: 1 of" in said
+    assert "'ffn.0.states'" in said
 
 
 def test_a_damaged_build_is_made_anew(model: Path, tmp_path: Path) -> None:

@@ -97,3 +97,25 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="cannot write"):
         made().save(tmp_path / "none" / "p")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["ffn.1.states", "ffn.0.abs_sum", "head.states", "learned.recover.layer.0.w"])
+def test_nan_and_infinity_are_refused_wherever_they_come_from(tmp_path: Path, name: str, value: float) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print("seed", seed)
+    profile = made()
+    profile.set_head(np.zeros((4, D_MODEL), np.float16))
+    profile.check("a" * 64)
+    profile.save(tmp_path / "p")
+    flat = profile.tensors[name] = np.array(profile.tensors[name], order="C")
+    flat.reshape(-1)[np.random.default_rng(seed).integers(flat.size)] = value
+    with pytest.raises(ProfileError, match=rf"the profile: 1 of .*'{name}'"):
+        profile.check("a" * 64)
+    before = (tmp_path / "p").read_bytes()
+    with pytest.raises(ProfileError, match=rf"p: 1 of .*'{name}'"):
+        profile.save(tmp_path / "p")
+    assert (tmp_path / "p").read_bytes() == before
+    save_file(profile.tensors, tmp_path / "q", metadata={"trimtab": profile.info.model_dump_json()})
+    with pytest.raises(ProfileError, match=rf"q: 1 of .*'{name}'"):
+        Profile.load(tmp_path / "q")
