@@ -12,10 +12,12 @@ import onnx_graphsurgeon as gs
 from pydantic import Field
 
 from trimtab.passes.canonicalize.shapes import infer_shapes
-from trimtab.passes.contract import Pass, PassContext, PassResult
-from trimtab.passes.graph import constant, insert, rename_output, topological, values
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.graph import constant, insert, output_name_of, rename_output, topological, values
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.precision.regions import MASK, half_nodes, is_float
+from trimtab.passes.precision.masks import MASK, bound, reaches_far, saturated
+from trimtab.passes.precision.regions import Regions, divide
+from trimtab.passes.precision.tensors import QUANTIZERS, has_subgraphs, is_float, is_integer
 from trimtab.plugins import DOMAIN, OPS
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.emit import add_body, type_of
@@ -24,7 +26,6 @@ _TYPES: dict[str, np.dtype] = {"float16": np.dtype(np.float16), "bfloat16": np.d
 _OPSETS = {"float16": 19, "bfloat16": 22}
 """In which QuantizeLinear takes half precision, and in which nearly every op takes bfloat16."""
 _FLOAT = np.dtype(np.float32)
-_QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 
 
 class Precision(Pass):
@@ -48,29 +49,33 @@ class Precision(Pass):
             return PassResult(self.name, 0)
         raise_opset(graph, _OPSETS[self.type])
         infer_shapes(graph)
+        dtype = _TYPES[self.type]
         # On CPUs the dialect's kernels take float32.
-        nodes = half_nodes(graph, self.keep, dialect=context.capability.float16, narrow=self.type == "float16")
-        floats = sum(any(map(is_float, (*n.inputs, *n.outputs))) for n in graph.nodes)
-        typing = _Typing(graph, _TYPES[self.type], {id(node) for node in nodes}, self.io)
+        regions = divide(graph, dtype, self.keep, dialect=context.capability.float16)
+        typing = _Typing(graph, dtype, regions, self.io)
         typing.run()
-        if any(node.domain == DOMAIN for node in nodes):
+        if any(node.domain == DOMAIN for node in regions.half):
             _renew_bodies(graph)
-        chosen = Counter(node.op for node in nodes)
         details: dict[str, Any] = {
-            "type": self.type, "casts": typing.casts, "kept": floats - len(nodes), "ops": dict(sorted(chosen.items())),
+            "type": self.type, "casts": typing.casts, "kept": len(regions.kept),
+            "why": dict(sorted(Counter(regions.kept.values()).items())),
+            "ops": dict(sorted(Counter(node.op for node in regions.half).items())),
         }  # fmt: skip
-        return PassResult(self.name, len(nodes), (), details)
+        why = f"decides in float32, by values that {self.type} has rounded: near ties may fall otherwise"
+        left = tuple(Left(output_name_of(node), why) for node in regions.deciding)
+        return PassResult(self.name, len(regions.half), left, details)
 
 
 class _Typing:
-    """Gives the nodes `half` the type `dtype`, with casts where it meets what stays.
+    """Gives the half of `regions` the type `dtype`, with casts where it meets what stays.
 
     Attributes:
         casts: how many there are.
     """
 
-    def __init__(self, graph: gs.Graph, dtype: np.dtype, half: set[int], io: bool) -> None:
-        self.graph, self.dtype, self.half, self.io, self.casts = graph, dtype, half, io, 0
+    def __init__(self, graph: gs.Graph, dtype: np.dtype, regions: Regions, io: bool) -> None:
+        self.graph, self.dtype, self.io, self.casts = graph, dtype, io, 0
+        self.half, self._masks = {id(node) for node in regions.half}, regions.masks
         self._onnx = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
         self._made: dict[tuple[int, bool], gs.Tensor] = {}
         self._in_half: set[int] = set()  # tensors that have become half
@@ -82,10 +87,10 @@ class _Typing:
                 if is_float(tensor):
                     self._retype(tensor)
         for node in topological(graph):
-            if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            if has_subgraphs(node):
                 continue  # what it reads has stayed as it was
             wanted = id(node) in self.half
-            if wanted and node.op in _QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
+            if wanted and node.op in QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
                 self._scales(node.inputs[1])
             node.inputs = [self._as(tensor, wanted) for tensor in list(node.inputs)]
             if wanted:
@@ -113,10 +118,27 @@ class _Typing:
         key = id(tensor), half
         if key not in self._made:
             if isinstance(tensor, gs.Constant):
-                self._made[key] = constant(f"{tensor.name}/{self.dtype.name}", narrowed(values(tensor), self.dtype))
+                array = narrowed(values(tensor), self.dtype, **self._limits(tensor))
+                self._made[key] = constant(f"{tensor.name}/{self.dtype.name}", array)
             else:
-                self._made[key] = self._cast(tensor, self.dtype if half else _FLOAT)
+                self._made[key] = self._narrow(tensor) if half else self._cast(tensor, _FLOAT)
         return self._made[key]
+
+    def _limits(self, tensor: gs.Constant) -> dict[str, float]:
+        """From where on numbers of `tensor` stand for infinity, and what they become."""
+        if id(tensor) in self._masks:
+            return {"above": bound(self.dtype)}
+        if all(reader.op == "Clip" for reader in tensor.outputs):
+            return {"becomes": float(ml_dtypes.finfo(self.dtype).max)}
+        return {}
+
+    def _narrow(self, tensor: gs.Tensor) -> gs.Tensor:
+        maker = tensor.inputs[0] if tensor.inputs else None
+        if maker is not None and maker.op == "Cast" and is_integer(maker.inputs[0]):
+            return self._cast(maker.inputs[0], self.dtype)  # at once
+        if id(tensor) in self._masks and reaches_far(tensor, bound(self.dtype)):
+            return self._cast(saturated(self.graph, tensor, self.dtype), self.dtype)
+        return self._cast(tensor, self.dtype)
 
     def _scales(self, tensor: gs.Constant) -> None:
         """Scales stay positive, as runtimes demand, also of blocks that are all zeros."""
@@ -151,12 +173,11 @@ class _Typing:
             node.attrs["value"] = gs.Constant(f"{node.name}/value", narrowed(array, self.dtype))
 
 
-def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` in half precision. What stands for minus infinity becomes a number twice of which `dtype` still holds."""
-    largest = float(ml_dtypes.finfo(dtype).max) / 2
-    finite = np.isfinite(array) & (np.abs(array) >= MASK)
-    if finite.any():
-        array = np.where(finite, np.sign(array) * min(largest, MASK), array)
+def narrowed(array: np.ndarray, dtype: np.dtype, *, above: float = MASK, becomes: float | None = None) -> np.ndarray:
+    """`array` in half precision. Finite numbers beyond ± `above` become ± `becomes`, by default `bound(dtype)`."""
+    far = np.isfinite(array) & (np.abs(array) >= above)
+    if far.any():
+        array = np.where(far, np.sign(array) * (becomes or bound(dtype)), array)
     return np.asarray(array).astype(dtype)
 
 

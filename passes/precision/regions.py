@@ -1,25 +1,35 @@
-"""Which nodes may compute in half precision, and which stay in float32."""
+"""Which nodes may compute in half precision, and which stay in float32, for which reason."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import topological, values
 from trimtab.passes.graph.cut import reads
+from trimtab.passes.precision.masks import MASK, biased_softmaxes, mask_tensors
+from trimtab.passes.precision.origins import counted_nodes
+from trimtab.passes.precision.tensors import MOVES, QUANTIZERS, has_subgraphs, has_weights, is_float, is_integer
 from trimtab.plugins import DOMAIN, OPS
 
-KEPT = frozenset([
-    "CumSum", "DynamicQuantizeLinear", "Exp", "Log", "Pow", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
-    "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Resize", "Sin", "Cos", "Sqrt",
-    "TopK", "NonMaxSuppression", "RoiAlign",
+STATISTICS = frozenset([
+    "CumSum", "DynamicQuantizeLinear", "Exp", "GridSample", "Log", "Pow", "Range", "Reciprocal", "ReduceL1",
+    "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Resize", "Sin", "Cos",
+    "Sqrt", "RoiAlign",
 ])  # fmt: skip
-"""Sums over many, powers and their roots (the statistics of norms, where an exporter spells them out), angles of
-positions, choices: what onnxconverter-common and TensorRT's guides keep in float32 too. LayerNormalization,
-RMSNormalization and Softmax sum in float32 by themselves."""
+"""Sums over many, powers and their roots (the statistics of norms, where an exporter spells them out), angles and
+coordinates: what onnxconverter-common and TensorRT's guides keep in float32 too. LayerNormalization, RMSNormalization
+and Softmax sum in float32 by themselves."""
+
+DECISIONS = frozenset([
+    "ArgMax", "ArgMin", "Bernoulli", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Hardmax", "Less",
+    "LessOrEqual", "Mod", "Multinomial", "NonMaxSuppression", "NonZero", "OneHot", "Round", "Sign", "TopK", "Unique",
+])  # fmt: skip
+"""What turns floats into something discrete, as a Cast to integers does: a rounding before it changes the outcome."""
 
 _FOREIGN = frozenset([
     "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "Gelu", "GroupQueryAttention", "MatMulNBits",
@@ -27,89 +37,184 @@ _FOREIGN = frozenset([
 ])  # fmt: skip
 """Ops of com.microsoft that take half precision."""
 
-_SMALL = 1024  # elements of a constant that is no weight
+_PRODUCTS = frozenset([
+    "Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Gemm", "GroupQueryAttention", "MatMul",
+    "MatMulNBits", "MultiHeadAttention",
+])  # fmt: skip
+"""What half precision is for; no wish for exactness reaches across one."""
+
+_ARITHMETIC = MOVES | {"Abs", "Add", "Clip", "Max", "Min", "Neg", "Sub", "Where"}
 _INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger")
-_LARGEST = float(np.finfo(np.float16).max)
-MASK = 1e30
-"""From here on a number is no weight, but stands for minus infinity."""
 
 
-def is_float(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is float32. What has no type is: everything between the layers of a model is."""
-    if not tensor.name:
-        return False
-    if tensor.dtype is None:
-        return True
-    try:
-        return bool(np.dtype(tensor.dtype) == np.float32)
-    except TypeError:  # a type that numpy lacks, by ONNX's number
-        return bool(tensor.dtype == onnx.TensorProto.FLOAT)
+@dataclass(frozen=True)
+class Regions:
+    """How a graph is divided.
+
+    Attributes:
+        half: the nodes that compute in half precision.
+        kept: id of a node that stays in float32 → why.
+        masks: ids of the tensors that additive masks are computed in.
+        deciding: the nodes that decide something discrete by values that half precision has rounded.
+    """
+
+    half: list[gs.Node]
+    kept: dict[int, str]
+    masks: set[int]
+    deciding: list[gs.Node]
 
 
-def half_nodes(graph: gs.Graph, extra: Collection[str], *, dialect: bool, narrow: bool) -> list[gs.Node]:
-    """Nodes of `graph` that compute in float32 and may do so in half precision.
+def divide(graph: gs.Graph, dtype: np.dtype, extra: Collection[str] = (), *, dialect: bool = False) -> Regions:
+    """Divide the nodes of `graph` that compute in float32. Types of its tensors must be known (`infer_shapes`).
 
     Args:
+        dtype: the half type.
         extra: further ops that stay.
-        dialect: trimtab's ops may.
-        narrow: the type holds no more than float16 does, so nodes with larger weights stay.
+        dialect: trimtab's ops may compute in half.
     """
     nodes = [node for node in topological(graph) if any(map(is_float, (*node.inputs, *node.outputs)))]
-    kept = {id(node) for node in nodes if _stays(node, extra, dialect) or (narrow and _overflows(node))}
+    masks = mask_tensors(nodes)
+    kept: dict[int, str] = {}
+    for node in nodes:
+        reason = _reason(node, extra, dialect) or _range(node, dtype, masks)
+        if reason is not None:
+            kept[id(node)] = reason
     for node in nodes:  # sums of integer products need the range of float32 until they are scaled
         if node.op == "Cast" and node.inputs[0].inputs and node.inputs[0].inputs[0].op in _INTEGER_PRODUCTS:
-            kept |= {id(node), *(id(reader) for reader in node.outputs[0].outputs if reader.op == "Mul")}
-    between = _between(graph, nodes, kept)
+            scaling = (reader for reader in node.outputs[0].outputs if reader.op == "Mul")
+            kept |= dict.fromkeys((id(node), *map(id, scaling)), "integer products")
+    counted = counted_nodes(graph)
+    kept |= {id(node): "computed of integers" for node in nodes if id(node) in counted}
+    biased = biased_softmaxes(nodes, masks, counted, dtype)
+    kept |= {id(node): "positions in scores" for node in nodes if id(node) in biased}
     captured = {id(t) for node in nodes for t in _captured(node)}
-    inside = {id(node) for node in nodes if any(id(t) in captured for t in node.outputs)}
-    return [node for node in nodes if id(node) not in kept | between | inside]
+    kept |= {id(n): "read by a branch or loop" for n in nodes if any(id(t) in captured for t in n.outputs)}
+    _bridge(graph, nodes, kept)
+    _follow(nodes, kept, counted)
+    _lead(graph, nodes, kept)
+    half = [node for node in nodes if id(node) not in kept]
+    return Regions(half, kept, masks, _deciding(nodes, kept))
 
 
-def _stays(node: gs.Node, extra: Collection[str], dialect: bool) -> bool:
-    if node.op in extra or any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-        return True
+def decides(node: gs.Node) -> bool:
+    """Whether the floats that `node` reads become something discrete."""
+    if node.domain not in (None, "", "ai.onnx"):
+        return False
+    to_integers = node.op in ("Cast", "CastLike") and is_float(node.inputs[0]) and is_integer(node.outputs[0])
+    return to_integers or (node.op in DECISIONS and any(map(is_float, node.inputs)))
+
+
+def _reason(node: gs.Node, extra: Collection[str], dialect: bool) -> str | None:
+    """Why `node` by itself stays, if it does."""
+    if node.op in extra:
+        return "asked for"
+    if has_subgraphs(node):
+        return "branch or loop"
     if node.domain == DOMAIN and node.op in OPS:
-        return not dialect
+        return None if dialect else "kernels"
     if node.domain == "com.microsoft":
-        return node.op not in _FOREIGN
-    return bool(node.domain and node.domain != "ai.onnx") or node.op in KEPT
+        return None if node.op in _FOREIGN else "kernels"
+    if node.domain and node.domain != "ai.onnx":
+        return "kernels"
+    if decides(node):
+        return "decision"
+    squares = node.op == "Mul" and node.inputs[0] is node.inputs[1]
+    return "statistics" if squares or node.op in STATISTICS else None
 
 
-def _overflows(node: gs.Node) -> bool:
-    """Whether a constant of `node` is larger than float16 holds, and no mask."""
+def _range(node: gs.Node, dtype: np.dtype, masks: set[int]) -> str | None:
+    """Whether a constant of `node` leaves the range of `dtype`: too large and no mask, or all of it too small."""
+    limits = ml_dtypes.finfo(dtype)
+    masking = any(id(tensor) in masks for tensor in node.outputs)
     for tensor in node.inputs:
-        if isinstance(tensor, gs.Constant) and is_float(tensor):
-            array = values(tensor)
-            if array.size and bool(np.any((np.abs(array) > _LARGEST) & (np.abs(array) < MASK))):
-                return True
-    return False
+        if not isinstance(tensor, gs.Constant) or not is_float(tensor) or not np.prod(tensor.shape):
+            continue
+        if has_weights(node) and float(limits.max) >= MASK:
+            continue  # nothing to find: not every weight need be read
+        sizes = np.abs(values(tensor))
+        if not masking and bool(np.any((sizes > float(limits.max)) & (sizes < MASK))):
+            return "range"
+        small = 0 < sizes.max() < float(limits.smallest_normal)
+        if small and not has_weights(node) and node.op not in QUANTIZERS:
+            return "range"  # an epsilon, which keeps a quotient finite
+    return None
 
 
-def _between(graph: gs.Graph, nodes: list[gs.Node], kept: set[int]) -> set[int]:
-    """Nodes all of whose floats come from nodes that stay (or from integers) and go to such.
-
-    They stay too: a cast there and back would only round, as with the epsilon of a norm, or positions of a rotation.
-    What has weights is worth a cast.
-    """
+def _bridge(graph: gs.Graph, nodes: list[gs.Node], kept: dict[int, str]) -> None:
+    """Keep what lies between kept nodes, such as attention between integer products; products and all, but weights."""
     known = {id(node) for node in nodes}
     given = {id(t) for t in graph.inputs}
     outputs = {id(t) for t in graph.outputs}
-    behind: set[int] = set()
+    behind = set(kept)
     for node in nodes:
         floats = [t for t in reads(node) if is_float(t)]
-        fits = all(id(t) not in given and t.inputs and id(t.inputs[0]) in behind | kept for t in floats)
-        if fits and not any(isinstance(t, gs.Constant) and np.prod(t.shape) > _SMALL for t in node.inputs):
+        fits = all(id(t) not in given and t.inputs and id(t.inputs[0]) in behind for t in floats)
+        if fits and not has_weights(node):
             behind.add(id(node))
-    before: set[int] = set()
+    before = set(kept)
     for node in reversed(nodes):
         readers = [reader for t in node.outputs if is_float(t) for reader in t.outputs]
         ends = any(id(t) in outputs for t in node.outputs)
-        if readers and not ends and all(id(r) in before | kept for r in readers if id(r) in known):
+        if readers and not ends and all(id(r) in before for r in readers if id(r) in known):
             before.add(id(node))
-    return behind & before
+    kept |= dict.fromkeys((behind & before) - set(kept), "between")
+
+
+def _follow(nodes: list[gs.Node], kept: dict[int, str], counted: set[int]) -> None:
+    """Keep what statistics are used in, until they meet activations in half: the rest of a norm, a mean, a softmax.
+
+    A sum may be beyond float16 and its mean within, a variance below it and its root within; so the quotient comes
+    first, and the cast after it.
+    """
+    wide = {id(node) for node in nodes if kept.get(id(node)) in ("statistics", "range", "integer products")}
+    wide -= counted
+    moved: list[gs.Node] = []
+    for node in nodes:
+        if id(node) in kept or has_weights(node):
+            continue
+        floats = [t for t in node.inputs if is_float(t) and not isinstance(t, gs.Constant)]
+        makers = [id(t.inputs[0]) if t.inputs else 0 for t in floats]
+        if not any(maker in wide for maker in makers):
+            continue
+        alone = all(maker in wide | counted for maker in makers)
+        if node.op in ("Div", "Mul") or (alone and node.op in _ARITHMETIC):
+            wide.add(id(node))
+            kept[id(node)] = "statistics"
+            if node.op in MOVES:
+                moved.append(node)
+    for node in reversed(moved):  # what only moves them on into half precision need not be wide
+        if not any(id(reader) in kept for reader in node.outputs[0].outputs):
+            del kept[id(node)]
+
+
+def _lead(graph: gs.Graph, nodes: list[gs.Node], kept: dict[int, str]) -> None:
+    """Keep what is read by kept nodes alone, back to the last product or layer with weights.
+
+    In half precision it would only be rounded on its way: what a decision is taken by, an epsilon, a square.
+    """
+    outputs = {id(t) for t in graph.outputs}
+    known = {id(node) for node in nodes}
+    for node in reversed(nodes):
+        if id(node) in kept or node.op in _PRODUCTS or has_weights(node) or node.domain == DOMAIN:
+            continue
+        results = [t for t in node.outputs if is_float(t)]
+        readers = [r for t in results for r in t.outputs if id(r) in known and r.op not in ("Shape", "Size")]
+        if readers and not any(id(t) in outputs for t in results) and all(id(r) in kept for r in readers):
+            kept[id(node)] = kept[id(readers[0])]
+
+
+def _deciding(nodes: list[gs.Node], kept: dict[int, str]) -> list[gs.Node]:
+    """Nodes that decide by what comes, through kept nodes, from products and layers in half precision."""
+    known = {id(node) for node in nodes}
+    rounded: set[int] = set()  # nodes whose values have been half somewhere before
+    for node in nodes:
+        makers = [t.inputs[0] for t in node.inputs if is_float(t) and t.inputs]
+        if id(node) not in kept or any(id(maker) in rounded for maker in makers if id(maker) in known):
+            rounded.add(id(node))
+    return [node for node in nodes if id(node) in rounded and decides(node)]
 
 
 def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
     """Tensors of the outer graph that a branch or loop of `node` reads."""
-    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+    if has_subgraphs(node):
         yield from reads(node)

@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx.parser
 import pytest
+from half import parsed as model
 from onnx import TensorProto
 from rewrite import canonical, profile_of, session
 from zoo import FAMILIES, exported, feeds
@@ -128,21 +128,12 @@ def test_the_dialect_in_half_where_the_target_computes_it(tmp_path: Path, weight
     assert worst(before, saved(graph, tmp_path / "b"), "llama") < 1e-2
 
 
-def model(text: str, **weights: np.ndarray) -> Any:
-    import onnx_graphsurgeon as gs
-
-    proto = onnx.parser.parse_model('<ir_version: 9, opset_import: ["" : 18]>' + text)
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return gs.import_onnx(proto)
-
-
 def test_statistics_of_a_norm_stay_in_float32(tmp_path: Path) -> None:
     """Spelt out, as older exporters do: squares beyond half precision, and an epsilon below it."""
     graph = model(
         """g (float[n, 64] x) => (float[n, 64] y) {
         square = Pow (x, two)  mean = ReduceMean <keepdims = 1> (square, last)  more = Add (mean, epsilon)
-        root = Sqrt (more)  y = Div (x, root) }""".replace(")  ", ")\n"),
+        root = Sqrt (more)  y = Div (x, root) }""",
         two=np.array(2, np.float32), last=np.array([-1]), epsilon=np.array(1e-9, np.float32),
     )  # fmt: skip
     in_half(graph)
@@ -155,7 +146,7 @@ def test_statistics_of_a_norm_stay_in_float32(tmp_path: Path) -> None:
 def test_angles_of_positions_stay_in_float32(tmp_path: Path) -> None:
     graph = model(
         """g (int64[n, 1] p, float[n, 8] x) => (float[n, 8] y) {
-        f = Cast <to = 1> (p)  a = Mul (f, w)  c = Cos (a)  y = Mul (x, c) }""".replace(")  ", ")\n"),
+        f = Cast <to = 1> (p)  a = Mul (f, w)  c = Cos (a)  y = Mul (x, c) }""",
         w=np.linspace(0.5, 1, 8, dtype=np.float32),
     )
     before = saved(graph, tmp_path / "a")

@@ -1,0 +1,129 @@
+"""Additive masks: numbers that stand for minus infinity in front of a softmax, and must stay finite in half precision.
+
+    mask -> Where (0, -3.4e38) -> Add (scores) -> Softmax
+
+As minus infinity they would make NaN of a row that is masked throughout, such as padding on the left of a causal
+decoder; and NaN in the states of padding reaches every token, since 0 times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph import constant, insert, values
+from trimtab.passes.precision.tensors import MOVES, has_subgraphs, is_float
+
+MASK = 1e30
+"""From here on a number is no weight, but stands for minus infinity."""
+
+_FAR = 1e4  # the least of numbers that exporters mask by
+_COARSE = 1 / 16  # in a score: a change of its probability by 6 %
+
+_READ = {
+    ("", "Softmax"): 0, ("", "LogSoftmax"): 0, ("", "Attention"): 3, ("com.microsoft", "Attention"): 5,
+    ("com.microsoft", "MultiHeadAttention"): 5, ("com.microsoft", "GroupQueryAttention"): 10,
+}  # fmt: skip
+"""Domain and op -> which input is the scores, or is added to them."""
+_ARITHMETIC = frozenset(["Add", "Clip", "Concat", "Div", "Max", "Min", "Mul", "Neg", "Sub", "Where"])
+
+
+def bound(dtype: np.dtype) -> float:
+    """What minus infinity becomes, negated: two such numbers and a score have a finite sum in `dtype`."""
+    return min(float(ml_dtypes.finfo(dtype).max) / 3, MASK)
+
+
+def mask_tensors(nodes: Collection[gs.Node]) -> set[int]:
+    """Ids of tensors from which a softmax's input is computed by sums, selections and changes of shape alone."""
+    reached: set[int] = set()
+    pending: list[gs.Tensor] = []
+    for node in nodes:
+        place = _READ.get(((node.domain or "").removeprefix("ai.onnx"), node.op))
+        if place is not None and place < len(node.inputs):
+            pending.append(node.inputs[place])
+    while pending:
+        tensor = pending.pop()
+        if not tensor.name or id(tensor) in reached:
+            continue
+        reached.add(id(tensor))
+        for node in tensor.inputs:
+            if node.op in MOVES:
+                pending.append(node.inputs[0])
+            elif node.op in _ARITHMETIC:
+                pending += node.inputs[1:] if node.op == "Where" else node.inputs
+    return reached
+
+
+def biased_softmaxes(nodes: Collection[gs.Node], masks: set[int], counted: set[int], dtype: np.dtype) -> set[int]:
+    """Ids of the softmaxes that read positions in their scores, as with ALiBi, and of the nodes between.
+
+    A bias grows with the position, or is a table of such; from some hundreds on `dtype` tells neighbours apart no more,
+    in the bias or in its sum with a score.
+
+    Args:
+        masks: `mask_tensors(nodes)`.
+        counted: `counted_nodes` of the graph.
+    """
+    kept: set[int] = set()
+    reached: set[int] = set()
+    for node in nodes:
+        place = _READ.get(((node.domain or "").removeprefix("ai.onnx"), node.op))
+        read = node.inputs[place : place + 1] if place is not None else node.inputs
+        between = place is None and any(id(t) in masks for t in node.outputs)
+        if (place is None and not between) or id(node) in counted:
+            continue
+        adds = node.op in ("Add", "Sub") or place is not None
+        if any(id(t) in reached or (id(t) in masks and _is_bias(t, adds, counted, dtype)) for t in read):
+            kept.add(id(node))
+            reached |= {id(t) for t in node.outputs if between}
+    return kept
+
+
+def _is_bias(tensor: gs.Tensor, adds: bool, counted: set[int], dtype: np.dtype) -> bool:
+    """Whether `tensor` has been computed of positions, or is a table that `dtype` holds too coarsely."""
+    if isinstance(tensor, gs.Constant):
+        if not is_float(tensor) or int(np.prod(tensor.shape)) <= 2:
+            return False
+        array = values(tensor)
+        largest = float(np.abs(array).max())
+        coarse = largest < _FAR and float(np.abs(array - array.astype(dtype).astype(np.float32)).max()) > _COARSE
+        return coarse and len(np.unique(array)) > 2
+    return adds and bool(tensor.inputs) and id(tensor.inputs[0]) in counted and not reaches_far(tensor, _FAR)
+
+
+def reaches_far(tensor: gs.Tensor, limit: float) -> bool:
+    """Whether `tensor`, of `mask_tensors`, may hold numbers of `limit` or more.
+
+    It does where it is computed of such a constant, or of what comes from outside: an input, a branch, a loop.
+    """
+    seen: set[int] = set()
+    pending = [tensor]
+    while pending:
+        tensor = pending.pop()
+        if id(tensor) in seen or not is_float(tensor):
+            continue
+        seen.add(id(tensor))
+        if isinstance(tensor, gs.Constant):
+            array = values(tensor)
+            if bool(np.any(np.isfinite(array) & (np.abs(array) >= limit))):
+                return True
+        elif not tensor.inputs or has_subgraphs(tensor.inputs[0]):
+            return True
+        elif tensor.inputs[0].op in _ARITHMETIC | MOVES:
+            pending += tensor.inputs[0].inputs
+    return False
+
+
+def saturated(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
+    """`tensor`, float32, with its finite numbers within ± `bound(dtype)`. Infinities stay, since they were meant."""
+    name, limit = f"precision/{tensor.name}", bound(dtype)
+    ends = [constant(f"{name}/{end}", np.array(sign * limit, np.float32)) for end, sign in (("low", -1), ("high", 1))]
+    clipped = insert(graph, "Clip", [tensor, *ends], f"{name}/clipped", dtype=np.dtype(np.float32))
+    infinite = insert(graph, "IsInf", [tensor], f"{name}/infinite", dtype=np.dtype(bool))
+    made = insert(graph, "Where", [infinite, tensor, clipped], f"{name}/finite", dtype=np.dtype(np.float32))
+    for each in (clipped, infinite, made):
+        each.shape = tensor.shape
+    return made

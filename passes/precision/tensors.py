@@ -1,0 +1,45 @@
+"""What the analyses of precision ask of a tensor or a node."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+MOVES = frozenset(["Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"])
+"""Ops that give back the elements of their first input."""
+
+QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
+
+_SMALL = 1024  # elements of a constant that is no layer's weight
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is float32. What has no type is: everything between the layers of a model is."""
+    if not tensor.name:
+        return False
+    if tensor.dtype is None:
+        return True
+    try:
+        return bool(np.dtype(tensor.dtype) == np.float32)
+    except TypeError:  # a type that numpy lacks, by ONNX's number
+        return bool(tensor.dtype == onnx.TensorProto.FLOAT)
+
+
+def is_integer(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` holds integers or truth values."""
+    try:
+        return bool(tensor.name) and tensor.dtype is not None and np.dtype(tensor.dtype).kind in "iub"
+    except TypeError:
+        return False
+
+
+def has_weights(node: gs.Node) -> bool:
+    """Whether `node` reads a layer's weights: a large constant of several axes. Vectors, as of biases, are none."""
+    shapes = (tensor.shape for tensor in node.inputs if isinstance(tensor, gs.Constant))
+    return any(int(np.prod(shape)) > _SMALL and sum(size > 1 for size in shape) > 1 for shape in shapes)
+
+
+def has_subgraphs(node: gs.Node) -> bool:
+    """Whether `node` is a branch or a loop."""
+    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
