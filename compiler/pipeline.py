@@ -29,6 +29,7 @@ from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.sources.source import ModelHashes
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
+from trimtab.compiler.task import find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.errors import DataError, ModelError, TargetError
@@ -175,6 +176,7 @@ class _Compile:
             family=family,
             labels=self.source.labels,
             max_tokens=self.source.max_tokens,
+            task=find_task(inputs, outputs, self.source.head),
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             packed=tuple(packed),
@@ -267,6 +269,7 @@ def _key(
         "weights": hashes.weights,
         "labels": source.labels,
         "max_tokens": source.max_tokens,
+        "head": asdict(source.head),
         "tokenizer": _tokenizer_digest(source),
         "recipe": recipe.canonical(),
         "capability": _plain(capability),

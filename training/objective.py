@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trimtab.compiler.task import Task
 from trimtab.passes.anatomy import Anatomy
 from trimtab.passes.errors import ModelError
 
@@ -23,12 +24,14 @@ class Objective:
     """The tensors, by name, in which student and teacher are compared.
 
     Attributes:
-        logits: outputs that are unnormalised log-probabilities, [..., classes].
+        logits: outputs that become probabilities or scores by `activation`, [..., width].
         vectors: other outputs, such as sentence embeddings or hidden states, [..., d].
         states: the blocks' outputs, [..., d_model], under names that both graphs have.
         temperature: τ of the softmax of both, in the comparison of logits.
         states_weight: of the mean over `states`, beside the outputs.
-        labels_weight: of the cross-entropy of the first logits with the samples' labels, beside the outputs.
+        labels_weight: of the distance of the first logits from the samples' labels, beside the outputs.
+        activation: "softmax" where a row of logits makes one choice among classes; "sigmoid" where each makes one of
+            its own; any other where they are scores as they are.
     """
 
     logits: tuple[str, ...]
@@ -37,6 +40,7 @@ class Objective:
     temperature: float = 1.0
     states_weight: float = 1.0
     labels_weight: float = 0.0
+    activation: str = "softmax"
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -54,7 +58,8 @@ class Objective:
         Args:
             student, teacher: tensors by name.
             mask: [batch, tokens], 0 where there is padding; used where a tensor has one row per token.
-            labels: [batch], the classes of the samples, -100 where one has none; or None.
+            labels: [batch], the classes of the samples, -100 where one has none; or [batch, width], ones and zeros or
+                scores, NaN where a sample has none; or None.
         """
         total = self.output_loss(student, teacher, mask, labels)
         if self.states:
@@ -71,21 +76,50 @@ class Objective:
     ) -> Tensor:
         """Distance of outputs: KL divergence of logits; relative squared error and 1 - cosine of vectors.
 
-        With `labels_weight`, plus the weighted distance of the student's classes from the labels.
+        With `labels_weight`, plus the weighted distance of the student's first logits from the labels.
         """
-        parts = [_mean(divergence(student[n], teacher[n], self.temperature), mask) for n in self.logits]
+        parts = [_mean(self._apart(student[n], teacher[n]), mask) for n in self.logits]
         for name in self.vectors:
             cosine = functional.cosine_similarity(student[name].float(), teacher[name].float(), dim=-1)
             parts.append(_mean(1 - cosine + relative_error(student[name], teacher[name]), mask))
-        if self.labels_weight and labels is not None and (labels >= 0).any():
-            parts.append(self.labels_weight * functional.cross_entropy(student[self.logits[0]].float(), labels))
+        if self.labels_weight and labels is not None and _any_known(labels):
+            parts.append(self.labels_weight * self._from_labels(student[self.logits[0]].float(), labels))
         return torch.stack(parts).sum()
 
+    def _apart(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance of each row of logits [..., width] from the teacher's."""
+        if self.activation == "softmax":
+            return divergence(student, teacher, self.temperature)
+        if self.activation == "sigmoid":
+            return binary_divergence(student, teacher, self.temperature)
+        return scaled_error(student, teacher)
+
+    def _from_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean distance of logits [batch, width] from the labels of those samples that have some."""
+        if self.activation == "softmax":
+            return functional.cross_entropy(logits, labels)
+        known = ~labels.isnan().any(-1)
+        if self.activation == "sigmoid":
+            return functional.binary_cross_entropy_with_logits(logits[known], labels[known])
+        return functional.mse_loss(logits[known], labels[known])
+
     def agreement(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor:
-        """Share of rows with the same highest class, or the mean cosine of vectors, of the first output."""
+        """Share of rows with the same highest class, or the mean cosine of vectors, of the first output.
+
+        Of logits that are no classes: 1 - mean difference of probabilities, or of scores 1 - `scaled_error`.
+        """
         a, b = student[self.outputs[0]].float(), teacher[self.outputs[0]].float()
+        if self.logits and self.activation == "sigmoid":
+            return _mean(1 - (a.sigmoid() - b.sigmoid()).abs().mean(-1), mask)
+        if self.logits and self.activation != "softmax":
+            return _mean(1 - scaled_error(a, b), mask)
         same = (a.argmax(-1) == b.argmax(-1)).float() if self.logits else functional.cosine_similarity(a, b, dim=-1)
         return _mean(same, mask)
+
+
+def _any_known(labels: Tensor) -> bool:
+    known = ~labels.isnan() if labels.is_floating_point() else labels >= 0
+    return bool(known.any())
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -93,6 +127,21 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_p = functional.log_softmax(teacher.float() / temperature, -1)
     log_q = functional.log_softmax(student.float() / temperature, -1)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """τ² Σ KL(teacher ‖ student) over the logits of each row [..., width], each of which is a choice of its own."""
+    s, t = student.float() / temperature, teacher.float() / temperature
+    p = t.sigmoid()
+    apart = p * (functional.logsigmoid(t) - functional.logsigmoid(s))
+    apart = apart + (1 - p) * (functional.logsigmoid(-t) - functional.logsigmoid(-s))
+    return temperature**2 * apart.sum(-1)
+
+
+def scaled_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of each row of scores [..., width], of the mean square of all the teacher's in the batch."""
+    t = teacher.float()
+    return (student.float() - t).square().sum(-1) / t.square().sum(-1).mean().clamp_min(1e-6)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -109,11 +158,14 @@ def _mean(rows: Tensor, mask: Tensor | None) -> Tensor:
     return (rows * weight).sum() / weight.sum()
 
 
-def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, **weights: float) -> Objective:
+def find_objective(
+    dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, task: Task | None = None, **weights: float
+) -> Objective:
     """Where to compare: the outputs, and what each block hands on, wherever passes have left its name standing.
 
     Args:
         anatomy: of `dense`.
+        task: of the model; None where its outputs have no known use.
         weights: of Objective, by name.
 
     Raises:
@@ -127,7 +179,10 @@ def find_objective(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, **weigh
         raise ModelError("the model has no output to compare: neither logits nor vectors")
     there = student.tensors()
     states = [_block_output(ffn.y, there) for ffn in anatomy.ffns]
-    return Objective(logits, vectors, tuple(name for name in states if name is not None), **weights)
+    activation = task.activation if task is not None and task.output in logits else "softmax"
+    return Objective(
+        logits, vectors, tuple(name for name in states if name is not None), activation=activation, **weights
+    )
 
 
 def _block_output(y: gs.Tensor, there: dict[str, gs.Tensor]) -> str | None:

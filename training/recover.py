@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from trimtab.compiler.data import Dataset
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
+from trimtab.compiler.task import Task, find_task
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability, first_rounding
@@ -24,7 +25,7 @@ from trimtab.passes.profile import Profile
 from trimtab.passes.recover import origin_of
 from trimtab.training.distill import Distillation, Progress, Settings
 from trimtab.training.objective import Objective, find_objective
-from trimtab.training.samples import read_samples
+from trimtab.training.samples import NO_LABEL, read_samples
 from trimtab.training.torch_graph import learnable
 
 __all__ = ["Settings", "recover"]
@@ -62,17 +63,19 @@ def recover(
     context = PassContext(profile, capability or Capability(), progress)
     dense, student = source.graph(), student_graph(source, recipe, context)
     anatomy = find_anatomy(dense)
+    task = find_task(dense.inputs, dense.outputs, source.head)
     objective = find_objective(
-        dense, student, anatomy, temperature=settings.temperature, states_weight=settings.states_weight,
+        dense, student, anatomy, task, temperature=settings.temperature, states_weight=settings.states_weight,
         labels_weight=settings.labels_weight,
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     samples = read_samples(
         dataset, source, dense.inputs, max_tokens=settings.max_tokens, held_out=_HELD_OUT,
-        most_held_out=_MOST_HELD_OUT, rng=rng,
+        most_held_out=_MOST_HELD_OUT, rng=rng, task=_labelled(task) if settings.labels_weight else None,
+        width=_width(dense, objective),
     )  # fmt: skip
     if settings.labels_weight:
-        _check_labels(samples.labels, dataset, dense, objective)
+        _check_labels(samples.labels, dataset, _width(dense, objective), objective)
     names = trained_names(dense, student, anatomy, settings.train)
     origin = origin_of(student, names, context.done)
     rounding = first_rounding(recipe.passes[check_recipe(recipe) + 1 :], context.capability)
@@ -127,11 +130,30 @@ def trained_names(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, train: L
     return [name for name in names if name in ffn or name not in there]
 
 
-def _check_labels(labels: np.ndarray, dataset: Dataset, dense: gs.Graph, objective: Objective) -> None:
+def _labelled(task: Task | None) -> Task:
+    """`task`, if it is one that labels can teach.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if task is None or task.kind not in ("classes", "labels", "score"):
+        raise ModelError("labels can weigh in the loss of classifiers and scores alone, and this model is neither")
+    return task
+
+
+def _width(dense: gs.Graph, objective: Objective) -> int | None:
+    """Logits of a sample, where the graph says."""
     shape = dense.tensors()[objective.logits[0]].shape if objective.logits else None
-    if shape is None or len(shape) != 2:
-        raise ModelError("labels can weigh in the loss of classifiers alone, and this model is none")
-    if not (labels >= 0).any():
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+
+def _check_labels(labels: np.ndarray, dataset: Dataset, width: int | None, objective: Objective) -> None:
+    if not (labels != NO_LABEL).any() or np.isnan(labels).all():
         raise DataError(f"{dataset.path}: no sample has a label", hint="give labelled data, or no weight to labels")
-    if isinstance(shape[1], int) and labels.max() >= shape[1]:
-        raise DataError(f"{dataset.path}: label {labels.max()} lies outside 0..{shape[1] - 1}, the model's classes")
+    if labels.ndim == 1 and width is not None and labels.max() >= width:
+        raise DataError(f"{dataset.path}: label {labels.max()} lies outside 0..{width - 1}, the model's classes")
+    if labels.ndim == 2 and objective.activation == "sigmoid" and (np.nanmin(labels) < 0 or np.nanmax(labels) > 1):
+        raise DataError(
+            f"{dataset.path}: labels from {np.nanmin(labels):g} to {np.nanmax(labels):g}, and the model gives 0 to 1",
+            hint="give scores from 0 to 1, or no weight to labels",
+        )

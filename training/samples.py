@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.data import LABEL, Dataset, class_number, fit_arrays, text_feeds, with_labels
+from trimtab.compiler.data import LABEL, Dataset, Label, class_number, fit_arrays, label_values, text_feeds, with_labels
 from trimtab.compiler.sources import Source
+from trimtab.compiler.task import Task
 from trimtab.passes.errors import DataError
 
 Feeds = dict[str, np.ndarray]
@@ -17,6 +18,7 @@ Feeds = dict[str, np.ndarray]
 NO_LABEL = -100
 """As torch's cross-entropy has it."""
 
+_CLASSES = Task("classes", "logits", "softmax")
 _AT_A_TIME = 256  # texts that are tokenized together when their lengths are taken
 _POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
 
@@ -27,7 +29,7 @@ class Batch:
 
     Attributes:
         feeds: of the model.
-        labels: the class of each, [samples], NO_LABEL where it has none.
+        labels: of each, as `Samples` has them.
     """
 
     feeds: Feeds
@@ -44,7 +46,8 @@ class Samples:
     Attributes:
         train: numbers of the samples to learn from.
         held_out: numbers of the samples to judge by, in order of length.
-        labels: the class of each sample, NO_LABEL where it has none.
+        labels: the class of each sample, [samples], NO_LABEL where it has none; or float32 [samples, width], ones and
+            zeros of labels or scores, NaN where it has none.
     """
 
     train: np.ndarray
@@ -80,6 +83,7 @@ class Samples:
 def read_samples(
     dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], *,
     max_tokens: int, held_out: float, most_held_out: int, rng: np.random.Generator,
+    task: Task | None = _CLASSES, width: int | None = None,
 ) -> Samples:  # fmt: skip
     """Read a dataset and split it.
 
@@ -87,6 +91,8 @@ def read_samples(
         inputs: of the model's graph.
         max_tokens: texts are cut there.
         held_out: share of the samples to hold out; at least one, at most `most_held_out`.
+        task: what labels mean; None: they are not read.
+        width: of the logits.
 
     Raises:
         DataError: fewer than two samples, or they do not fit the model's inputs or classes.
@@ -96,15 +102,16 @@ def read_samples(
     if dataset.arrays is not None:
         wanted = with_labels(dataset, inputs)
         arrays = fit_arrays(dataset, wanted)
-        labels = arrays.pop(LABEL) if len(wanted) > len(inputs) else np.full(dataset.count, NO_LABEL)
+        given: Sequence[Label] | np.ndarray = [None] * dataset.count
+        if len(wanted) > len(inputs):
+            given = arrays.pop(LABEL)
         lengths = np.zeros(dataset.count)
 
         def feeds(rows: np.ndarray) -> Feeds:
             return {name: array[rows] for name, array in arrays.items()}
     else:
-        texts, given = zip(*dataset.texts, strict=True)
-        numbers = (class_number(label, source.labels) for label in given)
-        labels = np.array([NO_LABEL if number is None else number for number in numbers])
+        texts, of_each = zip(*dataset.texts, strict=True)
+        given = list(of_each)
         of_texts = text_feeds(source, inputs, max_tokens)
         lengths = np.concatenate(
             [_tokens(of_texts(texts[i : i + _AT_A_TIME])) for i in range(0, len(texts), _AT_A_TIME)]
@@ -113,11 +120,33 @@ def read_samples(
         def feeds(rows: np.ndarray) -> Feeds:
             return of_texts([texts[i] for i in rows])
 
-    labels = np.where(labels < 0, NO_LABEL, labels)
+    labels = _labels(given, task, source.labels, width)
     order = rng.permutation(dataset.count)
     kept = min(max(1, round(held_out * dataset.count)), most_held_out)
     judged = order[:kept]
     return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], labels, lengths, feeds)
+
+
+def _labels(
+    given: Sequence[Label] | np.ndarray, task: Task | None, names: Sequence[str] | None, width: int | None
+) -> np.ndarray:
+    """Labels as `Samples` has them; a class below 0 is none."""
+    if task is None:
+        return np.full(len(given), NO_LABEL)
+    if task.kind == "classes":
+        if isinstance(given, np.ndarray):
+            numbers = label_values(given, task, names, None)
+            assert numbers is not None
+        else:
+            classes = (class_number(label, names) for label in given)
+            numbers = np.array([NO_LABEL if number is None else number for number in classes], np.int64)
+        return np.where(numbers < 0, NO_LABEL, numbers)
+    known = [place for place, label in enumerate(given) if label is not None]
+    values = label_values(given if isinstance(given, np.ndarray) else [given[i] for i in known], task, names, width)
+    labels = np.full((len(given), 1 if values is None else values.shape[1]), np.nan, np.float32)
+    if values is not None:
+        labels[known] = values
+    return labels
 
 
 def _tokens(feeds: Feeds) -> np.ndarray:

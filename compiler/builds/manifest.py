@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trimtab.compiler.checks.measure import OutputError
+from trimtab.compiler.task import Task
 from trimtab.passes.contract import PassResult
 from trimtab.passes.errors import BuildError
 from trimtab.passes.graph.ranges import Packed, index_bounds
@@ -115,6 +116,7 @@ class Manifest(_Model):
         graph: hash of that file.
         fingerprint: of the dense model's weights.
         family, labels, max_tokens: of the model.
+        task: what the model is for, by which it is judged and served; None where trimtab knows no use of its outputs.
         inputs, outputs: of the engine.
         packed: masks that attention takes as counts of tokens.
         target, capability: what it was built for, and what that could do.
@@ -140,6 +142,7 @@ class Manifest(_Model):
     family: str
     labels: tuple[str, ...] | None = None
     max_tokens: int | None = None
+    task: Task | None = None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     packed: tuple[Packed, ...] = ()

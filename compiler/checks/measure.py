@@ -21,6 +21,7 @@ class OutputError(BaseModel):
         max_abs, mean_abs: of |y - y_dense|.
         relative_l2: ‖y - y_dense‖ / ‖y_dense‖.
         cosine: between y and y_dense, flattened.
+        rms: root mean square of y_dense.
         fault: why there are no numbers: an output missing, of another shape, NaN or Inf.
     """
 
@@ -33,6 +34,7 @@ class OutputError(BaseModel):
     mean_abs: float | None = None
     relative_l2: float | None = None
     cosine: float | None = None
+    rms: float | None = None
     fault: str | None = None
 
     def __bool__(self) -> bool:
@@ -88,6 +90,7 @@ def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | N
         "mean_abs": float(difference.mean()) if difference.size else 0.0,
         "relative_l2": relative_l2(a, b),
         "cosine": _cosine(a, b),
+        "rms": float(np.sqrt(np.mean(a**2))) if a.size else 0.0,
     }
 
 

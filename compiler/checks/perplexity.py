@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy.special import log_softmax
 
+from trimtab.compiler.checks.kinds.result import Result
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import DataError
 
 
-class Perplexity(BaseModel):
+class Perplexity(Result):
     """Perplexity on held-out text, and how near the two distributions are.
 
     Attributes:
@@ -24,10 +24,7 @@ class Perplexity(BaseModel):
         divergence: mean KL(dense ‖ compiled) of the predicted distributions, in nats.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     kind: Literal["perplexity"] = "perplexity"
-    samples: int
     tokens: int
     dense: float
     compiled: float
@@ -35,9 +32,20 @@ class Perplexity(BaseModel):
     divergence: float
 
     @property
+    def measured(self) -> str:
+        return "dense by compiled perplexity"
+
+    @property
     def score(self) -> float:
         """1 for a model as good as the dense one, below for a worse one."""
         return self.dense / self.compiled
+
+    def lines(self) -> list[str]:
+        return [
+            f"perplexity on {self.tokens} tokens of {self.samples} texts: "
+            f"dense {self.dense:.3f}, compiled {self.compiled:.3f} ({self.compiled / self.dense - 1:+.2%})",
+            f"same likeliest token at {self.agreement:.2%}; divergence {self.divergence:.4g} nats",
+        ]
 
 
 def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, compiled: Run) -> Perplexity:
@@ -50,8 +58,8 @@ def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, co
         DataError: no text has two tokens.
     """
     samples, totals = 0, np.zeros(5)  # tokens, nll of dense and of compiled, same token, divergence
+    worst, most = None, -math.inf  # of samples, by how much likelier the dense model finds a token
     for feed in feeds:
-        samples += len(feed["input_ids"])
         following = feed["input_ids"][:, 1:]
         real = feed["attention_mask"][:, 1:] != 0
         theirs, ours = (_expected(run(feed)["logits"], real) for run in (dense, compiled))
@@ -59,14 +67,23 @@ def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, co
         same = theirs.argmax(-1) == ours.argmax(-1)
         apart = (np.exp(theirs) * (theirs - ours)).sum()
         totals += len(theirs), -theirs[at].sum(), -ours[at].sum(), same.sum(), apart
+        lost = np.bincount(np.nonzero(real)[0], theirs[at] - ours[at], len(real)) / np.maximum(real.sum(1), 1)
+        if len(theirs) and lost.max() > most:
+            worst, most = samples + int(lost.argmax()), float(lost.max())
+        samples += len(feed["input_ids"])
     tokens = int(totals[0])
     if not tokens:
         raise DataError("no text of the data has two tokens, so there is none to predict")
     nll_dense, nll_compiled, agreement, divergence = (float(total) / tokens for total in totals[1:])
     return Perplexity(
-        samples=samples, tokens=tokens, dense=math.exp(nll_dense), compiled=math.exp(nll_compiled),
-        agreement=agreement, divergence=divergence,
+        samples=samples, tokens=tokens, dense=_exp(nll_dense), compiled=_exp(nll_compiled),
+        agreement=agreement, divergence=divergence, worst=worst,
     )  # fmt: skip
+
+
+def _exp(nll: float) -> float:
+    """exp, of no more than double precision holds."""
+    return math.exp(min(nll, 700.0))
 
 
 def _expected(logits: np.ndarray, real: np.ndarray) -> np.ndarray:

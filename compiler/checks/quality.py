@@ -1,208 +1,156 @@
-"""How well a compiled model does its task beside its dense self: accuracy, embeddings, or agreement."""
+"""How well a compiled model does its task beside its dense self: both run over data, compared as the task asks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
-from scipy.stats import norm, rankdata
 
+from trimtab.compiler.checks.kinds.classes import Agreement, Classification, compare_classes
+from trimtab.compiler.checks.kinds.embeddings import Embeddings, compare_embeddings, mean_pool
+from trimtab.compiler.checks.kinds.labels import MultiLabel, compare_labels
+from trimtab.compiler.checks.kinds.scores import Scores, compare_scores
 from trimtab.compiler.checks.perplexity import Perplexity
 from trimtab.compiler.feeds import Run
-from trimtab.passes.errors import DataError, ModelError
+from trimtab.compiler.task import Task, find_task
+from trimtab.passes.errors import DataError, ModelError, TargetError
 
-_NEIGHBOURS = 10
-_RANKED = 2000  # samples whose neighbours are compared, all against all
-
-
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Classification(_Result):
-    """Accuracy on labelled samples; all shares lie in 0..1.
-
-    Attributes:
-        difference: compiled minus dense accuracy.
-        interval: its 95 % confidence interval, paired, since both classify the same samples.
-        agreement: share of samples to which both give the same class.
-    """
-
-    kind: Literal["classification"] = "classification"
-    samples: int
-    dense: float
-    compiled: float
-    difference: float
-    interval: tuple[float, float]
-    agreement: float
-
-    @property
-    def score(self) -> float:
-        return self.compiled
-
-
-class Embeddings(_Result):
-    """How near compiled embeddings lie to dense ones, and whether the same texts stay neighbours.
-
-    Attributes:
-        mean_cosine: between the two embeddings of a sample.
-        neighbour_overlap: mean share of a sample's 10 nearest neighbours that are the same.
-        spearman: mean rank correlation of a sample's similarities to all others.
-    """
-
-    kind: Literal["embeddings"] = "embeddings"
-    samples: int
-    mean_cosine: float
-    neighbour_overlap: float
-    spearman: float
-
-    @property
-    def score(self) -> float:
-        return self.mean_cosine
-
-
-class Agreement(_Result):
-    """Without labels, or for a model that predicts tokens: the share of predictions that are the same."""
-
-    kind: Literal["agreement"] = "agreement"
-    samples: int
-    agreement: float
-
-    @property
-    def score(self) -> float:
-        return self.agreement
-
-
-Quality = Classification | Embeddings | Agreement | Perplexity
-"""`score` is what a limit on quality is held against: accuracy, mean cosine, agreement, or a ratio of perplexities."""
+Quality = Classification | MultiLabel | Scores | Embeddings | Agreement | Perplexity
+"""`score` is what a limit on quality is held against, `drop` what one on lost accuracy is."""
 
 
 def measure_quality(
-    feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, compiled: Run, labels: Sequence[int | None] | None = None
-) -> Quality:
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    dense: Run,
+    compiled: Run,
+    labels: np.ndarray | Sequence[Any] | None = None,
+    *,
+    task: Task | None = None,
+    names: Sequence[str] | None = None,
+    queries: Sequence[int] | None = None,
+) -> Classification | MultiLabel | Scores | Embeddings | Agreement:
     """Run both models over `feeds` and compare what they predict. Keeps predictions, not outputs.
 
     Args:
         feeds: batches of inputs; `attention_mask` tells padding.
-        labels: one class per sample, in the order of `feeds`.
+        labels: of each sample, in the order of `feeds`, as `label_values` gives them.
+        task: of both models; by default what the outputs alone tell.
+        names: of the classes.
+        queries: number of the query of each sample, for rerankers.
 
     Raises:
         DataError: no samples, or labels that the model does not have.
         ModelError: no output that can be judged.
+        TargetError: a model gives NaN or Inf.
     """
-    kind, dense_parts, compiled_parts = "", [], []
+    theirs, ours, apart = [], [], []
     for feed in feeds:
-        mask = feed.get("attention_mask")
-        kind, part = _prediction(dense(feed), mask)
-        dense_parts.append(part)
-        compiled_parts.append(_prediction(compiled(feed), mask)[1])
-    if not dense_parts:
+        mask, outputs = feed.get("attention_mask"), dense(feed)
+        task = task or _task_of(outputs)
+        a, b = (_Part.of(task, each, mask, who) for each, who in ((outputs, "dense"), (compiled(feed), "compiled")))
+        if a.values.shape != b.values.shape:
+            raise ModelError(
+                f"output {task.output!r} has the shape {list(b.values.shape)}, where the dense model gives "
+                f"{list(a.values.shape)}"
+            )
+        theirs.append(a.values)
+        ours.append(b.values)
+        apart.append(_apart(task, a, b))
+    if task is None:
         raise DataError("the data holds no samples to measure quality on")
-    ours, theirs = np.concatenate(compiled_parts), np.concatenate(dense_parts)
-    if kind == "embeddings":
-        return compare_embeddings(theirs, ours)
-    if kind == "classes":
-        classes = theirs.shape[1]
-        theirs, ours = theirs.argmax(1), ours.argmax(1)
-        known = None if labels is None else [label for label in labels[: len(theirs)] if label is not None]
-        if known is not None and len(known) == len(theirs):
-            if not all(0 <= label < classes for label in known):
+    known = _known(labels, sum(map(len, apart)))
+    found = _compare(task, np.concatenate(theirs), np.concatenate(ours), known, names, queries)
+    return found.model_copy(update={"worst": int(np.argmax(np.concatenate(apart)))})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one model predicts for a batch.
+
+    Attributes:
+        values: logits [samples, width], embeddings [samples, width], or ids of real tokens [tokens].
+        rows: the sample of each of `values`.
+    """
+
+    values: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, task: Task, outputs: Mapping[str, np.ndarray], mask: np.ndarray | None, who: str) -> _Part:
+        if task.output not in outputs:
+            raise ModelError(f"the {who} model has no output {task.output!r}, by which its quality would be judged")
+        values = outputs[task.output]
+        if not np.isfinite(values).all():
+            raise TargetError(
+                f"the {who} model gives NaN or Inf in output {task.output!r} on the data",
+                hint="compile with milder options; validate without --data shows where numbers go wrong",
+            )
+        if task.kind == "states":
+            values = mean_pool(values, mask)
+        if task.kind in ("tokens", "text"):
+            real = np.ones(values.shape[:-1], bool) if mask is None else mask != 0
+            return cls(values.argmax(-1)[real], np.nonzero(real)[0])
+        return cls(values, np.arange(len(values)))
+
+
+def _task_of(outputs: Mapping[str, np.ndarray]) -> Task:
+    @dataclass
+    class Named:
+        name: str
+        shape: Any
+
+    task = find_task((), [Named(name, value.shape) for name, value in outputs.items()])
+    if task is None:
+        raise ModelError(
+            f"quality cannot be judged by the outputs {', '.join(outputs)}",
+            hint="name an output logits, last_hidden_state or sentence_embedding",
+        )
+    return task
+
+
+def _apart(task: Task, dense: _Part, compiled: _Part) -> np.ndarray:
+    """How far the two are apart on each sample of a batch, [samples], in a unit of the task's own."""
+    a, b = dense.values, compiled.values
+    if task.kind in ("tokens", "text"):
+        counts = np.bincount(dense.rows)
+        found: np.ndarray = np.bincount(dense.rows, a != b, len(counts)) / np.maximum(counts, 1)
+    elif task.kind in ("embedding", "states"):
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        found = 1 - np.sum(a * b, axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)
+    else:
+        found = np.abs(task.apply(a.astype(np.float64)) - task.apply(b.astype(np.float64))).max(-1)
+    return found
+
+
+def _known(labels: np.ndarray | Sequence[Any] | None, samples: int) -> np.ndarray | None:
+    """The labels of the samples that were run, if all have one."""
+    if labels is None or any(label is None for label in labels[:samples]) or len(labels) < samples:
+        return None
+    return np.asarray(labels[:samples])
+
+
+def _compare(
+    task: Task,
+    dense: np.ndarray,
+    compiled: np.ndarray,
+    labels: np.ndarray | None,
+    names: Sequence[str] | None,
+    queries: Sequence[int] | None,
+) -> Classification | MultiLabel | Scores | Embeddings | Agreement:
+    if task.kind in ("embedding", "states"):
+        return compare_embeddings(dense, compiled)
+    if task.kind == "score":
+        theirs, ours = (task.apply(each.astype(np.float64)) for each in (dense, compiled))
+        return compare_scores(theirs, ours, labels, queries, ranks_of=(dense, compiled))
+    if task.kind == "labels":
+        return compare_labels(task.apply(dense) > 0.5, task.apply(compiled) > 0.5, labels, names)
+    if task.kind == "classes":
+        classes = dense.shape[1]
+        dense, compiled = dense.argmax(1), compiled.argmax(1)
+        if labels is not None:
+            if not ((labels >= 0) & (labels < classes)).all():
                 raise DataError(f"a label lies outside 0..{classes - 1}, the classes of the model")
-            return compare_classes(theirs, ours, np.array(known))
-    return Agreement(samples=len(theirs), agreement=float(np.mean(theirs == ours)))
-
-
-def _prediction(outputs: Mapping[str, np.ndarray], mask: np.ndarray | None) -> tuple[str, np.ndarray]:
-    """What of `outputs` is judged: logits [samples, classes], embeddings [samples, width], or ids of real tokens."""
-    if "logits" in outputs:
-        logits = outputs["logits"]
-        if logits.ndim == 2:
-            return "classes", logits
-        best = logits.argmax(-1)
-        return "tokens", best.reshape(-1) if mask is None else best[mask != 0]
-    if "sentence_embedding" in outputs:
-        return "embeddings", outputs["sentence_embedding"]
-    if "last_hidden_state" in outputs:
-        return "embeddings", mean_pool(outputs["last_hidden_state"], mask)
-    raise ModelError(
-        f"quality cannot be judged by the outputs {', '.join(outputs)}",
-        hint="name an output logits, last_hidden_state or sentence_embedding",
-    )
-
-
-def mean_pool(hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """The mean of `hidden` [samples, tokens, width] over the tokens where `mask` [samples, tokens] is not 0."""
-    if mask is None:
-        return hidden.mean(1)
-    weight = (mask != 0)[..., None].astype(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
-
-
-def compare_classes(dense: np.ndarray, compiled: np.ndarray, labels: np.ndarray) -> Classification:
-    """Accuracy of two lists of predicted classes, and the paired difference.
-
-    The interval is Wald's with 0.5 added to each cell of the 2 × 2 table, which keeps its coverage where few samples
-    differ (Agresti & Min 2005, Simple improved confidence intervals for comparing matched proportions).
-    """
-    samples = len(labels)
-    dense_right, compiled_right = dense == labels, compiled == labels
-    gained = np.sum(compiled_right & ~dense_right) + 0.5
-    lost = np.sum(dense_right & ~compiled_right) + 0.5
-    centre = (gained - lost) / (samples + 2)
-    spread = math.sqrt(gained + lost - (gained - lost) ** 2 / (samples + 2)) / (samples + 2)
-    half = float(norm.ppf(0.975)) * spread
-    return Classification(
-        samples=samples,
-        dense=dense_right.mean(),
-        compiled=compiled_right.mean(),
-        difference=compiled_right.mean() - dense_right.mean(),
-        interval=(centre - half, centre + half),
-        agreement=np.mean(dense == compiled),
-    )
-
-
-def compare_embeddings(dense: np.ndarray, compiled: np.ndarray) -> Embeddings:
-    """Compare two lists of embeddings, [samples, width] each. Neighbours are by cosine, among the first 2000 samples.
-
-    Raises:
-        DataError: fewer than three samples, which have no ranks to compare.
-    """
-    if len(dense) < 3:
-        raise DataError(f"{len(dense)} samples are too few to compare neighbours", hint="give at least three")
-    dense, compiled = _unit(dense), _unit(compiled)
-    ours, theirs = _similarities(compiled[:_RANKED]), _similarities(dense[:_RANKED])
-    count = min(_NEIGHBOURS, ours.shape[1])
-    tops = zip(_top(ours, count), _top(theirs, count), strict=True)
-    shared = [len(np.intersect1d(a, b)) / count for a, b in tops]
-    ranks = [rankdata(rows, axis=1) for rows in (ours, theirs)]
-    return Embeddings(
-        samples=len(dense),
-        mean_cosine=np.sum(dense * compiled, axis=1).mean(),
-        neighbour_overlap=float(np.mean(shared)),
-        spearman=_row_correlation(*ranks).mean(),
-    )
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-
-
-def _similarities(rows: np.ndarray) -> np.ndarray:
-    """Cosines of each row with every other, [n, n - 1]: the diagonal, a row with itself, is taken out."""
-    n = len(rows)
-    return (rows @ rows.T)[~np.eye(n, dtype=bool)].reshape(n, n - 1)
-
-
-def _top(rows: np.ndarray, count: int) -> np.ndarray:
-    return np.argpartition(-rows, count - 1, axis=1)[:, :count]
-
-
-def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each row of `a` with that of `b`; 1 where both rows are constant alike."""
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-    product = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return np.where(product > 0, (a * b).sum(1) / np.where(product > 0, product, 1), (a == b).all(1))
+            return compare_classes(dense, compiled, labels)
+    return Agreement(samples=len(dense), agreement=float(np.mean(dense == compiled)))

@@ -12,14 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.writer import record
+from trimtab.compiler.checks.bounds import large_errors, poor_quality
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.decoded import as_decoded
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.checks.measure import OutputError, describe
 from trimtab.compiler.checks.peers import open_peer
-from trimtab.compiler.checks.quality import Classification, Quality
-from trimtab.compiler.checks.task import check_quality
+from trimtab.compiler.checks.quality import Quality
+from trimtab.compiler.checks.task import check_labels, check_quality
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
@@ -38,8 +39,9 @@ class Limits(BaseModel):
 
     Attributes:
         max_error: ‖y - y_dense‖ / ‖y_dense‖ of any output at any shape.
-        min_quality: accuracy in 0..1 where the data have labels, else mean cosine of embeddings or agreement.
-        max_drop: percentage points of accuracy below the dense model.
+        min_quality: least `score` of the task's quality: accuracy, micro-F1, NDCG@10 or rank correlation, 0 to 1;
+            without labels agreement with the dense model, or mean cosine of embeddings; dense by compiled perplexity.
+        max_drop: points of accuracy, micro-F1, NDCG@10 or rank correlation below the dense model, which need labels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +49,15 @@ class Limits(BaseModel):
     max_error: float | None = Field(None, ge=0)
     min_quality: float | None = Field(None, ge=-1, le=1)
     max_drop: float | None = None
+
+    def judged(self, quality: Quality | None) -> Iterator[str]:
+        """What these limits ask, one phrase for each."""
+        if self.max_error is not None:
+            yield f"relative error at most {self.max_error:g}"
+        if self.min_quality is not None and quality is not None:
+            yield f"{quality.measured} at least {self.min_quality:g}"
+        if self.max_drop is not None and quality is not None:
+            yield f"{quality.measured} at most {self.max_drop:g} points below dense"
 
 
 class Validation(BaseModel):
@@ -58,6 +69,8 @@ class Validation(BaseModel):
         consistency: of samples alone and in a batch; empty where the workload has no batch.
         quality: on the data, if some were given.
         failures: one sentence for each limit that is broken.
+        warnings: one sentence for each figure that is beyond a default bound, where no limit was given.
+        judged: one phrase for each limit that was given.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -67,20 +80,28 @@ class Validation(BaseModel):
     consistency: tuple[Consistency, ...]
     quality: Quality | None
     failures: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    judged: tuple[str, ...] = ()
 
     @property
-    def passed(self) -> bool:
-        return not self.failures
+    def passed(self) -> bool | None:
+        """Whether every limit is kept; None where no limit was given and nothing failed, so that nobody has judged."""
+        if self.failures:
+            return False
+        return True if self.judged else None
 
     def summary(self) -> dict[str, Any]:
         """What measured.json keeps: flat, so that the report shows it as tables."""
-        quality = self.quality.model_dump(mode="json") if self.quality else {}
+        quality = self.quality.model_dump(mode="json", exclude={"worst"}) if self.quality else {}
+        verdict: dict[str, Any] = {"passed": "no limit was given" if self.passed is None else self.passed}
+        verdict |= {"judged": "; ".join(self.judged)} if self.judged else {}
+        verdict |= {"warnings": "; ".join(self.warnings)} if self.warnings else {}
         errors = [
             {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
             for each in self.outputs
         ]
         shown = [{key: value for key, value in row.items() if value is not None} for row in errors]
-        return {"passed": self.passed, **quality, "outputs": shown}
+        return verdict | quality | {"outputs": shown}
 
 
 @of_one_build
@@ -115,28 +136,38 @@ def validate(
     model = dense or dense_model(build)
     graph = load_graph(model)
     workload = Workload.model_validate(build.manifest.workload)
-    engine = load(build.path, threads=threads, verify=False)
-    reference = open_peer("dense-fp32", model, threads or 0)
+    task = build.manifest.task
     source = Source(
         origin=build.manifest.origin, onnx=model, tokenizer=build.tokenizer, labels=build.manifest.labels,
         max_tokens=build.manifest.max_tokens, kind="onnx",
     )  # fmt: skip
+    warnings = check_labels(dataset, task, source, graph, limits.max_drop is not None) if dataset else []
+    engine = load(build.path, threads=threads, verify=False)
+    reference = open_peer("dense-fp32", model, threads or 0)
     ids = real_ids(dataset, source, seed) if dataset else None
     comparisons, consistency = check_numbers(
         reference, engine.run, graph, workload, ids=ids, seed=seed, progress=progress
     )
     quality = None
-    if dataset:
+    if dataset and all(comparison for comparison in comparisons if task is None or comparison.output == task.output):
         run = as_decoded(build, threads) or engine.run
         quality = check_quality(
-            reference, run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress
+            reference, run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress, task=task
         )
+    if quality and dataset and limits.min_quality is None and limits.max_drop is None:
+        count = min(samples or dataset.count, dataset.count)
+        worst_sample = "unknown" if quality.worst is None else dataset.shown(quality.worst, count, seed)
+        warnings += poor_quality(quality, worst_sample)
+    elif quality is None and limits.max_error is None:
+        warnings += large_errors(comparisons)
     found = Validation(
         outputs=worst(comparisons),
         comparisons=tuple(comparisons),
         consistency=tuple(consistency),
         quality=quality,
         failures=tuple(broken(comparisons, consistency, quality, limits)),
+        warnings=tuple(warnings),
+        judged=tuple(limits.judged(quality)),
     )
     record(build, quality=found.summary())
     return found
@@ -227,9 +258,9 @@ def broken(
     if quality is None:
         return
     if limits.min_quality is not None and quality.score < limits.min_quality:
-        yield f"{quality.kind} quality {quality.score:.4f} is under {limits.min_quality:g}"
+        yield f"{quality.kind} quality {quality.score:.4f} is under {limits.min_quality:g} ({quality.measured})"
     if limits.max_drop is not None:
-        if not isinstance(quality, Classification):
+        if quality.drop is None:
             yield "a limit on lost accuracy was set, but the data have no labels for this model"
-        elif -100 * quality.difference > limits.max_drop:
-            yield f"accuracy is {-100 * quality.difference:.2f} points below dense, over {limits.max_drop:g}"
+        elif quality.drop > limits.max_drop:
+            yield f"{quality.measured} is {quality.drop:.2f} points below dense, over {limits.max_drop:g}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.checks.perplexity import Perplexity
-from trimtab.compiler.checks.quality import Classification, Embeddings, Quality
 from trimtab.compiler.checks.validate import Limits, Validation, validate
 from trimtab.compiler.cli import console
 
@@ -26,22 +25,29 @@ def command(
     min_quality: Annotated[
         float | None,
         typer.Option(
-            min=-1, max=1, help="Least accuracy, mean cosine, agreement, or dense by compiled perplexity, 0 to 1."
+            min=-1,
+            max=1,
+            help="Least accuracy, micro-F1, NDCG@10, rank correlation, mean cosine, agreement, or dense by compiled "
+            "perplexity: what the data and the task give.",
         ),
     ] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Most accuracy lost against dense, in points.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Most points of accuracy, micro-F1, NDCG or rank correlation lost, by labels.")
+    ] = None,
     dense: Annotated[
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
     trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on a warning, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Compare a build with its dense model, numerically and on a task.
 
     Runs both at every corner of the workload, with and without padding, and a batch against its samples alone. Exits
-    with 1 if an output is NaN or Inf, a batch changes its samples, or a given limit is broken.
+    with 1 if an output is NaN or Inf, a batch changes its samples, or a given limit is broken. Where no limit is given,
+    a figure beyond default bounds is a warning, which exits with 0 unless `--strict` is given.
     """
     with console.progress() as progress:
         found = validate(
@@ -58,7 +64,9 @@ def command(
         console.emit_json(as_json(found))
     else:
         _show(found)
-    if not found.passed:
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if found.failures or (strict and found.warnings):
         raise typer.Exit(1)
 
 
@@ -80,35 +88,18 @@ def _show(found: Validation) -> None:
         )
     if found.quality:
         print()
-        for line in _quality(found.quality):
+        for line in found.quality.lines():
             print(line)
     print()
     for failure in found.failures:
         print(f"FAILED: {failure}")
     if found.passed:
-        print("passed")
-
-
-def _quality(quality: Quality) -> list[str]:
-    if isinstance(quality, Classification):
-        low, high = (100 * bound for bound in quality.interval)
-        return [
-            f"accuracy on {quality.samples} samples: dense {quality.dense:.2%}, compiled {quality.compiled:.2%}",
-            f"difference {100 * quality.difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})",
-            f"same class for {quality.agreement:.2%} of the samples",
-        ]
-    if isinstance(quality, Embeddings):
-        return [
-            f"embeddings of {quality.samples} samples: mean cosine {quality.mean_cosine:.4f}",
-            f"10 nearest neighbours: {quality.neighbour_overlap:.2%} the same; rank correlation {quality.spearman:.4f}",
-        ]
-    if isinstance(quality, Perplexity):
-        return [
-            f"perplexity on {quality.tokens} tokens of {quality.samples} texts: "
-            f"dense {quality.dense:.3f}, compiled {quality.compiled:.3f} ({quality.compiled / quality.dense - 1:+.2%})",
-            f"same likeliest token at {quality.agreement:.2%}; divergence {quality.divergence:.4g} nats",
-        ]
-    return [f"same prediction for {quality.agreement:.2%} of {quality.samples}"]
+        print(f"passed: {'; '.join(found.judged)}")
+    if not found.judged:
+        print(
+            "no limit was given: nothing was judged but NaN, Inf, missing outputs and batches that change their "
+            "samples (limits are --max-error, and with --data --min-quality and --max-drop)"
+        )
 
 
 def _number(value: float | None) -> str:

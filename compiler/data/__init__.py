@@ -1,14 +1,21 @@
 """Data in: texts and tensors from files, and the tokenizer that makes inputs of texts."""
 
-from trimtab.compiler.data.dataset import (
-    LABEL,
-    Dataset,
-    batches,
-    class_number,
-    fit_arrays,
-    read_data,
-    text_feeds,
-    with_labels,
-)
+from trimtab.compiler.data.dataset import LABEL, Dataset, batches, fit_arrays, read_data, text_feeds, with_labels
+from trimtab.compiler.data.labels import class_number, label_values
+from trimtab.compiler.data.textfile import Example, Label
+from trimtab.compiler.data.texts import Text
 
-__all__ = ["LABEL", "Dataset", "batches", "class_number", "fit_arrays", "read_data", "text_feeds", "with_labels"]
+__all__ = [
+    "LABEL",
+    "Dataset",
+    "Example",
+    "Label",
+    "Text",
+    "batches",
+    "class_number",
+    "fit_arrays",
+    "label_values",
+    "read_data",
+    "text_feeds",
+    "with_labels",
+]

@@ -1,11 +1,14 @@
-"""Calibration and evaluation data: texts, one at a time from the file, or raw tensors.
+"""Calibration and evaluation data: texts or pairs of texts, one at a time from the file, or raw tensors.
 
 | suffix (each also with .gz) | one sample per | fields |
 | --- | --- | --- |
 | .txt | line; blank lines are skipped | the text |
-| .jsonl | line | "text" (or "sentence"), optional "label": an integer or a class name |
-| .tsv | line, without quoting | by the header's text (or sentence) and label columns; without one, the first |
-| .npz (no .gz) | first axis of its arrays | arrays named as the model's inputs |
+| .jsonl | line | "text" (or "sentence"), optional "text_pair" and "label"; `textfile` lists other names of pairs |
+| .tsv | line, without quoting | by the same names as columns of the header; without a header, the first column |
+| .npz (no .gz) | first axis of its arrays | arrays named as the model's inputs; "label" for labels |
+
+A label is a class, by number or name; a score; or in .jsonl a list of class names, each of which the text has. `.npz`
+files have integers [samples], floats [samples] or [samples, scores], or ones and zeros [samples, labels].
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data.textfile import Example, Label, read_texts
+from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.inputs import check_values
 from trimtab.passes.errors import DataError, InputError, ModelError
@@ -37,8 +41,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LABEL = "label"
-"""The array of an .npz file that holds the samples' classes, unless the model has an input of that name."""
+"""The array of an .npz file that holds the samples' labels, unless the model has an input of that name."""
 
+_SHOWN = 60  # characters of a text in messages
 _WINDOW = 512  # samples that are sorted by length together; not tied to the batch size, so that neither is the order
 
 
@@ -60,7 +65,7 @@ class Dataset:
 
     @property
     def texts(self) -> Iterator[Example]:
-        """(text, label or None) in the order of the file, read anew each time.
+        """(text or pair of texts, label or None) in the order of the file, read anew each time.
 
         Raises:
             DataError: the data are raw tensors.
@@ -77,7 +82,23 @@ class Dataset:
         """
         chosen = _select(self.texts, self.count, samples, seed)
         while window := list(islice(chosen, _WINDOW)):
-            yield from sorted(window, key=lambda example: len(example[0]))
+            yield from sorted(window, key=lambda example: _length(example[0]))
+
+    def labels(self, samples: int, seed: int = 0) -> list[Label] | np.ndarray | None:
+        """Labels in the order of `sample(samples, seed)`, or the rows of an .npz file's array; None if it has none."""
+        if self.arrays is None:
+            return [label for _, label in self.sample(samples, seed)]
+        found = self.arrays.get(LABEL)
+        return None if found is None else found[list(_select(range(self.count), self.count, samples, seed))]
+
+    def shown(self, place: int, samples: int, seed: int = 0) -> str:
+        """How messages call the sample at `place` of `sample(samples, seed)`, or of `batches` with these arguments."""
+        if self.arrays is not None:
+            row = next(islice(_select(range(self.count), self.count, samples, seed), place, None))
+            return f"sample {row}"
+        text, _ = next(islice(self.sample(samples, seed), place, None))
+        parts = text if isinstance(text, tuple) else (text,)
+        return " with ".join(f'"{_shortened(part)}"' for part in parts)
 
 
 def read_data(path: Path | str) -> Dataset:
@@ -134,24 +155,10 @@ def batches(
         yield feeds([text for text, _ in batch])
 
 
-def class_number(label: Label, names: Sequence[str] | None) -> int | None:
-    """The class that a text's label means, by number or by name.
-
-    Raises:
-        DataError: the model has no class of that name.
-    """
-    if not isinstance(label, str):
-        return label
-    if names is None or label not in names:
-        known = f"the model's are {', '.join(names)}" if names else "the model does not name its classes"
-        raise DataError(f"label {label!r} is no class of the model; {known}")
-    return list(names).index(label)
-
-
 def text_feeds(
     source: Source, inputs: Sequence[gs.Tensor], max_tokens: int
-) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
-    """A function that makes feeds of a batch of texts; they are as `batches` describes them.
+) -> Callable[[Sequence[Text]], dict[str, np.ndarray]]:
+    """A function that makes feeds of a batch of texts or pairs; they are as `batches` describes them.
 
     Raises:
         ModelError: the model has no tokenizer. The function raises DataError where the model has inputs that texts do
@@ -164,7 +171,7 @@ def text_feeds(
     tokenizer = load_tokenizer(source.tokenizer, source.max_tokens)
     wanted = {tensor.name: tensor for tensor in inputs}
 
-    def feeds_of(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def feeds_of(texts: Sequence[Text]) -> dict[str, np.ndarray]:
         feeds = tokenizer.encode(texts, max_tokens)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         feeds |= {name: _no_past(tensor, len(texts)) for name, tensor in wanted.items() if name.startswith("past")}
@@ -176,6 +183,17 @@ def text_feeds(
         }
 
     return feeds_of
+
+
+def _shortened(text: str) -> str:
+    """A text on one line, cut."""
+    line = " ".join(text[: 4 * _SHOWN].split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+
+
+def _length(text: Text) -> int:
+    """Characters of a text, or of both of a pair, which a model reads one after the other."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _no_past(tensor: gs.Tensor, samples: int) -> np.ndarray:
@@ -218,8 +236,16 @@ def _read_arrays(path: Path) -> Dataset:
 
 def with_labels(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> list[gs.Tensor]:
     """`inputs`, and the array of labels where the arrays hold one that is no input of the model."""
-    labelled = LABEL in (dataset.arrays or {}) and all(tensor.name != LABEL for tensor in inputs)
-    return [*inputs, *([gs.Variable(LABEL, np.int64, ["batch"])] if labelled else [])]
+    labels = (dataset.arrays or {}).get(LABEL)
+    if labels is None or any(tensor.name == LABEL for tensor in inputs):
+        return list(inputs)
+    if labels.dtype.kind not in "biuf" or labels.ndim > 2:
+        raise DataError(
+            f"{dataset.path}: array {LABEL!r} is {labels.dtype} {list(labels.shape)}",
+            hint="give integers [samples] for classes, floats [samples] for scores, ones and zeros [samples, labels]",
+        )
+    dtype = np.float64 if labels.dtype.kind == "f" else np.int64
+    return [*inputs, gs.Variable(LABEL, dtype, ["batch", "labels"][: labels.ndim])]
 
 
 def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:

@@ -1,31 +1,49 @@
-"""Texts with optional labels from .txt, .jsonl and .tsv files, plain or packed with gzip."""
+"""Texts and pairs of texts, with optional labels, from .txt, .jsonl and .tsv files, plain or packed with gzip."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.data.texts import Text
 from trimtab.passes.errors import DataError
 
-Label = int | str | None
-Example = tuple[str, Label]
+Label = int | float | str | tuple[str, ...] | None
+"""A class by number or name, a score, the names of all classes that a text has, or nothing."""
+
+Example = tuple[Text, Label]
+
+PAIRS = (
+    ("text", "text_pair"), ("sentence", "text_pair"), ("sentence1", "sentence2"), ("text", "sentence2"),
+    ("query", "document"), ("query", "passage"), ("question1", "question2"), ("premise", "hypothesis"),
+    ("question", "sentence"),
+)  # fmt: skip
+"""Names under which files hold pairs, as known data sets call them. The first of which both are there counts; where
+"text" is there, only a pair that begins with it."""
 
 _TEXT_KEYS = ("text", "sentence")
+_LABEL, _SCORE = "label", "score"
+_NUMBER = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?")
+
+_Row = tuple[int, Any, Any]  # line from 1, text or pair as it was written, label as it was written
 
 
 def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Iterator[Example]:
-    """(text, label or None) of each sample, read as asked for: memory does not grow with the file.
+    """(text or pair of texts, label or None) of each sample, read as asked for: memory does not grow with the file.
 
     Args:
         path: a file of texts (the kinds are listed in `dataset.py`).
         seen: is called with the bytes of each line, unpacked; for hashing.
 
     Raises:
-        DataError: not readable, not UTF-8, malformed, or of an unknown kind; names the file and the line.
+        DataError: not readable, not UTF-8, malformed, or of an unknown kind; some samples are pairs and others not, or
+            labels are of several kinds. Names the file and the line.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
@@ -35,14 +53,87 @@ def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Ite
             f"{path}: data of unknown kind {kind!r}",
             hint=f"known kinds: {', '.join(readers)}, each also with .gz, and .npz",
         )
+    alike = _Alike(path)
     for number, text, label in readers[kind](path, _lines(path, seen)):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{path} line {number}: the text is {'empty' if text == '' else repr(text)[:40]}")
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise DataError(f"{path} line {number}: the text holds half a surrogate pair, which is no character")
-        if isinstance(label, bool) or not isinstance(label, int | str | None):
-            raise DataError(f"{path} line {number}: label {label!r} is neither an integer nor a class name")
-        yield text, label
+        where = f"{path} line {number}"
+        checked = _checked_text(text, where)
+        label = _checked_label(label, where)
+        alike.check(number, checked, label)
+        yield checked, label
+
+
+class _Alike:
+    """Checks that the samples of a file are of one kind, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._first: tuple[int, bool] | None = None
+        self._kind: tuple[int, str] | None = None
+
+    def check(self, number: int, text: Text, label: Label) -> None:
+        """Check the sample of line `number` against those before it."""
+        where = f"{self._path} line {number}"
+        is_pair = isinstance(text, tuple)
+        if self._first is None:
+            self._first = (number, is_pair)
+        elif is_pair != self._first[1]:
+            this, other = ("a pair of texts", "a single text") if is_pair else ("a single text", "a pair of texts")
+            raise DataError(
+                f"{where}: {this}, where line {self._first[0]} has {other}",
+                hint="put pairs and single texts into files of their own",
+            )
+        kind = _kind(label)
+        if kind is None or kind == "a whole number":  # which may be a class or a score; the others decide
+            return
+        if self._kind is None:
+            self._kind = (number, kind)
+        elif kind != self._kind[1]:
+            raise DataError(
+                f"{where}: the label is {kind}, where line {self._kind[0]} has {self._kind[1]}",
+                hint="labels of one file are all classes, all scores (numbers), or all lists of class names",
+            )
+
+
+def _kind(label: Label) -> str | None:
+    if label is None:
+        return None
+    kinds = {int: "a whole number", float: "a score", str: "a class name", tuple: "a list of class names"}
+    return kinds[type(label)]
+
+
+def _checked_text(text: Any, where: str) -> Text:
+    """`text` as it is, if it is a text or a pair of them."""
+    parts = text if isinstance(text, tuple) else (text,)
+    for part, which in zip(parts, ("the text", "the second text"), strict=False):
+        if not isinstance(part, str) or not part.strip():
+            raise DataError(f"{where}: {which} is {'empty' if part == '' else repr(part)[:40]}")
+        if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
+            raise DataError(f"{where}: {which} holds half a surrogate pair, which is no character")
+    return text
+
+
+def _checked_label(label: Any, where: str) -> Label:
+    if isinstance(label, list) and all(isinstance(name, str) for name in label):
+        if len(set(label)) < len(label):
+            raise DataError(f"{where}: label {_cut(label)} names a class twice")
+        return tuple(label)
+    if isinstance(label, list):
+        raise DataError(
+            f"{where}: label {_cut(label)} is a list of other things than class names",
+            hint='write the names of all classes that the text has, such as "label": ["toxic", "spam"]',
+        )
+    if isinstance(label, bool) or not isinstance(label, int | float | str | None):
+        raise DataError(f"{where}: label {_cut(label)} is neither a number nor a class name, nor a list of class names")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise DataError(f"{where}: label {label} is no finite number")
+    if isinstance(label, int) and abs(label) >= 1 << 63:
+        raise DataError(f"{where}: label {_cut(label)} is no number of 64 bits")
+    return label
+
+
+def _cut(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple[int, str]]:
@@ -62,11 +153,19 @@ def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple
         raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
 
 
-def _parse_txt(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, None]]:
+def _keys(names: Collection[str]) -> tuple[str | None, str | None, str]:
+    """The names among `names` of the text, of its pair if there is one, and of the label."""
+    for first, second in PAIRS:
+        if first in names and second in names and ("text" not in names or first == "text"):
+            return first, second, _LABEL if _LABEL in names else _SCORE
+    return next((key for key in _TEXT_KEYS if key in names), None), None, _LABEL
+
+
+def _parse_txt(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
     return ((number, line, None) for number, line in lines if line.strip())
 
 
-def _parse_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Any, Any]]:
+def _parse_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
     for number, line in lines:
         try:
             record = json.loads(line)
@@ -74,24 +173,40 @@ def _parse_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple
             raise DataError(f"{path} line {number}: not JSON ({error})") from error
         if not isinstance(record, dict):
             raise DataError(f"{path} line {number}: not a JSON object", hint='write {"text": "..."} on each line')
-        key = next((key for key in _TEXT_KEYS if key in record), None)
-        if key is None:
+        first, second, label = _keys([key for key, value in record.items() if value is not None or key in _TEXT_KEYS])
+        if first is None:
             keys = ", ".join(map(repr, record)) or "none"
-            raise DataError(f"{path} line {number}: no 'text' among its keys ({keys})", hint="name the text 'text'")
-        yield number, record[key], record.get("label")
+            raise DataError(
+                f"{path} line {number}: no 'text' among its keys ({_short(keys)})",
+                hint="name the text 'text', and of a pair the second one 'text_pair'",
+            )
+        text = record[first] if second is None else (record[first], record[second])
+        yield number, text, record.get(label)
 
 
-def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str, Label]]:
-    text_column, label_column = 0, None
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
+    first, second, labels = 0, None, None  # columns
     for number, line in lines:
         cells = line.split("\t")
         if number == 1:
             names = [cell.strip().lower() for cell in cells]
-            key = next((key for key in _TEXT_KEYS if key in names), None)
-            if key is not None:
-                text_column, label_column = names.index(key), names.index("label") if "label" in names else None
+            text, pair, label = _keys(names)
+            if text is not None:
+                first, second = names.index(text), names.index(pair) if pair is not None else None
+                labels = names.index(label) if label in names else None
                 continue
-        if len(cells) <= max(text_column, label_column or 0):
+        if len(cells) <= max(first, second or 0, labels or 0):
             raise DataError(f"{path} line {number}: {len(cells)} columns, fewer than the header's")
-        label = "" if label_column is None else cells[label_column].strip()
-        yield number, cells[text_column], int(label) if label.removeprefix("-").isdecimal() else label or None
+        label = "" if labels is None else cells[labels].strip()
+        yield number, cells[first] if second is None else (cells[first], cells[second]), _of_cell(label)
+
+
+def _of_cell(label: str) -> Label:
+    """A cell's text as a whole number, a number, or a class name."""
+    if label.removeprefix("-").isdecimal() and len(label) < 20:  # digits that 64 bits may hold
+        return int(label)
+    return float(label) if _NUMBER.fullmatch(label) else label or None

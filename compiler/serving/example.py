@@ -37,6 +37,8 @@ def first_answer(url: str, package: Package) -> Example:
         TargetError: the answer is an error.
     """
     where, body = f"{url}/v2/models/{package.name}/generate", json.dumps({"TEXT": "It works."})
+    if package.kind == "score":  # of a reranker, whose texts are pairs
+        body = json.dumps({"TEXT": "Does it work?", "TEXT_PAIR": "It works."})
     if package.kind == "text":
         body = json.dumps({"text_input": "Once", "max_tokens": 8})
     if package.kind is None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.task import Head, read_head
 from trimtab.passes.errors import ModelError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -43,6 +44,11 @@ def class_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
     if not isinstance(names, dict) or not str(*config.get("architectures") or [""]).endswith("Classification"):
         return None
     return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def model_head(config: dict[str, Any], folder: Path) -> Head:
+    """What `config` (a config.json), and the file of sentence-transformers in `folder`, say of the model's logits."""
+    return read_head(config, optional_json(folder / "config_sentence_transformers.json"))
 
 
 def token_limit(folder: Path, config: dict[str, Any]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trimtab.compiler.sources.checkpoint import is_checkpoint, read_checkpoint
-from trimtab.compiler.sources.folder import class_labels, optional_json, token_limit, tokenizer_folder
+from trimtab.compiler.sources.folder import class_labels, model_head, optional_json, token_limit, tokenizer_folder
 from trimtab.compiler.sources.huggingface import exported
 from trimtab.compiler.sources.source import Source
 from trimtab.passes.errors import ModelError
@@ -50,6 +50,7 @@ def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
         labels=class_labels(checkpoint.config),
         max_tokens=token_limit(checkpoint.model, checkpoint.config),
         kind="huggingface",
+        head=model_head(checkpoint.config, folder),
     )
 
 
@@ -64,4 +65,5 @@ def _open_onnx(path: Path, origin: Path) -> Source:
         labels=class_labels(config),
         max_tokens=token_limit(folder, config),
         kind="onnx",
+        head=model_head(config, folder),
     )

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.caching.remembered import file_hash, remembered
+from trimtab.compiler.task import UNKNOWN, Head
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
 
@@ -40,6 +41,7 @@ class Source:
         labels: names of its classes, in the order of its logits, or None.
         max_tokens: the longest text that it takes, or None if unknown.
         kind: what it was made from.
+        head: what its files say of its logits.
     """
 
     origin: str
@@ -48,6 +50,7 @@ class Source:
     labels: tuple[str, ...] | None
     max_tokens: int | None
     kind: Literal["huggingface", "torch", "onnx"]
+    head: Head = UNKNOWN
 
     def graph(self) -> gs.Graph:
         """A new canonical graph, whose weights stay on disk until something reads them."""

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from trimtab.compiler.checks.quality import (
-    Agreement,
-    Classification,
-    Embeddings,
-    compare_classes,
-    compare_embeddings,
-    mean_pool,
-    measure_quality,
-)
+from trimtab.compiler.checks.kinds.classes import Agreement, Classification, compare_classes
+from trimtab.compiler.checks.kinds.embeddings import Embeddings, compare_embeddings, mean_pool
+from trimtab.compiler.checks.quality import measure_quality
 from trimtab.passes.errors import DataError, ModelError
 
 

@@ -125,7 +125,8 @@ def test_onnxruntime_backend(bert: Build, tmp_path: Path) -> None:
     assert {path.name: path.stat().st_size for path in (version / "model.onnx").iterdir()} == weights
     assert not engine.model_operations.op_library_filename
     assert (front.backend, front.max_batch_size) == ("python", 8)
-    assert tensors(front.input) == {"TEXT": ("TYPE_STRING", [1])}
+    assert tensors(front.input) == {"TEXT": ("TYPE_STRING", [1]), "TEXT_PAIR": ("TYPE_STRING", [1])}
+    assert [each.name for each in front.input if each.optional] == ["TEXT_PAIR"]
     assert tensors(front.output) == {"LABEL": ("TYPE_STRING", [1]), "PROBABILITIES": ("TYPE_FP32", [3])}
     assert front.HasField("dynamic_batching") and not front.model_transaction_policy.decoupled
     assert not [path for path in (tmp_path / "repo").rglob("*") if path.is_symlink()]

@@ -113,7 +113,7 @@ def test_labels_that_cannot_weigh_are_refused(bert: Source, tmp_path: Path) -> N
         with pytest.raises(DataError, match=message):
             recover(bert, plan, labelled("bert", labels, tmp_path), empty_profile(bert), settings)
     llama = onnx_source("llama")
-    with pytest.raises(ModelError, match="classifiers alone"):
+    with pytest.raises(ModelError, match="classifiers and scores alone"):
         recover(llama, plan, labelled("llama", np.ones(20, int), tmp_path), empty_profile(llama), settings)
 
 

@@ -24,9 +24,11 @@ from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from trimtab.compiler.sources.export import load_model
+from trimtab.compiler.task import find_task
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns, select_ffns
 from trimtab.passes.errors import BuildError, ModelError, RecipeError, TrimtabError
 from trimtab.passes.ffn_topk.topk import FFNTopK
+from trimtab.passes.graph import load_graph
 from trimtab.training.clock import Clock
 from trimtab.training.distill import bfloat16_is_fast
 from trimtab.training.topk.anneal import Anneal, Progress
@@ -133,6 +135,14 @@ def _examples(
     if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return packed(dataset, tokenizer, limit, rng)
     if checkpoint.architecture.endswith("ForSequenceClassification"):
+        graph = load_graph(source.onnx)
+        task = find_task(graph.inputs, graph.outputs, source.head)
+        if task is None or task.kind != "classes":
+            raise ModelError(
+                f"{checkpoint.folder}: --method topk trains classifiers that give a text one class; this model gives "
+                f"it {'a score' if task is not None and task.kind == 'score' else 'any number of labels'}",
+                hint="fine-tune it yourself, or use --method recover, which distils any model",
+            )
         return labelled(dataset, tokenizer, source.labels, int(model.config.num_labels or 0), limit, rng)
     raise ModelError(
         f"{checkpoint.architecture} has no loss to learn from", hint="give a causal language model or a text classifier"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.compiler.data import Dataset, class_number
+from trimtab.compiler.data import Dataset, Text, class_number
 from trimtab.compiler.data.tokenizer import Tokenizer
 from trimtab.passes.errors import DataError
 
@@ -40,6 +40,8 @@ def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.rand
         DataError: not even one block to learn from and one to judge by.
     """
     texts = [text for text, _ in dataset.texts]
+    if isinstance(texts[0], tuple):
+        raise DataError(f"{dataset.path}: pairs of texts, and language models learn from single ones", hint="join them")
     marked = tokenizer.encode([""])["input_ids"].size > 0
     between = [] if marked or not tokenizer.end_ids else [min(tokenizer.end_ids)]
 
@@ -66,7 +68,7 @@ def labelled(
     dataset: Dataset, tokenizer: Tokenizer, classes: Sequence[str] | None, count: int, max_tokens: int,
     rng: np.random.Generator,
 ) -> Examples:  # fmt: skip
-    """Texts with their classes.
+    """Texts or pairs with their classes.
 
     Args:
         count: of the model's classes.
@@ -81,7 +83,7 @@ def labelled(
             raise DataError(f"{dataset.path}: text {number} {said}", hint="a classifier learns from labelled texts")
     train, held_out = ([samples[i] for i in numbers] for numbers in _parts(dataset, rng))
 
-    def collate(some: Sequence[tuple[str, int]]) -> dict[str, torch.Tensor]:
+    def collate(some: Sequence[tuple[Text, int]]) -> dict[str, torch.Tensor]:
         feeds = tokenizer.encode([text for text, _ in some], max_tokens)
         made = {name: torch.from_numpy(np.ascontiguousarray(value)).long() for name, value in feeds.items()}
         return made | {"labels": torch.tensor([label for _, label in some])}
@@ -98,7 +100,7 @@ def _parts(dataset: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.n
     return order[held:], order[:held]
 
 
-def _rows(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _rows(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     for i in range(0, len(texts), _AT_A_TIME):
         feeds = tokenizer.encode(texts[i : i + _AT_A_TIME])
         for ids, mask in zip(feeds["input_ids"], feeds["attention_mask"], strict=True):

@@ -17,7 +17,7 @@ _SESSION = f"{_SERVED}.session"
 
 CARRIED = {
     "engine": (*_COMMON, _SESSION),
-    "front": (*_COMMON, _SESSION, *_TOKENIZER),
+    "front": (*_COMMON, _SESSION, *_TOKENIZER, "trimtab.compiler.task"),
     "generate": (
         *_COMMON,
         _SESSION,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.builds.contents import TOKENIZER
@@ -18,14 +20,15 @@ from trimtab.compiler.packaging.triton.engines import VERSION, write_engines
 from trimtab.compiler.targets.base import MODEL
 from trimtab.compiler.targets.onnxruntime import session_entries, uses_dialect
 from trimtab.compiler.targets.onnxruntime_steps import PAST, Cache
+from trimtab.compiler.task import Task
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import ModelError, TargetError
 from trimtab.plugins.library import library_path
 
 SETTINGS = "served.json"
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
-_ANSWERS = {"logits": ("classes", 2), "sentence_embedding": ("embedding", 2), "last_hidden_state": ("states", 3)}
-"""Output → what kind of answer it gives, where it has so many dimensions; the first that a model has counts."""
+_ANSWERS = ("classes", "labels", "score", "embedding", "states")
+"""Kinds of tasks that one answer for each text is made of."""
 
 _FRONTS = 2  # instances of a front that asks another model: one tokenizes while the other waits
 
@@ -54,15 +57,18 @@ class Models:
         else:
             engines = [engine]
             self._engine(folder, engine)
-        output, why = self._answer()
-        if output is None:
+        task, why = self._answer()
+        if task is None:
             return None, why, tuple(engines)
-        kind = _ANSWERS[output][0]
-        self._front(folder, engine, output, kind)
-        return kind, None, (self.name, *engines)
+        self._front(folder, engine, task)
+        return task.kind, None, (self.name, *engines)
 
-    def _answer(self) -> tuple[str | None, str | None]:
-        """The output that texts are answered with; or None, and why there is none."""
+    def _answer(self) -> tuple[Task | None, str | None]:
+        """What texts are answered by; or None, and why there is nothing.
+
+        Raises:
+            ModelError: the model's files ask for an activation that trimtab does not compute.
+        """
         manifest = self.build.manifest
         others = [tensor.name for tensor in manifest.inputs if tensor.name not in _TEXT_INPUTS]
         if others:
@@ -71,11 +77,12 @@ class Models:
             return None, "the build has no tokenizer"
         if not configs.is_batched((*manifest.inputs, *manifest.outputs)):
             return None, "its batch is fixed"
-        ranks = {tensor.name: len(tensor.shape or ()) for tensor in manifest.outputs}
-        for output, (_, rank) in _ANSWERS.items():
-            if ranks.get(output) == rank:
-                return output, None
-        return None, f"none of the outputs {', '.join(ranks)} is a label or an embedding"
+        task = manifest.task
+        if task is None or task.kind not in _ANSWERS:
+            names = ", ".join(tensor.name for tensor in manifest.outputs)
+            return None, f"none of the outputs {names} is a label, a score or an embedding"
+        task.apply(np.zeros((1, 1), np.float32))
+        return task, None
 
     def _engine(self, folder: Path, name: str) -> None:
         """The ONNX file, run by Triton's ONNX Runtime backend, or in its Python backend."""
@@ -112,28 +119,35 @@ class Models:
             for tensor in manifest.inputs
         }
 
-    def _front(self, folder: Path, engine: str, output: str, kind: str) -> None:
+    def _front(self, folder: Path, engine: str, task: Task) -> None:
         manifest, version = self.build.manifest, folder / self.name / VERSION
         version.mkdir(parents=True)
-        width = next((tensor.shape or ())[-1] for tensor in manifest.outputs if tensor.name == output)
+        width = next((tensor.shape or ())[-1] for tensor in manifest.outputs if tensor.name == task.output)
         workload, on_engine = manifest.workload, self.backend == "tensorrt"
         session = self._session() if self.backend == "python" else None
         told = self._tokenizer(version) | {
             "engine": engine,
             "session": session,
-            "kind": kind,
-            "output": output,
+            **asdict(task),
             "inputs": {tensor.name: tensor.dtype for tensor in manifest.inputs},
             "labels": manifest.labels or ([str(i) for i in range(width)] if isinstance(width, int) else []),
             "tokens": [workload["tokens"][0] if on_engine else 1, workload["tokens"][2]],
             "least_batch": workload["batch"][0] if on_engine else 1,
         }
         self._write_python("front", version, told)
-        outputs = [_info("EMBEDDING", "float32", width)]
-        if kind == "classes":
-            outputs = [_info("LABEL", "bytes", 1), _info("PROBABILITIES", "float32", width)]
+        inputs, optional = [_info("TEXT", "bytes", 1)], []
+        probabilities = _info("PROBABILITIES", "float32", width)
+        if task.kind in ("embedding", "states"):
+            outputs = [_info("EMBEDDING", "float32", width)]
+        else:
+            outputs = {
+                "classes": [_info("LABEL", "bytes", 1), probabilities],
+                "labels": [_info("LABELS", "bytes", 1), probabilities],
+                "score": [_info("SCORE", "float32", width)],
+            }[task.kind]
+            inputs, optional = [*inputs, _info("TEXT_PAIR", "bytes", 1)], ["TEXT_PAIR"]
         config = configs.model_config(
-            self.name, "python", [_info("TEXT", "bytes", 1)], outputs, batch=self.batch,
+            self.name, "python", inputs, outputs, batch=self.batch, optional=optional,
             gpu=self.gpu and session is not None, instances=_FRONTS if session is None else 1,
             parameters=self._python_parameters(),
         )  # fmt: skip

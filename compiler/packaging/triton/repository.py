@@ -1,6 +1,6 @@
 """A model repository of Triton Inference Server, written whole or not at all.
 
-REPO/NAME/            text in: label and probabilities, an embedding, or generated text (Python backend)
+REPO/NAME/            text in: labels, a score, an embedding, or generated text (Python backend)
 REPO/NAME_engine/     tensors in and out: what the build compiled (onnxruntime, tensorrt or Python backend)
 """
 
@@ -27,8 +27,8 @@ class Package:
         path: the folder for `tritonserver --model-repository`.
         name: of the build in it.
         backend: of the model that runs the build.
-        kind: what the text model answers with: "classes", "embedding", "states" (an embedding, their mean) or "text";
-            None where there is no text model.
+        kind: what the text model answers with, of the task's kinds: "classes", "labels", "score", "embedding", "states"
+            (an embedding, their mean) or "text"; None where there is no text model.
         why: there is none.
         models: names, in the order in which requests pass through them.
     """

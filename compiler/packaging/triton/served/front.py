@@ -1,26 +1,31 @@
-"""Text in, label or embedding out: tokenizes all texts that Triton batched, and asks the engine once."""
+"""Texts or pairs in; labels, scores or embeddings out: tokenizes all that Triton batched, and asks the engine once."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
 
+from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
+from trimtab.compiler.task import Task
 from trimtab.passes.errors import InputError, TargetError, TrimtabError
 
-TEXT = "TEXT"
-LABEL, PROBABILITIES, EMBEDDING = "LABEL", "PROBABILITIES", "EMBEDDING"
+TEXT, TEXT_PAIR = "TEXT", "TEXT_PAIR"
+LABEL, LABELS, PROBABILITIES, SCORE, EMBEDDING = "LABEL", "LABELS", "PROBABILITIES", "SCORE", "EMBEDDING"
+_LIKELY = 0.5  # probability over which a label is given, where a text has any number of them
 
 
 class TritonPythonModel:
-    """What it answers is said by "kind": a label and probabilities, or an embedding."""
+    """What it answers is said by "kind", that of the model's `Task`."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         self._told, folder = settings(args), version_folder(args)
+        self._task = Task(self._told["kind"], self._told["output"], self._told["activation"])
         self._tokenizer = load_tokenizer(folder / "tokenizer", self._told["max_tokens"])
         self._session: Any = None
         beside = folder.parents[1] / self._told["engine"] / folder.name
@@ -31,7 +36,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
-        given: dict[int, list[str]] = {}
+        given: dict[int, list[Text]] = {}
         for place, request in enumerate(requests):
             try:
                 given[place] = self._texts(request)
@@ -48,14 +53,16 @@ class TritonPythonModel:
                 start += len(group)
         return responses
 
-    def _texts(self, request: Any) -> list[str]:
-        found = texts(request, TEXT)
+    def _texts(self, request: Any) -> list[Text]:
+        found: list[Text] = list(texts(request, TEXT))
+        if pb.get_input_tensor_by_name(request, TEXT_PAIR) is not None:
+            found = list(zip(texts(request, TEXT), texts(request, TEXT_PAIR), strict=True))
         # Without tokens of its own, a tokenizer leaves nothing of some texts, and the mean of nothing is no number.
         if not self._told["special_tokens"] and not self._tokenizer.encode(found)["attention_mask"].any(1).all():
             raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
         return found
 
-    def _answer(self, batch: list[str]) -> np.ndarray:
+    def _answer(self, batch: list[Text]) -> np.ndarray:
         """The output of the engine that is answered with, [texts, width]."""
         told = self._told
         feeds = self._tokenizer.encode(batch, told["tokens"][1])
@@ -90,9 +97,20 @@ class TritonPythonModel:
         return found
 
     def _respond(self, rows: np.ndarray) -> Any:
-        if self._told["kind"] != "classes":
+        kind = self._task.kind
+        if kind not in ("classes", "labels", "score"):
             return pb.InferenceResponse([pb.Tensor(EMBEDDING, np.ascontiguousarray(rows))])
-        p = np.exp(rows - rows.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        labels = [self._told["labels"][best] for best in rows.argmax(-1)]
-        return pb.InferenceResponse([strings(LABEL, labels), pb.Tensor(PROBABILITIES, p)])
+        values = self._task.apply(rows)
+        if kind == "score":
+            return pb.InferenceResponse([pb.Tensor(SCORE, np.ascontiguousarray(values))])
+        if kind == "classes":
+            names = strings(LABEL, [self._name(best) for best in rows.argmax(-1)])
+        else:
+            likely = [[self._name(place) for place in np.flatnonzero(row > _LIKELY)] for row in values]
+            names = strings(LABELS, [json.dumps(each, ensure_ascii=False) for each in likely])
+        return pb.InferenceResponse([names, pb.Tensor(PROBABILITIES, np.ascontiguousarray(values))])
+
+    def _name(self, place: Any) -> str:
+        """The name of a class, else its number."""
+        names = self._told["labels"]
+        return names[place] if place < len(names) else str(place)

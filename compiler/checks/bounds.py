@@ -1,0 +1,100 @@
+"""Default bounds beyond which nobody would ship a build: what `validate` warns of where no limit was given.
+
+They lie beyond what builds lose that people do ship, such as dense int8, and before what ruins a model; docs/checks.md
+has the measurements. With data the task decides, since outputs of a good build may be off by several per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from trimtab.compiler.checks.kinds.classes import Agreement, Classification
+from trimtab.compiler.checks.kinds.embeddings import Embeddings
+from trimtab.compiler.checks.kinds.labels import MultiLabel
+from trimtab.compiler.checks.kinds.result import Result
+from trimtab.compiler.checks.kinds.scores import Scores
+from trimtab.compiler.checks.measure import OutputError
+from trimtab.compiler.checks.perplexity import Perplexity
+
+MAX_ERROR = 0.5
+"""Root mean square of y - y_dense at one shape, of that of y_dense over all shapes, where no data say what it costs.
+
+The relative error at one shape alone would not do: one sample whose logits happen to be near 0 exceeds any bound.
+"""
+
+MAX_DROP = 1.0
+"""Points of accuracy, micro-F1 or NDCG@10 below dense, where the 95 % interval of the difference excludes chance."""
+
+MIN_AGREEMENT = 0.9
+"""Share of equal classes, tokens or decisions on labels."""
+
+MIN_COSINE = 0.95
+"""Mean cosine of embeddings with dense ones."""
+
+MIN_SPEARMAN = 0.95
+"""Rank correlation of scores with dense ones."""
+
+MAX_PERPLEXITY = 1.1
+"""Compiled by dense perplexity."""
+
+
+def large_errors(comparisons: Iterable[OutputError]) -> Iterator[str]:
+    """One sentence for each output of `comparisons`, which have it at every shape, that is beyond `MAX_ERROR`."""
+    by_name: dict[str, list[OutputError]] = {}
+    for each in comparisons:
+        by_name.setdefault(each.output, []).append(each)
+    for name, shapes in by_name.items():
+        size = math.sqrt(sum((each.rms or 0.0) ** 2 for each in shapes) / len(shapes))
+        error, at = max(((_rms_error(each), each.where) for each in shapes), key=lambda pair: pair[0])
+        if error > MAX_ERROR * size:
+            yield (
+                f"output {name!r} is far from the dense model's: off by {error / max(size, 1e-12):.2g} of its size at "
+                f"{at}, beyond {MAX_ERROR:g} (--max-error sets a limit of your own, --data shows what it costs)"
+            )
+
+
+def _rms_error(each: OutputError) -> float:
+    return (each.relative_l2 or 0.0) * (each.rms or 0.0)
+
+
+def poor_quality(quality: Result, worst: str) -> Iterator[str]:
+    """One sentence for each figure of `quality` that is beyond its bound.
+
+    Args:
+        worst: how to call the sample on which the models differ most.
+    """
+    limits = "--min-quality" if quality.drop is None else "--min-quality or --max-drop"
+    for figure in _figures(quality):
+        yield f"{figure}; the sample that differs most is {worst} (set a limit of your own with {limits})"
+
+
+def _figures(quality: Result) -> Iterator[str]:
+    if isinstance(quality, Classification):
+        yield from _lost("accuracy", quality.drop, quality.interval)
+        yield from _below("agreement with the dense classes", quality.agreement, MIN_AGREEMENT)
+    elif isinstance(quality, MultiLabel):
+        yield from _lost("micro-F1", quality.drop, quality.interval)
+        yield from _below("agreement with the dense decisions", quality.agreement, MIN_AGREEMENT)
+    elif isinstance(quality, Scores):
+        yield from _lost("NDCG@10", quality.drop, quality.interval)
+        yield from _below("rank correlation with the dense scores", quality.spearman, MIN_SPEARMAN)
+    elif isinstance(quality, Embeddings):
+        yield from _below("mean cosine with the dense embeddings", quality.mean_cosine, MIN_COSINE)
+    elif isinstance(quality, Perplexity) and quality.compiled > MAX_PERPLEXITY * quality.dense:
+        yield (
+            f"perplexity is {quality.compiled / quality.dense - 1:.0%} higher than the dense model's "
+            f"({quality.compiled:.4g} for {quality.dense:.4g}), beyond {MAX_PERPLEXITY - 1:.0%}"
+        )
+    elif isinstance(quality, Agreement):
+        yield from _below("agreement with the dense predictions", quality.agreement, MIN_AGREEMENT)
+
+
+def _lost(what: str, drop: float | None, interval: tuple[float, float] | None) -> Iterator[str]:
+    if drop is not None and interval is not None and drop > MAX_DROP and interval[1] < 0:
+        yield f"{what} is {drop:.2f} points below dense, beyond {MAX_DROP:g}"
+
+
+def _below(what: str, value: float, bound: float) -> Iterator[str]:
+    if value < bound:
+        yield f"{what} is {value:.4f}, below {bound:g}"

@@ -1,0 +1,1 @@
+"""What quality is, for each kind of task."""

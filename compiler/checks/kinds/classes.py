@@ -1,0 +1,94 @@
+"""Classifiers: accuracy, or without labels how often both models predict the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from scipy.stats import norm
+
+from trimtab.compiler.checks.kinds.result import Result
+
+
+class Classification(Result):
+    """Accuracy on labelled samples; all shares lie in 0..1.
+
+    Attributes:
+        difference: compiled minus dense accuracy.
+        interval: its 95 % confidence interval, paired, since both classify the same samples.
+        agreement: share of samples to which both give the same class.
+    """
+
+    kind: Literal["classification"] = "classification"
+    dense: float
+    compiled: float
+    difference: float
+    interval: tuple[float, float]
+    agreement: float
+
+    @property
+    def measured(self) -> str:
+        return "accuracy"
+
+    @property
+    def score(self) -> float:
+        return self.compiled
+
+    @property
+    def drop(self) -> float:
+        return -100 * self.difference
+
+    def lines(self) -> list[str]:
+        return [
+            f"accuracy on {self.samples} samples: dense {self.dense:.2%}, compiled {self.compiled:.2%}",
+            difference_line(self.difference, self.interval),
+            f"same class for {self.agreement:.2%} of the samples",
+        ]
+
+
+class Agreement(Result):
+    """Without labels, or for a model that predicts tokens: the share of predictions that are the same."""
+
+    kind: Literal["agreement"] = "agreement"
+    agreement: float
+
+    @property
+    def measured(self) -> str:
+        return "agreement"
+
+    @property
+    def score(self) -> float:
+        return self.agreement
+
+    def lines(self) -> list[str]:
+        return [f"same prediction for {self.agreement:.2%} of {self.samples}"]
+
+
+def difference_line(difference: float, interval: tuple[float, float]) -> str:
+    """A difference of shares and its interval, in points."""
+    low, high = (100 * bound for bound in interval)
+    return f"difference {100 * difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+
+
+def compare_classes(dense: np.ndarray, compiled: np.ndarray, labels: np.ndarray) -> Classification:
+    """Accuracy of two lists of predicted classes, and the paired difference.
+
+    The interval is Wald's with 0.5 added to each cell of the 2 × 2 table, which keeps its coverage where few samples
+    differ (Agresti & Min 2005, Simple improved confidence intervals for comparing matched proportions).
+    """
+    samples = len(labels)
+    dense_right, compiled_right = dense == labels, compiled == labels
+    gained = np.sum(compiled_right & ~dense_right) + 0.5
+    lost = np.sum(dense_right & ~compiled_right) + 0.5
+    centre = (gained - lost) / (samples + 2)
+    spread = math.sqrt(gained + lost - (gained - lost) ** 2 / (samples + 2)) / (samples + 2)
+    half = float(norm.ppf(0.975)) * spread
+    return Classification(
+        samples=samples,
+        dense=dense_right.mean(),
+        compiled=compiled_right.mean(),
+        difference=compiled_right.mean() - dense_right.mean(),
+        interval=(centre - half, centre + half),
+        agreement=np.mean(dense == compiled),
+    )

@@ -1,0 +1,129 @@
+"""The labels of data as numbers that a model's outputs are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trimtab.compiler.data.textfile import Label
+from trimtab.compiler.task import Task
+from trimtab.passes.errors import DataError
+
+
+def class_number(label: Label, names: Sequence[str] | None) -> int | None:
+    """The class that a text's label means, by number or by name.
+
+    Raises:
+        DataError: the model has no class of that name, or the label is a score or a list.
+    """
+    if label is None or isinstance(label, int):
+        return label
+    if isinstance(label, float):
+        raise DataError(
+            f"label {label!r} is a score, and the model gives each sample one class",
+            hint="give the number or name of a class; config.json's `problem_type` says regression for scores",
+        )
+    if isinstance(label, tuple):
+        raise DataError(
+            f"label {list(label)!r} is a list, and the model gives each sample one class",
+            hint="give one class; config.json's `problem_type` says multi_label_classification for lists",
+        )
+    return _index(label, names)
+
+
+def label_values(
+    labels: Sequence[Label] | np.ndarray, task: Task, names: Sequence[str] | None, width: int | None
+) -> np.ndarray | None:
+    """Labels as the task has them.
+
+    Args:
+        labels: of each sample, as texts or an .npz file give them.
+        names: of the model's classes.
+        width: of its logits, where that is known before it runs.
+
+    Returns:
+        int64 [samples] for classes, bool [samples, labels] for labels, float64 [samples, scores] for scores. None where
+        the task has no labels, or a sample has none.
+
+    Raises:
+        DataError: labels of another kind than the task's, or a class that the model does not have.
+    """
+    if task.kind not in ("classes", "labels", "score"):
+        return None
+    if isinstance(labels, np.ndarray):
+        return _of_array(labels, task, width)
+    known = [label for label in labels if label is not None]
+    values = {"classes": _classes, "labels": _lists, "score": _scores}[task.kind](known, names, width)
+    return values if len(known) == len(labels) and known else None
+
+
+def _classes(labels: Sequence[Label], names: Sequence[str] | None, width: int | None) -> np.ndarray:
+    return _in_range(np.array([class_number(label, names) for label in labels], np.int64), width)
+
+
+def _lists(labels: Sequence[Label], names: Sequence[str] | None, width: int | None) -> np.ndarray:
+    count = width or len(names or ())
+    values = np.zeros((len(labels), count), bool)
+    for row, label in zip(values, labels, strict=True):
+        if not isinstance(label, tuple):
+            raise DataError(
+                f"label {label!r} is not a list, and the model gives each sample any number of labels",
+                hint='write the names of all that it has, such as "label": ["toxic", "spam"], or [] for none',
+            )
+        for name in label:
+            row[_index(name, names)] = True
+    return values
+
+
+def _scores(labels: Sequence[Label], names: Sequence[str] | None, width: int | None) -> np.ndarray:
+    for label in labels:
+        if not isinstance(label, int | float):
+            shown = list(label) if isinstance(label, tuple) else label
+            raise DataError(
+                f"label {shown!r} is a class, and the model gives each sample a score",
+                hint='give a number, such as "label": 0.73',
+            )
+    if width is not None and width > 1 and labels:
+        raise DataError(
+            f"a label is one number, and the model gives {width} scores", hint="give tensors and labels as .npz"
+        )
+    return np.array(labels, np.float64).reshape(-1, 1)
+
+
+def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
+    """The array of an .npz file."""
+    what = f"labels are {labels.dtype} {list(labels.shape)}"
+    if task.kind == "score":
+        values = labels.astype(np.float64).reshape(len(labels), -1)
+        if width is not None and values.shape[1] != width:
+            raise DataError(f"{what}, and the model gives {width} scores for each sample")
+        return values
+    if task.kind == "classes":
+        if labels.ndim != 1 or labels.dtype.kind == "f":
+            raise DataError(f"{what}, and the model gives each sample one class", hint="give integers [samples]")
+        return _in_range(labels.astype(np.int64), width)
+    if labels.ndim != 2 or (width is not None and labels.shape[1] != width) or not np.isin(labels, (0, 1)).all():
+        raise DataError(
+            f"{what}, and the model gives each sample any number of {width or 'its'} labels",
+            hint="give ones and zeros [samples, labels]",
+        )
+    return labels.astype(bool)
+
+
+def _in_range(values: np.ndarray, width: int | None) -> np.ndarray:
+    if width is not None and len(values) and (values.min() < 0 or values.max() >= width):
+        raise DataError(f"a label lies outside 0..{width - 1}, the classes of the model")
+    return values
+
+
+def _index(label: str, names: Sequence[str] | None) -> int:
+    if names is None or label not in names:
+        known = f"the model's are {_listed(names)}" if names else "the model does not name its classes"
+        raise DataError(f"label {label!r} is no class of the model; {known}")
+    return list(names).index(label)
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,0 +1,154 @@
+"""What a model's output means, and so how the model is judged and served.
+
+`Head` holds what the model's files say of its logits, `find_task` adds what the graph says. Triton models carry this
+module, so it imports numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from trimtab.passes.errors import ModelError
+
+Kind = Literal["classes", "labels", "score", "tokens", "embedding", "states", "text"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What config.json and its like say of a model's logits.
+
+    Attributes:
+        problem: transformers' `problem_type`.
+        activation: what sentence-transformers' CrossEncoder puts behind the logits: "sigmoid", "identity", or another
+            class of torch in lower case; the whole dotted name of what is not torch's.
+        width: number of logits.
+    """
+
+    problem: str | None = None
+    activation: str | None = None
+    width: int | None = None
+
+
+UNKNOWN = Head()
+"""Of a model without such files."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is for.
+
+    Attributes:
+        kind: "classes": one class for each sample, by softmax of [samples, classes]; "labels": any number of labels, by
+            the sigmoid of each of [samples, labels]; "score": numbers [samples, width], of a reranker or a regression;
+            "tokens": a class for each token, [samples, tokens, classes]; "embedding": [samples, width]; "states":
+            [samples, tokens, width], whose mean over the tokens is the embedding; "text": a decoder with its cache.
+        output: the output that holds it.
+        activation: what makes probabilities or scores of that output: "softmax", "sigmoid", "identity" or "tanh"; any
+            other name is one that the model's files ask for and trimtab does not compute.
+    """
+
+    kind: Kind
+    output: str
+    activation: str = "identity"
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """`activation` of `logits` [..., width], in their type.
+
+        Raises:
+            ModelError: trimtab does not compute it.
+        """
+        if self.activation == "identity":
+            return logits
+        if self.activation == "sigmoid":
+            small = np.exp(-np.abs(logits))  # never over 1, so that nothing overflows
+            return np.asarray(np.where(logits >= 0, 1, small) / (1 + small), logits.dtype)
+        if self.activation == "softmax":
+            shares = np.exp(logits - logits.max(-1, keepdims=True))
+            return np.asarray(shares / shares.sum(-1, keepdims=True), logits.dtype)
+        if self.activation == "tanh":
+            return np.tanh(logits)
+        raise ModelError(
+            f"the model's configuration asks for the activation {self.activation!r}, which trimtab does not compute",
+            hint="known are sigmoid, identity, tanh and softmax; name one of torch.nn's in config.json "
+            '("sentence_transformers": {"activation_fn": ...})',
+        )
+
+
+class _Tensor(Protocol):
+    """An input or output: of a graph, or in a manifest."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+
+def read_head(config: Mapping[str, Any], cross_encoder: Mapping[str, Any] | None = None) -> Head:
+    """What a model's files say of its logits.
+
+    Args:
+        config: of config.json.
+        cross_encoder: of config_sentence_transformers.json, in which sentence-transformers 6 writes what its versions 4
+            and 5 wrote into config.json, and which comes first as it does there.
+    """
+    written = [
+        (cross_encoder or {}).get("activation_fn"),
+        _mapping(config.get("sentence_transformers")).get("activation_fn"),
+        config.get("sbert_ce_default_activation_function"),  # before version 4
+    ]
+    path = next((name for name in written if isinstance(name, str) and name), None)
+    if path is not None and path.startswith("torch."):
+        path = path.rpartition(".")[2].lower()
+    problem = config.get("problem_type")
+    width = len(_mapping(config.get("id2label"))) or config.get("num_labels")
+    return Head(
+        problem=problem if isinstance(problem, str) else None,
+        activation=path,
+        width=width if isinstance(width, int) else None,
+    )
+
+
+def find_task(inputs: Iterable[_Tensor], outputs: Iterable[_Tensor], head: Head = UNKNOWN) -> Task | None:
+    """The task of a model with these inputs and outputs, or None where trimtab knows no use of its outputs."""
+    shapes = {tensor.name: tensor.shape for tensor in outputs}
+    ranks = {name: len(shape) if shape is not None else None for name, shape in shapes.items()}
+    if "logits" in shapes:
+        if any(tensor.name.startswith("past") for tensor in inputs):
+            return Task("text", "logits", "softmax")
+        if ranks["logits"] == 2:
+            width = shapes["logits"][-1]
+            return _of_logits(head, width if isinstance(width, int) else head.width)
+        return Task("tokens", "logits", "softmax")
+    if ranks.get("sentence_embedding") == 2:
+        return Task("embedding", "sentence_embedding")
+    if ranks.get("last_hidden_state") == 3:
+        return Task("states", "last_hidden_state")
+    return None
+
+
+def _of_logits(head: Head, width: int | None) -> Task:
+    """The task of logits [samples, width], as transformers' pipelines and sentence-transformers' CrossEncoder have it.
+
+    An activation that the files name counts before what `problem_type` implies, and that before the default, which of
+    one logit is the sigmoid in both libraries.
+    """
+    if head.problem == "multi_label_classification":
+        return Task("labels", "logits", "sigmoid")
+    if head.problem == "regression":
+        return Task("score", "logits", head.activation or "identity")
+    if width == 1:
+        return Task("score", "logits", head.activation or "sigmoid")
+    if head.activation == "sigmoid":
+        return Task("labels", "logits", "sigmoid")
+    if head.activation in (None, "identity", "softmax"):  # CrossEncoder leaves the logits of classes as they are
+        return Task("classes", "logits", "softmax")
+    return Task("classes", "logits", str(head.activation))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
