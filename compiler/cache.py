@@ -92,11 +92,25 @@ def part(kind: str) -> Iterator[Path]:
         yield made
 
 
-def record(kind: str, name: str) -> None:
-    """Take an entry for sound that a library has changed in place."""
+@contextmanager
+def updated(kind: str, name: str) -> Iterator[Path]:
+    """The path of a file that a library reads and changes in place in the body; a damaged one is removed first.
+
+    Several processes may update it at once, if the library permits that.
+
+    Raises:
+        BuildError: the cache cannot be written.
+    """
     path = cache_dir() / kind / name
     with _writing(path), _locked(path):
-        write_sealed(record_path(cache_dir(), kind, name), describe(kind, name, path))
+        reason = fault(cache_dir(), kind, name)
+        if reason is not None and os.path.lexists(path):
+            log.warning("cache: %s: %s; it is begun again", path, reason)
+            _remove(path)
+    yield path
+    with _writing(path), _locked(path):
+        if path.is_file():
+            write_sealed(record_path(cache_dir(), kind, name), describe(kind, name, path))
 
 
 def _store(kind: str, name: str, made: Path, path: Path) -> None:

@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock
-
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import cache_dir, entry, is_sound
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.targets.child import tail
 from trimtab.passes.errors import TargetError
@@ -49,50 +48,37 @@ def _version(name: str) -> str:
 
 
 def installed() -> Path | None:
-    """The environment, if it was made."""
+    """The environment, if it was made and every file in it is as it was written."""
     folder = _folder()
-    return folder if (folder / "ready").is_file() else None
+    return folder if is_sound(folder) else None
 
 
 def install(progress: Progress | None = None) -> Path:
-    """The environment, made if it is missing: some 400 MB, in half a minute where the network is fast.
+    """The environment, made if it is missing or damaged: some 400 MB, in half a minute where the network is fast.
 
     Raises:
         TargetError: pip or the interpreter's shared library is missing, or pip fails; shows the end of its log.
+        BuildError: the cache cannot be written.
     """
     report = progress or (lambda what, done, total: None)
     folder = _folder()
-    with FileLock(folder.with_suffix(".lock")):
-        if (folder / "ready").is_file():
-            return folder
+    what = f"installing tritonserver into {folder} (once)"
+
+    def make(part: Path) -> None:
         _python_library()
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        steps = (
-            ("--no-deps", SERVER),
-            tuple(requirements()),
-        )
-        what = f"installing tritonserver into {folder} (once)"
-        try:
-            report(what, 0, 3)
-            _run([sys.executable, "-m", "venv", "--without-pip", str(part)], part)
-            for done, packages in enumerate(steps, 1):
-                report(what, done, 3)
-                _run(
-                    [sys.executable, "-m", "pip", "--python", str(_python(part)), "install", "--no-input",
-                     "--disable-pip-version-check", "--only-binary=:all:", *packages],
-                    part,
-                )  # fmt: skip
-            _lay_out_backends(part)
-            (part / "ready").touch()
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        except OSError as error:
-            raise TargetError(f"{folder}: cannot be written ({error.strerror or error})") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        report(what, 0, 3)
+        _run([sys.executable, "-m", "venv", "--without-pip", str(part)], part)
+        for done, packages in enumerate((("--no-deps", SERVER), requirements()), 1):
+            report(what, done, 3)
+            _run(
+                [sys.executable, "-m", "pip", "--python", str(_python(part)), "install", "--no-input",
+                 "--disable-pip-version-check", "--only-binary=:all:", *packages],
+                part,
+            )  # fmt: skip
+        _lay_out_backends(part)
         report(what, 3, 3)
-    return folder
+
+    return entry(folder.parent.name, folder.name, make)
 
 
 def binary(folder: Path) -> Path:
@@ -108,6 +94,7 @@ def variables(folder: Path) -> dict[str, str]:
     return {
         "PATH": f"{_python(folder).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+        "PYTHONDONTWRITEBYTECODE": "1",  # every file in the environment is one that was installed
     }
 
 
@@ -162,21 +149,21 @@ def _run(command: list[str], folder: Path) -> None:
     """Run a step of the installation; constraints are those of trimtab's environment, so pip must not see them."""
     env = {key: value for key, value in os.environ.items() if key not in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
     folder.mkdir(parents=True, exist_ok=True)
-    output = folder.with_suffix(".log")
     start = time.monotonic()
-    try:
-        with output.open("wb") as file:
-            code = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, check=False,
-                timeout=_INSTALL_S,
-            ).returncode  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise TargetError(f"gave up installing tritonserver after {_INSTALL_S:g} s{tail(output)}") from error
-    log.debug("%s: %.1f s", " ".join(command), time.monotonic() - start)
-    if code:
-        raise TargetError(
-            f"tritonserver could not be installed (exit code {code}){tail(output)}",
-            hint="it comes from PyPI as nvidia-pytriton (Linux x86-64, aarch64); see that pip reaches it, or give a "
-            "server of your own with TRIMTAB_TRITONSERVER",
-        )
-    output.unlink()
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
+        output = Path(scratch) / "log.txt"
+        try:
+            with output.open("wb") as file:
+                code = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, check=False,
+                    timeout=_INSTALL_S,
+                ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise TargetError(f"gave up installing tritonserver after {_INSTALL_S:g} s{tail(output)}") from error
+        log.debug("%s: %.1f s", " ".join(command), time.monotonic() - start)
+        if code:
+            raise TargetError(
+                f"tritonserver could not be installed (exit code {code}){tail(output)}",
+                hint="it comes from PyPI as nvidia-pytriton (Linux x86-64, aarch64); see that pip reaches it, or give "
+                "a server of your own with TRIMTAB_TRITONSERVER",
+            )

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.compiler.cache import entry, is_sound, part, record
+from trimtab.compiler.cache import entry, is_sound, part, updated
 from trimtab.compiler.caching.record import record_path
 from trimtab.passes.errors import BuildError, ModelError
 
@@ -191,12 +191,34 @@ def test_what_has_no_name_yet_gets_one(root: Path) -> None:
     assert [file.name for file in (root / "kind").iterdir()] == ["named"]
 
 
-def test_what_a_library_changed_in_place_is_recorded() -> None:
-    path = entry("kind", "name", Maker(False, 8))
-    path.write_bytes(b"measured")
-    assert not is_sound(path)
-    record("kind", "name")
+def test_a_file_that_a_library_changes_in_place(caplog: pytest.LogCaptureFixture) -> None:
+    """It is verified before each use; after damage, or a use that failed half-way, the library begins anew."""
+
+    def use(add: bytes) -> bytes:
+        with updated("timing", "gpu.cache") as path:
+            before = path.read_bytes() if path.exists() else b""
+            path.write_bytes(before + add)
+            if not add:
+                raise ModelError("failed")
+        return before
+
+    assert [use(b"one"), use(b"two"), use(b"three")] == [b"", b"one", b"onetwo"]
+    assert not caplog.records
+    with updated("timing", "gpu.cache") as path:
+        pass
     assert is_sound(path)
+    flip(path)
+    assert [use(b"one"), use(b"two")] == [b"", b"one"]
+    assert "begun again" in caplog.text
+    with pytest.raises(ModelError):
+        use(b"")
+    assert use(b"three") == b"onetwo"  # the failing use changed nothing
+    with pytest.raises(ModelError), updated("timing", "gpu.cache"):
+        path.write_bytes(b"half")
+        raise ModelError("killed")
+    assert use(b"one") == b""
+    with updated("timing", "none"):  # a library may write nothing
+        pass
 
 
 def test_threads_make_an_entry_once() -> None:

@@ -278,6 +278,9 @@ def test_two_installations_at_once_make_one(monkeypatch: pytest.MonkeyPatch, tmp
     def run(command: list[str], folder: Path) -> None:
         runs.append(command[-1])
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "library.py").write_text("x = 1")
+        if not (folder / "lib64").is_symlink():
+            (folder / "lib64").symlink_to("lib")
 
     monkeypatch.setattr(environment, "_run", run)
     monkeypatch.setattr(environment, "_lay_out_backends", lambda folder: None)
@@ -288,3 +291,12 @@ def test_two_installations_at_once_make_one(monkeypatch: pytest.MonkeyPatch, tmp
         thread.join()
     assert len(runs) == 3 and environment.installed() is not None
     assert os.environ["TRIMTAB_CACHE"] in str(environment.installed())
+    folder = environment.install()
+    assert len(runs) == 3
+    (folder / "library.py").write_text("x = 2")  # nothing of a damaged environment is run
+    assert environment.installed() is None
+    assert environment.install() == folder
+    assert len(runs) == 6 and (folder / "library.py").read_text() == "x = 1"
+    (folder / "lib64").unlink()
+    (folder / "lib64").symlink_to(tmp_path)
+    assert environment.installed() is None

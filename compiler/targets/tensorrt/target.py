@@ -6,14 +6,14 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
 
-from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.cache import updated
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import ENGINE, Runner, Target
@@ -68,7 +68,8 @@ class TensorRT(Target):
                 names = names if len(names) > 1 else ["model.engine"]
                 parts = [out / f"{name}.part" for name in names]
                 made += [*parts, *(out / name for name in names), out / INFO_FILE]
-                answer = self._child(self._job(prepared, parts, options), timeout_s)
+                with self._timing_cache() as timing_cache:
+                    answer = self._child(self._job(prepared, parts, options, timing_cache), timeout_s)
                 self._refuse([node for refused in answer["refused"] for node in refused])
                 for part, name in zip(parts, names, strict=True):
                     part.replace(out / name)
@@ -125,7 +126,9 @@ class TensorRT(Target):
         owners = importlib.metadata.packages_distributions().get(self.package, [])
         return importlib.metadata.version(owners[0]) if owners else None
 
-    def _job(self, prepared: Prepared, parts: Sequence[Path], options: EngineOptions) -> dict[str, Any]:
+    def _job(
+        self, prepared: Prepared, parts: Sequence[Path], options: EngineOptions, timing_cache: Path | None
+    ) -> dict[str, Any]:
         return {
             "models": [str(model) for model in prepared.models],
             "plugins": list(prepared.plugins),
@@ -138,15 +141,15 @@ class TensorRT(Target):
                 "gpus": list(options.gpus),
                 "weight_streaming": options.weight_streaming,
                 "refit": options.refit,
-                "timing_cache": None if self.rtx else str(self._timing_cache()),  # RTX times nothing when it builds
+                "timing_cache": timing_cache and str(timing_cache),
             },
         }
 
-    def _timing_cache(self) -> Path:
-        """Of measured tactics: they hold for one version and one GPU."""
-        folder = cache_dir() / "timing"
-        folder.mkdir(exist_ok=True)
-        return folder / f"{self.name}-{self._version()}-{compute_capability()}.cache"
+    def _timing_cache(self) -> AbstractContextManager[Path | None]:
+        """Of measured tactics: they hold for one version and one GPU. RTX times nothing when it builds."""
+        if self.rtx:
+            return nullcontext()
+        return updated("timing", f"{self.name}-{self._version()}-{compute_capability()}.cache")
 
     def _info(
         self, built: dict[str, Any], names: Sequence[str], prepared: Prepared, options: EngineOptions
