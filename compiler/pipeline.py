@@ -17,15 +17,16 @@ from trimtab.compiler.builds.build import Build, find_build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
 from trimtab.compiler.builds.writer import BuildWriter
-from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.data.preparation import read_preparation
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
+from trimtab.compiler.sources.folder import TOKENIZER_FILES
 from trimtab.compiler.sources.source import ModelHashes
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
@@ -42,11 +43,6 @@ log = logging.getLogger(__name__)
 
 PROFILE = Path("profile.safetensors")
 RECIPE = Path("recipe.yaml")
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
-    "generation_config.json",
-    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 
 
 def compile_model(
@@ -212,9 +208,10 @@ class _Compile:
             profile.save(folder / PROFILE)
         if self.source.tokenizer is not None:
             (folder / TOKENIZER).mkdir()
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 if (self.source.tokenizer / name).is_file():
                     shutil.copyfile(self.source.tokenizer / name, folder / TOKENIZER / name)
+            read_preparation(self.source.tokenizer).write(folder / TOKENIZER)
         return models, divided
 
 
@@ -270,18 +267,13 @@ def _key(
         "labels": source.labels,
         "max_tokens": source.max_tokens,
         "head": asdict(source.head),
-        "tokenizer": _tokenizer_digest(source),
+        "tokenizer": source.tokenizer_hashes,
         "recipe": recipe.canonical(),
         "capability": _plain(capability),
         "data": dataset.sha256 if dataset else None,
         "profile": profile_digest(profile) if profile else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenizer_digest(source: Source) -> dict[str, str]:
-    folder = source.tokenizer
-    return {name: file_hash(folder / name) for name in _TOKENIZER_FILES if folder and (folder / name).is_file()}
 
 
 def _plain(capability: Capability) -> dict[str, Any]:

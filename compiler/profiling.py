@@ -36,7 +36,7 @@ def measured_profile(
     Args:
         again: measure in any case.
     """
-    parts = [*source.hashes, dataset.sha256, options.model_dump(), package_versions()]
+    parts = [*source.hashes, source.tokenizer_hashes, dataset.sha256, options.model_dump(), package_versions()]
     measured: list[Profile] = []
 
     def make(part: Path) -> None:

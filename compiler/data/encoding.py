@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import tokenizers
+from tokenizers import normalizers
 
 from trimtab.compiler.data.texts import Text
 from trimtab.passes.errors import InputError
@@ -31,6 +32,10 @@ class Encoder(Protocol):
         """How many tokens are added to a text, or to a pair."""
         ...
 
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text."""
+        ...
+
     def encode(self, texts: Sequence[Text], limit: int | None) -> list[Row]:
         """Tokenize; a row has at most `limit` tokens, and of a pair the longer text is cut first."""
         ...
@@ -46,9 +51,12 @@ class FastEncoder:
     Args:
         inner: belongs to this object from now on.
         from_left: texts lose their first tokens where they are too long, and not their last.
+        lower_case: letters become lower case first, unless the tokenizer does that by itself.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, from_left: bool) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, *, from_left: bool, lower_case: bool = False) -> None:
+        if lower_case:
+            _lower(inner)
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
@@ -57,6 +65,9 @@ class FastEncoder:
 
     def special_tokens(self, pair: bool) -> int:
         return self._special[pair]
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(number for number, token in self._inner.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, texts: Sequence[Text], limit: int | None) -> list[Row]:
         pairs = [text for text in texts if not isinstance(text, str)]
@@ -91,6 +102,15 @@ class FastEncoder:
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
 
+def _lower(inner: tokenizers.Tokenizer) -> None:
+    """Let the normalizer begin with Lowercase, as sentence-transformers does."""
+    normalizer: Any = inner.normalizer
+    whole = type(normalizer) is normalizers.Sequence
+    steps = list(normalizer) if whole else [normalizer] if normalizer is not None else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of a pair's texts stay, as the tokenizers library shares `room` among them."""
     if first + second <= room:
@@ -115,6 +135,9 @@ class SlowEncoder:
 
     def special_tokens(self, pair: bool) -> int:
         return int(self._inner.num_special_tokens_to_add(pair=pair))
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._inner.all_special_ids)
 
     def encode(self, texts: Sequence[Text], limit: int | None) -> list[Row]:
         with self._lock:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trimtab.compiler.data.encoding import Encoder, FastEncoder, SlowEncoder
+from trimtab.compiler.data.preparation import Preparation, read_preparation, read_settings
 from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
 from trimtab.passes.errors import ModelError
 
@@ -23,12 +22,14 @@ class Tokenizer:
         pad_id: token that fills short rows up; the attention mask is 0 there.
         max_tokens: the longest text that the model takes, special tokens included, or None.
         end_ids: tokens that end what the model generates.
+        prompt: is put in front of each text, of a pair in front of the first; not in front of `prompts`.
     """
 
     pad_id: int
     max_tokens: int | None
     end_ids: frozenset[int]
     _encoder: Encoder
+    prompt: str = ""
 
     def encode(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
         """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
@@ -43,7 +44,7 @@ class Tokenizer:
         Raises:
             InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
         """
-        checked = checked_texts(texts)
+        checked = [self._with_prompt(text) for text in checked_texts(texts)]
         limits = [limit for limit in (max_tokens, self.max_tokens) if limit is not None]
         special = self._encoder.special_tokens(any(isinstance(text, tuple) for text in checked))
         rows = self._encoder.encode(checked, min((checked_limit(limit, special) for limit in limits), default=None))
@@ -53,6 +54,16 @@ class Tokenizer:
             width = len(row.ids)
             ids[i, :width], mask[i, :width], types[i, :width] = row.ids, 1, row.types
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def _with_prompt(self, text: Text) -> Text:
+        return self.prompt + text if isinstance(text, str) else (self.prompt + text[0], text[1])
+
+    def prompt_tokens(self) -> int:
+        """How many tokens at the beginning of a row are the prompt's; the special tokens in front of it count."""
+        if not self.prompt:
+            return 0
+        ids = self._encoder.encode([self.prompt], self.max_tokens)[0].ids
+        return len(ids) - (bool(ids) and ids[-1] in self._encoder.special_ids())
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts to go on from: none is cut, and none ends with a token that ends texts.
@@ -82,12 +93,13 @@ def load_tokenizer(folder: Path | str, max_tokens: int | None = None) -> Tokeniz
         ModelError: there is none, or it is damaged.
     """
     folder = Path(folder)
+    preparation = read_preparation(folder)
     if (folder / "tokenizer.json").is_file():
-        return _load_json(folder, max_tokens)
-    return _load_with_transformers(folder, max_tokens)
+        return _load_json(folder, max_tokens, preparation)
+    return _load_with_transformers(folder, max_tokens, preparation)
 
 
-def _load_json(folder: Path, max_tokens: int | None) -> Tokenizer:
+def _load_json(folder: Path, max_tokens: int | None, preparation: Preparation) -> Tokenizer:
     import tokenizers
 
     path = folder / "tokenizer.json"
@@ -97,48 +109,39 @@ def _load_json(folder: Path, max_tokens: int | None) -> Tokenizer:
         raise ModelError(
             f"{path}: not a tokenizer ({error})", hint="save the model with its tokenizer again"
         ) from error
-    settings = _settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder / "tokenizer_config.json")
     side = settings.get("truncation_side", (inner.truncation or {}).get("direction"))
     pad, ends = _pad_id(folder, inner.token_to_id), _end_ids(folder, inner.token_to_id)
-    return Tokenizer(pad, max_tokens, ends, FastEncoder(inner, from_left=side == "left"))
+    encoder = FastEncoder(inner, from_left=side == "left", lower_case=preparation.lower_case)
+    return Tokenizer(pad, max_tokens, ends, encoder, preparation.prompt)
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
     """The padding token; else the end of text, as is usual for models without one; else 0. The mask hides it anyway."""
-    settings = _settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder / "tokenizer_config.json")
     for key in ("pad_token", "eos_token"):
         token = settings.get(key)
         text = token.get("content") if isinstance(token, dict) else token
         found = token_to_id(text) if isinstance(text, str) else None
         if found is not None:
             return found
-    found = _settings(folder / "config.json").get("pad_token_id")
+    found = read_settings(folder / "config.json").get("pad_token_id")
     return found if isinstance(found, int) else 0
 
 
 def _end_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozenset[int]:
     """Tokens that end what a model generates, by the first of the model's files that names any."""
     for name in ("generation_config.json", "config.json"):
-        found = _settings(folder / name).get("eos_token_id")
+        found = read_settings(folder / name).get("eos_token_id")
         if found is not None:
             return frozenset(found if isinstance(found, list) else [found])
-    token = _settings(folder / "tokenizer_config.json").get("eos_token")
+    token = read_settings(folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     number = token_to_id(text) if isinstance(text, str) else None
     return frozenset() if number is None else frozenset([number])
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})", hint="save the model with its tokenizer again") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _load_with_transformers(folder: Path, max_tokens: int | None) -> Tokenizer:
+def _load_with_transformers(folder: Path, max_tokens: int | None, preparation: Preparation) -> Tokenizer:
     hint = "save the tokenizer beside the model (`AutoTokenizer.from_pretrained(...).save_pretrained(DIR)`)"
     try:
         from transformers import AutoTokenizer
@@ -151,8 +154,11 @@ def _load_with_transformers(folder: Path, max_tokens: int | None) -> Tokenizer:
         raise ModelError(f"{folder}: no tokenizer that transformers can read ({reason})", hint=hint) from error
 
     backend = getattr(inner, "backend_tokenizer", None)
-    encoder = (
-        FastEncoder(backend, from_left=inner.truncation_side == "left") if backend is not None else SlowEncoder(inner)
-    )
+    encoder: Encoder = SlowEncoder(inner)
+    if backend is not None:
+        encoder = FastEncoder(backend, from_left=inner.truncation_side == "left", lower_case=preparation.lower_case)
+    elif preparation.lower_case:
+        raise ModelError(f"{folder}: wants texts in lower case, which needs a fast tokenizer", hint=hint)
     pad = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
-    return Tokenizer(pad or 0, max_tokens, _end_ids(folder, inner.get_vocab().get), encoder)
+    ends = _end_ids(folder, inner.get_vocab().get)
+    return Tokenizer(pad or 0, max_tokens, ends, encoder, preparation.prompt)

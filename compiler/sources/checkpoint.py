@@ -11,9 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.sources.folder import read_json
-from trimtab.compiler.sources.sentence import PoolingConfig, sentence_parts
+from trimtab.compiler.sources.sentence import WEIGHTED, SentenceConfig, sentence_parts
 from trimtab.passes.errors import ModelError
 from trimtab.passes.hashing import hash_bytes
+
+BASE = "AutoModel"
+"""The architecture of a model without the head that config.json names: sentence-transformers loads no other."""
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -26,9 +29,9 @@ class Checkpoint:
         folder: what the user gave.
         model: where config.json and the weights lie: `folder`, or below it.
         config: the content of config.json.
-        architecture: name of the transformers class.
+        architecture: name of the transformers class; `BASE` in a sentence-transformers folder.
         weights: the weight files.
-        pooling: of a sentence-transformers folder.
+        pooling: what a sentence-transformers folder has behind the transformer.
     """
 
     folder: Path
@@ -36,7 +39,7 @@ class Checkpoint:
     config: dict[str, Any]
     architecture: str
     weights: tuple[Path, ...]
-    pooling: PoolingConfig | None
+    pooling: SentenceConfig | None
 
     @property
     def digest(self) -> str:
@@ -72,6 +75,15 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             f"{folder}: the checkpoint is quantized ({config['quantization_config'].get('quant_method', 'unknown')})",
             hint="give the unquantized checkpoint; trimtab's passes quantize it",
         )
+    if (model / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: holds an adapter of another model (adapter_config.json)",
+            hint="merge it into its model (peft's merge_and_unload), save that, and give its folder",
+        )
+    if pooling is not None:
+        weighted = [folder / layer.path for layer in pooling.layers if layer.kind in WEIGHTED]
+        weights = tuple(path for place in (model, *weighted) for path in _weights(place, allow_pickle))
+        return Checkpoint(folder, model, config, BASE, weights, pooling)
     names = config.get("architectures") or []
     if not names:
         raise ModelError(

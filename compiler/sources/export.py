@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import transformers
 
+from trimtab.compiler.sources.checkpoint import BASE
 from trimtab.compiler.sources.decoder import Decoder, cacheable
-from trimtab.compiler.sources.pooling import Pooling
+from trimtab.compiler.sources.pooling import load_embedding
 from trimtab.compiler.sources.transformer import Exportable, task_outputs
 from trimtab.passes.errors import ModelError, TrimtabError
 
@@ -25,11 +26,13 @@ _GENERATING = ("ForCausalLM", "LMHeadModel")
 
 
 def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -> transformers.PreTrainedModel:
-    """The model in float32 and eval mode. Of T5 and its kin, the encoder alone.
+    """The model in float32 and eval mode. Of T5 and its kin, the encoder alone; of `BASE`, the class without a head.
 
     Raises:
         ModelError: transformers has no such class, or weights are missing.
     """
+    if architecture == BASE:
+        architecture = _base_architecture(folder)
     if architecture.endswith(("T5ForConditionalGeneration", "T5Model")):
         architecture = architecture[: architecture.index("T5") + 2] + "EncoderModel"
     outputs = task_outputs(architecture)
@@ -55,17 +58,32 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
     return model.eval()
 
 
+def _base_architecture(folder: Path) -> str:
+    """The class that AutoModel loads for the model in `folder`."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: {BASE} of transformers does not know its config.json ({reason})") from error
+    if type(config) not in transformers.AutoModel._model_mapping:
+        raise ModelError(f"transformers {transformers.__version__} has no model without head for {config.model_type}")
+    found: Any = transformers.AutoModel._model_mapping[type(config)]
+    return str((found[0] if isinstance(found, tuple) else found).__name__)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("architecture")
     parser.add_argument("--allow-pickle", action="store_true")
-    parser.add_argument("--pooling", nargs=2, metavar=("MODE", "NORMALIZE"))
+    parser.add_argument("--sentence", nargs=2, metavar=("FOLDER", "JSON"))
     options = parser.parse_args()
     try:
         model = load_model(options.folder, options.architecture, allow_pickle=options.allow_pickle)
-        pooling = Pooling(options.pooling[0], options.pooling[1] == "True") if options.pooling else None
+        pooling = None
+        if options.sentence:
+            pooling = load_embedding(Path(options.sentence[0]), json.loads(options.sentence[1]))
         if options.architecture.endswith(_GENERATING) and cacheable(model):
             Decoder(model).export(options.out / "model.onnx")
         else:

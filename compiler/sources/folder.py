@@ -6,10 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.data.preparation import transformer_config
 from trimtab.compiler.task import Head, read_head
 from trimtab.passes.errors import ModelError
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+    "generation_config.json",
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""What of a model's folder a build keeps beside its tokenizer."""
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
 _UNLIMITED = 1 << 20  # tokenizers say 1e30 for "no limit"
 
 
@@ -35,7 +50,7 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 def tokenizer_folder(*folders: Path) -> Path | None:
     """The first of `folders` that holds a tokenizer."""
-    return next((f for f in folders if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
+    return next((f for f in folders if any((f / name).is_file() for name in _VOCABULARIES)), None)
 
 
 def class_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
@@ -52,12 +67,18 @@ def model_head(config: dict[str, Any], folder: Path) -> Head:
 
 
 def token_limit(folder: Path, config: dict[str, Any]) -> int | None:
-    """The longest text that the model takes, in tokens: the least of what its files say."""
-    limits = [
-        optional_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+    """The longest text that the model takes, in tokens: what its files say, as far as it has positions.
+
+    sentence-transformers' own limit counts before the tokenizer's.
+    """
+    sentence = transformer_config(folder)
+    options = sentence.get("tokenizer_args") or sentence.get("processor_kwargs") or {}
+    said = (
+        options.get("model_max_length"),
+        sentence.get("max_seq_length"),
         optional_json(folder / "tokenizer_config.json").get("model_max_length"),
-        _positions(config),
-    ]
+    )
+    limits = [next((limit for limit in said if limit is not None), None), _positions(config)]
     known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < _UNLIMITED]
     return min(known, default=None)
 

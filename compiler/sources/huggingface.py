@@ -59,7 +59,7 @@ def _export(checkpoint: Checkpoint, out: Path, allow_pickle: bool) -> None:
     if allow_pickle:
         command.append("--allow-pickle")
     if checkpoint.pooling:
-        command += ["--pooling", checkpoint.pooling.mode, str(checkpoint.pooling.normalize)]
+        command += ["--sentence", str(checkpoint.folder.resolve()), json.dumps(checkpoint.pooling._asdict())]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     log_file = out / "export.log"
     with open(log_file, "wb") as output:

@@ -8,6 +8,7 @@ from trimtab.compiler.sources.checkpoint import is_checkpoint, read_checkpoint
 from trimtab.compiler.sources.folder import class_labels, model_head, optional_json, token_limit, tokenizer_folder
 from trimtab.compiler.sources.huggingface import exported
 from trimtab.compiler.sources.source import Source
+from trimtab.compiler.task import UNKNOWN
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.io import load_graph
 
@@ -47,10 +48,10 @@ def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
         origin=str(folder),
         onnx=exported(checkpoint, allow_pickle=allow_pickle),
         tokenizer=tokenizer_folder(checkpoint.model, folder),
-        labels=class_labels(checkpoint.config),
+        labels=None if checkpoint.pooling else class_labels(checkpoint.config),
         max_tokens=token_limit(checkpoint.model, checkpoint.config),
         kind="huggingface",
-        head=model_head(checkpoint.config, folder),
+        head=UNKNOWN if checkpoint.pooling else model_head(checkpoint.config, folder),
     )
 
 

@@ -1,59 +1,201 @@
-"""sentence-transformers folders: which pooling turns token states into the sentence embedding."""
+"""sentence-transformers folders: what that library does between a transformer's states and the sentence embedding."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from trimtab.compiler.sources.folder import optional_json, read_json
+from trimtab.compiler.data.preparation import read_preparation, transformer_config
+from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.sources.folder import optional_json, read_json, tokenizer_folder
 from trimtab.passes.errors import ModelError
 
-MODES = ("mean", "cls")
+MODES = {
+    "cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
+}  # fmt: skip
+"""Pooling mode → its flag in files of versions before 5, `pooling_mode_FLAG`; in the order in which these join them."""
+
+WEIGHTED = ("Dense", "LayerNorm")
+"""Modules behind the pooling that have weights."""
+
+_BEHIND = (*WEIGHTED, "Normalize", "Dropout")
+_EXPORT = "export the model to ONNX and give that file"
+_HARMLESS = {
+    "model": {"dtype", "torch_dtype", "attn_implementation", "trust_remote_code"},
+    "processor": {"model_max_length", "padding_side", "use_fast", "trust_remote_code"},
+    "config": {"trust_remote_code"},
+}
+"""Options of the Transformer module that change no number, or that are read elsewhere."""
 
 
-class PoolingConfig(NamedTuple):
-    """How token states become one embedding: `mode` is one of MODES; `normalize` divides by the L2 norm."""
+class Layer(NamedTuple):
+    """A module behind the pooling: Dense, LayerNorm or Normalize, its folder below the model's, and its config.json."""
 
-    mode: str
-    normalize: bool
+    kind: str
+    path: str
+    config: dict[str, Any]
 
 
-def sentence_parts(folder: Path) -> tuple[Path, PoolingConfig | None]:
-    """The folder of the transformer itself (`folder`, or one in it), and the pooling after it, if any.
+class SentenceConfig(NamedTuple):
+    """How token states become one embedding.
+
+    Attributes:
+        modes: of MODES; several are joined.
+        skip: how many tokens at the beginning, those of a prompt, are left out.
+        layers: what follows, in order.
+        width: numbers of the embedding that are kept, or None for all.
+    """
+
+    modes: tuple[str, ...]
+    skip: int = 0
+    layers: tuple[Layer, ...] = ()
+    width: int | None = None
+
+
+def sentence_parts(folder: Path) -> tuple[Path, SentenceConfig | None]:
+    """The folder of the transformer itself (`folder`, or one in it), and what comes behind it, if anything.
 
     Raises:
-        ModelError: a module or pooling mode that trimtab does not build.
+        ModelError: a module, an option or a pooling mode that trimtab does not build; names it.
     """
     if not (folder / "modules.json").is_file():
-        pooling = folder / "1_Pooling" / "config.json"
-        return folder, PoolingConfig(_mode(pooling), False) if pooling.is_file() else None
-    transformer, mode, normalize = folder, None, False
-    for module in read_json(folder / "modules.json"):
-        kind = str(module["type"]).rpartition(".")[2]
-        if kind == "Transformer":
-            transformer = folder / module["path"]
-        elif kind == "Pooling":
-            mode = _mode(folder / module["path"] / "config.json")
-        elif kind == "Normalize":
-            normalize = True
-        else:
-            raise ModelError(
-                f"{folder}: its sentence-transformers module {kind} is not supported",
-                hint="Transformer, Pooling and Normalize are; or export the model to ONNX and give that file",
+        return folder, _without_modules(folder)
+    modules = _modules(folder)
+    config = optional_json(folder / "config_sentence_transformers.json")
+    model_type = config.get("model_type", "SentenceTransformer")
+    if model_type not in ("SentenceTransformer", "CrossEncoder"):
+        raise ModelError(f"{folder}: a {model_type} of sentence-transformers is not supported", hint=_EXPORT)
+    first, *rest = modules
+    if first.kind != "Transformer":
+        raise _unsupported(folder, first.kind)
+    if model_type == "CrossEncoder":  # a classifier like any other
+        if rest:
+            raise _unsupported(folder, rest[0].kind)
+        return folder / first.path, None
+    _check_transformer(folder / first.path, folder)
+    if not rest or rest[0].kind != "Pooling":
+        raise (
+            _unsupported(folder, rest[0].kind)
+            if rest
+            else ModelError(
+                f"{folder}: its modules.json has no Pooling, so there is no sentence embedding",
+                hint="give the folder of the transformer, without modules.json",
             )
-    return transformer, PoolingConfig(mode, normalize) if mode else None
+        )
+    modes, with_prompt = _pooling(folder / rest[0].path / "config.json")
+    for module in rest[1:]:
+        if module.kind not in _BEHIND:
+            raise _unsupported(folder, module.kind)
+        _check_names(folder / module.path / "config.json", module)
+    width = config.get("truncate_dim")
+    return folder / first.path, SentenceConfig(
+        modes,
+        0 if with_prompt else _prompt_tokens(folder / first.path, folder),
+        tuple(module for module in rest[1:] if module.kind != "Dropout"),
+        int(width) if width else None,
+    )
 
 
-def _mode(path: Path) -> str:
-    config: dict[str, Any] = optional_json(path)
+def _modules(folder: Path) -> list[Layer]:
+    path = folder / "modules.json"
+    listed = read_json(path)
+    if not isinstance(listed, list) or not listed or not all(isinstance(module, dict) for module in listed):
+        raise ModelError(f"{path}: not a list of modules", hint="download or save the model again")
+    modules = []
+    for module in listed:
+        kind, place = str(module.get("type")), str(module.get("path"))
+        if not kind.startswith("sentence_transformers."):
+            raise ModelError(f"{path}: module {kind} brings its own code, which trimtab never runs", hint=_EXPORT)
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
+            raise ModelError(f"{path}: module {kind} lies outside the folder ({place})", hint="save the model again")
+        name = kind.rpartition(".")[2]
+        config = optional_json(folder / place / "config.json") if name in _BEHIND else {}
+        modules.append(Layer(name, place, config))
+    return modules
+
+
+def _unsupported(folder: Path, kind: str) -> ModelError:
+    return ModelError(
+        f"{folder}: its sentence-transformers module {kind} is not supported there",
+        hint="Transformer, Pooling, and behind them Dense, LayerNorm and Normalize are; or " + _EXPORT,
+    )
+
+
+def _without_modules(folder: Path) -> SentenceConfig | None:
+    """A folder without modules.json is an ordinary model. sentence-transformers pools it in its own way, and so it is
+    refused where a folder beside it says otherwise.
+    """
+    pooling = folder / "1_Pooling" / "config.json"
+    if not pooling.is_file():
+        return None
+    modes, with_prompt = _pooling(pooling)
+    architectures = optional_json(folder / "config.json").get("architectures") or [""]
+    usual = "lasttoken" if str(architectures[0]).endswith("ForCausalLM") else "mean"
+    if modes != (usual,) or not with_prompt:
+        raise ModelError(
+            f"{pooling}: pools by {' + '.join(modes)}, but there is no modules.json that says so, and without one "
+            f"sentence-transformers takes {usual}",
+            hint="download the model's modules.json, or remove 1_Pooling",
+        )
+    return SentenceConfig(modes)
+
+
+def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
+    """The modes in a Pooling's config.json, and whether they see the prompt's tokens."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a module's configuration", hint="download or save the model again")
     if "pooling_mode" in config:
         named = config["pooling_mode"]
         modes = [named] if isinstance(named, str) else list(named)
-    else:  # folders of sentence-transformers before 5 have one flag per mode, such as pooling_mode_mean_tokens
-        flags = [
-            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
-        ]
-        modes = [flag.removesuffix("_token").removesuffix("_tokens") for flag in flags] or ["mean"]
-    if len(modes) != 1 or modes[0] not in MODES:
-        raise ModelError(f"{path}: pooling {' + '.join(modes)} is not supported", hint=f"supported: {', '.join(MODES)}")
-    return str(modes[0])
+    else:
+        modes = [mode for mode, flag in MODES.items() if config.get(f"pooling_mode_{flag}")] or ["mean"]
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ModelError(f"{path}: pooling {unknown} is not supported", hint=f"supported: {', '.join(MODES)}")
+    return tuple(modes), bool(config.get("include_prompt", True))
+
+
+def _prompt_tokens(transformer: Path, folder: Path) -> int:
+    tokenizer = tokenizer_folder(transformer, folder)
+    if tokenizer is None or not read_preparation(tokenizer).prompt:
+        return 0
+    return load_tokenizer(tokenizer).prompt_tokens()
+
+
+def _check_transformer(folder: Path, root: Path) -> None:
+    """That the Transformer module does what the exported graph does: token states of plain texts."""
+    config, where = transformer_config(folder), f"{folder}: its sentence-transformers Transformer module"
+    task = config.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise ModelError(f"{where} is for the task {task}, which is not supported", hint=_EXPORT)
+    modalities = config.get("modality_config")
+    templates = [place for place in (folder, root) if _has_chat_template(place)]
+    if (modalities is None and templates) or "message" in (modalities or {}):
+        raise ModelError(f"{where} puts texts into a chat template, which is not supported", hint=_EXPORT)
+    states = {"method": "forward", "method_output_name": "last_hidden_state"}
+    if modalities is not None and modalities.get("text") != states:
+        raise ModelError(f"{where} takes other states than the last (modality_config)", hint=_EXPORT)
+    if config.get("processing_kwargs"):
+        raise ModelError(f"{where} has processing_kwargs, which are not supported", hint=_EXPORT)
+    for kind, old in (("model", "model_args"), ("processor", "tokenizer_args"), ("config", "config_args")):
+        options = config.get(old) or config.get(f"{kind}_kwargs") or {}
+        unknown = sorted(set(options) - _HARMLESS[kind])
+        if unknown:
+            raise ModelError(f"{where} sets {unknown[0]!r} ({kind}_kwargs), which is not supported", hint=_EXPORT)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    names = ("chat_template.jinja", "chat_template.json")
+    return any((folder / name).is_file() for name in names) or bool(
+        optional_json(folder / "tokenizer_config.json").get("chat_template")
+    )
+
+
+def _check_names(path: Path, module: Layer) -> None:
+    """That a module behind the pooling reads and writes the embedding."""
+    for key in ("module_input_name", "module_output_name"):
+        name = module.config.get(key) or "sentence_embedding"
+        if name != "sentence_embedding":
+            raise ModelError(f"{path}: {module.kind} with {key} {name!r} is not supported", hint=_EXPORT)

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.caching.remembered import file_hash, remembered
+from trimtab.compiler.data.preparation import read_preparation
+from trimtab.compiler.sources.folder import TOKENIZER_FILES
 from trimtab.compiler.task import UNKNOWN, Head
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
@@ -69,6 +71,15 @@ class Source:
     def hashes(self) -> ModelHashes:
         """Of the files as they are now."""
         return ModelHashes(file_hash(self.onnx), self.fingerprint)
+
+    @property
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """Of all that decides which tokens a text becomes: the tokenizer's files, and what comes before it."""
+        folder = self.tokenizer
+        if folder is None:
+            return {}
+        files = {name: file_hash(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+        return files | {"texts": str(read_preparation(folder)), "limit": str(self.max_tokens)}
 
 
 def weights_hash(onnx: Path) -> str:

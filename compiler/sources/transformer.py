@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.compiler.sources.pooling import Pooling
+from trimtab.compiler.sources.pooling import Embedding
 from trimtab.compiler.sources.torch_export import export_module
 from trimtab.passes.errors import ModelError
 
@@ -33,7 +33,7 @@ class Exportable(torch.nn.Module):
         outputs: names of what it returns.
     """
 
-    def __init__(self, model: PreTrainedModel, pooling: Pooling | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, pooling: Embedding | None = None) -> None:
         super().__init__()
         takes = inspect.signature(model.forward).parameters
         model.set_attn_implementation("eager")  # plain MatMul and Softmax, which every target knows

@@ -184,8 +184,8 @@ def odd_pooling(folder):
         (broken_config, "JSON"),
         (missing_shard, "model-00001-of-00002.safetensors"),
         (escaping_shard, "not in the folder"),
-        (odd_module, "Dense is not supported"),
-        (odd_pooling, r"mean \+ max is not supported"),
+        (odd_module, "module Dense is not supported"),
+        (odd_pooling, r"pools by mean \+ max, but there is no modules\.json"),
     ],
 )
 def test_bad_checkpoints(tmp_path, no_export, spoil, message):

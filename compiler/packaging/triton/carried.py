@@ -12,7 +12,7 @@ from pathlib import Path
 
 _SERVED = "trimtab.compiler.packaging.triton.served"
 _COMMON = (f"{_SERVED}.common", "trimtab.passes.errors")
-_TOKENIZER = ("trimtab.compiler.data.tokenizer", "trimtab.compiler.data.encoding", "trimtab.compiler.data.texts")
+_TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "preparation", "texts"))
 _SESSION = f"{_SERVED}.session"
 
 CARRIED = {
