@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from trimtab.compiler.checks.bounds import large_errors, poor_quality
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.decoded import as_decoded
-from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.checks.measure import OutputError, describe
-from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.peer_quality import peer_qualities, quality_rows, require_data
+from trimtab.compiler.checks.peers import open_peer, peer_model
 from trimtab.compiler.checks.quality import Quality
 from trimtab.compiler.checks.task import check_labels, check_quality
 from trimtab.compiler.data import Dataset, read_data
@@ -71,6 +72,7 @@ class Validation(BaseModel):
         failures: one sentence for each limit that is broken.
         warnings: one sentence for each figure that is beyond a default bound, where no limit was given.
         judged: one phrase for each limit that was given.
+        peers: the quality of each peer asked for, on the same samples.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,6 +84,7 @@ class Validation(BaseModel):
     failures: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
+    peers: dict[str, Quality] = {}
 
     @property
     def passed(self) -> bool | None:
@@ -101,7 +104,8 @@ class Validation(BaseModel):
             for each in self.outputs
         ]
         shown = [{key: value for key, value in row.items() if value is not None} for row in errors]
-        return verdict | quality | {"outputs": shown}
+        beside = {"peers": quality_rows(self.quality, self.peers)} if self.quality and self.peers else {}
+        return verdict | quality | {"outputs": shown} | beside
 
 
 @of_one_build
@@ -112,6 +116,8 @@ def validate(
     dense: Path | None = None,
     samples: int | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
+    peers: Sequence[str] = (),
+    peer_data: Path | None = None,
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -124,6 +130,8 @@ def validate(
         data: held-out data to measure the task quality on.
         dense: the dense ONNX file; by default the one that the build was compiled from.
         samples: of the data, at most; None for all.
+        peers: engines of the dense model whose quality is measured beside the build's.
+        peer_data: what peers that are calibrated statically are calibrated on.
         seed: of the random inputs, and of the sample.
 
     Raises:
@@ -132,8 +140,10 @@ def validate(
     """
     if data is None and (limits.min_quality is not None or limits.max_drop is not None):
         raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
+    require_data(peers, data)
     dataset = read_data(data) if data else None  # refuse bad data before minutes of work
-    model = dense or dense_model(build)
+    forms = peer_model(build, dense=dense, data=peer_data)
+    model = forms.canonical
     graph = load_graph(model)
     workload = Workload.model_validate(build.manifest.workload)
     task = build.manifest.task
@@ -148,12 +158,14 @@ def validate(
     comparisons, consistency = check_numbers(
         reference, engine.run, graph, workload, ids=ids, seed=seed, progress=progress
     )
-    quality = None
+    quality, beside = None, {}
     if dataset and all(comparison for comparison in comparisons if task is None or comparison.output == task.output):
-        run = as_decoded(build, threads) or engine.run
-        quality = check_quality(
-            reference, run, graph, workload, source, dataset, samples=samples, seed=seed, progress=progress, task=task
-        )
+        judge = partial(
+            check_quality, reference, graph=graph, workload=workload, source=source, dataset=dataset, samples=samples,
+            seed=seed, progress=progress, task=task,
+        )  # fmt: skip
+        quality = judge(as_decoded(build, threads) or engine.run)
+        beside = peer_qualities(peers, forms, threads or 0, judge)
     if quality and dataset and limits.min_quality is None and limits.max_drop is None:
         count = min(samples or dataset.count, dataset.count)
         worst_sample = "unknown" if quality.worst is None else dataset.shown(quality.worst, count, seed)
@@ -168,6 +180,7 @@ def validate(
         failures=tuple(broken(comparisons, consistency, quality, limits)),
         warnings=tuple(warnings),
         judged=tuple(limits.judged(quality)),
+        peers=beside,
     )
     record(build, quality=found.summary())
     return found

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.peer_quality import quality_rows
+from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.checks.validate import Limits, Validation, validate
 from trimtab.compiler.cli import console
 
@@ -34,6 +36,13 @@ def command(
     max_drop: Annotated[
         float | None, typer.Option(help="Most points of accuracy, micro-F1, NDCG or rank correlation lost, by labels.")
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Measure the task with this one too; may be given again. Known: {', '.join(PEER_NAMES)}."),
+    ] = None,
+    peer_data: Annotated[
+        Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
+    ] = None,
     dense: Annotated[
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,
@@ -56,6 +65,8 @@ def command(
             dense=dense,
             samples=samples,
             limits=Limits(max_error=max_error, min_quality=min_quality, max_drop=max_drop),
+            peers=peer or (),
+            peer_data=peer_data,
             threads=threads,
             seed=seed,
             progress=progress,
@@ -90,6 +101,14 @@ def _show(found: Validation) -> None:
         print()
         for line in found.quality.lines():
             print(line)
+    if found.quality and found.peers:
+        print()
+        rows = quality_rows(found.quality, found.peers)
+        columns = list(rows[0])
+        console.print_table(
+            [column.replace("_", " ") for column in columns],
+            [[each if isinstance(each := row[column], str) else f"{each:.4f}" for column in columns] for row in rows],
+        )
     print()
     for failure in found.failures:
         print(f"FAILED: {failure}")

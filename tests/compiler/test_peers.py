@@ -139,3 +139,37 @@ def test_data_that_cannot_be_read_are_refused(build, tmp_path):
     assert ran.exit_code == 1
     assert "no such file" in ran.stderr
     assert open_build(build.path)
+
+
+def test_validate_judges_peers_by_the_same_samples(build, data):
+    ran = cli("validate", build.path, "--data", data, "--json", "--peer", "dense-fp32", "--peer", "ort-int8-default")
+    assert ran.exit_code == 0, ran.stderr
+    validation = json.loads(ran.stdout)
+    assert validation["peers"].keys() == {"dense-fp32", "ort-int8-default"}
+    assert validation["peers"]["dense-fp32"]["agreement"] == 1
+    with np.load(data) as file:
+        feeds = dict(file)
+    model = peer_model(build)
+    dense, int8 = (open_peer(name, model, 1)(feeds)["logits"].argmax(-1) for name in ("dense-fp32", "ort-int8-default"))
+    by_hand = np.mean(dense == int8)  # activations are quantized by the batch, so a tie may fall otherwise
+    assert validation["peers"]["ort-int8-default"]["agreement"] == pytest.approx(by_hand, abs=0.2)
+    assert validation["peers"]["ort-int8-default"]["samples"] == 32
+    rows = open_build(build.path).measured.quality["peers"]
+    assert [row["engine"] for row in rows] == ["trimtab", "dense-fp32", "ort-int8-default"]
+
+
+def test_validate_shows_peers_in_one_table(build, data):
+    ran = cli("validate", build.path, "--data", data, "--peer", "dense-int8")
+    assert ran.exit_code == 0, ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    table = lines[lines.index(["engine", "agreement"]) :]
+    assert [row[0] for row in table[1:3]] == ["trimtab", "dense-int8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(("--peer", "dense-int8"), "needs data"), (("--peer", "dense-int9"), "did you mean")]
+)
+def test_validate_refuses_peers_it_cannot_judge(build, words, message):
+    ran = cli("validate", build.path, *words)
+    assert ran.exit_code == 1
+    assert message in ran.stderr

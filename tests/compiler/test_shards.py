@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_generations_take_turns(dense: Engine, folder: Path) -> None:
     pairs = list(zip(*streams, strict=True))
     for number, asked in enumerate((first, second)):
         np.testing.assert_array_equal(np.stack([pair[number] for pair in pairs], 1), tokens(one, asked, 8))
+
+
+def test_calls_of_many_threads(dense: Engine) -> None:
+    """Every rank does them in the same order, and caches that nobody wants any more are dropped on the way."""
+    rng = np.random.default_rng()
+    asked = [rng.integers(3, 132, (1, rng.integers(1, 9))).tolist() for _ in range(12)]
+    feeds = [full_feeds(dense, 1, int(count)) for count in rng.integers(1, 9, 12)]
+    wanted = [tokens(dense, prompt, 4) for prompt in asked], [dense.run(given) for given in feeds]
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(tokens, dense, prompt, 4) for prompt in asked]
+        runs = [pool.submit(dense.run, given) for given in feeds]
+        for stream, want in zip(streams, wanted[0], strict=True):
+            np.testing.assert_array_equal(stream.result(), want)
+        for run, each in zip(runs, wanted[1], strict=True):
+            close(run.result(), each)
 
 
 def test_sparse_equals_its_own_graph_on_one_device(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,30 @@ def test_generations_at_the_same_time_have_caches_of_their_own(tmp_path: Path) -
         for number, each in enumerate(both):
             together[number].append(next(each))
     assert together == alone
+
+
+def test_calls_of_many_threads_wait_for_each_other(tmp_path: Path) -> None:
+    """An engine's outputs go when it runs again, so a call that did not wait would show."""
+    model = exported("llama", "cached")
+    runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=2), model)
+    rng = np.random.default_rng()
+    prompts = [rng.integers(3, 100, (1, rng.integers(1, 9))).tolist() for _ in range(16)]
+
+    def answer(prompt: list[list[int]]) -> list[int]:
+        return [int(token) for (token,) in generate(runner, prompt, max_new_tokens=5)]
+
+    def whole(prompt: list[list[int]]) -> np.ndarray:
+        ids = np.array(prompt, np.int64)
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        given |= {n: np.zeros((1, *shape), np.float32) for n, shape in pasts.items() if n in runner.inputs}
+        return runner.run({name: given[name] for name in runner.inputs})["logits"]
+
+    pasts = {t.name: (t.shape[1], 0, t.shape[3]) for s in runner.stages for t in s.info.inputs if "past" in t.name}
+    calls = [(how, prompt) for prompt in prompts for how in (answer, whole)]
+    wanted = [how(prompt) for how, prompt in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(lambda call: call[0](call[1]), calls), wanted, strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def test_a_cache_that_is_too_short_is_told_at_once(tmp_path: Path) -> None:
