@@ -19,9 +19,10 @@ from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes
 from trimtab.compiler.builds.writer import BuildWriter
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
-from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.data import Dataset, check_inputs, read_data
 from trimtab.compiler.data.preparation import read_preparation
 from trimtab.compiler.engine_options import EngineOptions
+from trimtab.compiler.learned import remedies
 from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
@@ -33,6 +34,7 @@ from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.compiler.task import find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
+from trimtab.passes.contract import check_learned
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
@@ -77,20 +79,23 @@ def compile_model(
     Raises:
         TrimtabError: one of its kinds; `out` is then as it was.
     """
+    written = recipe
     recipe = load_recipe(recipe)
     told = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
     if told:
         recipe = load_recipe(dict(recipe) | told)
     if recipe.shards > 1:
         _check_shards(recipe)
-    if recipe.needs_profile and profile is None and data is None:
+    given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
+    with remedies(model=model, recipe=written, data=data, profile=profile):
+        check_learned(recipe.passes, given)
+    if recipe.needs_profile and given is None and data is None:
         raise DataError(
             f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
             hint="give calibration texts with --data FILE, or a profile with --profile FILE",
         )
     capability = get_target(recipe.target).probe()
-    _check_fit(recipe, capability)
-    given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
+    check_fit(recipe, capability)
     dataset = read_data(data) if data is not None and given is None and recipe.needs_profile else None
     phases = Phases(progress)
     with BuildWriter(out) as writer:
@@ -125,6 +130,8 @@ class _Compile:
             anatomy = find_anatomy(graph)
             if self.recipe.needs_profile:
                 require_ffns(anatomy)
+            if dataset is not None:
+                check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -226,8 +233,12 @@ def _check_shards(recipe: Recipe) -> None:
     require_torch()
 
 
-def _check_fit(recipe: Recipe, capability: Capability) -> None:
-    """That the target runs what the passes make, and knows what the recipe wishes of its engines."""
+def check_fit(recipe: Recipe, capability: Capability) -> None:
+    """Check that the target runs what the passes make, and knows what the recipe wishes of its engines.
+
+    Raises:
+        TargetError: it does not.
+    """
     for step in recipe.passes:
         reason = step.unfit(capability)
         if reason is not None:

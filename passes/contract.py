@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.passes.crossover import Measure
-from trimtab.passes.errors import PassError, ProfileError
+from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.graph.order import topological
 from trimtab.passes.profile import Profile
 
@@ -135,6 +135,8 @@ class Pass(BaseModel, ABC):
     summary: ClassVar[str]
     """One line for `trimtab passes`."""
     needs_profile: ClassVar[bool] = False
+    learned_by: ClassVar[str | None] = None
+    """Method of `trimtab train` that learns what the pass takes from the Profile; None where measuring is enough."""
 
     def written(self) -> dict[str, Any]:
         """Name → options, as in a recipe; JSON types."""
@@ -147,6 +149,19 @@ class Pass(BaseModel, ABC):
         At the exact end of the pass's dial the new graph computes the same as the old one.
         """
 
+    def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
+        """Check what training has put into the Profile, as far as recipe and Profile tell: before anything long runs.
+
+        Args:
+            before: the passes in front of this one.
+
+        Raises:
+            NotLearnedError: the weights that the pass needs are not there, or belong behind other passes.
+        """
+        if self.learned_by is not None and (profile is None or not profile.learned(self.learned_by)):
+            where = "the profile holds" if profile is not None else "there is no profile, and so"
+            raise NotLearnedError(f"{where} no weights learned by {self.learned_by}", method=self.learned_by)
+
     def unfit(self, capability: Capability) -> str | None:
         """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
         return None
@@ -154,6 +169,23 @@ class Pass(BaseModel, ABC):
     def rounding(self, capability: Capability) -> Rounding | None:
         """What the pass does to products in floating point, beyond the rewrite: nothing, for most."""
         return None
+
+
+def check_learned(passes: Sequence[Pass], profile: Profile | None) -> None:
+    """Check that `profile` holds what `passes` need to have learned.
+
+    Raises:
+        NotLearnedError: names the first pass that lacks something.
+    """
+    for number, step in enumerate(passes):
+        _check_one(step, profile, passes[:number])
+
+
+def _check_one(step: Pass, profile: Profile | None, before: Sequence[Pass]) -> None:
+    try:
+        step.check_profile(profile, before)
+    except NotLearnedError as error:
+        raise NotLearnedError(f"pass {step.name}: {error.message}", method=error.method) from error
 
 
 def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+
 
 class TrimtabError(Exception):
     """A fault in the input or the surroundings, not in trimtab: shown as one message, without a traceback.
@@ -26,6 +29,34 @@ class ModelError(TrimtabError):
 
 class ProfileError(TrimtabError):
     """The Profile is missing, damaged, or belongs to another model."""
+
+
+class NotLearnedError(ProfileError):
+    """A pass needs weights that no training has put into the Profile, or that belong behind other passes.
+
+    Args:
+        method: of `trimtab train`, which learns them.
+    """
+
+    def __init__(self, message: str, *, method: str) -> None:
+        super().__init__(message, hint=how_to_learn(method))
+        self.method = method
+
+
+def how_to_learn(
+    method: str, *, model: object = "MODEL", recipe: object = "RECIPE", settings: Sequence[str] = (),
+    data: object = "DATA", profile: object = None,
+) -> str:  # fmt: skip
+    """The commands that learn weights by `method` and use them.
+
+    Args:
+        settings: changes to the recipe, "pass.option=value".
+        profile: to add to; None where the data shall be measured.
+    """
+    words = ["trimtab", "train", model, "--method", method, "--recipe", recipe]
+    words += [word for setting in settings for word in ("--set", setting)]
+    words += ["--data", data, *(["--profile", profile] if profile is not None else []), "-o", "learned.safetensors"]
+    return f"run `{shlex.join(map(str, words))}`, and compile with `--profile learned.safetensors`"
 
 
 class RecipeError(TrimtabError):

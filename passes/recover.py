@@ -12,12 +12,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.contract import Pass, PassContext, PassResult, Rounding, first_rounding
-from trimtab.passes.errors import ProfileError
+from trimtab.passes.errors import NotLearnedError, how_to_learn
 from trimtab.passes.graph import values
+from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
 
-_TRAIN = "train with this recipe and model: `trimtab train MODEL --method recover --recipe RECIPE`"
+_METHOD = "recover"
 _NEAR = 0.01  # by which norms may differ: fits and SVDs come out a little different on another machine
 
 
@@ -29,26 +30,32 @@ class Recover(Pass):
     Weights that learned for no step are those of the graph: nothing changes.
     """
 
-    name: ClassVar[str] = "recover"
+    name: ClassVar[str] = _METHOD
     summary: ClassVar[str] = "Put in the weights that `trimtab train --method recover` learned."
     needs_profile: ClassVar[bool] = True
+    learned_by: ClassVar[str | None] = _METHOD
+
+    def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
+        """Check that weights were learned, and behind the passes `before` with the same options."""
+        super().check_profile(profile, before)
+        assert profile is not None
+        origin = _record(profile).get("from")
+        if not isinstance(origin, dict) or origin.keys() != {"passes", "norms"}:
+            raise _not_learned("the profile does not say for what graph recover learned its weights")
+        _check_passes(before, origin["passes"])
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Replace the values of all initializers that were trained.
 
         Raises:
-            ProfileError: the profile has none, or they were learned for another graph. The graph is then unchanged.
+            NotLearnedError: the profile has none, or they were learned for another graph. The graph is then unchanged.
         """
-        learned = context.profile.learned(self.name) if context.profile is not None else {}
-        if context.profile is None or not learned:
-            raise ProfileError("the profile holds no weights learned by recover", hint=_TRAIN)
-        record = context.profile.info.learned.get(self.name, {})
-        origin = record.get("from")
-        if not isinstance(origin, dict) or origin.keys() != {"passes", "norms"}:
-            raise ProfileError("the profile does not say for what graph recover learned its weights", hint=_TRAIN)
-        _check_passes(context.done, origin["passes"])
+        self.check_profile(context.profile, context.done)
+        profile = context.measured()
+        record, learned = _record(profile), profile.learned(_METHOD)
+        norms = record["from"]["norms"]
         tensors = graph.tensors()
-        targets = {n: _target(n, tensors.get(n), value, origin["norms"].get(n)) for n, value in learned.items()}
+        targets = {n: _target(n, tensors.get(n), value, norms.get(n)) for n, value in learned.items()}
         for name, constant in targets.items():
             constant.values = np.array(learned[name])
         _compare_rounding(record.get("rounding"), first_rounding(context.ahead, context.capability))
@@ -72,8 +79,17 @@ def origin_of(graph: gs.Graph, names: Sequence[str], done: Sequence[Pass]) -> di
     }
 
 
-def _check_passes(done: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
-    have = [step.written() for step in done]
+def _record(profile: Profile) -> dict[str, Any]:
+    """What training said of itself."""
+    return profile.info.learned.get(_METHOD, {})
+
+
+def _not_learned(message: str) -> NotLearnedError:
+    return NotLearnedError(message, method=_METHOD)
+
+
+def _check_passes(before: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
+    have = [step.written() for step in before]
     if have == trained:
         return
     for now, then in zip(have, trained, strict=False):
@@ -81,12 +97,11 @@ def _check_passes(done: Sequence[Pass], trained: list[dict[str, Any]]) -> None:
             ((name, new),), (old,) = now.items(), then.values()
             for option in new:
                 if new[option] != old.get(option):
-                    raise ProfileError(
-                        f"{name} runs with {option} = {new[option]}, but recover learned with {old.get(option)}",
-                        hint=_TRAIN,
+                    raise _not_learned(
+                        f"{name} runs with {option} = {new[option]}, but recover learned with {old.get(option)}"
                     )
     names = [", ".join(name for step in steps for name in step) or "none" for steps in (have, trained)]
-    raise ProfileError(f"the passes before recover are {names[0]}, but it learned behind {names[1]}", hint=_TRAIN)
+    raise _not_learned(f"the passes before recover are {names[0]}, but it learned behind {names[1]}")
 
 
 def _compare_rounding(learned: object, coming: Rounding | None) -> None:
@@ -97,18 +112,18 @@ def _compare_rounding(learned: object, coming: Rounding | None) -> None:
             "recover: its weights learned %s, and this recipe %s; %s",
             f"to be rounded ({learned})" if learned else "in floating point",
             f"rounds them ({now})" if now else "leaves them in floating point",
-            _TRAIN,
+            how_to_learn(_METHOD),
         )
 
 
 def _target(name: str, tensor: gs.Tensor | None, value: np.ndarray, norm: float | None) -> gs.Constant:
     """The constant to replace, if it is what training began with."""
     if not isinstance(tensor, gs.Constant):
-        raise ProfileError(f"recover learned initializer {name!r}, which is not in this graph", hint=_TRAIN)
+        raise _not_learned(f"recover learned initializer {name!r}, which is not in this graph")
     there = values(tensor)
     same = norm is not None and math.isclose(_norm(there), norm, rel_tol=_NEAR, abs_tol=1e-6)
     if not same or (there.shape, there.dtype) != (value.shape, value.dtype):
-        raise ProfileError(f"initializer {name!r} is not the one that recover learned from", hint=_TRAIN)
+        raise _not_learned(f"initializer {name!r} is not the one that recover learned from")
     return tensor
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.data import Dataset
+from trimtab.compiler.data import Dataset, check_inputs, with_labels
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task, find_task
@@ -61,7 +61,9 @@ def recover(
     """
     start = time.monotonic()
     context = PassContext(profile, capability or Capability(), progress)
-    dense, student = source.graph(), student_graph(source, recipe, context)
+    dense = source.graph()
+    check_inputs(dataset, source, with_labels(dataset, dense.inputs), settings.max_tokens)
+    student = student_graph(source, recipe, context)  # which may search for long
     anatomy = find_anatomy(dense)
     task = find_task(dense.inputs, dense.outputs, source.head)
     objective = find_objective(

@@ -44,11 +44,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print the manifest and its hash as JSON alone.")] = False,
 ) -> None:
     """Compile a model into a build directory, which appears whole or not at all."""
+    from trimtab.compiler.learned import remedies
     from trimtab.compiler.pipeline import compile_model
     from trimtab.compiler.recipe import load_recipe, override
 
-    asked = override(load_recipe(recipe), settings or [])
-    with console.progress() as progress:
+    asked, changes = override(load_recipe(recipe), settings or []), [*(settings or [])]
+    changes += [f"{key}={value}" for key, value in (("target", target), ("shards", shards)) if value is not None]
+    with (
+        remedies(model=model, recipe=recipe, settings=changes, data=data, profile=profile),
+        console.progress() as progress,
+    ):
         build = compile_model(
             model, asked, out, data=data, profile=profile, target=target, shards=shards, progress=progress,
             force=force, allow_pickle=allow_pickle,

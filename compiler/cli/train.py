@@ -37,6 +37,10 @@ def command(
     recipe: Annotated[Path, typer.Option(help="The recipe the model will be compiled with.", show_default=False)],
     method: Annotated[Method, typer.Option(help="What to learn.")] = Method.recover,
     profile: Annotated[Path | None, typer.Option(help="recover: Profile to add to; else measured on the data.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="pass.option=value, as for compile; may be repeated.", show_default=False),
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Time limit, which the learning rate follows.")] = 10.0,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Follow a number of steps instead, repeatably.", show_default=False)
@@ -64,7 +68,8 @@ def command(
     writes a new model, to be compiled with the same recipe.
     """
     from trimtab.compiler.data import read_data
-    from trimtab.compiler.recipe import load_recipe
+    from trimtab.compiler.learned import remedies
+    from trimtab.compiler.recipe import load_recipe, override
     from trimtab.passes.errors import RecipeError, TrimtabError
 
     common: dict[str, Any] = {
@@ -72,7 +77,7 @@ def command(
     }  # fmt: skip
     if lr is not None:
         common["lr"] = lr
-    plan, dataset = load_recipe(recipe), read_data(data)
+    plan, dataset = override(load_recipe(recipe), settings or []), read_data(data)
     try:
         if method is Method.topk:
             if profile is not None or train is not Train.all or labels_weight:
@@ -82,7 +87,8 @@ def command(
                 return  # another process of the same training tells
         else:
             chosen = common | {"train": train.value, "labels_weight": labels_weight}
-            record = _recover(model, plan, dataset, chosen, out, profile, allow_pickle)
+            with remedies(model=model, recipe=recipe, settings=settings or (), data=data, profile=profile):
+                record = _recover(model, plan, dataset, chosen, out, profile, allow_pickle)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("trimtab"):
             raise
@@ -116,23 +122,27 @@ def _recover(
     model: str, plan: Recipe, dataset: Dataset, settings: dict[str, Any], out: Path, profile: Path | None,
     allow_pickle: bool,
 ) -> dict[str, Any]:  # fmt: skip
+    from trimtab.compiler.pipeline import check_fit
     from trimtab.compiler.profiling import measured_profile
     from trimtab.compiler.sources import open_source
     from trimtab.compiler.targets import get_target
+    from trimtab.passes.contract import check_learned
     from trimtab.passes.errors import ProfileError
     from trimtab.passes.profile import Profile
     from trimtab.training.recover import Settings, check_recipe, recover
 
-    check_recipe(plan)
+    place = check_recipe(plan)
     if not out.absolute().parent.is_dir():
         raise ProfileError(f"{out.absolute().parent}: no such folder", hint="make it first")
     given = Profile.load(profile) if profile is not None else None
+    check_learned(plan.passes[:place], given)
+    capability = get_target(plan.target).probe()
+    check_fit(plan, capability)  # or it could not be compiled with what it learned
     source = open_source(model, allow_pickle=allow_pickle)
     with console.progress() as progress:
         if given is None:
             given = measured_profile(source, dataset, plan.calibration, progress=progress)
         given.check(source.fingerprint)
-        capability = get_target(plan.target).probe()
         learned = recover(source, plan, dataset, given, Settings(**settings), capability=capability, progress=progress)
     learned.save(out)
     return {key: value for key, value in learned.info.learned["recover"].items() if key != "from"}

@@ -1,6 +1,15 @@
 """Data in: texts and tensors from files, and the tokenizer that makes inputs of texts."""
 
-from trimtab.compiler.data.dataset import LABEL, Dataset, batches, fit_arrays, read_data, text_feeds, with_labels
+from trimtab.compiler.data.dataset import (
+    LABEL,
+    Dataset,
+    batches,
+    check_inputs,
+    fit_arrays,
+    read_data,
+    text_feeds,
+    with_labels,
+)
 from trimtab.compiler.data.labels import class_number, label_values
 from trimtab.compiler.data.textfile import Example, Label
 from trimtab.compiler.data.texts import Text
@@ -12,6 +21,7 @@ __all__ = [
     "Label",
     "Text",
     "batches",
+    "check_inputs",
     "class_number",
     "fit_arrays",
     "label_values",

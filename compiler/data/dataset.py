@@ -155,6 +155,18 @@ def batches(
         yield feeds([text for text, _ in batch])
 
 
+def check_inputs(dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], max_tokens: int) -> None:
+    """Check that `dataset` gives the inputs of a model, before it is read as a whole.
+
+    Raises:
+        ModelError, DataError: it does not; says what is missing.
+    """
+    if dataset.arrays is not None:
+        fit_arrays(dataset, inputs)
+    else:
+        text_feeds(source, inputs, max_tokens)(["a"])
+
+
 def text_feeds(
     source: Source, inputs: Sequence[gs.Tensor], max_tokens: int
 ) -> Callable[[Sequence[Text]], dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from threadpoolctl import threadpool_limits
 
 from trimtab.passes.anatomy import FFN, also_read_by, by_weights, find_anatomy, select_ffns, sharing_partly
-from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split.budget import COARSE_SHARES, FINE_SHARES, LARGEST, RANKS, Budget, Candidate, choose
 from trimtab.passes.ffn_split.emit import emit
@@ -72,7 +72,9 @@ class FFNSplit(Pass):
             return self._run(graph, context)
 
     def _run(self, graph: gs.Graph, context: PassContext) -> PassResult:
-        self._check_forms(context)
+        reason = self.unfit(context.capability)
+        if reason is not None:
+            raise RecipeError(f"the target cannot run it: {reason}")
         anatomy = find_anatomy(graph)
         profile = context.measured()
         left: list[Left] = []
@@ -175,11 +177,11 @@ class FFNSplit(Pass):
                         seen.add(plan)
                         yield plan
 
-    def _check_forms(self, context: PassContext) -> None:
-        for form in (self.heavy_form, self.rest_form):
-            if form in BITS and BITS[form] not in context.capability.weight_bits and self.budget is None:
-                can = ", ".join(f"int{b}" for b in sorted(context.capability.weight_bits)) or "no integer weights"
-                raise RecipeError(f"the target does not multiply with {form} weights", hint=f"it takes {can}")
+    def unfit(self, capability: Capability) -> str | None:
+        bits = capability.weight_bits
+        can = ", ".join(f"int{b}" for b in sorted(bits)) or "no integer weights"
+        forms = [f for f in (self.heavy_form, self.rest_form) if f in BITS and BITS[f] not in bits]
+        return f"it does not multiply with {forms[0]} weights, but with {can}" if forms and not self.budget else None
 
     def _unfit(self, ffn: FFN) -> str | None:
         """Why this FFN stays as it is, or None."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
@@ -97,10 +97,14 @@ class FFNTopK(Pass):
     )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
+    @model_validator(mode="after")
+    def _takes_enough(self) -> FFNTopK:
+        if self.take is not None and self.take < self.density:
+            raise ValueError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
+        return self
+
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
-        if self.take is not None and self.take < self.density:
-            raise RecipeError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
         if self.exact and context.shards > 1:
             raise RecipeError("exact: shards choose without knowing each other's neurons", hint="leave out one of them")
         anatomy = find_anatomy(graph)

@@ -1,0 +1,32 @@
+"""Errors about weights that are not learned yet name the command that learns them, with the user's own paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.passes.errors import NotLearnedError, TrimtabError, how_to_learn
+
+
+@contextmanager
+def remedies(
+    *, model: Any = None, recipe: Any = None, settings: Sequence[str] = (), data: Any = None, profile: Any = None
+) -> Iterator[None]:
+    """Put the user's paths into the hint of a NotLearnedError, or of the error of a pass that one has caused.
+
+    What is no path, such as a Recipe or a Source, is left to the user.
+
+    Args:
+        settings: changes to the recipe, "pass.option=value".
+    """
+    try:
+        yield
+    except TrimtabError as error:
+        cause = error if isinstance(error, NotLearnedError) else error.__cause__
+        if isinstance(cause, NotLearnedError):
+            given = {"model": model, "recipe": recipe, "data": data, "profile": profile}
+            paths = {key: value for key, value in given.items() if isinstance(value, str | Path)}
+            error.hint = how_to_learn(cause.method, settings=settings, **paths)
+        raise
