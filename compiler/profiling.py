@@ -13,10 +13,10 @@ import numpy as np
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.cache import entry
 from trimtab.compiler.calibrate import calibrate
-from trimtab.compiler.data import Dataset
+from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import Source
-from trimtab.passes.errors import BuildError, ProfileError
+from trimtab.passes.errors import BuildError, DataError, ProfileError
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.profile import Profile
 
@@ -40,8 +40,11 @@ def measured_profile(
     measured: list[Profile] = []
 
     def make(part: Path) -> None:
-        measured.append(calibrate(source, dataset, **options.model_dump(), progress=progress))
-        measured[0].save(part)
+        profile = calibrate(source, dataset, **options.model_dump(), progress=progress)
+        if dataset.arrays is None and read_data(dataset.path).sha256 != dataset.sha256:
+            raise DataError(f"{dataset.path}: changed while the model was calibrated on it", hint="compile again")
+        measured.append(profile)
+        profile.save(part)
 
     try:
         path = entry("profiles", f"{hash_bytes(json.dumps(parts, sort_keys=True))}.safetensors", make, again=again)

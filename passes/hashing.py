@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from blake3 import blake3
@@ -13,21 +15,19 @@ def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
     """blake3 of `size` bytes of a file from `start` on, or of all that follow.
 
     Raises:
-        OSError: the file cannot be read.
-        EOFError: it ends before `size` bytes.
+        OSError: the file cannot be read, or ends early.
     """
-    digest, buffer = blake3(), memoryview(bytearray(_CHUNK))
-    left = size
+    digest = blake3()
     with open(path, "rb", buffering=0) as file:
+        left = max(os.fstat(file.fileno()).st_size - start, 0) if size is None else size
+        buffer = memoryview(bytearray(min(left, _CHUNK)))
         file.seek(start)
-        while left is None or left > 0:
-            count = file.readinto(buffer if left is None else buffer[: min(left, _CHUNK)])
+        while left:
+            count = file.readinto(buffer[: min(left, _CHUNK)])
             if not count:
-                break
+                raise OSError(errno.EIO, f"ends {left} bytes early", str(path))
             digest.update(buffer[:count])
-            left = None if left is None else left - count
-    if left:
-        raise EOFError(f"{path}: ends {left} bytes early")
+            left -= count
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,15 @@ from trimtab.passes.hashing import hash_bytes
 
 
 def write_sealed(path: Path, content: Any) -> None:
-    """Write `content` whole or not at all, under a line with the hash of the text."""
+    """Write `content` whole or not at all, under a line with the hash of the text.
+
+    What two processes write at once may get mixed; it then reads as if it were not there.
+    """
     text = json.dumps(content, sort_keys=True, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-        try:
-            part.write(f"{hash_bytes(text)}\n{text}")
-            part.close()
-            Path(part.name).replace(path)
-        finally:
-            Path(part.name).unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.part")  # one name, so that killed processes leave one file at most
+    part.write_text(f"{hash_bytes(text)}\n{text}", encoding="utf-8")
+    part.replace(path)
 
 
 def read_sealed(path: Path) -> Any:

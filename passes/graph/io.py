@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, g
 _INLINE = (
     1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
 )
+_HASHING = 4  # weights hashed at a time; each thread holds 4 MB
 _IR_VERSION = 10  # of graphs made here: the first with int4
 
 
@@ -139,7 +141,8 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
 def model_fingerprint(graph: gs.Graph) -> str:
     """A hash of every byte of all constants, whatever their order and names: a renamed graph has the same."""
     constants = {id(constant): constant for constant in _constants(graph)}
-    return hash_bytes(*sorted(fingerprint(constant) for constant in constants.values()))
+    with ThreadPoolExecutor(_HASHING) as pool:
+        return hash_bytes(*sorted(pool.map(fingerprint, constants.values())))
 
 
 def external_files(graph: gs.Graph) -> list[Path]:

@@ -80,7 +80,7 @@ class ExternalValues(LazyValues):
         """blake3 of the raw bytes, without mapping them: mapped bytes would count as memory of the process."""
         try:
             return hash_file(self.path, self.offset, self.bytes)
-        except (OSError, EOFError) as error:
+        except OSError as error:
             raise ModelError(f"weight {self.tensor.name!r}: {self.path} cannot be read ({error})") from error
 
     def inline(self) -> TensorProto:

@@ -153,6 +153,26 @@ def test_a_model_that_changes_while_it_is_compiled_is_refused(tmp_path: Path, mo
     assert not (tmp_path / "build").exists()
 
 
+def test_data_that_change_while_they_are_read_are_refused(
+    model: Path, word_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("w1 w2 w3\nw4 w5\n")
+    source = Source("m", model, word_tokenizer, None, None, "onnx")
+    calibrate = profiling.calibrate
+
+    def calibrated(*args: Any, **options: Any) -> Profile:
+        texts.write_text("w1 w2 w3\nw4 w6\n")
+        return calibrate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling, "calibrate", calibrated)
+        with pytest.raises(DataError, match=r"texts.txt: changed while"):
+            compile_model(source, RECIPE, tmp_path / "build", data=texts)
+    assert not (tmp_path / "build").exists()
+    compile_model(source, RECIPE, tmp_path / "build", data=texts)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_every_byte_of_a_tokenizer_counts(model: Path, word_tokenizer: Path, tmp_path: Path, name: str) -> None:
     source = Source("m", model, word_tokenizer, None, None, "onnx")

@@ -60,7 +60,7 @@ def test_hashes_are_blake3_of_the_whole_or_a_part(tmp_path: Path) -> None:
     assert hash_file(tmp_path / "f") == file_hash(tmp_path / "f") == blake3(data).hexdigest()
     assert hash_file(tmp_path / "f", 17, 5_000_000) == blake3(data[17:5_000_017]).hexdigest()
     assert hash_file(tmp_path / "f", 17, 0) == blake3(b"").hexdigest()
-    with pytest.raises(EOFError):
+    with pytest.raises(OSError, match="early"):
         hash_file(tmp_path / "f", 17, len(data))
     assert hash_bytes("ab", "c") != hash_bytes("a", "bc")
 
