@@ -31,6 +31,8 @@ _TEXT_KEYS = ("text", "sentence")
 _LABEL, _SCORE = "label", "score"
 _NUMBER = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?")
 
+_WHOLE, _LIST = "a whole number", "a list of class names"
+
 _Row = tuple[int, Any, Any]  # line from 1, text or pair as it was written, label as it was written
 
 
@@ -68,7 +70,7 @@ class _Alike:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._first: tuple[int, bool] | None = None
-        self._kind: tuple[int, str] | None = None
+        self._kinds: dict[int, str] = {}  # the first line of each kind of label
 
     def check(self, number: int, text: Text, label: Label) -> None:
         """Check the sample of line `number` against those before it."""
@@ -82,23 +84,28 @@ class _Alike:
                 f"{where}: {this}, where line {self._first[0]} has {other}",
                 hint="put pairs and single texts into files of their own",
             )
-        kind = _kind(label)
-        if kind is None or kind == "a whole number":  # which may be a class or a score; the others decide
+        if (kind := _kind(label)) is None:
             return
-        if self._kind is None:
-            self._kind = (number, kind)
-        elif kind != self._kind[1]:
+        clash = next((line for line, other in self._kinds.items() if not _fit(kind, other)), None)
+        if clash is not None:
             raise DataError(
-                f"{where}: the label is {kind}, where line {self._kind[0]} has {self._kind[1]}",
+                f"{where}: the label is {kind}, where line {clash} has {self._kinds[clash]}",
                 hint="labels of one file are all classes, all scores (numbers), or all lists of class names",
             )
+        if kind not in self._kinds.values():
+            self._kinds[number] = kind
 
 
 def _kind(label: Label) -> str | None:
     if label is None:
         return None
-    kinds = {int: "a whole number", float: "a score", str: "a class name", tuple: "a list of class names"}
+    kinds = {int: _WHOLE, float: "a score", str: "a class name", tuple: _LIST}
     return kinds[type(label)]
+
+
+def _fit(kind: str, other: str) -> bool:
+    """Whether both may be in one file: a whole number is a class or a score."""
+    return kind == other or (_WHOLE in (kind, other) and _LIST not in (kind, other))
 
 
 def _checked_text(text: Any, where: str) -> Text:

@@ -14,8 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.data import batches, label_values, read_data
+from trimtab.compiler.data.textfile import PAIRS
 from trimtab.compiler.sources import Source
+from trimtab.compiler.task import Task
 from trimtab.passes.errors import DataError, ModelError
 
 JSONL = '{"text": "one two", "label": 1}\n{"text": "drei — vier"}\n{"sentence": "five", "label": "good"}\n'
@@ -47,7 +49,84 @@ def test_tsv_with_header_without_and_with_quotes(tmp_path: Path) -> None:
     assert list(read_data(write(tmp_path / "b.tsv", "a b\t1\nc d\t0\n")).texts) == [("a b", None), ("c d", None)]
 
 
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_pairs_under_every_name(tmp_path: Path, first: str, second: str) -> None:
+    records = [{first: "w1 w2", second: "w3", "label": 0.5}, {first: "w4", second: "w5 w6", "label": 1, "other": "w7"}]
+    expected = [(("w1 w2", "w3"), 0.5), (("w4", "w5 w6"), 1)]
+    content = "".join(json.dumps(record) + "\n" for record in records)
+    assert list(read_data(write(tmp_path / "d.jsonl", content)).texts) == expected
+    rows = f"id\t{first.upper()}\tlabel\t{second}\n0\tw1 w2\t0.5\tw3\n1\tw4\t1\tw5 w6\n"
+    assert list(read_data(write(tmp_path / "d.tsv", rows)).texts) == expected
+
+
+def test_what_is_no_pair(tmp_path: Path) -> None:
+    lines = '{"text": "a", "text_pair": null}\n{"text": "b", "query": "c", "document": "d"}\n{"sentence": "e"}\n'
+    assert [text for text, _ in read_data(write(tmp_path / "d.jsonl", lines)).texts] == ["a", "b", "e"]
+
+
+def test_labels_of_every_kind(tmp_path: Path) -> None:
+    def labels(*values: object) -> list[object]:
+        content = "".join(json.dumps({"text": "w1", "label": value}) + "\n" for value in values)
+        return [label for _, label in read_data(write(tmp_path / "d.jsonl", content)).texts]
+
+    assert labels(["spam", "toxic"], [], None, ["spam"]) == [("spam", "toxic"), (), None, ("spam",)]
+    assert labels(1, 0.25, -3e2, None) == [1, 0.25, -300.0, None]
+    assert labels("good", 2) == ["good", 2]
+    tsv = write(tmp_path / "d.tsv", "sentence1\tsentence2\tscore\na\tb\t3.8\nc\td\t4\ne\tf\t1e-2\n")
+    assert [label for _, label in read_data(tsv).texts] == [3.8, 4, 0.01]
+
+
+def test_texts_of_like_length_come_together_as_pairs_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    sizes = rng.integers(1, 60, (40, 2))
+    lines = "".join(json.dumps({"query": "q" * a, "passage": "p" * b}) + "\n" for a, b in sizes.tolist())
+    lengths = [sum(map(len, text)) for text, _ in read_data(write(tmp_path / "d.jsonl", lines)).sample(40)]
+    assert lengths == sorted(lengths) == sorted(sizes.sum(1).tolist())
+
+
+def test_labels_as_their_task_has_them() -> None:
+    classes, several, score = Task("classes", "y"), Task("labels", "y", "sigmoid"), Task("score", "y", "sigmoid")
+    assert label_values([2, "b", "a"], classes, ("a", "b", "c"), 3).tolist() == [2, 1, 0]
+    assert label_values([("c",), (), ("a", "c")], several, ("a", "b", "c"), 3).tolist() == [
+        [False, False, True], [False] * 3, [True, False, True],
+    ]  # fmt: skip
+    assert label_values([1, 0.25], score, ("LABEL_0",), 1).tolist() == [[1.0], [0.25]]
+    assert label_values([1, None], classes, None, 3) is None and label_values([1], Task("states", "y"), None, 3) is None
+    assert label_values(np.array([[1, 0], [0, 0]]), several, None, 2).tolist() == [[True, False], [False, False]]
+    assert label_values(np.array([0.5, 2]), score, None, 1).shape == (2, 1)
+    for labels, task, message in (
+        ([0.5], classes, "0.5 is a score"),
+        ([("a",)], classes, "is a list"),
+        ([3], classes, r"outside 0\.\.2"),
+        (["a"], several, "is not a list"),
+        ([1], several, "is not a list"),
+        ([("a", "d")], several, "'d' is no class of the model; the model's are a, b, c"),
+        (["a"], score, "'a' is a class"),
+        ([("a",)], score, "is a class"),
+        (np.array([0.5, 1]), classes, "float64"),
+        (np.array([[0, 2, 0]]), several, "any number of 3 labels"),
+        (np.array([[0.5, 1]]), Task("score", "y"), "3 scores"),
+    ):
+        with pytest.raises(DataError, match=message):
+            label_values(labels, task, ("a", "b", "c"), 3)
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
+    ("d.jsonl", b'{"text": "a", "text_pair": "b"}\n{"text": "a"}\n', "line 2: a single text, where line 1 has a pair"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": "a"}\n{"text": "a", "text_pair": "b"}\n', "line 3: a pair of texts, where"),
+    ("d.jsonl", b'{"text": "a", "text_pair": " "}\n', "line 1: the second text is ' '"),
+    ("d.jsonl", b'{"text": "a", "text_pair": ["b"]}\n', "line 1: the second text is"),
+    ("d.tsv", b"query\tpassage\na\t\n", "line 2: the second text is empty"),
+    ("d.jsonl", b'{"text": "a", "label": 1}\n{"text": "a", "label": 0.5}\n{"text": "a", "label": "b"}\n',
+     "line 3: the label is a class name, where line 2 has a score"),
+    ("d.jsonl", b'{"text": "a", "label": []}\n{"text": "a", "label": "b"}\n', "line 2: .* line 1 has a list of class"),
+    ("d.jsonl", b'{"text": "a", "label": 1}\n{"text": "a", "label": ["b"]}\n', "line 2: .* line 1 has a whole number"),
+    ("d.jsonl", b'{"text": "a", "label": ["b", "b"]}\n', "names a class twice"),
+    ("d.jsonl", b'{"text": "a", "label": [0, 1]}\n', "a list of other things than class names"),
+    ("d.jsonl", b'{"text": "a", "label": NaN}\n', "no finite number"),
+    ("d.jsonl", b'{"text": "a", "label": 1e999}\n', "no finite number"),
+    ("d.jsonl", b'{"text": "a", "label": 99999999999999999999}\n', "no number of 64 bits"),
+    ("d.jsonl", b'{"text": "a", "label": {"b": 1}}\n', "line 1: label"),
     ("d.txt", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
     ("d.txt.gz", b"fine\ncaf\xe9\n", "line 2: not UTF-8"),
     ("d.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2: not JSON"),
