@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-_CHUNK = 1 << 22  # bytes read at a time; the buffer stays in the processor's cache, and memory does not grow
+_CHUNK = 1 << 20  # bytes read at a time: the buffer stays in the cache of a core, and memory does not grow
 
 
 def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:

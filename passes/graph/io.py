@@ -23,7 +23,7 @@ G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, g
 _INLINE = (
     1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
 )
-_HASHING = 4  # weights hashed at a time; each thread holds 4 MB
+_HASHING = 4  # weights hashed at a time; each thread holds 1 MB
 _IR_VERSION = 10  # of graphs made here: the first with int4
 
 
