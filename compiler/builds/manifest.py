@@ -170,6 +170,11 @@ class Manifest(_Model):
         return files
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model knows; None where its graph does not tell."""
+        return next((t.bounds[1] + 1 for t in self.inputs if t.name == "input_ids" and t.bounds is not None), None)
+
+    @property
     def workload(self) -> dict[str, Any]:
         found: dict[str, Any] = self.recipe["workload"]
         return found

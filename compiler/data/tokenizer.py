@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,14 @@ from trimtab.compiler.data.encoding import Encoder, FastEncoder, SlowEncoder
 from trimtab.compiler.data.preparation import Preparation, read_preparation, read_settings
 from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
 from trimtab.passes.errors import ModelError
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of transformers that take tokenizer.json as it is."""
+
+_BERT_SETTINGS = {
+    "do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars",
+}  # fmt: skip
+"""Key of tokenizer_config.json → attribute of the tokenizers library's BertNormalizer."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,24 @@ def _load_json(folder: Path, max_tokens: int | None, preparation: Preparation) -
             f"{path}: not a tokenizer ({error})", hint="save the model with its tokenizer again"
         ) from error
     settings = read_settings(folder / "tokenizer_config.json")
+    _follow_settings(inner, settings)
     side = settings.get("truncation_side", (inner.truncation or {}).get("direction"))
     pad, ends = _pad_id(folder, inner.token_to_id), _end_ids(folder, inner.token_to_id)
     encoder = FastEncoder(inner, from_left=side == "left", lower_case=preparation.lower_case)
     return Tokenizer(pad, max_tokens, ends, encoder, preparation.prompt)
+
+
+def _follow_settings(inner: Any, settings: dict[str, Any]) -> None:
+    """Let tokenizer_config.json overrule the normalizer of BERT and its kin, as their classes in transformers do."""
+    from tokenizers import normalizers
+
+    normalizer = inner.normalizer
+    if not isinstance(normalizer, normalizers.BertNormalizer) or settings.get("tokenizer_class") in _GENERIC:
+        return
+    for key, name in _BERT_SETTINGS.items():
+        if key in settings:
+            setattr(normalizer, name, settings[key])
+    inner.normalizer = normalizer
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:

@@ -24,6 +24,7 @@ def generate(
     stop: Collection[int] = (),
     context: int | None = None,
     pad: int = 0,
+    vocabulary: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue `prompts`, all together.
 
@@ -33,13 +34,17 @@ def generate(
         stop: tokens that end a row; they are yielded too.
         context: the most tokens that the model takes, prompt and answer together.
         pad: token that fills shorter prompts up.
+        vocabulary: how many tokens the model knows; None where that is not known.
 
     Yields:
         the next token of every prompt, [prompts], NONE for those that are done; until all are.
 
     Raises:
-        InputError: a prompt is empty, or longer than the context.
+        InputError: a prompt is empty, longer than the context, or no list of tokens that the model knows.
     """
+    _check(prompts, vocabulary)
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}", hint="give at least 1")
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
         raise InputError("a prompt has no tokens", hint="give at least one")
@@ -65,6 +70,17 @@ def generate(
                 return
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
             logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths))
+
+
+def _check(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
+    for number, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise InputError(f"prompt {number} is not a list of token ids", hint="give tokenizer.prompts([text])")
+        if ids.size and (ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary)):
+            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            known = "" if vocabulary is None else f", the model's tokens are 0 to {vocabulary - 1}"
+            raise InputError(f"prompt {number} holds the token {wrong}{known}", hint="use the model's own tokenizer")
 
 
 def _last(steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> np.ndarray:

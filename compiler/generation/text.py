@@ -44,11 +44,12 @@ def generate_text(
 
     Raises:
         ModelError: the build has no tokenizer.
-        InputError: a prompt is longer than the model's context.
+        InputError: a prompt is no text, or longer than the model's context.
         TargetError: the build does not generate.
     """
     tokenizer = engine.tokenizer
-    answers, ids = [Answer() for _ in prompts], tokenizer.prompts(prompts)
+    ids = tokenizer.prompts(prompts)
+    answers = [Answer() for _ in ids]
 
     def decode(row: int) -> str:
         """The answer's text; behind its prompt's last token, since a decoder trims what begins a text."""
@@ -58,6 +59,7 @@ def generate_text(
     steps = generate(
         engine.runner, ids, max_new_tokens=max_tokens, sampling=sampling,
         stop=tokenizer.end_ids, context=engine.manifest.max_tokens, pad=tokenizer.pad_id,
+        vocabulary=engine.manifest.vocabulary,
     )  # fmt: skip
     for tokens in steps:
         for row, (answer, token) in enumerate(zip(answers, tokens.tolist(), strict=True)):

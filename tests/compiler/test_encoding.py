@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from trimtab.compiler.data.encoding import FastEncoder, SlowEncoder
 from trimtab.compiler.data.texts import Text
@@ -182,3 +183,22 @@ def _ctrl_files(folder: Path) -> tuple[str, str]:
     (folder / "vocab.json").write_text('{"<unk>": 0, "w</w>": 1, "w@@": 2, "1</w>": 3}')
     (folder / "merges.txt").write_text("#version: 0.2\nw </w>\n")
     return str(folder / "vocab.json"), str(folder / "merges.txt")
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_lower_case_by_the_settings_of_a_bert(wanted: bool, saved: bool, kind: str | None, tmp_path: Path) -> None:
+    """transformers lets tokenizer_config.json overrule tokenizer.json, but not where the class is a general one."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "e", "\u00c9", "world"]
+    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=saved)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    settings = {"do_lower_case": wanted} | ({"tokenizer_class": kind} if kind else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    text = "Hello \u00c9 world"
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
+    assert load_tokenizer(tmp_path).encode([text])["input_ids"].tolist() == expected

@@ -147,7 +147,7 @@ def spell(text: str, **options: Any) -> tuple[list[str], Any]:
 
     engine: Any = SimpleNamespace(
         runner=SimpleNamespace(steps=lambda batch, length: Says([[*text.encode(), 0]])), tokenizer=Letters(),
-        manifest=SimpleNamespace(max_tokens=None),
+        manifest=SimpleNamespace(max_tokens=None, vocabulary=None),
     )  # fmt: skip
     pieces, answer = [], None
     for (answer,) in generate_text(engine, ["?"], **options):
@@ -209,3 +209,33 @@ def test_a_build_that_does_not_generate(tmp_path: Path) -> None:
     build = compile_model(source, RECIPE, tmp_path / "build")
     found = cli("generate", build.path, "--prompt", "w5")
     assert found.exit_code == 1 and "no cache" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (["ab"], "prompt 0 is not a list of token ids"),
+        ([[3, 4], [1.5]], "prompt 1 is not a list of token ids"),
+        ([[[3, 4]]], "prompt 0 is not a list"),
+        ([[3, -1]], r"prompt 0 holds the token -1, the model's tokens are 0 to 49"),
+        ([[3], [4, 50]], r"prompt 1 holds the token 50"),
+        ([[3], []], "no tokens"),
+    ],
+)
+def test_prompts_that_are_none(prompts: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        next(generate(SimpleNamespace(), prompts, max_new_tokens=4, vocabulary=50))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_tokens_to_generate(count: int) -> None:
+    with pytest.raises(InputError, match=f"max_new_tokens is {count}"):
+        next(generate(SimpleNamespace(), [[3]], max_new_tokens=count))  # type: ignore[arg-type]
+
+
+def test_prompts_of_texts_are_lists_of_strings(build: Path) -> None:
+    engine = load(build)
+    assert engine.manifest.vocabulary == zoo.tiny_model("llama").config.vocab_size
+    for wrong in ("w1 w2", None, [None], [("a", "b")]):
+        with pytest.raises(InputError):
+            next(generate_text(engine, wrong))  # type: ignore[arg-type]

@@ -36,7 +36,6 @@ class Gate(Pass):
         return PassResult(self.name, 0)
 
 
-
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(passes._PASSES, "dampen", tiny.PASS)

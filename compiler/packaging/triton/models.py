@@ -167,6 +167,7 @@ class Models:
         self._copy_model(version)
         told = self._session() | self._tokenizer(version) | {
             "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim},
+            "vocabulary": self.build.manifest.vocabulary,
         }  # fmt: skip
         self._write_python("generate", version, told)
         inputs = [

@@ -68,7 +68,9 @@ class TritonPythonModel:
         tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer", told["max_tokens"])
         runner = _Runner(open_session(folder, told, args["model_instance_device_id"]), Cache(**told["cache"]))
         self._engine: Any = SimpleNamespace(
-            tokenizer=tokenizer, runner=runner, manifest=SimpleNamespace(max_tokens=told["max_tokens"])
+            tokenizer=tokenizer,
+            runner=runner,
+            manifest=SimpleNamespace(max_tokens=told["max_tokens"], vocabulary=told["vocabulary"]),
         )
         runner.steps(1, 2).run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))  # what comes first is slow
 
