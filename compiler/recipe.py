@@ -69,6 +69,17 @@ class Recipe(BaseModel):
             raise RecipeError(f"passes: should be a list, not {value!r}", hint="such as `passes: [ffn-split]`")
         return tuple(_read_pass(item, f"passes[{i}]") for i, item in enumerate(value))
 
+    @field_validator("passes")
+    @classmethod
+    def _check_order(cls, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        for place, later in enumerate(passes):
+            for step in passes[:place]:
+                reason = step.bars(later)
+                if reason is not None:
+                    message = f"passes[{place}]: {later.name} cannot run behind {step.name}: {reason}"
+                    raise RecipeError(message, hint=f"put {step.name} last, and once")
+        return passes
+
     @field_serializer("passes")
     def _write_passes(self, passes: tuple[Pass, ...]) -> list[dict[str, Any]]:
         return [{step.name: step.model_dump(mode="json")} for step in passes]

@@ -6,7 +6,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import onnx_graphsurgeon as gs
@@ -166,6 +166,10 @@ class Pass(BaseModel, ABC):
         """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
         return None
 
+    def bars(self, later: Pass) -> str | None:
+        """Why `later` cannot run behind this pass, told when the recipe is read; None where it can."""
+        return None
+
     def rounding(self, capability: Capability) -> Rounding | None:
         """What the pass does to products in floating point, beyond the rewrite: nothing, for most."""
         return None
@@ -194,6 +198,15 @@ def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding |
     return next((rounding for rounding in found if rounding is not None), None)
 
 
+def _told(result: PassResult, earlier: Sequence[PassResult]) -> PassResult:
+    """`result`, with a reason where earlier passes have left the pass nothing that it recognises."""
+    names = [each.name for each in earlier if each.changed and each.name != "canonicalize"]
+    if result.changed or result.left or not names:
+        return result
+    why = f"it recognises nothing to change behind {', '.join(names)}; if it should, put it in front"
+    return replace(result, left=(Left("the model", why),))
+
+
 def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) -> list[PassResult]:
     """Run `passes` in order over `graph`, in place.
 
@@ -210,6 +223,7 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
             graph.nodes = topological(graph)
         except Exception as error:
             raise PassError(step.name, [r.name for r in results], error) from error
+        result = _told(result, results)
         log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))
         for left in result.left:
             log.debug("%s: left %s: %s", step.name, left.where, left.why)

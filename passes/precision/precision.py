@@ -43,6 +43,11 @@ class Precision(Pass):
     io: bool = Field(False, description="inputs and outputs too, such as a decoder's cache and logits")
     keep: tuple[str, ...] = Field((), description="further ops, by their ONNX names, that stay in float32")
 
+    def bars(self, later: Pass) -> str | None:
+        if self.type == "float32" or later.name not in ("precision", "dynamic-int8"):
+            return None
+        return f"the graph has its types then, {self.type} among them"
+
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Retype `graph`. Reads its weights, one at a time."""
         if self.type == "float32":

@@ -146,3 +146,13 @@ def test_settings_that_cannot_be(setting: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
         override(Recipe(passes=[tiny.Dampen()]), [setting])  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("later", ["precision", "dynamic-int8"])
+def test_passes_that_cannot_follow_are_refused_when_the_recipe_is_read(later: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"passes\[1\]: {later} cannot run behind precision: .*float16.*; put precision"
+    ):
+        load_recipe({"passes": ["precision", later]})
+    load_recipe({"passes": [{"precision": {"type": "float32"}}, later]})
+    load_recipe({"passes": ["dynamic-int8", "precision"]})

@@ -14,7 +14,7 @@ import pytest
 import zoo
 from rewrite import canonical, profile_of, run_part, session
 
-from trimtab.passes import Capability, PassContext, PassResult, run_passes
+from trimtab.passes import Capability, PassContext, PassResult, pass_class, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import PassError
 from trimtab.passes.ffn_split import FFNSplit
@@ -261,3 +261,14 @@ def test_integer_weights_raise_the_opset() -> None:
     ours = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
     np.testing.assert_allclose(ours, dense, atol=0.02 * np.abs(dense).max())
     assert {n.op for n in graph.nodes} >= {"DequantizeLinear"}
+
+
+@pytest.mark.parametrize("first", ["dynamic-int8", "ffn-split", "static-int8"])
+def test_says_when_earlier_passes_have_left_it_nothing(first: str) -> None:
+    graph = canonical(zoo.exported("bert"))
+    steps = [pass_class(first).model_validate({}), FFNSplit()]
+    before, result = run_passes(graph, steps, PassContext(profile_of(graph), EVERYTHING))
+    assert before.changed and not result.changed
+    assert [left.why for left in result.left] == [
+        f"it recognises nothing to change behind {first}; if it should, put it in front"
+    ]
