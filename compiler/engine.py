@@ -28,6 +28,7 @@ class Engine:
     Attributes:
         path: where the build was loaded from.
         manifest: what the build says of itself.
+        hash: sha256 of the manifest, which stands for the whole build.
         inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
         runner: what runs it; generation takes it step by step.
     """
@@ -35,6 +36,7 @@ class Engine:
     def __init__(self, build: Build, runner: Runner) -> None:
         self.path = build.path
         self.manifest: Manifest = build.manifest
+        self.hash = build.hash
         self.inputs = build.manifest.inputs
         self.outputs = build.manifest.outputs
         self.runner = runner
@@ -113,9 +115,11 @@ def load(
         BuildError: not a build, damaged, or not the trusted one; names the damaged file.
         TargetError: its runtime or hardware is missing here.
     """
-    return read_build(
+    engine = read_build(
         folder, lambda build: _engine(build, threads), verify=verify, trusted_hash=trusted_hash, discard=Engine.close
     )
+    engine.runner.confirm(engine.hash)
+    return engine
 
 
 def _engine(build: Build, threads: int | None) -> Engine:

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -44,8 +43,7 @@ class BuildWriter:
         with self._stack, self.writing():
             _check_replaceable(self.out)
             self._stack.enter_context(_parents(self.out))
-            with tempfile.TemporaryDirectory(prefix=".trimtab-", dir=self.out.parent):
-                pass  # can be written; where it cannot, filelock may report a lock that is held
+            _check_writable(self.out)
             self._stack.enter_context(_lock(self.out))
             _recover(self.out)
             _remove(self.folder)
@@ -100,6 +98,17 @@ def _check_replaceable(out: Path) -> None:
         raise BuildError(f"{out}: exists and is not a directory", hint=hint)
     if out.is_dir() and any(out.iterdir()) and not is_build(out):
         raise BuildError(f"{out}: exists and is not a build, so it is left alone", hint=hint)
+
+
+def _check_writable(out: Path) -> None:
+    """That folders can be made beside `out`; where they cannot, filelock may report a lock that is held.
+
+    The folder has one name, so that the next writer removes what a killed one left.
+    """
+    probe = sibling(out, "probe")
+    probe.mkdir(exist_ok=True)
+    with suppress(FileNotFoundError):  # another writer looked at the same time
+        probe.rmdir()
 
 
 def _describe(folder: Path) -> dict[str, FileInfo]:

@@ -54,6 +54,13 @@ class Runner(ABC):
         """
         raise TargetError("this engine has no cache of keys and values", hint="compile a causal language model")
 
+    def confirm(self, manifest_hash: str) -> None:  # noqa: B027  (most are one process)
+        """Compare the build that was loaded with what the other processes of a launcher have loaded.
+
+        Raises:
+            TargetError: it is another one.
+        """
+
     def close(self) -> None:  # noqa: B027  (most have nothing to let go)
         """Let go of what the engine holds beyond this process. It may not be run again."""
 

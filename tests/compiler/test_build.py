@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,7 +322,7 @@ def test_the_name_has_a_build_at_any_time(tmp_path: Path, monkeypatch: pytest.Mo
     gone: list[bool] = []
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(reader), pool.submit(reader), *([pool.submit(absent)] if exchanges else [])]
-        for number in range(1, 60):
+        for number in range(1, 30):
             write(out, str(number))
         done.set()
         for future in futures:
@@ -356,3 +359,34 @@ def test_a_build_of_read_only_folders_is_replaced(
         write(out, text)
         assert text_of(open_build(out)) == text
         assert around(out) == ["build"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_process_killed_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    """The build is one of those that were written, and the next writer clears away what was left."""
+    if not exchanges:
+        monkeypatch.setattr(writer_module, "exchange", lambda first, second: False)
+    monkeypatch.setattr(build_module, "_ABSENT_S", 0.0)
+    seed = random.randrange(1 << 31)
+    print(f"seed {seed}")
+    rng, out = random.Random(seed), tmp_path / "build"
+    write(out, "0")
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                for number in range(1000):
+                    write(out, str(number))
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if exchanges or out.exists():
+            assert text_of(open_build(out)).isdecimal()
+        if rng.random() < 0.3:
+            with BuildWriter(out):
+                assert text_of(open_build(out)).isdecimal()
+            assert around(out) == ["build"]
+    write(out, "1")
+    assert around(out) == ["build"]

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import zoo
+from switched import variant
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -348,19 +349,20 @@ def test_the_processes_end_with_the_one_that_started_them(how: str, dense: Engin
 
 
 LAUNCHED = """
+import os
 import sys
 import numpy as np
 from trimtab.compiler import load
 from trimtab.compiler.generation import generate
 if __name__ == "__main__":
-    engine = load(sys.argv[1])
+    engine = load(sys.argv[1:][int(os.environ["RANK"]) % len(sys.argv[1:])])
     found = np.stack(list(generate(engine.runner, [[5, 6, 7], [8]], max_new_tokens=6)), 1)
     print(found.tolist(), flush=True)
 """
 
 
-def launch(build: Path, world: int, script: Path) -> list[tuple[int, str, str]]:
-    """What each of `world` ranks printed, started as torchrun would."""
+def launch(world: int, script: Path, *builds: Path) -> list[tuple[int, str, str]]:
+    """What each of `world` ranks printed, started as torchrun would; of several `builds`, each rank loads its own."""
     import socket
 
     with socket.socket() as free:
@@ -369,7 +371,7 @@ def launch(build: Path, world: int, script: Path) -> list[tuple[int, str, str]]:
     script.write_text(LAUNCHED)
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(build)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(script), *map(str, builds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
@@ -382,8 +384,15 @@ def launch(build: Path, world: int, script: Path) -> list[tuple[int, str, str]]:
 
 def test_a_launcher_starts_the_ranks(dense: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = tokens(dense, [[5, 6, 7], [8]], 6).tolist()
-    for code, out, err in launch(folder / "llama-dense-2", 2, tmp_path / "script.py"):
+    for code, out, err in launch(2, tmp_path / "script.py", folder / "llama-dense-2"):
         assert code == 0, err
         assert json.loads(out) == wanted
-    ((code, _, err),) = launch(folder / "llama-dense-2", 1, tmp_path / "script.py")
+    ((code, _, err),) = launch(1, tmp_path / "script.py", folder / "llama-dense-2")
     assert code == 1 and "the build has 2 shards, and WORLD_SIZE is 1" in err
+
+
+def test_ranks_of_different_builds_are_refused(dense: Engine, folder: Path, tmp_path: Path) -> None:
+    """As when a compile replaces the build between the loads of two ranks."""
+    other = variant(open_build(folder / "llama-dense-2"), tmp_path / "other")
+    for code, _, err in launch(2, tmp_path / "script.py", folder / "llama-dense-2", other.path):
+        assert code == 1 and "the ranks have loaded different builds" in err

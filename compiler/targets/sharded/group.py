@@ -104,6 +104,16 @@ class Group:
         found: np.ndarray = torch.cat(parts, -1).cpu().numpy()
         return found
 
+    def same(self, digest: str) -> bool:
+        """Whether all ranks give the same hash, in hexadecimal digits."""
+        import torch
+
+        own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._group.allgather([parts], [own]).wait()
+        self._settle()
+        return all(torch.equal(part, own) for part in parts)
+
     def _settle(self) -> None:
         """ONNX Runtime has a stream of its own, which does not wait for torch's."""
         if self.device.startswith("cuda"):

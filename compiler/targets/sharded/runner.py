@@ -121,6 +121,11 @@ class ShardedRunner(Runner):
                     raise
                 raise reason from error
 
+    def confirm(self, manifest_hash: str) -> None:
+        group = self._segments.group
+        if self._crew is None and group is not None and not group.same(manifest_hash):
+            raise TargetError(f"{self._folder}: the ranks have loaded different builds", hint="start all of them again")
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
