@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_topk.importance import pool
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.layer import Layer
-from trimtab.passes.matrices.forms import Dense, Matrix
+from trimtab.passes.matrices.forms import Dense, Matrix, Product
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
 
 _DAMP = 1e-3  # of the mean variance of the inputs
@@ -37,12 +37,17 @@ class Guess:
         y: np.ndarray = x @ self.weight
         return y if self.bias is None else y + self.bias
 
-    def emit(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
-        y = self.weight.emit(graph, x, name, np.dtype(np.float32))
+    def store(self, name: str, uses: int) -> Product:
+        """Make its constants, which `uses` products read."""
+        product = self.weight.store(name, np.dtype(np.float32), uses)
         if self.bias is None:
-            return y
+            return product
         shift = constant(f"{name}.bias", self.bias.astype(np.float32))
-        return insert(graph, "Add", [y, shift], f"{name}/shift", dtype=np.float32)
+
+        def shifted(graph: gs.Graph, x: gs.Tensor, at: str) -> gs.Variable:
+            return insert(graph, "Add", [product(graph, x, at), shift], f"{at}/shift", dtype=np.float32)
+
+        return shifted
 
 
 class Predictor:
@@ -80,27 +85,39 @@ class Predictor:
             found[:, self.common] = np.inf
         return found
 
-    def emit(self, graph: gs.Graph, ffn: FFN, name: str) -> gs.Variable:
-        """Nodes that compute the scores; returns them."""
-        pre: list[gs.Tensor] = [guess.emit(graph, ffn.x, f"{name}/guess.{i}") for i, guess in enumerate(self.guesses)]
-        if self.gate_alone:
-            pre.append(constant(f"{name}/one", np.ones((), np.float32)))
-        act = clone_activation(graph, ffn.activation, pre, name)
-        size = insert(graph, "Abs", [act], f"{name}/abs", dtype=np.float32)
+    def store(self, name: str, uses: int) -> Callable[[gs.Graph, FFN, str], gs.Variable]:
+        """Make the constants, called `name`...; returns what appends the nodes that compute the scores of an FFN.
+
+        Args:
+            uses: how many FFNs there will be.
+        """
+        guesses = [guess.store(f"{name}/guess.{i}", uses) for i, guess in enumerate(self.guesses)]
+        blocks = len(self.weight) // self.block
+        one = constant(f"{name}/one", np.ones((), np.float32)) if self.gate_alone else None
         weight = constant(f"{name}/weight", self.weight.astype(np.float32))
-        scores = insert(graph, "Mul", [size, weight], f"{name}/weighted", dtype=np.float32)
-        if self.block > 1:
-            shape = constant(f"{name}/shape", np.array([-1, len(self.weight) // self.block, self.block]))
-            parts = insert(graph, "Reshape", [scores, shape], f"{name}/parts", dtype=np.float32)
-            axis = constant(f"{name}/axis", np.array([-1]))
-            scores = insert(graph, "ReduceSum", [parts, axis], f"{name}/pool", attrs={"keepdims": 0}, dtype=np.float32)
+        shape = constant(f"{name}/shape", np.array([-1, blocks, self.block]))
+        axis = constant(f"{name}/axis", np.array([-1]))
+        boost = np.zeros(blocks, np.float32)
         if self.common is not None:
-            boost = np.zeros(len(self.weight) // self.block, np.float32)
             boost[self.common] = np.finfo(np.float32).max / 2
-            scores = insert(
-                graph, "Add", [scores, constant(f"{name}/common", boost)], f"{name}/always", dtype=np.float32
-            )
-        return scores
+        always = constant(f"{name}/common", boost)
+
+        def emit(graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
+            pre: list[gs.Tensor] = [guess(graph, ffn.x, f"{at}/guess.{i}") for i, guess in enumerate(guesses)]
+            if one is not None:
+                pre.append(one)
+            act = clone_activation(graph, ffn.activation, pre, at)
+            size = insert(graph, "Abs", [act], f"{at}/abs", dtype=np.float32)
+            scores = insert(graph, "Mul", [size, weight], f"{at}/weighted", dtype=np.float32)
+            if self.block > 1:
+                parts = insert(graph, "Reshape", [scores, shape], f"{at}/parts", dtype=np.float32)
+                attrs: dict[str, object] = {"keepdims": 0}
+                scores = insert(graph, "ReduceSum", [parts, axis], f"{at}/pool", attrs=attrs, dtype=np.float32)
+            if self.common is not None:
+                scores = insert(graph, "Add", [scores, always], f"{at}/always", dtype=np.float32)
+            return scores
+
+        return emit
 
 
 def low_rank(

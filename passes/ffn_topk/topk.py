@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field, model_validator
 
-from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
+from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slower
 from trimtab.passes.errors import RecipeError
@@ -54,7 +55,8 @@ class FFNTopK(Pass):
     """Predict the neurons that matter for a token, and compute those alone.
 
     Source: HiRE (arXiv 2402.09360). More neurons are taken than wanted (k' > k), so that a cheap predictor finds nearly
-    all of the wanted ones; k' is the least that does so on held-out states.
+    all of the wanted ones; k' is the least that does so on held-out states. Layers that share weights share all of it,
+    fitted and measured on the states of all of them.
     Exact end: density=1 with weights=fp32 computes the dense FFN.
     """
 
@@ -115,22 +117,22 @@ class FFNTopK(Pass):
         rows: list[dict[str, Any]] = []
         weights = Rows(self.weights)
         best, measured = 0.0, False
-        for done, ffn in enumerate(wanted, 1):
-            reason = self._unfit(ffn)
+        for group in by_weights(wanted):
+            reason = self._unfit(group[0])
             if reason is None:
-                layer = read_layer(ffn, profile)
-                crossover = self._crossover(ffn, len(wanted), context)
+                layer = read_layer(group[0], profile, group[1:])
+                crossover = self._crossover(group[0], len(wanted), context)
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
                 best = max(best, choice.recall)
-                reason = self._not_worth(choice, crossover, ffn)
+                reason = self._not_worth(choice, crossover, group[0])
                 if reason is None:
-                    by_shards = choice.by_shards(ffn.d_ff, self.block) if context.shards > 1 else {}
-                    rows.append(self._rewrite(graph, layer, choice, crossover, weights) | by_shards)
+                    by_shards = choice.by_shards(group[0].d_ff, self.block) if context.shards > 1 else {}
+                    rows += [row | by_shards for row in self._rewrite(graph, group, layer, choice, crossover, weights)]
             if reason is not None:
-                left.append(Left(ffn.where, reason))
+                left += [Left(ffn.where, reason) for ffn in group]
             if context.progress is not None:
-                context.progress("predict neurons", done, len(wanted))
+                context.progress("predict neurons", len(rows) + len(left), len(wanted))
         if not rows and best and not measured:
             raise RecipeError(
                 f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
@@ -138,6 +140,7 @@ class FFNTopK(Pass):
             )
         rewritten = {row["layer"] for row in rows}
         untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
+        rows.sort(key=lambda row: row["layer"])
         details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
 
@@ -227,48 +230,53 @@ class FFNTopK(Pass):
         return Predictor(layer, guesses, norm, self.block, typical=typical, common=common)
 
     def _rewrite(
-        self, graph: gs.Graph, layer: Layer, choice: Choice, crossover: Crossover | None, weights: Rows
-    ) -> dict[str, Any]:
-        """Put the sparse ops in the place of the FFN; returns what the report says of it.
-
-        Layers that share weights read the same rows, and each has a predictor of its own.
-        """
-        before = weights.nbytes
-        ffn, name, blocks = layer.ffn, f"{self.name}/layer.{layer.ffn.layer}", layer.ffn.d_ff // self.block
+        self, graph: gs.Graph, group: Sequence[FFN], layer: Layer, choice: Choice, crossover: Crossover | None,
+        weights: Rows,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        """Put the sparse ops in the place of FFNs with the same weights; yields what the report says of each."""
+        first = group[0]
+        name, blocks = f"{self.name}/layer.{first.layer}", first.d_ff // self.block
         above = self.dense_above if self.dense_above is not None else limit(crossover, choice.take / blocks)
-        if choice.take == blocks:
-            chosen: gs.Tensor = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
-        else:
-            scores = choice.predictor.emit(graph, ffn, f"{name}/predict")
-            chosen = add_node(
-                graph, SELECT_BLOCKS, {"scores": scores}, f"{name}/blocks",
-                k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=above,
-            )  # fmt: skip
-        parts: dict[str, gs.Tensor] = {"x": ffn.x, "blocks": chosen}
-        labels = ("gate", "up") if ffn.gated else ("up",)
-        for label, linear, w, bias in zip(labels, ffn.linears, layer.ups, layer.up_biases, strict=False):
+        before, labels = weights.nbytes, ("gate", "up") if first.gated else ("up",)
+        parts: dict[str, gs.Tensor] = {}
+        for label, linear, w, bias in zip(labels, first.linears, layer.ups, layer.up_biases, strict=False):
             parts |= weights.of(linear, w.T, label, name)
             if bias is not None:
                 parts[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
         keep = choice.k if self.exact else 0
         if self.exact:
             parts["importance"] = constant(f"{name}/importance", norms(layer))
-        h = add_node(
-            graph, SPARSE_UP, parts, f"{name}/up.h", activation=ffn.activation.name, block=self.block, keep=keep
-        )
-        downs = weights.of(ffn.down, layer.down, "down", name)
-        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{name}/down.y", block=self.block)
-        if np.any(layer.down_bias):
-            y = insert(graph, "Add", [y, constant(f"{name}/bias", layer.down_bias)], f"{name}/shift", dtype=np.float32)
-        y.shape = ffn.y.shape
-        replace_uses(graph, ffn.y, y)
-        row = row_bytes(self.weights, ffn.d_model)
-        read = row * ((len(ffn.linears) - 1) * choice.take + (keep or choice.take)) * self.block
-        predictor = 0 if choice.take == blocks else choice.predictor.nbytes
-        return {
-            "layer": ffn.layer, "neurons": ffn.d_ff,
-            "wanted": choice.k * self.block, "computed": choice.take * self.block,
-            "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4), "predictor_bytes": predictor,
-            "read_bytes": round(predictor + read), "bytes": round(predictor + weights.nbytes - before),
-            "dense_bytes": 4 * ffn.params if weights.nbytes > before else 0, "dense_above": above,
-        }  # fmt: skip
+        downs = weights.of(first.down, layer.down, "down", name)
+        shift = constant(f"{name}/bias", layer.down_bias) if np.any(layer.down_bias) else None
+        everything = choice.take == blocks
+        every = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
+        predict = None if everything else choice.predictor.store(f"{name}/predict", len(group))
+        row = row_bytes(self.weights, first.d_model)
+        read = row * ((len(first.linears) - 1) * choice.take + (keep or choice.take)) * self.block
+        predictor = 0 if everything else choice.predictor.nbytes
+        for ffn in group:
+            at, once = f"{self.name}/layer.{ffn.layer}", int(ffn is first)
+            chosen: gs.Tensor = every
+            if predict is not None:
+                chosen = add_node(
+                    graph, SELECT_BLOCKS, {"scores": predict(graph, ffn, f"{at}/predict")}, f"{at}/blocks",
+                    k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=above,
+                )  # fmt: skip
+            inputs = {"x": ffn.x, "blocks": chosen}
+            h = add_node(
+                graph, SPARSE_UP, inputs | parts, f"{at}/up.h",
+                activation=ffn.activation.name, block=self.block, keep=keep,
+            )  # fmt: skip
+            y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{at}/down.y", block=self.block)
+            if shift is not None:
+                y = insert(graph, "Add", [y, shift], f"{at}/shift", dtype=np.float32)
+            y.shape = ffn.y.shape
+            replace_uses(graph, ffn.y, y)
+            yield {
+                "layer": ffn.layer, "neurons": ffn.d_ff,
+                "wanted": choice.k * self.block, "computed": choice.take * self.block,
+                "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4),
+                "predictor_bytes": once * predictor, "read_bytes": round(predictor + read),
+                "bytes": once * round(predictor + weights.nbytes - before), "dense_bytes": once * 4 * ffn.params,
+                "dense_above": above,
+            } | ({} if once else {"weights_of": first.layer})  # fmt: skip
