@@ -39,6 +39,7 @@ from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.ranges import packed_mask
+from trimtab.passes.precision import Precision
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -306,7 +307,14 @@ def _sizes(graph: gs.Graph, anatomy: Anatomy) -> dict[str, int]:
 
 
 def _ffn_bytes(results: list[PassResult], before: dict[str, int]) -> int | None:
-    """What is left of the FFN weights: the last pass that touched them tells, as `ffn_bytes` in its details."""
-    told = [result.details["ffn_bytes"] for result in results if "ffn_bytes" in result.details]
-    untouched = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
-    return told[-1] if told else untouched
+    """What is left of the FFN weights: the last pass that touched them tells, as `ffn_bytes` in its details.
+
+    None where that is not known: `precision` narrows weights wherever they are, and does not tell FFNs from the rest.
+    """
+    known: int | None = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
+    for result in results:
+        if "ffn_bytes" in result.details:
+            known = result.details["ffn_bytes"]
+        elif result.name == Precision.name and result.changed:
+            known = None
+    return known

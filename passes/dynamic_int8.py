@@ -98,9 +98,12 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduc
         reduce_range: weights of seven bits, as ONNX Runtime advises for processors whose products saturate.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.registry import IntegerOpsRegistry
 
     model = onnx.load(str(source))
     del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
+    # The quantizer goes by names: it would take ONNX's own Attention for com.microsoft's, which holds weights.
+    attention = any(node.op_type == "Attention" and node.domain in ("", "ai.onnx") for node in model.graph.node)
     large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
     root = logging.getLogger()
     level = root.level
@@ -112,6 +115,7 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduc
             per_channel=per_channel,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
+            op_types_to_quantize=[op for op in IntegerOpsRegistry if op != "Attention"] if attention else None,
             use_external_data_format=large,
             # ONNX infers no types behind ops of other domains, such as a decoder's attention.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},

@@ -11,9 +11,10 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.graph.edit import constant, insert, output_name_of
 from trimtab.passes.graph.weights import values
 
-_PRODUCTS = frozenset(
-    [("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul"), ("com.microsoft", "MatMulNBits")]
-)
+_PRODUCTS = frozenset([("", op) for op in ("Attention", "Einsum", "Gemm", "MatMul")]) | {
+    ("com.microsoft", op)
+    for op in ("Attention", "FusedMatMul", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention")
+}
 _Steps = tuple[tuple[str, tuple[int, ...] | int | None], ...]
 """Transposes, with their axes, and Casts, with their type."""
 

@@ -29,6 +29,7 @@ from trimtab.passes.head_topk.topk import HeadTopK
 from trimtab.passes.layer import read_layer
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.weight_only import WeightOnly
+from trimtab.plugins.library import register
 
 EVERYTHING = Capability(weight_bits=frozenset({2, 4, 8}))
 SHAPES = [
@@ -71,6 +72,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 def optimised(path: Path, folder: Path) -> list[str]:
     """The ops that ONNX Runtime makes of a model."""
     options = ort.SessionOptions()
+    register(options)
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 3
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
@@ -320,6 +322,23 @@ def test_topk_reads_the_same_rows_in_every_layer(layout: Layout, seed: int, tmp_
     assert bytes_on_disk(graph, tmp_path) < 1.1 * shape.ffn_bytes
     x = shape.states(seed)
     np.testing.assert_allclose(answers(tmp_path / "model.onnx", x), answers(path, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
+def test_topk_has_one_predictor_for_all_layers(form: str, seed: int, tmp_path: Path) -> None:
+    shape = Shape(layers=5, activation="Relu", neurons=160)
+    graph = canonical(write(tmp_path / "source.onnx", shape, seed))
+    step = FFNTopK.model_validate({"density": 0.3, "take": 0.5, "rank": 32, "form": form, "dense_above": 0, "most": 1})
+    result = rewritten(graph, step, seed)
+    rows = result.details["layers"]
+    assert result.changed == 5 and [row.get("weights_of") for row in rows] == [None, 0, 0, 0, 0]
+    predictor = rows[0]["predictor_bytes"]
+    assert sum(row["bytes"] for row in rows) == shape.ffn_bytes + predictor == result.details["ffn_bytes"]
+    assert bytes_on_disk(graph, tmp_path) < 1.02 * (shape.ffn_bytes + predictor) + 4000
+    ops = optimised(tmp_path / "model.onnx", tmp_path)
+    assert ops.count("MatMulNBits") == (0 if form == "fp32" else 10) and "DequantizeLinear" not in ops
+    x = shape.states(seed)
+    assert np.isfinite(answers(tmp_path / "model.onnx", x)).all()
 
 
 def test_inspect_counts_each_weight_once(seed: int, tmp_path: Path) -> None:
