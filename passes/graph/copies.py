@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Hashable, Iterator
 
 import numpy as np
@@ -111,14 +112,22 @@ def _raw(constant: gs.Constant) -> np.ndarray:
 
 def _glance(constant: gs.Constant) -> bytes:
     """Some of its bytes, from both ends and between."""
-    raw = _raw(constant)
+    raw = _at_random(_raw(constant))
     starts = np.linspace(0, max(len(raw) - _WINDOW, 0), _WINDOWS, dtype=np.int64)
     return b"".join(raw[start : start + _WINDOW].tobytes() for start in starts)
 
 
 def _grid(matrix: gs.Constant) -> np.ndarray:
     rows, columns = (np.linspace(0, size - 1, min(size, _GRID), dtype=np.int64) for size in matrix.shape)
-    return np.ascontiguousarray(values(matrix)[np.ix_(rows, columns)])
+    return np.ascontiguousarray(_at_random(values(matrix))[np.ix_(rows, columns)])
+
+
+def _at_random(array: np.ndarray) -> np.ndarray:
+    """`array`; if it is mapped from a file, the system does not read ahead of the places that are looked at."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return array
 
 
 def _equal(first: gs.Constant, second: gs.Constant) -> bool:

@@ -324,6 +324,13 @@ def test_topk_reads_the_same_rows_in_every_layer(layout: Layout, seed: int, tmp_
     np.testing.assert_allclose(answers(tmp_path / "model.onnx", x), answers(path, x), rtol=1e-4, atol=1e-4)
 
 
+def test_topk_reads_shared_rows_under_biases_of_their_own(seed: int, tmp_path: Path) -> None:
+    shape = Shape(layers=4, own_biases=True)
+    graph = canonical(write(tmp_path / "source.onnx", shape, seed))
+    assert rewritten(graph, FFNTopK(density=1), seed).details["ffn_bytes"] == shape.ffn_bytes
+    assert bytes_on_disk(graph, tmp_path) < 1.1 * shape.ffn_bytes
+
+
 @pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
 def test_topk_has_one_predictor_for_all_layers(form: str, seed: int, tmp_path: Path) -> None:
     shape = Shape(layers=5, activation="Relu", neurons=160)
