@@ -41,6 +41,7 @@ def expose_weights(graph: gs.Graph, name: str) -> None:
             continue
         if node.op == "Gemm" and node.attrs.get("transB", 0):
             steps = (*steps, ("Transpose", (1, 0)))
+        steps = _brief(steps, len(weight.shape))
         key = (id(weight), steps)
         if steps and key not in made:
             made[key] = constant(f"{name}/{weight.name}.{len(made)}", _evaluate(weight, steps))
@@ -99,6 +100,17 @@ def _origin(tensor: gs.Tensor) -> tuple[gs.Constant | None, _Steps]:
             steps.append(("Cast", int(node.attrs["to"])))
         tensor = node.inputs[0]
     return tensor, tuple(reversed(steps))
+
+
+def _brief(steps: _Steps, rank: int) -> _Steps:
+    """The same with one Transpose at the most, at the end: so equal weights are told as equal."""
+    axes = tuple(range(rank))
+    for op, argument in steps:
+        if op == "Transpose":
+            perm = argument if isinstance(argument, tuple) else tuple(reversed(range(rank)))
+            axes = tuple(axes[axis] for axis in perm)
+    casts = tuple(step for step in steps if step[0] == "Cast")
+    return casts if axes == tuple(range(rank)) else (*casts, ("Transpose", axes))
 
 
 def _evaluate(weight: gs.Constant, steps: _Steps) -> np.ndarray:

@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
+import torch
 import zoo
 from onnx import TensorProto, helper, numpy_helper
 from rewrite import canonical, head_profile, profile_of, session
@@ -30,6 +31,7 @@ from trimtab.passes.layer import read_layer
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.weight_only import WeightOnly
 from trimtab.plugins.library import register
+from trimtab.training.ops import OPS
 
 EVERYTHING = Capability(weight_bits=frozenset({2, 4, 8}))
 SHAPES = [
@@ -267,6 +269,47 @@ def test_dynamic_int8_reaches_every_form(layout: Layout, shape: Shape, seed: int
     assert 0.25 * shape.ffn_bytes <= result.details["ffn_bytes"] <= stored
     x = shape.states(seed)
     assert error(answers(tmp_path / "model.onnx", x), answers(path, x)) < 0.1
+
+
+def test_dynamic_int8_reaches_weights_behind_casts_and_transposes(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_normal((48, 64)) / 8).astype(np.float16)  # read as [64, 48] by one layer, [48, 64] by the other
+    nodes = [
+        helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+        helper.make_node("Transpose", ["turned"], ["back"]),
+        helper.make_node("MatMul", ["x0", "turned"], ["a"]),
+        helper.make_node("MatMul", ["a", "back"], ["b"]),
+        helper.make_node("Gemm", ["b", "wide"], ["c"], transB=1),
+        helper.make_node("Gemm", ["c", "turned", "bias"], ["y"], transB=1),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in ("x0", "y"))
+    tensors = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.ones(64, np.float32), "bias")]
+    graph = helper.make_graph(nodes, "net", [x], [y], tensors)
+    path = tmp_path / "source.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    rewritten_graph = canonical(path)
+    result = rewritten(rewritten_graph, DynamicInt8())
+    assert result.changed == 4 and not result.left
+    assert bytes_on_disk(rewritten_graph, tmp_path) < 2.5 * w.size  # one int8 matrix for each way to read it
+    states = rng.standard_normal((9, 64)).astype(np.float32)
+    assert error(answers(tmp_path / "model.onnx", states), answers(path, states)) < 0.1
+
+
+def test_training_computes_with_shared_integers_as_the_runtime_does(tmp_path: Path, seed: int) -> None:
+    shape = Shape(layers=3)
+    graph = canonical(write(tmp_path / "source.onnx", shape, seed))
+    for bits in (4, 8):
+        one = canonical(tmp_path / "source.onnx")
+        rewritten(one, WeightOnly.model_validate({"bits": bits}))
+        for dense, ours in zip(find_anatomy(graph).ffns[0].linears, find_anatomy(one).ffns[0].linears, strict=True):
+            node = ours.quantized
+            assert node is not None and node.op == "MatMulNBits"
+            x = torch.randn(5, dense.in_features, generator=torch.Generator().manual_seed(seed))
+            parts = [torch.from_numpy(np.array(values(t))) for t in node.inputs[1:3]]
+            got = OPS["com.microsoft", "MatMulNBits"](x, *parts, **node.attrs).numpy()
+            np.testing.assert_allclose(got, x.numpy() @ ours.w(), rtol=1e-4, atol=1e-5)
+            assert error(got, x.numpy() @ dense.w()) < (0.15 if bits == 4 else 0.02)
 
 
 def test_dynamic_int8_names_what_stays_in_float(tmp_path: Path, seed: int) -> None:
