@@ -28,7 +28,6 @@ _NORMS = {
 }  # fmt: skip
 
 
-_PRODUCTS = ("MatMul", "Gemm")
 _ROUNDED = "/rounded"  # behind the name of a tensor
 
 
@@ -131,21 +130,24 @@ class GraphModule(nn.Module):
                 continue
             linear = fused.get(id(node))
             steps.append(_step(node) if linear is None else _linear_step(linear, rounding))
+            if rounding is not None and _reads_table(node):  # rounded too, with one scale, and not for a tied head
+                step = steps[-1]
+                steps[-1] = _Step(step.call, (step.inputs[0] + _ROUNDED, *step.inputs[1:]), step.outputs, step.where)
             wanted.update(name.removesuffix(_ROUNDED) for name in steps[-1].inputs)
             if linear is not None and linear.quantized is not None:
                 known[linear.weight.name] = to_torch(linear.w())
         for name, tensor in graph.tensors().items():
             if isinstance(tensor, gs.Constant) and name in wanted and name not in {*known, *self.trained}:
                 known[name] = to_torch(values(tensor))
-                if rounding is not None and any(user.op == "Gather" for user in tensor.outputs) and _is_float(tensor):
-                    known[name] = rounded_activations(known[name])  # tables too, with one scale
+                if rounding is not None and any(_reads_table(user) for user in tensor.outputs):
+                    known[name + _ROUNDED] = rounded_activations(known[name])
         kept: list[_Step] = []
         there: set[str] = set()  # rounded tensors; several products may read one
         for step in reversed(steps):
             if all(not name or name in known for name in step.inputs):
                 self._run(step, [known[name] if name else None for name in step.inputs], known)
             else:
-                for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there:
+                for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there - known.keys():
                     there.add(name)
                     kept.append(_Step(rounded_activations, (name.removesuffix(_ROUNDED),), (name,), step.where))
                 kept.append(step)
@@ -171,10 +173,14 @@ def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[
     return fused, covered
 
 
+def _reads_table(node: gs.Node) -> bool:
+    """True for a Gather from a constant of floats."""
+    return node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and _is_float(node.inputs[0])
+
+
 def _linear_step(linear: Linear, rounding: Rounding | None) -> _Step:
     as_stored = linear.transposed and linear.quantized is None
-    # A quantizer takes weights that the product itself reads; behind a Cast or a Transpose it leaves them.
-    rounds = rounding if any(n.op in _PRODUCTS and linear.weight in n.inputs for n in linear.nodes) else None
+    rounds = rounding if linear.quantized is None else None  # integers in blocks stay what they are
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if rounds is not None:

@@ -84,7 +84,7 @@ def test_a_whole_model_as_the_pass_rounds_it(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("product", ["w = Transpose<perm = [1, 0]>(stored)", "w = Cast<to = 1>(stored)"])
-def test_weights_that_the_pass_leaves_are_not_rounded(product: str) -> None:
+def test_weights_behind_other_nodes_are_rounded_as_the_pass_does(product: str) -> None:
     text = f"""<ir_version: 10, opset_import: ["" : 23]>
     g (float[B, 8] x) => (float[B, 8] y) {{ {product} y = MatMul(x, w) }}"""
     graph, rng = gs.import_onnx(onnx.parser.parse_model(text)), np.random.default_rng()
@@ -92,9 +92,9 @@ def test_weights_that_the_pass_leaves_are_not_rounded(product: str) -> None:
     graph.nodes[0].inputs = [stored]
     x = {"x": torch.from_numpy(rng.standard_normal((5, 8)).astype(np.float32))}
     plain, rounded = GraphModule(graph)(x)["y"], GraphModule(graph, rounding=Rounding(64, True))(x)["y"]
-    torch.testing.assert_close(rounded, plain, rtol=0, atol=0)
+    assert 1e-4 < (rounded - plain).norm() / plain.norm() < 0.1
     run_passes(graph, [DynamicInt8()], PassContext())
-    assert [node.op for node in graph.nodes if "MatMul" in node.op] == ["MatMul"]
+    assert [node.op for node in graph.nodes if "MatMul" in node.op] == ["MatMulInteger"]
 
 
 def test_activations_as_onnx_rounds_them() -> None:
