@@ -49,7 +49,8 @@ def remembered(what: str, path: Path, read: Reading) -> str:
         return str(kept["value"])
     stamps = {str(path): read_stamp(path)}
     others, compute = read()
-    stamps |= {str(other): read_stamp(other) for other in (each.resolve() for each in others)}
+    # Not resolved: a link may lead to another file the next time.
+    stamps |= {str(other): read_stamp(other) for other in (each.absolute() for each in others)}
     settled = all(is_settled(stamp) for stamp in stamps.values())
     value = compute()
     kept = {"what": what, "path": str(path), "files": {name: list(stamp) for name, stamp in stamps.items()}}

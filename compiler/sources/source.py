@@ -16,7 +16,7 @@ from trimtab.compiler.task import UNKNOWN, Head
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
 
-_FINGERPRINT = "fingerprint 2"
+_FINGERPRINT = "fingerprint 3"
 """Names the algorithm of `model_fingerprint`: what an older one computed is not taken for it."""
 
 

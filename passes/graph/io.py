@@ -139,13 +139,16 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
 
 
 def model_fingerprint(graph: gs.Graph) -> str:
-    """A hash of every byte of all constants, whatever their order and names: a renamed graph has the same."""
+    """A hash of every byte of all constants, in the order in which nodes use them: a renamed graph has the same.
+
+    The order counts, because two weights of one shape that trade places make another model.
+    """
     constants = {id(constant): constant for constant in _constants(graph)}
     with ThreadPoolExecutor(_HASHING) as pool:
-        return hash_bytes(*sorted(pool.map(fingerprint, constants.values())))
+        return hash_bytes(*pool.map(fingerprint, constants.values()))
 
 
 def external_files(graph: gs.Graph) -> list[Path]:
-    """The data files that constants of `graph` are stored in."""
+    """The data files that constants of `graph` are stored in, as the graph names them: one may be a link."""
     held = [constant._values for constant in _constants(graph)]
-    return sorted({values.path for values in held if isinstance(values, ExternalValues)})
+    return sorted({values.named for values in held if isinstance(values, ExternalValues)})

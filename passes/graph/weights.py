@@ -47,6 +47,7 @@ class ExternalValues(LazyValues):
     def __init__(self, tensor: TensorProto, base: Path) -> None:
         entries = {e.key: e.value for e in tensor.external_data}
         self.path = contained(base, entries.get("location", ""), tensor.name)
+        self.named = base / entries["location"]
         try:
             super().__init__(tensor)
             self.bytes = byte_size(tensor)

@@ -274,6 +274,26 @@ def test_fingerprint_knows_weights_and_not_names(tmp_path: Path) -> None:
     assert model_fingerprint(chain(dtype=np.float64)) != same
 
 
+@pytest.mark.parametrize("count", [8, 5000])
+def test_fingerprint_knows_which_weight_is_whose(tmp_path: Path, count: int) -> None:
+    """Two weights of one shape trade places in the data file; the ONNX file stays as it is."""
+    rng = np.random.default_rng()
+    first, second = rng.normal(size=(2, 512, count)).astype(np.float32)
+    x = gs.Variable("x", np.float32, (512, count))
+    middle, y = gs.Variable("m", np.float32, x.shape), gs.Variable("y", np.float32, x.shape)
+    nodes = [gs.Node("Mul", inputs=[x, constant("a", first)], outputs=[middle])]
+    nodes.append(gs.Node("Add", inputs=[middle, constant("b", second)], outputs=[y]))
+    save_graph(gs.Graph(nodes, [x], [y], opset=17), tmp_path / "m.onnx")
+    data = tmp_path / "m.onnx.data"
+    before, stored = model_fingerprint(load_graph(tmp_path / "m.onnx")), data.read_bytes()
+    places = [stored.index(each.tobytes()) for each in (first, second)]
+    traded = bytearray(stored)
+    for place, each in zip(places, (second, first), strict=True):
+        traded[place : place + each.nbytes] = each.tobytes()
+    data.write_bytes(traded)
+    assert model_fingerprint(load_graph(tmp_path / "m.onnx")) != before
+
+
 TYPES = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8, "int64": np.int64,
     "bool": np.bool_, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4,
