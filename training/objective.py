@@ -165,7 +165,8 @@ def find_objective(
 
     Args:
         anatomy: of `dense`.
-        task: of the model; None where its outputs have no known use.
+        task: of the model; None where its outputs have no known use. Of a model of embeddings, these alone are compared
+            as outputs.
         weights: of Objective, by name.
 
     Raises:
@@ -175,6 +176,8 @@ def find_objective(
     head = anatomy.head.linears[-1].y.name if anatomy.head is not None else None
     logits = tuple(t.name for t in floats if t.name in (head, "logits"))
     vectors = () if logits else tuple(t.name for t in floats if t.shape is None or len(t.shape) in (2, 3))
+    if task is not None and task.kind == "embedding" and task.output in vectors:
+        vectors = (task.output,)  # the states that it is pooled from count once, along the way
     if not logits + vectors:
         raise ModelError("the model has no output to compare: neither logits nor vectors")
     there = student.tensors()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 import zoo
 from torch import Tensor
 
+from trimtab.compiler.task import find_task
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.contract import PassContext
@@ -40,6 +43,21 @@ def test_state_behind_post_norm_is_the_norm_and_behind_pre_norm_the_sum() -> Non
 def test_logits_and_vectors_are_told_apart(family: str, logits: tuple[str, ...], vectors: tuple[str, ...]) -> None:
     objective, _ = objective_of(family)
     assert (objective.logits, objective.vectors) == (logits, vectors)
+
+
+def test_embeddings_alone_are_compared_where_they_are_the_task() -> None:
+    graph = load_graph(zoo.exported("distilbert"))
+    Canonicalize().run(graph, PassContext())
+    states = graph.outputs[0]
+    states.shape = ("batch", "tokens", 32)
+    pooled = gs.Variable("sentence_embedding", np.float32, ("batch", 32))
+    graph.nodes.append(gs.Node("ReduceMean", inputs=[states], outputs=[pooled], attrs={"axes": [1], "keepdims": 0}))
+    graph.outputs.append(pooled)
+    anatomy, task = find_anatomy(graph), find_task(graph.inputs, graph.outputs)
+    objective = find_objective(graph, graph, anatomy, task)
+    assert objective.vectors == (pooled.name,)
+    assert len(set(objective.states)) == len(anatomy.ffns)
+    assert set(find_objective(graph, graph, anatomy).vectors) == {states.name, pooled.name}
 
 
 def test_tensors_that_the_student_lost_are_left_out() -> None:
