@@ -1,4 +1,7 @@
-"""NaN and infinity in weights: found by reading them in chunks, so that no weight is ever held whole."""
+"""NaN and infinity in weights: found by reading them in chunks, so that no weight is ever held whole.
+
+Infinity is no damage in a constant that is no weight: what a mask is filled with, or a limit.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,33 @@ _CHUNK = 1 << 22  # values looked at together
 
 
 def check_finite(constants: Iterable[gs.Constant], *, hint: str) -> None:
-    """Refuse weights with NaN or infinity.
+    """Refuse constants with NaN, and weights with infinity.
+
+    A scalar may be infinite, and a mask, a tensor of any shape that holds 0 and -inf alone, may hold -inf.
 
     Raises:
         ModelError: names the first such weight, how many of its values are not finite, and where the first is.
     """
     for constant in constants:
-        position, bad = 0, 0
+        position, bad, damaged = 0, 0, False
         for chunk in _floats(constant):
             wrong = ~np.isfinite(chunk)
             if wrong.any():
                 if not bad:
                     first = position + int(wrong.argmax())
                 bad += int(wrong.sum())
+                damaged = damaged or bool(np.isnan(chunk).any())
             position += chunk.size
-        if bad:
+        if bad and (damaged or not _may_be_infinite(constant)):
             index = [int(i) for i in np.unravel_index(first, constant.shape)]
             raise ModelError(
                 f"weight {constant.name!r}: {bad} of its values are NaN or infinite, first at {index}", hint=hint
             )
+
+
+def _may_be_infinite(constant: gs.Constant) -> bool:
+    """Whether `constant`, which holds no NaN, is a scalar, or a mask of 0 and -inf."""
+    return not constant.shape or all(bool(((chunk == 0) | (chunk == -np.inf)).all()) for chunk in _floats(constant))
 
 
 def _floats(constant: gs.Constant) -> Iterator[np.ndarray]:

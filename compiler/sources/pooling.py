@@ -45,7 +45,8 @@ class Pooling(nn.Module):
 
     def _pool(self, mode: str, states: Tensor, mask: Tensor, places: Tensor, number: Tensor) -> Tensor:
         if mode == "max":
-            return states.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
+            lowest = torch.finfo(states.dtype).min  # finite also in a row without tokens
+            return states.masked_fill(mask.unsqueeze(-1) == 0, lowest).amax(1)
         tokens = mask.shape[1]
         if mode == "cls":
             first = _first(mask, places, tokens)

@@ -15,8 +15,10 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from trimtab.compiler import load
 from trimtab.compiler.data.preparation import Preparation, read_preparation
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import token_limit, tokenizer_folder
@@ -115,6 +117,17 @@ def _dense(width: int, out: int, **options: Any) -> Any:
 def test_pooling_modes(mode: str, tmp_path: Path) -> None:
     base = _transformer(tmp_path / "base")
     _check(_saved(tmp_path / "saved", base, modules.Pooling(WIDTH, mode)))
+
+
+def test_max_pooling_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constant that padding is filled with is no damaged weight."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    folder = _saved(tmp_path / "saved", _transformer(tmp_path / "base"), modules.Pooling(WIDTH, "max"))
+    engine = load(compile_model(folder, {"passes": ["canonicalize"]}, tmp_path / "build").path)
+    texts = _texts(3)
+    found = engine.run(engine.tokenize(texts))["sentence_embedding"]
+    wanted = library.SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(texts)
+    np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
