@@ -21,7 +21,7 @@ import texts
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "demo-build"
-STEPS = 1800  # of training: a number of steps ends with the same build on a slow machine
+STEPS = 650  # of training: a number of steps ends with the same build on a slow machine
 SHAPES = "1x16,1x48,8x48,32x48"
 LEAST_COSINE = 0.975
 
@@ -36,8 +36,9 @@ def main() -> int:
     trimtab("inspect", model)
     recipe, profile = HERE / "minilm.yaml", learned.with_name("minilm.profile")
     trimtab("calibrate", model, "--data", learned, "-o", profile)
-    learn = ("--method", "recover", "--recipe", recipe, "--profile", profile, "--max-tokens", 48, "--lr", 3e-4)
-    trimtab("train", model, *learn, "--steps", STEPS, "--minutes", 60, "--data", learned, "-o", profile)
+    learn = ("--method", "recover", "--recipe", recipe, "--profile", profile, "--max-tokens", 48)
+    how = ("--steps", STEPS, "--batch-size", 64, "--lr", 6e-4, "--minutes", 60)
+    trimtab("train", model, *learn, *how, "--data", learned, "-o", profile)
     trimtab("compile", model, recipe, "-o", BUILD, "--profile", profile)
     peers = [word for name in summary.PEERS for word in ("--peer", name)]
     quality = measured(

@@ -229,10 +229,10 @@ def test_the_build_says_what_it_is(folder: Path) -> None:
 def test_validate_and_bench(folder: Path) -> None:
     build = compiled(folder, "llama", SPARSE, 2)
     found = validate(build, data=text_data(folder / "held.txt"), samples=4, threads=1)
-    assert found.passed and found.quality is not None
+    assert not found.failures and found.passed is None and found.quality is not None
     single = compiled(folder, "llama", DENSE, 2)
     exact = validate(single, threads=1)
-    assert exact.passed and max(each.relative_l2 or 0 for each in exact.outputs) < 1e-5
+    assert not exact.failures and max(each.relative_l2 or 0 for each in exact.outputs) < 1e-5
     timed = bench(single, shapes=[(1, 4)], seconds=0.5)
     assert {run.name for run in timed.runs} >= {"compiled", "dense-fp32"}
     assert timed.machine.threads == 2  # one of each rank
@@ -315,7 +315,7 @@ def test_a_process_that_hangs_is_given_up(folder: Path, monkeypatch: pytest.Monk
 def test_a_model_that_does_not_run_is_the_models_fault(dense: Engine) -> None:
     feeds = full_feeds(dense, 1, 3)
     with pytest.raises(TargetError, match=r"could not run rank0\.segment0"):
-        dense.run(feeds | {"input_ids": np.full((1, 3), 10**6)})
+        dense.runner.run(feeds | {"input_ids": np.full((1, 3), 10**6)})  # which the engine would refuse before
     dense.run(feeds)
 
 
