@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from trimtab.compiler.checks.kinds.classes import Agreement, Classification
+from trimtab.compiler.checks.kinds.decisions import Decisions
 from trimtab.compiler.checks.kinds.embeddings import Embeddings
 from trimtab.compiler.checks.kinds.labels import MultiLabel
 from trimtab.compiler.checks.kinds.result import Result
@@ -29,11 +30,25 @@ MAX_DROP = 1.0
 MIN_AGREEMENT = 0.9
 """Share of equal classes, tokens or decisions on labels."""
 
+MIN_KAPPA = 0.7
+"""Cohen's kappa of decisions beside dense ones, which must lie below with 95 % confidence."""
+
+MIN_F1 = 0.5
+"""F1 of the worst class or label beside dense decisions, which must lie below with 95 % confidence."""
+
 MIN_COSINE = 0.95
 """Mean cosine of embeddings with dense ones."""
 
+MIN_NEIGHBOURS = 0.9
+"""Rank correlation of the similarities of embeddings with dense ones; cosines are high where all texts share a part."""
+
+_FEW = 10  # samples below which ranks of similarities say little
+
 MIN_SPEARMAN = 0.95
 """Rank correlation of scores with dense ones."""
+
+MAX_SCORE_ERROR = 0.25
+"""Mean error of scores, of the standard deviation of the dense scores."""
 
 MAX_PERPLEXITY = 1.1
 """Compiled by dense perplexity."""
@@ -73,14 +88,24 @@ def _figures(quality: Result) -> Iterator[str]:
     if isinstance(quality, Classification):
         yield from _lost("accuracy", quality.drop, quality.interval)
         yield from _below("agreement with the dense classes", quality.agreement, MIN_AGREEMENT)
+        yield from _by_chance("classes", quality.decisions)
     elif isinstance(quality, MultiLabel):
         yield from _lost("micro-F1", quality.drop, quality.interval)
         yield from _below("agreement with the dense decisions", quality.agreement, MIN_AGREEMENT)
+        yield from _by_chance("decisions", quality.decisions)
     elif isinstance(quality, Scores):
         yield from _lost("NDCG@10", quality.drop, quality.interval)
         yield from _below("rank correlation with the dense scores", quality.spearman, MIN_SPEARMAN)
+        if quality.relative_error is not None and quality.relative_error > MAX_SCORE_ERROR:
+            yield (
+                f"mean error of the scores is {quality.relative_error:.2g} standard deviations of the dense scores, "
+                f"beyond {MAX_SCORE_ERROR:g}"
+            )
     elif isinstance(quality, Embeddings):
         yield from _below("mean cosine with the dense embeddings", quality.mean_cosine, MIN_COSINE)
+        if quality.samples >= _FEW:
+            what = "rank correlation of the similarities with the dense embeddings'"
+            yield from _below(what, quality.spearman, MIN_NEIGHBOURS)
     elif isinstance(quality, Perplexity) and quality.compiled > MAX_PERPLEXITY * quality.dense:
         yield (
             f"perplexity is {quality.compiled / quality.dense - 1:.0%} higher than the dense model's "
@@ -88,11 +113,27 @@ def _figures(quality: Result) -> Iterator[str]:
         )
     elif isinstance(quality, Agreement):
         yield from _below("agreement with the dense predictions", quality.agreement, MIN_AGREEMENT)
+        yield from _by_chance("predictions", quality.decisions)
 
 
 def _lost(what: str, drop: float | None, interval: tuple[float, float] | None) -> Iterator[str]:
     if drop is not None and interval is not None and drop > MAX_DROP and interval[1] < 0:
         yield f"{what} is {drop:.2f} points below dense, beyond {MAX_DROP:g}"
+
+
+def _by_chance(what: str, decisions: Decisions | None) -> Iterator[str]:
+    if decisions is None:
+        return
+    if decisions.kappa_upper < MIN_KAPPA:
+        yield (
+            f"agreement with the dense {what} beyond chance (Cohen's kappa) is {decisions.kappa:.4f}, "
+            f"below {MIN_KAPPA:g}"
+        )
+    if decisions.worst_f1_upper < MIN_F1:
+        yield (
+            f"F1 of class {decisions.worst_class!r} beside the dense {what} is {decisions.worst_f1:.4f}, "
+            f"below {MIN_F1:g}"
+        )
 
 
 def _below(what: str, value: float, bound: float) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.compiler.checks.kinds.classes import Agreement, Classification, compare_classes
+from trimtab.compiler.checks.kinds.classes import Agreement, Classification, compare_classes, compare_predictions
 from trimtab.compiler.checks.kinds.embeddings import Embeddings, compare_embeddings, mean_pool
 from trimtab.compiler.checks.kinds.labels import MultiLabel, compare_labels
 from trimtab.compiler.checks.kinds.scores import Scores, compare_scores
@@ -152,5 +152,5 @@ def _compare(
         if labels is not None:
             if not ((labels >= 0) & (labels < classes)).all():
                 raise DataError(f"a label lies outside 0..{classes - 1}, the classes of the model")
-            return compare_classes(dense, compiled, labels)
-    return Agreement(samples=len(dense), agreement=float(np.mean(dense == compiled)))
+            return compare_classes(dense, compiled, labels, names)
+    return compare_predictions(dense, compiled, names)

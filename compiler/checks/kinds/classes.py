@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from scipy.stats import norm
 
+from trimtab.compiler.checks.kinds.decisions import Decisions, compare_decisions
 from trimtab.compiler.checks.kinds.result import Result
 
 
@@ -18,6 +20,7 @@ class Classification(Result):
         difference: compiled minus dense accuracy.
         interval: its 95 % confidence interval, paired, since both classify the same samples.
         agreement: share of samples to which both give the same class.
+        decisions: the same corrected for chance.
     """
 
     kind: Literal["classification"] = "classification"
@@ -26,6 +29,7 @@ class Classification(Result):
     difference: float
     interval: tuple[float, float]
     agreement: float
+    decisions: Decisions | None = None
 
     @property
     def measured(self) -> str:
@@ -44,6 +48,7 @@ class Classification(Result):
             f"accuracy on {self.samples} samples: dense {self.dense:.2%}, compiled {self.compiled:.2%}",
             difference_line(self.difference, self.interval),
             f"same class for {self.agreement:.2%} of the samples",
+            *([self.decisions.line()] if self.decisions else []),
         ]
 
 
@@ -52,6 +57,7 @@ class Agreement(Result):
 
     kind: Literal["agreement"] = "agreement"
     agreement: float
+    decisions: Decisions | None = None
 
     @property
     def measured(self) -> str:
@@ -62,7 +68,8 @@ class Agreement(Result):
         return self.agreement
 
     def lines(self) -> list[str]:
-        return [f"same prediction for {self.agreement:.2%} of {self.samples}"]
+        corrected = [self.decisions.line()] if self.decisions else []
+        return [f"same prediction for {self.agreement:.2%} of {self.samples}", *corrected]
 
 
 def difference_line(difference: float, interval: tuple[float, float]) -> str:
@@ -71,7 +78,18 @@ def difference_line(difference: float, interval: tuple[float, float]) -> str:
     return f"difference {100 * difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
 
 
-def compare_classes(dense: np.ndarray, compiled: np.ndarray, labels: np.ndarray) -> Classification:
+def compare_predictions(dense: np.ndarray, compiled: np.ndarray, names: Sequence[str] | None = None) -> Agreement:
+    """Two lists of predicted classes without labels; `names` are those of the classes."""
+    return Agreement(
+        samples=len(dense),
+        agreement=float(np.mean(dense == compiled)),
+        decisions=compare_decisions(dense, compiled, names),
+    )
+
+
+def compare_classes(
+    dense: np.ndarray, compiled: np.ndarray, labels: np.ndarray, names: Sequence[str] | None = None
+) -> Classification:
     """Accuracy of two lists of predicted classes, and the paired difference.
 
     The interval is Wald's with 0.5 added to each cell of the 2 × 2 table, which keeps its coverage where few samples
@@ -91,4 +109,5 @@ def compare_classes(dense: np.ndarray, compiled: np.ndarray, labels: np.ndarray)
         difference=compiled_right.mean() - dense_right.mean(),
         interval=(centre - half, centre + half),
         agreement=np.mean(dense == compiled),
+        decisions=compare_decisions(dense, compiled, names),
     )

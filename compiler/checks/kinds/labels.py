@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import norm
 
 from trimtab.compiler.checks.kinds.classes import difference_line
+from trimtab.compiler.checks.kinds.decisions import Decisions, compare_decisions
 from trimtab.compiler.checks.kinds.result import Result
 
 _SHOWN = 5  # labels in the lines for people: those whose decisions change most
@@ -20,6 +21,7 @@ class MultiLabel(Result):
 
     Attributes:
         agreement: share of decisions, one for each sample and label, that are the same.
+        decisions: the same corrected for chance.
         dense, compiled: micro-F1 against the data's labels; None without labels.
         difference: compiled minus dense.
         interval: its 95 % confidence interval, paired.
@@ -29,6 +31,7 @@ class MultiLabel(Result):
 
     kind: Literal["labels"] = "labels"
     agreement: float
+    decisions: Decisions | None = None
     dense: float | None = None
     compiled: float | None = None
     difference: float | None = None
@@ -53,6 +56,8 @@ class MultiLabel(Result):
             found.append(f"micro-F1 on {self.samples} samples: dense {self.dense:.4f}, compiled {self.compiled:.4f}")
             found.append(difference_line(self.difference, self.interval))
         found.append(f"same decision for {self.agreement:.2%} of all labels of {self.samples} samples")
+        if self.decisions is not None:
+            found.append(self.decisions.line())
         changed = sorted((row for row in self.per_label if row["changed"]), key=lambda row: -row["changed"])
         for row in changed[:_SHOWN]:
             error = ""
@@ -79,7 +84,12 @@ def compare_labels(
         {"label": names[i] if names and i < len(names) else str(i), "changed": float(share)}
         for i, share in enumerate(np.mean(dense != compiled, axis=0))
     ]
-    found = MultiLabel(samples=samples, agreement=float(np.mean(dense == compiled)), per_label=tuple(rows))
+    found = MultiLabel(
+        samples=samples,
+        agreement=float(np.mean(dense == compiled)),
+        decisions=compare_decisions(dense, compiled, names),
+        per_label=tuple(rows),
+    )
     if labels is None:
         return found
     errors = [np.mean(each != labels, axis=0) for each in (dense, compiled)]

@@ -23,6 +23,8 @@ class Scores(Result):
         spearman, pearson: correlation of compiled and dense scores; the mean over the scores of a sample, where it has
             several.
         mean_error: mean |compiled - dense| of the scores as they are served.
+        relative_error: mean error of the standard deviation of the dense scores, the mean over the scores of a sample;
+            None where dense scores are all alike.
         dense_spearman, compiled_spearman: rank correlation with the labels; None without labels.
         queries: with at least two documents and two different labels; their pairs share the first text.
         dense_ndcg, compiled_ndcg: mean NDCG@10 of those queries; None where there are none.
@@ -34,6 +36,7 @@ class Scores(Result):
     spearman: float
     pearson: float
     mean_error: float
+    relative_error: float | None = None
     dense_spearman: float | None = None
     compiled_spearman: float | None = None
     queries: int = 0
@@ -108,6 +111,7 @@ def compare_scores(
         spearman=_spearman(theirs, ours),
         pearson=_correlation(dense, compiled),
         mean_error=float(np.mean(np.abs(compiled - dense))),
+        relative_error=_relative_error(dense, compiled),
     )
     if labels is None:
         return found
@@ -127,6 +131,13 @@ def compare_scores(
         if len(gains):
             update |= _ndcg_fields(gains)
     return found.model_copy(update=update)
+
+
+def _relative_error(dense: np.ndarray, compiled: np.ndarray) -> float | None:
+    spread = dense.std(0)
+    if not (spread > 0).all():
+        return None
+    return float(np.mean(np.abs(compiled - dense).mean(0) / spread))
 
 
 def _per_query(labels: np.ndarray, dense: np.ndarray, compiled: np.ndarray, queries: np.ndarray) -> np.ndarray:
