@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.compiler.data.textfile import Label
+from trimtab.compiler.data.textfile import Label, ScoreCell, WholeCell
 from trimtab.compiler.task import Task
 from trimtab.passes.errors import DataError
 
@@ -15,11 +15,16 @@ from trimtab.passes.errors import DataError
 def class_number(label: Label, names: Sequence[str] | None) -> int | None:
     """The class that a text's label means, by number or by name.
 
+    A cell's text is looked for among the names first, and only there if these are numbers themselves, such as ratings
+    from "1" to "5": file and model may count from different ends. Numbers below 0 are no classes in any case.
+
     Raises:
         DataError: the model has no class of that name, or the label is a score or a list.
     """
+    if isinstance(label, WholeCell | ScoreCell) and names and _is_name(label, names):
+        return _index(label.text, names)
     if label is None or isinstance(label, int):
-        return label
+        return None if label is None else int(label)  # also of a cell, without its text
     if isinstance(label, float):
         raise DataError(
             f"label {label!r} is a score, and the model gives each sample one class",
@@ -123,6 +128,13 @@ def _index(label: str, names: Sequence[str] | None) -> int:
         known = f"the model's are {_listed(names)}" if names else "the model does not name its classes"
         raise DataError(f"label {label!r} is no class of the model; {known}")
     return list(names).index(label)
+
+
+def _is_name(label: WholeCell | ScoreCell, names: Sequence[str]) -> bool:
+    """Whether the cell of `label` holds a class's name, or has to."""
+    if label.text in names:
+        return True
+    return isinstance(label, WholeCell) and label >= 0 and any(n.isascii() and n.isdecimal() for n in names)
 
 
 def _listed(names: Sequence[Any]) -> str:

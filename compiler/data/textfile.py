@@ -14,6 +14,29 @@ from typing import Any
 from trimtab.compiler.data.texts import Text
 from trimtab.passes.errors import DataError
 
+
+class WholeCell(int):
+    """A whole number in a cell, and the cell's text, which may as well be the name of a class."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WholeCell:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+
+class ScoreCell(float):
+    """A number with a fraction or an exponent in a cell, and the cell's text."""
+
+    text: str
+
+    def __new__(cls, text: str) -> ScoreCell:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+
 Label = int | float | str | tuple[str, ...] | None
 """A class by number or name, a score, the names of all classes that a text has, or nothing."""
 
@@ -29,9 +52,10 @@ PAIRS = (
 
 _TEXT_KEYS = ("text", "sentence")
 _LABEL, _SCORE = "label", "score"
-_NUMBER = re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?")
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_DECIMAL = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
 
-_WHOLE, _LIST = "a whole number", "a list of class names"
+_WHOLE, _CELL, _LIST = "a whole number", "a number", "a list of class names"
 
 _Row = tuple[int, Any, Any]  # line from 1, text or pair as it was written, label as it was written
 
@@ -99,13 +123,13 @@ class _Alike:
 def _kind(label: Label) -> str | None:
     if label is None:
         return None
-    kinds = {int: _WHOLE, float: "a score", str: "a class name", tuple: _LIST}
-    return kinds[type(label)]
+    kinds = {ScoreCell: _CELL, int: _WHOLE, float: "a score", str: "a class name", tuple: _LIST}
+    return next(name for kind, name in kinds.items() if isinstance(label, kind))
 
 
 def _fit(kind: str, other: str) -> bool:
-    """Whether both may be in one file: a whole number is a class or a score."""
-    return kind == other or (_WHOLE in (kind, other) and _LIST not in (kind, other))
+    """Whether both may be in one file: a whole number is a class or a score, and so is any number in a cell."""
+    return kind == other or (not {_WHOLE, _CELL}.isdisjoint((kind, other)) and _LIST not in (kind, other))
 
 
 def _checked_text(text: Any, where: str) -> Text:
@@ -213,7 +237,9 @@ def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
 
 
 def _of_cell(label: str) -> Label:
-    """A cell's text as a whole number, a number, or a class name."""
-    if label.removeprefix("-").isdecimal() and len(label) < 20:  # digits that 64 bits may hold
-        return int(label)
-    return float(label) if _NUMBER.fullmatch(label) else label or None
+    """A cell's text as a number that keeps it, or as a class name, which `007`, `+1` and integers over 64 bits are."""
+    if _INTEGER.fullmatch(label) and len(label) <= 20 and abs(int(label)) < 1 << 63:
+        return WholeCell(label)
+    if _DECIMAL.fullmatch(label) and math.isfinite(score := ScoreCell(label)):
+        return score
+    return label or None

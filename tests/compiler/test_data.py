@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import pickle
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from trimtab.compiler.data import batches, label_values, read_data
+from trimtab.compiler.data import batches, class_number, label_values, read_data
 from trimtab.compiler.data.textfile import PAIRS
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task
@@ -109,6 +110,30 @@ def test_labels_as_their_task_has_them() -> None:
     ):
         with pytest.raises(DataError, match=message):
             label_values(labels, task, ("a", "b", "c"), 3)
+
+
+def test_names_that_look_like_numbers_mean_the_same_in_every_file(tmp_path: Path) -> None:
+    def cells(*texts: str) -> list[object]:
+        content = "text\tlabel\n" + "".join(f"w\t{text}\n" for text in texts)
+        return [label for _, label in read_data(write(tmp_path / "d.tsv", content)).texts]
+
+    classes = Task("classes", "y")
+    for names in (("1", "2", "3"), ("2", "0", "1"), ("007", "7", "+1"), ("1.0", "1e5", "x"), ("3.9", "3.10", "-1")):
+        content = "".join(json.dumps({"text": "w", "label": name}) + "\n" for name in names)
+        written = [label for _, label in read_data(write(tmp_path / "d.jsonl", content)).texts]
+        for labels in (cells(*names), written):
+            assert label_values(labels, classes, names, 3).tolist() == [0, 1, 2]
+    assert label_values(cells("1", "0"), classes, ("a", "b"), 2).tolist() == [1, 0]  # numbers, where no name is one
+    assert [class_number(label, ("1", "2")) for label in cells("-1")] == [-1]
+    with pytest.raises(DataError, match="label '0' is no class of the model; the model's are 1, 2, 3"):
+        label_values(cells("1", "0"), classes, ("1", "2", "3"), 3)
+    names = ["007", "\u0661", "+1", "9" * 20, "9" * 5000, "1e999", "0x1", "1_0", "--1"]
+    assert cells(*names) == names
+    assert cells("-0", str((1 << 63) - 1), str(1 << 63)) == [0, (1 << 63) - 1, str(1 << 63)]
+    assert [float(cell) for cell in cells(".5", "5.", "+0.25", "1E-2", "3")] == [0.5, 5, 0.25, 0.01, 3]
+    assert label_values(cells("2", "0.5"), Task("score", "y"), ("1", "2"), 1).tolist() == [[2.0], [0.5]]
+    for cell in pickle.loads(pickle.dumps(cells("12", "0.50"))):
+        assert str(float(cell)) == str(float(cell.text))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
