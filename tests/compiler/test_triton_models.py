@@ -61,6 +61,24 @@ def test_a_text_of_which_nothing_is_left_is_refused_alone(backend: Any) -> None:
     assert (first.tolist(), last.tolist()) == ([0], [1]) and "makes no tokens" in refused
 
 
+def test_pairs_of_unequal_rows_are_refused_alone(backend: Any) -> None:
+    from trimtab.compiler.packaging.triton.served.front import TritonPythonModel
+
+    def pairs(first: int, second: int) -> Any:
+        rows = {"TEXT": first, "TEXT_PAIR": second}
+        return SimpleNamespace(given={n: np.array([[b"w"]] * count, object) for n, count in rows.items()})
+
+    model: Any = TritonPythonModel()
+    model._told = {"special_tokens": 2}
+    model._answer = lambda batch: np.arange(len(batch))
+    model._respond = lambda rows: rows
+    backend.TritonError, backend.InferenceResponse = str, lambda error: error
+    first, refused, more, last = model.execute([pairs(2, 2), pairs(1, 2), pairs(3, 1), pairs(1, 1)])
+    assert (first.tolist(), last.tolist()) == ([0, 1], [2])
+    assert "TEXT has 1 rows and TEXT_PAIR 2" in refused and "TEXT has 3 rows and TEXT_PAIR 1" in more
+    assert model._texts(pairs(1, 1)) == [("w", "w")]
+
+
 def test_each_instance_has_its_gpu(backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from trimtab.compiler.packaging.triton.served import session
 

@@ -56,7 +56,13 @@ class TritonPythonModel:
     def _texts(self, request: Any) -> list[Text]:
         found: list[Text] = list(texts(request, TEXT))
         if pb.get_input_tensor_by_name(request, TEXT_PAIR) is not None:
-            found = list(zip(texts(request, TEXT), texts(request, TEXT_PAIR), strict=True))
+            second = texts(request, TEXT_PAIR)
+            if len(second) != len(found):
+                raise InputError(
+                    f"{TEXT} has {len(found)} rows and {TEXT_PAIR} {len(second)}",
+                    hint=f"send one {TEXT_PAIR} for each {TEXT}",
+                )
+            found = list(zip(texts(request, TEXT), second, strict=True))
         # Without tokens of its own, a tokenizer leaves nothing of some texts, and the mean of nothing is no number.
         if not self._told["special_tokens"] and not self._tokenizer.encode(found)["attention_mask"].any(1).all():
             raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
