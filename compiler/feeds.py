@@ -8,12 +8,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.workload import Workload
+from trimtab.passes.graph.ranges import safe_values
 
 Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """One call of a model: inputs → outputs, both by name."""
 
-_DEFAULT_ROWS = 100  # of an integer input whose table was not found: small enough for any vocabulary
-_CARRIERS = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Slice"}
+_UNKNOWN = (0, 1)  # of integers whose tables were not found: any table has such rows
 
 
 def random_feeds(
@@ -36,9 +36,9 @@ def random_feeds(
             Without, ids are drawn evenly, which is far from any text: a model compressed for text errs more on them.
 
     Returns:
-        input name → array of the input's type and shape. Integers lie inside the smallest table they look up;
-        `attention_mask` is 1 (0 where padded); `position_ids` counts along the last axis; `token_type_ids` is 0;
-        floats are standard normal.
+        input name → array of the input's type and shape. Integers lie inside the smallest table they look up, and
+        are 0 or 1 where none was found; floats that are cast to indices lie there, too. `attention_mask` is 1 (0 where
+        padded); `position_ids` counts along the last axis; `token_type_ids` is 0; other floats are standard normal.
 
     Raises:
         RecipeError: `dims` lacks a dimension of the model.
@@ -58,8 +58,9 @@ def random_feeds(
         elif tensor.name == "input_ids" and ids is not None:
             starts = rng.integers(0, len(ids), shape[:-1])
             feeds[tensor.name] = ids[(starts[..., None] + np.arange(shape[-1])) % len(ids)].astype(dtype)
-        elif np.issubdtype(dtype, np.integer):
-            feeds[tensor.name] = rng.integers(0, _rows(tensor), shape).astype(dtype)
+        elif np.issubdtype(dtype, np.integer) or safe_values(tensor) is not None:
+            least, most = safe_values(tensor) or _UNKNOWN
+            feeds[tensor.name] = rng.integers(least, most + 1, shape).astype(dtype)
         else:
             feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
     return feeds
@@ -81,20 +82,6 @@ def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool) -> np.
         if rows > 1:
             lengths[0] = tokens
     return np.arange(tokens) < lengths[:, None]
-
-
-def _rows(ids: gs.Tensor) -> int:
-    """Rows of the smallest table that `ids` look up, directly or through nodes that only move them."""
-    rows = []
-    stack = [ids]
-    while stack:
-        tensor = stack.pop()
-        for node in tensor.outputs:
-            if node.op == "Gather" and isinstance(node.inputs[0], gs.Constant) and node.inputs[1] is tensor:
-                rows.append(int(node.inputs[0].shape[node.attrs.get("axis", 0)]))
-            elif node.op in _CARRIERS and node.inputs[0] is tensor:
-                stack.extend(node.outputs)
-    return min(rows, default=_DEFAULT_ROWS)
 
 
 def within(run: Run, inputs: set[str], workload: Workload) -> Run:

@@ -11,7 +11,9 @@ from trimtab.compiler.strict import suggest
 from trimtab.passes.errors import InputError
 from trimtab.passes.graph.ranges import Packed
 
-_MASK = "attention_mask"
+_MASKS = {"attention_mask", "encoder_attention_mask", "decoder_attention_mask", "input_mask", "mask"}
+_PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
+"""Inputs with a row for each row of `input_ids`."""
 
 
 def check_inputs(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], packed: Sequence[Packed] = ()) -> None:
@@ -33,6 +35,7 @@ def check_inputs(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], 
         if tensor.name not in given:
             raise InputError(f"input {tensor.name!r} is missing", hint=f"the engine takes: {', '.join(names)}")
         _check_shape(tensor, given[tensor.name], sizes)
+    _check_rows(given)
     check_values(wanted, given, packed)
 
 
@@ -42,28 +45,36 @@ def check_values(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], 
     Raises:
         InputError: names the input, and what is wanted.
     """
+    counted = {mask.mask for mask in packed}
     for tensor in wanted:
         if tensor.bounds is not None:
             _check_bounds(tensor.name, given[tensor.name], tensor.bounds)
-        if tensor.name == _MASK or any(tensor.name == mask.mask for mask in packed):
-            _check_mask(tensor.name, given[tensor.name])
+        if tensor.name in _MASKS or tensor.name in counted:
+            _check_mask(tensor.name, given[tensor.name], tensor.name in counted)
     for mask in packed:
-        _check_packed(mask, wanted, given)
+        _check_packed(mask, given)
 
 
 def _check_bounds(name: str, array: np.ndarray, bounds: tuple[int, int]) -> None:
-    """Refuse an index that no row of its table has: runtimes take one below 0 for a row from the end."""
-    if not array.size:
-        return
+    """Refuse an index that no row of its table has: runtimes take one below 0 for a row from the end.
+
+    Floats are cut to whole numbers on their way to a table; ids are whole as they come.
+    """
     least, most = bounds
-    low, high = int(array.min()), int(array.max())
-    if low < least or high > most:
-        wrong = low if low < least else high
-        place = [int(i) for i in np.argwhere(array == wrong)[0]]
-        raise InputError(
-            f"input {name!r} holds {wrong} at {place}, the engine takes {least} to {most}",
-            hint="make the inputs with the model's own tokenizer, as engine.tokenize does",
-        )
+    rows = np.trunc(array) if array.dtype.kind == "f" else array
+    right = (rows >= least) & (rows <= most)  # NaN is none of both
+    if name.endswith("ids"):
+        right &= rows == array
+    if right.all():
+        return
+    wrong = np.argwhere(~right)[0]
+    own = name in ("input_ids", "token_type_ids")
+    raise InputError(
+        f"input {name!r} holds {array[tuple(wrong)]} at {[int(i) for i in wrong]}, the engine takes {least} to {most}",
+        hint="make the inputs with the model's own tokenizer, as engine.tokenize does"
+        if own
+        else f"give whole numbers from {least} to {most}: the rows that the model's table has",
+    )
 
 
 def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[int, str]]) -> None:
@@ -93,46 +104,103 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
                 raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {have}")
 
 
-def _check_mask(name: str, mask: np.ndarray) -> None:
-    """A mask of integers holds 1 for tokens and 0 for padding: what models make of other numbers is no attention."""
-    if mask.dtype.kind in "iu" and mask.ndim == 2 and mask.size and (mask.min() < 0 or mask.max() > 1):
-        wrong = np.argwhere((mask != 0) & (mask != 1))[0]
+def _check_rows(given: Mapping[str, np.ndarray]) -> None:
+    """Refuse what does not go with `input_ids` where the graph's names of the axes do not say so.
+
+    One row of types or positions for a whole batch is spread as it should be. A mask has a row of its own for each
+    text, and at least the columns of the ids; more of them stand for a past. A decoder beside an encoder may have the
+    mask of what the encoder saw, of any length.
+    """
+    ids = given.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        return
+    for name in _PER_TOKEN:
+        array = given.get(name)
+        if array is None or array.ndim != 2:
+            continue
+        mask = name == "attention_mask"
+        if len(array) != len(ids) and (mask or len(array) != 1):
+            raise InputError(
+                f"inputs 'input_ids' and {name!r} disagree on their rows: {len(ids)} and {len(array)}",
+                hint="give a row for each row of 'input_ids'",
+            )
+        if mask and array.shape[1] < ids.shape[1] and "encoder_hidden_states" not in given:
+            raise InputError(
+                f"input {name!r} has {array.shape[1]} columns for {ids.shape[1]} of 'input_ids'",
+                hint="give 1 for each token and 0 for padding",
+            )
+
+
+def _check_mask(name: str, mask: np.ndarray, counted: bool) -> None:
+    """A mask of integers holds 1 for tokens and 0 for padding: what models make of other numbers is no attention.
+
+    One of floats may be what is added to scores, unless attention counts it; it is no number nowhere.
+    """
+    if mask.ndim != 2 or mask.dtype.kind not in "iuf":
+        return
+    additive = mask.dtype.kind == "f" and not counted
+    right = ~np.isnan(mask) if additive else (mask == 0) | (mask == 1)
+    if not right.all():
+        wrong = np.argwhere(~right)[0]
         raise InputError(
             f"input {name!r} holds {mask[tuple(wrong)]} at {[int(i) for i in wrong]}",
-            hint="give 1 for tokens and 0 for padding",
+            hint="leave out what is no number" if additive else "give 1 for tokens and 0 for padding",
         )
 
 
-def _check_packed(packed: Packed, wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray]) -> None:
-    """Refuse rows whose new tokens do not come first, which attention would take for others."""
+def _check_packed(packed: Packed, given: Mapping[str, np.ndarray]) -> None:
+    """Refuse rows whose tokens do not come first, which attention would take for others."""
     mask, name = given[packed.mask], packed.mask
     earlier = None if packed.past is None else given[packed.past]
     if mask.ndim != 2 or (earlier is not None and earlier.ndim != 4):
         return
     past = 0 if earlier is None else earlier.shape[2]
-    tokens = mask.shape[1] - past
-    for tensor in wanted:
-        if tensor.bounds is not None and given[tensor.name].ndim == 2 and given[tensor.name].shape[1] != tokens:
-            have = given[tensor.name].shape[1]
-            raise InputError(
-                f"input {name!r} has {mask.shape[1]} columns, for {past} tokens of the past and {have} new ones",
-                hint=f"give {past + have}: 1 for each token of the past that is real, too",
-            )
-    new = mask[:, past:] != 0
+    # Some may be of another size, such as one number for each row; the mask goes with one of them at least.
+    columns = [given[other].shape[1] for other in packed.tokens if given[other].ndim == 2]
+    if columns and mask.shape[1] - past not in columns:
+        have = max(columns)
+        raise InputError(
+            f"input {name!r} has {mask.shape[1]} columns, for {past} tokens of the past and {have} new ones",
+            hint=f"give {past + have}: 1 for each token of the past that is real, too",
+        )
+    _check_past(name, mask[:, :past] != 0)
+    _check_new(name, mask[:, past:] != 0, past)
+
+
+def _check_past(name: str, real: np.ndarray) -> None:
+    """Refuse a past, [batch, past], that no calls leave behind.
+
+    A prompt that was shorter than others has zeros behind it, and ones again for the tokens of later steps, which
+    attention has written over the padding. A row without any past only begins.
+    """
+    late = real.any(1) & ~real[:, :1].all(1)
+    if late.any():
+        _refuse_padding(name, "on the left", int(np.argmax(late)))
+    gaps = (real[:, :-1] > real[:, 1:]).sum(1)
+    if (gaps > 1).any():
+        _refuse_padding(name, "between tokens", int(np.argmax(gaps > 1)))
+
+
+def _check_new(name: str, new: np.ndarray, past: int) -> None:
+    """Refuse new tokens, [batch, tokens], that do not come first in their row."""
     counts = new.sum(1)
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))
         raise InputError(f"input {name!r} has no token in row {row}", hint="leave the row out of the batch")
-    if (new[:, 1:] > new[:, :-1]).any():
-        row = int(np.argmax((new[:, 1:] > new[:, :-1]).any(1)))
-        where = "on the left" if not new[row, 0] else "between tokens"
-        raise InputError(
-            f"input {name!r} has padding {where} in row {row}, where the engine's attention takes it for tokens",
-            hint="pad on the right, as engine.tokenize does",
-        )
-    if past and tokens > 1 and (counts < tokens).any():
-        row = int(np.argmax(counts < tokens))
+    late = (new[:, 1:] > new[:, :-1]).any(1)
+    if late.any():
+        row = int(np.argmax(late))
+        _refuse_padding(name, "between tokens" if new[row, 0] else "on the left", row)
+    if past and (counts < new.shape[1]).any():
+        row = int(np.argmax(counts < new.shape[1]))
         raise InputError(
             f"input {name!r} has padding in row {row} behind {past} tokens of the past",
             hint="give prompts of different lengths in the first call, or each row alone without padding",
         )
+
+
+def _refuse_padding(name: str, where: str, row: int) -> None:
+    raise InputError(
+        f"input {name!r} has padding {where} in row {row}, where the engine's attention takes it for tokens",
+        hint="pad on the right, as engine.tokenize does",
+    )

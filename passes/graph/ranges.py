@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from trimtab.passes.graph.weights import values
 _MICROSOFT = "com.microsoft"
 _KEEPS = {"Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose", "Expand", "Tile", "Concat"}
 """Ops whose output holds every element of their first input as it is; of Concat, of every input."""
+_CHOOSES = {"Slice", "Split", "Where", "Gather", "Max", "Min", "Clip", "Mod", "Pad"}
+"""Ops that hand on some elements, or replace some: what they drop or replace needs no row of a table."""
+_STORED = {"DequantizeLinear", "Cast", "Identity", "Mul", "Div", "Add", "Sub"}
 _INTEGERS = {
     getattr(TensorProto, name) for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 }
@@ -30,47 +33,109 @@ class Packed:
     Attributes:
         mask: name of the graph's input.
         past: name of an input [batch, heads, past, width] with earlier keys, or None where attention has none.
+        tokens: names of the integer inputs that each attention which counts the mask takes its keys from.
     """
 
     mask: str
     past: str | None
+    tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """The least and the most value that one reader takes; `whole` where it reads every element as the input has it."""
+
+    least: int
+    most: int
+    whole: bool
 
 
 def index_bounds(tensor: gs.Tensor) -> tuple[int, int] | None:
-    """The least and the most value of an integer input whose elements are rows of constant tables; None of another.
+    """The least and the most value of an input whose elements are all rows of constant tables; None of another.
 
     Elements may be cast, reshaped or moved by a constant on the way, as positions are that begin behind padding.
     """
-    if not _is_integer(tensor):
-        return None
-    bounds = list(_bounds(tensor, 0, _DEPTH))
+    bounds = [found for found in _readers(tensor) if found.whole]
     if not bounds:
         return None
-    return max(0, *(least for least, _ in bounds)), min(most for _, most in bounds)
+    return max(found.least for found in bounds), min(found.most for found in bounds)
+
+
+def safe_values(tensor: gs.Tensor) -> tuple[int, int] | None:
+    """The least and the most value, none below 0, that every table takes that an input's elements may reach.
+
+    More tables count than for `index_bounds`: also those that only some elements reach. None where there are none.
+    """
+    bounds = list(_readers(tensor))
+    if not bounds:
+        return None
+    most = max(0, min(found.most for found in bounds))
+    return min(most, max(0, *(found.least for found in bounds))), most
 
 
 def packed_mask(tensor: gs.Tensor) -> Packed | None:
-    """What attention makes of an integer input that it takes as counts of tokens; None of another."""
-    if not _is_integer(tensor):
-        return None
-    for node in _counting(tensor, False, _DEPTH):
+    """What attention makes of an input that it takes as counts of tokens, whatever its type; None of another."""
+    nodes = list(_counting(tensor, False, _DEPTH))
+    for node in nodes:
         earlier = node.inputs[3] if node.op == "GroupQueryAttention" else None
         past = None if earlier is None else _source(earlier)
         if past is None or (isinstance(past, gs.Variable) and not past.inputs):
-            return Packed(tensor.name, past.name if past is not None and past.name else None)
+            tokens = _tokens(nodes) - {tensor.name}
+            return Packed(tensor.name, past.name if past is not None and past.name else None, tuple(sorted(tokens)))
     return None
 
 
-def _bounds(tensor: gs.Tensor, moved: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Bounds that the readers of `tensor` = input + `moved` set to the input."""
+def _readers(tensor: gs.Tensor) -> Iterator[_Bounds]:
+    if tensor.dtype is not None and np.dtype(tensor.dtype).kind in "iuf":
+        yield from _bounds(tensor, 0, _is_integer(tensor), True, _DEPTH)
+
+
+def _bounds(tensor: gs.Tensor, moved: int, integers: bool, whole: bool, depth: int) -> Iterator[_Bounds]:
+    """Bounds that the readers of `tensor` = input + `moved` set to the input.
+
+    Args:
+        integers: whether `tensor` is one of integers; one of floats is followed to its Cast.
+        whole: whether `tensor` has every element of the input.
+    """
     if not depth:
         return
     for node in tensor.outputs:
         for rows in _tables(node, tensor):
-            yield -moved, rows - 1 - moved
+            yield _Bounds(-moved, rows - 1 - moved, whole)
         offset = _offset(node, tensor)
-        if offset is not None:
-            yield from _bounds(node.outputs[0], moved + offset, depth - 1)
+        if offset is not None and (integers or not offset):
+            integral = integers or node.op == "Cast"
+            yield from _bounds(node.outputs[0], moved + offset, integral, whole, depth - 1)
+        elif node.op in _CHOOSES and _hands_on(node, tensor):
+            every = whole and node.op == "Slice" and _from_first(node) and _alone(node, tensor)
+            for output in node.outputs:
+                yield from _bounds(output, moved, integers, every, depth - 1)
+
+
+def _hands_on(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether `node`, one of `_CHOOSES`, has elements of `tensor` in its output, rather than choosing by them."""
+    if node.op == "Where":
+        return node.inputs[0] is not tensor
+    return node.op in ("Max", "Min") or node.inputs[0] is tensor
+
+
+def _from_first(cut: gs.Node) -> bool:
+    """Whether a Slice takes every element from the first on, up to some end."""
+    starts = cut.attrs.get("starts") if len(cut.inputs) < 2 else cut.inputs[1]
+    steps = cut.inputs[4] if len(cut.inputs) > 4 else None
+    parts = [(starts, 0), *([(steps, 1)] if steps is not None and steps.name else [])]
+    for part, wanted in parts:
+        if isinstance(part, gs.Variable) or part is None:
+            return False
+        numbers = values(part) if isinstance(part, gs.Constant) else np.asarray(part)
+        if (numbers != wanted).any():
+            return False
+    return True
+
+
+def _alone(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether nothing else reads the elements of `tensor`: one of several readers may have a column of its own."""
+    return all(other is node or other.op == "Shape" for other in tensor.outputs)
 
 
 def _tables(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
@@ -78,26 +143,56 @@ def _tables(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
     tables: list[tuple[gs.Tensor, int]] = []
     if node.op == "Gather" and len(node.inputs) == 2 and node.inputs[1] is indices:
         tables.append((node.inputs[0], int(node.attrs.get("axis", 0))))
+    elif node.op == "GatherND" and node.inputs[1] is indices and _of_one_axis(node):
+        tables.append((node.inputs[0], 0))
     elif node.op == "GatherBlockQuantized" and node.inputs[1] is indices:
         tables.append((node.inputs[0], int(node.attrs.get("gather_axis", 0))))
     elif node.op == "EmbedLayerNormalization" and node.domain == _MICROSOFT:
         places = [place for place in _EMBED if node.inputs[place] is indices]
         tables += [(node.inputs[_EMBED[place]], 0) for place in places]
     for table, axis in tables:
-        shape = _constant_shape(table)
+        shape = _constant_shape(table, 8)
         if shape is not None and -len(shape) <= axis < len(shape):
             yield shape[axis]
 
 
-def _constant_shape(table: gs.Tensor) -> tuple[int, ...] | None:
-    """Shape of a constant, also of one that is stored in another type; else None."""
-    for _ in range(4):
-        if isinstance(table, gs.Constant):
-            return tuple(int(size) for size in table.shape)
-        if len(table.inputs) != 1 or table.inputs[0].op not in ("DequantizeLinear", "Cast", "Identity"):
-            return None
-        table = table.inputs[0].inputs[0]
-    return None
+def _of_one_axis(node: gs.Node) -> bool:
+    """Whether each index of a GatherND is one number: its last axis has the size 1."""
+    indices = node.inputs[1]
+    if node.attrs.get("batch_dims", 0):
+        return False
+    if indices.shape:
+        return bool(indices.shape[-1] == 1)
+    maker = indices.inputs[0] if indices.inputs else None
+    if (
+        maker is None
+        or maker.op != "Unsqueeze"
+        or len(maker.inputs) < 2
+        or not isinstance(maker.inputs[1], gs.Constant)
+    ):
+        return False
+    axes, data = values(maker.inputs[1]), _source(maker.inputs[0]).shape
+    last = {-1} if data is None else {-1, len(data)}
+    return axes.size == 1 and int(axes.reshape(-1)[0]) in last
+
+
+def _constant_shape(table: gs.Tensor, depth: int) -> tuple[int, ...] | None:
+    """Shape of a constant, also of one that is stored in another type, turned or scaled; else None."""
+    if isinstance(table, gs.Constant):
+        return tuple(int(size) for size in table.shape)
+    if not depth or len(table.inputs) != 1:
+        return None
+    node = table.inputs[0]
+    if node.op == "Transpose":
+        shape = _constant_shape(node.inputs[0], depth - 1)
+        order = node.attrs.get("perm")
+        return None if shape is None else tuple(shape[axis] for axis in order or reversed(range(len(shape))))
+    if node.op not in _STORED:
+        return None
+    terms = node.inputs if node.op in ("Mul", "Div", "Add", "Sub") else node.inputs[:1]
+    shapes = [_constant_shape(term, depth - 1) for term in terms]
+    known = [shape for shape in shapes if shape is not None]
+    return tuple(np.broadcast_shapes(*known)) if len(known) == len(shapes) else None
 
 
 def _offset(node: gs.Node, tensor: gs.Tensor) -> int | None:
@@ -106,13 +201,19 @@ def _offset(node: gs.Node, tensor: gs.Tensor) -> int | None:
         other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
         if not isinstance(other, gs.Constant) or np.prod(other.shape, dtype=np.int64) != 1:
             return None
-        by = int(values(other).reshape(-1)[0])
+        by = values(other).reshape(-1)[0]
+        if not np.isfinite(by) or by != int(by):
+            return None
         if node.op == "Sub":
-            return -by if node.inputs[0] is tensor else None
-        return by
-    if node.op not in _KEEPS or (node.op != "Concat" and node.inputs[0] is not tensor):
+            return -int(by) if node.inputs[0] is tensor else None
+        return int(by)
+    if not _keeps(node, tensor):
         return None
     return 0 if node.op != "Cast" or node.attrs.get("to") in _INTEGERS else None
+
+
+def _keeps(node: gs.Node, tensor: gs.Tensor) -> bool:
+    return node.op in _KEEPS and (node.op == "Concat" or node.inputs[0] is tensor)
 
 
 def _counting(tensor: gs.Tensor, summed: bool, depth: int) -> Iterator[gs.Node]:
@@ -127,8 +228,31 @@ def _counting(tensor: gs.Tensor, summed: bool, depth: int) -> Iterator[gs.Node]:
             yield from _counting(node.outputs[1], True, depth - 1)
         elif node.op == "ReduceSum" and node.inputs[0] is tensor:
             yield from _counting(node.outputs[0], True, depth - 1)
-        elif _offset(node, tensor) is not None:
+        elif _keeps(node, tensor) or _offset(node, tensor) is not None:
             yield from _counting(node.outputs[0], summed, depth - 1)
+
+
+def _tokens(attentions: Sequence[gs.Node]) -> set[str]:
+    """Names of the graph's integer inputs that the keys of each of the `attentions` are made of.
+
+    What the first layer alone takes is what all of them share: later ones may have looked at another stream.
+    """
+    shared: set[str] | None = None
+    for node in attentions:
+        key = node.inputs[1] if node.op != "Attention" and len(node.inputs) > 1 and node.inputs[1].name else None
+        names, stack, seen = set[str](), [node.inputs[0] if key is None else key], set[int]()
+        while stack:
+            tensor = stack.pop()
+            if id(tensor) in seen or isinstance(tensor, gs.Constant):
+                continue
+            seen.add(id(tensor))
+            if not tensor.inputs and tensor.name:
+                names |= {tensor.name} if _is_integer(tensor) else set()
+            stack += [source for maker in tensor.inputs for source in maker.inputs]
+        shared = names if shared is None else shared & names
+        if len(shared) < 2:
+            break
+    return shared or set()
 
 
 def _source(tensor: gs.Tensor) -> gs.Tensor:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import zoo
 
@@ -77,3 +81,44 @@ def test_real_ids_come_in_runs_of_the_text():
     assert feeds.shape == (6, 9) and set(feeds.ravel()) <= set(ids)
     assert (np.diff(feeds, axis=1) % len(ids) == 1).all()
     assert len(set(feeds[:, 0])) > 1
+
+
+WAYS = {
+    "behind Transpose": "turned = Transpose (table) y = Gather <axis = 1> (turned, ids)",
+    "scaled": "scaled = Mul (table, two) y = Gather (scaled, ids)",
+    "GatherND": "each = Unsqueeze (ids, axes) y = GatherND (table, each)",
+    "behind Where": "less = Less (ids, zero) real = Where (less, zero, ids) y = Gather (table, real)",
+    "behind Slice": "first = Slice (ids, ones, many, ones) y = Gather (table, first)",
+    "unknown": "twice = Mul (ids, six) y = Gather (table, twice)",
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        *((way, kind) for way in WAYS for kind in ("int64", "int32")),
+        *((way, "float") for way in WAYS if way != "unknown"),
+    ],
+)
+def test_ids_of_small_tables(way: str, kind: str, tmp_path: Path) -> None:
+    """Made-up ids stay inside, whatever way they take to a table of 7 rows."""
+    body = WAYS[way]
+    if kind != "int64":
+        body = f"whole = Cast <to = 7> (given) {body.replace('ids', 'whole')}"
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    g ({kind}[batch, tokens] {"ids" if kind == "int64" else "given"}) => (float[N] y)
+    <float two = {{2}}, int64[1] axes = {{2}}, int64 zero = {{0}}, int64 six = {{6}}, int64[1] ones = {{1}},
+     int64[1] many = {{99}}>
+    {{ {body} }}
+    """
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((7, 2), np.float32), "table"))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    feeds = random_feeds(load_graph(tmp_path / "model.onnx"), {"batch": 4, "tokens": 50}, np.random.default_rng())
+    session.run(None, feeds)
+    if way != "unknown":
+        (given,) = feeds.values()
+        assert (given.min(), given.max()) == (0, 6)

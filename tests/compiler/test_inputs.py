@@ -13,10 +13,15 @@ import torch
 import zoo
 
 from trimtab.compiler import compile_model, load
+from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data import batches, read_data
 from trimtab.compiler.engine import Engine
+from trimtab.compiler.feeds import random_feeds
+from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.sources import open_source
 from trimtab.passes.errors import DataError, InputError
+from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.ranges import Packed, packed_mask
 
 DECODING = {"passes": [], "workload": {"batch": [1, 2, 4], "tokens": [1, 8, 16], "past": [0, 8, 16]}}
 
@@ -157,3 +162,124 @@ def test_plain_attention_takes_any_mask(tmp_path: Path) -> None:
     assert engine.run(feeds)["logits"].tolist() == [[0, 8, 0]]
     with pytest.raises(InputError, match="holds 3"):
         engine.run(feeds | {"attention_mask": np.array([[0, 1, 3]])})
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([0, 0, 0, 1, 1, 1], "padding on the left in row 1"),
+        ([0, 1, 1, 1, 1, 1], "padding on the left in row 1"),
+        ([1, 0, 1, 0, 1, 1], "padding between tokens in row 1"),
+        ([1, 0, 1, 1, 0, 1], "padding between tokens in row 1"),
+        ([1, 1, 1, 1, 0, 1], None),  # a prompt of 4 among longer ones, and its first step
+        ([1, 1, 0, 0, 1, 1], None),  # a prompt of 2, and its second step
+        ([0, 0, 0, 0, 0, 1], None),  # no past, of which nothing is seen
+    ],
+)
+def test_zeros_in_the_past(decoder: tuple[str, Engine], row: list[int], says: str | None) -> None:
+    """Zeros that calls leave behind are right: attention sees as many tokens of the past as the row has."""
+    family, engine = decoder
+    ids = np.random.default_rng().integers(3, 100, (2, 6))
+    mask = np.array([[1] * 6, row])
+    outputs = engine.run(_feeds(engine, ids[:, :5], np.ones((2, 5), np.int64)))
+    past = {f"past_key_values.{n[8:]}": outputs[n] for n in outputs if n.startswith("present.")}
+    step = _feeds(engine, ids[:, 5:], mask, past)
+    if says is not None:
+        with pytest.raises(InputError, match=says):
+            engine.run(step)
+        return
+    kept = [*range(sum(row) - 1), 5]
+    with torch.no_grad():
+        wanted = zoo.tiny_model(family)(input_ids=torch.from_numpy(ids[1:, kept])).logits.numpy()
+    np.testing.assert_allclose(engine.run(step)["logits"][1, 0], wanted[0, -1], atol=2e-4, rtol=2e-4)
+
+
+def _ask(bounds: dict[str, tuple[int, int]], packed: list[Packed] | None = None, /, **given: Any) -> None:
+    """`check_inputs` of arrays whose axes have no names."""
+    arrays = {name: np.asarray(array) for name, array in given.items()}
+    wanted = [
+        TensorInfo(name=name, dtype=str(array.dtype), shape=(None,) * array.ndim, bounds=bounds.get(name))
+        for name, array in arrays.items()
+    ]
+    check_inputs(wanted, arrays, packed or [])
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 1.5, 50.0, -0.5, np.nan, np.inf])
+def test_ids_that_are_floats(wrong: float) -> None:
+    _ask({"input_ids": (0, 49)}, input_ids=[[0.0, 49.0]])
+    with pytest.raises(InputError, match=rf"'input_ids' holds {wrong} at \[0, 1\], the engine takes 0 to 49; make"):
+        _ask({"input_ids": (0, 49)}, input_ids=[[3.0, wrong]])
+
+
+def test_floats_that_a_graph_cuts_to_rows() -> None:
+    _ask({"timestep": (0, 49)}, timestep=[49.9, -0.5])
+    with pytest.raises(InputError, match=r"'timestep' holds 50\.0 at .*; give whole numbers from 0 to 49"):
+        _ask({"timestep": (0, 49)}, timestep=[50.0])
+
+
+def test_positions_behind_an_offset() -> None:
+    _ask({"position_ids": (-2, 31)}, position_ids=[[-1, -1, 0, 1]])
+    with pytest.raises(InputError, match=r"'position_ids' holds -3 .*; give whole numbers from -2 to 31"):
+        _ask({"position_ids": (-2, 31)}, position_ids=[[-3, 0]])
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "input_mask", "mask"])
+def test_masks_by_name(name: str) -> None:
+    for right in ([[1, 0]], [[True, False]], [[0.0, -np.inf]], [[0.0, -1e4]]):
+        _ask({}, **{name: right})
+    for wrong in ([[1, 2]], [[1, -1]], [[1.0, np.nan]]):
+        with pytest.raises(InputError, match=rf"'{name}' holds .* at \[0, 1\]"):
+            _ask({}, **{name: wrong})
+    with pytest.raises(InputError, match=r"holds 0\.5"):
+        _ask({}, [Packed(name, None)], **{name: [[1.0, 0.5]]})
+
+
+@pytest.mark.parametrize("kind", [bool, np.float32, np.int32])
+def test_counted_masks_of_any_type(kind: type) -> None:
+    _ask({}, [Packed("m", None)], m=np.array([[1, 1, 0]], kind))
+    with pytest.raises(InputError, match="padding on the left in row 0"):
+        _ask({}, [Packed("m", None)], m=np.array([[0, 1, 1]], kind))
+
+
+def test_sizes_beside_ids() -> None:
+    ids, one = np.ones((2, 5), np.int64), np.ones((1, 5), np.int64)
+    _ask({}, input_ids=ids, position_ids=one, token_type_ids=one, attention_mask=np.ones((2, 9), np.int64))
+    _ask({}, input_ids=ids, attention_mask=np.ones((2, 1, 5, 5), np.int64))
+    for name, shape in (("attention_mask", (1, 5)), ("attention_mask", (3, 5)), ("token_type_ids", (3, 5))):
+        with pytest.raises(InputError, match=f"'input_ids' and '{name}' disagree on their rows: 2 and {shape[0]}"):
+            _ask({}, input_ids=ids, **{name: np.ones(shape, np.int64)})
+    with pytest.raises(InputError, match="'attention_mask' has 1 columns for 5"):
+        _ask({}, input_ids=ids, attention_mask=np.ones((2, 1), np.int64))
+    _ask({}, input_ids=ids, attention_mask=np.ones((2, 3), np.int64), encoder_hidden_states=np.ones((2, 3, 4)))
+
+
+def test_two_streams_with_a_mask_each() -> None:
+    def ones(columns: int) -> np.ndarray:
+        return np.ones((2, columns), np.int64)
+
+    bounds = {"query_ids": (0, 99), "doc_ids": (0, 99)}
+    packed = [Packed("query_mask", None, ("query_ids",)), Packed("doc_mask", None, ("doc_ids", "field_ids"))]
+    given = {"query_ids": ones(4), "doc_ids": ones(9), "doc_mask": ones(9), "field_ids": ones(1)}
+    _ask(bounds, packed, **given, query_mask=ones(4))
+    with pytest.raises(InputError, match="'query_mask' has 9 columns, for 0 tokens of the past and 4 new ones"):
+        _ask(bounds, packed, **given, query_mask=ones(9))
+
+
+@pytest.mark.parametrize(
+    ("family", "exporter"),
+    [(family, exporter) for family in zoo.FAMILIES for exporter in ("dynamo", "torchscript")]
+    + [(family, "cached") for family in zoo.DECODERS],
+)
+def test_right_inputs_of_every_family(family: str, exporter: str) -> None:
+    """What is right for a model is taken: random inputs and padded rows, with a past and without."""
+    graph, rng = load_graph(zoo.exported(family, exporter)), np.random.default_rng()
+    wanted = [TensorInfo.of(tensor) for tensor in graph.inputs]
+    packed = [mask for tensor in graph.inputs if (mask := packed_mask(tensor))]
+    for past in (0, 5):
+        dims = {"batch": 3, "tokens": 7, "past": past, "total": past + 7}
+        names = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
+        dims = {name: size for name, size in dims.items() if name in names or name in ("batch", "tokens", "past")}
+        for padded in (False, not past):
+            check_inputs(wanted, random_feeds(graph, dims, rng, padded=padded), packed)
+    if exporter in ("dynamo", "torchscript"):
+        check_inputs(wanted, {t.name: zoo.feeds(family, 3, 7, rng)[t.name] for t in wanted}, packed)
