@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from pydantic import BaseModel, ConfigDict
 
 
-class Result(BaseModel):
+class Result(BaseModel, ABC):
     """Quality of a compiled model beside its dense self.
 
     Attributes:
@@ -19,20 +21,20 @@ class Result(BaseModel):
     worst: int | None = None
 
     @property
+    @abstractmethod
     def measured(self) -> str:
         """What `score` is, in words."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def score(self) -> float:
         """What a limit on quality is held against; 1 is best."""
-        raise NotImplementedError
 
     @property
     def drop(self) -> float | None:
         """Points (of 100) that the compiled model is below the dense one against labels; None without labels."""
         return None
 
+    @abstractmethod
     def lines(self) -> list[str]:
         """The figures, for people."""
-        raise NotImplementedError
