@@ -16,6 +16,7 @@ from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.graph import constant, insert, output_name_of, rename_output, topological, values
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.precision.masks import MASK, bound, reaches_far, saturated
+from trimtab.passes.precision.norms import fuse_norms
 from trimtab.passes.precision.regions import Regions, divide
 from trimtab.passes.precision.tensors import QUANTIZERS, has_subgraphs, is_float, is_integer
 from trimtab.plugins import DOMAIN, OPS
@@ -54,6 +55,7 @@ class Precision(Pass):
             return PassResult(self.name, 0)
         raise_opset(graph, _OPSETS[self.type])
         infer_shapes(graph)
+        fuse_norms(graph, self.keep)
         dtype = _TYPES[self.type]
         # On CPUs the dialect's kernels take float32.
         regions = divide(graph, dtype, self.keep, dialect=context.capability.float16)

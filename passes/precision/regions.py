@@ -166,7 +166,9 @@ def _follow(nodes: list[gs.Node], kept: dict[int, str], counted: set[int]) -> No
     A sum may be beyond float16 and its mean within, a variance below it and its root within; so the quotient comes
     first, and the cast after it.
     """
-    wide = {id(node) for node in nodes if kept.get(id(node)) in ("statistics", "range", "integer products")}
+    reasons = ("statistics", "range", "integer products")
+    asked = {id(node) for node in nodes if kept.get(id(node)) == "asked for" and node.op in STATISTICS}
+    wide = asked | {id(node) for node in nodes if kept.get(id(node)) in reasons}
     wide -= counted
     moved: list[gs.Node] = []
     for node in nodes:
