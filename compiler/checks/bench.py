@@ -19,7 +19,7 @@ from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.builds.writer import record
 from trimtab.compiler.checks.peers import DENSE, INT8, check_peers, open_peer, peer_model
 from trimtab.compiler.checks.peers.same_target import dense_engine
-from trimtab.compiler.checks.timing import interleave
+from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.compiler.phases import Progress
@@ -166,7 +166,7 @@ def time_runs(
         if progress:
             progress("bench", done, len(shapes))
         feeds = random_feeds(graph, {**others, "batch": batch, "tokens": tokens}, rng)
-        timings = interleave({name: partial(run, feeds) for name, run in runs.items()}, seconds=seconds)
+        timings = interleave({name: partial(run, feeds) for name, run in runs.items()}, seconds=seconds, rest=REST_S)
         ours = timings[COMPILED].median_ms
         found[batch, tokens] = [
             TimedRun(

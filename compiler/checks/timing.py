@@ -2,7 +2,7 @@
 
 Two facts about CPUs shape this: the idle but spinning thread pool of one runtime slows the next one, and alternating
 single runs makes each engine start with the other's weights in the cache. So runners take turns in short blocks, each
-block begins with untimed runs, and the order rotates from round to round.
+block begins with a rest and with untimed runs, and the order rotates from round to round.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+REST_S = 0.02  # after which threads of the runner before have stopped spinning, which ONNX Runtime's do within some ms
 _MIN_ROUNDS = 3  # however slow the runners: a median of fewer blocks says nothing about spread
 
 
@@ -31,7 +32,7 @@ class Timing:
 
 
 def interleave(
-    runners: Mapping[str, Callable[[], object]], *, seconds: float, block: int = 5, warmup: int = 2
+    runners: Mapping[str, Callable[[], object]], *, seconds: float, block: int = 5, warmup: int = 2, rest: float = 0.0
 ) -> dict[str, Timing]:
     """Time `runners` in turns: per round and runner, `warmup` untimed runs, then `block` timed ones.
 
@@ -41,6 +42,7 @@ def interleave(
             case.
         block: timed runs of one runner before the next one's turn.
         warmup: untimed runs before each block.
+        rest: seconds before each block; `REST_S` where threads of a runner spin behind a run.
     """
     times: dict[str, list[int]] = {name: [] for name in runners}
     order = list(runners)
@@ -49,6 +51,7 @@ def interleave(
     while rounds < _MIN_ROUNDS or time.perf_counter() < end:
         for name in order:
             run = runners[name]
+            time.sleep(rest)
             for _ in range(warmup):
                 run()
             for _ in range(block):

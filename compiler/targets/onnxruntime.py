@@ -41,25 +41,27 @@ _SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
 _FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
 
 
-def session_options(threads: int | None = None) -> ort.SessionOptions:
+def session_options(threads: int | None = None, *, spinning: bool = False) -> ort.SessionOptions:
     """Options of every session that trimtab opens, so that engines and their peers run under the same ones.
 
     Args:
         threads: of one run; None for one per physical core.
+        spinning: threads wait for the next run awake for a moment, as ONNX Runtime lets them by default: calls that
+            follow each other start sooner.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
-    for key, value in session_entries(providers()).items():
+    for key, value in session_entries(providers(), spinning=spinning).items():
         options.add_session_config_entry(key, value)
     return options
 
 
-def session_entries(providers: list[str]) -> dict[str, str]:
+def session_entries(providers: list[str], *, spinning: bool = False) -> dict[str, str]:
     """Entries of a session's configuration, where it runs on `providers`."""
-    # Idle threads of one session would otherwise spin and take the cores from every other session of the process.
-    entries = {"session.force_spinning_stop": "1"}
+    # Spinning threads of one session take the cores from every other session and process.
+    entries = {} if spinning else {"session.force_spinning_stop": "1"}
     if providers == ["CPUExecutionProvider"]:
         entries["optimization.disable_specified_optimizers"] = _SLOW_ON_CPU
     return entries
@@ -164,7 +166,7 @@ class OnnxRuntime(Target):
             from trimtab.compiler.targets.sharded.runner import ShardedRunner
 
             return ShardedRunner(folder, threads=threads, manifest_hash=manifest_hash)
-        return OnnxRuntimeRunner(folder / MODEL, session_options(threads))
+        return OnnxRuntimeRunner(folder / MODEL, session_options(threads, spinning=True))
 
 
 def _brief(error: Exception) -> str:

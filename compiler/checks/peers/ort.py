@@ -25,7 +25,7 @@ def dense_int8(model: PeerModel, threads: int) -> Run:
 
 
 def _open(path: Path, threads: int) -> Run:
-    return OnnxRuntimeRunner(path, session_options(threads)).run
+    return OnnxRuntimeRunner(path, session_options(threads, spinning=True)).run
 
 
 def quantized(dense: Path) -> Path:
