@@ -23,7 +23,7 @@ from sealed import seal
 from trimtab.compiler.builds import build as build_module
 from trimtab.compiler.builds import manifest as manifest_module
 from trimtab.compiler.builds import writer as writer_module
-from trimtab.compiler.builds.build import Build, find_build, open_build, sibling
+from trimtab.compiler.builds.build import Build, find_build, open_build, read_build, sibling
 from trimtab.compiler.builds.manifest import HASH, NAME, Manifest, SelfCheck, Sizes
 from trimtab.compiler.builds.writer import BuildWriter, record
 from trimtab.compiler.recipe import Recipe
@@ -313,7 +313,7 @@ def test_the_name_has_a_build_at_any_time(tmp_path: Path, monkeypatch: pytest.Mo
 
     def reader() -> None:
         while not done.is_set():
-            read.append(int(text_of(open_build(out))))
+            read.append(int(read_build(out, text_of)))
 
     def absent() -> None:
         while not done.is_set():

@@ -163,7 +163,7 @@ def test_raw_tensors(tmp_path: Path) -> None:
 def test_memory_is_constant_in_the_number_of_samples(tmp_path: Path, word_tokenizer: Path) -> None:
     source = with_tokenizer(model(tmp_path / "m.onnx", weights()), word_tokenizer)
     peaks = []
-    for count in (600, 600, 6000):  # the first one warms up
+    for count in (600, 600, 6000, 6000):  # the first one warms up; other threads of the process may allocate beside one
         (tmp_path / "d.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * count)
         data = read_data(tmp_path / "d.txt")
         tracemalloc.start()
@@ -171,7 +171,7 @@ def test_memory_is_constant_in_the_number_of_samples(tmp_path: Path, word_tokeni
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert profile.info.tokens == 8 * count
-    assert peaks[2] < peaks[1] * 1.2
+    assert min(peaks[2:]) < peaks[1] * 1.2
 
 
 @pytest.mark.parametrize(("family", "exporter"), [("bert", "dynamo"), ("llama", "genai")])

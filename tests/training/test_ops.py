@@ -223,7 +223,11 @@ def test_operator_as_in_onnx_runtime(case: str) -> None:
     for have, want in run_both(body, **inputs):
         assert have.shape == want.shape
         assert have.dtype == want.dtype
-        np.testing.assert_allclose(have, want, rtol=2e-5, atol=2e-3 if "half" in case else 1e-5)
+        sums = (
+            np.abs(want).max(initial=0) if want.dtype.kind == "f" else 0
+        )  # which may cancel, at the precision of their terms
+        atol = 2e-3 if "half" in case else max(1e-5, 2e-7 * float(sums))
+        np.testing.assert_allclose(have, want, rtol=2e-5, atol=atol)
 
 
 def test_older_opsets_with_attributes() -> None:
