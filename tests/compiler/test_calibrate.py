@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -162,16 +163,19 @@ def test_raw_tensors(tmp_path: Path) -> None:
 
 def test_memory_is_constant_in_the_number_of_samples(tmp_path: Path, word_tokenizer: Path) -> None:
     source = with_tokenizer(model(tmp_path / "m.onnx", weights()), word_tokenizer)
+    few, many = 600, 20_000
     peaks = []
-    for count in (600, 600, 6000, 6000):  # the first one warms up; other threads of the process may allocate beside one
+    for count in (few, few, many, many):  # the first one warms up
         (tmp_path / "d.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * count)
         data = read_data(tmp_path / "d.txt")
+        gc.collect()
         tracemalloc.start()
         profile = calibrate(source, data, samples=count, batch_size=32, states=100)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert profile.info.tokens == 8 * count
-    assert min(peaks[2:]) < peaks[1] * 1.2
+    # A peak holds some 50 kB of cycles that nobody has collected yet, so what counts is growth: under a byte a token.
+    assert min(peaks[2:]) - peaks[1] < 8 * (many - few)
 
 
 @pytest.mark.parametrize(("family", "exporter"), [("bert", "dynamo"), ("llama", "genai")])
