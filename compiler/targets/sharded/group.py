@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +52,16 @@ class Group:
     """
 
     def __init__(self, process_group: Any, device: str) -> None:
-        self._group, self.device = process_group, device
+        self.device = device
         self.rank, self.size = int(process_group.rank()), int(process_group.size())
+        self._groups = [process_group]
+        # A thread of gloo may hold a call's tensors a little longer than the call. If it lets go of them while Python
+        # ends, the process aborts (torch 2.x), so the group and its threads end first: finalizers run at exit, too.
+        weakref.finalize(self, self._groups.clear)
+
+    @property
+    def _group(self) -> Any:
+        return self._groups[0]
 
     @classmethod
     def of_store(cls, store: Any, rank: int, size: int) -> Group:
@@ -86,6 +96,7 @@ class Group:
         if not distributed.is_initialized():
             backend = "nccl" if device.startswith("cuda") else "gloo"
             distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s()))
+            atexit.register(_destroy)
         return cls(distributed.group.WORLD, device)
 
     def sum(self, value: ort.OrtValue) -> None:
@@ -120,6 +131,12 @@ class Group:
             import torch
 
             torch.cuda.synchronize()
+
+
+def _destroy() -> None:
+    distributed = require_torch()
+    if distributed.is_initialized():  # else whoever uses the engine has done it
+        distributed.destroy_process_group()
 
 
 def launched() -> bool:
