@@ -361,14 +361,21 @@ if __name__ == "__main__":
 """
 
 
-def launch(world: int, script: Path, *builds: Path) -> list[tuple[int, str, str]]:
-    """What each of `world` ranks printed, started as torchrun would; of several `builds`, each rank loads its own."""
+OWN_GROUP = "import torch.distributed\ntorch.distributed.init_process_group('gloo')\n"
+
+
+def launch(world: int, script: Path, *builds: Path, first: str = "") -> list[tuple[int, str, str]]:
+    """What each of `world` ranks printed, started as torchrun would; of several `builds`, each rank loads its own.
+
+    Args:
+        first: code that runs before the rest of the script.
+    """
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script.write_text(LAUNCHED)
+    script.write_text(first + LAUNCHED)
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), *map(str, builds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -382,11 +389,15 @@ def launch(world: int, script: Path, *builds: Path) -> list[tuple[int, str, str]
     return [(rank.wait(120), *rank.communicate()) for rank in ranks]
 
 
-def test_a_launcher_starts_the_ranks(dense: Engine, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["", OWN_GROUP], ids=["no group", "a group of the script's"])
+def test_a_launcher_starts_the_ranks(dense: Engine, folder: Path, tmp_path: Path, first: str) -> None:
     wanted = tokens(dense, [[5, 6, 7], [8]], 6).tolist()
-    for code, out, err in launch(2, tmp_path / "script.py", folder / "llama-dense-2"):
+    for code, out, err in launch(2, tmp_path / "script.py", folder / "llama-dense-2", first=first):
         assert code == 0, err
         assert json.loads(out) == wanted
+
+
+def test_a_launcher_of_too_few_ranks_is_refused(dense: Engine, folder: Path, tmp_path: Path) -> None:
     ((code, _, err),) = launch(1, tmp_path / "script.py", folder / "llama-dense-2")
     assert code == 1 and "the build has 2 shards, and WORLD_SIZE is 1" in err
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import weakref
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,12 @@ class Group:
         self._groups = [process_group]
         # A thread of gloo may hold a call's tensors a little longer than the call. If it lets go of them while Python
         # ends, the process aborts (torch 2.x), so the group and its threads end first: finalizers run at exit, too.
-        weakref.finalize(self, self._groups.clear)
+        weakref.finalize(self, _end, self._groups)
 
     @property
     def _group(self) -> Any:
+        if not self._groups:
+            raise TargetError("the ranks have parted, as this process ends", hint="run the engine before exit handlers")
         return self._groups[0]
 
     @classmethod
@@ -81,7 +83,7 @@ class Group:
 
     @classmethod
     def of_launcher(cls, size: int) -> Group:
-        """The group that this process was started in, by torchrun or another launcher.
+        """A group of all that torchrun or another launcher started, apart from whatever else they say to each other.
 
         Raises:
             TargetError: it has another number of ranks.
@@ -93,11 +95,10 @@ class Group:
                 f"the build has {size} shards, and WORLD_SIZE is {world}", hint=f"torchrun --nproc-per-node {size} ..."
             )
         device = device_of(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), size)
+        backend, timeout = "nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=timeout_s())
         if not distributed.is_initialized():
-            backend = "nccl" if device.startswith("cuda") else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s()))
-            atexit.register(_destroy)
-        return cls(distributed.group.WORLD, device)
+            distributed.init_process_group(backend, timeout=timeout)
+        return cls(distributed.new_group(backend=backend, timeout=timeout), device)
 
     def sum(self, value: ort.OrtValue) -> None:
         """Put the sum over all ranks in the place of `value`."""
@@ -133,10 +134,10 @@ class Group:
             torch.cuda.synchronize()
 
 
-def _destroy() -> None:
-    distributed = require_torch()
-    if distributed.is_initialized():  # else whoever uses the engine has done it
-        distributed.destroy_process_group()
+def _end(groups: list[Any]) -> None:
+    group = groups.pop()  # the last reference joins the threads
+    with suppress(ValueError):  # torch.distributed lists those of launchers alone, and while its default group lasts
+        require_torch().destroy_process_group(group)
 
 
 def launched() -> bool:
