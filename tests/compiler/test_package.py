@@ -41,7 +41,9 @@ def test_genai_generates_the_same_tokens(family: str, passes: list[Any], texts: 
     done = cli("package", build.path, "--genai", tmp_path / "genai")
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "genai" / "trimtab_ops.so").is_file() == bool(passes)
-    prompt = np.random.default_rng().integers(4, 100, 7).tolist()
+    seed = int(np.random.default_rng().integers(2**31))
+    print("seed", seed)
+    prompt = np.random.default_rng(seed).integers(4, 100, 7).tolist()
     model = genai.Model(str(tmp_path / "genai"))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=27, do_sample=False)
@@ -54,7 +56,9 @@ def test_genai_generates_the_same_tokens(family: str, passes: list[Any], texts: 
     ours = [
         int(token) for (token,) in generate(engine.runner, [prompt], max_new_tokens=20, stop=engine.tokenizer.end_ids)
     ]
-    assert theirs[: len(ours)] == ours and len(ours) > 1
+    assert len(ours) > 1
+    # ONNX Runtime GenAI ends at the same token, and does not add it to its sequence.
+    assert theirs == (ours[:-1] if ours[-1] in engine.tokenizer.end_ids else ours)
 
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
