@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -32,17 +34,13 @@ def selections(graph: gs.Graph) -> list[gs.Node]:
     return [node for node in graph.nodes if node.op == "SelectBlocks"]
 
 
-@pytest.mark.parametrize(("n", "k", "shards"), [(96, 12, 4), (60, 7, 3), (40, 20, 2), (64, 3, 8)])
-def test_expected_recall_is_that_of_simulation(n: int, k: int, shards: int) -> None:
-    rng = np.random.default_rng()
-    wanted = np.argsort(rng.random((20000, n)), axis=1)[:, :k]  # any k of n
-    in_shard = (wanted // (n // shards))[:, :, None] == np.arange(shards)
-    counts = in_shard.sum(1)
+@pytest.mark.parametrize(("n", "k", "shards"), [(12, 5, 3), (16, 8, 2), (18, 6, 3), (24, 3, 8), (20, 1, 4)])
+def test_expected_recall_is_the_mean_over_all_that_may_be_wanted(n: int, k: int, shards: int) -> None:
+    wanted = np.array(list(combinations(range(n), k)))  # each is as likely as any other
+    counts = ((wanted // (n // shards))[:, :, None] == np.arange(shards)).sum(1)
     for local in range(1, n // shards + 1):
-        simulated = np.minimum(counts, local).sum(1) / k
-        error = 5 * simulated.std() / np.sqrt(len(wanted))
-        error += 1e-5  # what is very rare is in no sample
-        assert expected_recall(n, k, shards, local) == pytest.approx(simulated.mean(), abs=error)
+        found = np.minimum(counts, local).sum(1) / k
+        assert expected_recall(n, k, shards, local) == pytest.approx(found.mean(), abs=1e-12)
 
 
 def test_the_ends_of_expected_recall() -> None:
