@@ -15,6 +15,7 @@ from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import Tokenizer
 from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.targets import Runner, get_target
+from trimtab.passes.dials import Setting
 from trimtab.passes.errors import ModelError
 
 
@@ -30,6 +31,7 @@ class Engine:
         manifest: what the build says of itself.
         hash: sha256 of the manifest, which stands for the whole build.
         inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
+        dials: numbers that a call may set, with what each of them does; none for most builds.
         runner: what runs it; generation takes it step by step.
     """
 
@@ -39,15 +41,26 @@ class Engine:
         self.hash = build.hash
         self.inputs = build.manifest.inputs
         self.outputs = build.manifest.outputs
+        self.dials = build.manifest.dials
         self.runner = runner
         files = {path.name: path.read_bytes() for path in build.files_in(TOKENIZER)}
         self._tokenizer = HeldTokenizer(build.path / TOKENIZER, files, self.manifest.max_tokens) if files else None
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        dials: Mapping[str, Setting] | None = None,
+        speed: Setting | None = None,
+    ) -> dict[str, np.ndarray]:
         """Run once.
 
         Args:
             inputs: a numpy array for each input, of its type and shape. Nothing is converted or filled in.
+            dials: dial → value, for the whole call or [batch] for each sample; those left out have the value of
+                `speed`, or their default.
+            speed: 0 (as exact as the build is) to 1 (as fast as its dials go), or [batch] of them: one number for all
+                dials, along the path that the build holds.
 
         Returns:
             output name → array.
@@ -55,10 +68,13 @@ class Engine:
         Raises:
             InputError: an input is missing, unknown, or of another type or shape; an index lies outside its table; a
                 mask is none of 0 and 1, or has padding where attention takes it for tokens. Says which, and what is
-                wanted.
+                wanted. A dial is unknown, or a value no number or out of range.
         """
         check_inputs(self.inputs, inputs, self.manifest.packed)
-        return self.runner.run(inputs)
+        if not self.dials and not dials and speed is None:
+            return self.runner.run(inputs)
+        batch = len(inputs[self.inputs[0].name])
+        return self.runner.run({**inputs, **self.manifest.all_dials.feeds(batch, dials, speed)})
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -35,6 +35,7 @@ from trimtab.compiler.task import find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.contract import check_learned
+from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
@@ -154,7 +155,10 @@ class _Compile:
             with phases("write the model"), self.writer.writing():
                 models, divided = self._write(graph, profile)
                 results += divided
-        inputs, outputs = ([TensorInfo.of(tensor) for tensor in side] for side in (graph.inputs, graph.outputs))
+        dials = tuple(context.dials.values())
+        dials_and_path = Dials(dials, straight_path(dials))
+        inputs = [TensorInfo.of(tensor) for tensor in graph.inputs if tensor.name not in context.dials]
+        outputs = [TensorInfo.of(tensor) for tensor in graph.outputs]
         packed = [mask for tensor in graph.inputs if (mask := packed_mask(tensor))]
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
@@ -167,7 +171,7 @@ class _Compile:
                     model, self.recipe.workload, folder / ENGINE, timeout_s=wishes.timeout_s, options=wishes
                 )
         with phases("check the engine"):
-            check = self_check(self.source, sizes.dense_bytes, folder, self.recipe)
+            check = self_check(self.source, sizes.dense_bytes, folder, self.recipe, dials_and_path)
         if self.source.hashes != self.hashes:
             raise ModelError(f"{self.source.origin}: its files changed while it was compiled", hint="compile it again")
         manifest = Manifest(
@@ -183,6 +187,8 @@ class _Compile:
             task=find_task(inputs, outputs, self.source.head),
             inputs=tuple(inputs),
             outputs=tuple(outputs),
+            dials=dials_and_path.dials,
+            speed=dials_and_path.path,
             packed=tuple(packed),
             target=self.recipe.target,
             shards=self.recipe.shards,

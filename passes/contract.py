@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
 from trimtab.passes.crossover import Measure
+from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.graph.order import topological
 from trimtab.passes.profile import Profile
@@ -68,6 +70,21 @@ class PassContext:
     """Those that it will run after the present one."""
     choices: dict[str, Any] = field(default_factory=dict)
     """What passes have searched for on this graph, for `ProfileInfo.choices`."""
+    dials: dict[str, Dial] = field(default_factory=dict)
+    """The dials that the graph has as inputs, by name."""
+
+    def add_dial(self, graph: gs.Graph, dial: Dial) -> gs.Variable:
+        """Give `graph` the input of `dial`, float32 [batch], with the batch of the graph's first input.
+
+        Raises:
+            ValueError: the graph has an input or a dial of that name already.
+        """
+        if any(tensor.name == dial.name for tensor in graph.inputs):
+            raise ValueError(f"the graph has an input {dial.name!r} already, so it cannot be a dial")
+        tensor = gs.Variable(dial.name, np.float32, [graph.inputs[0].shape[0]])
+        graph.inputs.append(tensor)
+        self.dials[dial.name] = dial
+        return tensor
 
     def measured(self) -> Profile:
         """The profile, for passes that cannot do without.
@@ -148,6 +165,10 @@ class Pass(BaseModel, ABC):
 
         At the exact end of the pass's dial the new graph computes the same as the old one.
         """
+
+    def dials(self) -> tuple[Dial, ...]:
+        """Numbers by which what the pass makes is turned while it runs; `run` adds them with `context.add_dial`."""
+        return ()
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         """Check what training has put into the Profile, as far as recipe and Profile tell: before anything long runs.

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.compiler.checks.measure import OutputError
 from trimtab.compiler.task import Task
 from trimtab.passes.contract import PassResult
+from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import BuildError
 from trimtab.passes.graph.ranges import Packed, index_bounds
 
@@ -117,7 +118,9 @@ class Manifest(_Model):
         fingerprint: of the dense model's weights.
         family, labels, max_tokens: of the model.
         task: what the model is for, by which it is judged and served; None where trimtab knows no use of its outputs.
-        inputs, outputs: of the engine.
+        inputs, outputs: of the engine, without its dials.
+        dials: numbers that a call may set; inputs of the engine, too, and float32 [batch].
+        speed: the path through the dials' values that `speed` goes.
         packed: masks that attention takes as counts of tokens.
         target, capability: what it was built for, and what that could do.
         shards: processes among which it is divided.
@@ -145,6 +148,8 @@ class Manifest(_Model):
     task: Task | None = None
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    dials: tuple[Dial, ...] = ()
+    speed: tuple[SpeedPoint, ...] = ()
     packed: tuple[Packed, ...] = ()
     target: str
     shards: int = 1
@@ -173,6 +178,17 @@ class Manifest(_Model):
     def vocabulary(self) -> int | None:
         """How many tokens the model knows; None where its graph does not tell."""
         return next((t.bounds[1] + 1 for t in self.inputs if t.name == "input_ids" and t.bounds is not None), None)
+
+    @property
+    def engine_inputs(self) -> tuple[TensorInfo, ...]:
+        """What the engine itself takes: `inputs`, and the dials behind them."""
+        batch = (self.inputs[0].shape or (None,))[:1] if self.inputs else (None,)
+        return (*self.inputs, *(TensorInfo(name=dial.name, dtype="float32", shape=batch) for dial in self.dials))
+
+    @property
+    def all_dials(self) -> Dials:
+        """`dials` with their path."""
+        return Dials(self.dials, self.speed)
 
     @property
     def workload(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def render(manifest: Manifest, measured: Measured) -> str:
         f"Made {manifest.created} by trimtab {manifest.versions.get('trimtab', '')} in "
         f"{sum(manifest.seconds.values()):.1f} s.",
         _sizes(manifest),
+        _dials(manifest),
         *(_pass(report) for report in manifest.passes),
         _check(manifest),
         _measured("Quality", measured.quality, "trimtab validate"),
@@ -51,6 +52,16 @@ def _sizes(manifest: Manifest) -> str:
         ("", "dense", "compiled", "of dense"),
         [(name, megabytes(dense), megabytes(ours), share(ours, dense)) for name, dense, ours in rows],
     )
+
+
+def _dials(manifest: Manifest) -> str:
+    if not manifest.dials:
+        return ""
+    columns = ("dial", "meaning", "values", "default", "exact at", "fast at")
+    rows = [(d.name, d.meaning, d.range, d.default, d.exact, d.fast) for d in manifest.dials]
+    names = [dial.name for dial in manifest.dials]
+    path = [(point.speed, *(point.dials[name] for name in names)) for point in manifest.speed]
+    return "\n\n".join(["## Dials", table(columns, rows), "### Speed", table(("speed", *names), path)])
 
 
 def _pass(report: PassReport) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class Bench(_Result):
             last shape where that was not timed. `vs_int8` is None where that peer was not run.
         geomean: the same, as the geometric mean over all shapes.
         like_for_like: the key of the dense peer of the same precision.
+        setting: dial → its value, for builds that have dials.
     """
 
     target: str
@@ -92,6 +93,7 @@ class Bench(_Result):
     speedup: dict[str, float | None]
     geomean: dict[str, float | None]
     like_for_like: str
+    setting: dict[str, float] = {}
 
 
 @of_one_build
@@ -104,6 +106,8 @@ def bench(
     seconds: float = 10.0,
     dense: Path | None = None,
     data: Path | None = None,
+    dials: Mapping[str, float] | None = None,
+    speed: float | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time the engine of `build` and its peers, and record the result beside it.
@@ -115,17 +119,20 @@ def bench(
         seconds: for each shape, all engines together.
         dense: the dense ONNX file; by default the one that the build was compiled from.
         data: what peers that are calibrated statically are calibrated on, as the build's recipe says.
+        dials, speed: the setting at which the build runs, as `Engine.run` takes them.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, or a peer
             cannot run.
     """
     check_peers(peers)  # before minutes of work
+    setting = build.manifest.all_dials.values(dials, speed)
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
     told = (build.manifest.recipe.get("threads") or 0) * shards
     threads = threads or told or psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    runs: dict[str, Run] = {COMPILED: load(build.path, threads=max(1, threads // shards), verify=False).run}
+    engine = load(build.path, threads=max(1, threads // shards), verify=False)
+    runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
     model = peer_model(build, dense=dense, data=data)
     if build.manifest.target == "onnxruntime":
         peers = [DENSE, INT8, *peers]
@@ -142,6 +149,7 @@ def bench(
         runs=tuple(run for each in timed.values() for run in each),
         speedup=speedups(timed[opt] if opt in timed else list(timed.values())[-1]),
         geomean=speedups([run for each in timed.values() for run in each]),
+        setting=setting,
         like_for_like=_KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
     )
     record(build, speed=_summary(found))
@@ -210,7 +218,13 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def _summary(found: Bench) -> dict[str, object]:
     """What measured.json keeps: flat, so that the report shows it as tables."""
     single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
-    return {**single, **found.machine.model_dump(mode="json"), "runs": [run.model_dump() for run in found.runs]}
+    turned = {"setting": ", ".join(f"{k} {v:g}" for k, v in found.setting.items())} if found.setting else {}
+    return {
+        **single,
+        **turned,
+        **found.machine.model_dump(mode="json"),
+        "runs": [run.model_dump() for run in found.runs],
+    }
 
 
 def this_machine(threads: int) -> Machine:

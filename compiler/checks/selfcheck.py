@@ -17,6 +17,7 @@ from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target
 from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
+from trimtab.passes.dials import Dials
 from trimtab.passes.errors import BuildError
 from trimtab.plugins.driver import compute_capability
 
@@ -26,8 +27,18 @@ LIMIT = 1 << 30
 _SMALL = {"batch": 2, "tokens": 16}
 
 
-def self_check(source: Source, dense_bytes: int, folder: Path, recipe: Recipe) -> SelfCheck:
+def self_check(
+    source: Source,
+    dense_bytes: int,
+    folder: Path,
+    recipe: Recipe,
+    dials: Dials = Dials(),  # noqa: B008  (frozen)
+) -> SelfCheck:
     """Compare the engine in `folder` with the dense model at one small shape.
+
+    Args:
+        dials: of the engine. The errors are those at their exact end; at their defaults and at full speed, the outputs
+            have to be there, and finite.
 
     Returns:
         the errors of each output, or why the check was skipped.
@@ -45,17 +56,19 @@ def self_check(source: Source, dense_bytes: int, folder: Path, recipe: Recipe) -
     dims = _dims(graph, recipe.workload)
     feeds = random_feeds(graph, dims, np.random.default_rng(0), padded=True)
     dense = _run_dense(source.onnx, recipe.threads, feeds)
+    batch = len(next(iter(feeds.values())))
+    turned = [dials.exact(batch)] + ([dials.feeds(batch), dials.feeds(batch, speed=1.0)] if dials.dials else [])
     with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
-        found = runner.run(feeds)
+        answers = [runner.run(feeds | setting) for setting in turned]
     # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
-    errors = measure(dense, found, dims=dims, padded=True, mask=feeds.get("attention_mask"))
-    for error in errors.values():
+    compared = [measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask")) for each in answers]
+    for error in (error for errors in compared for error in errors.values()):
         if error.fault:
             raise BuildError(
                 f"check of the finished engine: output {error.output!r}: {error.fault}",
                 hint="a pass may be too much for this model; `check: false` in the recipe leaves this check out",
             )
-    return SelfCheck(ran=True, outputs=tuple(errors.values()))
+    return SelfCheck(ran=True, outputs=tuple(compared[0].values()))
 
 
 def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Validation(BaseModel):
         warnings: one sentence for each figure that is beyond a default bound, where no limit was given.
         judged: one phrase for each limit that was given.
         peers: the quality of each peer asked for, on the same samples.
+        setting: dial → its value where the quality was measured, for builds that have dials.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -85,6 +86,7 @@ class Validation(BaseModel):
     warnings: tuple[str, ...] = ()
     judged: tuple[str, ...] = ()
     peers: dict[str, Quality] = {}
+    setting: dict[str, float] = {}
 
     @property
     def passed(self) -> bool | None:
@@ -99,6 +101,7 @@ class Validation(BaseModel):
         verdict: dict[str, Any] = {"passed": "no limit was given" if self.passed is None else self.passed}
         verdict |= {"judged": "; ".join(self.judged)} if self.judged else {}
         verdict |= {"warnings": "; ".join(self.warnings)} if self.warnings else {}
+        verdict |= {"setting": ", ".join(f"{k} {v:g}" for k, v in self.setting.items())} if self.setting else {}
         errors = [
             {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
             for each in self.outputs
@@ -120,11 +123,15 @@ def validate(
     peer_data: Path | None = None,
     threads: int | None = None,
     seed: int = 0,
+    dials: Mapping[str, float] | None = None,
+    speed: float | None = None,
     progress: Progress | None = None,
 ) -> Validation:
     """Compare the engine of `build` with its dense model, and record what was found beside it.
 
-    The dense model runs in ONNX Runtime on the CPU, the engine on its own target.
+    The dense model runs in ONNX Runtime on the CPU, the engine on its own target. A build with dials is judged at its
+    task as it runs, and its numbers are compared at the exact end of its dials, unless a setting is asked for: what is
+    left out on the way to an answer is no error of the graph.
 
     Args:
         data: held-out data to measure the task quality on.
@@ -133,6 +140,7 @@ def validate(
         peers: engines of the dense model whose quality is measured beside the build's.
         peer_data: what peers that are calibrated statically are calibrated on.
         seed: of the random inputs, and of the sample.
+        dials, speed: the setting at which everything is measured, as `Engine.run` takes them.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or its dense model is missing, or the
@@ -141,6 +149,7 @@ def validate(
     if data is None and (limits.min_quality is not None or limits.max_drop is not None):
         raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
     require_data(peers, data)
+    setting = build.manifest.all_dials.values(dials, speed)  # refuse an impossible one, too
     dataset = read_data(data) if data else None  # refuse bad data before minutes of work
     forms = peer_model(build, dense=dense, data=peer_data)
     model = forms.canonical
@@ -153,18 +162,21 @@ def validate(
     )  # fmt: skip
     warnings = check_labels(dataset, task, source, graph, limits.max_drop is not None) if dataset else []
     engine = load(build.path, threads=threads, verify=False)
+    run = partial(engine.run, dials=dials, speed=speed)
+    as_asked = not engine.dials or dials or speed is not None
     reference = open_peer("dense-fp32", model, threads or 0)
     ids = real_ids(dataset, source, seed) if dataset else None
     comparisons, consistency = check_numbers(
-        reference, engine.run, graph, workload, ids=ids, seed=seed, progress=progress
-    )
+        reference, run if as_asked else partial(engine.run, speed=0.0), graph, workload, ids=ids, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     quality, beside = None, {}
     if dataset and all(comparison for comparison in comparisons if task is None or comparison.output == task.output):
         judge = partial(
             check_quality, reference, graph=graph, workload=workload, source=source, dataset=dataset, samples=samples,
             seed=seed, progress=progress, task=task,
         )  # fmt: skip
-        quality = judge(as_decoded(build, threads) or engine.run)
+        quality = judge(as_decoded(build, threads) or run)
         beside = peer_qualities(peers, forms, threads or 0, judge)
     if quality and dataset and limits.min_quality is None and limits.max_drop is None:
         count = min(samples or dataset.count, dataset.count)
@@ -181,6 +193,7 @@ def validate(
         warnings=tuple(warnings),
         judged=tuple(limits.judged(quality)),
         peers=beside,
+        setting=setting,
     )
     record(build, quality=found.summary())
     return found

@@ -11,6 +11,7 @@ from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.checks.bench import COMPILED, Bench, Machine, TimedRun, bench, key, parse_shapes
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.cli import console
+from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
 
 _BAR = 30  # characters of the longest bar
 
@@ -30,6 +31,8 @@ def command(
     dense: Annotated[
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,
+    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
+    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
     trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     data: Annotated[
         Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
@@ -50,6 +53,8 @@ def command(
             threads=threads,
             seconds=seconds,
             dense=dense,
+            dials=parse_dials(dial),
+            speed=speed,
             data=data,
             progress=progress,
         )

@@ -13,6 +13,7 @@ from trimtab.compiler.checks.peer_quality import quality_rows
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.checks.validate import Limits, Validation, validate
 from trimtab.compiler.cli import console
+from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
 
 
 def command(
@@ -48,6 +49,8 @@ def command(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
+    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
     trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on a warning, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -63,6 +66,8 @@ def command(
             open_build(build, trusted_hash=trusted_hash),
             data=data,
             dense=dense,
+            dials=parse_dials(dial),
+            speed=speed,
             samples=samples,
             limits=Limits(max_error=max_error, min_quality=min_quality, max_drop=max_drop),
             peers=peer or (),

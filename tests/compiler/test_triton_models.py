@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimtab.passes.dials import Dials
 from trimtab.passes.errors import InputError
 
 
@@ -50,11 +51,11 @@ def test_a_text_of_which_nothing_is_left_is_refused_alone(backend: Any) -> None:
         return {"attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
 
     model: Any = TritonPythonModel()
-    model._told, model._tokenizer = {"special_tokens": 0}, SimpleNamespace(encode=encode)
+    model._told, model._tokenizer, model._dials = {"special_tokens": 0}, SimpleNamespace(encode=encode), Dials()
     assert model._texts(asked("TEXT", "a?")) == ["a?"]
     with pytest.raises(InputError, match="makes no tokens"):
         model._texts(asked("TEXT", "??"))
-    model._answer = lambda batch: np.arange(len(batch))
+    model._answer = lambda batch, dials: np.arange(len(batch))
     model._respond = lambda rows: rows
     backend.TritonError, backend.InferenceResponse = str, lambda error: error
     first, refused, last = model.execute([asked("TEXT", text) for text in ("a", "?", "b")])
@@ -69,8 +70,8 @@ def test_pairs_of_unequal_rows_are_refused_alone(backend: Any) -> None:
         return SimpleNamespace(given={n: np.array([[b"w"]] * count, object) for n, count in rows.items()})
 
     model: Any = TritonPythonModel()
-    model._told = {"special_tokens": 2}
-    model._answer = lambda batch: np.arange(len(batch))
+    model._told, model._dials = {"special_tokens": 2}, Dials()
+    model._answer = lambda batch, dials: np.arange(len(batch))
     model._respond = lambda rows: rows
     backend.TritonError, backend.InferenceResponse = str, lambda error: error
     first, refused, more, last = model.execute([pairs(2, 2), pairs(1, 2), pairs(3, 1), pairs(1, 1)])

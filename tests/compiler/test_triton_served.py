@@ -15,6 +15,7 @@ import psutil
 import pytest
 import triton_server
 import zoo
+from dialled import Dimmer
 from scipy.special import softmax
 
 from trimtab.compiler import compile_model, load
@@ -40,7 +41,14 @@ from tritonclient.utils import InferenceServerException  # noqa: E402
 
 pytestmark = pytest.mark.slow
 RECIPE = {"passes": [], "workload": {"batch": [1, 4, 8], "tokens": [1, 16, 48]}, "threads": 1}
-MODELS = {"classes": "bert", "embedding": "distilbert", "states": "distilbert", "text": "llama", "sparse": "llama"}
+MODELS = {
+    "classes": "bert",
+    "dialled": "bert",
+    "embedding": "distilbert",
+    "states": "distilbert",
+    "text": "llama",
+    "sparse": "llama",
+}
 SPARSE = {"ffn-topk": {"density": 0.2, "take": 0.4, "rank": 8, "dense_above": 1}}
 """Makes the model use the dialect, whose kernels the server then loads."""
 
@@ -84,6 +92,7 @@ def _chain(folder: Path, model: Path) -> None:
         save_graph(segment.graph, version / "model.onnx")
         write_code("engine", version)
         told = {"threads": 1, "entries": {}, "providers": ["CPUExecutionProvider"], "library": None, "batched": batched}
+        told["dials"] = {"dials": [], "path": []}
         (version / "served.json").write_text(json.dumps(told))
         inputs, outputs = ([TensorInfo.of(t) for t in side] for side in (segment.graph.inputs, segment.graph.outputs))
         write_config(model_config(name, "python", inputs, outputs, batch=0), folder / name)
@@ -109,11 +118,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
         else:
             source = triton_server.exported(family, source)
-        sparse = {"passes": [SPARSE]} if name == "sparse" else {}
-        build = compile_model(source, RECIPE | sparse, folder / name, data=calibration if sparse else None)
+        sparse = {"passes": [SPARSE]} if name == "sparse" else {"passes": [Dimmer()]} if name == "dialled" else {}
+        build = compile_model(source, RECIPE | sparse, folder / name, data=calibration if name == "sparse" else None)
         engines[name] = load(build.path)
         package = package_triton(open_build(build.path), folder / f"{name}-repo", backend="python")
-        assert package.kind == ("text" if name == "sparse" else name)
+        assert package.kind == {"sparse": "text", "dialled": "classes"}.get(name, name)
         if name == "states":
             _let_it_ask(package.path / name)
         for part in package.path.iterdir():
@@ -181,6 +190,47 @@ def test_tensors_are_those_of_the_engine(running: Running) -> None:
         inputs[-1].set_data_from_numpy(array)
     found = running.http.infer("classes_engine", inputs).as_numpy("logits")
     np.testing.assert_array_equal(found, engine.run(feeds)["logits"])
+
+
+def floats(name: str, values: list[float]) -> Any:
+    given = http.InferInput(name, [len(values), 1], "FP32")
+    given.set_data_from_numpy(np.array(values, np.float32)[:, None])
+    return given
+
+
+@pytest.mark.parametrize(
+    ("asked", "turned"),
+    [
+        ({}, {}),
+        ({"SPEED": [0.0, 0.75]}, {"speed": [0.0, 0.75]}),
+        ({"DIM": [0.5, 0.1], "LIFT": [-1.0, 1.0]}, {"dials": {"dim": [0.5, 0.1], "lift": [-1, 1]}}),
+    ],
+    ids=str,
+)
+def test_requests_turn_the_dials(running: Running, asked: dict[str, list[float]], turned: dict[str, Any]) -> None:
+    engine, texts = running.engines["dialled"], words(np.random.default_rng(), 2)
+    given = http.InferInput("TEXT", [2, 1], "BYTES")
+    given.set_data_from_numpy(np.array([[text.encode()] for text in texts], object))
+    inputs = [given, *(floats(name, values) for name, values in asked.items())]
+    found = running.http.infer("dialled", inputs).as_numpy("PROBABILITIES")
+    logits = engine.run(engine.tokenize(texts), **turned)["logits"]
+    np.testing.assert_allclose(found, softmax(logits.astype(float), -1), **TOLERANCE)
+    feeds, inputs = engine.tokenize(texts), []
+    for name, array in feeds.items():
+        inputs.append(http.InferInput(name, array.shape, "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    if "SPEED" not in asked:  # which the engine itself does not know
+        inputs += [floats(name.lower(), values) for name, values in asked.items()]
+        found = running.http.infer("dialled_engine", inputs).as_numpy("logits")
+        np.testing.assert_allclose(found, logits, **TOLERANCE)
+
+
+def test_impossible_dials_are_refused_alone(running: Running) -> None:
+    for name, value in (("SPEED", 1.5), ("SPEED", float("nan")), ("DIM", 2.0)):
+        given = http.InferInput("TEXT", [1, 1], "BYTES")
+        given.set_data_from_numpy(np.array([[b"w5"]], object))
+        with pytest.raises(InferenceServerException, match="give a number from 0 to"):
+            running.http.infer("dialled", [given, floats(name, [value])])
 
 
 def test_engines_that_run_one_after_the_other(running: Running) -> None:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 _SERVED = "trimtab.compiler.packaging.triton.served"
-_COMMON = (f"{_SERVED}.common", "trimtab.passes.errors")
+_COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", "trimtab.passes.errors")
 _TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "preparation", "texts"))
 _SESSION = f"{_SERVED}.session"
 

@@ -45,7 +45,7 @@ def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: boo
         steps.append((each, [tensor.name for tensor in inputs], [tensor.name for tensor in outputs]))
     if len(steps) > 1:
         (folder / name / VERSION).mkdir(parents=True)  # Triton wants a version of an ensemble, empty as it is
-        config = ensemble_config(name, build.manifest.inputs, build.manifest.outputs, steps, batch=joined)
+        config = ensemble_config(name, build.manifest.engine_inputs, build.manifest.outputs, steps, batch=joined)
         configs.write_config(config, folder / name)
         names.insert(0, name)
     return names

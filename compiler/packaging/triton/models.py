@@ -91,19 +91,22 @@ class Models:
         batch = self.batch if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
         self._copy_model(version)
         if self.backend == "python":
-            self._write_python("engine", version, self._session() | {"batched": batch > 0})
+            self._write_python("engine", version, self._session() | {"batched": batch > 0, "dials": self._dials()})
             parameters = self._python_parameters()
         else:
             threads = str(manifest.recipe["threads"] or 0)
             parameters = {"intra_op_thread_count": threads, "inter_op_thread_count": "1"}
+        # Triton's own ONNX Runtime backend has nothing to fill in for an input that a request leaves out.
+        optional = [dial.name for dial in manifest.dials] if self.backend == "python" else []
         config = configs.model_config(
-            name, self.backend, manifest.inputs, manifest.outputs, batch=batch, gpu=self.gpu, parameters=parameters
-        )
+            name, self.backend, manifest.engine_inputs, manifest.outputs, batch=batch, gpu=self.gpu,
+            optional=optional, parameters=parameters,
+        )  # fmt: skip
         if self.backend == "onnxruntime":
             config.default_model_filename = MODEL.name
             if library := self._library():
                 config.model_operations.op_library_filename.append(str(self.seen_at / name / VERSION / library.name))
-        configs.add_warmup(config, folder / name, manifest.inputs, self._shapes())
+        configs.add_warmup(config, folder / name, manifest.engine_inputs, self._shapes())
         configs.write_config(config, folder / name)
 
     def _shapes(self) -> dict[str, list[int]]:
@@ -116,7 +119,7 @@ class Models:
                 size if isinstance(size, int) else opt.get(str(size), opt["tokens" if place else "batch"])
                 for place, size in enumerate(tensor.shape or ())
             ]
-            for tensor in manifest.inputs
+            for tensor in manifest.engine_inputs
         }
 
     def _front(self, folder: Path, engine: str, task: Task) -> None:
@@ -129,6 +132,7 @@ class Models:
             "engine": engine,
             "session": session,
             **asdict(task),
+            "dials": self._dials(),
             "inputs": {tensor.name: tensor.dtype for tensor in manifest.inputs},
             "labels": manifest.labels or ([str(i) for i in range(width)] if isinstance(width, int) else []),
             "tokens": [workload["tokens"][0] if on_engine else 1, workload["tokens"][2]],
@@ -146,12 +150,18 @@ class Models:
                 "score": [_info("SCORE", "float32", width)],
             }[task.kind]
             inputs, optional = [*inputs, _info("TEXT_PAIR", "bytes", 1)], ["TEXT_PAIR"]
+        turns = [name.upper() for name in ("speed", *(dial.name for dial in manifest.dials))] if manifest.dials else []
+        inputs, optional = [*inputs, *(_info(name, "float32", 1) for name in turns)], [*optional, *turns]
         config = configs.model_config(
             self.name, "python", inputs, outputs, batch=self.batch, optional=optional,
             gpu=self.gpu and session is not None, instances=_FRONTS if session is None else 1,
             parameters=self._python_parameters(),
         )  # fmt: skip
         configs.write_config(config, folder / self.name)
+
+    def _dials(self) -> dict[str, Any]:
+        """As `served.common.read_dials` takes them."""
+        return asdict(self.build.manifest.all_dials)
 
     def _generator(self, folder: Path) -> None:
         version = folder / self.name / VERSION

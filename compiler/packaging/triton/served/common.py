@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
+from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import InputError, TrimtabError
 
 SETTINGS = "served.json"
@@ -25,6 +26,11 @@ def settings(args: Mapping[str, str]) -> dict[str, Any]:
     """What `SETTINGS` says."""
     found: dict[str, Any] = json.loads((version_folder(args) / SETTINGS).read_text(encoding="utf-8"))
     return found
+
+
+def read_dials(told: Mapping[str, Any]) -> Dials:
+    """The dials of `told`, which is `Dials` as JSON."""
+    return Dials(tuple(Dial(**dial) for dial in told["dials"]), tuple(SpeedPoint(**point) for point in told["path"]))
 
 
 def texts(request: Any, name: str) -> list[str]:

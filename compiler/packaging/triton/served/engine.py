@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from trimtab.compiler.packaging.triton.served.common import refusal, settings, version_folder
+from trimtab.compiler.packaging.triton.served.common import read_dials, refusal, settings, version_folder
 from trimtab.compiler.packaging.triton.served.session import open_session
+from trimtab.passes.errors import InputError
 
 
 class TritonPythonModel:
@@ -20,13 +21,19 @@ class TritonPythonModel:
         self._batched: bool = told["batched"]
         self._session = open_session(version_folder(args), told, args["model_instance_device_id"])
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._dials = read_dials(told["dials"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        feeds = [{n: pb.get_input_tensor_by_name(request, n).as_numpy() for n in self._inputs} for request in requests]
-        groups: dict[Any, list[int]] = {}  # Triton batches equal shapes alone, unless it is configured to do otherwise
-        for place, feed in enumerate(feeds):
-            groups.setdefault(self._key(place, feed, requests[place]), []).append(place)
         responses: list[Any] = [None] * len(requests)
+        feeds: dict[int, dict[str, np.ndarray]] = {}
+        groups: dict[Any, list[int]] = {}  # Triton batches equal shapes alone, unless it is configured to do otherwise
+        for place, request in enumerate(requests):
+            try:
+                feeds[place] = self._feeds(request)
+            except InputError as error:
+                responses[place] = refusal(error)
+                continue
+            groups.setdefault(self._key(place, feeds[place], request), []).append(place)
         for places in groups.values():
             names = requests[places[0]].requested_output_names()
             try:
@@ -36,6 +43,14 @@ class TritonPythonModel:
             for place, answer in zip(places, answers, strict=True):
                 responses[place] = answer
         return responses
+
+    def _feeds(self, request: Any) -> dict[str, np.ndarray]:
+        """The inputs of `request`; a dial that it leaves out has its default."""
+        tensors = {name: pb.get_input_tensor_by_name(request, name) for name in self._inputs}
+        feeds = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+        names = [dial.name for dial in self._dials.dials if dial.name in feeds]
+        turned = {name: feeds.pop(name).reshape(-1) for name in names}
+        return feeds | self._dials.feeds(len(next(iter(feeds.values()))), turned)
 
     def _key(self, place: int, feed: Mapping[str, np.ndarray], request: Any) -> Any:
         """Equal for requests that can run together."""

@@ -11,7 +11,14 @@ import triton_python_backend_utils as pb
 
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
-from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
+from trimtab.compiler.packaging.triton.served.common import (
+    read_dials,
+    refusal,
+    settings,
+    strings,
+    texts,
+    version_folder,
+)
 from trimtab.compiler.task import Task
 from trimtab.passes.errors import InputError, TargetError, TrimtabError
 
@@ -26,6 +33,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         self._told, folder = settings(args), version_folder(args)
         self._task = Task(self._told["kind"], self._told["output"], self._told["activation"])
+        self._dials = read_dials(self._told["dials"])
         self._tokenizer = load_tokenizer(folder / "tokenizer", self._told["max_tokens"])
         self._session: Any = None
         beside = folder.parents[1] / self._told["engine"] / folder.name
@@ -37,14 +45,18 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
         given: dict[int, list[Text]] = {}
+        turned: list[dict[str, np.ndarray]] = []
         for place, request in enumerate(requests):
             try:
-                given[place] = self._texts(request)
+                group = self._texts(request)
+                turned.append(self._turned(request, len(group)))
+                given[place] = group
             except TrimtabError as error:  # noqa: PERF203
                 responses[place] = refusal(error)
         if given:
             try:
-                rows = self._answer([text for group in given.values() for text in group])
+                dials = {name: np.concatenate([each[name] for each in turned]) for name in turned[0]}
+                rows = self._answer([text for group in given.values() for text in group], dials)
             except Exception as error:
                 return [response or refusal(error) for response in responses]
             start = 0
@@ -68,8 +80,20 @@ class TritonPythonModel:
             raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
         return found
 
-    def _answer(self, batch: list[Text]) -> np.ndarray:
-        """The output of the engine that is answered with, [texts, width]."""
+    def _turned(self, request: Any, batch: int) -> dict[str, np.ndarray]:
+        """The dials of a request, [batch] each: by SPEED, by an input for each of them, or their defaults."""
+        names = ("speed", *(dial.name for dial in self._dials.dials))
+        tensors = {name: pb.get_input_tensor_by_name(request, name.upper()) for name in names if self._dials.dials}
+        asked = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
+        speed = asked.pop("speed", None)
+        return self._dials.feeds(batch, asked, speed)
+
+    def _answer(self, batch: list[Text], dials: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The output of the engine that is answered with, [texts, width].
+
+        Args:
+            dials: [texts] each.
+        """
         told = self._told
         feeds = self._tokenizer.encode(batch, told["tokens"][1])
         short = told["tokens"][0] - feeds["input_ids"].shape[1]
@@ -78,9 +102,11 @@ class TritonPythonModel:
         rows = len(batch)
         if rows < told["least_batch"]:
             feeds = {name: np.resize(value, (told["least_batch"], value.shape[1])) for name, value in feeds.items()}
+            dials = {name: np.resize(value, told["least_batch"]) for name, value in dials.items()}
         if "position_ids" in told["inputs"]:
             feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         given = {name: np.ascontiguousarray(feeds[name], dtype) for name, dtype in told["inputs"].items()}
+        given |= dials
         found = self._ask(given) if self._session is None else self._session.run([told["output"]], given)[0]
         if told["kind"] == "states":
             weight = feeds["attention_mask"][..., None] != 0
