@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint native bench wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,6 +33,11 @@ lint: $(VENV)/dev.stamp $(CODE:%=build/mypy/trimtab/%)  ## Check style, format a
 	$(PY) -m mypy
 	if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; fi
 
+native: $(VENV)/dev.stamp  ## Compile the native kernels into plugins/, where they are found before the installed ones
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/native
+	cp build/native/trimtab_ops.* plugins/
+
 bench: $(VENV)/dev.stamp  ## Run benchmarks/$(BENCH).py (BENCH=ffsplit ARGS=--json)
 	$(PY) benchmarks/$(BENCH).py $(ARGS)
 
@@ -48,7 +53,7 @@ wheel: $(VENV)/dev.stamp  ## Build the wheel into dist/, and see that it works w
 	cd build && wheel/bin/trimtab --help > /dev/null && wheel/bin/trimtab passes
 
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) build dist demo-build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist plugins/trimtab_ops.* demo-build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt CMakeLists.txt | $(PY)
 	$(PY) -m pip install --quiet --editable ".[demo]"

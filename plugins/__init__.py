@@ -1,16 +1,38 @@
 """The dialect: the few ops that ONNX lacks, one folder per op.
 
-An op's folder holds its schema, its reference body in standard ONNX ops, and its kernels; one op is one kernel launch.
+An op's folder holds its declaration, its reference body in standard ONNX ops, and its kernels; one op is one kernel
+launch. A folder `keep_tokens` declares `KEEP_TOKENS`, and that is all there is to registering it.
 """
 
-from trimtab.plugins.dialect import DOMAIN, Op
-from trimtab.plugins.emit import add_node
-from trimtab.plugins.select_blocks import SELECT_BLOCKS
-from trimtab.plugins.sparse_down import SPARSE_DOWN
-from trimtab.plugins.sparse_head import SPARSE_HEAD
-from trimtab.plugins.sparse_up import SPARSE_UP
+from __future__ import annotations
 
-OPS = {op.name: op for op in (SELECT_BLOCKS, SPARSE_UP, SPARSE_DOWN, SPARSE_HEAD)}
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+from trimtab.plugins.dialect import DOMAIN, Op
+from trimtab.plugins.emit import add_multi_output_node, add_node
+
+_SHARED = {"gpu", "tensorrt"}
+"""Packages that are no op: what ops have in common."""
+
+FOLDERS: dict[str, str] = {}
+"""Name of an op → that of its folder."""
+
+OPS: dict[str, Op] = {}
 """Name → op."""
 
-__all__ = ["DOMAIN", "OPS", "SELECT_BLOCKS", "SPARSE_DOWN", "SPARSE_HEAD", "SPARSE_UP", "Op", "add_node"]
+for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _found.ispkg and _found.name not in _SHARED:
+        _op: Op = getattr(import_module(f"{__name__}.{_found.name}"), _found.name.upper())
+        OPS[_op.name], FOLDERS[_op.name] = _op, _found.name
+
+__all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node"]
+
+
+def __getattr__(name: str) -> Op:
+    """An op by the name of its constant, as its folder declares it: `from trimtab.plugins import SELECT_BLOCKS`."""
+    for op, folder in FOLDERS.items():
+        if folder.upper() == name:
+            return OPS[op]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import onnx
 import onnx.shape_inference
 from onnx.defs import OpSchema
 
-from trimtab.plugins.sizes import Shapes, Size
+from trimtab.plugins.sizes import Counted, Shapes, Size
 
 DOMAIN = "trimtab"
 """The ONNX operator-set domain of every op declared here."""
@@ -28,6 +28,8 @@ WEIGHTS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)
 
 Shape = list[int | str | None]
 Value = int | str
+Rule = Callable[[Shapes, Mapping[str, Value]], list[Any] | None]
+"""Shapes of the inputs and all attributes → the shape of an output; None where nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,32 @@ class Input:
     types: Sequence[str]
     doc: str
     optional: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of an op.
+
+    Attributes:
+        type: its ONNX type, such as "tensor(int32)"; or the name of an input that is not optional, whose type it has.
+        shape: the rule for its shape. A size that hangs on data is a `Counted`.
+        optional: a node may leave it unnamed. Bodies compute it all the same: where nobody reads it, runtimes drop it.
+    """
+
+    name: str
+    type: str
+    doc: str
+    shape: Rule = field(repr=False)
+    optional: bool = False
+
+    @property
+    def follows(self) -> str | None:
+        """The input whose type it has; None where it has one of its own."""
+        return None if self.type.startswith("tensor(") else self.type
+
+    def type_in(self, given: Mapping[str, str]) -> str:
+        """Its ONNX type in a node whose inputs have the types `given`."""
+        return self.type if self.follows is None else given[self.follows]
 
 
 @dataclass(frozen=True)
@@ -77,8 +105,7 @@ class Op:
     """One op of the dialect: one kernel launch.
 
     Attributes:
-        output: name and ONNX type of its one output; or, for a type, the name of the input whose type it has.
-        infer: the rule for the shape of the output, by those of the inputs and the attributes; None where not known.
+        outputs: in order; the first is not optional.
         body: the statements of its reference body, in ONNX's text form, for the form of a node. Attributes are
             written @name where they may vary between nodes of a model.
     """
@@ -86,15 +113,17 @@ class Op:
     name: str
     doc: str
     inputs: tuple[Input, ...]
-    output: tuple[str, str]
+    outputs: tuple[Output, ...]
     attributes: tuple[Attribute, ...]
-    infer: Callable[[Shapes, Mapping[str, Value]], list[Any] | None] = field(repr=False)
     body: Callable[[Form], str] = field(repr=False)
 
-    @property
-    def follows(self) -> str | None:
-        """The input whose type the output has; None where it has one of its own."""
-        return self.output[1] if any(i.name == self.output[1] for i in self.inputs) else None
+    def __post_init__(self) -> None:
+        names = [*(i.name for i in self.inputs), *(o.name for o in self.outputs)]
+        required = {i.name for i in self.inputs if not i.optional}
+        if len(set(names)) < len(names) or not self.outputs or self.outputs[0].optional:
+            raise ValueError(f"{self.name}: names of inputs and outputs differ, and the first output is always there")
+        if any(o.follows not in (None, *required) for o in self.outputs):
+            raise ValueError(f"{self.name}: an output has its own type, or that of an input that is always given")
 
     def schema(self) -> OpSchema:
         """For ONNX's checker and shape inference."""
@@ -112,7 +141,13 @@ class Op:
                 for i in self.inputs
             ],
             outputs=[
-                OpSchema.FormalParameter(self.output[0], f"T_{self.output[1]}" if self.follows else self.output[1])
+                OpSchema.FormalParameter(
+                    o.name,
+                    o.type if o.follows is None else f"T_{o.follows}",
+                    o.doc,
+                    param_option=option.Optional if o.optional else option.Single,
+                )
+                for o in self.outputs
             ],
             type_constraints=[(f"T_{i.name}", list(i.types), i.doc) for i in self.inputs],
             attributes=[OpSchema.Attribute(a.name, kinds[type(a.default)], a.doc) for a in self.attributes],
@@ -123,40 +158,66 @@ class Op:
     def function(self, form: Form, opset: int) -> onnx.FunctionProto:
         """The reference body of a node, for a model of `opset`."""
         signature = f"{self.name} <{', '.join(a.name for a in self.attributes)}>" if self.attributes else self.name
-        inputs = ", ".join(i.name for i in self.inputs)
+        inputs, outputs = ", ".join(i.name for i in self.inputs), ", ".join(o.name for o in self.outputs)
         text = (
-            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature} ({inputs}) => ({self.output[0]})\n'
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature} ({inputs}) => ({outputs})\n'
             f"{{\n{self.body(form)}\n}}"
         )
         made: onnx.FunctionProto = onnx.parser.parse_function(text)
         return made
 
-    def shape(self, shapes: Mapping[str, Shape | None], attributes: Mapping[str, Value]) -> Shape | None:
-        """Of the output: numbers, names, and None for sizes that have none; None where nothing is known."""
+    def infer(self, shapes: Shapes, attributes: Mapping[str, Value]) -> dict[str, list[Any] | None]:
+        """Output → its shape, in whatever the sizes of `shapes` are; None where nothing is known."""
+        return {o.name: o.shape(shapes, attributes) for o in self.outputs}
+
+    def shapes(
+        self, inputs: Mapping[str, Shape | None], attributes: Mapping[str, Value], node: str | None = None
+    ) -> dict[str, Shape | None]:
+        """Output → its shape: numbers, names, and None for sizes that have none; None where nothing is known.
+
+        Args:
+            node: its name, after which sizes that hang on data are called. Without it they have none.
+        """
         sizes = {
             name: None if shape is None else [size if isinstance(size, int) else Size(size) for size in shape]
-            for name, shape in shapes.items()
+            for name, shape in inputs.items()
         }
-        found = self.infer(sizes, attributes)
-        return None if found is None else [size.name if isinstance(size, Size) else size for size in found]
+        return {
+            name: None if shape is None else [_plain(size, node) for size in shape]
+            for name, shape in self.infer(sizes, attributes).items()
+        }
 
     def _infer(self, context: onnx.shape_inference.InferenceContext) -> None:
-        """Tell the type of the output; and its shape, as far as those of the inputs tell."""
-        shapes = {i.name: _shape(context, number) for number, i in enumerate(self.inputs)}
+        """Types of the outputs; and their shapes, as far as those of the inputs tell."""
+        protos = {i.name: _input_type(context, number) for number, i in enumerate(self.inputs)}
         attributes = {a.name: _attribute(context, a) for a in self.attributes}
-        found = self.shape(shapes, attributes)
-        kind: int = onnx.TensorProto.INT32
-        if self.follows is not None:
-            number = next(number for number, i in enumerate(self.inputs) if i.name == self.follows)
-            proto = context.get_input_type(number)
-            kind = onnx.TensorProto.FLOAT if proto is None else proto.tensor_type.elem_type
-        context.set_output_type(0, onnx.helper.make_tensor_type_proto(kind, found))
+        inferred = self.shapes({name: _shape(proto) for name, proto in protos.items()}, attributes)
+        for number, output in enumerate(self.outputs[: context.get_num_outputs()]):
+            if output.follows is None:
+                kind = onnx_type(output.type)
+            else:
+                proto = protos[output.follows]
+                kind = onnx.TensorProto.FLOAT if proto is None else proto.tensor_type.elem_type
+            context.set_output_type(number, onnx.helper.make_tensor_type_proto(kind, inferred[output.name]))
 
 
-def _shape(context: onnx.shape_inference.InferenceContext, number: int) -> Shape | None:
-    if number >= context.get_num_inputs() or not context.has_input(number):
-        return None
-    proto = context.get_input_type(number)
+def onnx_type(name: str) -> int:
+    """ONNX's number of the type that it calls `name`, such as "tensor(int32)"."""
+    return int(onnx.TensorProto.DataType.Value(name[len("tensor(") : -1].upper()))
+
+
+def _plain(size: Any, node: str | None) -> int | str | None:
+    if isinstance(size, Counted):
+        return None if node is None else f"{node}.{size.name}"
+    return size.name if isinstance(size, Size) else int(size)
+
+
+def _input_type(context: onnx.shape_inference.InferenceContext, number: int) -> onnx.TypeProto | None:
+    given = number < context.get_num_inputs() and context.has_input(number)
+    return context.get_input_type(number) if given else None
+
+
+def _shape(proto: onnx.TypeProto | None) -> Shape | None:
     if proto is None or not proto.tensor_type.HasField("shape"):
         return None
     sizes = {"dim_value": lambda d: d.dim_value, "dim_param": lambda d: d.dim_param, None: lambda d: None}

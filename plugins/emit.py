@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx
@@ -10,11 +10,13 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-from trimtab.plugins.dialect import DOMAIN, OPSET, VERSION, Form, Op, Shape, Value
+from trimtab.plugins.dialect import DOMAIN, OPSET, VERSION, Form, Op, Output, Shape, Value, onnx_type
 
 
 def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str, **attributes: Value) -> gs.Variable:
     """Append a node of `op` and return its output; the reference body goes into the graph's functions.
+
+    Optional outputs stay unnamed; `add_multi_output_node` gives those.
 
     Args:
         inputs: by name; those left out must be optional.
@@ -22,9 +24,67 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
         attributes: those left out take their defaults.
 
     Raises:
-        ValueError: no such input, attribute or choice, or the model already uses the op in a form with another body:
-            of a model there can be but one, since functions go by name.
+        ValueError: no such input, attribute or choice; the op has several outputs; or the model already uses the op in
+            a form with another body: of a model there can be but one, since functions go by name.
     """
+    if any(not o.optional for o in op.outputs[1:]):
+        raise ValueError(f"{op.name} has several outputs; add_multi_output_node returns them")
+    return _append(graph, op, inputs, name, {op.outputs[0].name: name}, attributes)[0]
+
+
+def add_multi_output_node(
+    graph: gs.Graph,
+    op: Op,
+    inputs: Mapping[str, gs.Tensor],
+    name: str,
+    outputs: Collection[str] | None = None,
+    **attributes: Value,
+) -> tuple[gs.Variable, ...]:
+    """As `add_node`, for an op with several outputs: returns those that are named, in the op's order.
+
+    Args:
+        name: of the node; its outputs are called <name>/<output>.
+        outputs: those to name; the others must be optional. By default all.
+
+    Raises:
+        ValueError: as `add_node`; or no such output, or one that has to be named is not.
+    """
+    known = [o.name for o in op.outputs]
+    wanted = known if outputs is None else outputs
+    if odd := [o for o in wanted if o not in known]:
+        raise ValueError(f"{op.name} has no output {odd[0]!r}; it has {', '.join(known)}")
+    if missing := [o.name for o in op.outputs if not o.optional and o.name not in wanted]:
+        raise ValueError(f"{op.name}: its output {missing[0]!r} has to be named")
+    return _append(graph, op, inputs, name, {o: f"{name}/{o}" for o in known if o in wanted}, attributes)
+
+
+def _append(
+    graph: gs.Graph,
+    op: Op,
+    inputs: Mapping[str, gs.Tensor],
+    name: str,
+    named: Mapping[str, str],
+    attributes: Mapping[str, Value],
+) -> tuple[gs.Variable, ...]:
+    """Append the node whose outputs are `named`; returns these."""
+    whole = _attributes(op, inputs, attributes)
+    kinds = {key: type_of(tensor) for key, tensor in inputs.items()}
+    add_body(graph, op, Form(kinds, whole))
+    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
+    if all(domain.domain != DOMAIN for domain in domains):
+        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    shapes = op.shapes({i.name: _shape(inputs.get(i.name)) for i in op.inputs}, whole, name)
+    outputs = [  # all of them, also unnamed ones at the end: ONNX Runtime refuses a node with fewer than its function
+        _variable(named[o.name], _dtype(o, inputs), shapes[o.name]) if o.name in named else gs.Variable.empty()
+        for o in op.outputs
+    ]
+    order = [inputs.get(i.name, gs.Variable.empty()) for i in op.inputs]
+    graph.nodes.append(gs.Node(op.name, name=name, inputs=order, outputs=outputs, attrs=whole, domain=DOMAIN))
+    return tuple(tensor for tensor in outputs if not tensor.is_empty())
+
+
+def _attributes(op: Op, inputs: Mapping[str, gs.Tensor], attributes: Mapping[str, Value]) -> dict[str, Value]:
+    """All attributes of a node that is given these, once both are found to be the op's."""
     known = {i.name for i in op.inputs}, {a.name for a in op.attributes}
     for given, names in zip((inputs, attributes), known, strict=True):
         for key in given:
@@ -39,19 +99,20 @@ def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str
             raise ValueError(
                 f"{op.name}: {attribute.name} is {whole[attribute.name]!r}, not one of {', '.join(attribute.choices)}"
             )
-    kinds = {key: type_of(tensor) for key, tensor in inputs.items()}
-    add_body(graph, op, Form(kinds, whole))
-    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
-    if all(domain.domain != DOMAIN for domain in domains):
-        graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, VERSION)]
-    order = [inputs.get(i.name, gs.Variable.empty()) for i in op.inputs]
-    shapes = {i.name: _shape(inputs.get(i.name)) for i in op.inputs}
-    inferred = op.shape(shapes, whole)
-    shape = None if inferred is None else [f"{name}.{i}" if size is None else size for i, size in enumerate(inferred)]
-    kind = np.int32 if op.follows is None else inputs[op.follows].dtype
-    output = gs.Variable(name, np.float32 if kind is None else kind, shape)
-    graph.nodes.append(gs.Node(op.name, name=name, inputs=order, outputs=[output], attrs=whole, domain=DOMAIN))
-    return output
+    return whole
+
+
+def _variable(name: str, dtype: object, shape: Shape | None) -> gs.Variable:
+    """Sizes without a name are called after the tensor."""
+    named = None if shape is None else [f"{name}.{i}" if size is None else size for i, size in enumerate(shape)]
+    return gs.Variable(name, dtype, named)
+
+
+def _dtype(output: Output, inputs: Mapping[str, gs.Tensor]) -> object:
+    if output.follows is None:
+        return onnx.helper.tensor_dtype_to_np_dtype(onnx_type(output.type))
+    dtype = inputs[output.follows].dtype
+    return np.float32 if dtype is None else dtype
 
 
 def add_body(graph: gs.Graph, op: Op, form: Form) -> None:

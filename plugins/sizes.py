@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Shapes", "Size"]
+__all__ = ["Counted", "Shapes", "Size"]
 
 Shapes = Mapping[str, Sequence[Any] | None]
 """Input → its shape, None where it is not given or not known. Sizes are integers, or what computes like integers with
@@ -40,3 +40,16 @@ class Size:
 
     def __gt__(self, other: Any) -> Any:
         return Size()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A size of an output that hangs on data: the kernel counts it while it runs.
+
+    Attributes:
+        name: of what is counted. Outputs of a node that give the same one have the same size.
+        at_most: a size of the inputs, or made of such, that it never exceeds.
+    """
+
+    name: str
+    at_most: Any

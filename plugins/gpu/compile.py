@@ -48,7 +48,7 @@ class Compiled:
 def arguments(kernel: GpuKernel, form: Form) -> tuple[str, ...]:
     """Names of the run-time parameters, in order."""
     given = [i.name for i in kernel.op.inputs if i.name in form.given]
-    return (*given, *kernel.sizes, kernel.op.output[0])
+    return (*given, *kernel.sizes, *(o.name for o in kernel.op.outputs))
 
 
 def compile_kernel(
@@ -75,8 +75,7 @@ def compile_kernel(
         raise ValueError(f"{kernel.op.name}: {reason}")
     constants = kernel.constants(form, shapes, tile)
     signature, fixed, aligned = {}, dict(constants), {}
-    output, kind = kernel.op.output
-    types = {**form.given, output: kind if kernel.op.follows is None else form.given[kernel.op.follows]}
+    types = {**form.given, **{o.name: o.type_in(form.given) for o in kernel.op.outputs}}
     for position, name in enumerate(kernel.function.arg_names):
         if name in types:
             signature[name] = f"*{_TYPES[types[name]]}"

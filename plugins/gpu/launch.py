@@ -48,13 +48,14 @@ def prepared(
     if (reason := kernel.refuses(form, given)) is not None:
         raise ValueError(f"{kernel.op.name}: {reason}")
     tile = tile or kernel.tiles(form, given)[0]
-    shape = kernel.op.infer(shapes, form.attributes)
+    (result,) = kernel.op.outputs
+    shape = result.shape(shapes, form.attributes)
     if shape is None or not all(isinstance(size, int) for size in shape):
         raise ValueError(f"{kernel.op.name}: the shapes {given} do not tell that of the output")
     first = inputs[kernel.op.inputs[0].name]
-    dtype = torch.int32 if kernel.op.follows is None else inputs[kernel.op.follows].dtype
+    dtype = torch.int32 if result.follows is None else inputs[result.follows].dtype
     output = torch.empty([int(size) for size in shape if size is not None], dtype=dtype, device=first.device)
-    sizes = kernel.measure(given | {kernel.op.output[0]: list(output.shape)})
+    sizes = kernel.measure(given | {result.name: list(output.shape)})
     constants = kernel.constants(form, given, tile)
     grid = kernel.grid(sizes, constants, tile)
     if first.is_cuda:

@@ -1,13 +1,15 @@
-// A class with a name, inputs and a compute function → an op that ONNX Runtime can register.
+// A class with a name, inputs, outputs and a compute function → an op that ONNX Runtime can register.
 //
 // Kernel needs:  static constexpr const char* kName;
-//                static constexpr ort::Presence kInputs[];  static constexpr ort::Type kOutput;
+//                static constexpr ort::Argument kInputs[], kOutputs[];
 //                const char* read(const Runtime&, const KernelInfo*);       attributes; an error message, or nullptr
 //                const char* compute(const Runtime&, KernelContext*) const; likewise
-// Kernels check types themselves: weights come in several.
+// One line behind it puts it into the library:  inline const Registered<Kernel> kKernel;
 #pragma once
 
+#include <initializer_list>
 #include <memory>
+#include <vector>
 
 #include "ort_abi.h"
 
@@ -24,12 +26,12 @@ struct Op : ort::CustomOp {
     name = [](const ort::CustomOp*) { return Kernel::kName; };
     provider = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU's
     input_count = [](const ort::CustomOp*) { return sizeof Kernel::kInputs / sizeof *Kernel::kInputs; };
-    input_type = [](const ort::CustomOp*, size_t) { return ort::Type::any; };
-    input_presence = [](const ort::CustomOp*, size_t i) { return Kernel::kInputs[i]; };
+    input_type = [](const ort::CustomOp*, size_t i) { return Kernel::kInputs[i].type; };
+    input_presence = [](const ort::CustomOp*, size_t i) { return Kernel::kInputs[i].presence; };
     input_memory = [](const ort::CustomOp*, size_t) { return ort::Memory::device; };
-    output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-    output_type = [](const ort::CustomOp*, size_t) { return Kernel::kOutput; };
-    output_presence = [](const ort::CustomOp*, size_t) { return ort::Presence::required; };
+    output_count = [](const ort::CustomOp*) { return sizeof Kernel::kOutputs / sizeof *Kernel::kOutputs; };
+    output_type = [](const ort::CustomOp*, size_t i) { return Kernel::kOutputs[i].type; };
+    output_presence = [](const ort::CustomOp*, size_t i) { return Kernel::kOutputs[i].presence; };
     input_min_arity = output_min_arity = [](const ort::CustomOp*) { return 1; };
     input_homogeneous = output_homogeneous = [](const ort::CustomOp*) { return 1; };
     start_version = [](const ort::CustomOp*) { return 1; };
@@ -46,6 +48,20 @@ struct Op : ort::CustomOp {
       return error == nullptr ? nullptr : it->runtime.fail(error);
     };
     destroy = [](void* instance) { delete static_cast<Instance*>(instance); };
+  }
+};
+
+// The ops of the library.
+inline std::vector<const ort::CustomOp*>& registered_ops() {
+  static std::vector<const ort::CustomOp*> ops;
+  return ops;
+}
+
+template <typename Kernel>
+struct Registered {
+  Registered() {
+    static const Op<Kernel> op;
+    registered_ops().push_back(&op);
   }
 };
 
@@ -86,6 +102,19 @@ inline Tensor read_input(const ort::Runtime& runtime, ort::KernelContext* contex
   tensor.rank = runtime.shape(value, &tensor.type, tensor.dims, Tensor::kMostDims);
   tensor.data = runtime.data(value);
   return tensor;
+}
+
+// The memory of output `index`, which gets this shape; nullptr where the node leaves it unnamed. To be called once, and not
+// before the kernel has counted what its sizes hang on.
+template <typename T>
+T* write_output(const ort::Runtime& runtime, ort::KernelContext* context, size_t index, const int64_t* shape, size_t rank) {
+  const ort::Value* value = runtime.output(context, index, shape, rank);
+  return value == nullptr ? nullptr : static_cast<T*>(runtime.data(value));
+}
+
+template <typename T>
+T* write_output(const ort::Runtime& runtime, ort::KernelContext* context, size_t index, std::initializer_list<int64_t> shape) {
+  return write_output<T>(runtime, context, index, shape.begin(), shape.size());
 }
 
 // Runs task(i) for i in [0, total) on the threads of the session.

@@ -1,8 +1,6 @@
 // The library that ONNX Runtime loads: registers every op of the domain `trimtab`.
-#include "../select_blocks/cpu.h"
-#include "../sparse_down/cpu.h"
-#include "../sparse_head/cpu.h"
-#include "../sparse_up/cpu.h"
+#include "kernels.h"
+#include "ops.h"  // made by CMake: the cpu.h of every op, each of which registers its kernel
 
 #if defined(_WIN32)
 #define TRIMTAB_EXPORT extern "C" __declspec(dllexport)
@@ -17,16 +15,9 @@ TRIMTAB_EXPORT trimtab::ort::Status* RegisterCustomOps(trimtab::ort::SessionOpti
   const ort::Api api = base->get_api(ort::kApiVersion);
   if (api == nullptr) return nullptr;  // older than the ABI: the reference bodies serve
   const ort::Runtime runtime(api);
-  static const Op<SelectBlocks> select_blocks;
-  static const Op<SparseUp> sparse_up;
-  static const Op<SparseDown> sparse_down;
-  static const Op<SparseHead> sparse_head;
   ort::CustomOpDomain* domain = nullptr;
   if (ort::Status* status = runtime.make_domain("trimtab", &domain)) return status;
-  for (const ort::CustomOp* op : {static_cast<const ort::CustomOp*>(&select_blocks),
-                                  static_cast<const ort::CustomOp*>(&sparse_up),
-                                  static_cast<const ort::CustomOp*>(&sparse_down),
-                                  static_cast<const ort::CustomOp*>(&sparse_head)})
+  for (const ort::CustomOp* op : registered_ops())
     if (ort::Status* status = runtime.add_op(domain, op)) return status;
   return runtime.add_domain(options, domain);
 }

@@ -30,6 +30,12 @@ enum class Type : int32_t { any = 0, float32 = 1, uint8 = 2, int8 = 3, int32 = 6
 enum class Presence : int32_t { required = 0, optional = 1 };
 enum class Memory : int32_t { device = 0 };
 
+// An input or output of an op. An input of type `any` may have several, which the kernel checks itself.
+struct Argument {
+  Type type = Type::any;
+  Presence presence = Presence::required;
+};
+
 // OrtCustomOp: what the runtime asks of an op. Fields up to those of version 17.
 struct CustomOp {
   uint32_t version = kApiVersion;
@@ -98,9 +104,12 @@ class Runtime {
     ok(at<Status*(KernelContext*, size_t*)>(88)(context, &count));
     return count;
   }
+  // Allocates an output; nullptr where the node leaves it unnamed.
   Value* output(KernelContext* context, size_t index, const int64_t* shape, size_t rank) const {
+    size_t count = 0;
     Value* value = nullptr;
-    ok(at<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank, &value));
+    if (ok(at<Status*(KernelContext*, size_t*)>(89)(context, &count)) && index < count)
+      ok(at<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, shape, rank, &value));
     return value;
   }
 

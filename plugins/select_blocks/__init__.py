@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Value
+from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import in_float
 from trimtab.plugins.sizes import Shapes
 
@@ -101,7 +101,7 @@ SELECT_BLOCKS = Op(
     "SelectBlocks",
     doc="The k blocks of highest score of each token, in ascending order of their numbers; of equal ones the first.",
     inputs=(Input("scores", ACTIVATION, "[..., blocks]"),),
-    output=("blocks", "tensor(int32)"),
+    outputs=(Output("blocks", "tensor(int32)", "[tokens or 1, k], ascending", _infer),),
     attributes=(
         Attribute("k", 1, "blocks to take"),
         Attribute("shared", 0, "1: one selection for all tokens, by each block's highest score; blocks is [1, k]"),
@@ -109,6 +109,5 @@ SELECT_BLOCKS = Op(
         Attribute("slack", 0, "blocks that a shard hands on beyond ceil(k / shards)"),
         Attribute("dense_above", -1, "with more tokens all blocks are taken, and blocks is [1, all]; -1: never"),
     ),
-    infer=_infer,
     body=_body,
 )

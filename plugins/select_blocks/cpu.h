@@ -12,8 +12,8 @@ namespace trimtab {
 
 struct SelectBlocks {
   static constexpr const char* kName = "SelectBlocks";
-  static constexpr ort::Type kOutput = ort::Type::int32;
-  static constexpr ort::Presence kInputs[] = {ort::Presence::required};
+  static constexpr ort::Argument kInputs[] = {{}};  // scores
+  static constexpr ort::Argument kOutputs[] = {{ort::Type::int32}};
 
   int64_t k = 1;
   int64_t shared = 0;       // one selection for all tokens, by each block's highest score
@@ -39,8 +39,7 @@ struct SelectBlocks {
     if (blocks % shards != 0) return "SelectBlocks: the number of shards does not divide that of blocks";
     if (!all && k > shards * local(blocks)) return "SelectBlocks: k is more than there are blocks";
     const int64_t take = all ? blocks : k, rows = shared || all ? 1 : tokens;
-    const int64_t shape[] = {rows, take};
-    auto* out = static_cast<int32_t*>(runtime.data(runtime.output(context, 0, shape, 2)));
+    auto* out = write_output<int32_t>(runtime, context, 0, {rows, take});
     std::vector<float> most;
     const float* from = scores.floats();
     if (shared && !all && tokens != 1) {
@@ -75,5 +74,7 @@ struct SelectBlocks {
     for (int64_t i = 0; i < take; i++) out[i] = candidates[chosen[i]];
   }
 };
+
+inline const Registered<SelectBlocks> kSelectBlocks;
 
 }  // namespace trimtab

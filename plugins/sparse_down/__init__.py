@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Value
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import as_input, chosen_rows, numbers_of_rows
 from trimtab.plugins.sizes import Shapes, Size
 
@@ -49,8 +49,7 @@ SPARSE_DOWN = Op(
             optional=True,
         ),
     ),
-    output=("y", "h"),
+    outputs=(Output("y", "h", "[..., width]", _infer),),
     attributes=(Attribute("block", 1, "neurons in a block"),),
-    infer=_infer,
     body=_body,
 )

@@ -7,10 +7,9 @@ namespace trimtab {
 
 struct SparseDown {
   static constexpr const char* kName = "SparseDown";
-  static constexpr ort::Type kOutput = ort::Type::float32;
-  // h, blocks, down, down_scale
-  static constexpr ort::Presence kInputs[] = {ort::Presence::required, ort::Presence::required, ort::Presence::required,
-                                              ort::Presence::optional};
+  static constexpr ort::Argument kOptional{ort::Type::any, ort::Presence::optional};
+  static constexpr ort::Argument kInputs[] = {{}, {}, {}, kOptional};  // h, blocks, down, down_scale
+  static constexpr ort::Argument kOutputs[] = {{ort::Type::float32}};
 
   static constexpr int64_t kMostParts = 8;
   static constexpr int64_t kMostPartial = 1 << 16;  // floats of partial sums that are worth adding up
@@ -79,7 +78,7 @@ struct SparseDown {
     int64_t shape[Tensor::kMostDims];
     std::copy_n(h.dims, h.rank, shape);
     shape[h.rank - 1] = width;
-    auto* y = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, h.rank)));
+    auto* y = write_output<float>(runtime, context, 0, shape, h.rank);
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
@@ -115,5 +114,7 @@ struct SparseDown {
     return nullptr;
   }
 };
+
+inline const Registered<SparseDown> kSparseDown;
 
 }  // namespace trimtab

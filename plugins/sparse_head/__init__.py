@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Form, Input, Op
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Form, Input, Op, Output
 from trimtab.plugins.rows import numbers_of_rows
 from trimtab.plugins.sparse_up import infer_chosen, products, shaped
 
@@ -35,8 +35,7 @@ SPARSE_HEAD = Op(
         ),
         Input("weight_bias", ACTIVATION, "[vocabulary]", optional=True),
     ),
-    output=("logits", "x"),
+    outputs=(Output("logits", "x", "[..., k]", infer_chosen),),
     attributes=(),
-    infer=infer_chosen,
     body=_body,
 )

@@ -7,13 +7,14 @@ namespace trimtab {
 
 struct SparseHead : SparseUp {
   static constexpr const char* kName = "SparseHead";
-  // x, rows, weight, scale, bias
-  static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional, kOptional};
+  static constexpr ort::Argument kInputs[] = {{}, {}, {}, kOptional, kOptional};  // x, rows, weight, scale, bias
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     resident_up.take(runtime, info, 2);
     return nullptr;
   }
 };
+
+inline const Registered<SparseHead> kSparseHead;
 
 }  // namespace trimtab

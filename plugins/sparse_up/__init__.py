@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Value
+from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import as_input, chosen_rows, in_float, numbers_of_rows
 from trimtab.plugins.sizes import Shapes, Size
 
@@ -148,7 +148,7 @@ SPARSE_UP = Op(
             optional=True,
         ),
     ),
-    output=("h", "x"),
+    outputs=(Output("h", "x", "[..., k · block], of the chosen neurons in order", infer_chosen),),
     attributes=(
         Attribute(
             "activation", "identity", "what goes around x gateᵀ, or x upᵀ where there is no gate", tuple(ACTIVATIONS)
@@ -156,6 +156,5 @@ SPARSE_UP = Op(
         Attribute("block", 1, "neurons in a block"),
         Attribute("keep", 0, "blocks that are not set to 0, those of the largest Σ |h| · importance; 0: all of them"),
     ),
-    infer=infer_chosen,
     body=_body,
 )

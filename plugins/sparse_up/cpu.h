@@ -9,11 +9,10 @@ namespace trimtab {
 
 struct SparseUp {
   static constexpr const char* kName = "SparseUp";
-  static constexpr ort::Type kOutput = ort::Type::float32;
-  static constexpr ort::Presence kRequired = ort::Presence::required, kOptional = ort::Presence::optional;
+  static constexpr ort::Argument kOptional{ort::Type::any, ort::Presence::optional};
   // x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias, importance
-  static constexpr ort::Presence kInputs[] = {kRequired, kRequired, kRequired, kOptional,
-                                              kOptional, kOptional, kOptional, kOptional, kOptional};
+  static constexpr ort::Argument kInputs[] = {{}, {}, {}, kOptional, kOptional, kOptional, kOptional, kOptional, kOptional};
+  static constexpr ort::Argument kOutputs[] = {{ort::Type::float32}};
 
   Activation activation = Activation::identity;
   int64_t block = 1;
@@ -52,7 +51,7 @@ struct SparseUp {
     int64_t shape[Tensor::kMostDims];
     std::copy_n(x.dims, x.rank, shape);
     shape[x.rank - 1] = count;
-    auto* out = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, x.rank)));
+    auto* out = write_output<float>(runtime, context, 0, shape, x.rank);
     if (tokens == 0 || count == 0) return nullptr;
 
     // One selection for all tokens is one group; otherwise each token is one.
@@ -112,5 +111,7 @@ struct SparseUp {
     }
   }
 };
+
+inline const Registered<SparseUp> kSparseUp;
 
 }  // namespace trimtab

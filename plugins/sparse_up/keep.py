@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Value
+from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import as_input, numbers_of_rows
 from trimtab.plugins.sizes import Shapes
 from trimtab.plugins.sparse_up import kept
@@ -41,11 +41,10 @@ KEEP_LARGEST = Op(
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
         Input("importance", ACTIVATION, "[neurons]: what one unit of a neuron's activation counts"),
     ),
-    output=("y", "h"),
+    outputs=(Output("y", "h", "as h", _infer),),
     attributes=(
         Attribute("block", 1, "neurons in a block"),
         Attribute("keep", 0, "blocks that are not set to 0; 0: all of them"),
     ),
-    infer=_infer,
     body=_body,
 )

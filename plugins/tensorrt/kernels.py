@@ -6,6 +6,7 @@ import importlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from trimtab.plugins import FOLDERS
 from trimtab.plugins.dialect import Form, Op
 from trimtab.plugins.driver import absent, compute_capability, cuda_version
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble
@@ -16,18 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["compiled", "kernel_of", "tactics", "this_gpu", "tile_of"]
 
-_FOLDERS = {
-    "SelectBlocks": "select_blocks",
-    "SparseUp": "sparse_up",
-    "SparseDown": "sparse_down",
-    "SparseHead": "sparse_head",
-}
-
 
 @lru_cache
 def kernel_of(op: Op) -> GpuKernel:
     """Raises ModuleNotFoundError where the package `triton` is missing."""
-    kernel: GpuKernel = importlib.import_module(f"trimtab.plugins.{_FOLDERS[op.name]}.gpu").KERNEL
+    kernel: GpuKernel = importlib.import_module(f"trimtab.plugins.{FOLDERS[op.name]}.gpu").KERNEL
     return kernel
 
 

@@ -104,11 +104,11 @@ class _Callbacks:
         import tensorrt.plugin as trtp
 
         tensors, attributes = self._divide(arguments)
-        shape = self.plugin.op.infer(_shapes(self.plugin, tensors), attributes)
-        follows = self.plugin.op.follows
+        (output,) = self.plugin.op.outputs
+        shape = output.shape(_shapes(self.plugin, tensors), attributes)
         assert shape is not None
         return trtp.from_shape_expr(
-            tuple(raw(size) for size in shape), trt.int32 if follows is None else tensors[follows].dtype
+            tuple(raw(size) for size in shape), trt.int32 if output.follows is None else tensors[output.follows].dtype
         )
 
     def tune(self, *arguments: Any) -> list[Any]:
@@ -136,8 +136,8 @@ class _Callbacks:
         tile = tile_of(kernel, form, static, tactic)
         made = compiled(kernel, form, static, tile, self.capability or this_gpu())
         shapes = _shapes(self.plugin, tensors)
-        output = {self.plugin.op.output[0]: self.plugin.op.infer(shapes, attributes)}
-        sizes = kernel.measure({name: shape for name, shape in (shapes | output).items() if shape is not None})
+        outputs = self.plugin.op.infer(shapes, attributes)
+        sizes = kernel.measure({name: shape for name, shape in (shapes | outputs).items() if shape is not None})
         grid = [raw(size) for size in kernel.grid(sizes, made.constants, tile)]
         launch = trtp.KernelLaunchParams(*grid, block_x=made.threads, shared_mem=made.shared_bytes)
         extra = trtp.SymIntExprs(len(kernel.sizes))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import onnxruntime as ort
 import pytest
-from dialects import graph_of
+from dialects import finish, graph_of
+from onnx.reference import ReferenceEvaluator
 
-from trimtab.plugins import DOMAIN, OPS, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
+from trimtab.plugins import FOLDERS, OPS, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_multi_output_node, add_node
+from trimtab.plugins.dialect import ACTIVATION, DOMAIN, Input, Op, Output, Value
+from trimtab.plugins.sizes import Counted, Shapes
 
 
 @pytest.fixture
@@ -132,3 +141,114 @@ def test_one_body_serves_one_form() -> None:
         add_node(
             graph, SPARSE_DOWN, {"h": h, "blocks": blocks, "down": gs.Constant("c", np.zeros((8, 4), np.float16))}, "c"
         )
+
+
+def counting() -> Op:
+    """An op of three outputs for tests: x where it is not 0, the places, and the sum of x where it is asked for."""
+
+    def found(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+        x = shapes["x"]
+        return None if x is None else [Counted("found", x[0])]
+
+    body = """
+  places_ = NonZero (x)
+  minus = Constant <value_ints = [-1]> ()
+  places = Reshape (places_, minus)
+  values = Gather (x, places)
+  total = ReduceSum <keepdims = 0> (x)
+"""
+    return Op(
+        "Counting",
+        doc="For tests.",
+        inputs=(Input("x", ACTIVATION, "[n]"),),
+        outputs=(
+            Output("values", "x", "[found]", found),
+            Output("total", "x", "[]", lambda shapes, attributes: [], optional=True),
+            Output("places", "tensor(int64)", "[found]", found, optional=True),
+        ),
+        attributes=(),
+        body=lambda form: body,
+    )
+
+
+@pytest.mark.parametrize("named", [("values", "total", "places"), ("values", "places"), ("values",), None])
+def test_several_outputs(named: tuple[str, ...] | None) -> None:
+    """Those that a node names, of which two share a size that hangs on data, in every runtime of reference bodies."""
+    op, x = counting(), np.array([0, 3, 0, -2, 5], np.float32)
+    graph = graph_of(x=(np.float32, ["n"]))
+    outputs = add_multi_output_node(graph, op, {"x": graph.inputs[0]}, "count/layer.1", named)
+    wanted = {"values": x[x != 0], "total": x.sum(), "places": np.flatnonzero(x)}
+    names = named or tuple(wanted)
+    assert [t.name for t in outputs] == [f"count/layer.1/{name}" for name in names]
+    assert all(t.shape == ([] if "total" in t.name else ["count/layer.1.found"]) for t in outputs)
+    model = finish(graph, *outputs)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for got in (session.run(None, {"x": x}), ReferenceEvaluator(model).run(None, {"x": x})):
+        for array, name in zip(got, names, strict=True):
+            np.testing.assert_array_equal(array, wanted[name])
+            assert array.dtype == (np.int64 if name == "places" else np.float32)
+
+
+def test_one_body_serves_nodes_that_name_other_outputs() -> None:
+    """Two layers of a model need not ask for the same outputs."""
+    op, x = counting(), np.array([1, 0, 2], np.float32)
+    graph = graph_of(x=(np.float32, ["n"]))
+    one = add_node(graph, op, {"x": graph.inputs[0]}, "one")
+    _, places = add_multi_output_node(graph, op, {"x": one}, "other", ("values", "places"))
+    model = finish(graph, one, places)
+    assert one.name == "one" and one.shape == ["one.found"] and len(model.functions) == 1
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values, found = session.run(None, {"x": x})
+    np.testing.assert_array_equal(values, [1, 2])
+    np.testing.assert_array_equal(found, [0, 1])
+
+
+def test_shapes_of_several_outputs_are_inferred() -> None:
+    op = counting()
+    graph = graph_of(x=(np.float16, ["n"]))
+    outputs = add_multi_output_node(graph, op, {"x": graph.inputs[0]}, "node")
+    for tensor in outputs:
+        tensor.shape = None
+        graph.nodes.append(
+            gs.Node("Identity", inputs=[tensor], outputs=[gs.Variable(f"{tensor.name}/end", tensor.dtype)])
+        )
+    graph.outputs, graph.functions = [node.outputs[0] for node in graph.nodes[1:]], []
+    onnx.defs.register_schema(op.schema())
+    try:
+        model = onnx.shape_inference.infer_shapes(gs.export_onnx(graph), check_type=True, strict_mode=True)
+    finally:
+        onnx.defs.deregister_schema(op.name, 1, DOMAIN)
+    found = {v.name: (v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in model.graph.value_info}
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
+    assert found == {"node/values": (half, 1), "node/total": (half, 0), "node/places": (whole, 1)}
+
+
+def test_refuses_outputs_that_the_op_does_not_have() -> None:
+    op, two = counting(), replace(counting(), outputs=tuple(replace(o, optional=False) for o in counting().outputs))
+    graph = graph_of(x=(np.float32, ["n"]))
+    given = {"x": graph.inputs[0]}
+    with pytest.raises(ValueError, match="no output 'value'; it has values, total, places"):
+        add_multi_output_node(graph, op, given, "a", ("values", "value"))
+    with pytest.raises(ValueError, match="its output 'values' has to be named"):
+        add_multi_output_node(graph, op, given, "a", ("total",))
+    with pytest.raises(ValueError, match="Counting has several outputs"):
+        add_node(graph, two, given, "a")
+    assert not graph.nodes
+
+
+@pytest.mark.parametrize("change", [{"name": "x"}, {"optional": True}, {"type": "scores"}])
+def test_refuses_declarations_that_contradict_themselves(change: dict[str, Any]) -> None:
+    op = counting()
+    with pytest.raises(ValueError, match="Counting"):
+        replace(op, outputs=(replace(op.outputs[0], **change),))
+
+
+def test_every_folder_declares_its_op() -> None:
+    """By the name of its constant, from the folder as from the dialect."""
+    import trimtab.plugins
+
+    for name, folder in FOLDERS.items():
+        op = getattr(import_module(f"trimtab.plugins.{folder}"), folder.upper())
+        assert op is OPS[name] is getattr(trimtab.plugins, folder.upper()) and op.name == name
+    with pytest.raises(AttributeError, match="SPARSE_SIDEWAYS"):
+        trimtab.plugins.SPARSE_SIDEWAYS  # noqa: B018

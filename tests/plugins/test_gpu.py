@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.plugins import OPS
+from trimtab.plugins import FOLDERS, OPS
 from trimtab.plugins.driver import gpu_present
 
 pytest.importorskip("triton", reason="the Triton language is not installed")
@@ -22,12 +22,6 @@ from trimtab.plugins.gpu.kernel import Tile
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble, only_parameters, parameters
 
 HERE = Path(__file__).parent
-FOLDERS = {
-    "SelectBlocks": "select_blocks",
-    "SparseUp": "sparse_up",
-    "SparseDown": "sparse_down",
-    "SparseHead": "sparse_head",
-}
 KERNELS = {name: import_module(f"trimtab.plugins.{folder}.gpu").KERNEL for name, folder in FOLDERS.items()}
 SHAPES = {
     "scores": (1, 11008),
@@ -80,7 +74,7 @@ def test_compiled(op, capability):
     found = assemble(made.ptx, capability)
     told = form, tile, found
     names = arguments(kernel, form)
-    assert names[-1] == kernel.op.output[0]
+    assert names[-1] == kernel.op.outputs[0].name
     assert found.parameter_bytes == tuple(4 if name in kernel.sizes else 8 for name in names), told
     assert len(parameters(made.ptx)) == len(names)
     assert found.spilled_bytes == 0, told

@@ -27,7 +27,8 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     _let_infer_outputs(part)
     plugins = [node for node in part.nodes if node.op in PLUGINS]
     for node in plugins:
-        node.outputs[0].shape = None
+        for output in node.outputs:
+            output.shape = None
     kept = {id(tensor) for tensor in part.outputs}
     for _ in range(_ROUNDS):
         infer_shapes(part)
@@ -53,16 +54,17 @@ def _let_infer_outputs(graph: gs.Graph) -> None:
 
 
 def _tell(node: gs.Node) -> bool:
-    """Give the output of a plugin its shape, by its op's own rule; whether that is news."""
-    plugin, output = PLUGINS[node.op], node.outputs[0]
+    """Give the outputs of a plugin their shapes, by its op's own rules; whether any is news."""
+    plugin = PLUGINS[node.op]
     shapes = {
         name: None if t.shape is None else list(t.shape) for name, t in zip(plugin.inputs, node.inputs, strict=True)
     }
-    found = plugin.op.shape(shapes, plugin.decode(node.attrs))
-    if found is None or any(not isinstance(size, int) for size in found) or found == output.shape:
-        return False
-    output.shape = found
-    return True
+    inferred = plugin.op.shapes(shapes, plugin.decode(node.attrs))
+    news = False
+    for output, shape in zip(node.outputs, inferred.values(), strict=False):
+        if shape is not None and all(isinstance(size, int) for size in shape) and shape != output.shape:
+            output.shape, news = shape, True
+    return news
 
 
 def _told(node: gs.Node, kept: set[int]) -> bool:

@@ -183,7 +183,8 @@ def test_shapes_and_launches(case: Case, uncompiled: None) -> None:
     plugin = create(case.plugin.name, case.plugin.encode(case.attributes))
     assert plugin.attrs == case.plugin.encode(case.attributes)
     kind, shape = outputs_of(plugin, tensors)
-    assert kind == (trt.int32 if case.op.follows is None else getattr(trt.DataType, case.kinds[case.op.follows]))
+    (output,) = case.op.outputs
+    assert kind == (trt.int32 if output.follows is None else getattr(trt.DataType, case.kinds[output.follows]))
     descs, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
     static = {n: [s if isinstance(s, int) else -1 for s in t.shape] for n, t in zip(case.kinds, tensors, strict=True)}
     tiles = kernel.tiles(case.form, static)
@@ -195,11 +196,11 @@ def test_shapes_and_launches(case: Case, uncompiled: None) -> None:
         for _ in range(3):
             sizes = run_sizes(tensors, rng)
             shapes = {name: at(list(t.shape), sizes) for name, t in zip(case.kinds, tensors, strict=True)}
-            wanted = case.op.shape({i.name: shapes.get(i.name) for i in case.op.inputs}, case.attributes)
+            wanted = case.op.shapes({i.name: shapes.get(i.name) for i in case.op.inputs}, case.attributes)[output.name]
             assert [size.at(sizes) for size in shape] == wanted
             if case.op.name == "SelectBlocks":
                 assert wanted == selected(case, shapes["scores"])
-            measured = kernel.measure(shapes | {case.op.output[0]: wanted})
+            measured = kernel.measure(shapes | {output.name: wanted})
             assert [size.at(sizes) for size in made.extra] == [measured[name] for name in kernel.sizes]
             constants = kernel.constants(case.form, shapes, tile)
             assert made.code.decode() == repr(constants)
