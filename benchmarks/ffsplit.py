@@ -137,7 +137,8 @@ def timed(
     task: Task, precision: str, training: dict[str, Any], seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The recovered split in fp32 or in dynamic int8, against the dense engine of its precision."""
-    from trimtab.training.recover import Settings, recover
+    from trimtab.training.recover.recover import recover
+    from trimtab.training.recover.settings import Settings
 
     file = HERE / "recipes" / f"time-{precision}.yaml"
     recipe, passes = load_recipe(file), yaml.safe_load(file.read_text())["passes"]

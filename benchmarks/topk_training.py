@@ -36,8 +36,9 @@ from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.export import load_model
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import find_anatomy
+from trimtab.training.run import train
 from trimtab.training.topk.find import down_projections
-from trimtab.training.topk.finetune import RECORD, finetune
+from trimtab.training.topk.finetune import RECORD
 from trimtab.training.topk.settings import Settings
 from trimtab.training.topk.sparse import SparseFFNs
 
@@ -115,7 +116,8 @@ def relu_model(shared: Path, folder: Path, steps: int) -> Path:
     OPTForCausalLM(config).save_pretrained(folder / "random")
     AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(folder / "random")
     settings = Settings(minutes=600, steps=3 * steps, lr=3e-3, batch_size=16, max_tokens=TOKENS)
-    finetune(folder / "random", _recipe(density=1), read_data(folder / "train.jsonl"), settings, folder / "relu")
+    plan = _recipe(density=1)
+    train("topk", folder / "random", folder / "train.jsonl", folder / "relu", recipe=plan, settings=settings)
     return folder / "relu"
 
 
@@ -126,7 +128,7 @@ def measure(dense: Path, folder: Path, steps: int, densities: list[float]) -> di
         out = folder / f"{dense.name}-{density:g}"
         settings = Settings(minutes=600, steps=steps, batch_size=16, max_tokens=TOKENS)
         if not out.exists():
-            finetune(dense, _recipe(density=density), read_data(folder / "train.jsonl"), settings, out)
+            train("topk", dense, folder / "train.jsonl", out, recipe=_recipe(density=density), settings=settings)
         found["fine_tuned"].append(
             {
                 "density": density,

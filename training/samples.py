@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from trimtab.compiler.data import LABEL, Dataset, Label, class_number, fit_arrays, label_values, text_feeds, with_labels
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task
-from trimtab.passes.errors import DataError
+from trimtab.training.held_out import split
 
 Feeds = dict[str, np.ndarray]
 
@@ -82,7 +82,7 @@ class Samples:
 
 def read_samples(
     dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], *,
-    max_tokens: int, held_out: float, most_held_out: int, rng: np.random.Generator,
+    max_tokens: int, rng: np.random.Generator,
     task: Task | None = _CLASSES, width: int | None = None,
 ) -> Samples:  # fmt: skip
     """Read a dataset and split it.
@@ -90,15 +90,13 @@ def read_samples(
     Args:
         inputs: of the model's graph.
         max_tokens: texts are cut there.
-        held_out: share of the samples to hold out; at least one, at most `most_held_out`.
         task: what labels mean; None: they are not read.
         width: of the logits.
 
     Raises:
         DataError: fewer than two samples, or they do not fit the model's inputs or classes.
     """
-    if dataset.count < 2:
-        raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
+    train, held_out = split(dataset, rng)
     if dataset.arrays is not None:
         wanted = with_labels(dataset, inputs)
         arrays = fit_arrays(dataset, wanted)
@@ -121,10 +119,7 @@ def read_samples(
             return of_texts([texts[i] for i in rows])
 
     labels = _labels(given, task, source.labels, width)
-    order = rng.permutation(dataset.count)
-    kept = min(max(1, round(held_out * dataset.count)), most_held_out)
-    judged = order[:kept]
-    return Samples(order[kept:], judged[np.argsort(lengths[judged], kind="stable")], labels, lengths, feeds)
+    return Samples(train, held_out[np.argsort(lengths[held_out], kind="stable")], labels, lengths, feeds)
 
 
 def _labels(

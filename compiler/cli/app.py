@@ -27,7 +27,7 @@ from trimtab.compiler.cli import console
 COMMANDS = {
     "inspect": "Show what a model consists of, and where it spends its work.",
     "calibrate": "Measure a model on data and write its Profile.",
-    "train": "Learn what a pass needs, and add it to a Profile.",
+    "train": "Learn what a pass needs: a Profile, or a new model.",
     "compile": "Compile a model into a build directory.",
     "validate": "Compare a build with its dense model, numerically and on a task.",
     "generate": "Generate text with a build of a causal language model.",
@@ -35,6 +35,7 @@ COMMANDS = {
     "serve": "Serve a build with Triton Inference Server.",
     "bench": "Time a build against its dense model in one run.",
     "passes": "List the passes and their options.",
+    "methods": "List the methods of `trimtab train` and their options.",
     "targets": "List the targets and whether they work here.",
 }
 """Command → its line in `trimtab --help`. The module of the same name defines it."""

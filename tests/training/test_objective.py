@@ -14,7 +14,8 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph import load_graph
-from trimtab.training.objective import Objective, divergence, find_objective, relative_error
+from trimtab.training.losses import divergence, relative_error
+from trimtab.training.recover.objective import Objective, find_objective
 
 
 def objective_of(family: str) -> tuple[Objective, object]:

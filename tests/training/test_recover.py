@@ -24,7 +24,8 @@ from trimtab.passes.errors import DataError, ModelError, PassError, ProfileError
 from trimtab.passes.graph import save_graph, values
 from trimtab.passes.profile import Profile
 from trimtab.training.clock import schedule
-from trimtab.training.recover import Settings, recover
+from trimtab.training.recover.recover import recover
+from trimtab.training.recover.settings import Settings
 
 SHORT = Settings(minutes=5, steps=40, lr=2e-3, batch_size=16, max_tokens=16)
 
@@ -81,7 +82,7 @@ def test_what_is_minimised_follows_the_settings(family: str, changed: dict[str, 
     source, plan, data = onnx_source(family), recipe(ZeroNeurons()), arrays_of(family, 120, tmp_path)
     runs = [
         recover(source, plan, data, empty_profile(source), settings).learned("recover")
-        for settings in (SHORT, replace(SHORT, **changed))
+        for settings in (SHORT, SHORT.model_copy(update=changed))
     ]
     assert not all(np.allclose(runs[0][name], runs[1][name], rtol=0, atol=1e-6) for name in runs[0])
 
@@ -98,7 +99,7 @@ def test_labels_draw_the_classes_to_themselves(bert: Source, tmp_path: Path) -> 
     feeds = zoo.feeds("bert", 64, 9, np.random.default_rng())
     plan, shares = recipe(ZeroNeurons()), []
     for weight in (0.0, 20.0):
-        profile = recover(bert, plan, data, empty_profile(bert), replace(SHORT, labels_weight=weight))
+        profile = recover(bert, plan, data, empty_profile(bert), SHORT.model_copy(update={"labels_weight": weight}))
         logits = outputs(compiled(bert, plan, profile), feeds, tmp_path)[0]
         shares.append((logits.argmax(-1) == 1).mean())
     assert shares[1] == 1 and shares[1] > shares[0]
@@ -143,7 +144,7 @@ def test_same_seed_same_weights(bert: Source, tmp_path: Path) -> None:
 
 def test_ends_in_time_with_the_schedule_run_down(bert: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()  # each reading of the clock is a second later
-    for module in ("recover", "distill", "clock"):
+    for module in ("recover.recover", "recover.distill", "clock"):
         monkeypatch.setattr(f"trimtab.training.{module}.time", SimpleNamespace(monotonic=ticks.__next__))
     data, seen = arrays_of("bert", 60, tmp_path), []
     profile = recover(

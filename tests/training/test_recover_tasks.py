@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from scipy.special import expit
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.sources import Source, open_source
 from trimtab.passes.errors import DataError, ModelError
-from trimtab.training.objective import Objective, binary_divergence
-from trimtab.training.recover import Settings, recover
+from trimtab.training.losses import binary_divergence
+from trimtab.training.recover.objective import Objective
+from trimtab.training.recover.recover import recover
+from trimtab.training.recover.settings import Settings
 
 SHORT = Settings(minutes=5, steps=30, lr=2e-3, batch_size=16, max_tokens=48)
 SEED = int(np.random.default_rng().integers(1 << 30))
@@ -71,7 +72,7 @@ def test_labels_draw_scores_and_labels_to_themselves(tmp_path: Path) -> None:
         source = source_of(kind, tmp_path)
         data, losses = data_of(tmp_path, labels, given), []
         for weight in (0.0, 20.0):
-            settings = replace(SHORT, labels_weight=weight, steps=12)
+            settings = SHORT.model_copy(update={"labels_weight": weight, "steps": 12})
             record = recover(source, recipe(ZeroNeurons()), data, empty_profile(source), settings).info.learned[
                 "recover"
             ]
@@ -80,7 +81,10 @@ def test_labels_draw_scores_and_labels_to_themselves(tmp_path: Path) -> None:
 
 
 def test_labels_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
-    given, settings = texts(np.random.default_rng(SEED), 20), replace(SHORT, steps=1, labels_weight=1.0)
+    given, settings = (
+        texts(np.random.default_rng(SEED), 20),
+        SHORT.model_copy(update={"steps": 1, "labels_weight": 1.0}),
+    )
     for kind, label, message in (
         ("score", "good", "'good' is a class"),
         ("score", 3.8, "labels from 3.8 to 3.8, and the model gives 0 to 1"),
@@ -93,15 +97,14 @@ def test_labels_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
             recover(
                 source, recipe(ZeroNeurons()), data_of(tmp_path, [label] * 20, given), empty_profile(source), settings
             )
-        ignored = replace(settings, labels_weight=0.0)
+        ignored = settings.model_copy(update={"labels_weight": 0.0})
         recover(source, recipe(ZeroNeurons()), data_of(tmp_path, [label] * 20, given), empty_profile(source), ignored)
 
 
 def test_topk_trains_classifiers_of_one_class_alone(tmp_path: Path) -> None:
     from heads import pair_tokenizer
 
-    from trimtab.training.topk.finetune import finetune
-    from trimtab.training.topk.settings import Settings as TopK
+    from trimtab.training.run import train
 
     folder = tmp_path / "model"
     head_model("bert", SEED, num_labels=1).save_pretrained(folder)
@@ -110,7 +113,7 @@ def test_topk_trains_classifiers_of_one_class_alone(tmp_path: Path) -> None:
     data = data_of(tmp_path, [0.5] * 30, given)
     plan = recipe(ZeroNeurons()).model_validate({"passes": [{"ffn-topk": {"density": 0.5, "block": 8}}]})
     with pytest.raises(ModelError, match="gives it a score"):
-        finetune(folder, plan, data, TopK(steps=1), tmp_path / "out")
+        train("topk", folder, data, tmp_path / "out", recipe=plan, settings={"steps": 1})
 
 
 def test_the_divergence_of_sigmoids_by_its_definition() -> None:

@@ -18,15 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.compiler import compile_model, load
-from trimtab.compiler.data import read_data
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.open import open_source
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
+from trimtab.training.run import train
 from trimtab.training.topk.anneal import annealed
 from trimtab.training.topk.find import down_projections
-from trimtab.training.topk.finetune import finetune
 from trimtab.training.topk.settings import Settings
 from trimtab.training.topk.sparse import SparseFFNs
 
@@ -51,6 +50,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"text": " ".join(f"w{word + 4}" for word in words), "label": int(words[0] % 3)}))
     (folder / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder / "texts.jsonl"
+
+
+def finetune(folder: Path, plan: Any, data: Path, settings: Settings, out: Path, **more: Any) -> dict[str, Any]:
+    """The record of a fine-tuning by the one way to every method."""
+    trained = train("topk", folder, data, out, recipe=plan, settings=settings, **more)
+    assert trained is not None
+    return trained.record
 
 
 def recipe(**options: Any) -> Any:
@@ -154,9 +160,8 @@ def test_a_language_model_learns_to_do_with_few(texts: Path, tmp_path: Path) -> 
     plan = recipe(density=0.1, most=1.0)
     out = tmp_path / "new"
     record = finetune(
-        folder, plan, read_data(texts), QUICK, out, progress=lambda what, done, total: seen.append((what, done, total))
+        folder, plan, texts, QUICK, out, progress=lambda what, done, total: seen.append((what, done, total))
     )
-    assert record is not None
     assert record["steps"] == 30
     assert record["losses"]["after"] < 0.95 * record["losses"]["before"]
     assert seen[-1] == ("fine-tune", 30, 30)
@@ -169,15 +174,13 @@ def test_a_language_model_learns_to_do_with_few(texts: Path, tmp_path: Path) -> 
     before = load_model(folder, "LlamaForCausalLM")
     after = load_model(out, "LlamaForCausalLM")
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
-    again = finetune(folder, plan, read_data(texts), QUICK, tmp_path / "again")
-    assert again is not None
+    again = finetune(folder, plan, texts, QUICK, tmp_path / "again")
     assert again["losses"] == pytest.approx(record["losses"], rel=1e-4)
 
 
 def test_a_classifier_learns_from_labels(texts: Path, tmp_path: Path) -> None:
     folder = zoo.save_pretrained("bert", tmp_path / "model")
-    record = finetune(folder, recipe(density=0.2, block=8), read_data(texts), QUICK, tmp_path / "new")
-    assert record is not None
+    record = finetune(folder, recipe(density=0.2, block=8), texts, QUICK, tmp_path / "new")
     assert record["losses"]["after"] < record["losses"]["before"]
     assert record["block"] == 8
 
@@ -228,7 +231,7 @@ def test_what_cannot_be_learned_is_said(
     with pytest.raises(kind, match=message):
         finetune(
             tmp_path / change.get("folder", "model"), load_recipe(change.get("plan", {"passes": ["ffn-topk"]})),
-            read_data(data), settings, tmp_path / change.get("out", "new"),
+            data, settings, tmp_path / change.get("out", "new"),
         )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir() if path != data) == ["model", "taken"]
     assert (tmp_path / "taken" / "note").read_text() == "mine"

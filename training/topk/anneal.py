@@ -1,17 +1,13 @@
-"""What a run of transformers' Trainer follows: the clock sets learning rate and density, and ends it."""
+"""Density over a run: it falls as the clock goes, and the learning rate with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from trimtab.training.clock import Clock, schedule
-from trimtab.training.topk.settings import Settings
+from trimtab.compiler.phases import Progress
+from trimtab.training.clock import Clock
+from trimtab.training.huggingface import Follow
 from trimtab.training.topk.sparse import SparseFFNs
-
-Progress = Callable[[str, int, int], None]
 
 
 def annealed(at: float, density: float, ramp: float) -> float:
@@ -20,37 +16,24 @@ def annealed(at: float, density: float, ramp: float) -> float:
     return float(density**done)
 
 
-class Anneal(TrainerCallback):
-    """Sets density and learning rate before each step, looks at the held-out samples at times, and ends the run.
+class Anneal(Follow):
+    """Sets the density before each step.
+
+    Args:
+        density: at the end.
+        ramp: share of the run over which it falls.
 
     Attributes:
-        history: step, density and loss of each look.
+        history: step, density and loss of each look at the held-out samples.
     """
 
-    def __init__(
-        self, ffns: SparseFFNs, density: float, settings: Settings, clock: Clock, progress: Progress | None
-    ) -> None:
-        self._ffns, self._density, self._settings, self._clock = ffns, density, settings, clock
-        self._progress, self._look_at = progress, clock.every
+    def __init__(self, ffns: SparseFFNs, density: float, ramp: float, clock: Clock, progress: Progress | None) -> None:
+        super().__init__("fine-tune", clock, progress)
+        self._ffns, self._density, self._ramp = ffns, density, ramp
         self.history: list[dict[str, float]] = []
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        at = self._clock.at(state.global_step)
-        self._ffns.density = annealed(at, self._density, self._settings.ramp)
-        for group in given["optimizer"].param_groups:
-            group["lr"] = self._settings.lr * schedule(at)
+    def begin_step(self, at: float) -> None:
+        self._ffns.density = annealed(at, self._density, self._ramp)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        at = self._clock.at(state.global_step)
-        control.should_training_stop = at >= 1
-        if at >= self._look_at and at < 1:
-            control.should_evaluate = True
-            self._look_at = at + self._clock.every
-        if self._progress is not None and state.is_world_process_zero:
-            self._progress("fine-tune", round(min(at, 1) * self._clock.total), self._clock.total)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        loss = given["metrics"]["eval_loss"]
-        self.history.append({"step": state.global_step, "density": round(self._ffns.density, 4), "loss": loss})
+    def looked(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.history.append({"step": step, "density": round(self._ffns.density, 4), "loss": metrics["eval_loss"]})

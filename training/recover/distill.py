@@ -8,52 +8,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
+from trimtab.compiler.phases import Progress
 from trimtab.passes.contract import Rounding
 from trimtab.passes.errors import TrimtabError
 from trimtab.training.clock import Clock, schedule
-from trimtab.training.objective import Objective
+from trimtab.training.device import best_device, bfloat16_is_fast
+from trimtab.training.recover.objective import Objective
+from trimtab.training.recover.settings import Settings
 from trimtab.training.samples import Batch, Feeds, Samples
 from trimtab.training.torch_graph import GraphModule
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Attributes:
-        minutes: time limit, from the first look at the model on; the learning rate follows it.
-        steps: follow a number of steps instead, with `minutes` as a mere end: such a run can be repeated exactly.
-        lr: highest learning rate.
-        train: all weights but embeddings, or those of the FFNs alone, as the passes have made them.
-        temperature: τ of the softmax when logits are compared.
-        states_weight: of the blocks' outputs in the loss, beside the model's outputs.
-        labels_weight: of the data's labels in the loss, beside the dense model's outputs; for classifiers.
-    """
-
-    minutes: float = 10.0
-    steps: int | None = None
-    lr: float = 5e-5
-    batch_size: int = 32
-    max_tokens: int = 128
-    weight_decay: float = 0.01
-    seed: int = 0
-    train: Literal["all", "ffn"] = "all"
-    temperature: float = 1.0
-    states_weight: float = 1.0
-    labels_weight: float = 0.0
 
 
 class Distillation:
@@ -65,7 +38,7 @@ class Distillation:
     ) -> None:  # fmt: skip
         torch.manual_seed(settings.seed)
         self.settings, self.objective, self.samples = settings, objective, samples
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         wanted = [*objective.outputs, *objective.states]
         self.teacher = GraphModule(dense, outputs=wanted).to(self.device)
         self.student = GraphModule(student, train=names, outputs=wanted, rounding=rounding).to(self.device)
@@ -167,11 +140,3 @@ class Distillation:
 def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise TrimtabError(f"recover: the loss is {loss} at step {step}", hint="use a smaller --lr")
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the machine multiplies bfloat16 natively; elsewhere autocast would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = torch.backends.cpu.get_cpu_capability()
-    return flags.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from trimtab.compiler.task import Task
 from trimtab.passes.anatomy import Anatomy
 from trimtab.passes.errors import ModelError
+from trimtab.training.losses import binary_divergence, divergence, relative_error, scaled_error
 
 _ALONG = {
     "Add", "Cast", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
@@ -120,34 +121,6 @@ class Objective:
 def _any_known(labels: Tensor) -> bool:
     known = ~labels.isnan() if labels.is_floating_point() else labels >= 0
     return bool(known.any())
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """τ² KL(teacher ‖ student) of each row of logits [..., classes] (Hinton et al. 2015, section 2)."""
-    log_p = functional.log_softmax(teacher.float() / temperature, -1)
-    log_q = functional.log_softmax(student.float() / temperature, -1)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """τ² Σ KL(teacher ‖ student) over the logits of each row [..., width], each of which is a choice of its own."""
-    s, t = student.float() / temperature, teacher.float() / temperature
-    p = t.sigmoid()
-    apart = p * (functional.logsigmoid(t) - functional.logsigmoid(s))
-    apart = apart + (1 - p) * (functional.logsigmoid(-t) - functional.logsigmoid(-s))
-    return temperature**2 * apart.sum(-1)
-
-
-def scaled_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of each row of scores [..., width], of the mean square of all the teacher's in the batch."""
-    t = teacher.float()
-    return (student.float() - t).square().sum(-1) / t.square().sum(-1).mean().clamp_min(1e-6)
-
-
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖s - t‖² / ‖t‖² of each row, so that neither deep layers nor tokens of large norm outweigh the others."""
-    t = teacher.float()
-    return (student.float() - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-6)
 
 
 def _mean(rows: Tensor, mask: Tensor | None) -> Tensor:

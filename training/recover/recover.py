@@ -14,24 +14,22 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, check_inputs, with_labels
+from trimtab.compiler.phases import Progress
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task, find_task
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability, first_rounding
-from trimtab.passes.errors import DataError, ModelError, RecipeError
+from trimtab.passes.errors import DataError, ModelError
 from trimtab.passes.profile import Profile
 from trimtab.passes.recover import origin_of
-from trimtab.training.distill import Distillation, Progress, Settings
-from trimtab.training.objective import Objective, find_objective
+from trimtab.training.recover.distill import Distillation
+from trimtab.training.recover.objective import Objective, find_objective
+from trimtab.training.recover.settings import Settings
+from trimtab.training.recover.trainer import METHOD, check_recipe
 from trimtab.training.samples import NO_LABEL, read_samples
 from trimtab.training.torch_graph import learnable
-
-__all__ = ["Settings", "recover"]
-
-METHOD = "recover"
-_HELD_OUT, _MOST_HELD_OUT = 0.05, 512
 
 
 def recover(
@@ -72,9 +70,8 @@ def recover(
     )  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     samples = read_samples(
-        dataset, source, dense.inputs, max_tokens=settings.max_tokens, held_out=_HELD_OUT,
-        most_held_out=_MOST_HELD_OUT, rng=rng, task=_labelled(task) if settings.labels_weight else None,
-        width=_width(dense, objective),
+        dataset, source, dense.inputs, max_tokens=settings.max_tokens, rng=rng,
+        task=_labelled(task) if settings.labels_weight else None, width=_width(dense, objective),
     )  # fmt: skip
     if settings.labels_weight:
         _check_labels(samples.labels, dataset, _width(dense, objective), objective)
@@ -84,7 +81,7 @@ def recover(
     distillation = Distillation(dense, student, names, objective, samples, settings, rounding)
     record = distillation.run(rng, start, progress)
     learned = distillation.student.learned()
-    record = asdict(settings) | record  # whose steps are those that were made
+    record = settings.model_dump() | record  # whose steps are those that were made
     record |= {"data": dataset.sha256, "from": origin, "rounding": rounding and asdict(rounding)}
     info = profile.info.model_copy(
         update={
@@ -101,21 +98,6 @@ def student_graph(source: Source, recipe: Recipe, context: PassContext) -> gs.Gr
     graph = source.graph()
     run_passes(graph, recipe.passes[: check_recipe(recipe)], context)
     return graph
-
-
-def check_recipe(recipe: Recipe) -> int:
-    """The place of `recover` in the recipe.
-
-    Raises:
-        RecipeError: it has none.
-    """
-    names = [step.name for step in recipe.passes]
-    if METHOD not in names:
-        raise RecipeError(
-            f"the recipe has no pass {METHOD!r}: what is learned would not be used",
-            hint=f"add {METHOD!r} to `passes`, behind those that change the model and before those that quantize it",
-        )
-    return names.index(METHOD)
 
 
 def trained_names(dense: gs.Graph, student: gs.Graph, anatomy: Anatomy, train: Literal["all", "ffn"]) -> list[str]:

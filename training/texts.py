@@ -12,8 +12,8 @@ import torch
 from trimtab.compiler.data import Dataset, Text, class_number
 from trimtab.compiler.data.tokenizer import Tokenizer
 from trimtab.passes.errors import DataError
+from trimtab.training.held_out import SHARE, split
 
-_HELD_OUT, _MOST_HELD_OUT = 0.05, 512
 _AT_A_TIME = 256  # texts that are tokenized together
 
 
@@ -50,10 +50,10 @@ def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.rand
         stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return list(stream[: len(stream) // max_tokens * max_tokens].reshape(-1, max_tokens))
 
-    train, held_out = (blocks(numbers) for numbers in _parts(dataset, rng))
+    train, held_out = (blocks(numbers) for numbers in split(dataset, rng))
     if not train or not held_out:
         raise DataError(
-            f"{dataset.path}: too little text for blocks of {max_tokens} tokens, of which {_HELD_OUT:.0%} are held out",
+            f"{dataset.path}: too little text for blocks of {max_tokens} tokens, of which {SHARE:.0%} are held out",
             hint="give more text, or smaller blocks (--max-tokens)",
         )
 
@@ -81,7 +81,7 @@ def labelled(
         if label is None or not 0 <= label < count:
             said = "has no label" if label is None else f"has the label {label}, outside 0..{count - 1}"
             raise DataError(f"{dataset.path}: text {number} {said}", hint="a classifier learns from labelled texts")
-    train, held_out = ([samples[i] for i in numbers] for numbers in _parts(dataset, rng))
+    train, held_out = ([samples[i] for i in numbers] for numbers in split(dataset, rng))
 
     def collate(some: Sequence[tuple[Text, int]]) -> dict[str, torch.Tensor]:
         feeds = tokenizer.encode([text for text, _ in some], max_tokens)
@@ -89,15 +89,6 @@ def labelled(
         return made | {"labels": torch.tensor([label for _, label in some])}
 
     return Examples(train, held_out, collate)
-
-
-def _parts(dataset: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the texts to learn from, and of those held out."""
-    if dataset.count < 2:
-        raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
-    order = rng.permutation(dataset.count)
-    held = min(max(1, round(_HELD_OUT * dataset.count)), _MOST_HELD_OUT)
-    return order[held:], order[:held]
 
 
 def _rows(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[np.ndarray]:

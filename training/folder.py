@@ -1,0 +1,62 @@
+"""The folder of a new model: it appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.passes.errors import BuildError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BESIDE = ("*.json", "*.txt", "*.model")
+"""Files of a Hugging Face directory beside its weights, such as those of its tokenizer."""
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuse a path at which no new folder can appear.
+
+    Raises:
+        BuildError: something is there already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"{out}: exists already", hint="choose another folder, or remove this one")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the body ends without an error.
+
+    Raises:
+        BuildError: it cannot be written.
+    """
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.replace(out)
+    except OSError as error:
+        message = f"{out}: cannot write the model ({error.strerror or error})"
+        raise BuildError(message, hint="choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel, old: Path, record: dict[str, Any], name: str, folder: Path) -> None:
+    """Fill `folder` with `model`, as a Hugging Face directory.
+
+    Args:
+        old: the model's folder before training, whose tokenizer is copied.
+        record: how the model came about, kept as the JSON file `name`.
+    """
+    model.save_pretrained(folder)
+    for path in (each for pattern in _BESIDE for each in old.glob(pattern)):
+        if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    (folder / name).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -1,0 +1,20 @@
+"""How to distil, apart from torch: the command line reads it too."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trimtab.training.contract import Settings as Common
+
+
+class Settings(Common):
+    """How to distil a rewritten model from its dense self."""
+
+    train: Literal["all", "ffn"] = Field("all", description="All weights but embeddings, or those of the FFNs alone.")
+    temperature: float = Field(1.0, gt=0, description="τ of the softmax when logits are compared.")
+    states_weight: float = Field(1.0, ge=0, description="Of the blocks' outputs in the loss, beside the model's.")
+    labels_weight: float = Field(
+        0.0, ge=0, description="Of the data's labels in the loss, beside the dense model's outputs."
+    )

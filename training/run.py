@@ -1,0 +1,98 @@
+"""`train`: one way to every method, from paths to a written result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.learned import remedies
+from trimtab.compiler.phases import Progress
+from trimtab.compiler.recipe import Recipe, load_recipe, override
+from trimtab.compiler.sources.checkpoint import is_checkpoint
+from trimtab.passes.errors import ModelError, ProfileError, RecipeError, TrimtabError
+from trimtab.passes.profile import Profile
+from trimtab.training import trainer_class
+from trimtab.training.contract import Job, Settings, Trained, Trainer, read_settings
+from trimtab.training.folder import check_new_folder
+
+
+def train(
+    method: str, model: Path | str, data: Path | str | Dataset, out: Path | str, *,
+    recipe: Path | str | Mapping[str, Any] | Recipe | None = None, changes: Sequence[str] = (),
+    profile: Path | str | Profile | None = None, settings: Settings | Mapping[str, Any] | None = None,
+    allow_pickle: bool = False, progress: Progress | None = None,
+) -> Trained | None:  # fmt: skip
+    """Train a model by a method, and write what is learned.
+
+    Args:
+        method: one of `METHOD_NAMES`.
+        model: Hugging Face directory or ONNX file.
+        data: to learn from; a part of it is held out.
+        out: the Profile or the model folder to write, whole or not at all.
+        recipe: the recipe that the model will be compiled with.
+        changes: to the recipe, "pass.option=value".
+        profile: to add to; else one is measured on the data, where the method needs one.
+        settings: of the method.
+        allow_pickle: read pickled weights, which can run code.
+        progress: is called with (what, done, total).
+
+    Returns:
+        None in all but the first of several processes of one training, which alone writes.
+
+    Raises:
+        TrimtabError: whatever a user can cause. Nothing is left at `out` then.
+    """
+    kind = trainer_class(method)
+    trainer, out = kind(read_settings(kind, settings)), Path(out)
+    plan = _recipe(kind, recipe, changes)
+    dataset = data if isinstance(data, Dataset) else read_data(data)
+    with remedies(model=model, recipe=recipe, settings=changes, data=data, profile=profile):
+        _check_paths(kind, model, profile, out)
+        given = Profile.load(profile) if isinstance(profile, Path | str) else profile
+        job = Job(str(model), dataset, out, plan, given, allow_pickle, progress)
+        trainer.check(job)
+        trained = _run(trainer, job)
+        if trained is not None:
+            trained.write(out)
+    return trained
+
+
+def _recipe(
+    kind: type[Trainer], recipe: Path | str | Mapping[str, Any] | Recipe | None, changes: Sequence[str]
+) -> Recipe | None:
+    if recipe is not None:
+        return override(load_recipe(recipe), changes)
+    if "recipe" in kind.needs:
+        raise RecipeError(
+            f"--method {kind.name} needs the recipe that the model will be compiled with",
+            hint="give it with --recipe",
+        )
+    if changes:
+        raise RecipeError("--set changes a recipe, and none is given", hint="give one with --recipe")
+    return None
+
+
+def _check_paths(kind: type[Trainer], model: Path | str, profile: Any, out: Path) -> None:
+    if "folder" in kind.needs and not is_checkpoint(Path(model)):
+        raise ModelError(
+            f"{model}: no Hugging Face directory", hint=f"{kind.name} changes the model itself: give its folder"
+        )
+    if profile is not None and "profile" not in kind.needs:
+        raise RecipeError(f"--method {kind.name} takes no Profile", hint="leave --profile out")
+    if kind.makes == "model folder":
+        check_new_folder(out)
+    elif not out.absolute().parent.is_dir():
+        raise ProfileError(f"{out.absolute().parent}: no such folder", hint="make it first")
+    elif out.is_dir():
+        raise ProfileError(f"{out}: is a folder, and a Profile is a file", hint="give the name of a file")
+
+
+def _run(trainer: Trainer, job: Job) -> Trained | None:
+    try:
+        return trainer.run(job)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("trimtab"):
+            raise
+        raise TrimtabError(f"training needs {error.name}", hint="pip install 'trimtab[train]'") from error
