@@ -99,6 +99,19 @@ def mask_of(blocks: np.ndarray, size: int, neurons: int, tokens: int) -> np.ndar
     return np.broadcast_to(mask.reshape(len(blocks), neurons), (tokens, neurons))
 
 
+def parted(sums: np.ndarray, keep: int, chosen: int) -> bool:
+    """Whether the `keep` largest sums of each row are those of any precision: the next one is smaller by far.
+
+    Args:
+        sums: [tokens, blocks], 0 where a block is not chosen.
+        chosen: blocks of each token; where no more are chosen than are kept, nothing is cut.
+    """
+    if not 0 < keep < chosen:
+        return True
+    order = -np.sort(-sums, -1)
+    return bool((order[:, keep - 1] - order[:, keep] > 1e-4 * order[:, 0]).all())
+
+
 def close(found: np.ndarray, wanted: np.ndarray, form: str = "float32", scale: float = 1.0) -> None:
     """Equal up to the rounding of float32 sums; with integer weights, kernels also round x to 16 bits.
 
