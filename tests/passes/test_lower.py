@@ -10,6 +10,7 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
+from choices import clearness
 from rewrite import canonical, head_profile, session
 from zoo import exported, feeds, tiny_model
 
@@ -53,11 +54,13 @@ def _profile(graph: Any) -> Any:
 
 
 def assert_same(before: Path, after: Path, family: str, atol: float, shapes: list[tuple[int, int]]) -> None:
-    """Relative to the largest output."""
-    rng = np.random.default_rng()
+    """Relative to the largest output, for inputs by which no choice hangs on rounding."""
+    rng, clear = np.random.default_rng(), clearness(before)
     one, two = session(before), session(after)
     for batch, tokens in shapes:
         given = feeds(family, batch, tokens, rng)
+        while clear(given) < 10 * atol:
+            given = feeds(family, batch, tokens, rng)
         for want, got in zip(one.run(None, given), two.run(None, given), strict=True):
             assert np.abs(got - want).max() <= atol * np.abs(want).max()
 
