@@ -18,12 +18,13 @@ from trimtab.passes.lower.contrib import RULES
 from trimtab.passes.lower.nodes import Nodes
 from trimtab.passes.lower.sparse import keep_largest, sparse_down, sparse_up
 from trimtab.passes.lower.topk import in_rounds, needs_rounds
-from trimtab.plugins import DOMAIN, OPS
+from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
 
 _OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
 _MICROSOFT = "com.microsoft"
-_DIALECT = OPS | {KEEP_LARGEST.name: KEEP_LARGEST}
+_DIALECT = {op.name: op for op in (SELECT_BLOCKS, SPARSE_UP, SPARSE_DOWN, SPARSE_HEAD, KEEP_LARGEST)}
+"""Ops that have a rule. Of the others TensorRT takes the reference bodies as they are."""
 
 
 def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
@@ -60,8 +61,10 @@ def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
         done[node.op] += 1
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
-    if all(node.domain != DOMAIN for node in graph.nodes):
-        graph.functions = [f for f in graph.functions if f.domain != DOMAIN]
+    parts = (graph, *graph.subgraphs(recursive=True))
+    left = {node.op for part in parts for node in part.nodes if node.domain == DOMAIN}
+    graph.functions = [f for f in graph.functions if f.domain != DOMAIN or f.name in left]
+    if not left:
         graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
     return dict(done)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from trimtab.plugins.gpu import GpuKernel, Tile
     from trimtab.plugins.gpu.compile import Compiled
 
-__all__ = ["compiled", "kernel_of", "tactics", "this_gpu", "tile_of"]
+__all__ = ["compiled", "has_kernel", "kernel_of", "tactics", "this_gpu", "tile_of"]
+
+
+@lru_cache
+def has_kernel(op: Op) -> bool:
+    """Whether the op's folder has a kernel for GPUs."""
+    return importlib.util.find_spec(f"trimtab.plugins.{FOLDERS[op.name]}.gpu") is not None
 
 
 @lru_cache

@@ -11,6 +11,7 @@ import onnx
 
 from trimtab.plugins import OPS
 from trimtab.plugins.dialect import DOMAIN, Attribute, Op, Value
+from trimtab.plugins.tensorrt.kernels import has_kernel
 
 __all__ = ["PLUGINS", "Plugin", "plugins_of"]
 
@@ -56,7 +57,7 @@ def _forms(op: Op) -> list[Plugin]:
     return [Plugin(op, tuple(i.name for i in op.inputs if not i.optional or i.name in given)) for given in chosen]
 
 
-PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op in OPS.values() for plugin in _forms(op)}
+PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op in OPS.values() if has_kernel(op) for plugin in _forms(op)}
 """Name → plugin, of all that there can be. Those of a graph are what is registered."""
 
 

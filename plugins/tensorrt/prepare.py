@@ -12,7 +12,7 @@ from trimtab.plugins import OPS, SPARSE_UP
 from trimtab.plugins.dialect import DOMAIN, Form, Op
 from trimtab.plugins.emit import add_body, type_of
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
-from trimtab.plugins.tensorrt.kernels import kernel_of
+from trimtab.plugins.tensorrt.kernels import has_kernel, kernel_of
 from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
 
 __all__ = ["Prepared", "prepare", "split_keep"]
@@ -115,6 +115,8 @@ def _given(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
 
 def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
     """Why a node cannot be a plugin."""
+    if not has_kernel(op):
+        return "the op has no kernel for GPUs"
     form = Form({name: type_of(tensor) for name, tensor in given.items()}, node.attrs)
     shapes = {name: tensor.shape for name, tensor in given.items()}
     for i in op.inputs:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from choices import clearness
@@ -132,6 +133,21 @@ def test_what_keeps_the_largest_apart_from_what_computes_them(tmp_path: Path) ->
     assert_same(model, tmp_path / "b.onnx", "llama", 2e-5, [(1, 3), (2, 2)])
 
 
+def test_an_op_without_a_rule_keeps_its_body(tmp_path: Path) -> None:
+    """TensorRT's parser takes the body as it is; those of ops that are lowered go."""
+    from trimtab.plugins import KEEP_TOKENS, add_multi_output_node
+
+    graph = load_graph(compiled("bert", {"ffn-topk": TOPK | {"exact": True}}, tmp_path / "a"))
+    inputs = {"importance": np.float32, "offsets": np.int32, "threshold": np.float32}
+    given = {name: gs.Variable(name, dtype, ["n"]) for name, dtype in inputs.items()}
+    graph.inputs += list(given.values())
+    graph.outputs += add_multi_output_node(graph, KEEP_TOKENS, given, "keep")
+    assert set(lower(graph)) == {"SelectBlocks", "SparseUp", "SparseDown"}
+    assert [f.name for f in graph.functions] == ["KeepTokens"]
+    save_graph(graph, tmp_path / "b.onnx")
+    onnx.checker.check_model(str(tmp_path / "b.onnx"))
+
+
 def test_nothing_to_do_changes_nothing(tmp_path: Path) -> None:
     graph = load_graph(exported("bert"))
     before = [node.name for node in graph.nodes], graph.opset
@@ -169,8 +185,6 @@ def test_topk_of_ties_takes_each_place_once(tmp_path: Path) -> None:
 
 def test_a_choice_of_more_than_tensorrt_takes_at_once(tmp_path: Path) -> None:
     """5504 of 11008 neurons, as half of LLaMA-7B's: in rounds too, and the numbers in order where they are seen."""
-    import onnx_graphsurgeon as gs
-
     from trimtab.plugins import SELECT_BLOCKS, add_node
 
     graph = gs.Graph(opset=18, name="g")

@@ -252,7 +252,7 @@ def some(count: int) -> list[Case]:
     """Of each op, some cases of the types that models have: weights in that of activations, or in int8."""
     rng = np.random.default_rng()
     usual = [c for c in CASES if set(c.kinds.values()) & set(FLOATS) == {next(iter(c.kinds.values()))}]
-    groups = [[c for c in usual if c.op.name == name] for name in OPS]
+    groups = [[c for c in usual if c.op.name == name] for name in {c.op.name for c in CASES}]
     return [group[int(n)] for group in groups for n in rng.choice(len(group), count, replace=False)]
 
 

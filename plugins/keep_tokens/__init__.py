@@ -1,0 +1,173 @@
+"""KeepTokens: which tokens of a packed batch go on to the next layer.
+
+Learned token pruning (LTP, arXiv 2107.00910) keeps tokens whose importance, the attention that they receive, reaches a
+threshold; Magic Pyramid (arXiv 2111.00230) prunes so. `mode` "ratio" keeps a share of each sample instead.
+
+There is no GPU kernel: the rows that a sample keeps follow those of all samples before it, and the programs of one
+launch cannot wait for each other's counts. On a GPU the reference body runs; TensorRT's parser takes its ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Output, Value
+from trimtab.plugins.rows import in_float
+from trimtab.plugins.sizes import Counted, Shapes, Size
+
+__all__ = ["KEEP_TOKENS"]
+
+LEAST = 2
+"""Tokens of a sample that stay at least, if it has as many."""
+
+
+def _kept(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any]:
+    importance = shapes["importance"]
+    return [Counted("kept", Size() if importance is None else importance[0])]
+
+
+def _offsets(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+    offsets = shapes["offsets"]
+    return None if offsets is None else [*offsets]
+
+
+def _body(form: Form) -> str:
+    lines = [
+        *in_float(form, "importance", "importance", "raw", "Identity ({})"),
+        *in_float(form, "threshold", "threshold", "dial", "Identity ({})"),
+    ]
+    choice = _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD
+    return "\n".join([*lines, _SAMPLES, choice, _PACK])
+
+
+# Samples are the rows of a matrix [batch, T + LEAST], where tokens of other samples and the padding are -inf.
+# No op reduces: ONNX Runtime 1.31 returns wrong shapes for 0 rows.
+_SAMPLES = f"""
+  zero = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  one = Constant <value_ints = [1]> ()
+  none = Constant <value_ints = [0]> ()
+  minus = Constant <value_ints = [-1]> ()
+  end = Constant <value_ints = [9223372036854775807]> ()
+  least = Constant <value_ints = [{LEAST}]> ()
+  padding = Constant <value = float[{LEAST}] {{{", ".join(["0"] * LEAST)}}}> ()
+  off = Constant <value = float {{0}}> ()
+  inf = Constant <value = float {{inf}}> ()
+  outside = Constant <value = float {{-inf}}> ()
+  lowest = Constant <value = float {{-3.4028234663852886e38}}> ()
+
+  all = Cast <to = 7> (offsets)
+  starts_ = Slice (all, none, minus, none)
+  ends_ = Slice (all, one, end, none)
+  starts = Unsqueeze (starts_, one)
+  ends = Unsqueeze (ends_, one)
+  tokens = Shape (raw)
+  tokens_ = Squeeze (tokens)
+  wide = Add (tokens, least)
+  wide_ = Squeeze (wide)
+  at = Range (zero, wide_, step)
+  behind = GreaterOrEqual (at, starts)
+  before = Less (at, ends)
+  inside = And (behind, before)
+
+  is_nan = IsNaN (raw)
+  no_nan = Where (is_nan, inf, raw)
+  bounded = Max (no_nan, lowest)
+  padded = Concat <axis = 0> (bounded, padding)
+  first_ = Constant <value_int: int = @first> ()
+  is_first = Equal (at, starts)
+  protect = Equal (first_, step)
+  protected = And (is_first, protect)
+  keys = Where (protected, inf, padded)
+  rows = Where (inside, keys, outside)
+
+  batch = Shape (ends_)
+  dial_flat = Reshape (dial, minus)
+  dial_all = Expand (dial_flat, batch)
+  dials = Unsqueeze (dial_all, one)
+"""
+
+# Tokens that reach the threshold, and the LEAST highest. `places` are tokens to keep; T stands for none.
+_THRESHOLD = """
+  under = Less (rows, dials)
+  strict = Greater (dials, off)
+  drop = And (under, strict)
+  reach_ = Not (drop)
+  reach = And (inside, reach_)
+  reached = Where (reach, at, tokens)
+  values, best = TopK <axis = -1> (rows, least)
+  real = GreaterOrEqual (values, lowest)
+  best_ = Where (real, best, tokens)
+  reached_flat = Reshape (reached, minus)
+  best_flat = Reshape (best_, minus)
+  places = Concat <axis = 0> (reached_flat, best_flat)
+"""
+
+# The max(min(LEAST, n), ceil(share * n)) highest of the n tokens of a sample.
+_RATIO = """
+  n_ = Sub (ends, starts)
+  n = Cast <to = 1> (n_)
+  share_nan = IsNaN (dials)
+  full = Constant <value = float {1}> ()
+  share = Where (share_nan, full, dials)
+  part = Mul (share, n)
+  part_up = Ceil (part)
+  least_f = Cast <to = 1> (least)
+  at_least = Min (least_f, n)
+  k = Max (part_up, at_least)
+  values, best = TopK <axis = -1> (rows, wide)
+  at_f = Cast <to = 1> (at)
+  within = Less (at_f, k)
+  real_ = GreaterOrEqual (values, lowest)
+  real = And (within, real_)
+  best_ = Where (real, best, tokens)
+  places = Reshape (best_, minus)
+"""
+
+# flags [T + 1], of which the last is for what is not kept; running sums of them are the new places.
+_PACK = """
+  slots = Add (tokens, one)
+  flags_none = ConstantOfShape <value = int64[1] {0}> (slots)
+  places_shape = Shape (places)
+  ones = ConstantOfShape <value = int64[1] {1}> (places_shape)
+  flags_all = ScatterElements <axis = 0> (flags_none, places, ones)
+  flags = Slice (flags_all, none, tokens, none)
+  sums = CumSum (flags, zero)
+  counts = Concat <axis = 0> (none, sums)
+  count = Slice (counts, minus, end, none)
+  new_offsets = Gather <axis = 0> (counts, all)
+  offsets_out = Cast <to = 6> (new_offsets)
+
+  own = Range (zero, tokens_, step)
+  new_places = Slice (counts, none, minus, none)
+  is_kept = Cast <to = 9> (flags)
+  to = Where (is_kept, new_places, tokens)
+  packed = ScatterElements <axis = 0> (flags_none, to, own)
+  kept_ = Slice (packed, none, count, none)
+  kept = Cast <to = 6> (kept_)
+"""
+
+
+KEEP_TOKENS = Op(
+    "KeepTokens",
+    doc="The rows of a packed batch that stay. Threshold: those whose importance is not below it; all, if it is 0, less or "
+    "NaN. Ratio: the ceil(share * n) most important of the n rows of a sample, the earlier of equal ones. In both modes "
+    f"the {LEAST} most important rows of a sample stay. NaN importance counts as infinite: no threshold drops it.",
+    inputs=(
+        Input("importance", ACTIVATION, "[T], of the tokens of all samples, one sample behind the other"),
+        Input("offsets", INT32, "[batch + 1], sample b has the rows from offsets[b] to offsets[b + 1]; the last is T"),
+        Input(
+            "threshold", ACTIVATION, "the threshold or share: one for all, [] or [1], or one for each sample, [batch]"
+        ),
+    ),
+    outputs=(
+        Output("kept", "tensor(int32)", "[kept], numbers of the rows that stay, ascending", _kept),
+        Output("offsets_out", "tensor(int32)", "[batch + 1], where each sample begins among those", _offsets),
+    ),
+    attributes=(
+        Attribute("mode", "threshold", "what `threshold` is", ("threshold", "ratio")),
+        Attribute("first", 1, "1: the first row of a sample is more important than its others, and stays"),
+    ),
+    body=_body,
+)
