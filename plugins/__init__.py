@@ -13,7 +13,7 @@ from pathlib import Path
 from trimtab.plugins.dialect import DOMAIN, Op
 from trimtab.plugins.emit import add_multi_output_node, add_node
 
-_SHARED = {"gpu", "tensorrt"}
+_SHARED = {"gpu", "lowering", "tensorrt"}
 """Packages that are no op: what ops have in common."""
 
 FOLDERS: dict[str, str] = {}

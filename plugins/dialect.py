@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx.shape_inference
@@ -39,12 +39,15 @@ class Input:
     Attributes:
         types: ONNX names of those it may have.
         optional: it may be left out.
+        role: "rows" is a constant with a row for each neuron or vocabulary entry, and "choice" the numbers of the rows,
+            or blocks of them, that are computed. All else is "data".
     """
 
     name: str
     types: Sequence[str]
     doc: str
     optional: bool = False
+    role: Literal["data", "choice", "rows"] = "data"
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Op:
         outputs: in order; the first is not optional.
         body: the statements of its reference body, in ONNX's text form, for the form of a node. Attributes are
             written @name where they may vary between nodes of a model.
+        across_ranks: what makes the output of those of ranks that have a part of the "rows" each: they are put side by
+            side along the last axis, or summed. None: the op does not divide.
     """
 
     name: str
@@ -116,6 +121,7 @@ class Op:
     outputs: tuple[Output, ...]
     attributes: tuple[Attribute, ...]
     body: Callable[[Form], str] = field(repr=False)
+    across_ranks: Literal["concat", "sum"] | None = None
 
     def __post_init__(self) -> None:
         names = [*(i.name for i in self.inputs), *(o.name for o in self.outputs)]

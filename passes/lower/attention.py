@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.lower.nodes import Nodes, onnx_type, type_of
+from trimtab.plugins.lowering import Nodes, onnx_type, type_of
 
 _OPTIONS = {
     "num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",

@@ -9,8 +9,8 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import values
 from trimtab.passes.graph.packed import dequantize_blocks
-from trimtab.passes.lower.nodes import Nodes, Operand, type_of
 from trimtab.passes.matrices.forms import Quantized
+from trimtab.plugins.lowering import Nodes, Operand, type_of
 
 Rule = Callable[[Nodes, gs.Node], list[gs.Tensor | None]]
 _F = np.dtype(np.float32)

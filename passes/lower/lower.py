@@ -10,27 +10,23 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph import replace_uses, topological
+from trimtab.passes.graph import constant, replace_uses, topological, values
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.lower.attention import Masks, group_query_attention, rotary_embedding
-from trimtab.passes.lower.choose import Range, select_blocks
 from trimtab.passes.lower.contrib import RULES
-from trimtab.passes.lower.nodes import Nodes
-from trimtab.passes.lower.sparse import keep_largest, sparse_down, sparse_up
 from trimtab.passes.lower.topk import in_rounds, needs_rounds
-from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP
-from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
+from trimtab.plugins import DOMAIN
+from trimtab.plugins.lowering import Nodes, Range, rules
 
 _OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
 _MICROSOFT = "com.microsoft"
-_DIALECT = {op.name: op for op in (SELECT_BLOCKS, SPARSE_UP, SPARSE_DOWN, SPARSE_HEAD, KEEP_LARGEST)}
-"""Ops that have a rule. Of the others TensorRT takes the reference bodies as they are."""
 
 
 def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
     """Rewrite `graph` in place, so that TensorRT's parser takes it. Weights of the ops that change are read.
 
-    Nodes of the dialect that have been made plugins have other names, and stay.
+    Rules of the dialect's ops are in their folders. Its ops without one stay, with their reference bodies, and so do
+    nodes that have been made plugins, which have other names.
 
     Args:
         tokens: fewest and most tokens of a call, all rows together, where that is known.
@@ -91,7 +87,7 @@ def _head_dim(graph: gs.Graph) -> int | None:
 def _rule(node: gs.Node) -> str | None:
     """The name under which `_Lowering` knows the node; None for what stays."""
     if node.domain == DOMAIN:
-        return node.op if node.op in _DIALECT else None
+        return node.op if node.op in rules() else None
     if node.domain == _MICROSOFT and node.op in ("GroupQueryAttention", "RotaryEmbedding", *RULES):
         return node.op
     if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
@@ -107,11 +103,7 @@ class _Lowering:
         self._masks: Masks | None = None
         self._head_dim: int | None = None
         self._rules: dict[str, Callable[[Nodes, gs.Node], list[gs.Tensor | None]]] = {
-            "SelectBlocks": self._select,
-            "SparseUp": lambda nodes, node: [sparse_up(nodes, node, _given(node))],
-            "SparseDown": lambda nodes, node: [sparse_down(nodes, node, _given(node))],
-            "SparseHead": lambda nodes, node: [sparse_up(nodes, node, _given(node), "weight", 1)],
-            KEEP_LARGEST.name: lambda nodes, node: [keep_largest(nodes, node, _given(node))],
+            **dict.fromkeys(rules(), _of_dialect),
             "GroupQueryAttention": self._attention,
             "RotaryEmbedding": lambda nodes, node: list(rotary_embedding(nodes, node)),
             "TopK": lambda nodes, node: list(in_rounds(nodes, node)),
@@ -121,18 +113,18 @@ class _Lowering:
     def of(self, name: str, node: gs.Node) -> list[gs.Tensor | None]:
         """The tensors that take the place of the outputs of `node`."""
         first = len(self.graph.nodes)
-        made = self._rules[name](Nodes(self.graph, node.name or node.outputs[0].name), node)
+        made = self._rules[name](self._nodes(node.name or node.outputs[0].name), node)
         for later in self.graph.nodes[first:]:  # a rule may write a TopK that is too large itself
             if name != "TopK" and needs_rounds(later):
-                again = in_rounds(Nodes(self.graph, later.name), later)
+                again = in_rounds(self._nodes(later.name), later)
                 made = [_swapped(tensor, later.outputs, again) for tensor in made]
                 for old, new in zip(list(later.outputs), again, strict=True):
                     _take_over(self.graph, old, new)
                 later.outputs.clear()
         return made
 
-    def _select(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
-        return [select_blocks(nodes, node, _blocks(node), self.tokens)]
+    def _nodes(self, name: str) -> Nodes:
+        return Nodes(self.graph, name, constant, values, self.tokens)
 
     def _attention(self, nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         if self._masks is None:
@@ -152,24 +144,12 @@ class _Lowering:
         return self._head_dim
 
 
-def _given(node: gs.Node) -> dict[str, gs.Tensor]:
-    """The inputs of a node of the dialect, by name."""
-    return {i.name: t for i, t in zip(_DIALECT[node.op].inputs, node.inputs, strict=False) if t.name}
-
-
-def _blocks(node: gs.Node) -> int:
-    """How many blocks a SelectBlocks chooses from: as many as those who read its choice have rows."""
-    for reader in node.outputs[0].outputs:
-        if reader.domain != DOMAIN:
-            continue
-        given = _given(reader)
-        weight = next((given[label] for label in ("up", "down", "weight") if label in given), None)
-        if weight is not None and weight.shape is not None:
-            return int(weight.shape[0]) // int(reader.attrs.get("block", 1))
-    shape = node.inputs[0].shape
-    if shape is not None and isinstance(shape[-1], int):
-        return int(shape[-1])
-    raise ModelError(f"{node.name}: how many blocks it chooses from is not in the graph", hint="compile it again")
+def _of_dialect(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
+    op, rule = rules()[node.op]
+    try:
+        return [*rule(nodes, node, {i.name: t for i, t in zip(op.inputs, node.inputs, strict=False) if t.name})]
+    except ValueError as error:
+        raise ModelError(f"{node.name}: {error}", hint="compile it again") from error
 
 
 def _swapped(tensor: gs.Tensor | None, old: list[gs.Tensor], new: list[gs.Tensor]) -> gs.Tensor | None:

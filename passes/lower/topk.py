@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import values
-from trimtab.passes.lower.nodes import Nodes, type_of
+from trimtab.plugins.lowering import Nodes, type_of
 
 MOST = 3840
 """The largest k of one TopK in TensorRT (11.1 and TensorRT-RTX 1.7 refuse more)."""

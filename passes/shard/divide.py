@@ -13,9 +13,10 @@ from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, PassResult
 from trimtab.passes.graph import insert, replace_uses, stored_bytes, topological
 from trimtab.passes.graph.linear import Linear
-from trimtab.passes.shard.narrow import Narrow
+from trimtab.passes.shard.narrow import Narrow, op_of, rows_of
 from trimtab.passes.shard.slices import Share, Slices, Whole
-from trimtab.plugins import DOMAIN, SPARSE_DOWN, SPARSE_HEAD
+from trimtab.plugins import DOMAIN, SPARSE_HEAD
+from trimtab.plugins.dialect import Op
 
 NAME = "shard"
 
@@ -103,7 +104,7 @@ def _sites(graph: gs.Graph, anatomy: Anatomy) -> Iterator[_Site]:
     layer = -1
     for node in graph.nodes:
         named = re.search(r"/layer\.(\d+)/", node.name)
-        if id(node) in downs or _is(node, SPARSE_DOWN.name) or _around(node):
+        if id(node) in downs or _sums(node) or _around(node):
             layer = int(named[1]) if named else layer + 1
             yield _Site(f"layer {layer} FFN", node, "sum", "neurons")
     heads = [node for node in graph.nodes if _is(node, SPARSE_HEAD.name)]
@@ -128,8 +129,9 @@ def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
         tensor.shape = None if shape is None else [*shape[:-1], None]  # a part before the join, and the whole behind
         return tensor, size
     bias: gs.Tensor | None = None
-    if _is(node, SPARSE_DOWN.name):
-        size, tensor = _sparse_down(narrow, node)
+    op = op_of(node)
+    if op is not None:
+        size, tensor = _sparse_down(narrow, node, op)
     else:
         size, tensor, bias = _dense_down(narrow, node)
     narrow.commit()
@@ -141,13 +143,12 @@ def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
     return tensor, size
 
 
-def _sparse_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable]:
-    names = tuple(i.name for i in SPARSE_DOWN.inputs)
-    size = int(node.inputs[names.index("down")].shape[0])
+def _sparse_down(narrow: Narrow, node: gs.Node, op: Op) -> tuple[int, gs.Variable]:
+    size = rows_of(node, op)
     block = int(node.attrs.get("block", 1))
     narrow.share.of(size, "neurons")
     narrow.share.of(size // block, f"blocks of {block} neurons")
-    h, *others = narrow.rows(node, names)
+    h, *others = narrow.rows(node, op)
     if not h.inputs:
         raise Whole(f"it depends on {h.name!r}, an input of the graph")
     return size, narrow.add(node, [narrow(h, size), *others])
@@ -182,7 +183,7 @@ def _vocabulary(node: gs.Node, linear: Linear | None) -> int:
     if linear is not None:
         return linear.out_features
     exact = node if _is(node, SPARSE_HEAD.name) else node.inputs[2].inputs[0]
-    return int(exact.inputs[[i.name for i in SPARSE_HEAD.inputs].index("weight")].shape[0])
+    return rows_of(exact, SPARSE_HEAD)
 
 
 def _product(linear: Linear) -> gs.Node:
@@ -194,6 +195,11 @@ def _around(node: gs.Node) -> bool:
     before = node.inputs[0].inputs if node.op == "MatMul" else []
     splits = before[0].inputs if before and before[0].op == "Concat" else []
     return any(tensor.inputs and tensor.inputs[0].op == "Split" for tensor in splits)
+
+
+def _sums(node: gs.Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.across_ranks == "sum"
 
 
 def _is(node: gs.Node, op: str) -> bool:

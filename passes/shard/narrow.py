@@ -8,7 +8,19 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy.activation import is_elementwise
 from trimtab.passes.graph import constant, output_name_of, values
 from trimtab.passes.shard.slices import Pieces, Slices, Whole
-from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_HEAD, SPARSE_UP
+from trimtab.plugins import DOMAIN, OPS, SPARSE_HEAD
+from trimtab.plugins.dialect import Op
+from trimtab.plugins.select_blocks import part_of_choice
+
+
+def op_of(node: gs.Node) -> Op | None:
+    """The op of the dialect that a node is of."""
+    return OPS.get(node.op) if node.domain == DOMAIN else None
+
+
+def rows_of(node: gs.Node, op: Op) -> int:
+    """Rows of a node's weights, of which ranks get parts."""
+    return next(int(t.shape[0]) for i, t in zip(op.inputs, node.inputs, strict=False) if i.role == "rows")
 
 
 class Narrow:
@@ -69,8 +81,9 @@ class Narrow:
             return self.add(node, [self(t, size) if t.name else t for t in node.inputs])
         if node.op in ("MatMul", "Gemm") and not node.domain:
             return self._product(node, size)
-        if node.domain == DOMAIN and node.op in (SPARSE_UP.name, SPARSE_HEAD.name):
-            return self._sparse(node)
+        op = op_of(node)
+        if op is not None and op.across_ranks == "concat":
+            return self._sparse(node, op)
         if node.op == "Split" and self.pieces_of(node) is not None:
             return self._column_part(node, tensor, size)
         if node.op == "Concat" and self.pieces(tensor) is not None:
@@ -144,33 +157,30 @@ class Narrow:
             )
         else:
             node = blocks.inputs[0]
-            k, shards = int(node.attrs.get("k", 1)), int(node.attrs.get("shards", 1))
-            if node.op != SELECT_BLOCKS.name or shards != self.share.shards or node.attrs.get("slack", 0) or k % shards:
+            attributes = part_of_choice(node, self.share.shards)
+            if attributes is None:
                 raise Whole(f"its {self.what} are chosen among all, not by each of {self.share.shards} shards")
-            found = self.add(node, [self(node.inputs[0], count)], k=k // shards, shards=1)
+            found = self.add(node, [self(node.inputs[0], count)], **attributes)
         self._known[id(blocks)] = found
         return found
 
-    def rows(self, node: gs.Node, op_inputs: tuple[str, ...]) -> list[gs.Tensor]:
-        """The inputs of a sparse op with the rows of its weights that belong to the rank; x, or h, is the caller's."""
-        block = int(node.attrs.get("block", 1))
-        given = dict(zip(op_inputs, node.inputs, strict=False))
-        count = next(int(t.shape[0]) for name, t in given.items() if name in ("up", "down", "weight")) // block
-        found: list[gs.Tensor] = []
-        for name, tensor in given.items():
-            if name == "blocks":
-                found.append(self.choose(tensor, count))
-            elif name in ("x", "h") or not tensor.name:
-                found.append(tensor)
+    def rows(self, node: gs.Node, op: Op) -> list[gs.Tensor]:
+        """The inputs of a node with the rows of its weights that belong to the rank; its data is the caller's."""
+        count = rows_of(node, op) // int(node.attrs.get("block", 1))
+        parts: list[gs.Tensor] = []
+        for i, tensor in zip(op.inputs, node.inputs, strict=False):
+            if i.role == "choice":
+                parts.append(self.choose(tensor, count))
+            elif i.role == "data" or not tensor.name:
+                parts.append(tensor)
             else:
                 if not isinstance(tensor, gs.Constant):
-                    raise Whole(f"{name} of {output_name_of(node)} is no constant")
-                found.append(self.slices.constant(tensor, 0, self.what))
-        return found
+                    raise Whole(f"{i.name} of {output_name_of(node)} is no constant")
+                parts.append(self.slices.constant(tensor, 0, self.what))
+        return parts
 
-    def _sparse(self, node: gs.Node) -> gs.Tensor:
-        op = SPARSE_UP if node.op == SPARSE_UP.name else SPARSE_HEAD
-        return self.add(node, self.rows(node, tuple(i.name for i in op.inputs)))
+    def _sparse(self, node: gs.Node, op: Op) -> gs.Tensor:
+        return self.add(node, self.rows(node, op))
 
     def _pool(self, node: gs.Node, size: int) -> gs.Tensor:
         """Sums over blocks of neighbours: ReduceSum of a Reshape to [-1, size, block]."""
@@ -194,7 +204,7 @@ class Narrow:
         if chosen is None or chosen.op != SPARSE_HEAD.name:
             raise Whole(f"ScatterElements ({output_name_of(node)}) is not of chosen rows")
         blocks = chosen.inputs[[i.name for i in SPARSE_HEAD.inputs].index("blocks")]
-        part = self._sparse(chosen)
+        part = self._sparse(chosen, SPARSE_HEAD)
         known: dict[int, gs.Tensor] = {id(exact): part, id(blocks): self.choose(blocks, size)}
         return self.add(node, [self(cheap, size), self._again(places, known), part])
 

@@ -99,5 +99,5 @@ def forms(kernel: GpuKernel, float_: str, weight: str, names: Sequence[str], **a
         if i.optional and i.name not in names:
             continue
         weights = "tensor(int8)" in i.types
-        given[i.name] = "tensor(int32)" if i.name == "blocks" else weight if weights else float_
+        given[i.name] = i.types[0] if len(i.types) == 1 else weight if weights else float_
     return Form(given, {a.name: attributes.get(a.name, a.default) for a in kernel.op.attributes})

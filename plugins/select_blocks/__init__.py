@@ -10,16 +10,29 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_graphsurgeon as gs
+
 from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import in_float
 from trimtab.plugins.sizes import Shapes
 
-__all__ = ["SELECT_BLOCKS", "local_k"]
+__all__ = ["SELECT_BLOCKS", "local_k", "part_of_choice"]
 
 
 def local_k(k: int, shards: int, slack: int, blocks: int) -> int:
     """How many blocks each of the shards hands on."""
     return min(-(-k // shards) + slack, blocks // shards)
+
+
+def part_of_choice(node: gs.Node, ranks: int) -> dict[str, int] | None:
+    """The attributes with which each of so many ranks chooses among its own part of the blocks.
+
+    None where `node` is no choice that shards make on their own, without a merge behind: that is one among all blocks.
+    """
+    k, shards = int(node.attrs.get("k", 1)), int(node.attrs.get("shards", 1))
+    if node.op != SELECT_BLOCKS.name or shards != ranks or node.attrs.get("slack", 0) or k % shards:
+        return None
+    return {"k": k // shards, "shards": 1}
 
 
 def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:

@@ -168,8 +168,10 @@ def _tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
 
 
 def _refuses(form: Form, shapes: Shapes) -> str | None:
-    rows, columns = _padded(form, shapes)
     count = shapes["scores"][-1]
+    if not isinstance(count, int):
+        return "the size of scores is not known before the engine runs"
+    rows, columns = _padded(form, shapes)
     if rows > 1 and rows * columns > MOST // 2:
         return (
             f"{count} scores in {form.attributes['shards']} shards are more than the {MOST // 2} that a program holds"

@@ -40,16 +40,18 @@ SPARSE_DOWN = Op(
     "largest of eight rows where weights are integers.",
     inputs=(
         Input("h", ACTIVATION, "[..., k · block], of the chosen neurons in order"),
-        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
-        Input("down", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2]"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens", role="choice"),
+        Input("down", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2]", role="rows"),
         Input(
             "down_scale",
             ACTIVATION,
             "of integer weights: [neurons] for int8, [neurons, width / 32] for int4",
             optional=True,
+            role="rows",
         ),
     ),
     outputs=(Output("y", "h", "[..., width]", _infer),),
     attributes=(Attribute("block", 1, "neurons in a block"),),
     body=_body,
+    across_ranks="sum",
 )

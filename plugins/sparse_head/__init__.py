@@ -25,17 +25,19 @@ SPARSE_HEAD = Op(
     doc="x weightᵀ + bias, for the chosen rows of the vocabulary alone.",
     inputs=(
         Input("x", ACTIVATION, "[..., width]"),
-        Input("blocks", INT32, "the rows: [tokens, k], or [1, k] for all tokens"),
-        Input("weight", WEIGHTS, "[vocabulary, width]; int4 as uint8 [vocabulary, width / 2]"),
+        Input("blocks", INT32, "the rows: [tokens, k], or [1, k] for all tokens", role="choice"),
+        Input("weight", WEIGHTS, "[vocabulary, width]; int4 as uint8 [vocabulary, width / 2]", role="rows"),
         Input(
             "weight_scale",
             ACTIVATION,
             "of integer weights: [vocabulary] for int8, [vocabulary, width / 32] for int4",
             optional=True,
+            role="rows",
         ),
-        Input("weight_bias", ACTIVATION, "[vocabulary]", optional=True),
+        Input("weight_bias", ACTIVATION, "[vocabulary]", optional=True, role="rows"),
     ),
     outputs=(Output("logits", "x", "[..., k]", infer_chosen),),
     attributes=(),
     body=_body,
+    across_ranks="concat",
 )

@@ -127,25 +127,30 @@ SPARSE_UP = Op(
     "Kernels may round x to 16 bits per 512 of a row where weights are integers.",
     inputs=(
         Input("x", ACTIVATION, "[..., width]"),
-        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens", role="choice"),
         Input(
-            "up", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2], the first in the low half, zero at 8"
+            "up",
+            WEIGHTS,
+            "[neurons, width]; int4 as uint8 [neurons, width / 2], the first in the low half, zero at 8",
+            role="rows",
         ),
         Input(
             "up_scale",
             ACTIVATION,
             "of integer weights: [neurons] for int8, [neurons, width / 32] for int4",
             optional=True,
+            role="rows",
         ),
-        Input("up_bias", ACTIVATION, "[neurons]", optional=True),
-        Input("gate", WEIGHTS, "as up", optional=True),
-        Input("gate_scale", ACTIVATION, "as up_scale", optional=True),
-        Input("gate_bias", ACTIVATION, "[neurons]", optional=True),
+        Input("up_bias", ACTIVATION, "[neurons]", optional=True, role="rows"),
+        Input("gate", WEIGHTS, "as up", optional=True, role="rows"),
+        Input("gate_scale", ACTIVATION, "as up_scale", optional=True, role="rows"),
+        Input("gate_bias", ACTIVATION, "[neurons]", optional=True, role="rows"),
         Input(
             "importance",
             ACTIVATION,
             "[neurons]: what one unit of a neuron's activation counts, for `keep`",
             optional=True,
+            role="rows",
         ),
     ),
     outputs=(Output("h", "x", "[..., k · block], of the chosen neurons in order", infer_chosen),),
@@ -157,4 +162,5 @@ SPARSE_UP = Op(
         Attribute("keep", 0, "blocks that are not set to 0, those of the largest Σ |h| · importance; 0: all of them"),
     ),
     body=_body,
+    across_ranks="concat",
 )

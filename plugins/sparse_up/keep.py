@@ -38,8 +38,8 @@ KEEP_LARGEST = Op(
     doc="h, with 0 for all but the `keep` blocks of each token whose Σ |h| · importance is largest.",
     inputs=(
         Input("h", ACTIVATION, "[..., k · block], activations of the chosen neurons in order"),
-        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens"),
-        Input("importance", ACTIVATION, "[neurons]: what one unit of a neuron's activation counts"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens", role="choice"),
+        Input("importance", ACTIVATION, "[neurons]: what one unit of a neuron's activation counts", role="rows"),
     ),
     outputs=(Output("y", "h", "as h", _infer),),
     attributes=(

@@ -122,9 +122,8 @@ def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
     for i in op.inputs:
         if i.name in given and form.given[i.name] not in i.types:
             return f"{i.name} is {form.given[i.name]}"
-        fixed = i.name not in ("x", "h", "blocks")
         known = shapes.get(i.name, [0])
-        if fixed and not (known and isinstance(known[-1], int)):
+        if i.role == "rows" and not (known and isinstance(known[-1], int)):
             return f"the size of {i.name} is not known before the engine runs"
     if Plugin(op, tuple(given)).name not in PLUGINS:
         return "an input that it needs is left out"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph import constant, insert
-
 Operand: TypeAlias = gs.Tensor | np.ndarray | Sequence[int] | int
+Range: TypeAlias = tuple[int, int]
 
 _SAME = frozenset([
     "Abs", "Add", "Concat", "CumSum", "Div", "Erf", "Expand", "Floor", "Gather", "GatherElements", "Identity", "MatMul",
@@ -26,10 +25,21 @@ class Nodes:
 
     Args:
         name: of the node that they replace.
+        constant: makes an initializer of a name and an array.
+        values: reads those of an initializer.
+        tokens: fewest and most tokens of a call, where that is known.
     """
 
-    def __init__(self, graph: gs.Graph, name: str) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        name: str,
+        constant: Callable[[str, np.ndarray], gs.Constant] = gs.Constant,
+        values: Callable[[gs.Constant], np.ndarray] = lambda tensor: tensor.values,
+        tokens: Range | None = None,
+    ) -> None:
         self.graph, self.name, self._count = graph, name, 0
+        self._constant, self.values, self.tokens = constant, values, tokens
 
     def __call__(self, op: str, *inputs: Operand, dtype: object = None, **attrs: object) -> gs.Variable:
         """Append a node of the standard op `op`; numbers and lists are int64 constants.
@@ -42,7 +52,10 @@ class Nodes:
             dtype = type_of(tensors[0])
         if op == "Shape":
             dtype = np.int64
-        return insert(self.graph, op, tensors, self.next(op), attrs=attrs, dtype=dtype)
+        name = self.next(op)
+        output = gs.Variable(name, dtype)
+        self.graph.nodes.append(gs.Node(op, name, attrs, tensors, [output]))
+        return output
 
     def next(self, label: str) -> str:
         """A name that no other node has."""
@@ -54,7 +67,7 @@ class Nodes:
         if isinstance(value, gs.Tensor):
             return value
         array = value if isinstance(value, np.ndarray) else np.array(value, np.int64)
-        return constant(self.next("constant"), array)
+        return self._constant(self.next("constant"), array)
 
     def cast(self, x: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
         """`x` in a type that numpy has; itself where it has it already."""
@@ -71,7 +84,7 @@ class Nodes:
         """The `k` largest of the last axis, and their places."""
         name = self.next("TopK")
         outputs = [gs.Variable(f"{name}.values", type_of(x)), gs.Variable(f"{name}.places", np.int64)]
-        insert(self.graph, "TopK", [x, self.tensor([k])], name, attrs={"axis": -1}, outputs=outputs)
+        self.graph.nodes.append(gs.Node("TopK", name, {"axis": -1}, [x, self.tensor([k])], outputs))
         return outputs[0], outputs[1]
 
 

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.errors import ModelError
-from trimtab.passes.lower.nodes import Nodes
-from trimtab.plugins.select_blocks import local_k
-
-Range = tuple[int, int]
+from trimtab.plugins import DOMAIN, OPS
+from trimtab.plugins.lowering import Nodes
+from trimtab.plugins.select_blocks import SELECT_BLOCKS, local_k
 
 
-def select_blocks(nodes: Nodes, node: gs.Node, blocks: int, tokens: Range | None) -> gs.Tensor:
-    """What `node` puts out, [tokens or 1, k], int32; in the order of the scores where nobody sees the order.
+def _select_blocks(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+    """Its blocks, [tokens or 1, k], int32; in the order of the scores where nobody sees the order.
 
-    Args:
-        blocks: of which it chooses.
-        tokens: fewest and most of a call, where that is known: where it decides, either form is left out.
+    Of the two forms that `dense_above` asks for, one is left out where the tokens of a call decide between them.
     """
+    return [_chosen(nodes, node, given["scores"], _blocks(node))]
+
+
+def _blocks(node: gs.Node) -> int:
+    """How many blocks it chooses from: as many as those who read its choice have rows."""
+    for reader in node.outputs[0].outputs:
+        op = OPS.get(reader.op) if reader.domain == DOMAIN else None
+        if op is None:
+            continue
+        weight = next((t for i, t in zip(op.inputs, reader.inputs, strict=False) if i.role == "rows"), None)
+        if weight is not None and weight.shape is not None:
+            return int(weight.shape[0]) // int(reader.attrs.get("block", 1))
+    shape = node.inputs[0].shape
+    if shape is not None and isinstance(shape[-1], int):
+        return int(shape[-1])
+    raise ValueError("how many blocks it chooses from is not in the graph")
+
+
+def _chosen(nodes: Nodes, node: gs.Node, scores: gs.Tensor, blocks: int) -> gs.Tensor:
+    """Numbers of the chosen ones of so many blocks."""
     k, shared, shards, slack, above = (
         int(node.attrs[key]) for key in ("k", "shared", "shards", "slack", "dense_above")
     )
     if k > blocks or blocks % shards:
-        raise ModelError(f"{node.name}: chooses {k} of {blocks} blocks in {shards} shards", hint="compile it again")
+        raise ValueError(f"chooses {k} of {blocks} blocks in {shards} shards")
     every = np.arange(blocks, dtype=np.int32)[None]
-    low, high = tokens or (1, None)
+    low, high = nodes.tokens or (1, None)
     if k == blocks or 0 <= above < low:
         return nodes.tensor(every)
-    flat = nodes("Reshape", node.inputs[0], [-1, blocks])
+    flat = nodes("Reshape", scores, [-1, blocks])
     rows = nodes("ReduceMax", flat, [0], keepdims=1) if shared else flat
     chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, slack, blocks))
     if any(output is node.outputs[0] for output in nodes.graph.outputs):
@@ -77,3 +95,6 @@ def _or_all(
     is_dense = nodes.cast(dense, np.dtype(bool))
     either = nodes("Where", is_dense, every, wide, dtype=np.int32)
     return nodes("Slice", either, [0, 0], nodes("Concat", rows, take, axis=0), [0, 1])
+
+
+RULES = {SELECT_BLOCKS: _select_blocks}

@@ -1,0 +1,20 @@
+"""SparseHead in standard ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_graphsurgeon as gs
+
+from trimtab.plugins.lowering import Nodes, Rows, like, product, type_of
+from trimtab.plugins.sparse_head import SPARSE_HEAD
+
+
+def _sparse_head(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+    """Its logits, [..., k]."""
+    x = given["x"]
+    logits = product(nodes, x, given, "weight", Rows.of(nodes, given["blocks"], 1))
+    return [like(nodes, nodes.cast(logits, type_of(x)), x)]
+
+
+RULES = {SPARSE_HEAD: _sparse_head}
