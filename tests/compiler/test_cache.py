@@ -243,16 +243,17 @@ def make(path):
     path.mkdir()
     (path / "first").write_bytes(bytes(1000))
     print("making", flush=True)
-    time.sleep(float(sys.argv[1]))
+    sys.stdin.read() if sys.argv[1] == "told" else time.sleep(float(sys.argv[1]))
     (path / "second").write_bytes(bytes(1000))
 
 print(entry("kind", sys.argv[2], make), flush=True)
 """
 
 
-def child(seconds: float, name: str = "name") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, str(seconds), name]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def child(until: float | str, name: str = "name") -> subprocess.Popen[str]:
+    """Makes an entry that is not finished for some seconds, or until it is "told" by the end of its input."""
+    command = [sys.executable, "-c", CHILD, str(until), name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_of_two_processes_one_makes_and_the_other_waits(root: Path) -> None:
@@ -264,10 +265,10 @@ def test_of_two_processes_one_makes_and_the_other_waits(root: Path) -> None:
 @pytest.mark.parametrize("name", ["name", "another"])
 def test_what_a_killed_process_left_is_removed(root: Path, name: str) -> None:
     """By whoever makes the same entry, and by whoever makes another of its kind; a living process is left alone."""
-    killed = child(60)
+    killed = child("told")
     assert killed.stdout is not None
     assert killed.stdout.readline() == "making\n"
-    living = child(1, "living")
+    living = child("told", "living")
     assert living.stdout is not None
     assert living.stdout.readline() == "making\n"
     killed.send_signal(signal.SIGKILL)
