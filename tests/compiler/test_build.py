@@ -308,6 +308,8 @@ def test_the_name_has_a_build_at_any_time(tmp_path: Path, monkeypatch: pytest.Mo
     """Readers meet builds alone; where the system cannot exchange names, they wait for the one that is absent."""
     if not exchanges:
         monkeypatch.setattr(writer_module, "exchange", lambda first, second: False)
+    monkeypatch.setattr(build_module, "_ATTEMPTS", 10**6)  # on a busy machine, a reader may be slower than the writer
+    monkeypatch.setattr(build_module, "_ABSENT_S", 60.0)
     out, read, done = tmp_path / "build", [], threading.Event()
     write(out, "0")
 
