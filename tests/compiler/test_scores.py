@@ -132,8 +132,8 @@ def test_nan_on_the_data_is_named(rng: np.random.Generator) -> None:
         measure_quality([{"x": x}], lambda _: {"logits": x}, lambda _: {"logits": nan}, task=SCORE)
 
 
-def test_the_interval_of_micro_f1_covers_the_true_difference(rng: np.random.Generator) -> None:
-    inside, rounds = 0, 400
+def test_the_interval_of_micro_f1_covers_the_true_difference() -> None:
+    rng, inside, rounds = np.random.default_rng(0), 0, 400  # other seeds miss these bounds once in some ten thousand
     true = None
     for size in (200_000, *[150] * rounds):
         truth = rng.random((size, 4)) < 0.3
