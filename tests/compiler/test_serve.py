@@ -102,22 +102,23 @@ def test_a_port_that_is_taken(build: Build, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "timeout", "says"),
     [
         (
             "echo 'I0101 loading'; echo 'E0101 failed to load the thing'; exit 3",
+            60,
             ["exit code 3", "failed to load the thing"],
         ),
-        ("echo 'Segmentation fault imminent'; kill -SEGV $$", ["SIGSEGV", "fault imminent"]),
-        ("echo 'still loading'; exec sleep 60", ["not ready in 1 s", "still loading", "--start-timeout"]),
+        ("echo 'Segmentation fault imminent'; kill -SEGV $$", 60, ["SIGSEGV", "fault imminent"]),
+        ("echo 'still loading'; exec sleep 60", 3, ["not ready in 3 s", "still loading", "--start-timeout"]),
     ],
     ids=["fails", "crashes", "hangs"],
 )
 def test_a_server_that_does_not_start(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: list[str]
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, timeout: int, says: list[str]
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(stub(tmp_path, body)))
-    done = cli("serve", build.path, *FREE, "--start-timeout", 1)
+    done = cli("serve", build.path, *FREE, "--start-timeout", timeout)
     assert done.exit_code == 1 and "Traceback" not in done.stderr
     for said in says:
         assert said in done.stderr
