@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from clear import clear_prompts
 from scipy.special import softmax
 from typer.testing import CliRunner
 
@@ -40,8 +41,8 @@ def cli(*words: object) -> Any:
 @pytest.mark.parametrize("family", zoo.DECODERS)
 def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     model, rng = zoo.tiny_model(family), np.random.default_rng()
-    prompts = [rng.integers(3, model.config.vocab_size, length).tolist() for length in (7, 1, 4)]
     runner = OnnxRuntimeRunner(zoo.exported(family, "cached"))
+    prompts = clear_prompts(runner, (7, 1, 4), 12, (3, model.config.vocab_size), rng)
     found = np.stack(list(generate(runner, prompts, max_new_tokens=12)), 1)
     for prompt, tokens in zip(prompts, found, strict=True):
         with torch.no_grad():

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import zoo
+from clear import clear_prompts
 from switched import variant
 from typer.testing import CliRunner
 
@@ -93,8 +94,8 @@ def tokens(engine: Engine, prompts: list[list[int]], count: int = 12) -> np.ndar
     return np.stack(list(generate(engine.runner, prompts, max_new_tokens=count)), 1)
 
 
-def prompts(rng: np.random.Generator) -> list[list[int]]:
-    return [rng.integers(3, 132, length).tolist() for length in (7, 1, 4)]
+def prompts(engine: Engine, rng: np.random.Generator) -> list[list[int]]:
+    return clear_prompts(engine.runner, (7, 1, 4), 12, (3, 132), rng)
 
 
 def full_feeds(engine: Engine, batch: int, count: int, past: int = 0) -> dict[str, np.ndarray]:
@@ -125,7 +126,7 @@ def test_dense_equals_one_device(folder: Path, dense: Engine) -> None:
     for batch, count, past in ((1, 1, 0), (2, 9, 0), (1, 2, 5), (3, 1, 4)):
         feeds = full_feeds(one, batch, count, past)
         close(dense.run(feeds), one.run(feeds))
-    asked = prompts(np.random.default_rng())
+    asked = prompts(one, np.random.default_rng())
     np.testing.assert_array_equal(tokens(dense, asked), tokens(one, asked))
 
 
@@ -133,7 +134,7 @@ def test_generations_take_turns(dense: Engine, folder: Path) -> None:
     """Each has a cache of its own in every process."""
     rng = np.random.default_rng()
     one = load(compiled(folder, "llama", DENSE, 1).path)
-    first, second = prompts(rng), prompts(rng)[:2]
+    first, second = prompts(one, rng), prompts(one, rng)[:2]
     streams = [generate(dense.runner, asked, max_new_tokens=8) for asked in (first, second)]
     pairs = list(zip(*streams, strict=True))
     for number, asked in enumerate((first, second)):
@@ -372,21 +373,22 @@ def launch(world: int, script: Path, *builds: Path, first: str = "") -> list[tup
     """
     import socket
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script.write_text(first + LAUNCHED)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, builds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            },
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    return [(rank.wait(120), *rank.communicate()) for rank in ranks]
+    with socket.socket() as held:  # until the end, so that no other process is given the port
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, builds)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(held.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo",
+                },
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        return [(rank.wait(120), *rank.communicate()) for rank in ranks]
 
 
 @pytest.mark.parametrize("first", ["", OWN_GROUP], ids=["no group", "a group of the script's"])
