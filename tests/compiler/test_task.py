@@ -118,17 +118,18 @@ def test_a_reranker_answers_as_cross_encoder_does(tmp_path: Path, backend: None)
     import torch
     from sentence_transformers import CrossEncoder
 
-    rng = np.random.default_rng(SEED)
-    head_model("electra", SEED, num_labels=1).save_pretrained(tmp_path / "plain")
+    given = pairs(np.random.default_rng(SEED), 16)
+    model = head_model("electra", SEED, num_labels=1)
+    model.classifier.out_proj.weight.data /= torch_logits(model, given).std()  # some models hardly tell pairs apart
+    model.save_pretrained(tmp_path / "plain")
     pair_tokenizer().save_pretrained(tmp_path / "plain")
     encoder = CrossEncoder(str(tmp_path / "plain"), device="cpu", activation_fn=torch.nn.Identity())
     encoder.save_pretrained(str(tmp_path / "saved"))
     source = open_source(tmp_path / "saved")
     assert source.head.activation == "identity"
     engine, repository = built(tmp_path / "saved", tmp_path)
-    given = pairs(rng, 16)
     expected = CrossEncoder(str(tmp_path / "saved"), device="cpu").predict(given, show_progress_bar=False)
-    assert expected.std() > 0.05
+    assert expected.std() == pytest.approx(1, abs=1e-3)
     scores = engine.manifest.task.apply(engine.run(engine.tokenize(given[:8]))["logits"])
     np.testing.assert_allclose(scores[:, 0], expected[:8], rtol=1e-3, atol=1e-4)
     served = ask_front(repository, "m", TEXT=[a for a, _ in given], TEXT_PAIR=[b for _, b in given])
@@ -165,8 +166,10 @@ def test_labels_and_classes_as_transformers_pipelines_have_them(tmp_path: Path, 
         logits = torch_logits(model, sentences).astype(np.float64)
         answer = ask_front(repository, "m", TEXT=sentences)
         if kind == "classes":
-            assert [name.decode() for name in answer["LABEL"][:, 0]] == [names[i] for i in logits.argmax(1)]
             want = softmax(logits, 1)
+            clear = np.ptp(np.sort(want)[:, -2:], axis=1) > 1e-3
+            found = [name.decode() for name in answer["LABEL"][clear, 0]]
+            assert found == [names[i] for i in logits[clear].argmax(1)]
         else:
             want = expit(logits)
             clear = np.abs(want - 0.5).min(1) > 1e-3

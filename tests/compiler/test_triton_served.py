@@ -165,7 +165,8 @@ def test_labels_are_those_of_the_engine(running: Running, over: str) -> None:
         wanted = softmax(expected(engine, text)["logits"].astype(float))
         np.testing.assert_allclose(row, wanted, **TOLERANCE)
         assert engine.manifest.labels is not None
-        assert label.decode() == engine.manifest.labels[wanted.argmax()]
+        if np.ptp(np.sort(wanted)[-2:]) > 1e-3:  # else rounding may decide
+            assert label.decode() == engine.manifest.labels[wanted.argmax()]
 
 
 @pytest.mark.parametrize("over", ["http", "grpc"])
