@@ -235,8 +235,8 @@ def test_integers_in_blocks_are_stored_once_and_fuse(
     assert result.details["bytes"] < result.details["ffn_bytes"] <= bytes_on_disk(graph, tmp_path)
     ops = optimised(tmp_path / "model.onnx", tmp_path)
     assert ops.count("MatMulNBits") == shape.products and "DequantizeLinear" not in ops
-    x = shape.states(seed)
-    exact = 0.05 if bits == 8 else 0.3  # activations are rounded to int8 too
+    x = np.concatenate([shape.states(seed + i) for i in range(32)])  # of a few alone, the error varies by a tenth
+    exact = 0.04 if bits == 8 else 0.27  # activations are rounded to int8 too
     assert error(answers(tmp_path / "model.onnx", x), answers(path, x)) < exact
 
 
