@@ -45,13 +45,15 @@ def types(path: Path) -> dict[str, set[int]]:
 
 
 def worst(before: Path, after: Path, family: str, shapes: tuple[tuple[int, int], ...] = ((1, 5), (3, 9))) -> float:
+    """Of the largest output of many inputs: those of one alone may happen to be small."""
     rng, one, two = np.random.default_rng(), session(before), session(after)
+    sizes = [np.abs(output).max() for output in one.run(None, feeds(family, 24, 9, rng))]
     errors = []
     for batch, tokens in shapes:
         given = feeds(family, batch, tokens, rng)
-        for want, got in zip(one.run(None, given), two.run(None, given), strict=True):
+        for want, got, size in zip(one.run(None, given), two.run(None, given), sizes, strict=True):
             assert got.dtype == np.float32 and got.shape == want.shape
-            errors.append(float(np.abs(got - want).max() / np.abs(want).max()))
+            errors.append(float(np.abs(got - want).max() / size))
     return max(errors)
 
 
@@ -61,7 +63,7 @@ def test_every_family_in_half(tmp_path: Path, family: str) -> None:
     before = saved(graph, tmp_path / "a")
     result = in_half(graph)
     after = saved(graph, tmp_path / "b")
-    assert 1e-7 < worst(before, after, family) < 1e-2
+    assert 1e-7 < worst(before, after, family) < 5e-3
     assert types(after)["MatMul"] - {0} == {TensorProto.FLOAT16} or family == "llama"
     assert result.changed > 20
     weights = [t.data_type for t in onnx.load(str(after)).graph.initializer if np.prod(t.dims) >= 1024]
@@ -73,7 +75,7 @@ def test_other_exporters(tmp_path: Path, family: str) -> None:
     graph = canonical(exported(family, "torchscript"))
     before = saved(graph, tmp_path / "a")
     in_half(graph)
-    assert 1e-7 < worst(before, saved(graph, tmp_path / "b"), family) < 1e-2
+    assert 1e-7 < worst(before, saved(graph, tmp_path / "b"), family) < 5e-3
 
 
 def test_float32_changes_nothing(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_it_stands_behind_every_pass(tmp_path: Path, family: str, passes: dict[s
     run_passes(graph, steps, PassContext(profile_of(graph)))
     before = saved(graph, tmp_path / "a")
     in_half(graph, Capability())  # a CPU: its kernels of the dialect take float32
-    assert worst(before, saved(graph, tmp_path / "b"), family) < 2e-2
+    assert worst(before, saved(graph, tmp_path / "b"), family) < 1e-2
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
@@ -125,7 +127,7 @@ def test_the_dialect_in_half_where_the_target_computes_it(tmp_path: Path, weight
     ups = [node for node in graph.nodes if node.op == "SparseUp"]
     assert ups and all(np.dtype(node.outputs[0].dtype) == np.float16 for node in ups)
     lower(graph)
-    assert worst(before, saved(graph, tmp_path / "b"), "llama") < 1e-2
+    assert worst(before, saved(graph, tmp_path / "b"), "llama") < 5e-3
 
 
 def test_statistics_of_a_norm_stay_in_float32(tmp_path: Path) -> None:
