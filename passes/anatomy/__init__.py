@@ -2,7 +2,7 @@
 
 from trimtab.passes.anatomy.clone import clone_activation
 from trimtab.passes.anatomy.find import find_anatomy, require_ffns, select_ffns
-from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Embedding, Head, Unrecognized
+from trimtab.passes.anatomy.model import FFN, Activation, Anatomy, Attention, Block, Embedding, Head, Unrecognized
 from trimtab.passes.anatomy.shared import also_read_by, by_weights, sharing_partly
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Activation",
     "Anatomy",
     "Attention",
+    "Block",
     "Embedding",
     "Head",
     "Unrecognized",

@@ -61,7 +61,19 @@ def _plain(scan: Scan, softmax: gs.Node, layer: int) -> Attention | None:
         return None
     head_dim = _last_size(scores.inputs[0]) or _split_size(way, q, packed=q is k)
     heads = _heads(scores.inputs[0], head_dim, q, k, out)
-    return Attention(layer, q, k, v, out, heads, _kv_heads(heads, head_dim, q, k, v), head_dim, scan.ordered(way), None)
+    return Attention(
+        layer,
+        q,
+        k,
+        v,
+        out,
+        heads,
+        _kv_heads(heads, head_dim, q, k, v),
+        head_dim,
+        scan.ordered(way),
+        _weighing(mixed.inputs[0]),
+        None,
+    )
 
 
 def _fused(scan: Scan, node: gs.Node, layer: int) -> Attention:
@@ -86,7 +98,7 @@ def _fused(scan: Scan, node: gs.Node, layer: int) -> Attention:
         head_dim = q.out_features // heads
     heads = heads or (out.in_features // head_dim if out is not None and head_dim else None)
     kv_heads = kv_heads or _kv_heads(heads, head_dim, q, k, v)
-    return Attention(layer, q, k, v, out, heads, kv_heads, head_dim, scan.ordered(way), node.op)
+    return Attention(layer, q, k, v, out, heads, kv_heads, head_dim, scan.ordered(way), None, node.op)
 
 
 def _before(node: gs.Node, first: frozenset[str], everything: frozenset[str]) -> list[gs.Tensor]:
@@ -133,6 +145,13 @@ def _product_after(tensor: gs.Tensor, way: list[gs.Node]) -> gs.Node | None:
                 way.append(node)
                 queue.extend(node.outputs)
     return None
+
+
+def _weighing(tensor: gs.Tensor) -> gs.Tensor:
+    """The probabilities as they are before casts and changes of shape."""
+    while (node := only_producer(tensor)) is not None and node.op in ("Cast", "Dropout", "Identity", "Reshape"):
+        tensor = node.inputs[0]
+    return tensor
 
 
 def _source(scan: Scan, tensor: gs.Tensor, way: list[gs.Node]) -> Linear | None:

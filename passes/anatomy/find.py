@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.attention import find_attentions
+from trimtab.passes.anatomy.blocks import find_blocks
 from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
 from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Unrecognized
 from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
@@ -35,6 +36,7 @@ def find_anatomy(graph: gs.Graph) -> Anatomy:
         family=guess_family(scan, ffns, attentions, embeddings, norms),
         ffns=tuple(ffns),
         attentions=tuple(attentions),
+        blocks=tuple(find_blocks(scan, ffns, attentions, norms)),
         norms=tuple(norms),
         embeddings=tuple(embeddings),
         head=make_head(head, embeddings),

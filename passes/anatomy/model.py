@@ -98,6 +98,8 @@ class Attention:
         out: the output projection, or None where it was not found.
         heads, kv_heads, head_dim: None where shapes do not tell.
         nodes: those between the projections, in topological order.
+        probabilities: what weighs the values, [batch, heads, queries, keys] (or [batch · heads, queries, keys], as some
+            exporters write it): rows of the softmax, zeros where a mask excludes. None where one op fuses them.
         fused: the name of the op if one op computes it (Attention, MultiHeadAttention, GroupQueryAttention).
     """
 
@@ -110,6 +112,7 @@ class Attention:
     kv_heads: int | None
     head_dim: int | None
     nodes: tuple[gs.Node, ...]
+    probabilities: gs.Tensor | None
     fused: str | None
 
     @property
@@ -124,6 +127,35 @@ class Attention:
     @property
     def params(self) -> int:
         return sum(linear.params for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: the residual stream from x to y, with what is added to it.
+
+    Pre-norm layers compute m = x + attention(norm(x)) and y = m + FFN(norm(m)), post-norm layers
+    m = norm(x + attention(x)) and y = norm(m + FFN(m)), parallel ones y = x + attention(norm(x)) + FFN(norm'(x)).
+
+    Attributes:
+        layer: position among the layers, from 0, in the order of computation.
+        x: the stream that enters it, [batch, tokens, d_model], before its first norm where it has pre-norms.
+        middle: m, the stream between attention and FFN; None where both read x, or the layer has one of them alone.
+        y: the stream that leaves it, which is the next layer's x. Behind the last layer of a pre-norm model it is the
+            sum before the final norm, where the graph has that sum (a skip norm may compute both in one).
+        attention: None where an FFN comes without one.
+        ffn: None where it was not recognised, such as behind a pass that has rewritten it.
+        norms: those within it, in the order of computation; of each the node that `Anatomy.norms` has.
+        nodes: ids of the nodes of its branches, from the stream to what is added to it; without masks and positions.
+    """
+
+    layer: int
+    x: gs.Tensor
+    middle: gs.Tensor | None
+    y: gs.Tensor
+    attention: Attention | None
+    ffn: FFN | None
+    norms: tuple[gs.Node, ...]
+    nodes: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -181,6 +213,7 @@ class Anatomy:
     family: str
     ffns: tuple[FFN, ...]
     attentions: tuple[Attention, ...]
+    blocks: tuple[Block, ...]
     norms: tuple[gs.Node, ...]
     embeddings: tuple[Embedding, ...]
     head: Head | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -101,12 +100,10 @@ def divide(graph: gs.Graph, rank: int, shards: int) -> Rank:
 def _sites(graph: gs.Graph, anatomy: Anatomy) -> Iterator[_Site]:
     """FFNs in the order of computation, sparse and dense, then the head."""
     downs = {id(_product(ffn.down)) for ffn in anatomy.ffns}
-    layer = -1
-    for node in graph.nodes:
-        named = re.search(r"/layer\.(\d+)/", node.name)
-        if id(node) in downs or _sums(node) or _around(node):
-            layer = int(named[1]) if named else layer + 1
-            yield _Site(f"layer {layer} FFN", node, "sum", "neurons")
+    layers = {node: block.layer for block in anatomy.blocks for node in block.nodes}
+    ffns = (node for node in graph.nodes if id(node) in downs or _sums(node) or _around(node))
+    for number, node in enumerate(ffns):
+        yield _Site(f"layer {layers.get(id(node), number)} FFN", node, "sum", "neurons")
     heads = [node for node in graph.nodes if _is(node, SPARSE_HEAD.name)]
     for node in heads:
         scatters = [after for after in node.outputs[0].outputs if after.op == "ScatterElements"]

@@ -10,14 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from trimtab.compiler.task import Task
-from trimtab.passes.anatomy import Anatomy
+from trimtab.passes.anatomy import Anatomy, Block
 from trimtab.passes.errors import ModelError
 from trimtab.training.losses import binary_divergence, divergence, relative_error, scaled_error
 
-_ALONG = {
-    "Add", "Cast", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-}  # fmt: skip
+_ALONG = {"Cast", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 
 
 @dataclass(frozen=True)
@@ -154,24 +151,25 @@ def find_objective(
     if not logits + vectors:
         raise ModelError("the model has no output to compare: neither logits nor vectors")
     there = student.tensors()
-    states = [_block_output(ffn.y, there) for ffn in anatomy.ffns]
+    states = [_state(block, there) for block in anatomy.blocks if block.ffn is not None]
     activation = task.activation if task is not None and task.output in logits else "softmax"
     return Objective(
         logits, vectors, tuple(name for name in states if name is not None), activation=activation, **weights
     )
 
 
-def _block_output(y: gs.Tensor, there: dict[str, gs.Tensor]) -> str | None:
-    """What an FFN's block hands on: the residual sum, or its norm where nothing else reads the sum.
+def _state(block: Block, there: dict[str, gs.Tensor]) -> str | None:
+    """What `block` hands on: the stream behind it, or its norm where nothing else reads it (the last of the model).
 
-    It is the last tensor behind the FFN's output `y` up to which everything goes one way, among those that are `there`.
+    Of the two the last that is `there`; None where none is.
     """
-    found, tensor = None, y
-    while len(tensor.outputs) == 1 and tensor.outputs[0].op in _ALONG:
-        tensor = tensor.outputs[0].outputs[0]
+    found, tensor = None, block.y
+    while True:
         if isinstance(there.get(tensor.name), gs.Variable):
             found = tensor.name
-    return found
+        if len(tensor.outputs) != 1 or tensor.outputs[0].op not in _ALONG:
+            return found
+        tensor = tensor.outputs[0].outputs[0]
 
 
 def _is_float(tensor: gs.Tensor) -> bool:

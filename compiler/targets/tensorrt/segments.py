@@ -19,7 +19,6 @@ _CHEAP = frozenset([
     "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 ])  # fmt: skip
 _SMALL = 256  # elements of a constant that is copied into each part
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def segments_of(graph: gs.Graph, count: int) -> list[gs.Graph]:
@@ -58,17 +57,8 @@ def cut_at(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[gs.Graph]:
 
 
 def _borders(graph: gs.Graph) -> list[gs.Tensor]:
-    """The tensor that enters each layer, before its norm."""
-    found = []
-    for attention in find_anatomy(graph).attentions:
-        linear = attention.q or attention.k or attention.v
-        if linear is None:
-            continue
-        x = linear.x
-        while x.inputs and (x.inputs[0].op in _NORMS or x.inputs[0].op == "Cast"):
-            x = x.inputs[0].inputs[0]
-        found.append(x)
-    return [x for x in found if x.inputs]
+    """The tensor that enters each layer, where the graph computes it."""
+    return [block.x for block in find_anatomy(graph).blocks if block.x.inputs]
 
 
 def _sides(graph: gs.Graph) -> dict[str, gs.Node]:
