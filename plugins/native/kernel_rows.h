@@ -15,6 +15,7 @@ namespace {
 
 // Loops over rows and tokens of a tile are unrolled early, so that their sums are registers and not an array in memory.
 #define TRIMTAB_UNROLL _Pragma("GCC unroll 8")
+#define TRIMTAB_UNROLL_ALL _Pragma("GCC unroll 16")
 
 struct Row {
   const char* data = nullptr;

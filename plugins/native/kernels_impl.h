@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../packed_attention/kernel.h"
 #include "kernel_float.h"
 #include "kernel_int4.h"
 #include "kernel_int8.h"
@@ -117,6 +118,6 @@ void prepare(Format format, const float* x, int64_t width, int16_t* integers, fl
 
 }  // namespace
 
-const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, prepare};
+const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, prepare, attend};
 
 }  // namespace trimtab

@@ -1,0 +1,187 @@
+"""PackedAttention: attention within each sample of a batch whose real tokens are packed one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.plugins.dialect import ACTIVATION, FLOAT, INT32, Attribute, Form, Input, Op, Value
+from trimtab.plugins.rows import as_input, in_float
+from trimtab.plugins.sizes import Shapes
+
+__all__ = ["PACKED_ATTENTION"]
+
+
+def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+    q = shapes["q"]
+    if q is None:
+        return None
+    if shapes.get("k") is not None or shapes.get("v") is not None:
+        return list(q)
+    heads, kv_heads = int(attributes["heads"]), int(attributes["kv_heads"])
+    return [q[0], q[1] // (heads + 2 * (kv_heads or heads)) * heads]
+
+
+def _body(form: Form) -> str:
+    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), *_context(form)])
+
+
+# Samples get one without tokens, and each `longest` >= 1 places, so that no tensor on the way is empty. Where there are no
+# tokens, the first place attends to itself, so that nothing is NaN.
+_SAMPLES = """
+  zero = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  first = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  two = Constant <value_ints = [2]> ()
+  minus = Constant <value_ints = [-1]> ()
+  end = Constant <value_ints = [9223372036854775807]> ()
+  heads_ = Constant <value_int: int = @heads> ()
+  kv_heads_ = Constant <value_int: int = @kv_heads> ()
+  alike = Equal (kv_heads_, zero)
+  kv_heads__ = Where (alike, heads_, kv_heads_)
+  h = Reshape (heads_, one)
+  c = Reshape (kv_heads__, one)
+  g = Div (h, c)
+  wide = Cast <to = 7> (offsets)
+  some_starts = Slice (wide, first, minus)
+  some_ends = Slice (wide, one, end)
+  some_lengths = Sub (some_ends, some_starts)
+  starts = Concat <axis = 0> (some_starts, first)
+  lengths = Concat <axis = 0> (some_lengths, first)
+  at_least = Concat <axis = 0> (lengths, one)
+  longest = ReduceMax <keepdims = 1> (at_least)
+  longest_ = Squeeze (longest)
+  places = Range (zero, longest_, step)
+  starts_ = Unsqueeze (starts, one)
+  lengths_ = Unsqueeze (lengths, one)
+  real = Less (places, lengths_)
+  keys_ = Max (lengths_, one)
+  attended = Less (places, keys_)
+  flat_real = Reshape (real, minus)
+  all_rows = Add (starts_, places)
+  tokens = Shape <start = 0, end = 1> (q)
+  rows = Where (real, all_rows, tokens)
+  batch = Shape <start = 0, end = 1> (rows)
+  lead = Concat <axis = 0> (batch, longest)"""
+
+
+def _operands(form: Form) -> list[str]:
+    """Makes `q5` [batch, kv_heads, group, longest, dim], scaled, `k5` [.., 1, dim, longest] and `v5` [.., 1, longest, dim]."""
+    packed = "k" not in form.given
+    lines = [line for name in (["q"] if packed else ["q", "k", "v"]) for line in _gathered(form, name)]
+    if packed:
+        lines += [
+            "  q_width = Shape <start = -1> (q)",
+            "  c2 = Mul (c, two)",
+            "  parts = Add (h, c2)",
+            "  dim = Div (q_width, parts)",
+            "  of_queries = Mul (h, dim)",
+            "  of_keys = Mul (c, dim)",
+            "  sizes = Concat <axis = 0> (of_queries, of_keys, of_keys)",
+            "  queries, keys, values = Split <axis = 2> (q_g, sizes)",
+        ]
+    else:
+        lines += [
+            "  of_queries = Shape <start = -1> (q)",
+            "  dim = Div (of_queries, h)",
+            "  queries = Identity (q_g)",
+            "  keys = Identity (k_g)",
+            "  values = Identity (v_g)",
+        ]
+    lines += [
+        "  q_shape = Concat <axis = 0> (lead, c, g, dim)",
+        "  kv_shape = Concat <axis = 0> (lead, c, one, dim)",
+        "  q_4 = Reshape (queries, q_shape)",
+        "  k_4 = Reshape (keys, kv_shape)",
+        "  v_4 = Reshape (values, kv_shape)",
+        "  q_5 = Transpose <perm = [0, 2, 3, 1, 4]> (q_4)",
+        "  k5 = Transpose <perm = [0, 2, 3, 4, 1]> (k_4)",
+        "  v5 = Transpose <perm = [0, 2, 3, 1, 4]> (v_4)",
+    ]
+    if "scale" in form.given:
+        return [*lines, "  q5 = Mul (q_5, scale)"]
+    return [*lines, "  size = Cast <to = 1> (dim)", "  root = Sqrt (size)", "  q5 = Div (q_5, root)"]
+
+
+def _gathered(form: Form, name: str) -> list[str]:
+    """Makes `<name>_g` [batch, longest, width]; places without a token are zeros."""
+    return [
+        *in_float(form, name, name, f"{name}_f", "Identity ({})"),
+        f"  {name}_size = Shape <start = -1> ({name})",
+        f"  {name}_row = Concat <axis = 0> (one, {name}_size)",
+        f"  {name}_zeros = ConstantOfShape <value = float[1] {{0.0}}> ({name}_row)",
+        f"  {name}_all = Concat <axis = 0> ({name}_f, {name}_zeros)",
+        f"  {name}_g = Gather <axis = 0> ({name}_all, rows)",
+    ]
+
+
+def _scores(form: Form) -> list[str]:
+    """Makes `weights` [batch, kv_heads, group, longest, longest]."""
+    lines = ["  products = MatMul (q5, k5)"]
+    if "bias" in form.given:
+        lines += [
+            *in_float(form, "bias", "bias", "bias_f", "Identity ({})"),
+            "  last_axes = Constant <value_ints = [-2, -1]> ()",
+            "  pads = Constant <value_ints = [0, 0, 1, 1]> ()",
+            "  nothing = Constant <value = float {0.0}> ()",
+            "  bias_larger = Pad (bias_f, pads, nothing, last_axes)",
+            "  none = Constant <value_ints = [0, 0]> ()",
+            "  square = Concat <axis = 0> (longest, longest)",
+            "  bias_cut = Slice (bias_larger, none, square, last_axes)",
+            "  bias_flat = Concat <axis = 0> (minus, square)",
+            "  bias_3 = Reshape (bias_cut, bias_flat)",
+            "  bias_heads = Concat <axis = 0> (h, square)",
+            "  bias_all = Expand (bias_3, bias_heads)",
+            "  bias_groups = Concat <axis = 0> (c, g, square)",
+            "  bias_4 = Reshape (bias_all, bias_groups)",
+            "  scores = Add (products, bias_4)",
+        ]
+    else:
+        lines += ["  scores = Identity (products)"]
+    return [
+        *lines,
+        "  key_axes = Constant <value_ints = [1, 2, 3]> ()",
+        "  real_keys = Unsqueeze (attended, key_axes)",
+        "  never = Constant <value = float {-inf}> ()",
+        "  masked = Where (real_keys, scores, never)",
+        "  weights = Softmax <axis = -1> (masked)",
+    ]
+
+
+def _context(form: Form) -> list[str]:
+    return [
+        "  mixed = MatMul (weights, v5)",
+        "  by_token = Transpose <perm = [0, 3, 1, 2, 4]> (mixed)",
+        "  width = Mul (h, dim)",
+        "  context_shape = Concat <axis = 0> (minus, width)",
+        "  by_place = Reshape (by_token, context_shape)",
+        *as_input(form, "q", "context", "Compress <axis = 0> (by_place, flat_real)"),
+    ]
+
+
+PACKED_ATTENTION = Op(
+    "PackedAttention",
+    doc="softmax(scale q kᵀ + bias) v of every head, within each sample; every token attends to all tokens of its sample.",
+    inputs=(
+        Input("q", ACTIVATION, "[tokens, heads · dim]; without k and v [tokens, (heads + 2 kv_heads) · dim]: q, k, v"),
+        Input("k", ACTIVATION, "[tokens, kv_heads · dim]", optional=True),
+        Input("v", ACTIVATION, "[tokens, kv_heads · dim]", optional=True),
+        Input("offsets", INT32, "[batch + 1], ascending from 0: sample b is the rows offsets[b] to offsets[b + 1]"),
+        Input(
+            "bias",
+            ACTIVATION,
+            "[size, size], [1 or heads, size, size] or [1, 1 or heads, size, size], by positions of query and key "
+            "within their sample; size is at least the length of the longest",
+            optional=True,
+        ),
+        Input("scale", FLOAT, "[]; 1 / √dim where it is left out", optional=True),
+    ),
+    output=("context", "q"),
+    attributes=(
+        Attribute("heads", 1, "of queries"),
+        Attribute("kv_heads", 0, "of keys and values; divides heads; 0: as many as heads"),
+    ),
+    infer=_infer,
+    body=_body,
+)
