@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, FLOAT, INT32, Attribute, Form, Input, Op, Value
+from trimtab.plugins.dialect import ACTIVATION, FLOAT, INT32, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.rows import as_input, in_float
 from trimtab.plugins.sizes import Shapes
 
 __all__ = ["PACKED_ATTENTION"]
 
 
-def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
+def _context_shape(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
     q = shapes["q"]
     if q is None:
         return None
@@ -23,7 +23,7 @@ def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
 
 
 def _body(form: Form) -> str:
-    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), *_context(form)])
+    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), *_context(form), _RECEIVED])
 
 
 # Samples get one without tokens, and each `longest` >= 1 places, so that no tensor on the way is empty. Where there are no
@@ -160,6 +160,20 @@ def _context(form: Form) -> list[str]:
     ]
 
 
+_RECEIVED = """
+  query_axes = Constant <value_ints = [1, 2, 4]> ()
+  real_queries = Unsqueeze (real, query_axes)
+  no_weight = Constant <value = float {0.0}> ()
+  real_weights = Where (real_queries, weights, no_weight)
+  other_axes = Constant <value_ints = [1, 2, 3]> ()
+  sums = ReduceSum <keepdims = 0> (real_weights, other_axes)
+  queries_of = Mul (keys_, h)
+  queries_f = Cast <to = 1> (queries_of)
+  means = Div (sums, queries_f)
+  flat_means = Reshape (means, minus)
+  received = Compress <axis = 0> (flat_means, flat_real)"""
+
+
 PACKED_ATTENTION = Op(
     "PackedAttention",
     doc="softmax(scale q kᵀ + bias) v of every head, within each sample; every token attends to all tokens of its sample.",
@@ -177,11 +191,19 @@ PACKED_ATTENTION = Op(
         ),
         Input("scale", FLOAT, "[]; 1 / √dim where it is left out", optional=True),
     ),
-    output=("context", "q"),
+    outputs=(
+        Output("context", "q", "[tokens, heads · dim]", _context_shape),
+        Output(
+            "received",
+            "tensor(float)",
+            "[tokens]: attention that a token receives, the mean over the heads and the queries of its sample",
+            lambda shapes, _: None if shapes["q"] is None else [shapes["q"][0]],
+            optional=True,
+        ),
+    ),
     attributes=(
         Attribute("heads", 1, "of queries"),
         Attribute("kv_heads", 0, "of keys and values; divides heads; 0: as many as heads"),
     ),
-    infer=_infer,
     body=_body,
 )

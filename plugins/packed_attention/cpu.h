@@ -14,12 +14,12 @@ namespace trimtab {
 
 struct PackedAttention {
   static constexpr const char* kName = "PackedAttention";
-  static constexpr ort::Type kOutput = ort::Type::float32;
-  // q, k, v, offsets, bias, scale
-  static constexpr ort::Presence kInputs[] = {ort::Presence::required, ort::Presence::optional, ort::Presence::optional,
-                                              ort::Presence::required, ort::Presence::optional, ort::Presence::optional};
+  static constexpr ort::Argument kOptional = {ort::Type::any, ort::Presence::optional};
+  static constexpr ort::Argument kInputs[] = {{}, kOptional, kOptional, {}, kOptional, kOptional};  // q, k, v, offsets, bias, scale
+  static constexpr ort::Argument kOutputs[] = {{ort::Type::float32}, {ort::Type::float32, ort::Presence::optional}};
 
-  static constexpr int64_t kFewQueries = 48;   // that a part has at least: its keys are packed for it
+  static constexpr int64_t kFewQueries = 48;  // that a part has at least: its keys are packed for it
+  static constexpr int64_t kParts = 8;        // of a sample, where it has the queries for that
   static constexpr int64_t kTaskCost = 1 << 16;  // multiply-adds worth a task of their own
 
   int64_t heads = 0, kv_heads = 0;
@@ -45,10 +45,10 @@ struct PackedAttention {
     if (scale && (scale.type != ort::Type::float32 || scale.rank != 0)) return "PackedAttention: scale is not a float32 scalar";
     whole.scale = scale ? scale.floats()[0] : 1 / std::sqrt(static_cast<float>(whole.dim));
 
-    const int64_t shape[] = {tokens, width};
-    whole.context = static_cast<float*>(runtime.data(runtime.output(context, 0, shape, 2)));
+    whole.context = write_output<float>(runtime, context, 0, {tokens, width});
     whole.context_stride = width;
-    if (tokens > 0) run(runtime, context, whole, offsets.ints(), offsets.dims[0] - 1);
+    auto* received = write_output<float>(runtime, context, 1, {tokens});
+    if (tokens > 0) run(runtime, context, whole, received, offsets.ints(), offsets.dims[0] - 1);
     return nullptr;
   }
 
@@ -106,45 +106,80 @@ struct PackedAttention {
     return nullptr;
   }
 
-  // Parts of equal cost, each of some queries of one sample and one head of keys, as tasks for the session's threads.
-  void run(const ort::Runtime& runtime, ort::KernelContext* context, const AttentionPart& whole, const int32_t* offsets,
-           int64_t batch) const {
+  // A sample's place among all parts, and among what they receive.
+  struct Sample {
+    int64_t part, received;
+  };
+  // Where a task begins.
+  struct Start {
+    int64_t part, sample;
+  };
+
+  // Divides the work into parts, each of some queries of one sample and one head of keys, and these into tasks of equal cost.
+  // How a sample is divided hangs on itself alone, so that its sums are the same in any company.
+  void run(const ort::Runtime& runtime, ort::KernelContext* context, const AttentionPart& whole, float* received,
+           const int32_t* offsets, int64_t batch) const {
     static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
-    static thread_local std::vector<int64_t> kept;  // first part of each sample
+    static thread_local std::vector<Sample> kept_samples;
+    static thread_local std::vector<Start> kept_starts;
+    static thread_local std::vector<float> kept_partial;
+    std::vector<Sample>& samples = kept_samples;
+    std::vector<Start>& starts = kept_starts;
+    const auto length = [=](int64_t b) -> int64_t { return offsets[b + 1] - offsets[b]; };
+
+    samples.assign(1, {0, 0});
     int64_t cost = 0;
-    for (int64_t b = 0; b < batch; b++) cost += cost_of(offsets[b + 1] - offsets[b], whole.dim);
-    cost *= heads;
-    const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, 8 * processors);
-    std::vector<int64_t>& starts = kept;
-    starts.assign(batch + 1, 0);
     for (int64_t b = 0; b < batch; b++) {
-      const int64_t n = offsets[b + 1] - offsets[b];
-      starts[b + 1] = starts[b] + kv_heads * parts_of(n, whole, cost / tasks);
+      const int64_t parts = kv_heads * parts_of(length(b));
+      samples.push_back({samples[b].part + parts, samples[b].received + parts * length(b)});
+      cost += cost_of(length(b), whole.dim);
     }
-    const int64_t parts = starts[batch];
-    auto task = [&, starts = starts.data()](int64_t t) {
-      int64_t i = parts * t / tasks;
-      const int64_t end = parts * (t + 1) / tasks;
-      int64_t b = std::upper_bound(starts, starts + batch + 1, i) - starts - 1;
-      for (; i < end; i++) {
-        while (i >= starts[b + 1]) b++;
-        const int64_t n = offsets[b + 1] - offsets[b], each = (starts[b + 1] - starts[b]) / kv_heads;
-        kernels().attend(part_of(whole, offsets[b], n, (i - starts[b]) / each, (i - starts[b]) % each, each));
+    const int64_t most = std::max(kTaskCost, cost / (8 * processors));
+    starts.clear();
+    for (int64_t b = 0, sum = most; b < batch; b++) {
+      const int64_t parts = samples[b + 1].part - samples[b].part, each = cost_of(length(b), whole.dim) / std::max<int64_t>(parts, 1);
+      for (int64_t i = samples[b].part; i < samples[b + 1].part; i++, sum += each) {
+        if (sum < most) continue;
+        starts.push_back({i, b});
+        sum = 0;
+      }
+    }
+    const auto tasks = static_cast<int64_t>(starts.size());
+    starts.push_back({samples[batch].part, batch});
+    if (received != nullptr && kept_partial.size() < static_cast<size_t>(samples[batch].received))
+      kept_partial.resize(samples[batch].received);
+    float* partial = kept_partial.data();
+
+    auto task = [&, samples = samples.data(), starts = starts.data()](int64_t t) {
+      int64_t b = starts[t].sample;
+      for (int64_t i = starts[t].part; i < starts[t + 1].part; i++) {
+        while (i >= samples[b + 1].part) b++;
+        const int64_t number = i - samples[b].part, each = parts_of(length(b));
+        AttentionPart part = part_of(whole, offsets[b], length(b), number / each, number % each, each);
+        if (received != nullptr) part.received = partial + samples[b].received + number * length(b);
+        kernels().attend(part);
       }
     };
     parallel(runtime, context, tasks, task);
+    if (received == nullptr) return;
+    for (int64_t b = 0; b < batch; b++) {
+      const int64_t n = length(b), parts = samples[b + 1].part - samples[b].part;
+      float* to = received + offsets[b];
+      std::fill_n(to, n, 0.0f);
+      for (int64_t i = 0; i < parts; i++)
+        for (int64_t t = 0; t < n; t++) to[t] += partial[samples[b].received + i * n + t];
+      for (int64_t t = 0; t < n; t++) to[t] /= static_cast<float>(heads * n);
+    }
   }
 
-  // Multiply-adds of one head of a sample, and a little for every score.
-  static int64_t cost_of(int64_t tokens, int64_t dim) { return tokens * tokens * (2 * dim + 16); }
+  // Multiply-adds of a sample, and a little for every score.
+  int64_t cost_of(int64_t tokens, int64_t dim) const { return heads * tokens * tokens * (2 * dim + 16); }
 
-  // Into how many parts the queries of a head of keys are divided, so that none costs more than `most`.
-  int64_t parts_of(int64_t tokens, const AttentionPart& whole, int64_t most) const {
-    const int64_t rows = tokens * whole.group;
-    if (rows == 0) return 0;
-    const int64_t fair = whole.group * cost_of(tokens, whole.dim) / std::max<int64_t>(most, 1);
-    const int64_t parts = std::min(std::max<int64_t>(fair, 1), (rows + kFewQueries - 1) / kFewQueries);
-    return std::max(parts, (rows + kMostQueries - 1) / kMostQueries);
+  // Into how many parts the queries of a head of keys are divided.
+  int64_t parts_of(int64_t tokens) const {
+    const int64_t rows = tokens * (heads / kv_heads);
+    const int64_t wanted = std::min((kParts + kv_heads - 1) / kv_heads, (rows + kFewQueries - 1) / kFewQueries);
+    return std::max(wanted, (rows + kMostQueries - 1) / kMostQueries);
   }
 
   // Part `number` of `count` of one head of keys of a sample.
@@ -163,5 +198,7 @@ struct PackedAttention {
     return part;
   }
 };
+
+inline const Registered<PackedAttention> kPackedAttention;
 
 }  // namespace trimtab

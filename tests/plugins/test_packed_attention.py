@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from dialects import everywhere, finish, graph_of, native
 
-from trimtab.plugins import PACKED_ATTENTION, add_node
+from trimtab.plugins import PACKED_ATTENTION, add_multi_output_node, add_node
 
 BIAS_SHAPES = ("[s, s]", "[1, s, s]", "[heads, s, s]", "[1, heads, s, s]")
 
@@ -30,7 +30,9 @@ def some_heads(rng: np.random.Generator) -> Heads:
     return Heads(kv_heads * int(rng.integers(1, 4)), kv_heads, int(rng.integers(8, 129)))
 
 
-def model_of(size: Heads, packed: bool = False, bias: str | None = None, scale: float | None = None) -> onnx.ModelProto:
+def model_of(
+    size: Heads, packed: bool = False, bias: str | None = None, scale: float | None = None, received: bool = False
+) -> onnx.ModelProto:
     """Inputs q, k, v or qkv, offsets and, if given, a bias of `bias`'s rank."""
     of_q, of_kv = size.heads * size.dim, size.kv_heads * size.dim
     widths = {"q": of_q + 2 * of_kv} if packed else {"q": of_q, "k": of_kv, "v": of_kv}
@@ -44,8 +46,11 @@ def model_of(size: Heads, packed: bool = False, bias: str | None = None, scale: 
     if scale is not None:
         inputs["scale"] = gs.Constant("scale", np.array(scale, np.float32))
     kv_heads = 0 if size.kv_heads == size.heads else size.kv_heads
-    y = add_node(graph, PACKED_ATTENTION, inputs, "context", heads=size.heads, kv_heads=kv_heads)
-    return finish(graph, y)
+    names = ["context", "received"] if received else ["context"]
+    outputs = add_multi_output_node(
+        graph, PACKED_ATTENTION, inputs, "attention", names, heads=size.heads, kv_heads=kv_heads
+    )
+    return finish(graph, *outputs)
 
 
 def feeds_of(
@@ -61,23 +66,32 @@ def feeds_of(
 
 
 def attention(size: Heads, feeds: dict[str, np.ndarray], scale: float | None = None) -> np.ndarray:
-    """In float64."""
+    """The context, in float64."""
+    return attention_and_received(size, feeds, scale)[0]
+
+
+def attention_and_received(
+    size: Heads, feeds: dict[str, np.ndarray], scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both outputs, in float64."""
     wide = {name: value.astype(np.float64) for name, value in feeds.items() if name != "offsets"}
     q, offsets, (h, c, d) = wide["q"], feeds["offsets"], (size.heads, size.kv_heads, size.dim)
     k, v = (wide["k"], wide["v"]) if "k" in wide else (q[:, h * d : (h + c) * d], q[:, (h + c) * d :])
-    context = np.zeros((len(q), h, d))
+    context, received = np.zeros((len(q), h, d)), np.zeros(len(q))
     for start, end in zip(offsets[:-1], offsets[1:], strict=True):
         n = end - start
         queries = q[start:end, : h * d].reshape(n, h, d)
         keys, values = (np.repeat(x[start:end].reshape(n, c, d), h // c, axis=1) for x in (k, v))
         scores = np.einsum("qhd,khd->hqk", queries, keys) * (d**-0.5 if scale is None else scale)
         if "bias" in wide:
-            scores = scores + wide["bias"][..., :n, :n].reshape(-1, n, n)
+            of = wide["bias"].shape[-3] if wide["bias"].ndim > 2 else 1
+            scores = scores + wide["bias"][..., :n, :n].reshape(of, n, n)
         with np.errstate(invalid="ignore"):
             weights = np.exp(scores - scores.max(axis=-1, initial=-np.inf, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
         context[start:end] = np.einsum("hqk,khd->qhd", weights, values)
-    return context.reshape(len(q), h * d)
+        received[start:end] = weights.sum(axis=(0, 1)) / (h * max(n, 1))
+    return context.reshape(len(q), h * d), received
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -186,6 +200,34 @@ def test_large_scores() -> None:
     feeds["bias"] = (rng.integers(0, 4, (3, 40, 40)) + shift).astype(np.float32)
     for (found,) in everywhere(model, feeds).values():
         close(found, attention(size, feeds))
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [7, 0, 60], [300, 5], [1000]], ids=str)
+def test_received(lengths: list[int]) -> None:
+    rng = seeded()
+    size = some_heads(rng)
+    model = model_of(size, bool(rng.integers(2)), str(rng.choice(BIAS_SHAPES)), received=True)
+    feeds = feeds_of(model, lengths, rng)
+    wanted_context, wanted = attention_and_received(size, feeds)
+    for context, found in everywhere(model, feeds).values():
+        close(context, wanted_context)
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-8)
+        assert found.sum() == pytest.approx(sum(n > 0 for n in lengths), rel=1e-5)  # every query gives 1
+
+
+def test_received_in_any_company() -> None:
+    """What a sample receives is the same bits alone and in a batch."""
+    rng = seeded()
+    size = some_heads(rng)
+    model = model_of(size, received=True)
+    lengths = [int(n) for n in rng.integers(1, 400, 4)]
+    feeds = feeds_of(model, lengths, rng)
+    together = native(model).run(None, feeds)
+    for start, end in zip(feeds["offsets"][:-1], feeds["offsets"][1:], strict=True):
+        alone = {name: feeds[name][start:end] for name in ("q", "k", "v")} | {"offsets": np.int32([0, end - start])}
+        for found, whole in zip(native(model).run(None, alone), together, strict=True):
+            np.testing.assert_array_equal(found, whole[start:end])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
