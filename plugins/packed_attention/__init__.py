@@ -26,8 +26,8 @@ def _body(form: Form) -> str:
     return "\n".join([_SAMPLES, *_operands(form), *_scores(form), *_context(form), _RECEIVED])
 
 
-# Samples get one without tokens, and each `longest` >= 1 places, so that no tensor on the way is empty. Where there are no
-# tokens, the first place attends to itself, so that nothing is NaN.
+# Samples get one without tokens, and each `longest` >= 1 places, so that no tensor on the way is empty. Where there are
+# no tokens, the first place attends to itself, so that nothing is NaN.
 _SAMPLES = """
   zero = Constant <value_int = 0> ()
   step = Constant <value_int = 1> ()
@@ -67,7 +67,7 @@ _SAMPLES = """
 
 
 def _operands(form: Form) -> list[str]:
-    """Makes `q5` [batch, kv_heads, group, longest, dim], scaled, `k5` [.., 1, dim, longest] and `v5` [.., 1, longest, dim]."""
+    """Makes q5 [batch, kv_heads, group, longest, dim], scaled, k5 [.., 1, dim, longest] and v5 [.., 1, longest, dim]."""
     packed = "k" not in form.given
     lines = [line for name in (["q"] if packed else ["q", "k", "v"]) for line in _gathered(form, name)]
     if packed:
@@ -176,7 +176,7 @@ _RECEIVED = """
 
 PACKED_ATTENTION = Op(
     "PackedAttention",
-    doc="softmax(scale q kᵀ + bias) v of every head, within each sample; every token attends to all tokens of its sample.",
+    doc="softmax(scale q kᵀ + bias) v of every head within each sample: every token attends to all tokens of its own.",
     inputs=(
         Input("q", ACTIVATION, "[tokens, heads · dim]; without k and v [tokens, (heads + 2 kv_heads) · dim]: q, k, v"),
         Input("k", ACTIVATION, "[tokens, kv_heads · dim]", optional=True),

@@ -33,6 +33,7 @@ def run_tests(**surroundings: str) -> str:
         "no:cacheprovider",
         HERE / "test_sparse.py",
         HERE / "test_select_blocks.py",
+        HERE / "test_packed_attention.py",
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | surroundings, cwd=HERE.parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,7 @@ def attention_and_received(
     q, offsets, (h, c, d) = wide["q"], feeds["offsets"], (size.heads, size.kv_heads, size.dim)
     k, v = (wide["k"], wide["v"]) if "k" in wide else (q[:, h * d : (h + c) * d], q[:, (h + c) * d :])
     context, received = np.zeros((len(q), h, d)), np.zeros(len(q))
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         n = end - start
         queries = q[start:end, : h * d].reshape(n, h, d)
         keys, values = (np.repeat(x[start:end].reshape(n, c, d), h // c, axis=1) for x in (k, v))
@@ -106,7 +107,9 @@ def seeded() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [1], [0, 0], [3, 0, 17], [1, 1, 1], [48], [5, 64, 33, 0], [130, 2]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[], [0], [1], [0, 0], [3, 0, 17], [1, 1, 1], [48], [5, 64, 33, 0], [130, 2]], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_lengths(lengths: list[int], packed: bool) -> None:
     rng = seeded()
@@ -224,7 +227,7 @@ def test_received_in_any_company() -> None:
     lengths = [int(n) for n in rng.integers(1, 400, 4)]
     feeds = feeds_of(model, lengths, rng)
     together = native(model).run(None, feeds)
-    for start, end in zip(feeds["offsets"][:-1], feeds["offsets"][1:], strict=True):
+    for start, end in itertools.pairwise(feeds["offsets"]):
         alone = {name: feeds[name][start:end] for name in ("q", "k", "v")} | {"offsets": np.int32([0, end - start])}
         for found, whole in zip(native(model).run(None, alone), together, strict=True):
             np.testing.assert_array_equal(found, whole[start:end])
