@@ -67,7 +67,7 @@ _SAMPLES = """
 
 
 def _operands(form: Form) -> list[str]:
-    """Makes q5 [batch, kv_heads, group, longest, dim], scaled, k5 [.., 1, dim, longest] and v5 [.., 1, longest, dim]."""
+    """Makes q5 [batch, kv_heads, group, longest, dim], scaled, k5 [.., 1, dim, longest], v5 [.., 1, longest, dim]."""
     packed = "k" not in form.given
     lines = [line for name in (["q"] if packed else ["q", "k", "v"]) for line in _gathered(form, name)]
     if packed:
