@@ -97,10 +97,13 @@ class Form:
     Attributes:
         given: type of each input that is given, by ONNX name such as "tensor(float)".
         attributes: all of them.
+        unnamed: optional outputs that the node leaves unnamed, which kernels need not compute. Reference bodies compute
+            them, as nodes of one model share a body.
     """
 
     given: Mapping[str, str]
     attributes: Mapping[str, Value]
+    unnamed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,10 @@ class Op:
             raise ValueError(f"{self.name}: names of inputs and outputs differ, and the first output is always there")
         if any(o.follows not in (None, *required) for o in self.outputs):
             raise ValueError(f"{self.name}: an output has its own type, or that of an input that is always given")
+
+    def named(self, form: Form) -> tuple[Output, ...]:
+        """The outputs of a node."""
+        return tuple(o for o in self.outputs if o.name not in form.unnamed)
 
     def schema(self) -> OpSchema:
         """For ONNX's checker and shape inference."""

@@ -96,7 +96,7 @@ def _compared(case: Checked) -> dict[str, Any]:
     """The largest relative error over all tiles."""
     worst = 0.0
     for tile in Case(case.kernel, [case.inputs], case.attributes).tiles():
-        run, output = prepared(case.kernel, case.inputs, case.attributes, tile)
+        run, (output,) = prepared(case.kernel, case.inputs, case.attributes, tile)
         output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
         run()
         error = float((output.double() - case.expected).norm() / case.expected.double().norm())

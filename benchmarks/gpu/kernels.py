@@ -107,10 +107,10 @@ def together(up: Case, down: Case, tiles: tuple[Tile, Tile], scores: int = 0) ->
     for first, second in zip(up.layers, down.layers, strict=True):
         if scores:
             choice = {"scores": torch.randn(1, scores, device="cuda").half()}
-            run, blocks = prepared(SELECT, choice, {"k": first["blocks"].shape[1]})
+            run, (blocks,) = prepared(SELECT, choice, {"k": first["blocks"].shape[1]})
             runs.append(run)
             first, second = ({**inputs, "blocks": blocks} for inputs in (first, second))
-        run, h = prepared(UP, first, up.attributes, tiles[0])
+        run, (h,) = prepared(UP, first, up.attributes, tiles[0])
         runs += [run, prepared(DOWN, {**second, "h": h}, down.attributes, tiles[1])[0]]
     return seconds(runs) / len(up.layers)
 

@@ -31,8 +31,8 @@ class Compiled:
 
     Attributes:
         name: of its entry.
-        ptx: its text. The entry's parameters are pointers to the inputs that are given, 32-bit sizes, and the pointer
-            to the output; nothing else.
+        ptx: its text. The entry's parameters are pointers to the inputs that are given, 32-bit sizes, and the pointers
+            to the outputs that are named and to the sizes that it counts; nothing else.
         threads: of a block.
         shared_bytes: of dynamic shared memory.
         constants: what was known at compile time.
@@ -48,7 +48,7 @@ class Compiled:
 def arguments(kernel: GpuKernel, form: Form) -> tuple[str, ...]:
     """Names of the run-time parameters, in order."""
     given = [i.name for i in kernel.op.inputs if i.name in form.given]
-    return (*given, *kernel.sizes, *(o.name for o in kernel.op.outputs))
+    return (*given, *kernel.sizes, *(o.name for o in kernel.op.named(form)), *kernel.counted)
 
 
 def compile_kernel(
@@ -75,7 +75,8 @@ def compile_kernel(
         raise ValueError(f"{kernel.op.name}: {reason}")
     constants = kernel.constants(form, shapes, tile)
     signature, fixed, aligned = {}, dict(constants), {}
-    types = {**form.given, **{o.name: o.type_in(form.given) for o in kernel.op.outputs}}
+    types = {**form.given, **{o.name: o.type_in(form.given) for o in kernel.op.named(form)}}
+    types |= dict.fromkeys(kernel.counted, "tensor(int32)")
     for position, name in enumerate(kernel.function.arg_names):
         if name in types:
             signature[name] = f"*{_TYPES[types[name]]}"

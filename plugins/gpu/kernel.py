@@ -36,16 +36,18 @@ class GpuKernel:
     """The kernel of one op.
 
     The run-time parameters of `function` are pointers to all inputs of the op in their order (None where a form leaves
-    one out), then `sizes` as 32-bit integers, then the pointer to the output: the order in which TensorRT gives
-    them. Everything behind is known at compile time.
+    one out), then `sizes` as 32-bit integers, then pointers to the outputs (None likewise), then those to the 32-bit
+    integers of `counted`: the order in which TensorRT gives them. Everything behind is known at compile time.
 
     Attributes:
         sizes: names of the integers.
-        measure: their values, from the shapes of all inputs and the output.
+        measure: their values, from the shapes of all inputs and outputs.
         constants: values of what is known at compile time, from the form, the sizes of its constant inputs, and a tile.
         grid: programs along each axis, from the values of `sizes`, the constants, and a tile.
         tiles: those worth timing, for a form and the shapes of its constant inputs; the first, where none is timed.
         refuses: why there is no kernel for a form and shapes, or None.
+        counted: names of the sizes that hang on data, which it writes beside the outputs that have them. An output that
+            is not optional has each.
     """
 
     op: Op
@@ -56,6 +58,7 @@ class GpuKernel:
     grid: Callable[[Mapping[str, Any], Mapping[str, Any], Tile], tuple[Any, ...]] = field(repr=False)
     tiles: Callable[[Form, Shapes], tuple[Tile, ...]] = field(repr=False)
     refuses: Callable[[Form, Shapes], str | None] = field(repr=False)
+    counted: tuple[str, ...] = ()
 
 
 def of_tile(tile: Tile) -> dict[str, Any]:

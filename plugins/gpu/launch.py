@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,7 @@ from trimtab.plugins.dialect import Form, Value
 from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile
 from trimtab.plugins.gpu.loaded import Loaded
+from trimtab.plugins.sizes import Counted
 
 __all__ = ["form_of", "prepared"]
 
@@ -21,6 +23,7 @@ _KINDS = {
     torch.uint8: "tensor(uint8)",
     torch.int32: "tensor(int32)",
 }
+_DTYPES = {name: dtype for dtype, name in _KINDS.items()}
 
 
 def form_of(kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: Mapping[str, Value]) -> Form:
@@ -30,47 +33,65 @@ def form_of(kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: M
 
 
 def prepared(
-    kernel: GpuKernel, inputs: Mapping[str, torch.Tensor], attributes: Mapping[str, Value], tile: Tile | None = None
-) -> tuple[Callable[[], object], torch.Tensor]:
-    """What launches once, and the tensor that each launch fills.
+    kernel: GpuKernel,
+    inputs: Mapping[str, torch.Tensor],
+    attributes: Mapping[str, Value],
+    tile: Tile | None = None,
+    unnamed: Collection[str] = (),
+) -> tuple[Callable[[], object], tuple[torch.Tensor, ...]]:
+    """What launches once, and the tensors that each launch fills: outputs, then the sizes that it counts.
 
     Args:
         inputs: by name, contiguous; those left out must be optional.
         attributes: those left out take their defaults.
         tile: by default the kernel's first.
+        unnamed: optional outputs that are left out.
 
     Raises:
-        ValueError: there is no kernel for this form, or shapes do not tell that of the output.
+        ValueError: there is no kernel for this form, or shapes do not tell those of the outputs.
     """
-    form = form_of(kernel, inputs, attributes)
+    form = replace(form_of(kernel, inputs, attributes), unnamed=frozenset(unnamed))
     shapes = {i.name: list(inputs[i.name].shape) if i.name in inputs else None for i in kernel.op.inputs}
     given = {name: shape for name, shape in shapes.items() if shape is not None}
     if (reason := kernel.refuses(form, given)) is not None:
         raise ValueError(f"{kernel.op.name}: {reason}")
     tile = tile or kernel.tiles(form, given)[0]
-    (result,) = kernel.op.outputs
-    shape = result.shape(shapes, form.attributes)
-    if shape is None or not all(isinstance(size, int) for size in shape):
-        raise ValueError(f"{kernel.op.name}: the shapes {given} do not tell that of the output")
     first = inputs[kernel.op.inputs[0].name]
-    dtype = torch.int32 if result.follows is None else inputs[result.follows].dtype
-    output = torch.empty([int(size) for size in shape if size is not None], dtype=dtype, device=first.device)
-    sizes = kernel.measure(given | {result.name: list(output.shape)})
+    outputs = _outputs(kernel, form, shapes, first.device)
+    sizes = kernel.measure(given | {name: list(tensor.shape) for name, tensor in outputs.items()})
     constants = kernel.constants(form, given, tile)
     grid = kernel.grid(sizes, constants, tile)
+    results = tuple(outputs.values())
     if first.is_cuda:
-        return _on_gpu(kernel, form, inputs, given, sizes, tile, grid, output), output
+        return _on_gpu(kernel, form, inputs, given, sizes, tile, grid, results), results
     arguments = [inputs.get(i.name) for i in kernel.op.inputs]
-    arguments += [*(sizes[name] for name in kernel.sizes), output]
+    arguments += [sizes[name] for name in kernel.sizes]
+    arguments += [outputs.get(name) for name in (*(o.name for o in kernel.op.outputs), *kernel.counted)]
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return lambda: kernel.function[grid](*arguments, **constants, **options), output
+    return lambda: kernel.function[grid](*arguments, **constants, **options), results
+
+
+def _outputs(
+    kernel: GpuKernel, form: Form, shapes: Mapping[str, list[int] | None], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Empty tensors for the outputs, as large as they can be, and for the sizes that are counted."""
+    inferred = kernel.op.infer(shapes, form.attributes)
+    outputs = {}
+    for o in kernel.op.named(form):
+        shape = inferred[o.name]
+        known = [size.at_most if isinstance(size, Counted) else size for size in shape or ()]
+        sizes = [size for size in known if isinstance(size, int)]
+        if shape is None or len(sizes) < len(shape):
+            raise ValueError(f"{kernel.op.name}: the shapes {shapes} do not tell that of {o.name}")
+        outputs[o.name] = torch.empty(sizes, dtype=_DTYPES[o.type_in(form.given)], device=device)
+    return outputs | {name: torch.empty([], dtype=torch.int32, device=device) for name in kernel.counted}
 
 
 def _on_gpu(
     kernel: GpuKernel, form: Form, inputs: Mapping[str, torch.Tensor], shapes: Shapes, sizes: Mapping[str, int],
-    tile: Tile, grid: tuple[int, ...], output: torch.Tensor,
+    tile: Tile, grid: tuple[int, ...], outputs: Sequence[torch.Tensor],
 ) -> Callable[[], object]:  # fmt: skip
-    major, minor = torch.cuda.get_device_capability(output.device)
+    major, minor = torch.cuda.get_device_capability(outputs[0].device)
     kept = {name: tuple(shape) for name, shape in shapes.items()}
     key = (kernel.op.name, repr(form), repr(kernel.constants(form, kept, tile)), tile, 10 * major + minor)
     if key not in _LOADED:
@@ -80,8 +101,8 @@ def _on_gpu(
     values = [sizes[name] for name in kernel.sizes]
 
     def run() -> None:  # holds the tensors, as the driver does not
-        stream = torch.cuda.current_stream(output.device).cuda_stream
-        loaded.launch(grid, [tensor.data_ptr() for tensor in given], values, output.data_ptr(), stream)
+        stream = torch.cuda.current_stream(outputs[0].device).cuda_stream
+        loaded.launch(grid, [t.data_ptr() for t in given], values, [t.data_ptr() for t in outputs], stream)
 
     return run
 

@@ -33,10 +33,11 @@ class Loaded:
             raise RuntimeError(f"{compiled.name} wants {compiled.shared_bytes} bytes of shared memory")
 
     def launch(
-        self, grid: Sequence[int], pointers: Sequence[int], sizes: Sequence[int], output: int, stream: int
+        self, grid: Sequence[int], pointers: Sequence[int], sizes: Sequence[int], outputs: Sequence[int], stream: int
     ) -> None:
-        """Launch once on `stream`. Pointers to inputs in the order of the parameters, sizes, pointer to the output."""
-        values: list[Any] = [*map(ctypes.c_uint64, pointers), *map(ctypes.c_int32, sizes), ctypes.c_uint64(output)]
+        """Launch once on `stream`. Pointers to inputs in the order of the parameters, sizes, pointers to outputs."""
+        values: list[Any] = [*map(ctypes.c_uint64, pointers), *map(ctypes.c_int32, sizes)]
+        values += map(ctypes.c_uint64, outputs)
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         block = (self.compiled.threads, 1, 1)
         code = _driver().cuLaunchKernel(

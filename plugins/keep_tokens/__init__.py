@@ -153,7 +153,7 @@ KEEP_TOKENS = Op(
     "KeepTokens",
     doc="The rows of a packed batch that stay. Threshold: those whose importance is not below it, or all where it is "
     "0, less or NaN. Ratio: the ceil(share * n) most important of the n rows of a sample, the earlier of equal ones. "
-    f"The {LEAST} most important rows of a sample stay always. NaN importance counts as infinite: nothing drops it.",
+    f"The {LEAST} most important rows of a sample always stay. NaN counts as infinite: no threshold drops it.",
     inputs=(
         Input("importance", ACTIVATION, "[T], of the tokens of all samples, one sample behind the other"),
         Input("offsets", INT32, "[batch + 1], sample b has the rows from offsets[b] to offsets[b + 1]; the last is T"),

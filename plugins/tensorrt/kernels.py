@@ -72,7 +72,8 @@ def compiled(kernel: GpuKernel, form: Form, shapes: Any, tile: Tile, capability:
     from trimtab.plugins.gpu.compile import compile_kernel
 
     constants = kernel.constants(form, shapes, tile)
-    key = (kernel.op.name, tuple(sorted(form.given.items())), tuple(sorted(constants.items())), tile, capability)
+    types = tuple(sorted(form.given.items()))
+    key = (kernel.op.name, types, form.unnamed, tuple(sorted(constants.items())), tile, capability)
     if key not in _made:
         _made[key] = compile_kernel(kernel, form, shapes, tile, capability, _ptx_version(capability))
     return _made[key]

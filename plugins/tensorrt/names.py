@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from trimtab.plugins import OPS
-from trimtab.plugins.dialect import DOMAIN, Attribute, Op, Value
+from trimtab.plugins.dialect import DOMAIN, Attribute, Input, Op, Output, Value
 from trimtab.plugins.tensorrt.kernels import has_kernel
 
 __all__ = ["PLUGINS", "Plugin", "plugins_of"]
@@ -18,20 +18,27 @@ __all__ = ["PLUGINS", "Plugin", "plugins_of"]
 
 @dataclass(frozen=True)
 class Plugin:
-    """One op with a choice of its optional inputs.
+    """One op with a choice of its optional inputs and outputs.
 
     Attributes:
         inputs: names of those that are given, in the op's order.
+        outputs: names of those that are named, in the op's order.
     """
 
     op: Op
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Of op and optional inputs: SparseUpPlugin_up_bias_gate. No op is called so, for the parser goes by names."""
-        required = {i.name for i in self.op.inputs if not i.optional}
-        return "_".join([f"{self.op.name}Plugin", *(name for name in self.inputs if name not in required)])
+        """Of op and what is optional: SparseUpPlugin_up_bias_gate. No op is called so, for the parser goes by names."""
+        optional = {part.name for parts in (self.op.inputs, self.op.outputs) for part in parts if part.optional}
+        return "_".join([f"{self.op.name}Plugin", *(n for n in (*self.inputs, *self.outputs) if n in optional)])
+
+    @property
+    def unnamed(self) -> frozenset[str]:
+        """The op's outputs that this form leaves out."""
+        return frozenset(o.name for o in self.op.outputs) - set(self.outputs)
 
     def encode(self, attributes: Mapping[str, Value]) -> dict[str, int]:
         """The node's attributes as the plugin has them: all, in order, as integers. A string is its place among the
@@ -52,9 +59,13 @@ def _subsets(names: list[str]) -> chain[tuple[str, ...]]:
 
 
 def _forms(op: Op) -> list[Plugin]:
-    optional = [i.name for i in op.inputs if i.optional]
-    chosen = [set(subset) for subset in _subsets(optional)]
-    return [Plugin(op, tuple(i.name for i in op.inputs if not i.optional or i.name in given)) for given in chosen]
+    return [Plugin(op, given, named) for given in _choices(op.inputs) for named in _choices(op.outputs)]
+
+
+def _choices(parts: Sequence[Input] | Sequence[Output]) -> list[tuple[str, ...]]:
+    """Names of inputs or outputs, with every choice of the optional ones."""
+    subsets = _subsets([part.name for part in parts if part.optional])
+    return [tuple(part.name for part in parts if not part.optional or part.name in subset) for subset in subsets]
 
 
 PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op in OPS.values() if has_kernel(op) for plugin in _forms(op)}

@@ -34,9 +34,10 @@ class Prepared:
 def prepare(graph: gs.Graph) -> Prepared:
     """Make the dialect's nodes of `graph`, in place, nodes of plugins; their reference bodies go.
 
-    A plugin's node is called like the plugin, has the inputs that are given and no others, every attribute as an
-    integer in the order of the declaration, and what TensorRT's parser wants to know: namespace, version, and that the
-    kernel is to be embedded. Nodes without a kernel on the GPU stay, as standard ops within their reference bodies.
+    A plugin's node is called like the plugin, has the inputs and outputs that are given and no others, every attribute
+    as an integer in the order of the declaration, and what TensorRT's parser wants to know: namespace, version, and
+    that the kernel is to be embedded. Nodes without a kernel on the GPU stay, as standard ops within their reference
+    bodies.
 
     Raises:
         RuntimeError: the package `triton` is missing.
@@ -55,8 +56,9 @@ def prepare(graph: gs.Graph) -> Prepared:
             if (reason := _refused(op, given, node)) is not None:
                 left[node.name] = reason
                 continue
-            plugin = Plugin(op, tuple(given))
-            node.op, node.inputs = plugin.name, list(given.values())
+            named = _named(op, node)
+            plugin = Plugin(op, tuple(given), tuple(named))
+            node.op, node.inputs, node.outputs = plugin.name, list(given.values()), list(named.values())
             node.attrs = plugin.encode(node.attrs) | {
                 "plugin_namespace": DOMAIN,
                 "plugin_version": "1",
@@ -113,6 +115,11 @@ def _given(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
     return {i.name: t for i, t in zip(op.inputs, node.inputs, strict=False) if not t.is_empty()}
 
 
+def _named(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
+    """Outputs by name; those that the node leaves unnamed are empty, or missing at the end."""
+    return {o.name: t for o, t in zip(op.outputs, node.outputs, strict=False) if not t.is_empty()}
+
+
 def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
     """Why a node cannot be a plugin."""
     if not has_kernel(op):
@@ -125,7 +132,7 @@ def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
         known = shapes.get(i.name, [0])
         if i.role == "rows" and not (known and isinstance(known[-1], int)):
             return f"the size of {i.name} is not known before the engine runs"
-    if Plugin(op, tuple(given)).name not in PLUGINS:
+    if Plugin(op, tuple(given), tuple(_named(op, node))).name not in PLUGINS:
         return "an input that it needs is left out"
     return kernel_of(op).refuses(form, shapes)
 

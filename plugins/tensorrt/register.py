@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.plugins.dialect import DOMAIN, Form, Value
+from trimtab.plugins.sizes import Counted
 from trimtab.plugins.tensorrt.expressions import raw, sizes_of
 from trimtab.plugins.tensorrt.kernels import compiled, kernel_of, tactics, this_gpu, tile_of
 from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
@@ -70,9 +71,12 @@ def _register(plugin: Plugin, capability: int | None) -> None:
     name, made = f"{DOMAIN}::{plugin.name}", _Callbacks(plugin, capability)
     tensors = [_parameter(i, trtp.TensorDesc) for i in plugin.inputs]
     attributes = [_parameter(a.name, int) for a in plugin.op.attributes]
-    outputs, tactic = _parameter("outputs", tuple[trtp.TensorDesc]), _parameter("tactic", int)
+    count = len(plugin.outputs) + len(kernel_of(plugin.op).counted)
+    every: Any = tuple.__class_getitem__((trtp.TensorDesc,) * count)
+    outputs, tactic = _parameter("outputs", every), _parameter("tactic", int)
     kernel = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    trtp.register(name)(_signed(made.describe, [*tensors, *attributes], trtp.TensorDesc))
+    described = _signed(made.describe, [*tensors, *attributes], trtp.TensorDesc if count == 1 else every)
+    trtp.register(name)(described)
     trtp.autotune(name)(_signed(made.tune, [*tensors, *attributes, outputs], list[trtp.AutoTuneCombination]))
     trtp.aot_impl(name)(_signed(made.embed, [*tensors, *attributes, outputs, tactic], kernel))
 
@@ -99,17 +103,31 @@ class _Callbacks:
         self.capability = capability
 
     def describe(self, *arguments: Any) -> Any:
-        """Shape and type of the output."""
+        """Shape and type of each output; then the sizes that the kernel counts, which TensorRT reads from tensors."""
         import tensorrt as trt
         import tensorrt.plugin as trtp
 
         tensors, attributes = self._divide(arguments)
-        (output,) = self.plugin.op.outputs
-        shape = output.shape(_shapes(self.plugin, tensors), attributes)
-        assert shape is not None
-        return trtp.from_shape_expr(
-            tuple(raw(size) for size in shape), trt.int32 if output.follows is None else tensors[output.follows].dtype
-        )
+        inferred = self.plugin.op.infer(_shapes(self.plugin, tensors), attributes)
+        counts: dict[str, Any] = {}
+
+        def expression(size: Any) -> Any:
+            if not isinstance(size, Counted):
+                return raw(size)
+            if size.name not in counts:
+                most = trtp.ShapeExpr(raw(size.at_most))
+                counts[size.name] = trtp.size_tensor(most, most)
+            return counts[size.name].expr()
+
+        descs = []
+        for output in (o for o in self.plugin.op.outputs if o.name in self.plugin.outputs):
+            shape = inferred[output.name]
+            assert shape is not None
+            own = next((kind for kind, (name, _) in _TYPES.items() if name == output.type), None)
+            kind = tensors[output.follows].dtype if output.follows else getattr(trt.DataType, str(own))
+            descs.append(trtp.from_shape_expr(tuple(expression(size) for size in shape), kind))
+        descs += [counts[name] for name in kernel_of(self.plugin.op).counted]
+        return descs[0] if len(descs) == 1 else tuple(descs)
 
     def tune(self, *arguments: Any) -> list[Any]:
         """The types of the network as they are, since it is strongly typed; and every tile that is worth timing."""
@@ -153,7 +171,8 @@ class _Callbacks:
         return tensors, self.plugin.decode(encoded)
 
     def _form(self, tensors: Mapping[str, Any], attributes: Mapping[str, Value]) -> Form:
-        return Form({name: _TYPES[desc.dtype.name][0] for name, desc in tensors.items()}, attributes)
+        kinds = {name: _TYPES[desc.dtype.name][0] for name, desc in tensors.items()}
+        return Form(kinds, attributes, self.plugin.unnamed)
 
 
 def _shapes(plugin: Plugin, tensors: Mapping[str, Any]) -> dict[str, list[Any] | None]:

@@ -34,7 +34,7 @@ def run_all_tiles(kernel, inputs, attributes, expected, few=3):
     if dtype == torch.bfloat16:  # the interpreter multiplies matrices of bfloat16 by their bits
         tiles = [tile for tile in tiles if tile.tokens == 1]
     for tile in random.sample(list(tiles), min(few, len(tiles))):
-        run, output = prepared(kernel, inputs, attributes, tile)
+        run, (output,) = prepared(kernel, inputs, attributes, tile)
         output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
         run()
         told = kernel.op.name, tile, attributes, {name: (t.dtype, list(t.shape)) for name, t in inputs.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -12,12 +11,12 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
+from counting import COUNTING
 from dialects import finish, graph_of
 from onnx.reference import ReferenceEvaluator
 
 from trimtab.plugins import FOLDERS, OPS, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_multi_output_node, add_node
-from trimtab.plugins.dialect import ACTIVATION, DOMAIN, Input, Op, Output, Value
-from trimtab.plugins.sizes import Counted, Shapes
+from trimtab.plugins.dialect import DOMAIN
 
 
 @pytest.fixture
@@ -143,38 +142,10 @@ def test_one_body_serves_one_form() -> None:
         )
 
 
-def counting() -> Op:
-    """An op of three outputs for tests: x where it is not 0, the places, and the sum of x where it is asked for."""
-
-    def found(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
-        x = shapes["x"]
-        return None if x is None else [Counted("found", x[0])]
-
-    body = """
-  places_ = NonZero (x)
-  minus = Constant <value_ints = [-1]> ()
-  places = Reshape (places_, minus)
-  values = Gather (x, places)
-  total = ReduceSum <keepdims = 0> (x)
-"""
-    return Op(
-        "Counting",
-        doc="For tests.",
-        inputs=(Input("x", ACTIVATION, "[n]"),),
-        outputs=(
-            Output("values", "x", "[found]", found),
-            Output("total", "x", "[]", lambda shapes, attributes: [], optional=True),
-            Output("places", "tensor(int64)", "[found]", found, optional=True),
-        ),
-        attributes=(),
-        body=lambda form: body,
-    )
-
-
 @pytest.mark.parametrize("named", [("values", "total", "places"), ("values", "places"), ("values",), None])
 def test_several_outputs(named: tuple[str, ...] | None) -> None:
     """Those that a node names, of which two share a size that hangs on data, in every runtime of reference bodies."""
-    op, x = counting(), np.array([0, 3, 0, -2, 5], np.float32)
+    op, x = COUNTING, np.array([0, 3, 0, -2, 5], np.float32)
     graph = graph_of(x=(np.float32, ["n"]))
     outputs = add_multi_output_node(graph, op, {"x": graph.inputs[0]}, "count/layer.1", named)
     wanted = {"values": x[x != 0], "total": x.sum(), "places": np.flatnonzero(x)}
@@ -186,12 +157,12 @@ def test_several_outputs(named: tuple[str, ...] | None) -> None:
     for got in (session.run(None, {"x": x}), ReferenceEvaluator(model).run(None, {"x": x})):
         for array, name in zip(got, names, strict=True):
             np.testing.assert_array_equal(array, wanted[name])
-            assert array.dtype == (np.int64 if name == "places" else np.float32)
+            assert array.dtype == (np.int32 if name == "places" else np.float32)
 
 
 def test_one_body_serves_nodes_that_name_other_outputs() -> None:
     """Two layers of a model need not ask for the same outputs."""
-    op, x = counting(), np.array([1, 0, 2], np.float32)
+    op, x = COUNTING, np.array([1, 0, 2], np.float32)
     graph = graph_of(x=(np.float32, ["n"]))
     one = add_node(graph, op, {"x": graph.inputs[0]}, "one")
     _, places = add_multi_output_node(graph, op, {"x": one}, "other", ("values", "places"))
@@ -204,7 +175,7 @@ def test_one_body_serves_nodes_that_name_other_outputs() -> None:
 
 
 def test_shapes_of_several_outputs_are_inferred() -> None:
-    op = counting()
+    op = COUNTING
     graph = graph_of(x=(np.float16, ["n"]))
     outputs = add_multi_output_node(graph, op, {"x": graph.inputs[0]}, "node")
     for tensor in outputs:
@@ -219,12 +190,13 @@ def test_shapes_of_several_outputs_are_inferred() -> None:
     finally:
         onnx.defs.deregister_schema(op.name, 1, DOMAIN)
     found = {v.name: (v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in model.graph.value_info}
-    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT32
     assert found == {"node/values": (half, 1), "node/total": (half, 0), "node/places": (whole, 1)}
 
 
 def test_refuses_outputs_that_the_op_does_not_have() -> None:
-    op, two = counting(), replace(counting(), outputs=tuple(replace(o, optional=False) for o in counting().outputs))
+    op = COUNTING
+    two = replace(op, outputs=tuple(replace(o, optional=False) for o in op.outputs))
     graph = graph_of(x=(np.float32, ["n"]))
     given = {"x": graph.inputs[0]}
     with pytest.raises(ValueError, match="no output 'value'; it has values, total, places"):
@@ -238,7 +210,7 @@ def test_refuses_outputs_that_the_op_does_not_have() -> None:
 
 @pytest.mark.parametrize("change", [{"name": "x"}, {"optional": True}, {"type": "scores"}])
 def test_refuses_declarations_that_contradict_themselves(change: dict[str, Any]) -> None:
-    op = counting()
+    op = COUNTING
     with pytest.raises(ValueError, match="Counting"):
         replace(op, outputs=(replace(op.outputs[0], **change),))
 

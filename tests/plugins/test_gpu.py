@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.plugins import FOLDERS, OPS
+from trimtab.plugins.dialect import Form
 from trimtab.plugins.driver import gpu_present
 
 pytest.importorskip("triton", reason="the Triton language is not installed")
@@ -55,6 +56,22 @@ def test_interpreted(op, tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, f"seed {seed}\n{done.stderr[-3000:]}"
+
+
+def test_several_outputs_and_counted_sizes(tmp_path):
+    """Of an op for tests: interpreted with every choice of its outputs, and compiled without those left out."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "counting_gpu.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from counting_gpu import KERNEL
+
+    for unnamed, names in (((), ("total", "places")), (("total",), ("places",)), (("total", "places"), ())):
+        form = Form({"x": "tensor(float16)"}, {}, frozenset(unnamed))
+        made = compile_kernel(KERNEL, form, {"x": (-1,)}, Tile(1, 1, 64, 2), random.choice(CAPABILITIES))
+        assert arguments(KERNEL, form) == ("x", "n", "values", *names, "found")
+        assert len(parameters(made.ptx)) == 4 + len(names)
 
 
 def form_of(op: str, float_: str, weight: str):

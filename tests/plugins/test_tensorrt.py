@@ -31,7 +31,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 def test_plugins_pass_nvidias_layer(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", HERE / "checks.py"]
-    paths = os.pathsep.join([environment["PYTHONPATH"], str(HERE)])
+    paths = os.pathsep.join([environment["PYTHONPATH"], str(HERE), str(HERE.parent)])
     done = subprocess.run(
         command,
         env=os.environ | environment | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,30 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
+from counting import COUNTING
 from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
 
 from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.targets.tensorrt.target import TensorRTRTX
 from trimtab.compiler.workload import Workload
-from trimtab.plugins import DOMAIN, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
+from trimtab.plugins import (
+    DOMAIN,
+    KEEP_TOKENS,
+    OPS,
+    SELECT_BLOCKS,
+    SPARSE_DOWN,
+    SPARSE_HEAD,
+    SPARSE_UP,
+    add_multi_output_node,
+    add_node,
+)
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.emit import add_body, type_of
 from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.ptx import assemble
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
-from trimtab.plugins.tensorrt import PLUGINS, Prepared, kernels, missing, plugins_of, prepare
+from trimtab.plugins.tensorrt import PLUGINS, Plugin, Prepared, kernels, missing, plugins_of, prepare
 from trimtab.plugins.tensorrt.prepare import split_keep
 
 pytest.importorskip("triton", reason="the kernels need the package triton")
@@ -175,6 +187,35 @@ def test_int4_stays_standard_ops() -> None:
     back(again)
     given = feeds(rng, 3)
     close(run(gs.export_onnx(again), given), run(before, given), "int4")
+
+
+def test_outputs_that_a_node_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an op for tests: its plugin lacks them, and its node does not name the sizes that the kernel counts."""
+    from counting_gpu import KERNEL
+
+    module = import_module("trimtab.plugins.tensorrt.prepare")
+    monkeypatch.setattr(module, "has_kernel", lambda op: True)
+    monkeypatch.setattr(module, "kernel_of", lambda op: KERNEL)
+    monkeypatch.setitem(OPS, COUNTING.name, COUNTING)
+    for named in (("values",), ("values", "places")):
+        plugin = Plugin(COUNTING, ("x",), named)
+        monkeypatch.setitem(PLUGINS, plugin.name, plugin)
+    graph = graph_of(x=(np.float32, ["n"]))
+    one = add_node(graph, COUNTING, {"x": graph.inputs[0]}, "one")
+    _, places = add_multi_output_node(graph, COUNTING, {"x": one}, "other", ("values", "places"))
+    graph.outputs = [one, places]
+    assert prepare(graph) == Prepared(("CountingPlugin", "CountingPlugin_places"), {})
+    outputs = {node.op: [t.name for t in node.outputs] for node in graph.nodes}
+    assert outputs == {"CountingPlugin": ["one"], "CountingPlugin_places": ["other/values", "other/places"]}
+    assert not graph.functions
+
+
+def test_an_op_without_a_kernel_stays() -> None:
+    graph = graph_of(importance=(np.float32, ["n"]), offsets=(np.int32, ["b"]), threshold=(np.float32, [1]))
+    given = dict(zip(("importance", "offsets", "threshold"), graph.inputs, strict=True))
+    graph.outputs = [*add_multi_output_node(graph, KEEP_TOKENS, given, "keep")]
+    assert prepare(graph) == Prepared((), {"keep": "the op has no kernel for GPUs"})
+    assert [f.name for f in graph.functions] == ["KeepTokens"]
 
 
 def test_what_kernels_do_not_hold_stays() -> None:

@@ -61,7 +61,8 @@ def _tell(node: gs.Node) -> bool:
     }
     inferred = plugin.op.shapes(shapes, plugin.decode(node.attrs))
     news = False
-    for output, shape in zip(node.outputs, inferred.values(), strict=False):
+    for output, name in zip(node.outputs, plugin.outputs, strict=True):
+        shape = inferred[name]
         if shape is not None and all(isinstance(size, int) for size in shape) and shape != output.shape:
             output.shape, news = shape, True
     return news

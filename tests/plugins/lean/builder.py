@@ -20,6 +20,7 @@ OPERATIONS = {
     "EQUAL": lambda a, b: int(a == b),
     "MAX": max,
     "MIN": min,
+    "COUNTED": lambda counted, upper: min(counted, upper),
 }
 
 
@@ -60,6 +61,9 @@ class Builder:
     def operation(self, operation: Any, a: Expr, b: Expr) -> Expr:
         made = Expr.of((operation.name, a, b))
         return Expr.of(made.at({})) if a.is_constant() and b.is_constant() else made
+
+    def declare_size_tensor(self, index: int, opt: Expr, upper: Expr) -> Expr:
+        return Expr.of(("COUNTED", Expr.of(f"output {index}"), upper))
 
 
 class Setter:
@@ -125,31 +129,33 @@ def _int32(value: int) -> Any:
     return np.array([value], np.int32)
 
 
-def outputs_of(plugin: Any, tensors: Sequence[Tensor]) -> tuple[Any, list[Any]]:
-    """Type and shape of the output."""
+def outputs_of(plugin: Any, tensors: Sequence[Tensor]) -> tuple[list[Any], list[list[Any]]]:
+    """Types and shapes of the outputs."""
     kinds = [getattr(trt.DataType, tensor.kind) for tensor in tensors]
-    (kind,) = plugin.get_output_data_types(kinds, [len(tensor.shape) for tensor in tensors])
+    results = plugin.get_output_data_types(kinds, [len(tensor.shape) for tensor in tensors])
     shapes = [[Expr.of(size) for size in tensor.shape] for tensor in tensors]
-    (shape,) = plugin.get_output_shapes(shapes, [], Builder())
-    return kind, shape
+    return results, plugin.get_output_shapes(shapes, [], Builder())
 
 
-def tune(plugin: Any, tensors: Sequence[Tensor], kind: Any, rank: int, sizes: Mapping[str, tuple[int, int]]) -> Any:
-    """Descriptors of inputs and output, and the tactics for the types that the network has."""
-    output = Tensor(kind.name, [-1] * rank).desc({})
-    descs = [*(tensor.desc(sizes) for tensor in tensors), output]
+def tune(plugin: Any, tensors: Sequence[Tensor], sizes: Mapping[str, tuple[int, int]]) -> Any:
+    """Descriptors of inputs and outputs, and the tactics for the types that the network has."""
+    kinds, shapes = outputs_of(plugin, tensors)
+    inputs = [tensor.desc(sizes) for tensor in tensors]
+    outputs = [Tensor(kind.name, [-1] * len(shape)).desc({}) for kind, shape in zip(kinds, shapes, strict=True)]
+    descs = [*inputs, *outputs]
     offered = plugin.get_supported_format_combinations(descs, len(tensors))
     assert [desc.type for desc in offered] == [desc.desc.type for desc in descs]
-    plugin.configure_plugin(descs[:-1], descs[-1:])
+    plugin.configure_plugin(inputs, outputs)
     return descs, plugin.get_valid_tactics()
 
 
-def launch(plugin: Any, descs: Sequence[Any], tactic: int) -> Launch:
-    """What a tactic launches."""
+def launch(plugin: Any, descs: Sequence[Any], tactic: int, outputs: int = 1) -> Launch:
+    """What a tactic launches, with so many outputs."""
+    count = len(descs) - outputs
     params, setter = _Params(), Setter()
     plugin.set_tactic(tactic)
-    plugin.get_launch_params(None, descs, len(descs) - 1, params, setter, Builder())
-    kernel, code = plugin.get_kernel([d.desc for d in descs[:-1]], [d.desc for d in descs[-1:]])
+    plugin.get_launch_params(None, descs, count, params, setter, Builder())
+    kernel, code = plugin.get_kernel([d.desc for d in descs[:count]], [d.desc for d in descs[count:]])
     extra = [setter.taken[place] for place in range(setter.nbSymExprs)]
     grid, block = (tuple(getattr(params, f"{name}_{axis}") for axis in "xyz") for name in ("grid", "block"))
     return Launch(kernel, code, grid, block, params.shared_mem, extra)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import builder
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import tensorrt as trt
 from builder import Tensor, create, launch, outputs_of, patch, tune
+from counting import COUNTING
+from counting_gpu import KERNEL as COUNTING_KERNEL
 from tensorrt.plugin._lib import QDP_REGISTRY
 
 from trimtab.plugins import OPS
@@ -23,6 +26,7 @@ from trimtab.plugins.gpu.ptx import assemble, parameters
 from trimtab.plugins.sparse_up import ACTIVATIONS
 from trimtab.plugins.tensorrt import PLUGINS, Plugin, kernels, missing, register
 from trimtab.plugins.tensorrt.kernels import kernel_of
+from trimtab.plugins.tensorrt.register import _register as declare
 
 FLOATS = ("FLOAT", "HALF", "BF16")
 ONNX = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32"}
@@ -57,7 +61,7 @@ class Case:
 
     @property
     def plugin(self) -> Plugin:
-        return Plugin(self.op, tuple(self.kinds))
+        return Plugin(self.op, tuple(self.kinds), tuple(o.name for o in self.op.outputs))
 
     @property
     def form(self) -> Form:
@@ -182,10 +186,10 @@ def test_shapes_and_launches(case: Case, uncompiled: None) -> None:
     tensors, kernel = tensors_of(case, rng), kernel_of(case.op)
     plugin = create(case.plugin.name, case.plugin.encode(case.attributes))
     assert plugin.attrs == case.plugin.encode(case.attributes)
-    kind, shape = outputs_of(plugin, tensors)
+    (kind,), (shape,) = outputs_of(plugin, tensors)
     (output,) = case.op.outputs
     assert kind == (trt.int32 if output.follows is None else getattr(trt.DataType, case.kinds[output.follows]))
-    descs, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
+    descs, tactics = tune(plugin, tensors, ranges(tensors))
     static = {n: [s if isinstance(s, int) else -1 for s in t.shape] for n, t in zip(case.kinds, tensors, strict=True)}
     tiles = kernel.tiles(case.form, static)
     assert sorted(tactics) == list(range(1, len(tiles) + 1))
@@ -221,8 +225,7 @@ def test_one_token_needs_no_tiles_of_many(uncompiled: None) -> None:
     case = next(c for c in CASES if c.op.name == "SparseDown")
     tensors = [Tensor("FLOAT", [1, 1, 48]), Tensor("INT32", [1, 48]), Tensor("FLOAT", [192, 64])]
     plugin = create("SparseDownPlugin", {"block": 1})
-    kind, shape = outputs_of(plugin, tensors)
-    _, tactics = tune(plugin, tensors, kind, len(shape), {})
+    _, tactics = tune(plugin, tensors, {})
     tiles = kernel_of(case.op).tiles(case.form, {"h": [1, 1, 48], "blocks": [1, 48], "down": [192, 64]})
     assert {tiles[tactic - 1].tokens for tactic in tactics} == {1} != {tile.tokens for tile in tiles}
 
@@ -241,8 +244,7 @@ def test_tiles_that_ask_too_much_are_no_tactics(spills: bool, monkeypatch: pytes
     case = next(c for c in CASES if c.op.name == "SparseDown" and c.kinds["down"] != "INT8")
     tensors = [Tensor("FLOAT", ["tokens", 48]), Tensor("INT32", [1, 48]), Tensor("FLOAT", [192, 64])]
     plugin = create("SparseDownPlugin", {"block": 1})
-    kind, shape = outputs_of(plugin, tensors)
-    _, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
+    _, tactics = tune(plugin, tensors, ranges(tensors))
     tiles = kernel_of(case.op).tiles(case.form, {"h": [-1, 48], "blocks": [1, 48], "down": [192, 64]})
     most = 16 if spills else 1
     assert {tiles[tactic - 1].tokens for tactic in tactics} == {t.tokens for t in tiles if t.tokens <= most}
@@ -263,8 +265,7 @@ def test_kernels_take_what_is_given(case: Case) -> None:
     rng = np.random.default_rng()
     tensors, kernel = tensors_of(case, rng), kernel_of(case.op)
     plugin = create(case.plugin.name, case.plugin.encode(case.attributes))
-    kind, shape = outputs_of(plugin, tensors)
-    descs, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
+    descs, tactics = tune(plugin, tensors, ranges(tensors))
     for tactic in tactics:
         made = launch(plugin, descs, tactic)
         code = made.code.decode()
@@ -275,6 +276,31 @@ def test_kernels_take_what_is_given(case: Case) -> None:
         assert assembled.parameter_bytes == tuple({".u64": 8, ".u32": 4}[kind] for kind in types)
         assert assembled.spilled_bytes == 0
         assert made.shared.at({}) <= kernels.SHARED_BUDGET
+
+
+@pytest.mark.parametrize("named", [("values",), ("values", "places"), ("values", "total", "places")])
+def test_several_outputs_and_counted_sizes(named: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two outputs have the size that a tensor behind them holds, at most that of x; those left out are not there."""
+    monkeypatch.setattr(import_module("trimtab.plugins.tensorrt.register"), "kernel_of", lambda op: COUNTING_KERNEL)
+    declared = Plugin(COUNTING, ("x",), named)
+    assert declared.name == "_".join(["CountingPlugin", *named[1:]])
+    declare(declared, CAPABILITY)
+    plugin, tensors = create(declared.name, {}), [Tensor("HALF", ["tokens"])]
+    kinds, shapes = outputs_of(plugin, tensors)
+    wanted = {"values": trt.float16, "total": trt.float16, "places": trt.int32}
+    assert list(kinds) == [*(wanted[name] for name in named), trt.int32]
+    found = f"output {len(named)}"
+    for counted in (0, 3, 40):
+        sizes = {"tokens": 30, found: counted}
+        for name, shape in zip(named, shapes, strict=False):
+            assert [size.at(sizes) for size in shape] == ([] if name == "total" else [min(counted, 30)])
+        assert list(shapes[-1]) == []
+    descs, tactics = tune(plugin, tensors, RANGES)
+    for tactic in tactics:
+        made = launch(plugin, descs, tactic, outputs=len(kinds))
+        types = [line.split()[1] for line in parameters(made.code.decode())]
+        assert types == [".u64", ".u32", *[".u64"] * (len(named) + 1)]
+        assert [size.at({"tokens": 30}) for size in made.extra] == [30]
 
 
 def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +315,7 @@ def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch
     tensors = [Tensor("HALF", ["tokens", 48]), Tensor("INT32", [1, 48]), Tensor("HALF", [192, 64])]
     for _ in range(2):
         plugin = create("SparseDownPlugin", {"block": 1})
-        kind, shape = outputs_of(plugin, tensors)
-        descs, tactics = tune(plugin, tensors, kind, len(shape), ranges(tensors))
+        descs, tactics = tune(plugin, tensors, ranges(tensors))
         for tactic in tactics:
             launch(plugin, descs, tactic)
     assert len(calls) == len({tile for *_, tile, _, _ in calls}) >= len(tactics)
