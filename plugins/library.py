@@ -35,7 +35,7 @@ def library_path() -> Path | None:
 
 @lru_cache
 def instruction_set() -> str | None:
-    """Which kernels this processor gets: "avx512", "avx2" or "portable"; None without the library."""
+    """Of the kernels here: "portable", "avx2", "avx_vnni", "avx512" or "avx512_vnni"; None without the library."""
     path = library_path()
     if path is None:
         return None

@@ -111,7 +111,7 @@ def _reason(node: gs.Node, extra: Collection[str], dialect: bool) -> str | None:
     if has_subgraphs(node):
         return "branch or loop"
     if node.domain == DOMAIN and node.op in OPS:
-        return None if dialect else "kernels"
+        return None if dialect and "tensor(float16)" in OPS[node.op].inputs[0].types else "kernels"
     if node.domain == "com.microsoft":
         return None if node.op in _FOREIGN else "kernels"
     if node.domain and node.domain != "ai.onnx":

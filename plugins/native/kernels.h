@@ -70,7 +70,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// The best that this processor runs. TRIMTAB_ISA=portable|avx2|avx512 asks for another, for tests.
+// Those of the best instruction set, see isa.h.
 const Kernels& kernels();
 
 }  // namespace trimtab

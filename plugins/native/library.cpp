@@ -1,5 +1,5 @@
 // The library that ONNX Runtime loads: registers every op of the domain `trimtab`.
-#include "kernels.h"
+#include "isa.h"
 #include "ops.h"  // made by CMake: the cpu.h of every op, each of which registers its kernel
 
 #if defined(_WIN32)
@@ -22,5 +22,5 @@ TRIMTAB_EXPORT trimtab::ort::Status* RegisterCustomOps(trimtab::ort::SessionOpti
   return runtime.add_domain(options, domain);
 }
 
-// Which kernels this processor was given, for reports and tests.
-TRIMTAB_EXPORT const char* trimtab_isa() { return trimtab::kernels().name; }
+// The instruction set that kernels use here, for reports and tests.
+TRIMTAB_EXPORT const char* trimtab_isa() { return trimtab::isa_name(trimtab::isa()); }

@@ -1,0 +1,63 @@
+// A weight matrix of Int8Linear, packed once; nodes that share the matrix share the pack.
+#pragma once
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "../native/custom_op.h"
+#include "kernels.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace trimtab {
+
+class Packed {
+ public:
+  Packed(const int8_t* w, int64_t in_features, int64_t out_features, const Int8Kernels& use) {
+    const int64_t panels = (out_features + use.panel - 1) / use.panel;
+    view_.in_features = in_features, view_.out_features = out_features;
+    const size_t bytes = static_cast<size_t>(panels * use.panel * view_.quads() * 4);
+    const size_t whole = bytes + static_cast<size_t>(panels * use.panel) * sizeof(int32_t), page = whole < kPage ? 64 : kPage;
+    memory_.reset(std::aligned_alloc(page, (whole + page - 1) / page * page));
+    if (memory_ == nullptr) return;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (page == kPage) madvise(memory_.get(), whole, MADV_HUGEPAGE);
+#endif
+    auto* to = static_cast<int8_t*>(memory_.get());
+    auto* sums = reinterpret_cast<int32_t*>(to + bytes);
+    use.pack(w, in_features, out_features, to, sums);
+    view_.panels = to, view_.sums = sums;
+  }
+
+  const PackedWeight& view() const { return view_; }
+
+  // Of a constant, the pack that there is while any node of the process uses it.
+  static std::shared_ptr<const Packed> of(const Tensor& weight) {
+    static std::mutex mutex;
+    static std::map<const void*, std::weak_ptr<const Packed>> packs;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::weak_ptr<const Packed>& known = packs[weight.data];
+    std::shared_ptr<const Packed> pack = known.lock();
+    if (pack == nullptr || pack->view_.in_features != weight.dims[0] || pack->view_.out_features != weight.dims[1]) {
+      pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), weight.dims[0], weight.dims[1],
+                                            int8_kernels());
+      known = pack;
+    }
+    return pack;
+  }
+
+ private:
+  static constexpr size_t kPage = 1 << 21;
+
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  PackedWeight view_;
+};
+
+}  // namespace trimtab
