@@ -69,12 +69,13 @@ struct Registered {
 struct Tensor {
   static constexpr size_t kMostDims = 8;
 
-  const void* data = nullptr;
+  bool given = false;
+  const void* data = nullptr;  // of a tensor without elements, too
   ort::Type type = ort::Type::any;
   size_t rank = 0;
   int64_t dims[kMostDims] = {};
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return given; }
   int64_t last() const { return dims[rank - 1]; }
   int64_t rows() const {  // all dimensions but the last
     int64_t count = 1;
@@ -99,6 +100,7 @@ inline Tensor read_input(const ort::Runtime& runtime, ort::KernelContext* contex
   Tensor tensor;
   const ort::Value* value = index < runtime.input_count(context) ? runtime.input(context, index) : nullptr;
   if (value == nullptr) return tensor;
+  tensor.given = true;
   tensor.rank = runtime.shape(value, &tensor.type, tensor.dims, Tensor::kMostDims);
   tensor.data = runtime.data(value);
   return tensor;
