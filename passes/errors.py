@@ -43,6 +43,10 @@ class NotLearnedError(ProfileError):
         self.method = method
 
 
+TUNED = frozenset({"magic-pyramid"})
+"""Methods of `trimtab train` that tune the model: what they learn is in the Profile in the new model's folder."""
+
+
 def how_to_learn(
     method: str, *, model: object = "MODEL", recipe: object = "RECIPE", settings: Sequence[str] = (),
     data: object = "DATA", profile: object = None,
@@ -55,7 +59,11 @@ def how_to_learn(
     """
     words = ["trimtab", "train", model, "--method", method, "--recipe", recipe]
     words += [word for setting in settings for word in ("--set", setting)]
-    words += ["--data", data, *(["--profile", profile] if profile is not None else []), "-o", "learned.safetensors"]
+    words += ["--data", data]
+    if method in TUNED:
+        command = shlex.join(map(str, [*words, "-o", "tuned"]))
+        return f"run `{command}`, and compile the model `tuned` with `--profile tuned/profile.safetensors`"
+    words += [*(["--profile", profile] if profile is not None else []), "-o", "learned.safetensors"]
     return f"run `{shlex.join(map(str, words))}`, and compile with `--profile learned.safetensors`"
 
 

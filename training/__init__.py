@@ -13,6 +13,7 @@ from trimtab.training.contract import Job, Settings, Trained, Trainer
 _METHODS = {
     "recover": "trimtab.training.recover.trainer:Recover",
     "topk": "trimtab.training.topk.trainer:TopK",
+    "magic-pyramid": "trimtab.training.magic_pyramid.trainer:MagicPyramid",
 }
 """Name → where its class is; imported when asked for."""
 

@@ -18,15 +18,21 @@ class Clock:
         steps: follow a number of steps instead, with `minutes` as a mere end.
         start: reading of the monotonic clock from which the time limit counts.
         look: seconds that a look at the held-out samples takes; the last one must still fit in.
+        ran: seconds that the run had gone on when it was interrupted; `start` lies as far back.
     """
 
-    def __init__(self, minutes: float, steps: int | None, start: float, look: float) -> None:
-        self._steps, self._begin = steps, time.monotonic()
+    def __init__(self, minutes: float, steps: int | None, start: float, look: float, ran: float = 0.0) -> None:
+        self._steps, self._begin = steps, time.monotonic() - ran
         self._seconds = start + 60 * minutes - look - self._begin
         self.total = max(1, steps if steps is not None else round(60 * minutes))
         by_time = steps is None and self._seconds > 0
         self.every = max(1 / _CHECKS, look / self._seconds / _LOOKING) if by_time else 1 / _CHECKS
         """Share of the run from one look to the next."""
+
+    @property
+    def ran(self) -> float:
+        """Seconds that the run has gone on."""
+        return time.monotonic() - self._begin
 
     def at(self, step: int) -> float:
         """0 at the beginning; 1 and more is the end."""

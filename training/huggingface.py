@@ -5,14 +5,19 @@ Our clock leads: it sets the learning rate, says when the held-out samples are l
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
+    EvalPrediction,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -20,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.utils.logging import disable_progress_bar
 
 from trimtab.compiler.phases import Progress
@@ -27,17 +33,19 @@ from trimtab.passes.errors import TrimtabError
 from trimtab.training.clock import Clock, schedule
 from trimtab.training.contract import Settings
 from trimtab.training.device import best_device, bfloat16_is_fast
+from trimtab.training.epoch import epoch
 from trimtab.training.texts import Examples
 
 _NEVER = 10**9  # steps: the clock ends a run
 
 
-def check_processes(settings: Settings) -> None:
-    """Refuse a run of several processes that only the time would end.
+def prepare(settings: Settings) -> None:
+    """Hide transformers' own progress, since `Follow` shows ours; refuse several processes that only time would end.
 
     Raises:
         TrimtabError: each process has a clock of its own.
     """
+    disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and settings.steps is None:
         raise TrimtabError("the clocks of several processes differ", hint="give the length of the run with --steps")
 
@@ -48,33 +56,80 @@ def is_first_process() -> bool:
 
 
 def make_trainer(
-    model: nn.Module, examples: Examples, settings: Settings, scratch: Path, *, kind: type[Trainer] = Trainer,
-    **more: Any,
+    model: nn.Module, examples: Examples, settings: Settings, scratch: Path, *,
+    optimizer: torch.optim.Optimizer | None = None, judge: Callable[[EvalPrediction], dict[str, Any]] | None = None,
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer as all methods use it: AdamW, bfloat16 where it is fast, our clock in place of epochs.
 
     Args:
         scratch: for the Trainer's own files.
-        kind: the class to make.
-        more: of TrainingArguments, by name.
+        optimizer: in place of AdamW on all of `model`.
+        judge: more metrics of the held-out samples.
     """
-    disable_progress_bar()  # transformers' own: `Follow` tells what a user waits for
     device = best_device()
     cuda = device.type == "cuda"
-    arguments: dict[str, Any] = {
-        "output_dir": str(scratch), "max_steps": _NEVER, "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size, "learning_rate": settings.lr,
-        "lr_scheduler_type": "constant", "weight_decay": settings.weight_decay, "adam_beta2": 0.98,
-        "max_grad_norm": 1.0, "seed": settings.seed, "use_cpu": not cuda, "bf16": bfloat16_is_fast(device),
-        "dataloader_pin_memory": cuda, "save_strategy": "no", "logging_strategy": "no", "report_to": [],
-        "disable_tqdm": True, "remove_unused_columns": False,
-    }  # fmt: skip
-    trainer = kind(
-        model, TrainingArguments(**arguments | more), data_collator=examples.collate, train_dataset=examples.train,
-        eval_dataset=examples.held_out,
+    arguments = TrainingArguments(
+        output_dir=str(scratch), max_steps=_NEVER, per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size, learning_rate=settings.lr, lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay, adam_beta2=0.98, max_grad_norm=1.0, seed=settings.seed, use_cpu=not cuda,
+        bf16=bfloat16_is_fast(device), dataloader_pin_memory=cuda, save_strategy="no", save_total_limit=1,
+        logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
+    trainer = _Trainer(
+        model, arguments, data_collator=examples.collate, train_dataset=examples.train,
+        eval_dataset=examples.held_out, optimizers=(optimizer, None), compute_metrics=judge,
+    )  # fmt: skip
+    trainer.lengths = examples.lengths
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _Trainer(Trainer):
+    """Takes samples of like length together, where lengths are known."""
+
+    lengths: np.ndarray | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return _LikeLengths(self.lengths, self.args.train_batch_size, self.args.seed)
+
+
+class _LikeLengths(Sampler[int]):
+    """Samples in the order of `epoch`, the same for the same seed and number of the epoch."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        batches = list(epoch(self._lengths, self._batch_size, np.random.default_rng((self._seed, self._epoch))))
+        batches.sort(key=len, reverse=True)  # stable: the smaller one last, since batches are cut of this order again
+        return (int(place) for batch in batches for place in batch)
+
+    def set_epoch(self, number: int) -> None:
+        """Called before each epoch."""
+        self._epoch = number
+
+
+def last_checkpoint(scratch: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a Trainer, and what its `Follow` kept there; None where there is none.
+
+    Args:
+        name: of the class of that callback.
+    """
+    places = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((found for place in places if (found := _kept(place, name)) is not None), None)
+
+
+def _kept(place: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+    try:  # the Trainer writes this file last
+        state = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
+        return place, dict(state["stateful_callbacks"][name]["attributes"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def require_finite(loss: float, method: str, where: str) -> None:
@@ -87,24 +142,38 @@ def require_finite(loss: float, method: str, where: str) -> None:
         raise TrimtabError(f"{method}: the loss is {loss} {where}", hint="use a smaller --lr")
 
 
-class Follow(TrainerCallback):
+class Follow(TrainerCallback, ExportableState):
     """Lets a run follow the clock.
 
     Args:
         what: what progress is called.
+        saves: write a checkpoint after each look at the held-out samples.
+        kept: what `last_checkpoint` has of a run to go on with.
+
+    Attributes:
+        history: what `row` made of each look at the held-out samples.
     """
 
-    def __init__(self, what: str, clock: Clock, progress: Progress | None) -> None:
-        self.clock, self._what, self._progress = clock, what, progress
+    def __init__(
+        self, what: str, clock: Clock, progress: Progress | None, *, saves: bool = False,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.clock, self._what, self._progress, self._saves = clock, what, progress, saves
         self._rates: list[float] | None = None
-        self.look_at = clock.every
-        """Share of the run at which the held-out samples are looked at next."""
+        self._look_at = clock.every if kept is None else float(kept["look_at"])
+        self.history: list[dict[str, Any]] = [] if kept is None else list(kept["history"])
 
     def begin_step(self, at: float) -> None:
         """Called before each step, at the share `at` of the run."""
 
-    def looked(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called after each look at the held-out samples."""
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """A row of the history, of the Trainer's metrics."""
+        return {"step": step, "loss": metrics["eval_loss"]}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this."""
+        attributes = {"look_at": self._look_at, "history": self.history, "ran": self.clock.ran}
+        return {"args": {}, "attributes": attributes}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -119,11 +188,11 @@ class Follow(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         at = self.clock.at(state.global_step)
         control.should_training_stop = at >= 1
-        if at >= self.look_at and at < 1:
-            control.should_evaluate = True
-            self.look_at = at + self.clock.every
+        if at >= self._look_at and at < 1:
+            control.should_evaluate, control.should_save = True, self._saves
+            self._look_at = at + self.clock.every
         if self._progress is not None and state.is_world_process_zero:
             self._progress(self._what, round(min(at, 1) * self.clock.total), self.clock.total)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        self.looked(state.global_step, given["metrics"])
+        self.history.append(self.row(state.global_step, given["metrics"]))

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from trimtab.compiler.data import LABEL, Dataset, Label, class_number, fit_arrays, label_values, text_feeds, with_labels
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task
+from trimtab.training.epoch import epoch
 from trimtab.training.held_out import split
 
 Feeds = dict[str, np.ndarray]
@@ -20,7 +21,6 @@ NO_LABEL = -100
 
 _CLASSES = Task("classes", "logits", "softmax")
 _AT_A_TIME = 256  # texts that are tokenized together when their lengths are taken
-_POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,9 @@ class Samples:
 
     def epochs(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
         """Batches without end, each epoch in another order. The last, smaller batch of a pool is used too."""
-        pool = batch_size * _POOL
         while True:
-            order = rng.permutation(self.train)
-            for start in range(0, len(order), pool):
-                taken = order[start : start + pool]
-                batches = self._batches(taken[np.argsort(self._lengths[taken], kind="stable")], batch_size)
-                for i in rng.permutation(len(batches)):
-                    yield self._batch(batches[i])
+            for places in epoch(self._lengths[self.train], batch_size, rng):
+                yield self._batch(self.train[places])
 
     def judged(self, batch_size: int) -> Iterator[Batch]:
         """The samples held out."""

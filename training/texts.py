@@ -24,11 +24,13 @@ class Examples:
     Attributes:
         train, held_out: samples to learn from, and to judge by.
         collate: makes the arguments of the model's forward, labels among them, of some samples.
+        lengths: tokens of each sample to learn from, where they differ.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+    lengths: np.ndarray | None = None
 
 
 def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.random.Generator) -> Examples:
@@ -88,11 +90,12 @@ def labelled(
         made = {name: torch.from_numpy(np.ascontiguousarray(value)).long() for name, value in feeds.items()}
         return made | {"labels": torch.tensor([label for _, label in some])}
 
-    return Examples(train, held_out, collate)
+    lengths = np.array([len(row) for row in _rows([text for text, _ in train], tokenizer, max_tokens)])
+    return Examples(train, held_out, collate, lengths)
 
 
-def _rows(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _rows(texts: Sequence[Text], tokenizer: Tokenizer, max_tokens: int | None = None) -> Iterator[np.ndarray]:
     for i in range(0, len(texts), _AT_A_TIME):
-        feeds = tokenizer.encode(texts[i : i + _AT_A_TIME])
+        feeds = tokenizer.encode(texts[i : i + _AT_A_TIME], max_tokens)
         for ids, mask in zip(feeds["input_ids"], feeds["attention_mask"], strict=True):
             yield ids[mask != 0]

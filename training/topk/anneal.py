@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from trimtab.compiler.phases import Progress
 from trimtab.training.clock import Clock
@@ -22,18 +22,14 @@ class Anneal(Follow):
     Args:
         density: at the end.
         ramp: share of the run over which it falls.
-
-    Attributes:
-        history: step, density and loss of each look at the held-out samples.
     """
 
     def __init__(self, ffns: SparseFFNs, density: float, ramp: float, clock: Clock, progress: Progress | None) -> None:
         super().__init__("fine-tune", clock, progress)
         self._ffns, self._density, self._ramp = ffns, density, ramp
-        self.history: list[dict[str, float]] = []
 
     def begin_step(self, at: float) -> None:
         self._ffns.density = annealed(at, self._density, self._ramp)
 
-    def looked(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.history.append({"step": step, "density": round(self._ffns.density, 4), "loss": metrics["eval_loss"]})
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {"step": step, "density": round(self._ffns.density, 4), "loss": metrics["eval_loss"]}

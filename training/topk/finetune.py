@@ -27,7 +27,7 @@ from trimtab.passes.graph import load_graph
 from trimtab.training.clock import Clock
 from trimtab.training.contract import Job, Trained
 from trimtab.training.folder import new_folder, save_model
-from trimtab.training.huggingface import check_processes, is_first_process, make_trainer, require_finite
+from trimtab.training.huggingface import is_first_process, make_trainer, prepare, require_finite
 from trimtab.training.texts import Examples, labelled, packed
 from trimtab.training.topk.anneal import Anneal
 from trimtab.training.topk.find import down_projections
@@ -59,7 +59,7 @@ def finetune(job: Job, step: FFNTopK, settings: Settings) -> Trained | None:
         TrimtabError: training diverged.
     """
     start = time.monotonic()
-    check_processes(settings)
+    prepare(settings)
     checkpoint = read_checkpoint(Path(job.model), allow_pickle=job.allow_pickle)
     source = open_source(job.model, allow_pickle=job.allow_pickle)
     ffns = _ffns(source, step)

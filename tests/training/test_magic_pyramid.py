@@ -1,0 +1,219 @@
+"""Training to a pyramid, from a folder to a folder: what is written, what goes on after a kill, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heads import head_model, pair_tokenizer
+
+from trimtab.compiler.sources import open_source
+from trimtab.compiler.sources.export import load_model
+from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
+from trimtab.passes.profile import Profile
+from trimtab.training.magic_pyramid import learn
+from trimtab.training.magic_pyramid.pyramid import Pyramid
+from trimtab.training.magic_pyramid.result import learned_tensors
+from trimtab.training.magic_pyramid.settings import Settings
+from trimtab.training.resume import Unfinished
+from trimtab.training.run import train
+
+SEED = int(np.random.default_rng().integers(1 << 30))
+QUICK = {"steps": 12, "fine_tune": 1.0, "batch_size": 16, "lr": 1e-3, "max_tokens": 24}
+
+
+def model(folder: Path, family: str = "bert", **config: Any) -> Path:
+    print(f"seed {SEED}")
+    head_model(family, SEED, **{"num_labels": 2} | config).save_pretrained(folder)
+    pair_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def data(path: Path, label: Any = None, count: int = 60) -> Path:
+    """Texts whose first word tells the class."""
+    rng, lines = np.random.default_rng(SEED), []
+    for number in range(count):
+        words = rng.integers(0, 90, rng.integers(1, 16))
+        words[0] = number % 2 + 2 * (words[0] // 2)
+        lines.append({"text": " ".join(f"w{i}" for i in words), "label": number % 2 if label is None else label})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
+    """What each run would write, without the export that a Profile of the new model takes."""
+    results: list[dict[str, np.ndarray]] = []
+
+    def write(pyramid: Pyramid, checkpoint: Any, record: dict[str, Any], job: Any, out: Path) -> None:
+        weights = {name: value.numpy().copy() for name, value in pyramid.model.state_dict().items()}
+        results.append(weights | learned_tensors(pyramid, record))
+
+    monkeypatch.setattr(learn, "write_result", write)
+    return results
+
+
+def test_a_new_model_with_its_profile(tmp_path: Path) -> None:
+    folder, seen = model(tmp_path / "model"), []
+    trained = train(
+        "magic-pyramid", folder, data(tmp_path / "data.jsonl"), tmp_path / "new", settings=QUICK | {"pressure": 5.0},
+        recipe={"passes": [], "calibration": {"samples": 16, "states": 32}}, progress=lambda *each: seen.append(each),
+    )  # fmt: skip
+    assert trained is not None
+    record = trained.record
+    assert list(record["stages"]) == ["fine_tune", "soft", "hard", "exits"]
+    assert sum(record["stages"].values()) == record["steps"] == 12
+    assert [row["stage"] for row in record["history"] if row["stage"] == "before"] == ["before"]
+    assert {what for what, _, _ in seen} >= {"fine-tune", "soft mask", "hard mask", "exits"}
+    assert (len(record["kept"]) == 2 and len(record["exits"]) == 1 and "soft" in trained.summary) or record["kept"]
+    profile = Profile.load(tmp_path / "new" / "profile.safetensors")
+    profile.check(open_source(tmp_path / "new").fingerprint)
+    learned = profile.learned("magic-pyramid")
+    assert learned["thresholds"].shape == (2,)
+    assert {name for name in learned if name != "thresholds"} == {
+        f"exit.0.{part}.{kind}" for part in ("norm", "dense", "out") for kind in ("weight", "bias")
+    }
+    assert profile.info.learned["magic-pyramid"]["settings"]["head"] == "light"
+    assert profile.info.samples == 16
+    before, after = (load_model(each, "BertForSequenceClassification") for each in (folder, tmp_path / "new"))
+    assert not torch.equal(before.classifier.weight, after.classifier.weight)
+    assert json.loads((tmp_path / "new" / "magic-pyramid.json").read_text())["steps"] == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model", "new"]
+
+
+class KilledError(Exception):
+    """Ends a run where a kill would."""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
+    folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    stages = {"fine_tune": 1.0, "soft": 1.0, "hard": 1.0, "exits": 1.0}
+    settings = QUICK | stages | {"steps": 48, "pressure": 3.0}
+
+    def run(out: str, at: tuple[str, int] | None = None) -> list[Any]:
+        seen: list[Any] = []
+
+        def progress(what: str, done: int, total: int) -> None:
+            seen.append((what, done))
+            if (what, done) == at:
+                raise KilledError
+
+        train("magic-pyramid", folder, texts, tmp_path / out, settings=settings, progress=progress)
+        return seen
+
+    whole = run("whole")
+    for at in (("fine-tune", 7), ("soft mask", 5), ("hard mask", 1), ("exits", 11)):
+        with pytest.raises(KilledError):
+            run("parts", at)
+        assert (tmp_path / ".parts.training").is_dir() and not (tmp_path / "parts").exists()
+    rest = run("parts")
+    assert len(rest) < 6 < len(whole) == 48
+    assert kept[0].keys() == kept[1].keys()
+    for name, value in kept[0].items():
+        np.testing.assert_allclose(kept[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
+    folder, texts = model(tmp_path / "model", "distilbert"), data(tmp_path / "data.jsonl")
+    for change, stages in (
+        ({"fine_tune": None, "hard": 0, "exits": 0}, ["soft"]),
+        ({"fine_tune": None, "soft": 0, "hard": 0, "head": "fastbert"}, ["exits"]),
+        ({"soft": 0, "hard": 0, "exits": 0}, ["fine_tune"]),
+    ):
+        trained = train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"steps": 3} | change)
+        assert trained is not None and list(trained.record["stages"]) == stages
+        assert ("thresholds" in kept[-1]) == ("soft" in stages) == ("kept" in trained.record)
+        assert ("exit.0.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
+
+
+def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(model(tmp_path / "model")).save_pretrained(tmp_path / "model")
+    texts = data(tmp_path / "data.jsonl", count=40)
+    texts.write_text(texts.read_text().replace('"label": 0', '"label": "bad"').replace('"label": 1', '"label": "good"'))
+    trained = train("magic-pyramid", tmp_path / "model", texts, tmp_path / "new", settings={"steps": 8})
+    assert trained is not None and trained.record["stages"]["fine_tune"] == 3
+    assert kept[0]["classifier.weight"].shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"architecture": "GPT2ForSequenceClassification", "model_type": "gpt2"}, ModelError, "does not train gpt2"),
+        (
+            {"architecture": "MPNetModel", "model_type": "mpnet"},
+            ModelError,
+            "mpnet models: its attention is of relative",
+        ),
+        ({"config": {"num_labels": 1}}, ModelError, "gives it a score"),
+        ({"config": {"num_labels": 3, "problem_type": "multi_label_classification"}}, ModelError, "number of labels"),
+        ({"config": {"num_hidden_layers": 1}}, ModelError, "has one layer, and a pyramid needs two"),
+        ({"label": 2}, DataError, "has the label 2, outside 0..1"),
+        ({"settings": {"soft": 0}}, RecipeError, "hard has no thresholds"),
+        ({"settings": {"soft": 0, "hard": 0, "exits": 0}}, RecipeError, "no stage is left"),
+        ({"settings": {"head_width": 7}}, RecipeError, "head_width"),
+        ({"settings": QUICK | {"lr": 1e30}}, TrimtabError, "use a smaller --lr"),
+        ({"profile": True}, RecipeError, "takes no Profile"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_said(
+    change: dict[str, Any], kind: type[TrimtabError], says: str, tmp_path: Path, kept: list[Any]
+) -> None:
+    config: dict[str, Any] = {"num_labels": 2} | change.get("config", {})
+    if config.pop("num_hidden_layers", 2) == 1:
+        import heads
+
+        small = head_model("bert", SEED, **config)
+        small.bert.encoder.layer = small.bert.encoder.layer[:1]
+        small.config.num_hidden_layers = 1
+        small.save_pretrained(tmp_path / "model")
+        heads.pair_tokenizer().save_pretrained(tmp_path / "model")
+    else:
+        model(tmp_path / "model", **config)
+    if "model_type" in change:
+        path = tmp_path / "model" / "config.json"
+        known = json.loads(path.read_text())
+        path.write_text(
+            json.dumps(known | {"architectures": [change["architecture"]], "model_type": change["model_type"]})
+        )
+    with pytest.raises(kind, match=says):
+        train(
+            "magic-pyramid", tmp_path / "model", data(tmp_path / "data.jsonl", change.get("label")), tmp_path / "new",
+            settings=change.get("settings", {"steps": 2}), profile="p.safetensors" if "profile" in change else None,
+        )  # fmt: skip
+    assert not (tmp_path / "new").exists()
+    assert not kept
+
+
+def test_shares_add_up() -> None:
+    assert Settings().shares(new_head=False) == {"soft": 0.2, "hard": 0.4, "exits": 0.4}
+    assert Settings().shares(new_head=True)["fine_tune"] == 3 / 8
+    assert Settings(fine_tune=0, soft=0, hard=0).shares(new_head=True) == {"exits": 1.0}
+
+
+def test_unfinished_work_is_of_one_key_and_one_process(tmp_path: Path) -> None:
+    run = Unfinished(tmp_path / "new", {"seed": 1})
+    with pytest.raises(BuildError, match="another process is training"):
+        Unfinished(tmp_path / "new", {"seed": 1})
+    run.keep(done=["soft"])
+    (run.folder / "soft.safetensors").write_bytes(b"x")
+    run.release()
+    again = Unfinished(tmp_path / "new", {"seed": 1})
+    assert again.state == {"done": ["soft"]}
+    again.release()
+    other = Unfinished(tmp_path / "new", {"seed": 2})
+    assert other.state == {} and not other.folder.exists()
+    other.keep(done=[])
+    (other.folder / "state.json").write_text('{"key": ')
+    other.release()
+    damaged = Unfinished(tmp_path / "new", {"seed": 2})
+    assert damaged.state == {}
+    damaged.finish()
+    assert list(tmp_path.iterdir()) == []

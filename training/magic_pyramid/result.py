@@ -1,0 +1,67 @@
+"""What a pyramid leaves behind: the folder of a new model, with a Profile in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimtab.compiler.profiling import measured_profile
+from trimtab.compiler.recipe import Calibration
+from trimtab.compiler.sources import open_source
+from trimtab.compiler.sources.checkpoint import Checkpoint
+from trimtab.passes.profile import Profile
+from trimtab.training.contract import Job
+from trimtab.training.folder import new_folder, save_model
+from trimtab.training.magic_pyramid.pruning import detach
+
+if TYPE_CHECKING:
+    from trimtab.training.magic_pyramid.pyramid import Pyramid
+
+METHOD = "magic-pyramid"
+RECORD = f"{METHOD}.json"
+PROFILE = "profile.safetensors"
+"""In the folder of the new model: it is the Profile of that model alone."""
+
+
+def write_result(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any], job: Job, out: Path) -> None:
+    """Write a Hugging Face directory of the tuned classifier, with its Profile.
+
+    The Profile is what `trimtab calibrate` would measure of the new model on the training data, and what was learned.
+
+    Args:
+        record: of the training.
+        job: its recipe says how to calibrate, if there is one.
+    """
+    detach(pyramid.model)
+    calibration = job.recipe.calibration if job.recipe is not None else Calibration()
+    with new_folder(out) as part:
+        save_model(pyramid.model, checkpoint.model, record, RECORD, part)
+        measured = measured_profile(open_source(part), job.dataset, calibration, progress=job.progress)
+        learned = measured.info.learned | {METHOD: record}
+        tensors = {f"learned.{METHOD}.{name}": value for name, value in learned_tensors(pyramid, record).items()}
+        profile = Profile(measured.info.model_copy(update={"learned": learned}), measured.tensors | tensors)
+        profile.save(part / PROFILE)
+
+
+def learned_tensors(pyramid: Pyramid, record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`thresholds` [layers] if some were learned, and `exit.<layer>.<parameter>` if exits were; float32."""
+    tensors: dict[str, np.ndarray] = {}
+    if "soft" in record["stages"]:
+        tensors["thresholds"] = pyramid.pruning.thresholds.detach().cpu().numpy()
+    if "exits" in record["stages"]:
+        for layer, leave in enumerate(pyramid.exits):
+            for name, parameter in leave.named_parameters():
+                tensors[f"exit.{layer}.{name}"] = parameter.detach().cpu().numpy()
+    return tensors
+
+
+def summary(record: dict[str, Any], out: Path) -> str:
+    """One sentence on how the model does on the held-out samples."""
+    parts = [f"accuracy on held-out samples {record['accuracy']:.4f} (before {record['history'][0]['accuracy']:.4f})"]
+    if "kept" in record:
+        parts.append(f"{np.mean(record['kept']):.0%} of the tokens stay")
+    if "exits" in record:
+        parts.append(f"exits {' '.join(f'{share:.3f}' for share in record['exits'])}")
+    return f"{', '.join(parts)}; the model is in {out}, with its Profile {PROFILE}"

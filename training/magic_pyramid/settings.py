@@ -1,0 +1,66 @@
+"""How to train a pyramid, apart from torch: the command line reads it too."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.training.contract import Settings as Common
+
+STAGES = ("fine_tune", "soft", "hard", "exits")
+"""In the order they run. Each is a share of the run, and is left out at 0."""
+
+
+class Settings(Common):
+    """How to train the four stages of Magic Pyramid (arXiv 2111.00230)."""
+
+    fine_tune: float | None = Field(
+        None, ge=0, description="Share of the run that fine-tunes the dense model; by default 3 for a model without a "
+        "classification head, and 0 for a classifier.",
+    )  # fmt: skip
+    soft: float = Field(1.0, ge=0, description="Share that learns thresholds, with tokens masked softly.")
+    hard: float = Field(2.0, ge=0, description="Share that tunes the weights, with tokens pruned by these thresholds.")
+    exits: float = Field(2.0, ge=0, description="Share that distils exits from the final classifier.")
+    start: float = Field(
+        0.5, ge=0, description="The last layer's threshold at first, in multiples of the mean attention that a token "
+        "of a text of mean length receives; those of earlier layers rise to it in a line from 0.",
+    )  # fmt: skip
+    sharpness: float = Field(0.1, gt=0, description="Temperature of the soft mask, in the same unit.")
+    threshold_lr: float = Field(0.01, ge=0, description="Highest learning rate of the thresholds, in the same unit.")
+    pressure: float = Field(0.5, ge=0, description="Weight in the loss of the share of tokens that stay.")
+    keep: float = Field(0.0, ge=0, le=1, description="Share of tokens, over all layers, below which pressure ends.")
+    mask: Literal["attention", "output"] = Field(
+        "attention", description="What the soft mask weighs: a token as later layers attend to it, or as in LTP the "
+        "output of its layer.",
+    )  # fmt: skip
+    distil: float = Field(
+        0.5, ge=0, le=1, description="Weight of the dense model's answers in the loss of soft and hard, in place of "
+        "the labels.",
+    )  # fmt: skip
+    head: Literal["light", "first", "fastbert"] = Field(
+        "light", description="Exits read the first token and the mean (light), the first alone, or have FastBERT's "
+        "attention over all.",
+    )  # fmt: skip
+    head_width: int = Field(128, ge=2, multiple_of=2, description="Hidden width of an exit.")
+    exit_lr: float = Field(1e-3, ge=0, description="Highest learning rate of the exits.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Settings:
+        if self.hard and not self.soft:
+            raise ValueError("hard has no thresholds to prune by if soft is 0; set hard to 0 too")
+        if not (self.fine_tune or self.soft or self.exits):
+            raise ValueError("soft and exits are 0: no stage is left to run")
+        return self
+
+    def shares(self, new_head: bool) -> dict[str, float]:
+        """Stage → its share of the run, of those that run; they add up to 1.
+
+        Args:
+            new_head: the model has a classification head that nothing has trained.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in STAGES}
+        if given["fine_tune"] is None:
+            given["fine_tune"] = 3.0 if new_head else 0.0
+        total = sum(given.values())
+        return {name: share / total for name, share in given.items() if share}
