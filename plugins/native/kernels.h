@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../packed_attention/attend.h"
 #include "weights.h"
 
 namespace trimtab {
@@ -59,9 +58,6 @@ struct Kernels {
 
   // A row of x, for integer weights.
   void (*prepare)(Format format, const float* x, int64_t width, int16_t* integers, float* scale, float* less);
-
-  // Context of some queries of a sample; overwrites part.received, where wanted.
-  void (*attend)(const AttentionPart& part);
 };
 
 extern const Kernels kPortable;

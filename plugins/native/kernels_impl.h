@@ -3,7 +3,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../packed_attention/kernel.h"
 #include "kernel_float.h"
 #include "kernel_int4.h"
 #include "kernel_int8.h"
@@ -118,6 +117,6 @@ void prepare(Format format, const float* x, int64_t width, int16_t* integers, fl
 
 }  // namespace
 
-const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, prepare, attend};
+const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, prepare};
 
 }  // namespace trimtab

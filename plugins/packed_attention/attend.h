@@ -22,4 +22,14 @@ struct AttentionPart {
   float* received;  // [tokens]: sums over the part's rows of what each token receives; nullptr: not wanted
 };
 
+// Context of the rows of a part; overwrites part.received, where it is wanted.
+void attend(const AttentionPart& part);
+
+// The same in one instruction set each.
+void attend_portable(const AttentionPart& part);
+#if defined(TRIMTAB_X86)
+void attend_avx2(const AttentionPart& part);
+void attend_avx512(const AttentionPart& part);
+#endif
+
 }  // namespace trimtab

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../native/custom_op.h"
-#include "../native/kernels.h"
 #include "attend.h"
 
 namespace trimtab {
@@ -157,7 +156,7 @@ struct PackedAttention {
         const int64_t number = i - samples[b].part, each = parts_of(length(b));
         AttentionPart part = part_of(whole, offsets[b], length(b), number / each, number % each, each);
         if (received != nullptr) part.received = partial + samples[b].received + number * length(b);
-        kernels().attend(part);
+        attend(part);
       }
     };
     parallel(runtime, context, tasks, task);

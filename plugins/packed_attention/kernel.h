@@ -3,7 +3,7 @@
 // A tile is kTileRows queries by kTileVectors vectors: of keys in the first product, of a head's dimensions in the second. Keys
 // are transposed into panels first, so that both products read one vector per multiply-add of kTileRows registers. A softmax
 // over several blocks keeps its maximum and its sum, and scales down what it has summed when the maximum grows (online softmax,
-// arXiv 1805.02867).
+// arXiv 1805.02867). Included by one source file per instruction set, for which TRIMTAB_ATTEND is the name.
 #pragma once
 
 #include <algorithm>
@@ -238,8 +238,9 @@ inline void add_received(const float* weights, const float* factor, int64_t rows
   }
 }
 
-// Context of the rows of a part; overwrites part.received.
-inline void attend(const AttentionPart& part) {
+}  // namespace
+
+void TRIMTAB_ATTEND(const AttentionPart& part) {
   const int64_t wide = whole_vectors(part.dim), rows = part.last - part.first;
   const int64_t blocks = (part.tokens + kKeyBlock - 1) / kKeyBlock;
   const int64_t each = whole_vectors((part.tokens + blocks - 1) / blocks);  // keys of a block
@@ -309,5 +310,4 @@ inline void attend(const AttentionPart& part) {
   }
 }
 
-}  // namespace
 }  // namespace trimtab
