@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
 from trimtab.compiler.phases import give_back, resident_bytes
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes

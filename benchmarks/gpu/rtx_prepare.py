@@ -21,10 +21,10 @@ import onnx_graphsurgeon as gs
 import typer
 
 from trimtab.compiler import compile_model, open_source
+from trimtab.compiler.decoder_cache import PAST, PRESENT, step_feeds
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
-from trimtab.compiler.targets.onnxruntime_steps import PAST, PRESENT, step_feeds
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph import load_graph, save_graph, values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.targets.decoded import decoded
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 
 
 @of_one_build

@@ -15,7 +15,7 @@ from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.dials import Dials
 from trimtab.passes.errors import BuildError

@@ -11,8 +11,9 @@ from typing import Any
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.decoder_cache import LOGITS, PAST, PRESENT, pasts
 from trimtab.compiler.targets.base import MODEL
-from trimtab.compiler.targets.onnxruntime import uses_dialect
+from trimtab.compiler.targets.sessions import uses_dialect
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.errors import BuildError, ModelError
 from trimtab.passes.graph import load_graph
@@ -42,7 +43,7 @@ def package_genai(build: Build, out: Path | str) -> Path:
         )
     model = build.path / MODEL
     graph = load_graph(model)
-    if not any(tensor.name.startswith("past_key_values.") for tensor in graph.inputs):
+    if not pasts(tensor.name for tensor in graph.inputs):
         raise ModelError(f"{build.path}: has no cache of keys and values", hint="compile a causal language model")
     if build.tokenizer is None:
         raise ModelError(f"{build.path}: has no tokenizer", hint="compile a directory that has one")
@@ -82,10 +83,10 @@ def _config(build: Build, anatomy: Anatomy, library: Path | None) -> dict[str, A
         "hidden_size": int(table.shape[1]),
         "inputs": {
             "input_ids": "input_ids", "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+            "past_key_names": f"{PAST}%d.key", "past_value_names": f"{PAST}%d.value",
         },
         "outputs": {
-            "logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value",
+            "logits": LOGITS, "present_key_names": f"{PRESENT}%d.key", "present_value_names": f"{PRESENT}%d.value",
         },
         "num_attention_heads": attention.heads,
         "num_hidden_layers": len(anatomy.attentions),

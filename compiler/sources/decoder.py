@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from trimtab.compiler.decoder_cache import LOGITS, PAST, PRESENT
 from trimtab.compiler.sources.torch_export import export_module
 from trimtab.passes.errors import ModelError
 
@@ -74,13 +75,9 @@ class Decoder(torch.nn.Module):
         self.layers = config.num_hidden_layers
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim = _head_dim(model)
-        pairs = [
-            (f"past_key_values.{i}.{part}", f"present.{i}.{part}")
-            for i in range(self.layers)
-            for part in ("key", "value")
-        ]
+        pairs = [(f"{PAST}{i}.{part}", f"{PRESENT}{i}.{part}") for i in range(self.layers) for part in ("key", "value")]
         self.inputs = ("input_ids", "attention_mask", *(past for past, _ in pairs))
-        self.outputs = ("logits", *(present for _, present in pairs))
+        self.outputs = (LOGITS, *(present for _, present in pairs))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         tokens, total = input_ids.shape[1], attention_mask.shape[1]

@@ -4,127 +4,25 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
-from trimtab.compiler.targets.base import MODEL, Runner, Steps, Target
+from trimtab.compiler.targets.base import MODEL, Runner, Target
 from trimtab.compiler.targets.crossover import measured_crossover
-from trimtab.compiler.targets.onnxruntime_steps import PAST, Cache, OnnxRuntimeSteps
+from trimtab.compiler.targets.session_segment import REFUSALS
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, open_session, providers, session_options
+from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
-from trimtab.passes.errors import TargetError
-from trimtab.plugins import DOMAIN
-from trimtab.plugins.driver import gpu_present
-from trimtab.plugins.library import register
 
 log = logging.getLogger(__name__)
-
-_REFUSALS: tuple[type[Exception], ...] = (
-    ValueError,
-    *(found for found in vars(state).values() if isinstance(found, type) and issubclass(found, Exception)),
-)
-"""ONNX Runtime's own exceptions have no common base."""
-
-_SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
-"""One op for a sum and its norm takes the CPU longer than two (seen in 1.31, whose kernel is not vectorized)."""
-
-_FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
-
-
-def session_options(threads: int | None = None, *, spinning: bool = False) -> ort.SessionOptions:
-    """Options of every session that trimtab opens, so that engines and their peers run under the same ones.
-
-    Args:
-        threads: of one run; None for one per physical core.
-        spinning: threads wait for the next run awake for a moment, as ONNX Runtime lets them by default: calls that
-            follow each other start sooner.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _FATAL
-    for key, value in session_entries(providers(), spinning=spinning).items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def session_entries(providers: list[str], *, spinning: bool = False) -> dict[str, str]:
-    """Entries of a session's configuration, where it runs on `providers`."""
-    # Spinning threads of one session take the cores from every other session and process.
-    entries = {} if spinning else {"session.force_spinning_stop": "1"}
-    if providers == ["CPUExecutionProvider"]:
-        entries["optimization.disable_specified_optimizers"] = _SLOW_ON_CPU
-    return entries
-
-
-def providers() -> list[str]:
-    """CUDA where this onnxruntime has it and a GPU is present; the CPU always."""
-    cuda = "CUDAExecutionProvider" in ort.get_available_providers() and gpu_present()
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
-
-
-def _on(device: int) -> list[str | tuple[str, dict[str, int]]]:
-    """`providers()`, where the CUDA one takes the GPU `device`."""
-    return [(name, {"device_id": device}) if device and name.startswith("CUDA") else name for name in providers()]
-
-
-class OnnxRuntimeRunner(Runner):
-    """A session over an ONNX file. Weights in external data are mapped from disk, not read into a second copy.
-
-    Args:
-        model: the ONNX file, or its bytes.
-        options: session options; `session_options()` by default.
-        device: number of the GPU, where one is used.
-    """
-
-    def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None, *, device: int = 0) -> None:
-        options = options or session_options()
-        if uses_dialect(model):
-            register(options)
-        given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
-        try:
-            self.session = ort.InferenceSession(given, options, providers=_on(device))
-        except _REFUSALS as error:
-            raise TargetError(f"{name}: ONNX Runtime does not take this graph ({_brief(error)})") from error
-        self.inputs = tuple(tensor.name for tensor in self.session.get_inputs())
-        self.outputs = tuple(tensor.name for tensor in self.session.get_outputs())
-        self._cache: Cache | None = None
-        if isinstance(model, Path) and any(name.startswith(PAST) for name in self.inputs):
-            self._cache = Cache.of(model)
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        try:
-            outputs = self.session.run(None, dict(inputs))
-        except _REFUSALS as error:
-            raise TargetError(f"ONNX Runtime could not run the model ({_brief(error)})") from error
-        return dict(zip(self.outputs, outputs, strict=True))
-
-    def steps(self, batch: int, length: int) -> Steps:
-        if self._cache is None:
-            return super().steps(batch, length)
-        return OnnxRuntimeSteps(self.session, batch, length, self._cache)
-
-
-def uses_dialect(model: Path | bytes) -> bool:
-    """Whether an ONNX file declares the operator set of trimtab. What is no ONNX file does not."""
-    try:
-        if isinstance(model, bytes):
-            proto = onnx.load_model_from_string(model)
-        else:
-            proto = onnx.load(str(model), load_external_data=False)
-    except (DecodeError, OSError):
-        return False
-    return any(domain.domain == DOMAIN for domain in proto.opset_import)
 
 
 class OnnxRuntime(Target):
@@ -156,22 +54,15 @@ class OnnxRuntime(Target):
         light = session_options()
         light.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         light.add_session_config_entry("session.disable_prepacking", "1")
-        OnnxRuntimeRunner(model, light)
+        open_session(model, light)
         return []
 
     def open(
         self, folder: Path, *, threads: int | None = None, shards: int = 1, manifest_hash: str | None = None
     ) -> Runner:
         if shards > 1:
-            from trimtab.compiler.targets.sharded.runner import ShardedRunner
-
             return ShardedRunner(folder, threads=threads, manifest_hash=manifest_hash)
         return OnnxRuntimeRunner(folder / MODEL, session_options(threads, spinning=True))
-
-
-def _brief(error: Exception) -> str:
-    """The error without the runtime's prefix and source locations' line breaks."""
-    return " ".join(str(error).split(" : ", 2)[-1].split())
 
 
 @lru_cache
@@ -190,7 +81,7 @@ def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[s
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
             (y,) = session.run(None, {"x": x})
-        except _REFUSALS:
+        except REFUSALS:
             return None
         return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
 

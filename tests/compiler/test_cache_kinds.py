@@ -112,7 +112,7 @@ def use(request: pytest.FixtureRequest, tmp_path: Path, root: Path, monkeypatch:
     monkeypatch.setattr(crossover, "measure", lambda shape, options: times)
 
     def measured() -> Path:
-        from trimtab.compiler.targets.onnxruntime import session_options
+        from trimtab.compiler.targets.sessions import session_options
 
         assert crossover.measured_crossover(SparseShape(64, 32, 2, "fp32"), lambda: session_options(1)) == times
         (path,) = (root / "crossovers").iterdir()

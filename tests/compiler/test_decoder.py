@@ -11,8 +11,8 @@ import torch
 import zoo
 from rewrite import canonical
 
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
-from trimtab.compiler.targets.onnxruntime_steps import Cache
+from trimtab.compiler.decoder_cache import Cache
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import TargetError
 

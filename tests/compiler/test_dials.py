@@ -18,7 +18,7 @@ from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.engine import Engine
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.dials import Dial, Dials, SpeedPoint, straight_path
 from trimtab.passes.errors import InputError, PassError

@@ -16,7 +16,7 @@ from trimtab.compiler import compile_model, load
 from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.engine import Engine
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.errors import BuildError, InputError, ModelError, TargetError
 
 

@@ -21,7 +21,7 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.generation import NONE, Sampling, generate
 from trimtab.compiler.generation.text import generate_text
 from trimtab.compiler.targets.base import Steps
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.errors import InputError
 
 RECIPE = {"passes": [], "workload": {"batch": [1, 1, 4], "tokens": [1, 8, 32]}, "threads": 1}

@@ -21,7 +21,8 @@ from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets.base import MODEL
-from trimtab.compiler.targets.onnxruntime import OnnxRuntime, OnnxRuntimeRunner
+from trimtab.compiler.targets.onnxruntime import OnnxRuntime
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes import PassContext, PassResult
 from trimtab.passes.errors import BuildError, DataError, ModelError, PassError, ProfileError, RecipeError, TargetError
 from trimtab.passes.profile import Profile

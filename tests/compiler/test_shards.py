@@ -179,7 +179,7 @@ def test_sparse_equals_its_own_graph_on_one_device(folder: Path) -> None:
 def whole_graph(folder: Path, build: Build) -> Any:
     """The graph that was divided, as one."""
     from trimtab.compiler.sources import open_source
-    from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+    from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
     from trimtab.passes import PassContext, run_passes
     from trimtab.passes.contract import Capability
     from trimtab.passes.graph import save_graph

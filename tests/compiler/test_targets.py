@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trimtab.compiler.targets import TARGET_NAMES, Target, get_target, onnxruntime, trials
 from trimtab.compiler.targets.base import MODEL
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import TargetError
 

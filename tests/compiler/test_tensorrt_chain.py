@@ -19,8 +19,9 @@ from zoo import exported, feeds
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.generation import generate
 from trimtab.compiler.targets import get_target
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
-from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, Values, choose
+from trimtab.compiler.targets.segmented.segment import Values
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
+from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, choose
 from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo, ProfileInfo, Tensor
 from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.targets.tensorrt.segments import segments_of
@@ -43,7 +44,7 @@ class StandIn(Stage):
         self.forks: list[StandIn] = []
         self.closed = False
 
-    def run(self, given: Values, profile: int) -> Values:
+    def infer(self, given: Values, profile: int) -> Values:
         self.used.append(profile)
         for array in self.last:  # first: an engine reads its inputs while it writes its outputs
             array[...] = -99 if array.dtype.kind in "iu" else False if array.dtype == bool else np.nan
@@ -66,21 +67,26 @@ class StandIn(Stage):
         return np.zeros(shape, np.float32)
 
 
+def stand_in(path: Path, profiles: dict[str, Any], used: list[int]) -> StandIn:
+    """A stand-in for the engine of the ONNX file `path`; profile → its shapes."""
+    run = session(path)
+    inputs, outputs = (
+        tuple(
+            Tensor(name=t.name, dtype="float", shape=[n if isinstance(n, int) else -1 for n in t.shape]) for t in side
+        )
+        for side in (run.get_inputs(), run.get_outputs())
+    )
+    known = tuple(ProfileInfo(name=name, shapes=shapes) for name, shapes in profiles.items())
+    return StandIn(EngineFile(file=path.name, inputs=inputs, outputs=outputs, profiles=known), run, used)
+
+
 def chain(prepared: Prepared, whole: Path) -> tuple[Chain, list[int]]:
     """Stand-ins for the engines of `prepared`; and the numbers of the profiles that they will run in."""
     used: list[int] = []
-    stages = []
-    for path, profiles in zip(prepared.models, prepared.profiles, strict=True):
-        run = session(path)
-        sides = [
-            tuple(
-                Tensor(name=t.name, dtype="float", shape=[n if isinstance(n, int) else -1 for n in t.shape]) for t in s
-            )
-            for s in (run.get_inputs(), run.get_outputs())
-        ]
-        known = tuple(ProfileInfo(name=p.name, shapes=p.shapes) for p in profiles)
-        info = EngineFile(file=path.name, inputs=sides[0], outputs=sides[1], profiles=known)
-        stages.append(StandIn(info, run, used))
+    stages = [
+        stand_in(path, {profile.name: profile.shapes for profile in profiles}, used)
+        for path, profiles in zip(prepared.models, prepared.profiles, strict=True)
+    ]
     dense = session(whole)
     return Chain(stages, [t.name for t in dense.get_inputs()], [t.name for t in dense.get_outputs()]), used
 

@@ -30,6 +30,7 @@ from trimtab.compiler.packaging.triton.config import model_config, write_config
 from trimtab.compiler.packaging.triton.engines import ensemble_config
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
+from trimtab.compiler.targets.segmented.route import Route
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.graph.cut import cut
@@ -84,7 +85,7 @@ def _chain(folder: Path, model: Path) -> None:
     """An ensemble of two models, which are `model` cut in two."""
     graph = load_graph(model)
     point = next(node for node in graph.nodes if node.op == "LayerNormalization").outputs[0]
-    steps = []
+    names, sides = [], []
     for number, segment in enumerate(cut(graph, [point])):
         name, batched = f"chain_{number}", False
         version = folder / name / "1"
@@ -96,10 +97,12 @@ def _chain(folder: Path, model: Path) -> None:
         (version / "served.json").write_text(json.dumps(told))
         inputs, outputs = ([TensorInfo.of(t) for t in side] for side in (segment.graph.inputs, segment.graph.outputs))
         write_config(model_config(name, "python", inputs, outputs, batch=0), folder / name)
-        steps.append((name, [t.name for t in inputs], [t.name for t in outputs]))
+        names.append(name)
+        sides.append(([t.name for t in inputs], [t.name for t in outputs]))
     (folder / "chain" / "1").mkdir(parents=True)
     inputs, outputs = ([TensorInfo.of(t) for t in side] for side in (graph.inputs, graph.outputs))
-    write_config(ensemble_config("chain", inputs, outputs, steps, batch=0), folder / "chain")
+    route = Route.of(sides, [t.name for t in inputs], [t.name for t in outputs])
+    write_config(ensemble_config("chain", inputs, outputs, names, route, batch=0), folder / "chain")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from choices import clearness
 from rewrite import canonical, head_profile, session
 from zoo import exported, feeds, tiny_model
 
-from trimtab.compiler.targets.onnxruntime_steps import step_feeds
+from trimtab.compiler.decoder_cache import step_feeds
 from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import load_graph, save_graph

@@ -10,7 +10,7 @@ from trimtab.compiler.checks.peers.cached import cached_model
 from trimtab.compiler.checks.peers.model import PeerModel
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.targets import get_target
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.dynamic_int8 import quantize_file
 
 

@@ -9,7 +9,7 @@ import onnxruntime
 from trimtab.compiler.checks.peers.cached import cached_model
 from trimtab.compiler.checks.peers.model import PeerModel
 from trimtab.compiler.feeds import Run
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.errors import TargetError
 

@@ -25,8 +25,10 @@ CARRIED = {
         "trimtab.compiler.generation.generator",
         "trimtab.compiler.generation.sampling",
         "trimtab.compiler.generation.text",
+        "trimtab.compiler.decoder_cache",
         "trimtab.compiler.targets.base",
-        "trimtab.compiler.targets.onnxruntime_steps",
+        *(f"trimtab.compiler.targets.segmented.{name}" for name in ("hook", "route", "runner", "segment")),
+        "trimtab.compiler.targets.session_segment",
     ),
 }
 """Model → the modules that it imports, itself left out."""

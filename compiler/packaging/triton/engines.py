@@ -11,6 +11,7 @@ from trimtab.compiler.builds.build import Build
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.packaging.triton import config as configs
 from trimtab.compiler.targets.base import ENGINE
+from trimtab.compiler.targets.segmented.route import Route
 from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo, Tensor
 
 VERSION = "1"
@@ -26,10 +27,9 @@ def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: boo
         batch: the most samples that Triton joins, if every engine has them as its first dimension.
     """
     info = EngineInfo.read(build.path / ENGINE)
-    ends = configs.is_batched((*build.manifest.inputs, *build.manifest.outputs))  # an engine's own have no names
-    joined = batch if ends and all(_is_batched(e, build.manifest.workload["batch"]) for e in info.engines) else 0
+    whole = configs.is_batched((*build.manifest.inputs, *build.manifest.outputs))  # an engine's own have no names
+    joined = batch if whole and all(_is_batched(e, build.manifest.workload["batch"]) for e in info.engines) else 0
     names = [name] if len(info.engines) == 1 else [f"{name}_{number}" for number in range(len(info.engines))]
-    steps = []
     for each, engine in zip(names, info.engines, strict=True):
         version = folder / each / VERSION
         version.mkdir(parents=True)
@@ -42,10 +42,11 @@ def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: boo
         opt = {key: shapes[1] for key, shapes in engine.profiles[0].shapes.items()}
         configs.add_warmup(config, folder / each, inputs, opt)
         configs.write_config(config, folder / each)
-        steps.append((each, [tensor.name for tensor in inputs], [tensor.name for tensor in outputs]))
-    if len(steps) > 1:
+    if len(names) > 1:
         (folder / name / VERSION).mkdir(parents=True)  # Triton wants a version of an ensemble, empty as it is
-        config = ensemble_config(name, build.manifest.engine_inputs, build.manifest.outputs, steps, batch=joined)
+        ends = build.manifest.engine_inputs, build.manifest.outputs
+        route = info.route(*([tensor.name for tensor in end] for end in ends))
+        config = ensemble_config(name, *ends, names, route, batch=joined)
         configs.write_config(config, folder / name)
         names.insert(0, name)
     return names
@@ -55,19 +56,20 @@ def ensemble_config(
     name: str,
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
-    steps: Sequence[tuple[str, Sequence[str], Sequence[str]]],
+    models: Sequence[str],
+    route: Route,
     *,
     batch: int,
 ) -> Any:
-    """An ensemble of `steps`, each (model, its inputs, its outputs); tensors of one name are one tensor."""
+    """An ensemble of `models`, which hand on what `route` says, as the runner of several segments does."""
     config = configs.model_config(name, "", inputs, outputs, batch=batch)
     for field in ("backend", "instance_group", "dynamic_batching"):  # which are its steps'
         config.ClearField(field)
     config.platform = "ensemble"
-    for model, reads, writes in steps:
+    for model, leg in zip(models, route.legs, strict=True):
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
-        step.input_map.update({tensor: tensor for tensor in reads})
-        step.output_map.update({tensor: tensor for tensor in writes})
+        step.input_map.update({tensor: tensor for tensor in leg.reads})
+        step.output_map.update({tensor: tensor for tensor in leg.gives})
     return config
 
 

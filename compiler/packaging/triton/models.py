@@ -14,12 +14,12 @@ from trimtab.compiler.builds.build import Build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.decoder_cache import Cache, pasts
 from trimtab.compiler.packaging.triton import config as configs
 from trimtab.compiler.packaging.triton.carried import write_code
 from trimtab.compiler.packaging.triton.engines import VERSION, write_engines
 from trimtab.compiler.targets.base import MODEL
-from trimtab.compiler.targets.onnxruntime import session_entries, uses_dialect
-from trimtab.compiler.targets.onnxruntime_steps import PAST, Cache
+from trimtab.compiler.targets.sessions import session_entries, uses_dialect
 from trimtab.compiler.task import Task
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import ModelError, TargetError
@@ -48,7 +48,7 @@ class Models:
     def write(self, folder: Path) -> tuple[str | None, str | None, tuple[str, ...]]:
         """Write every model into `folder`; returns `kind`, `why` and `models` of a `Package`."""
         manifest = self.build.manifest
-        if any(tensor.name.startswith(PAST) for tensor in manifest.inputs):
+        if pasts(tensor.name for tensor in manifest.inputs):
             self._generator(folder)
             return "text", None, (self.name,)
         engine = f"{self.name}_engine"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from trimtab.compiler.targets.onnxruntime import providers
+from trimtab.compiler.targets.sessions import providers
 from trimtab.passes.errors import TargetError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from trimtab.compiler.targets.base import Runner, Steps
 from trimtab.compiler.targets.sharded.crew import Crew
 from trimtab.compiler.targets.sharded.group import Group, launched, require_torch
 from trimtab.compiler.targets.sharded.plan import read_plan
-from trimtab.compiler.targets.sharded.segments import Segments
+from trimtab.compiler.targets.sharded.rank import Rank
 from trimtab.passes.errors import TargetError
 
 
@@ -58,8 +58,8 @@ class ShardedRunner(Runner):
             for other in range(1, plan.shards)
         }
         self._crew = Crew(arguments) if group is None else None
-        self._segments = Segments(folder, plan, rank, threads, as_decoded=as_decoded)
-        self._segments.group = group
+        self._rank = Rank(folder, plan, rank, threads, as_decoded=as_decoded)
+        self._rank.joins.group = group
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._dropped: deque[int] = deque()  # filled by finalizers, which come at any time
@@ -70,7 +70,7 @@ class ShardedRunner(Runner):
 
     def _start(self, crew: Crew) -> None:
         with unchanged(self._folder, self._hash) if self._hash else nullcontext():
-            self._segments.group = crew.start()
+            self._rank.joins.group = crew.start()
         self.starts += 1
         self._dropped.clear()
 
@@ -78,12 +78,12 @@ class ShardedRunner(Runner):
         if set(inputs) != set(self.inputs):
             raise TargetError(f"the model takes the inputs {', '.join(self.inputs)}, not {', '.join(inputs)}")
         with self.together("run", dict(inputs)):
-            return self._segments.run(inputs)
+            return self._rank.run(inputs)
 
     def steps(self, batch: int, length: int) -> ShardedSteps:
         number = next(self._numbers)
         with self.together("steps", number, batch, length):
-            own, starts = self._segments.steps(batch, length), self.starts
+            own, starts = self._rank.steps(batch, length), self.starts
         steps = ShardedSteps(self, number, own, starts)
         weakref.finalize(steps, self._dropped.append, number)
         return steps
@@ -122,7 +122,7 @@ class ShardedRunner(Runner):
                 raise reason from error
 
     def confirm(self, manifest_hash: str) -> None:
-        group = self._segments.group
+        group = self._rank.joins.group
         if self._crew is None and group is not None and not group.same(manifest_hash):
             raise TargetError(f"{self._folder}: the ranks have loaded different builds", hint="start all of them again")
 

@@ -23,7 +23,7 @@ from trimtab.compiler.targets.base import Steps
 from trimtab.compiler.targets.sharded.crew import READY
 from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
 from trimtab.compiler.targets.sharded.plan import read_plan
-from trimtab.compiler.targets.sharded.segments import Segments
+from trimtab.compiler.targets.sharded.rank import Rank
 from trimtab.passes.errors import TrimtabError
 
 
@@ -32,15 +32,15 @@ def main(folder: str, rank: str, threads: str, as_decoded: str, port: str) -> No
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to the log
     plan = read_plan(Path(folder))
-    segments = Segments(Path(folder), plan, int(rank), int(threads), as_decoded=as_decoded == "1")
+    own = Rank(Path(folder), plan, int(rank), int(threads), as_decoded=as_decoded == "1")
     store = require_torch().TCPStore(LOCAL, int(port), plan.shards, False, timedelta(seconds=timeout_s()))
     answer.write(READY)
     answer.flush()
-    segments.group = Group.of_store(store, int(rank), plan.shards)
-    _serve(segments)
+    own.joins.group = Group.of_store(store, int(rank), plan.shards)
+    _serve(own)
 
 
-def _serve(segments: Segments) -> None:
+def _serve(own: Rank) -> None:
     generations: dict[int, Steps] = {}
     while True:
         try:
@@ -48,9 +48,9 @@ def _serve(segments: Segments) -> None:
         except EOFError:
             return
         if what == "run":
-            segments.run(values[0])
+            own.run(values[0])
         elif what == "steps":
-            generations[values[0]] = segments.steps(*values[1:])
+            generations[values[0]] = own.steps(*values[1:])
         elif what == "step":
             generations[values[0]].run(*values[1:])
         elif what == "drop":

@@ -1,25 +1,25 @@
-"""Several engines as one: each takes what it reads of the inputs and of what earlier ones put out, where that lies."""
+"""Several engines as one: each is a segment, which chooses its optimization profile by the shapes that it is given."""
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trimtab.compiler.targets.base import Runner, Steps
-from trimtab.compiler.targets.onnxruntime_steps import PAST, PRESENT, step_feeds
+from trimtab.compiler.decoder_cache import pasts
+from trimtab.compiler.targets.base import Steps
+from trimtab.compiler.targets.segmented.hook import Hook
+from trimtab.compiler.targets.segmented.runner import SegmentedRunner
+from trimtab.compiler.targets.segmented.segment import Segment, Values
 from trimtab.compiler.targets.tensorrt.info import EngineFile, ProfileInfo
 from trimtab.passes.errors import TargetError
 
-Values = dict[str, Any]
-"""Tensor → numpy array, or what a stage has put out on its device."""
 
-
-class Stage(ABC):
-    """One engine, ready to run.
+class Stage(Segment):
+    """One engine, ready to run. What it puts out lies on its device, and holds until it runs again.
 
     Attributes:
         info: what is known of it.
@@ -27,130 +27,94 @@ class Stage(ABC):
 
     def __init__(self, info: EngineFile) -> None:
         self.info = info
+        self.inputs = tuple(tensor.name for tensor in info.inputs)
+        self.outputs = tuple(tensor.name for tensor in info.outputs)
+
+    def run(self, feeds: Values) -> Values:
+        return self.infer(feeds, choose(self.info, {name: tuple(value.shape) for name, value in feeds.items()}))
 
     @abstractmethod
-    def run(self, feeds: Values, profile: int) -> Values:
-        """Its outputs, on its device; they hold until it runs again.
-
-        Args:
-            feeds: its inputs, and nothing else.
-            profile: number of the optimization profile, within which they lie.
-        """
+    def infer(self, feeds: Values, profile: int) -> Values:
+        """Its outputs for `feeds`, which lie within the optimization profile of the number `profile`."""
 
     @abstractmethod
     def fork(self) -> Stage:
         """The same engine with outputs of its own."""
 
     @abstractmethod
-    def host(self, value: Any) -> np.ndarray:
-        """A copy of what a stage has put out."""
-
-    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A tensor without elements, on the device."""
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
-        """Let go of the engine."""
+    def generation(self, batch: int, length: int) -> tuple[Segment, Values]:
+        turns = Turns(self)
+        try:
+            return turns, {
+                tensor.name: turns.stages[0].empty((batch, tensor.shape[1], 0, tensor.shape[3]), tensor.dtype)
+                for tensor in self.info.inputs
+                if pasts([tensor.name])
+            }
+        except BaseException:
+            turns.close()
+            raise
 
 
-class Chain(Runner):
+class Turns(Segment):
+    """An engine in a generation: present becomes past by turns.
+
+    Of two sets of outputs, a run reads the one that the last run wrote, and writes the other.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.inputs, self.outputs = stage.inputs, stage.outputs
+        self.stages: list[Stage] = []
+        try:
+            self.stages.extend(stage.fork() for _ in range(2))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, feeds: Values) -> Values:
+        self.stages.reverse()
+        return self.stages[0].run(feeds)
+
+    def host(self, value: Any) -> np.ndarray:
+        return self.stages[0].host(value)
+
+    def close(self) -> None:
+        for stage in self.stages:
+            stage.close()
+
+
+class Chain(SegmentedRunner):
     """Runs `stages` one after the other; what they hand on stays on the device.
 
     Calls from several threads wait for each other, generations too: engines are used by one at a time.
 
     Args:
         inputs, outputs: of the whole model.
+        hook: what is done between two stages.
     """
 
-    def __init__(self, stages: Sequence[Stage], inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        self.stages, self.inputs, self.outputs = list(stages), tuple(inputs), tuple(outputs)
-        self.lock = threading.RLock()  # the garbage collector may close a generation while its thread is in a call
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if set(inputs) != set(self.inputs):
-            raise TargetError(f"the engine takes the inputs {', '.join(self.inputs)}, not {', '.join(inputs)}")
-        with self.lock:
-            values = self.advance(self.stages, dict(inputs))
-            return {name: self.stages[0].host(values[name]) for name in self.outputs}
-
-    def advance(self, stages: Sequence[Stage], values: Values) -> Values:
-        """`values`, with all that `stages` make of them.
-
-        Raises:
-            TargetError: an input lies outside of every optimization profile; says which, and what it may be.
-        """
-        for stage in stages:
-            feeds = {tensor.name: values[tensor.name] for tensor in stage.info.inputs}
-            values |= stage.run(feeds, choose(stage.info, {name: tuple(v.shape) for name, v in feeds.items()}))
-        return values
+    def __init__(
+        self, stages: Sequence[Stage], inputs: Sequence[str], outputs: Sequence[str], *, hook: Hook | None = None
+    ) -> None:
+        self.stages = list(stages)
+        # The garbage collector may close a generation while its thread is in a call.
+        super().__init__(stages, inputs, outputs, hook=hook, lock=threading.RLock())
 
     def steps(self, batch: int, length: int) -> Steps:
-        caches = [tensor for stage in self.stages for tensor in stage.info.inputs if tensor.name.startswith(PAST)]
-        if not caches:
-            return super().steps(batch, length)
-        most = self._most_past(caches[0].name)
+        known = pasts(self.inputs)
+        most = self._most_past(known[0]) if known else length
         if length - 1 > most:
             raise TargetError(
                 f"the engine's cache takes {most} tokens, and {length} are wanted",
                 hint=f"compile it with `workload: {{past: [0, n, {length}]}}`, or ask for fewer",
             )
-        return ChainSteps(self, batch)
+        return super().steps(batch, length)
 
     def _most_past(self, name: str) -> int:
         profiles = [p for stage in self.stages for p in stage.info.profiles if name in p.shapes]
         return max(profile.shapes[name][2][2] for profile in profiles)
-
-    def close(self) -> None:
-        with self.lock:
-            for stage in self.stages:
-                stage.close()
-
-
-class ChainSteps(Steps):
-    """A decoder whose cache stays on the device.
-
-    Present becomes past by turns: two sets of outputs, of which a step reads the one that the last step wrote.
-    """
-
-    def __init__(self, chain: Chain, batch: int) -> None:
-        self._chain = chain
-        self._turns: list[list[Stage]] = [[], []]
-        self._count = 0
-        self._past: Values = {}
-        with chain.lock:
-            try:
-                self._open(batch)
-            except BaseException:
-                self.close()
-                raise
-
-    def _open(self, batch: int) -> None:
-        for turn in self._turns:
-            turn.extend(stage.fork() for stage in self._chain.stages)
-        for stage in self._turns[0]:
-            for tensor in stage.info.inputs:
-                if tensor.name.startswith(PAST):
-                    shape = (batch, tensor.shape[1], 0, tensor.shape[3])
-                    self._past[tensor.name] = stage.empty(shape, tensor.dtype)
-
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        with self._chain.lock:
-            return self._step(input_ids, attention_mask)
-
-    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        chain, stages = self._chain, self._turns[self._count % 2]
-        feeds = step_feeds(input_ids, attention_mask, chain.inputs)
-        values = chain.advance(stages, {**feeds, **self._past})
-        self._past = {name: values[PRESENT + name.removeprefix(PAST)] for name in self._past}
-        self._count += 1
-        return stages[0].host(values["logits"])
-
-    def close(self) -> None:
-        with self._chain.lock:
-            self._past = {}
-            for stages in self._turns:
-                for stage in stages:
-                    stage.close()
 
 
 def choose(info: EngineFile, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trimtab.compiler.targets.segmented.route import Route
 from trimtab.passes.errors import TargetError
 
 INFO_FILE = "engine.json"
@@ -86,6 +88,15 @@ class EngineInfo(_Model):
         except (OSError, ValidationError) as error:
             said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
             raise TargetError(f"{path}: says nothing of the engines ({said})", hint="compile it again") from error
+
+    def route(self, inputs: Sequence[str], outputs: Sequence[str]) -> Route:
+        """Which tensor goes where among the engines of a model with these inputs and outputs.
+
+        Raises:
+            TargetError: nothing gives a tensor that an engine reads.
+        """
+        sides = [([t.name for t in engine.inputs], [t.name for t in engine.outputs]) for engine in self.engines]
+        return Route.of(sides, inputs, outputs)
 
     def write(self, folder: Path) -> Path:
         path = folder / INFO_FILE

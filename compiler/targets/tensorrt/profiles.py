@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.targets.onnxruntime_steps import PAST
+from trimtab.compiler.decoder_cache import pasts
 from trimtab.compiler.workload import Shape, Workload
 
 PROMPT, STEP, ALL = "prompt", "step", "all"
@@ -32,7 +32,7 @@ def profiles_of(graph: gs.Graph, workload: Workload) -> list[Profile]:
     Raises:
         RecipeError: a dynamic axis has no range in the workload.
     """
-    if not any(tensor.name.startswith(PAST) for tensor in graph.inputs):
+    if not pasts(tensor.name for tensor in graph.inputs):
         return [Profile(ALL, workload.shapes(graph))]
     found = [Profile(PROMPT, workload.shapes(graph))]
     low, opt, high = workload.past

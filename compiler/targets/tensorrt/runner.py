@@ -11,7 +11,8 @@ import numpy as np
 from polygraphy import config as polygraphy_config
 from polygraphy.exception import PolygraphyException
 
-from trimtab.compiler.targets.tensorrt.chain import Chain, Stage, Values
+from trimtab.compiler.targets.segmented.segment import Values
+from trimtab.compiler.targets.tensorrt.chain import Chain, Stage
 from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo
 from trimtab.passes.errors import TargetError
 
@@ -70,7 +71,7 @@ class EngineStage(Stage):
     def fork(self) -> EngineStage:
         return EngineStage(self.info, self._engine, self._streaming)
 
-    def run(self, feeds: Values, profile: int) -> Values:
+    def infer(self, feeds: Values, profile: int) -> Values:
         try:
             if profile != self._profile:
                 self._runner.set_profile(profile)

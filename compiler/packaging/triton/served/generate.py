@@ -12,31 +12,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import triton_python_backend_utils as pb
 from pydantic import ValidationError
 
 from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
+from trimtab.compiler.decoder_cache import Cache
 from trimtab.compiler.generation.sampling import Sampling
 from trimtab.compiler.generation.text import generate_text
 from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
 from trimtab.compiler.packaging.triton.served.session import open_session
-from trimtab.compiler.targets.onnxruntime_steps import Cache, OnnxRuntimeSteps
+from trimtab.compiler.targets.segmented.runner import SegmentedRunner
+from trimtab.compiler.targets.session_segment import SessionSegment
 from trimtab.passes.errors import InputError, TrimtabError
 
 TEXT, ANSWER, REASON = "text_input", "text_output", "finish_reason"
 _DRAWS = {"temperature": float, "top_k": int, "top_p": float, "seed": int}
 _MAX_TOKENS = 128
-
-
-class _Runner:
-    """What generation asks of a runner."""
-
-    def __init__(self, session: ort.InferenceSession, cache: Cache) -> None:
-        self._session, self._cache = session, cache
-
-    def steps(self, batch: int, length: int) -> OnnxRuntimeSteps:
-        return OnnxRuntimeSteps(self._session, batch, length, self._cache)
 
 
 @dataclass
@@ -66,7 +57,9 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         told, folder = settings(args), version_folder(args)
         tokenizer: Tokenizer = load_tokenizer(folder / "tokenizer", told["max_tokens"])
-        runner = _Runner(open_session(folder, told, args["model_instance_device_id"]), Cache(**told["cache"]))
+        session = open_session(folder, told, args["model_instance_device_id"])
+        segment = SessionSegment(session, cache=Cache(**told["cache"]))
+        runner = SegmentedRunner([segment], segment.inputs, segment.outputs)
         self._engine: Any = SimpleNamespace(
             tokenizer=tokenizer,
             runner=runner,
