@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from exits import Exiting
 from rewrite import canonical, session
 from zoo import exported, feeds
 
@@ -133,6 +134,21 @@ def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporte
     wanted = list(generate(OnnxRuntimeRunner(model), prompts, max_new_tokens=8))
     np.testing.assert_array_equal(np.stack(found), np.stack(wanted))
     assert used == [0] * segments + [1] * 7 * segments
+
+
+def test_samples_leave_between_engines(tmp_path: Path) -> None:
+    """Engines have outputs that go when they run again; one whose samples have all left is not run."""
+    used: list[int] = []
+    exiting = Exiting("bert", tmp_path, np.random.default_rng())
+    ranks = {t.name: len(t.shape) for path in exiting.parts for t in session(path).get_inputs()}
+    wide = {name: ((1,) * rank, (1,) * rank, (99,) * rank) for name, rank in ranks.items()}
+    stages = [stand_in(path, {"all": wide}, used) for path in exiting.parts]
+    runner = Chain(stages, exiting.inputs, ["logits"], hook=exiting.hook)
+    for leave, runs in (([0, 1, 2, 1, 0, 2], 3), ([0, 1, 1], 2), ([0, 0], 1), ([2], 3)):
+        given = exiting.feeds(len(leave), 7, np.array(leave))
+        used.clear()
+        np.testing.assert_allclose(runner.run(given)["logits"], exiting.alone(given), rtol=0, atol=2e-5)
+        assert len(used) == runs
 
 
 def test_a_generation_lets_go_of_its_cache(tmp_path: Path) -> None:
