@@ -20,6 +20,7 @@ from trimtab.compiler.data import Dataset, batches
 from trimtab.compiler.phases import give_back, resident_bytes
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
+from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
 from trimtab.passes.graph.linear import Linear
@@ -206,6 +207,7 @@ def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], head: Linear | None, base: P
         wanted[tensor.name] = tensor
     graph.outputs = [tensor for tensor in wanted.values() if tensor.inputs]  # an input of the graph is known anyway
     graph.cleanup(remove_unused_graph_inputs=False)
+    repack(graph)
     options = session_options()
     options.enable_cpu_mem_arena = False  # the arena would keep the room of the largest batch for good
     weights = [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]

@@ -34,6 +34,7 @@ from trimtab.compiler.targets.base import ENGINE, MODEL
 from trimtab.compiler.task import find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
+from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.contract import check_learned
 from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
@@ -216,6 +217,7 @@ class _Compile:
             result, models = write_shards(graph, self.recipe.shards, folder)
             divided.append(result)
         else:
+            repack(graph)
             save_graph(graph, folder / MODEL)
         (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
         if profile is not None:

@@ -13,7 +13,8 @@ from trimtab.passes.contract import PassContext
 
 D, F = 8, 12
 SHAPES = {
-    "up": (D, F), "gate": (D, F), "down": (F, D), "wide": (D, 2 * F), "g": (D,), "scale": (F,), "bu": (F,), "bd": (D,),
+    "up": (D, F), "gate": (D, F), "down": (F, D), "wide": (D, 2 * F), "tall": (2 * F, D), "bw": (2 * F,),
+    "g": (D,), "scale": (F,), "bu": (F,), "bd": (D,),
     "q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "qkv": (D, 3 * D), "narrow": (F, 3), "square": (D, D),
     "classes": (D, 3), "table": (40, D),
 }  # fmt: skip
@@ -22,13 +23,15 @@ SHAPES = {
 X, Y = f"float[B, T, {D}] x", "float[B, T, d] y"
 
 
-def graph_of(body: str, inputs: str = X, outputs: str = Y) -> gs.Graph:
-    """The canonical graph of ONNX text."""
+def graph_of(body: str, inputs: str = X, outputs: str = Y, *, canonical: bool = True) -> gs.Graph:
+    """The graph of ONNX text, by default after `canonicalize`."""
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
         f"agraph ({inputs}) => ({outputs}) <float half = {{0.5}}, float eps = {{0.00001}}, float two = {{2}}, "
         "int64[1] last = {-1}, int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, -1}, int64[3] rows = {0, -1, 8}, "
-        f"int64[1] f0 = {{0}}, int64[1] f1 = {{{F}}}, int64[1] f2 = {{{2 * F}}}, int64 zero = {{0}}> {{ {body} }}"
+        f"int64[1] f0 = {{0}}, int64[1] f1 = {{{F}}}, int64[1] f2 = {{{2 * F}}}, int64 zero = {{0}}, "
+        f"int64[1] less = {{{-F}}}, int64[1] most = {{9223372036854775807}}, int64[2] ff = {{{F}, {F}}}, "
+        f"int64[1] two_ = {{2}}, int64[1] one_ = {{1}}> {{ {body} }}"
     )
     rng = np.random.default_rng()
     used = {name for node in model.graph.node for name in node.input}
@@ -38,7 +41,8 @@ def graph_of(body: str, inputs: str = X, outputs: str = Y) -> gs.Graph:
     for i, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}.{i}"
     graph = gs.import_onnx(model)
-    Canonicalize().run(graph, PassContext())
+    if canonical:
+        Canonicalize().run(graph, PassContext())
     return graph
 
 

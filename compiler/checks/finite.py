@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import values
-from trimtab.passes.graph.weights import ExternalValues
+from trimtab.passes.graph.weights import ExternalValues, data_type
 
 _CHUNK = 1 << 22  # values looked at together
 
@@ -55,13 +54,11 @@ def _floats(constant: gs.Constant) -> Iterator[np.ndarray]:
     if isinstance(held, ExternalValues):
         yield from _from_file(held)
         return
-    if isinstance(held, LazyValues) and not _is_float(held.tensor.data_type):
+    if not _is_float(data_type(constant)):
         return
-    array = values(constant)
-    if _is_float(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)):
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            yield flat[start : start + _CHUNK]
+    flat = values(constant).reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        yield flat[start : start + _CHUNK]
 
 
 def _from_file(held: ExternalValues) -> Iterator[np.ndarray]:

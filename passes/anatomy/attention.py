@@ -192,12 +192,18 @@ def _last_size(tensor: gs.Tensor) -> int | None:
 
 
 def _split_size(way: list[gs.Node], q: Linear | None, packed: bool) -> int | None:
-    """The head size, from the Reshape that splits `q` into heads; `packed` heads of four axes hold q, k and v each."""
+    """The head size, from the Reshape that splits `q` into heads, or a piece of it where q, k and v are packed.
+
+    Heads of four axes of the whole hold q, k and v each.
+    """
     for node in way:
-        if q is not None and node.op == "Reshape" and node.inputs[0] is q.y:
-            sizes = entries(node.inputs[1])
-            if sizes and len(sizes) > 3 and isinstance(sizes[-1], int) and sizes[-1] > 0:
-                return sizes[-1] // 3 if packed and len(sizes) == 4 else sizes[-1]
+        if q is None or node.op != "Reshape":
+            continue
+        source = only_producer(node.inputs[0])
+        piece = packed and source is not None and source.op in ("Slice", "Split") and source.inputs[0] is q.y
+        sizes = entries(node.inputs[1]) if piece or node.inputs[0] is q.y else None
+        if sizes and len(sizes) > 3 and isinstance(sizes[-1], int) and sizes[-1] > 0:
+            return sizes[-1] // 3 if packed and not piece and len(sizes) == 4 else sizes[-1]
     return None
 
 

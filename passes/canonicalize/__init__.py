@@ -11,6 +11,7 @@ from trimtab.passes.canonicalize.grids import unfold_grids
 from trimtab.passes.canonicalize.products import lift_gemms, split_fused_bias
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.canonicalize.simplify import remove_copies, remove_reshapes
+from trimtab.passes.canonicalize.unpack import unpack_gates
 from trimtab.passes.contract import Pass, PassContext, PassResult
 from trimtab.passes.graph.copies import merge_copies
 
@@ -23,6 +24,7 @@ class Canonicalize(Pass):
     * Reshape → Gemm → Reshape (GPT-2's Conv1D) becomes MatMul + Add; a bias fused into an activation becomes an Add.
     * A tensor gathered through a grid of all its own indices (transformers' attention masks) is read as it is.
     * Weights that are equal, or equal when transposed, become one: layers that share a matrix read the same constant.
+    * A product that gate and up of an FFN are packed into becomes two, whose weights are parts of the one.
     * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
       tools such as onnxruntime.quantization refuse those.
 
@@ -45,5 +47,6 @@ class Canonicalize(Pass):
         details["reshapes"] = remove_reshapes(graph)
         details["grids"] = unfold_grids(graph)
         details["shared"] = merge_copies(graph)
+        details["gates"] = unpack_gates(graph)
         graph.cleanup(remove_unused_graph_inputs=False)
         return PassResult(self.name, sum(details.values()), details=details)

@@ -104,20 +104,51 @@ class ExternalValues(LazyValues):
                 left -= len(chunk)
 
 
+class Part(LazyValues):
+    """Some rows or columns of a constant's values, which stay where they are and are never held.
+
+    Args:
+        whole: the values, as `gs.Constant` holds them.
+        index: along `axis`.
+    """
+
+    def __init__(self, whole: LazyValues | np.ndarray, axis: int, index: slice) -> None:
+        self.whole, self.axis, self.index = whole, axis, index
+        self.data_type = _data_type(whole)
+        self.shape = [len(range(n)[index]) if i == axis else int(n) for i, n in enumerate(whole.shape)]
+        self.dtype = whole.dtype
+        self.nbytes = byte_size(TensorProto(data_type=self.data_type, dims=self.shape))
+
+    @property
+    def tensor(self) -> TensorProto:
+        """Made anew each time, with the values inside: for whoever knows no parts."""
+        return numpy_helper.from_array(np.ascontiguousarray(self.load()))
+
+    def load(self) -> np.ndarray:
+        held = self.whole
+        if isinstance(held, ExternalValues | Part):
+            whole = held.load()
+        else:  # graphsurgeon's own `load` warns of types that numpy lacks
+            whole = numpy_helper.to_array(held.tensor) if isinstance(held, LazyValues) else held
+        part: np.ndarray = whole[(slice(None),) * self.axis + (self.index,)]
+        return part
+
+
 def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
     """Write the values of `constant` at the end of `file`; returns the reference to them, at `location`."""
     file.write(b"\0" * (-file.tell() % _ALIGN))
     start, held = file.tell(), constant._values
     if isinstance(held, ExternalValues):
         held.copy_to(file)
+    elif isinstance(held, Part):
+        file.write(_stored(held.load()))
     elif isinstance(held, LazyValues):
         file.write(_raw(held.tensor))
     else:
         file.write(_stored(held))
     file.flush()
     reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
-    known = isinstance(held, LazyValues)
-    reference.data_type = held.tensor.data_type if known else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
+    reference.data_type = data_type(constant)
     for key, value in (("location", location), ("offset", start), ("length", file.tell() - start)):
         reference.external_data.add(key=key, value=str(value))
     return LazyValues(reference)
@@ -164,9 +195,24 @@ def values(constant: gs.Constant) -> np.ndarray:
     return held.load() if isinstance(held, LazyValues) else held
 
 
+def data_type(constant: gs.Constant) -> int:
+    """The ONNX type of the values of `constant`, without reading them."""
+    return _data_type(constant._values)
+
+
+def _data_type(held: LazyValues | np.ndarray) -> int:
+    if isinstance(held, Part):
+        return held.data_type
+    return int(
+        held.tensor.data_type if isinstance(held, LazyValues) else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
+    )
+
+
 def stored_bytes(constant: gs.Constant) -> int:
     """Bytes that the values of `constant` take in the file, without reading them."""
     held = constant._values
+    if isinstance(held, Part):
+        return int(held.nbytes)
     if isinstance(held, LazyValues):
         return byte_size(held.tensor)
     return len(_stored(held)) if is_packed(held) else int(held.nbytes)

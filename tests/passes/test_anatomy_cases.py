@@ -54,10 +54,9 @@ def test_ffns(body: str, gated: bool, activation: str) -> None:
          "Add.4", "not combined as act"),
         ("a = MatMul (n, gate) u = MatMul (n, up) c = MatMul (n, up) s = Sigmoid (a) h = Mul (s, u) i = Mul (h, c) "
          "d = MatMul (i, down) y = Add (x, d)", "MatMul.7", "3 projections"),
-        ("w = MatMul (n, wide) a, u = Split <axis = 2, num_outputs = 2> (w) s = Sigmoid (a) h = Mul (s, u) "
-         "d = MatMul (h, down) y = Add (x, d)", "Split.2", "packed into one"),
-        ("w = MatMul (n, wide) a = Slice (w, f0, f1, last) u = Slice (w, f1, f2, last) s = Sigmoid (a) h = Mul (s, u) "
-         "d = MatMul (h, down) y = Add (x, d)", "Slice", "packed into one"),
+        # packed, and not by halves: every other feature is the gate's
+        ("w = MatMul (n, wide) a = Slice (w, f0, f2, last, two_) u = Slice (w, one_, f2, last, two_) s = Sigmoid (a) "
+         "h = Mul (s, u) d = MatMul (h, down) y = Add (x, d)", "Slice", "packed into one"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, down)", "MatMul.3", "not added to a residual stream"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, narrow)", "MatMul.3", "it maps 8 features to 3"),
     ],

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-import torch
 import zoo
-from rewrite import canonical, session
+from rewrite import canonical
+from streams import run, streams
 from written import HEADS, NORM, PLAIN, PROJECTIONS, anatomy_of
 
 from trimtab.passes.anatomy import Anatomy, Block, find_anatomy
-from trimtab.passes.graph import save_graph
 
 MIDDLE = {"bert": "attention.output", "roberta": "attention.output", "distilbert": "sa_layer_norm"}
 """Module whose output is the stream between attention and FFN, in post-norm models."""
@@ -26,55 +25,12 @@ NEXT = {
 EXPORTED = [(family, exporter) for family in zoo.FAMILIES for exporter in ("dynamo", "torchscript")]
 
 
-def run(graph: gs.Graph, tensors: list[gs.Tensor], feeds: dict[str, np.ndarray], folder: Path) -> list[np.ndarray]:
-    """The values of `tensors`."""
-    for tensor in tensors:
-        tensor.dtype = np.float32
-        if not any(tensor is output for output in graph.outputs):
-            graph.outputs.append(tensor)
-    save_graph(graph, folder / "model.onnx")
-    runner = session(folder / "model.onnx")
-    known = {i.name for i in runner.get_inputs()}
-    return runner.run([t.name for t in tensors], {name: value for name, value in feeds.items() if name in known})
-
-
-def streams(family: str, feeds: dict[str, np.ndarray]) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """(x, middle, y) of each layer, as the torch model computes them."""
-    model = zoo.tiny_model(family)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-    found: list[dict[str, torch.Tensor]] = [{} for _ in layers]
-    hooks = []
-
-    def first(value: Any) -> torch.Tensor:
-        return value[0] if isinstance(value, tuple) else value
-
-    for layer, kept in zip(layers, found, strict=True):
-
-        def whole(_: Any, args: Any, kwargs: Any, out: Any, kept: dict[str, torch.Tensor] = kept) -> None:
-            kept["x"] = args[0] if args else kwargs["hidden_states"]
-            kept["y"] = first(out)
-
-        def inside(module: Any, args: Any, out: Any, kept: dict[str, torch.Tensor] = kept) -> None:
-            kept["middle"] = first(args) if family in NEXT else first(out)
-
-        hooks.append(layer.register_forward_hook(whole, with_kwargs=True))
-        place = MIDDLE.get(family) or NEXT.get(family)
-        if place:
-            hooks.append(layer.get_submodule(place).register_forward_hook(inside))
-    with torch.no_grad():
-        model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
-    for hook in hooks:
-        hook.remove()
-    return [(kept["x"], kept.get("middle"), kept["y"]) for kept in found]
-
-
 @pytest.mark.parametrize(("family", "exporter"), EXPORTED)
 def test_streams_are_the_models_own(family: str, exporter: str, tmp_path: Path) -> None:
     graph = canonical(zoo.exported(family, exporter))
     anatomy = find_anatomy(graph)
     feeds = zoo.feeds(family, 2, 9, np.random.default_rng())
-    want = streams(family, feeds)
+    want = streams(zoo.tiny_model(family), feeds, NEXT.get(family), MIDDLE.get(family))
     assert len(anatomy.blocks) == len(want)
     real = feeds["attention_mask"] == 1 if "attention_mask" in feeds else ...
     for block, (x, middle, y) in zip(anatomy.blocks, want, strict=True):

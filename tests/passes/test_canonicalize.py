@@ -119,7 +119,7 @@ def test_constants_and_copies(tmp_path: Path) -> None:
         }""")  # fmt: skip
     graph, result = check_same(path, tmp_path, {"x": np.random.default_rng().standard_normal((3, 4), np.float32)})
     assert sorted(ops(graph)) == ["Mul", "Relu"]
-    nothing = {"biases": 0, "gemms": 0, "reshapes": 0, "grids": 0, "shared": 0}
+    nothing = {"biases": 0, "gemms": 0, "reshapes": 0, "grids": 0, "shared": 0, "gates": 0}
     assert result.details == {"constants": 2, "copies": 5, "folded": 1, **nothing}
     assert result.changed == 8
 
