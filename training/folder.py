@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,15 +48,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_model(model: PreTrainedModel, old: Path, record: dict[str, Any], name: str, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, old: Path, record: dict[str, Any], name: str, folder: Path, *, without: Collection[str] = ()
+) -> None:  # fmt: skip
     """Fill `folder` with `model`, as a Hugging Face directory.
 
     Args:
         old: the model's folder before training, whose tokenizer is copied.
         record: how the model came about, kept as the JSON file `name`.
+        without: names of files in `old` that do not belong to the new model.
     """
     model.save_pretrained(folder)
     for path in (each for pattern in _BESIDE for each in old.glob(pattern)):
-        if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+        left = path.name in without or path.name.endswith(".index.json")
+        if not left and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     (folder / name).write_text(json.dumps(record, indent=1), encoding="utf-8")

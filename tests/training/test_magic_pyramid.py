@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,17 @@ import pytest
 import torch
 from heads import head_model, pair_tokenizer
 
+from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.sources import open_source
+from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model
+from trimtab.compiler.sources.folder import class_labels
 from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
 from trimtab.passes.profile import Profile
+from trimtab.training.clock import Clock
 from trimtab.training.magic_pyramid import learn
 from trimtab.training.magic_pyramid.pyramid import Pyramid
-from trimtab.training.magic_pyramid.result import learned_tensors
+from trimtab.training.magic_pyramid.result import learned_tensors, save_tuned
 from trimtab.training.magic_pyramid.settings import Settings
 from trimtab.training.resume import Unfinished
 from trimtab.training.run import train
@@ -46,11 +51,14 @@ def data(path: Path, label: Any = None, count: int = 60) -> Path:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
-    """What each run would write, without the export that a Profile of the new model takes."""
+    """What each run learned; its model goes to kept0, kept1, ..., without the export that a Profile of it takes."""
     results: list[dict[str, np.ndarray]] = []
 
     def write(pyramid: Pyramid, checkpoint: Any, record: dict[str, Any], job: Any, out: Path) -> None:
         weights = {name: value.numpy().copy() for name, value in pyramid.model.state_dict().items()}
+        folder = out.with_name(f"kept{len(results)}")
+        folder.mkdir()
+        save_tuned(pyramid, checkpoint, record, folder)
         results.append(weights | learned_tensors(pyramid, record))
 
     monkeypatch.setattr(learn, "write_result", write)
@@ -134,12 +142,30 @@ def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]
 def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(model(tmp_path / "model")).save_pretrained(tmp_path / "model")
+    folder = model(tmp_path / "model")
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "1_Pooling").mkdir()
+    for name, content in (
+        ("modules.json", modules), ("sentence_bert_config.json", {"max_seq_length": 32, "do_lower_case": True}),
+        ("1_Pooling/config.json", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}),
+    ):  # fmt: skip
+        (folder / name).write_text(json.dumps(content))
     texts = data(tmp_path / "data.jsonl", count=40)
     texts.write_text(texts.read_text().replace('"label": 0', '"label": "bad"').replace('"label": 1', '"label": "good"'))
-    trained = train("magic-pyramid", tmp_path / "model", texts, tmp_path / "new", settings={"steps": 8})
+    trained = train("magic-pyramid", folder, texts, tmp_path / "new", settings={"steps": 8})
     assert trained is not None and trained.record["stages"]["fine_tune"] == 3
     assert kept[0]["classifier.weight"].shape == (2, 32)
+    assert not list((tmp_path / "kept0").glob("modules.json")) + list((tmp_path / "kept0").glob("sentence*"))
+    tuned = read_checkpoint(tmp_path / "kept0")
+    assert (tuned.architecture, class_labels(tuned.config)) == ("BertForSequenceClassification", ("bad", "good"))
+    ids = [load_tokenizer(each).encode(["W4 w5"])["input_ids"] for each in (folder, tmp_path / "kept0")]
+    np.testing.assert_array_equal(*ids)
+    assert ids[0][0, 1] == 8  # lower case
 
 
 @pytest.mark.parametrize(
@@ -190,6 +216,15 @@ def test_what_cannot_be_trained_is_said(
         )  # fmt: skip
     assert not (tmp_path / "new").exists()
     assert not kept
+
+
+def test_a_clock_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty seconds of a minute had gone when the run was killed, however long ago that was."""
+    monkeypatch.setattr("trimtab.training.clock.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    clock = Clock(1.0, None, 1000.0 - 30, 6.0, ran=30.0)
+    assert clock.ran == 30
+    assert clock.at(5) == pytest.approx(30 / 54)
+    assert Clock(1.0, 100, 1000.0 - 30, 6.0, ran=30.0).at(5) == 0.05
 
 
 def test_shares_add_up() -> None:

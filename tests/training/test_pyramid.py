@@ -187,6 +187,9 @@ def test_a_teacher_draws_the_pruned_model_to_its_dense_answers() -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     assert pyramid.train()(ids, mask, labels)["loss"].item() == pytest.approx(0, abs=1e-6)
+    single = Pyramid(tiny("Bert"), Settings(distil=1.0), 9.0)
+    single.teach(Pyramid(tiny("Bert"), Settings(), 9.0))
+    assert {p.dtype for p in single.double()._teacher[0].parameters()} == {torch.float64}
     pyramid.pruning.multiples.data.fill_(2.0)
     assert pyramid.train()(ids, mask, labels)["loss"].item() > 1e-9
 

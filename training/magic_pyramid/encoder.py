@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trimtab.compiler.data import Dataset
 from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.compiler.sources.export import load_model
-from trimtab.compiler.sources.folder import class_labels, model_head
+from trimtab.compiler.sources.folder import class_labels, model_head, tokenizer_folder
 from trimtab.compiler.task import find_task
 from trimtab.passes.errors import DataError, ModelError
 
@@ -134,8 +134,6 @@ def open_tokenizer_folder(checkpoint: Checkpoint) -> Path:
     Raises:
         ModelError: there is none.
     """
-    from trimtab.compiler.sources.folder import tokenizer_folder
-
     folder = tokenizer_folder(checkpoint.folder, checkpoint.model)
     if folder is None:
         raise ModelError(f"{checkpoint.folder}: has no tokenizer", hint="save the model with its tokenizer")

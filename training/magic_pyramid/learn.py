@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ from trimtab.training.magic_pyramid.result import METHOD, summary, write_result
 from trimtab.training.magic_pyramid.settings import STAGES, Settings
 from trimtab.training.resume import Unfinished
 from trimtab.training.texts import Examples, labelled
+
+log = logging.getLogger(__name__)
 
 _SHOWN = {"fine_tune": "fine-tune", "soft": "soft mask", "hard": "hard mask", "exits": "exits"}
 
@@ -121,17 +124,15 @@ class Stages:
             if stage in self._done:
                 self._pyramid.load_state_dict(load_file(self._file(stage)))
             elif stage in self._shares:
-                self._stage(stage, start)
-            if (
-                stage == "fine_tune"
-                and self._settings.distil
-                and {"soft", "hard"} & self._shares.keys() - self._done.keys()
-            ):
+                start = self._stage(stage, start)
+            taught = {"soft", "hard"} & (self._shares.keys() - self._done.keys())
+            if stage == "fine_tune" and self._settings.distil and taught:
                 self._pyramid.teach(copy.deepcopy(self._pyramid))
         last = {key: value for key, value in self._history[-1].items() if key not in ("stage", "step")}
         return {"stages": self._done, "steps": sum(self._done.values()), "history": self._history} | last
 
-    def _stage(self, stage: str, start: float) -> None:
+    def _stage(self, stage: str, start: float) -> float:
+        """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
         number, settings, scratch = STAGES.index(stage), self._settings, self._run.folder / stage
         pruned, left = "soft" in {stage, *self._done}, stage == "exits"
         self._pyramid.enter(stage, pruned=pruned)
@@ -157,9 +158,15 @@ class Stages:
             trainer.train(resume_from_checkpoint=None if place is None else str(place))
         trainer.remove_callback(follow)
         step = trainer.state.global_step
+        if steps is not None and step < steps:
+            log.warning(
+                "magic-pyramid: the time was over after %d of %d steps of the stage %s; give more --minutes",
+                step, steps, stage,
+            )  # fmt: skip
         self._history += [*follow.history, follow.row(step, trainer.evaluate())]
         self._done[stage] = step
         self._keep(stage, scratch, time.monotonic() - start)
+        return start
 
     def _keep(self, stage: str, scratch: Path, seconds: float) -> None:
         """Write the weights behind a stage, and what was needed only to get there goes."""

@@ -93,7 +93,7 @@ class Pruning(nn.Module):
     def _leave(self, importance: Tensor, threshold: Tensor) -> None:
         always = stays_always(importance, self._stay)
         if not self._soft():
-            reach = (importance >= threshold) | (threshold <= 0) | always
+            reach = (importance >= threshold) | always  # importance is never below 0
             self._stay = self._stay * reach
             return
         log_stay = functional.logsigmoid((importance - threshold) / (self._sharpness * self._unit))

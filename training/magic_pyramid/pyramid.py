@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,13 @@ class Pyramid(nn.Module):
         self.model.requires_grad_(stage != "exits")
         self.pruning.requires_grad_(stage == "soft")
         self.exits.requires_grad_(stage == "exits")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pyramid:
+        """As in torch, which moves modules by this; the teacher goes along."""
+        for teacher in self._teacher:
+            teacher._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def train(self, mode: bool = True) -> Pyramid:
         """As in torch; what is frozen computes as in an engine, without dropout."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trimtab.compiler.data.preparation import TRANSFORMER_CONFIGS, read_preparation
 from trimtab.compiler.profiling import measured_profile
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
@@ -14,6 +15,7 @@ from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.passes.profile import Profile
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
+from trimtab.training.magic_pyramid.encoder import open_tokenizer_folder
 from trimtab.training.magic_pyramid.pruning import detach
 
 if TYPE_CHECKING:
@@ -34,15 +36,26 @@ def write_result(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any
         record: of the training.
         job: its recipe says how to calibrate, if there is one.
     """
-    detach(pyramid.model)
     calibration = job.recipe.calibration if job.recipe is not None else Calibration()
     with new_folder(out) as part:
-        save_model(pyramid.model, checkpoint.model, record, RECORD, part)
+        save_tuned(pyramid, checkpoint, record, part)
         measured = measured_profile(open_source(part), job.dataset, calibration, progress=job.progress)
         learned = measured.info.learned | {METHOD: record}
         tensors = {f"learned.{METHOD}.{name}": value for name, value in learned_tensors(pyramid, record).items()}
         profile = Profile(measured.info.model_copy(update={"learned": learned}), measured.tensors | tensors)
         profile.save(part / PROFILE)
+
+
+def save_tuned(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any], folder: Path) -> None:
+    """Fill `folder` with the tuned classifier.
+
+    What sentence-transformers does behind an encoder is none of the classifier's; what it does to texts stays.
+    """
+    detach(pyramid.model)
+    old = open_tokenizer_folder(checkpoint)
+    without = ("modules.json", "config_sentence_transformers.json", *TRANSFORMER_CONFIGS)
+    save_model(pyramid.model, old, record, RECORD, folder, without=without if checkpoint.pooling is not None else ())
+    read_preparation(old).write(folder)
 
 
 def learned_tensors(pyramid: Pyramid, record: dict[str, Any]) -> dict[str, np.ndarray]:
