@@ -31,12 +31,14 @@ class Capability:
         float16: it computes in half precision without falling back to float32.
         saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
         integer_products: it multiplies activations as integers, whose scales are found as they come.
+        row_scales: it does so with a scale for each row, by the dialect's own kernel.
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})
     float16: bool = False
     saturates: bool = False
     integer_products: bool = True
+    row_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Rounding:
     Attributes:
         largest: weights become integers in [-largest, largest], symmetrically.
         per_channel: a scale per output feature instead of one per matrix.
+        per_row: activations have a scale per row, which is a token, instead of one per tensor.
     """
 
     largest: int
     per_channel: bool
+    per_row: bool = False
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""The pass `dynamic-int8`: ONNX Runtime's own dynamic quantization, as the last step of a recipe."""
+"""The pass `dynamic-int8`: dynamic quantization as the last step of a recipe, by rows or as ONNX Runtime does it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -14,27 +15,38 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, Rounding
-from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes
+from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes, topological
 from trimtab.passes.graph.products import expose_weights, float_products
+from trimtab.passes.int8_rows import to_int8_rows
+from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 
-_INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", "MatMulInteger", "QAttention"])
-"""What the quantizer makes of products."""
+_INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR.name, "MatMulInteger", "QAttention"])
+"""What becomes of products."""
+
+_WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
+"""Ops of which the quantizer makes products with one scale for the whole tensor."""
 
 _SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
 
 
 class DynamicInt8(Pass):
-    """Store the remaining weights as int8 and quantize activations as they come, per tensor.
+    """Store the remaining weights as int8 and quantize activations as they come.
 
-    What onnxruntime.quantization.quantize_dynamic does to a dense model, done to the compiled one. It stands after the
-    passes that need weights in floating point. Weights behind a Transpose or a Cast are rounded too, and what layers
-    share is rounded once. Where the target's products saturate, weights take seven bits.
+    By rows: each token has a scale of its own, so that no sample's answer depends on the others of its batch; products
+    become Int8Linear, with their biases and activations. By tensors: what ONNX Runtime's quantize_dynamic does to a
+    dense model, done to the compiled one; where the target's products saturate, weights take seven bits.
+
+    It stands after the passes that need weights in floating point. Weights behind a Transpose or a Cast are rounded
+    too, and what layers share is rounded once.
     """
 
     name: ClassVar[str] = "dynamic-int8"
     summary: ClassVar[str] = "int8 products with activations quantized at run time (ONNX Runtime)"
 
     per_channel: bool = Field(True, description="a scale per output feature instead of one per matrix")
+    scales: Literal["auto", "row", "tensor"] = Field(
+        "auto", description="of activations: one per row (token) or one per tensor; auto: row, where there is a kernel"
+    )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Quantize `graph` in place. Reads all its weights into memory."""
@@ -43,11 +55,25 @@ class DynamicInt8(Pass):
         linears = [linear for ffn in find_anatomy(graph).ffns for linear in ffn.linears]
         weights = {t.name for linear in linears for t in (linear.weight, linear.bias) if t is not None}
         names = {node.outputs[0].name: output_name_of(node) for node in graph.nodes if node.outputs}
+        rows = self._by_rows(context.capability)
+        if rows:
+            to_int8_rows(graph, self.name, per_channel=self.per_channel)
+            graph.cleanup(remove_unused_graph_inputs=False)
+            graph.nodes = topological(graph)
         reasons = dict(float_products(graph))
+        whole = [
+            output_name_of(node) for node in graph.nodes if rows and not node.domain and node.op in ("Conv", "LSTM")
+        ]
         with TemporaryDirectory(prefix="trimtab-int8-") as folder:
             source, result = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
             save_graph(graph, source)
-            quantize_file(source, result, per_channel=self.per_channel, reduce_range=context.capability.saturates)
+            quantize_file(
+                source,
+                result,
+                per_channel=self.per_channel,
+                reduce_range=context.capability.saturates,
+                leave=(*_WHOLE_TENSOR, "MatMul") if rows else (),
+            )
             quantized = load_graph(result)
             for tensor in quantized.tensors().values():
                 if isinstance(tensor, gs.Constant) and is_external(tensor):
@@ -57,18 +83,29 @@ class DynamicInt8(Pass):
         # Its own names of outputs are those of before, so a product that stayed is found again.
         left = [Left(names.get(y, y), reasons.get(y, why)) for y, why in float_products(graph)]
         left += [Left(where, "it is in a branch or a loop") for where in _inner_products(graph)]
+        left += [Left(where, "its integers would have one scale for the whole batch") for where in whole]
         ffn = [t for name, t in graph.tensors().items() if isinstance(t, gs.Constant) and _belongs(name, weights)]
         details: dict[str, Any] = {"float_products": len(left), "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
         return PassResult(self.name, _integer_products(graph) - before, tuple(left), details)
 
     def unfit(self, capability: Capability) -> str | None:
-        if capability.integer_products:
-            return None
-        return "it does not multiply integers whose scales are found at run time"
+        if not capability.integer_products:
+            return "it does not multiply integers whose scales are found at run time"
+        if self.scales == "row" and not capability.row_scales:
+            return (
+                "scales by rows need trimtab's library of native kernels, on ONNX Runtime's CPU provider; "
+                "`scales: tensor` does without"
+            )
+        return None
 
     def rounding(self, capability: Capability) -> Rounding:
-        """The quantizer's: uint8 activations with one scale for the tensor, symmetric int8 weights."""
+        """Activations of 255 steps with one scale for the row or the tensor, symmetric int8 weights."""
+        if self._by_rows(capability):
+            return Rounding(LARGEST, self.per_channel, per_row=True)
         return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)
+
+    def _by_rows(self, capability: Capability) -> bool:
+        return self.scales == "row" or (self.scales == "auto" and capability.row_scales)
 
 
 def _integer_products(graph: gs.Graph) -> int:
@@ -88,14 +125,17 @@ def _inner_products(graph: gs.Graph) -> list[str]:
 def _belongs(name: str, weights: set[str]) -> bool:
     """True for FFN weights, the parts that quantization makes of them, and all that ffn-split made."""
     whole = name.removesuffix("_quantized").removesuffix("_scale").removesuffix("_zero_point")
-    return whole in weights or name.startswith("ffn-split/")
+    return whole in weights or whole.removeprefix(f"{DynamicInt8.name}/") in weights or name.startswith("ffn-split/")
 
 
-def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False) -> None:
+def quantize_file(
+    source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False, leave: Collection[str] = ()
+) -> None:
     """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come.
 
     Args:
         reduce_range: weights of seven bits, as ONNX Runtime advises for processors whose products saturate.
+        leave: ops that stay in floating point.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.registry import IntegerOpsRegistry
@@ -103,7 +143,8 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduc
     model = onnx.load(str(source))
     del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
     # The quantizer goes by names: it would take ONNX's own Attention for com.microsoft's, which holds weights.
-    attention = any(node.op_type == "Attention" and node.domain in ("", "ai.onnx") for node in model.graph.node)
+    if any(node.op_type == "Attention" and node.domain in ("", "ai.onnx") for node in model.graph.node):
+        leave = (*leave, "Attention")
     large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
     root = logging.getLogger()
     level = root.level
@@ -115,7 +156,7 @@ def quantize_file(source: Path, result: Path, *, per_channel: bool = True, reduc
             per_channel=per_channel,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=[op for op in IntegerOpsRegistry if op != "Attention"] if attention else None,
+            op_types_to_quantize=[op for op in IntegerOpsRegistry if op not in leave] if leave else None,
             use_external_data_format=large,
             # ONNX infers no types behind ops of other domains, such as a decoder's attention.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},

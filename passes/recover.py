@@ -107,6 +107,8 @@ def _check_passes(before: Sequence[Pass], trained: list[dict[str, Any]]) -> None
 def _compare_rounding(learned: object, coming: Rounding | None) -> None:
     """Warn where the weights learned for one precision and are about to be put in another: right, but less good."""
     now = coming and asdict(coming)
+    if isinstance(learned, dict):
+        learned = {"per_row": False} | learned  # Profiles of before there were rows
     if now != learned:
         log.warning(
             "recover: its weights learned %s, and this recipe %s; %s",

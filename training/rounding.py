@@ -28,11 +28,15 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-def rounded_activations(x: Tensor) -> Tensor:
-    """`x` [...] as ONNX's DynamicQuantizeLinear keeps it: 256 levels from its least to its greatest value, and 0."""
+def rounded_activations(x: Tensor, *, per_row: bool = False) -> Tensor:
+    """`x` [...] as ONNX's DynamicQuantizeLinear keeps it: 256 levels from its least to its greatest value, and 0.
+
+    Args:
+        per_row: levels of its own for each row, the last axis, as Int8Linear has them.
+    """
     x = x.float()
     with torch.no_grad():  # elementary operations: torch's own fake_quantize takes twice to eight times as long
-        least, greatest = torch.aminmax(x)
+        least, greatest = torch.aminmax(x, dim=-1, keepdim=True) if per_row else torch.aminmax(x)
         least, greatest = least.clamp_max(0), greatest.clamp_min(0)
         scale = ((greatest - least) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
         zero = (-least / scale).round().clamp(0, _LEVELS)

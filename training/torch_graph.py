@@ -142,6 +142,7 @@ class GraphModule(nn.Module):
                 if rounding is not None and any(_reads_table(user) for user in tensor.outputs):
                     known[name + _ROUNDED] = rounded_activations(known[name])
         kept: list[_Step] = []
+        round_x = partial(rounded_activations, per_row=rounding is not None and rounding.per_row)
         there: set[str] = set()  # rounded tensors; several products may read one
         for step in reversed(steps):
             if all(not name or name in known for name in step.inputs):
@@ -149,7 +150,7 @@ class GraphModule(nn.Module):
             else:
                 for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there - known.keys():
                     there.add(name)
-                    kept.append(_Step(rounded_activations, (name.removesuffix(_ROUNDED),), (name,), step.where))
+                    kept.append(_Step(round_x, (name.removesuffix(_ROUNDED),), (name,), step.where))
                 kept.append(step)
         used = {name for step in kept for name in step.inputs}.union(self.outputs)
         for name, value in known.items():

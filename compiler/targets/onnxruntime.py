@@ -21,6 +21,8 @@ from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
+from trimtab.plugins import DOMAIN
+from trimtab.plugins.library import library_path, register
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,9 @@ class OnnxRuntime(Target):
 @lru_cache
 def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
-    capability = Capability(weight_bits=bits, float16=_computes_half(), saturates=_saturates())
+    capability = Capability(
+        weight_bits=bits, float16=_computes_half(), saturates=_saturates(), row_scales=_has_row_kernel()
+    )
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
 
@@ -77,6 +81,8 @@ def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[s
     """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)
+        if any(domain.domain == DOMAIN for domain in model.opset_import) and library_path() is not None:
+            register(options)
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
@@ -84,6 +90,15 @@ def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[s
         except REFUSALS:
             return None
         return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
+def _has_row_kernel() -> bool:
+    """Whether Int8Linear stays one op, which is the native kernel's: the CPU has it, and the library is there."""
+    if providers() != ["CPUExecutionProvider"]:
+        return False
+    model, want = trials.int8_row()
+    found = _optimised(model, np.full((1, trials.K), 255, np.float32))
+    return found is not None and found[1] == {"Int8Linear"} and not np.any(found[0] != want)
 
 
 def _multiplies_blocks(bits: int) -> bool:

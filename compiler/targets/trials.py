@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
+
+from trimtab.plugins import INT8_LINEAR, add_node
 
 K, N, BLOCK = 64, 32, 32
 """Of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
@@ -42,6 +45,15 @@ def largest() -> tuple[onnx.ModelProto, int]:
     y = helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", N])
     graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "trial", [x], [y], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), 255 * 127 * K
+
+
+def int8_row() -> tuple[onnx.ModelProto, int]:
+    """y = Int8Linear(x, w) with the largest weights; and what each y is for x of 255, which is its own integer."""
+    graph = gs.Graph(inputs=[gs.Variable("x", np.float32, ["rows", K])], opset=21, ir_version=10)
+    parts = {"weight": np.full((K, N), 127, np.int8), "weight_scale": np.ones(N, np.float32)}
+    constants = {name: gs.Constant(name, array) for name, array in (parts | {"bias": np.zeros(N, np.float32)}).items()}
+    graph.outputs = [add_node(graph, INT8_LINEAR, {"x": graph.inputs[0], **constants}, "y")]
+    return gs.export_onnx(graph), 255 * 127 * K
 
 
 def _model(

@@ -17,7 +17,7 @@ from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
 
 _INTEGER_PRODUCTS = frozenset(
-    ["DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
+    ["DynamicQuantizeMatMul", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
 )
 
 

@@ -205,6 +205,9 @@ def _is(node: gs.Node, op: str) -> bool:
 
 def _integer(graph: gs.Graph) -> list[Left]:
     """Products of integers with integers, whose operands dynamic quantization has rounded."""
-    count = sum(node.op in ("MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat") for node in graph.nodes)
-    why = "their activations are rounded by the range of a whole tensor, of which a rank sees a part"
+    count = sum(
+        node.op in ("Int8Linear", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+        for node in graph.nodes
+    )
+    why = "their activations are rounded by the range of a whole tensor or row, of which a rank sees a part"
     return [Left(f"{count} products of integers", why)] if count else []

@@ -1,49 +1,119 @@
-"""dynamic-int8 does to a compiled graph what ONNX Runtime's quantizer does to a dense one."""
+"""dynamic-int8: by tensors what ONNX Runtime's quantizer does to a dense graph, by rows the dialect's Int8Linear."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import zoo
 
 from trimtab.compiler.targets import get_target
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
 from trimtab.passes import Capability, PassContext, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
+from trimtab.passes.contract import PassResult
 from trimtab.passes.dynamic_int8 import DynamicInt8
 from trimtab.passes.graph import load_graph, save_graph, values
 
+PRODUCTS = {"row": "Int8Linear", "tensor": "MatMulInteger"}
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
-def test_products_become_integer_products(family: str, tmp_path: Path) -> None:
-    path = zoo.exported(family)
+
+def quantized(path: Path, to: Path, scales: str, **capability: bool) -> tuple[gs.Graph, PassResult]:
+    """The graph as `to` has it, and what the pass did."""
     graph = load_graph(path)
-    result = run_passes(
-        graph, [Canonicalize(), DynamicInt8()], PassContext(capability=get_target("onnxruntime").probe())
-    )[1]
-    save_graph(graph, tmp_path / "int8.onnx")
-    linears = [n for n in load_graph(tmp_path / "int8.onnx").nodes if n.op == "MatMulInteger"]
-    assert result.changed == len(linears) > 0
-    feeds = zoo.feeds(family, 3, 11, np.random.default_rng(0))
-    dense, ours = (
-        run.run(None, {i.name: feeds[i.name] for i in run.get_inputs()})[0]
-        for run in (ort.InferenceSession(str(p)) for p in (path, tmp_path / "int8.onnx"))
-    )
+    step = DynamicInt8.model_validate({"scales": scales})
+    result = run_passes(graph, [Canonicalize(), step], PassContext(capability=Capability(**capability)))[1]
+    save_graph(graph, to)
+    return load_graph(to), result
+
+
+def answers(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    run = OnnxRuntimeRunner(path)
+    return run.run({name: feeds[name] for name in run.inputs})[run.outputs[0]]
+
+
+@pytest.mark.parametrize("scales", PRODUCTS)
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+def test_products_become_integer_products(family: str, scales: str, tmp_path: Path) -> None:
+    path, seed = zoo.exported(family), int(np.random.default_rng().integers(1 << 30))
+    saturates = get_target("onnxruntime").probe().saturates
+    graph, result = quantized(path, tmp_path / "int8.onnx", scales, saturates=saturates)
+    ops = [node.op for node in graph.nodes]
+    products = ops.count(PRODUCTS[scales]) + ops.count("ConvInteger")
+    assert result.changed == products > 0 and (family == "vit" or PRODUCTS[scales] in ops)
+    print(f"seed {seed}")
+    feeds = zoo.feeds(family, 3, 11, np.random.default_rng(seed))
+    dense, ours = (answers(p, feeds) for p in (path, tmp_path / "int8.onnx"))
     error = np.linalg.norm(ours - dense) / np.linalg.norm(dense)
     assert 0 < error < 0.1
 
 
-def test_ffn_bytes_are_those_of_its_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_by_rows_a_sample_is_answered_as_alone(family: str, tmp_path: Path) -> None:
+    """Whatever else is in the batch. ViT's patches, whose integers would have one scale for all, stay in float."""
+    graph, result = quantized(zoo.exported(family), tmp_path / "int8.onnx", "row")
+    assert all(node.op not in ("MatMulInteger", "ConvInteger") for node in graph.nodes)
+    assert [left.why for left in result.left if "whole batch" in left.why] == (
+        ["its integers would have one scale for the whole batch"] if family == "vit" else []
+    )
+    feeds = zoo.feeds(family, 4, 11, np.random.default_rng())
+    if family == "vit":
+        feeds["pixel_values"][1] *= 50
+    together = answers(tmp_path / "int8.onnx", feeds)
+    for row in range(4):
+        alone = answers(tmp_path / "int8.onnx", {name: value[row : row + 1] for name, value in feeds.items()})
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6 * np.abs(together).max())
+
+
+def test_rows_are_the_default_where_they_have_a_kernel() -> None:
+    for row_scales, op in ((True, "Int8Linear"), (False, "MatMulInteger")):
+        graph, capability = load_graph(zoo.exported("bert")), Capability(row_scales=row_scales)
+        run_passes(graph, [Canonicalize(), DynamicInt8()], PassContext(capability=capability))
+        assert {node.op for node in graph.nodes} & {*PRODUCTS.values()} == {op}
+        assert DynamicInt8().rounding(capability).per_row == row_scales
+        assert DynamicInt8().unfit(capability) is None
+        assert (DynamicInt8(scales="row").unfit(capability) is None) == row_scales
+
+
+@pytest.mark.parametrize("scales", PRODUCTS)
+def test_activations_join_their_products(scales: str, tmp_path: Path) -> None:
+    """GELU and the pooler's tanh by rows; not where a product's sum is an output, too."""
+    left = {"Gelu", "Tanh"} if scales == "tensor" else set()
+    graph, _ = quantized(zoo.exported("bert"), tmp_path / "int8.onnx", scales)
+    assert {node.op for node in graph.nodes} & {"Gelu", "Tanh", "Erf"} == left
+    rng = np.random.default_rng()
+    text = """<ir_version: 10, opset_import: ["" : 17]> g (float[B, 24] x) => (float[B, 8] y, float[B, 32] h) {
+        p = MatMul(x, up)  h = Add(p, bias)  a = Relu(h)  z = MatMul(a, down)  y = Sigmoid(z)
+    }"""
+    model = onnx.parser.parse_model(text)
+    shapes = {"up": (24, 32), "bias": (32,), "down": (32, 8)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    onnx.save(model, tmp_path / "net.onnx")
+    graph, _ = quantized(tmp_path / "net.onnx", tmp_path / "int8.onnx", "row")
+    assert [node.op for node in graph.nodes] == ["Int8Linear", "Relu", "Int8Linear"]
+    assert [tensor.name for tensor in graph.outputs] == ["y", "h"]
+    x = {"x": rng.standard_normal((7, 24)).astype(np.float32)}
+    dense, ours = (OnnxRuntimeRunner(tmp_path / f"{name}.onnx").run(x) for name in ("net", "int8"))
+    for name in ("y", "h"):
+        assert np.linalg.norm(ours[name] - dense[name]) < 0.03 * np.linalg.norm(dense[name])
+
+
+@pytest.mark.parametrize(("scales", "beside"), [("row", 4 + 4), ("tensor", 4 + 1 + 4)])
+def test_ffn_bytes_are_those_of_its_integers(scales: str, beside: int, tmp_path: Path) -> None:
+    """Beside them: scale and bias of an output feature, by tensors a zero point as well."""
     graph = load_graph(zoo.exported("bert"))
     run_passes(graph, [Canonicalize()], PassContext())
     ffns = find_anatomy(graph).ffns
     weights = sum(linear.in_features * linear.out_features for ffn in ffns for linear in ffn.linears)
-    told = run_passes(graph, [DynamicInt8()], PassContext())[0].details["ffn_bytes"]
+    step = DynamicInt8.model_validate({"scales": scales})
+    told = run_passes(graph, [step], PassContext())[0].details["ffn_bytes"]
     channels = sum(linear.out_features for ffn in ffns for linear in ffn.linears)
-    assert told == weights + channels * (4 + 1 + 4)  # scale, zero point and bias per output feature
+    assert told == weights + channels * beside
 
 
 @pytest.mark.parametrize(("saturates", "largest"), [(False, 127), (True, 64)])

@@ -256,13 +256,14 @@ def test_shared_integers_are_those_of_one_use(seed: int, tmp_path: Path) -> None
                 np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scales", ["row", "tensor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dynamic_int8_reaches_every_form(layout: Layout, shape: Shape, seed: int, tmp_path: Path) -> None:
+def test_dynamic_int8_reaches_every_form(layout: Layout, shape: Shape, scales: str, seed: int, tmp_path: Path) -> None:
     shape = replace(shape, layout=layout)
     path = write(tmp_path / "source.onnx", shape, seed)
     graph = canonical(path)
-    result = rewritten(graph, DynamicInt8())
+    result = rewritten(graph, DynamicInt8.model_validate({"scales": scales}))
     assert result.changed == shape.products and not result.left
     stored = bytes_on_disk(graph, tmp_path)
     assert stored < 0.4 * shape.ffn_bytes
@@ -271,7 +272,8 @@ def test_dynamic_int8_reaches_every_form(layout: Layout, shape: Shape, seed: int
     assert error(answers(tmp_path / "model.onnx", x), answers(path, x)) < 0.1
 
 
-def test_dynamic_int8_reaches_weights_behind_casts_and_transposes(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("scales", ["row", "tensor"])
+def test_dynamic_int8_reaches_weights_behind_casts_and_transposes(scales: str, tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((48, 64)) / 8).astype(np.float16)  # read as [64, 48] by one layer, [48, 64] by the other
     nodes = [
@@ -289,7 +291,7 @@ def test_dynamic_int8_reaches_weights_behind_casts_and_transposes(tmp_path: Path
     path = tmp_path / "source.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     rewritten_graph = canonical(path)
-    result = rewritten(rewritten_graph, DynamicInt8())
+    result = rewritten(rewritten_graph, DynamicInt8.model_validate({"scales": scales}))
     assert result.changed == 4 and not result.left
     assert bytes_on_disk(rewritten_graph, tmp_path) < 2.5 * w.size  # one int8 matrix for each way to read it
     states = rng.standard_normal((9, 64)).astype(np.float32)
@@ -312,7 +314,8 @@ def test_training_computes_with_shared_integers_as_the_runtime_does(tmp_path: Pa
             assert error(got, x.numpy() @ dense.w()) < (0.15 if bits == 4 else 0.02)
 
 
-def test_dynamic_int8_names_what_stays_in_float(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("scales", ["row", "tensor"])
+def test_dynamic_int8_names_what_stays_in_float(scales: str, tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((32, 32)).astype(np.float32)
     nodes = [
@@ -329,7 +332,7 @@ def test_dynamic_int8_names_what_stays_in_float(tmp_path: Path, seed: int) -> No
     tensors = [numpy_helper.from_array(value, name) for name, value in held.items()]
     graph = helper.make_graph(nodes, "net", [x], [y], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
-    result = rewritten(canonical(tmp_path / "m.onnx"), DynamicInt8())
+    result = rewritten(canonical(tmp_path / "m.onnx"), DynamicInt8.model_validate({"scales": scales}))
     reasons = {left.where: left.why for left in result.left}
     assert result.changed == 1 and reasons.keys() == {"left operand", "no weight", "scaled", "wide"}
     for where, why in (

@@ -204,7 +204,7 @@ def test_learns_with_the_rounding_of_a_pass_behind(bert: Source, tmp_path: Path)
     plain, rounded = records
     assert abs(rounded["before"]["loss"] / plain["before"]["loss"] - 1) > 1e-4
     assert rounded["after"]["loss"] < 0.9 * rounded["before"]["loss"]
-    assert (plain["rounding"], rounded["rounding"]) == (None, {"largest": 7, "per_channel": True})
+    assert (plain["rounding"], rounded["rounding"]) == (None, {"largest": 7, "per_channel": True, "per_row": False})
 
 
 def test_learns_from_texts_of_every_length(tmp_path: Path) -> None:

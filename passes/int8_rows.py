@@ -1,0 +1,123 @@
+"""Products with weights as the op Int8Linear, in which each row of activations has a scale of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.graph import constant, insert, output_name_of, values
+from trimtab.passes.graph.linear import Linear, match_linear
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.plugins import INT8_LINEAR, add_node
+from trimtab.plugins.dialect import OPSET
+from trimtab.plugins.int8_linear import LARGEST, NUMBERS, WIDEST
+
+__all__ = ["to_int8_rows"]
+
+_SINGLE = {("Relu", ""): "relu", ("Sigmoid", ""): "sigmoid", ("Tanh", ""): "tanh", ("Gelu", "none"): "gelu",
+           ("Gelu", "tanh"): "gelu_tanh"}  # fmt: skip
+"""Activations that are one node: op and the attribute `approximate`."""
+
+_End = tuple[str, gs.Tensor]
+"""An activation behind a product, and the tensor that it makes."""
+
+
+def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool) -> int:
+    """Make an Int8Linear of every MatMul whose weight is a constant of floats, with its bias and activation.
+
+    Weights that several products share are rounded and stored once. Reads all of them, one after the other.
+
+    Args:
+        name: of the pass, which begins the names of what is made.
+        per_channel: a scale per output feature instead of one per matrix.
+
+    Returns:
+        how many were made.
+    """
+    linears = [linear for node in graph.nodes if (linear := match_linear(node)) is not None and _fits(linear)]
+    if not linears:
+        return 0
+    raise_opset(graph, OPSET)
+    ends = _activations(graph)
+    rounded: dict[int, tuple[gs.Constant, gs.Constant]] = {}
+    zeros: dict[int, gs.Constant] = {}
+    for linear in linears:
+        key, size = id(linear.weight), linear.out_features
+        if key not in rounded:
+            rounded[key] = _rounded(linear, name, per_channel)
+        if linear.bias is None and size not in zeros:
+            zeros[size] = constant(f"{name}/no_bias.{size}", np.zeros(size, np.float32))
+        activation, y = ends.get(id(linear.y)) or _end(graph, linear.y)
+        _replace(graph, linear, y, name, rounded[key], _bias(linear, name) or zeros[size], NUMBERS[activation])
+    return len(linears)
+
+
+def _fits(linear: Linear) -> bool:
+    return (
+        linear.quantized is None
+        and not linear.transposed
+        and linear.nodes[0].op == "MatMul"
+        and linear.weight.dtype in (np.float32, np.float16)
+        and 0 < linear.in_features <= WIDEST
+        and linear.out_features > 0
+    )
+
+
+def _rounded(linear: Linear, name: str, per_channel: bool) -> tuple[gs.Constant, gs.Constant]:
+    """Integers [in_features, out_features] and scales [out_features] of a weight."""
+    w = values(linear.weight).astype(np.float32)
+    most = np.abs(w).max(0) if per_channel else np.full(w.shape[1], np.abs(w).max(), np.float32)
+    scale = np.where(most > 0, most / np.float32(LARGEST), np.float32(1))
+    w /= scale
+    integers = np.clip(np.rint(w, out=w), -LARGEST, LARGEST).astype(np.int8)
+    whole = f"{name}/{linear.weight.name}"
+    return constant(f"{whole}_quantized", integers), constant(f"{whole}_scale", scale)
+
+
+def _bias(linear: Linear, name: str) -> gs.Constant | None:
+    bias = linear.bias
+    if bias is None or (bias.dtype == np.float32 and tuple(bias.shape) == (linear.out_features,)):
+        return bias
+    return constant(f"{name}/{output_name_of(linear.nodes[-1])}/bias", values(bias).reshape(-1).astype(np.float32))
+
+
+def _replace(
+    graph: gs.Graph, linear: Linear, y: gs.Tensor, name: str, weight: tuple[gs.Constant, gs.Constant],
+    bias: gs.Constant, activation: int,
+) -> None:  # fmt: skip
+    """`y` of the new node in place of what `linear`, and the activation behind it, made."""
+    label = f"{name}/{output_name_of(linear.nodes[-1])}"
+    half = linear.weight.dtype == np.float16
+    x = insert(graph, "Cast", [linear.x], f"{label}/x", attrs={"to": 1}, dtype=np.float32) if half else linear.x
+    given = {"x": x, "weight": weight[0], "weight_scale": weight[1], "bias": bias}
+    made = add_node(graph, INT8_LINEAR, given, label, activation=activation)
+    if half:
+        made = insert(graph, "Cast", [made], f"{label}/y", attrs={"to": 10}, dtype=np.float16)
+    y.inputs[0].outputs.clear()
+    made.inputs[0].outputs = [y]
+
+
+def _activations(graph: gs.Graph) -> dict[int, _End]:
+    """Of FFNs without a gate: id of the up projection's output → what goes on there, where nothing else reads it."""
+    kept = {id(tensor) for tensor in graph.outputs}
+    ends: dict[int, _End] = {}
+    for ffn in find_anatomy(graph).ffns:
+        act = ffn.activation
+        if ffn.gated or act.name not in NUMBERS or len(act.inputs) != 1:
+            continue
+        nodes = {id(node) for node in act.nodes}
+        within = [act.inputs[0], *(t for node in act.nodes for t in node.outputs if t is not act.output)]
+        if all(id(t) not in kept and all(id(user) in nodes for user in t.outputs) for t in within):
+            ends[id(act.inputs[0])] = (act.name, act.output)
+    return ends
+
+
+def _end(graph: gs.Graph, y: gs.Tensor) -> _End:
+    """The activation that is the one node which reads `y`, as in a pooler; or none."""
+    if len(y.outputs) == 1 and all(y is not tensor for tensor in graph.outputs):
+        node = y.outputs[0]
+        approximate = str(node.attrs.get("approximate", "none")) if node.op == "Gelu" else ""
+        if (node.domain or "") in ("", "ai.onnx") and (node.op, approximate) in _SINGLE:
+            return _SINGLE[node.op, approximate], node.outputs[0]
+    return "identity", y
