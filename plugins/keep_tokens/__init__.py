@@ -41,7 +41,8 @@ def _body(form: Form) -> str:
     return "\n".join([*lines, _SAMPLES, choice, _PACK])
 
 
-# Samples are the rows of a matrix [batch, T + LEAST], where tokens of other samples and the padding are -inf.
+# Samples are the rows of a matrix [batch + 1, T + LEAST], where tokens of other samples and the padding are -inf. The
+# last is a sample without tokens, so that there is one: before 1.31 ONNX Runtime's TopK of 0 rows ended the process.
 # No op reduces: ONNX Runtime 1.31 returns wrong shapes for 0 rows.
 _SAMPLES = f"""
   zero = Constant <value_int = 0> ()
@@ -50,19 +51,21 @@ _SAMPLES = f"""
   none = Constant <value_ints = [0]> ()
   minus = Constant <value_ints = [-1]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
-  least = Constant <value_ints = [{LEAST}]> ()
+  least = Constant <value = int64[1] {{{LEAST}}}> ()
   padding = Constant <value = float[{LEAST}] {{{", ".join(["0"] * LEAST)}}}> ()
+  nothing = Constant <value = float[1] {{0}}> ()
   off = Constant <value = float {{0}}> ()
   inf = Constant <value = float {{inf}}> ()
   outside = Constant <value = float {{-inf}}> ()
   lowest = Constant <value = float {{-3.4028234663852886e38}}> ()
 
   all = Cast <to = 7> (offsets)
-  starts_ = Slice (all, none, minus, none)
-  ends_ = Slice (all, one, end, none)
-  starts = Unsqueeze (starts_, one)
-  ends = Unsqueeze (ends_, one)
   tokens = Shape (raw)
+  some_ends = Slice (all, one, end, none)
+  last = Slice (all, minus, end, none)
+  ends_ = Concat <axis = 0> (some_ends, last)
+  starts = Unsqueeze (all, one)
+  ends = Unsqueeze (ends_, one)
   tokens_ = Squeeze (tokens)
   wide = Add (tokens, least)
   wide_ = Squeeze (wide)
@@ -82,9 +85,10 @@ _SAMPLES = f"""
   keys = Where (protected, inf, padded)
   rows = Where (inside, keys, outside)
 
-  batch = Shape (ends_)
+  batch = Shape (some_ends)
   dial_flat = Reshape (dial, minus)
-  dial_all = Expand (dial_flat, batch)
+  dial_some = Expand (dial_flat, batch)
+  dial_all = Concat <axis = 0> (dial_some, nothing)
   dials = Unsqueeze (dial_all, one)
 """
 
