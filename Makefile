@@ -10,6 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := compiler passes plugins training
 TESTED := $(CODE) tests examples benchmarks
+NATIVE := $(wildcard plugins/*/*.h plugins/*/*.cpp)
 ARGS ?=
 BENCH ?= ffsplit
 
@@ -55,11 +56,11 @@ wheel: $(VENV)/dev.stamp  ## Build the wheel into dist/, and see that it works w
 clean:  ## Remove what these commands made
 	rm -rf $(VENV) build dist plugins/trimtab_ops.* demo-build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt CMakeLists.txt | $(PY)
+$(VENV)/demo.stamp: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE) | $(PY)
 	$(PY) -m pip install --quiet --editable ".[demo]"
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt CMakeLists.txt | $(PY)
+$(VENV)/dev.stamp: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE) | $(PY)
 	$(PY) -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/demo.stamp
 

@@ -36,16 +36,28 @@ def library_path() -> Path | None:
 @lru_cache
 def instruction_set() -> str | None:
     """Of the kernels here: "portable", "avx2", "avx_vnni", "avx512" or "avx512_vnni"; None without the library."""
+    return _answer("trimtab_isa")
+
+
+@lru_cache
+def kernels() -> frozenset[str]:
+    """Ops that the library has a kernel of; those of a later checkout than it was compiled from are missing."""
+    names = _answer("trimtab_kernels")
+    return frozenset(names.split(",")) if names else frozenset()
+
+
+def _answer(name: str) -> str | None:
+    """What a function of the library without arguments returns; None where either is missing."""
     path = library_path()
     if path is None:
         return None
     try:
-        told = ctypes.CDLL(str(path)).trimtab_isa
+        function = getattr(ctypes.CDLL(str(path)), name)
     except (OSError, AttributeError) as error:
         log.debug("%s: %s", path, error)
         return None
-    told.restype = ctypes.c_char_p
-    return str(told().decode())
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def register(options: ort.SessionOptions) -> bool:

@@ -1,4 +1,6 @@
 // The library that ONNX Runtime loads: registers every op of the domain `trimtab`.
+#include <string>
+
 #include "isa.h"
 #include "ops.h"  // made by CMake: the cpu.h of every op, each of which registers its kernel
 
@@ -20,6 +22,17 @@ TRIMTAB_EXPORT trimtab::ort::Status* RegisterCustomOps(trimtab::ort::SessionOpti
   for (const ort::CustomOp* op : registered_ops())
     if (ort::Status* status = runtime.add_op(domain, op)) return status;
   return runtime.add_domain(options, domain);
+}
+
+// Names of the ops that have kernels here, separated by commas.
+TRIMTAB_EXPORT const char* trimtab_kernels() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const trimtab::ort::CustomOp* op : trimtab::registered_ops())
+      joined.append(joined.empty() ? "" : ",").append(op->name(op));
+    return joined;
+  }();
+  return names.c_str();
 }
 
 // The instruction set that kernels use here, for reports and tests.
