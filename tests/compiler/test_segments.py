@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ def test_exits_between_sessions_equal_a_loop_over_samples(family: str, tmp_path:
         np.testing.assert_allclose(plain.run(feeds)["logits"], whole, rtol=0, atol=2e-5)
         never = feeds | {"threshold": np.full((batch, len(EXITS)), 2, np.float32)}
         np.testing.assert_array_equal(runner.run(never)["logits"], plain.run(never)["logits"])
+
+
+def test_calls_of_many_threads_leave_by_themselves(tmp_path: Path) -> None:
+    """Each call has its own samples, of which each its own exit."""
+    rng = fresh_rng()
+    exiting = Exiting("bert", tmp_path, rng)
+    segments = [BoundSession(SessionSegment(session(path))) for path in exiting.parts]
+    runner = SegmentedRunner(segments, exiting.inputs, ["logits"], hook=exiting.hook)
+    sizes = rng.integers(8, 25, (40, 2))
+    asked = [exiting.feeds(batch, tokens, rng.integers(0, 3, batch)) for batch, tokens in sizes]
+    wanted = [runner.run(feeds)["logits"] for feeds in asked]
+    with ThreadPoolExecutor(8) as pool:
+        for found, want in zip(pool.map(runner.run, asked), wanted, strict=True):
+            np.testing.assert_allclose(found["logits"], want, rtol=0, atol=1e-5)
 
 
 class Counted(SessionSegment):
