@@ -1,14 +1,14 @@
-"""Calibration: run the exported graph on data, and keep what passes need to know of its FFNs.
+"""Calibration: run the exported graph on data, and keep what passes need to know of it.
 
-The graph itself runs, in ONNX Runtime, with the inputs and the hidden activations of its FFNs as its outputs; so any
-source will do, and torch is not needed.
+The graph itself runs, in ONNX Runtime, with what meters read as its outputs, such as the inputs and the hidden
+activations of its FFNs; so any source will do, and torch is not needed.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.meters import Meter, meters_for
 from trimtab.compiler.phases import give_back, resident_bytes
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
-from trimtab.passes.anatomy import FFN, Anatomy, find_anatomy
+from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.canonicalize.repack import repack
-from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
-from trimtab.passes.graph.linear import Linear
-from trimtab.passes.profile import FFNStats, Profile, ProfileInfo
+from trimtab.passes.needs import DEFAULT, Need
+from trimtab.passes.profile import Profile, ProfileInfo
 
 if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 _INLINE_LIMIT = 1 << 24  # bytes of weights in the graph itself up to which it is handed to the runtime in memory
 _ROOM = 1 << 24  # bytes of activations to take out of the runtime at a time, however deep the model is
-_CHUNK = 256  # rows that are widened to float64 at a time
 
 
 def calibrate(
@@ -46,8 +45,9 @@ def calibrate(
     states: int = 4096,
     progress: Callable[[str, int, int], None] | None = None,
     seed: int = 0,
+    needs: Collection[Need] = DEFAULT,
 ) -> Profile:
-    """Measure the FFNs of a model on data.
+    """Measure what passes need to know of a model on data.
 
     Memory does not grow with the number of samples. Padding (0 in `attention_mask`) counts for nothing.
 
@@ -56,118 +56,48 @@ def calibrate(
         max_tokens: texts are cut to so many tokens.
         states: rows of each FFN's input to keep, chosen at random, of the same tokens in every layer.
         progress: called with (what, done, total).
+        needs: what to measure.
 
     Raises:
-        ModelError: no FFN was found, the model does not run, or its activations are not finite.
+        ModelError: the model has nothing of what is to be measured, or does not run, or has activations that are not
+            finite.
         DataError: the data do not fit the model's inputs.
     """
     before = resident_bytes()
     graph = source.graph()
     anatomy = find_anatomy(graph)
-    ffns = anatomy.ffns
-    if not ffns:
-        raise ModelError(f"{source.origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
+    meters = meters_for(needs, anatomy, source.origin, states, seed)
     inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
-    layers = [_Layer(ffn, states, seed) for ffn in ffns]
-    head = anatomy.head.vocabulary if anatomy.head is not None else None
-    head_x, head_states = (head.x.name, Reservoir(states, head.in_features, seed)) if head else (None, None)
-    runner = _runner(graph, ffns, head, source.onnx.parent)
-    del graph, anatomy, ffns, head
+    runner = _runner(graph, anatomy, meters, source.onnx.parent)
+    for meter in meters:
+        meter.tensors = ()
+    del graph, anatomy
     give_back(before)  # or the weights that were read would stay until the next collection
 
-    used, total = 0, min(samples, data.count)
-    room = _ROOM // sum(layer.token_bytes for layer in layers)
+    used, tokens, total = 0, 0, min(samples, data.count)
     for batch in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs):
+        mask = batch.get("attention_mask")
+        length = 0 if mask is None else mask.shape[-1]
+        room = _ROOM // max(sum(meter.token_bytes(length) for meter in meters), 1)
         for feeds in _split(batch, room):
-            mask = feeds.get("attention_mask")
-            keep = mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 else None
             found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
-            for layer in layers:
-                layer.add(found, keep)
-            if head_x is not None and head_states is not None:
-                rows = _rows(found[head_x], keep)
-                _check_finite("head", rows)
-                head_states.add(rows)
+            counts = [meter.add(found, feeds.get("attention_mask")) for meter in meters]
+            tokens += counts[0] if counts else 0
         used += len(batch[inputs[0].name])
         if progress is not None:
             progress("calibrate", used, total)
-    log.info("calibrated %d layers on %d samples, %d tokens", len(layers), used, layers[0].tokens)
+    log.info("calibrated %d parts on %d samples, %d tokens", len(meters), used, tokens)
     info = ProfileInfo(
         model=source.fingerprint,
         data=data.sha256,
         samples=used,
-        tokens=layers[0].tokens,
+        tokens=tokens,
         versions={name: version(name) for name in ("trimtab", "onnxruntime", "numpy")},
     )
     profile = Profile(info)
-    for layer in layers:
-        profile.set_ffn(layer.number, layer.stats())
-    if head_states is not None:
-        profile.set_head(head_states.rows)
+    for meter in meters:
+        meter.store(profile)
     return profile
-
-
-class Reservoir:
-    """A uniform random sample of all rows seen (Vitter 1985, algorithm R), many rows at a time.
-
-    Reservoirs of one size and seed keep the rows of the same positions, however the rows come in batches.
-    """
-
-    def __init__(self, size: int, width: int, seed: int) -> None:
-        self._rows = np.empty((size, width), np.float32)
-        self._random = np.random.default_rng(seed)
-        self.seen = 0
-
-    def add(self, rows: np.ndarray) -> None:
-        """Offer rows [n, width]."""
-        size = len(self._rows)
-        positions = np.arange(self.seen, self.seen + len(rows))
-        slots = (self._random.random(len(rows)) * (positions + 1)).astype(np.int64)
-        slots = np.where(positions < size, positions, slots)
-        taken = slots < size
-        self._rows[slots[taken]] = rows[taken]  # of rows for one slot numpy leaves the last, as algorithm R does
-        self.seen += len(rows)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """[min(seen, size), width], float32."""
-        return self._rows[: self.seen]
-
-
-class _Layer:
-    """Running statistics of one FFN. They take the same room however many tokens are seen."""
-
-    def __init__(self, ffn: FFN, states: int, seed: int) -> None:
-        self.number, self.where = ffn.layer, ffn.where
-        self.x, self.hidden = ffn.x.name, ffn.hidden.name
-        self.token_bytes = 4 * (ffn.d_model + ffn.d_ff)
-        self.sums = np.zeros((3, ffn.d_ff))  # of |h|, h, h²
-        self.reservoir = Reservoir(states, ffn.d_model, seed)
-
-    @property
-    def tokens(self) -> int:
-        return self.reservoir.seen
-
-    def add(self, found: Mapping[str, np.ndarray], keep: np.ndarray | None) -> None:
-        x, hidden = _rows(found[self.x], keep), _rows(found[self.hidden], keep)
-        with np.errstate(invalid="ignore"):  # what is not finite is reported below
-            for start in range(0, len(hidden), _CHUNK):
-                h = hidden[start : start + _CHUNK].astype(np.float64)
-                self.sums += np.abs(h).sum(0), h.sum(0), np.einsum("tj,tj->j", h, h)
-        _check_finite(self.where, self.sums, x)
-        self.reservoir.add(x)
-
-    def stats(self) -> FFNStats:
-        abs_sum, total, square_sum = self.sums
-        return FFNStats(self.tokens, abs_sum, total, square_sum, self.reservoir.rows)
-
-
-def _check_finite(where: str, *arrays: np.ndarray) -> None:
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise ModelError(
-            f"{where}: its activations hold NaN or Inf on this data",
-            hint="check the model's weights; a float16 model may overflow: export it in float32",
-        )
 
 
 def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:
@@ -187,23 +117,19 @@ def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.n
         yield {name: array[start : start + step] for name, array in feeds.items()}
 
 
-def _rows(array: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-    """[batch, tokens, d] or [batch·tokens, d] → the rows to keep; all, where rows are not tokens (after pooling)."""
-    flat = array.reshape(-1, array.shape[-1])
-    return flat[keep] if keep is not None and len(keep) == len(flat) else flat
-
-
-def _runner(graph: gs.Graph, ffns: tuple[FFN, ...], head: Linear | None, base: Path) -> OnnxRuntimeRunner:
-    """A session of `graph`, cut down to what its FFNs' inputs and hidden activations, and the head's input, need.
+def _runner(graph: gs.Graph, anatomy: Anatomy, meters: Sequence[Meter], base: Path) -> OnnxRuntimeRunner:
+    """A session of `graph`, cut down to what `meters` read.
 
     Weights in external data are read where they lie, below `base`. Others are written to a temporary file first: a
     graph in memory would be held by Python, by protobuf and by the runtime at once.
     """
+    readers = [linear for ffn in anatomy.ffns for linear in ffn.linears]
+    readers += anatomy.head.linears if anatomy.head is not None else ()
+    types = {id(m.x): m.weight.dtype if m.quantized is None else np.dtype(np.float32) for m in readers}
     wanted = {}
-    pairs = [pair for ffn in ffns for pair in ((ffn.x, ffn.up), (ffn.hidden, ffn.down))]
-    for tensor, linear in (*pairs, *([(head.x, head)] if head else [])):
+    for tensor in (tensor for meter in meters for tensor in meter.tensors):
         if tensor.dtype is None:  # exporters need not annotate inner tensors
-            tensor.dtype = linear.weight.dtype if linear.quantized is None else np.float32
+            tensor.dtype = types.get(id(tensor), np.dtype(np.float32))
         wanted[tensor.name] = tensor
     graph.outputs = [tensor for tensor in wanted.values() if tensor.inputs]  # an input of the graph is known anyway
     graph.cleanup(remove_unused_graph_inputs=False)

@@ -35,12 +35,13 @@ from trimtab.compiler.task import find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.canonicalize.repack import repack
-from trimtab.passes.contract import check_learned
+from trimtab.passes.contract import check_needs
 from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.ranges import packed_mask
+from trimtab.passes.needs import FFNStates, to_measure
 from trimtab.passes.precision import Precision
 from trimtab.passes.profile import Profile
 
@@ -91,7 +92,7 @@ def compile_model(
         _check_shards(recipe)
     given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
     with remedies(model=model, recipe=written, data=data, profile=profile):
-        check_learned(recipe.passes, given)
+        check_needs(recipe.passes, given)
     if recipe.needs_profile and given is None and data is None:
         raise DataError(
             f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
@@ -131,7 +132,7 @@ class _Compile:
         with phases("read the graph"):
             graph = self.source.graph()
             anatomy = find_anatomy(graph)
-            if self.recipe.needs_profile:
+            if FFNStates() in to_measure(self.recipe.needs):
                 require_ffns(anatomy)
             if dataset is not None:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
@@ -141,7 +142,12 @@ class _Compile:
         if dataset is not None:
             with phases("calibrate", shown=False):
                 profile = measured_profile(
-                    self.source, dataset, self.recipe.calibration, progress=phases.progress, again=self.force
+                    self.source,
+                    dataset,
+                    self.recipe.calibration,
+                    needs=self.recipe.needs,
+                    progress=phases.progress,
+                    again=self.force,
                 )
         with scratch(folder):
             with phases("run the passes", shown=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import Source
 from trimtab.passes.errors import BuildError, DataError, ProfileError
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.needs import DEFAULT, Need, to_measure
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -28,19 +29,23 @@ def measured_profile(
     dataset: Dataset,
     options: Calibration,
     *,
+    needs: Iterable[Need] = DEFAULT,
     progress: Callable[[str, int, int], None] | None = None,
     again: bool = False,
 ) -> Profile:
     """The Profile of `source` on `dataset`: from the cache where the same was measured before, else measured now.
 
     Args:
+        needs: of the passes that it is for.
         again: measure in any case.
     """
+    wanted = to_measure(needs)
     parts = [*source.hashes, source.tokenizer_hashes, dataset.sha256, options.model_dump(), package_versions()]
+    parts.append(sorted(map(repr, wanted)))
     measured: list[Profile] = []
 
     def make(part: Path) -> None:
-        profile = calibrate(source, dataset, **options.model_dump(), progress=progress)
+        profile = calibrate(source, dataset, needs=wanted, **options.model_dump(), progress=progress)
         if dataset.arrays is None and read_data(dataset.path).sha256 != dataset.sha256:
             raise DataError(f"{dataset.path}: changed while the model was calibrated on it", hint="compile again")
         measured.append(profile)

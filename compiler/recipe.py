@@ -15,6 +15,7 @@ from trimtab.compiler.strict import explain, parse_yaml, read_yaml, suggest
 from trimtab.compiler.workload import Workload
 from trimtab.passes import Pass, pass_class
 from trimtab.passes.errors import RecipeError
+from trimtab.passes.needs import Need
 
 
 class Calibration(BaseModel):
@@ -87,7 +88,12 @@ class Recipe(BaseModel):
     @property
     def needs_profile(self) -> list[str]:
         """Names of the passes that look at calibration data."""
-        return [step.name for step in self.passes if step.needs_profile]
+        return [step.name for step in self.passes if step.needs]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the passes take from the Profile."""
+        return frozenset().union(*(step.needs for step in self.passes))
 
     def canonical(self) -> str:
         """The same text for the same recipe, however it was written: with every default filled in, as sorted JSON."""

@@ -17,6 +17,7 @@ from trimtab.passes.crossover import Measure
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.graph.order import topological
+from trimtab.passes.needs import Need
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -155,9 +156,8 @@ class Pass(BaseModel, ABC):
     """kebab-case, as recipes call it."""
     summary: ClassVar[str]
     """One line for `trimtab passes`."""
-    needs_profile: ClassVar[bool] = False
-    learned_by: ClassVar[str | None] = None
-    """Method of `trimtab train` that learns what the pass takes from the Profile; None where measuring is enough."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the pass takes from the Profile: measured by calibration, or learned by a method of `trimtab train`."""
 
     def written(self) -> dict[str, Any]:
         """Name → options, as in a recipe; JSON types."""
@@ -175,17 +175,18 @@ class Pass(BaseModel, ABC):
         return ()
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
-        """Check what training has put into the Profile, as far as recipe and Profile tell: before anything long runs.
+        """Check that the Profile has what the pass needs, as far as recipe and Profile tell: before anything long runs.
 
         Args:
+            profile: None where one will be measured, if anything is to be measured.
             before: the passes in front of this one.
 
         Raises:
             NotLearnedError: the weights that the pass needs are not there, or belong behind other passes.
+            ProfileError: `profile` is given, and was not calibrated for the pass.
         """
-        if self.learned_by is not None and (profile is None or not profile.learned(self.learned_by)):
-            where = "the profile holds" if profile is not None else "there is no profile, and so"
-            raise NotLearnedError(f"{where} no weights learned by {self.learned_by}", method=self.learned_by)
+        for need in sorted(self.needs, key=repr):
+            need.check(profile)
 
     def unfit(self, capability: Capability) -> str | None:
         """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
@@ -200,11 +201,11 @@ class Pass(BaseModel, ABC):
         return None
 
 
-def check_learned(passes: Sequence[Pass], profile: Profile | None) -> None:
-    """Check that `profile` holds what `passes` need to have learned.
+def check_needs(passes: Sequence[Pass], profile: Profile | None) -> None:
+    """Check that `profile` has what `passes` need, where it is given; and what they need to have learned in any case.
 
     Raises:
-        NotLearnedError: names the first pass that lacks something.
+        NotLearnedError, ProfileError: names the first pass that lacks something.
     """
     for number, step in enumerate(passes):
         _check_one(step, profile, passes[:number])
@@ -215,6 +216,8 @@ def _check_one(step: Pass, profile: Profile | None, before: Sequence[Pass]) -> N
         step.check_profile(profile, before)
     except NotLearnedError as error:
         raise NotLearnedError(f"pass {step.name}: {error.message}", method=error.method) from error
+    except ProfileError as error:
+        raise ProfileError(f"pass {step.name}: {error.message}", hint=error.hint) from error
 
 
 def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding | None:

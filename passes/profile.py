@@ -62,11 +62,28 @@ class FFNStats:
     states: np.ndarray
 
 
+@dataclass(frozen=True)
+class Received:
+    """Attention received by tokens in one layer: a uniform random sample of all tokens, of the same in every layer.
+
+    Attributes:
+        values: of each the mean over heads and the queries of its text, padding left out, [n], float32. Those of one
+            text add up to 1, so that the mean is 1 / length.
+        lengths: of its text, in tokens without padding, [n].
+        positions: its place in the text, from 0, [n].
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    positions: np.ndarray
+
+
 @dataclass
 class Profile:
     """Statistics and learned tensors of one model on one data set.
 
-    Tensors are named `ffn.<layer>.<statistic>`, `head.states` and `learned.<method>.<initializer>`.
+    Tensors are named `ffn.<layer>.<statistic>`, `head.states`, `attention.<layer>.received`, `.lengths` and
+    `.positions`, and `learned.<method>.<initializer>`.
     """
 
     info: ProfileInfo
@@ -116,6 +133,25 @@ class Profile:
 
     def set_head(self, states: np.ndarray) -> None:
         self.tensors["head.states"] = states
+
+    def received(self, layer: int) -> Received:
+        """The attention that tokens receive in attention number `layer`.
+
+        Raises:
+            ProfileError: the profile does not have it.
+        """
+        prefix = f"attention.{layer}."
+        if prefix + "received" not in self.tensors:
+            raise ProfileError(
+                f"layer {layer} attention: the profile does not have what its tokens receive",
+                hint="calibrate this model again, for the passes of this recipe",
+            )
+        return Received(*(self.tensors[prefix + key] for key in ("received", "lengths", "positions")))
+
+    def set_received(self, layer: int, received: Received) -> None:
+        prefix = f"attention.{layer}."
+        self.tensors[prefix + "received"] = received.values
+        self.tensors[prefix + "lengths"], self.tensors[prefix + "positions"] = received.lengths, received.positions
 
     def learned(self, method: str) -> Mapping[str, np.ndarray]:
         """What `method` learned: initializer name → values."""

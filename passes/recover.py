@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.contract import Pass, PassContext, PassResult, Rounding, first_rounding
 from trimtab.passes.errors import NotLearnedError, how_to_learn
 from trimtab.passes.graph import values
+from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,7 @@ class Recover(Pass):
 
     name: ClassVar[str] = _METHOD
     summary: ClassVar[str] = "Put in the weights that `trimtab train --method recover` learned."
-    needs_profile: ClassVar[bool] = True
-    learned_by: ClassVar[str | None] = _METHOD
+    needs: ClassVar[frozenset[Need]] = frozenset({Learned(_METHOD)})
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         """Check that weights were learned, and behind the passes `before` with the same options."""

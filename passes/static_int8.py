@@ -14,6 +14,7 @@ from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import read_layer
+from trimtab.passes.needs import FFNStates, Need
 
 _OPSET = 19  # in which QuantizeLinear takes half precision too
 _LARGEST = 127
@@ -30,7 +31,7 @@ class StaticInt8(Pass):
 
     name: ClassVar[str] = "static-int8"
     summary: ClassVar[str] = "int8 products of FFNs, with scales of activations from calibration (TensorRT)"
-    needs_profile: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     coverage: float = Field(
         0.9999, gt=0.9, le=1, description="share of the activations that is not clipped",

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.passes import Left, Pass, PassContext, PassResult
+from trimtab.passes.needs import FFNStates, Need
 
 WIDTH, NEURONS, ROWS = 24, 40, 50
 
@@ -29,7 +30,7 @@ class Dampen(Pass):
 
     name: ClassVar[str] = "dampen"
     summary: ClassVar[str] = "for tests"
-    needs_profile: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     factor: float = Field(1.0, ge=0, le=2)
     spare: int | None = None

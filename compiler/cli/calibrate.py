@@ -18,6 +18,10 @@ def command(
         typer.Option("--data", help="Texts (.txt, .jsonl, .tsv, plain or .gz) or tensors (.npz).", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--output", "-o", help="The Profile to write.", show_default=False)],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Measure also what the passes of this recipe need.", show_default=False),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to use, chosen at random.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples to run at a time.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Cut texts to so many tokens.")] = 128,
@@ -30,11 +34,14 @@ def command(
     """Measure a model on data and write its Profile."""
     from trimtab.compiler.calibrate import calibrate
     from trimtab.compiler.data import read_data
+    from trimtab.compiler.recipe import load_recipe
     from trimtab.compiler.sources import open_source
     from trimtab.passes.errors import ProfileError
+    from trimtab.passes.needs import DEFAULT, to_measure
 
     if not os.access(out.absolute().parent, os.W_OK) or out.is_dir():  # known before the work, not after it
         raise ProfileError(f"{out}: cannot be written", hint="give a file in a folder that exists and is writable")
+    needs = DEFAULT | to_measure(load_recipe(recipe).needs if recipe is not None else ())
     dataset = read_data(data)
     source = open_source(model, allow_pickle=allow_pickle)
     with console.progress() as progress:
@@ -47,6 +54,7 @@ def command(
             states=states,
             progress=progress,
             seed=seed,
+            needs=needs,
         )
     profile.save(out)
     layers = sum(name.endswith(".states") for name in profile.tensors)

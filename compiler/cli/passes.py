@@ -24,7 +24,7 @@ def command(
                 {
                     "name": each.name,
                     "summary": each.summary,
-                    "needs_profile": each.needs_profile,
+                    "needs_profile": bool(each.needs),
                     "options": each.model_json_schema(),
                 }
                 for each in chosen
@@ -34,5 +34,5 @@ def command(
         print(f"{name}: {chosen[0].summary}\n")
         print_options(chosen[0])
     else:
-        rows = [(each.name, "yes" if each.needs_profile else "no", each.summary) for each in chosen]
+        rows = [(each.name, "yes" if each.needs else "no", each.summary) for each in chosen]
         console.print_table(("pass", "needs profile", "what it does"), rows)

@@ -21,6 +21,7 @@ from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import read_layer
 from trimtab.passes.matrices.quantize import fit_block
+from trimtab.passes.needs import FFNStates, Need
 
 _OPSET = {"int8": 21, "int4": 21, "int2": 25}
 """The opset in which DequantizeLinear takes blocks of this type."""
@@ -40,7 +41,7 @@ class FFNSplit(Pass):
 
     name: ClassVar[str] = "ffn-split"
     summary: ClassVar[str] = "split FFNs into heavy hitters and a cheap rest (FFSplit)"
-    needs_profile: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     heavy: float = Field(
         0.25,

@@ -23,6 +23,7 @@ from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
+from trimtab.passes.needs import FFNStates, Need
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.dialect import OPSET
 from trimtab.plugins.sparse_up import ACTIVATIONS
@@ -62,7 +63,7 @@ class FFNTopK(Pass):
 
     name: ClassVar[str] = "ffn-topk"
     summary: ClassVar[str] = "compute only the neurons that a cheap predictor chooses for each token (HiRE)"
-    needs_profile: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     density: float = Field(
         0.1,

@@ -20,6 +20,7 @@ from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
 from trimtab.passes.matrices.forms import LowRank
+from trimtab.passes.needs import HeadStates, Need
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
 from trimtab.plugins.dialect import OPSET
 
@@ -36,7 +37,7 @@ class HeadTopK(Pass):
 
     name: ClassVar[str] = "head-topk"
     summary: ClassVar[str] = "exact logits for likely tokens alone, cheap ones for the rest (HiRE)"
-    needs_profile: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({HeadStates()})
 
     take: int = Field(128, ge=1, description="candidates, whose logits are exact")
     miss: float | None = Field(

@@ -12,8 +12,9 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from tests import tiny, zoo
-from trimtab.compiler.calibrate import Reservoir, calibrate
+from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.data import Dataset, read_data
+from trimtab.compiler.meters import Reservoir
 from trimtab.compiler.sources import Source
 from trimtab.passes.errors import DataError, ModelError
 from trimtab.passes.graph import constant, save_graph

@@ -18,6 +18,7 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.sources import open_source
 from trimtab.passes import Pass, PassContext, PassResult
 from trimtab.passes.errors import DataError, ModelError, NotLearnedError
+from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile, ProfileInfo
 
 RECIPE = "passes: [dampen, recover]\ncalibration: {samples: 16, states: 64, max_tokens: 12}\nthreads: 1\n"
@@ -29,8 +30,7 @@ class Gate(Pass):
 
     name: ClassVar[str] = "gate"
     summary: ClassVar[str] = "for tests"
-    needs_profile: ClassVar[bool] = True
-    learned_by: ClassVar[str | None] = "lte"
+    needs: ClassVar[frozenset[Need]] = frozenset({Learned("lte")})
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         return PassResult(self.name, 0)

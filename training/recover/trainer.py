@@ -30,10 +30,10 @@ class Recover(contract.Trainer):
         """Check the recipe, and that the Profile holds what the passes before `recover` have to have learned."""
         from trimtab.compiler.pipeline import check_fit
         from trimtab.compiler.targets import get_target
-        from trimtab.passes.contract import check_learned
+        from trimtab.passes.contract import check_needs
 
         plan = _recipe(job)
-        check_learned(plan.passes[: check_recipe(plan)], job.profile)
+        check_needs(plan.passes[: check_recipe(plan)], job.profile)
         check_fit(plan, get_target(plan.target).probe())  # or it could not be compiled with what it learned
 
     def run(self, job: contract.Job) -> contract.Trained:
@@ -41,10 +41,13 @@ class Recover(contract.Trainer):
         from trimtab.compiler.profiling import measured_profile
         from trimtab.compiler.sources import open_source
         from trimtab.compiler.targets import get_target
+        from trimtab.passes.needs import DEFAULT
         from trimtab.training.recover.recover import recover
 
         plan, source = _recipe(job), open_source(job.model, allow_pickle=job.allow_pickle)
-        profile = job.profile or measured_profile(source, job.dataset, plan.calibration, progress=job.progress)
+        profile = job.profile or measured_profile(
+            source, job.dataset, plan.calibration, needs=DEFAULT | plan.needs, progress=job.progress
+        )
         profile.check(source.fingerprint)
         learned = recover(
             source, plan, job.dataset, profile, self.settings, capability=get_target(plan.target).probe(),
