@@ -11,6 +11,7 @@ _PASSES = {
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
     "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
+    "unpad": "trimtab.passes.unpad:Unpad",
     "recover": "trimtab.passes.recover:Recover",
     "weight-only": "trimtab.passes.weight_only:WeightOnly",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",

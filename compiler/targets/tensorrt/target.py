@@ -245,4 +245,4 @@ def _probe(kind: type[TensorRT]) -> Capability:
             onnx.save(model, path)
         *blockwise, half, integers = (not refused for refused in kind().parse(paths))
     taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
-    return Capability(weight_bits=taken, float16=half, integer_products=integers)
+    return Capability(weight_bits=taken, float16=half, integer_products=integers, counted_sizes=False)

@@ -1,0 +1,262 @@
+"""What the nodes between an attention's projections compute, found by running them on random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+
+from trimtab.passes.anatomy import Attention
+from trimtab.passes.graph import save_graph
+from trimtab.passes.unpad.inputs import feed, shape_of
+
+__all__ = ["Core", "RefusedError", "find_core"]
+
+_CLOSE = 1e-3  # of what is compared: rounding in float32, and what an exporter's mask adds to real keys
+_HIDES = 1e4  # what is added to scores that are to become 0; biases are smaller
+_SEED = 0
+
+
+class RefusedError(Exception):
+    """Why a model stays as it is."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(why)
+        self.where, self.why = where, why
+
+
+@dataclass(frozen=True)
+class Core:
+    """softmax(scale q kᵀ + bias) v over the real keys, of one attention.
+
+    Attributes:
+        attention: its `out.x` is the context, [batch, tokens, heads · dim].
+        scale: None for 1 / √dim.
+        bias: [.., 1 or heads, tokens, tokens] by position, or None.
+    """
+
+    attention: Attention
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float | None
+    bias: gs.Tensor | None
+
+    @property
+    def sources(self) -> tuple[gs.Tensor, ...]:
+        """The outputs of its projections: q, k and v, or one that holds all three side by side."""
+        return _sources(self.attention)
+
+    @property
+    def context(self) -> gs.Tensor:
+        assert self.attention.out is not None
+        return self.attention.out.x
+
+
+def find_core(graph: gs.Graph, attention: Attention, streams: Sequence[gs.Tensor], mask: gs.Tensor | None) -> Core:
+    """Measure scale and bias, and check the whole against attention in float64.
+
+    Args:
+        streams: the residual stream between the layers, which nothing within an attention computes anew.
+        mask: the graph's input that tells real tokens, [batch, tokens]; None where all are.
+
+    Raises:
+        RefusedError: it computes something else.
+    """
+    where = f"attention {attention.layer}"
+    if attention.q is None or attention.k is None or attention.v is None or attention.out is None:
+        raise RefusedError(where, "one of its projections is not recognised")
+    heads, kv_heads, dim = attention.heads, attention.kv_heads or attention.heads, attention.head_dim
+    if not heads or not kv_heads or not dim or heads % kv_heads:
+        raise RefusedError(where, "its heads are not recognised")
+    sources, context = _sources(attention), attention.out.x
+    widths = [heads * dim, kv_heads * dim, kv_heads * dim] if len(sources) == 3 else [(heads + 2 * kv_heads) * dim]
+    if len(sources) == 2 or any(source.dtype not in (None, np.float32) for source in sources):
+        raise RefusedError(where, "its q, k and v are not float32 tensors of their own")
+    trial = _Trial(graph, attention, sources, widths, streams, mask)
+    bias, scale = None, None
+    softmax = next((node for node in attention.nodes if node.op == "Softmax"), None)
+    if softmax is not None:
+        scale, bias = trial.scale_and_bias(softmax, (heads, kv_heads, dim), where)
+    elif "scale" in attention.nodes[-1].attrs:
+        scale = float(attention.nodes[-1].attrs["scale"])
+    core = Core(attention, heads, kv_heads, dim, scale, bias)
+    wanted = trial.attend(core)
+    (got,) = trial.run([context], trial.feeds)
+    if got.shape != wanted.shape or not _close(got[trial.real], wanted[trial.real]):
+        raise RefusedError(where, "it is not attention of every real token to all real tokens")
+    if scale is not None and abs(scale * dim**0.5 - 1) < _CLOSE / 10:
+        core = Core(attention, heads, kv_heads, dim, None, bias)
+    return core
+
+
+class _Trial:
+    """The nodes behind an attention's projections, with random inputs."""
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        attention: Attention,
+        sources: Sequence[gs.Tensor],
+        widths: Sequence[int],
+        streams: Sequence[gs.Tensor],
+        mask: gs.Tensor | None,
+    ) -> None:
+        self.graph, self.attention, self.sources, self.mask = graph, attention, sources, mask
+        rng = np.random.default_rng(_SEED)
+        batch, tokens = shape_of(streams[0])
+        self.real = np.ones((batch, tokens), bool)
+        if mask is not None:
+            self.real = rng.random((batch, tokens)) < 0.7
+            self.real[:, 2] = True
+        self.feeds = {
+            source.name: rng.standard_normal((batch, tokens, width)).astype(np.float32)
+            for source, width in zip(sources, widths, strict=True)
+        }
+        self._given = [*sources, *(x for x in streams if all(x is not source for source in sources))]
+        for tensor in (*self._given[len(sources) :], *graph.inputs):
+            self.feeds[tensor.name] = feed(tensor, batch, tokens, rng)
+        if mask is not None:
+            self.feeds[mask.name] = self.real.astype(mask.dtype)
+
+    def run(self, outputs: Sequence[gs.Tensor], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        nodes = list(_between(self._given, outputs))
+        read = {tensor.name for node in nodes for tensor in node.inputs}
+        inputs = [
+            gs.Variable(tensor.name, tensor.dtype or np.float32, list(feeds[tensor.name].shape))
+            for tensor in (*self._given, *self.graph.inputs)
+            if tensor.name in read
+        ]
+        part = gs.Graph(
+            nodes, inputs, list(outputs), opset=self.graph.opset, import_domains=self.graph.import_domains,
+            ir_version=self.graph.ir_version, functions=self.graph.functions,
+        )  # fmt: skip
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        with TemporaryDirectory(prefix="trimtab-unpad-") as folder:
+            path = Path(folder) / "part.onnx"
+            save_graph(part, path)
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in inputs})
+        return found
+
+    def scale_and_bias(
+        self, softmax: gs.Node, sizes: tuple[int, int, int], where: str
+    ) -> tuple[float, gs.Tensor | None]:
+        """By the scores of random q, and of q = 0."""
+        heads, kv_heads, dim = sizes
+        scores = softmax.inputs[0]
+        biases = [t for t in self._biases(scores, heads) if t is not scores]
+        none = self.feeds | {self.sources[0].name: self.feeds[self.sources[0].name].copy()}
+        none[self.sources[0].name][..., : heads * dim] = 0
+        (full,) = self.run([scores], self.feeds)
+        rest, *values = self.run([scores, *biases], none)
+        q, k, _ = self._split(heads, kv_heads, dim)
+        products = np.einsum("bqhd,bkhd->bhqk", q, k)
+        shape = products.shape
+        if full.size != products.size:
+            raise RefusedError(where, "its scores are not [batch, heads, tokens, tokens]")
+        real = np.broadcast_to(self.real[:, None, :, None] & self.real[:, None, None, :], shape)
+        full, rest = (x.reshape(shape).astype(np.float64) for x in (full, rest))
+        if not np.isfinite(rest[real]).all() or np.ptp(rest[real]) > _HIDES:
+            raise RefusedError(where, "keys are hidden by position, as in a decoder")
+        with np.errstate(invalid="ignore"):
+            of_q = np.where(real, full - rest, 0)
+        scale = float((of_q * products).sum() / np.where(real, products**2, 0).sum())
+        if not _close(of_q[real], scale * products[real]):
+            raise RefusedError(where, "its scores are not those of q and k alone")
+        if _constant(rest, real):
+            return scale, None
+        for tensor, value in zip(biases, values, strict=True):
+            square = value.reshape(-1, *value.shape[-2:]).astype(np.float64)
+            if _constant(rest - square, real) and (self.mask is None or _by_distance(square)):
+                return scale, tensor
+        raise RefusedError(where, "its scores have a bias, or a mask by position, that is not recognised")
+
+    def _biases(self, scores: gs.Tensor, heads: int) -> list[gs.Tensor]:
+        """What the scores are made of that could be a bias: floats by position that hang on neither q nor the mask."""
+        starts = [*self._given, *([self.mask] if self.mask is not None else [])]
+        changing = _reached(starts)
+        tokens = self.real.shape[1]
+        made = [t for node in _between(self._given, [scores]) for t in node.outputs if id(node) not in changing]
+        found = []
+        for tensor, value in zip(made, self.run(made, self.feeds) if made else [], strict=True):
+            lead = value.shape[:-2]
+            of_heads = lead in ((), (1,), (heads,), (1, 1), (1, heads))
+            if value.dtype == np.float32 and value.ndim >= 2 and value.shape[-2:] == (tokens, tokens) and of_heads:
+                found.append(tensor)
+        return found
+
+    def _split(self, heads: int, kv_heads: int, dim: int) -> list[np.ndarray]:
+        """q, k and v in float64, [batch, tokens, heads, dim], those of keys as often as heads share them."""
+        parts = [self.feeds[source.name].astype(np.float64) for source in self.sources]
+        if len(parts) == 1:
+            parts = np.split(parts[0], np.cumsum([heads * dim, kv_heads * dim]), axis=-1)
+        split = [part.reshape(*part.shape[:2], -1, dim) for part in parts]
+        return [split[0], *(np.repeat(part, heads // kv_heads, axis=2) for part in split[1:])]
+
+    def attend(self, core: Core) -> np.ndarray:
+        """The context, in float64."""
+        q, k, v = self._split(core.heads, core.kv_heads, core.dim)
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k) * (core.dim**-0.5 if core.scale is None else core.scale)
+        if core.bias is not None:
+            (bias,) = self.run([core.bias], self.feeds)
+            scores = scores + bias.reshape(-1, *bias.shape[-2:])
+        scores = np.where(self.real[:, None, None, :], scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        context = np.einsum("bhqk,bkhd->bqhd", weights, v)
+        return np.asarray(context.reshape(*context.shape[:2], -1))
+
+
+def _sources(attention: Attention) -> tuple[gs.Tensor, ...]:
+    linears = [linear for linear in (attention.q, attention.k, attention.v) if linear is not None]
+    return tuple({id(linear.y): linear.y for linear in linears}.values())
+
+
+def _between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
+    """The nodes that make `outputs` of `given`, constants and the graph's inputs."""
+    seen = {id(tensor) for tensor in given}
+    nodes: set[int] = set()
+    stack = [tensor for tensor in outputs if id(tensor) not in seen]
+    while stack:
+        tensor = stack.pop()
+        for node in tensor.inputs:
+            if id(node) not in nodes:
+                nodes.add(id(node))
+                yield node
+                stack += [t for t in node.inputs if id(t) not in seen]
+
+
+def _reached(tensors: Sequence[gs.Tensor]) -> set[int]:
+    """Ids of the nodes whose values hang on those of `tensors`; their sizes do not count."""
+    nodes: set[int] = set()
+    stack = list(tensors)
+    while stack:
+        for node in stack.pop().outputs:
+            if id(node) not in nodes and node.op not in ("Shape", "Size"):
+                nodes.add(id(node))
+                stack += node.outputs
+    return nodes
+
+
+def _constant(scores: np.ndarray, real: np.ndarray) -> bool:
+    """Whether the real keys of a real query all have the same score, which softmax does not notice."""
+    low, high = np.where(real, scores, np.inf).min(axis=-1), np.where(real, scores, -np.inf).max(axis=-1)
+    queries = real.any(axis=-1)
+    return bool((high[queries] - low[queries]).max() < _CLOSE)
+
+
+def _by_distance(square: np.ndarray) -> bool:
+    """Whether a bias hangs on the distance of query and key alone, wherever padding puts the first token."""
+    return bool(np.allclose(square[:, 1:, 1:], square[:, :-1, :-1], atol=_CLOSE))
+
+
+def _close(got: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.allclose(got, wanted, rtol=_CLOSE, atol=_CLOSE * max(1e-6, float(np.abs(wanted).max(initial=0)))))

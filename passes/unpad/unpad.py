@@ -1,0 +1,201 @@
+"""The pass `unpad`: between its first layer and its last, an encoder computes real tokens alone, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
+from trimtab.passes.graph import output_name_of, rename_output, topological, values
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.unpad.core import Core, RefusedError, find_core
+from trimtab.passes.unpad.inputs import mask_of
+from trimtab.passes.unpad.joined import join_projections
+from trimtab.passes.unpad.packing import Packing
+from trimtab.passes.unpad.tokens import Change, pack_node
+from trimtab.plugins import PACKED_ATTENTION, add_node
+
+_OPSET = 18  # of the op's reference body
+
+
+class Unpad(Pass):
+    """Pack the real tokens of a batch one behind the other, from the first layer to the last.
+
+    The input that attentions hide padding by tells which tokens are real. What computes each token for itself stays as
+    it is, attention becomes the op PackedAttention, and q, k and v one product. Whatever reads the stream behind the
+    last layer gets it padded again, with zeros, or each sample's first token.
+    Exact: for real tokens the graph computes the same, up to the rounding of float32. A model in which something else
+    mixes tokens is left alone, with the node and the reason.
+    """
+
+    name: ClassVar[str] = "unpad"
+    summary: ClassVar[str] = "encoders compute real tokens alone, packed without padding"
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite `graph`, or leave all of it."""
+        anatomy = find_anatomy(graph)
+        if not anatomy.attentions:
+            return PassResult(self.name, 0, (Left("the model", "no attention is recognised"),))
+        try:
+            blocks = anatomy.blocks
+            if not blocks or blocks[0].attention is None:
+                raise RefusedError("the model", "its layers are not recognised")
+            stream = blocks[0].x
+            streams = list({id(tensor): tensor for block in blocks for tensor in (block.x, block.y)}.values())
+            mask = _mask(graph, [a.out.x for a in anatomy.attentions if a.out is not None], streams)
+            _check_mask(stream, mask)
+            cores = [find_core(graph, attention, streams, mask) for attention in anatomy.attentions]
+            plan = _Plan(graph, stream, cores)
+        except RefusedError as error:
+            return PassResult(self.name, 0, (Left(error.where, error.why),))
+        raise_opset(graph, _OPSET)
+        plan.rewrite(Packing(graph, stream, mask))
+        return PassResult(self.name, len(cores), (), {"mask": None if mask is None else mask.name})
+
+    def unfit(self, capability: Capability) -> str | None:
+        if capability.counted_sizes:
+            return None
+        return "it takes no tensors whose sizes are counted at run time"
+
+
+def _mask(graph: gs.Graph, contexts: Sequence[gs.Tensor], streams: Sequence[gs.Tensor]) -> gs.Tensor | None:
+    """The input that tells real tokens; None where attention sees all.
+
+    Raises:
+        RefusedError: attention hangs on something else beside the stream.
+    """
+    found = mask_of(graph, contexts, streams)
+    if len(found) > 1:
+        raise RefusedError(
+            "the model", f"attention hangs on several inputs: {', '.join(sorted(t.name for t in found))}"
+        )
+    if found and (found[0].shape is None or len(found[0].shape) != 2 or not _is_mask(found[0])):
+        raise RefusedError(
+            "the model", f"attention hangs on the input {found[0].name}, which is no mask [batch, tokens]"
+        )
+    return found[0] if found else None
+
+
+def _is_mask(tensor: gs.Tensor) -> bool:
+    return np.dtype(tensor.dtype) in (np.bool_, np.int32, np.int64, np.float32)
+
+
+def _check_mask(stream: gs.Tensor, mask: gs.Tensor | None) -> None:
+    if stream.shape is None or len(stream.shape) != 3:
+        raise RefusedError("the model", "its stream is not [batch, tokens, width]")
+    if mask is not None and isinstance(stream.shape[1], int) and stream.shape[1] != mask.shape[1]:
+        raise RefusedError("the model", f"its mask {mask.name} is for another number of tokens than its layers have")
+
+
+class _Plan:
+    """What is packed, and what each node needs for it. Making it changes nothing.
+
+    Raises:
+        RefusedError: a node on the way to an attention, or to another layer, does not compute each token for itself.
+    """
+
+    def __init__(self, graph: gs.Graph, stream: gs.Tensor, cores: Sequence[Core]) -> None:
+        self.graph, self.stream, self.cores = graph, stream, cores
+        self.packed: dict[int, int] = {id(stream): 3}  # → axes, as they are
+        self.nodes: dict[int, list[Change]] = {}
+        self._tensors: list[gs.Tensor] = [stream]
+        pending, stopped = list(cores), {}
+        for node in topological(graph):
+            for core in [core for core in pending if all(id(source) in self.packed for source in core.sources)]:
+                self._add(core.context, 3)
+                pending.remove(core)
+            if any(id(tensor) in self.packed for tensor in node.outputs) or not self._reads(node):
+                continue
+            reason, changes = pack_node(node, self.packed)
+            if reason is not None:
+                stopped[id(node)] = (node, reason)
+                continue
+            self.nodes[id(node)] = changes
+            axes = max(self.packed[id(t)] for t in node.inputs if id(t) in self.packed)
+            for tensor in node.outputs:
+                self._add(tensor, axes)
+        own = {id(node) for node in graph.nodes}
+        if any(id(node) not in own for tensor in self._tensors for node in tensor.outputs):
+            raise RefusedError("the model", "a branch or a loop reads the stream between two layers")
+        if pending:
+            raise RefusedError(*self._first_stop(stopped, pending[0]))
+
+    def _add(self, tensor: gs.Tensor, axes: int) -> None:
+        if not tensor.is_empty():
+            self.packed[id(tensor)] = axes
+            self._tensors.append(tensor)
+
+    def _reads(self, node: gs.Node) -> bool:
+        return any(id(tensor) in self.packed for tensor in node.inputs)
+
+    def _first_stop(self, stopped: dict[int, tuple[gs.Node, str]], core: Core) -> tuple[str, str]:
+        """The first node before an attention's projections that does not let packed tokens through."""
+        before: set[int] = set()
+        stack = list(core.sources)
+        while stack:
+            tensor = stack.pop()
+            for node in tensor.inputs if id(tensor) not in self.packed else ():
+                if id(node) not in before:
+                    before.add(id(node))
+                    stack += node.inputs
+        for number, (node, reason) in stopped.items():
+            if number in before:
+                return output_name_of(node), f"{node.op}: {reason}"
+        return f"attention {core.attention.layer}", "its input does not come from the first layer's"
+
+    def rewrite(self, packing: Packing) -> None:
+        """Pack the stream, replace the attentions, and unpack for those who read what is packed otherwise."""
+        graph = self.graph
+        nodes = {id(node): node for node in graph.nodes}
+        replaced: dict[int, gs.Tensor] = {id(self.stream): packing.pack(self.stream)}
+        outside = [(t, [n for n in t.outputs if id(n) in nodes and id(n) not in self.nodes]) for t in self._tensors]
+        for core in self.cores:
+            inputs: dict[str, gs.Tensor] = join_projections(graph, core, replaced)
+            inputs["offsets"] = packing.offsets
+            if core.bias is not None:
+                inputs["bias"] = core.bias
+            if core.scale is not None:
+                inputs["scale"] = _scale(core)
+            kv_heads = 0 if core.kv_heads == core.heads else core.kv_heads
+            name = f"unpad/attention.{core.attention.layer}"
+            replaced[id(core.context)] = add_node(
+                graph, PACKED_ATTENTION, inputs, name, heads=core.heads, kv_heads=kv_heads
+            )
+        for number, changes in self.nodes.items():
+            node = nodes[number]
+            for change in changes:
+                change()
+            node.inputs = [replaced.get(id(t), t) for t in node.inputs]
+        for tensor in self._tensors:
+            if id(tensor) not in replaced and tensor.shape is not None:
+                tensor.shape = ["unpad.real", *tensor.shape[2:]]
+        for tensor, readers in outside:
+            if tensor is self.stream:
+                continue
+            now = replaced.get(id(tensor), tensor)
+            for node in readers:
+                _read(node, tensor, now, packing)
+            if any(tensor is output for output in graph.outputs):
+                rename_output(graph, tensor, packing.unpack(now))
+        graph.cleanup(remove_unused_graph_inputs=False)
+        graph.nodes = topological(graph)
+
+
+def _scale(core: Core) -> gs.Constant:
+    return gs.Constant(f"unpad/attention.{core.attention.layer}/scale", np.array(core.scale, np.float32))
+
+
+def _read(node: gs.Node, tensor: gs.Tensor, now: gs.Tensor, packing: Packing) -> None:
+    """Let `node`, which mixes tokens, read what is packed `now`."""
+    if node.op == "Gather" and node.inputs[0] is tensor and node.attrs.get("axis", 0) == 1 and _is_zero(node.inputs[1]):
+        node.inputs, node.attrs["axis"] = list(packing.first(now)), 0
+        return
+    node.inputs = [packing.unpack(now) if t is tensor else t for t in node.inputs]
+
+
+def _is_zero(index: gs.Tensor) -> bool:
+    return isinstance(index, gs.Constant) and not index.shape and int(values(index)) == 0
