@@ -177,7 +177,6 @@ def test_before_dynamic_int8(tmp_path: Path) -> None:
 
 
 def test_behind_dynamic_int8_it_leaves_all() -> None:
-    """The scale of a product's input is one for all rows, padding among them."""
     graph = canonical(zoo.exported("bert"))
     run_passes(graph, [DynamicInt8()], PassContext())
     assert refused(graph).left
