@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx.shape_inference
 from onnx.defs import OpSchema
@@ -177,6 +178,8 @@ class Op:
             f"{{\n{self.body(form)}\n}}"
         )
         made: onnx.FunctionProto = onnx.parser.parse_function(text)
+        for node in made.node:
+            _constant_as_tensor(node)
         return made
 
     def infer(self, shapes: Shapes, attributes: Mapping[str, Value]) -> dict[str, list[Any] | None]:
@@ -212,6 +215,15 @@ class Op:
                 proto = protos[output.follows]
                 kind = onnx.TensorProto.FLOAT if proto is None else proto.tensor_type.elem_type
             context.set_output_type(number, onnx.helper.make_tensor_type_proto(kind, inferred[output.name]))
+
+
+def _constant_as_tensor(node: onnx.NodeProto) -> None:
+    """`Constant <value_ints = [1]>` as a tensor: older ONNX Runtimes look into no others when they infer shapes."""
+    dtypes = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    for attribute in node.attribute:
+        if node.op_type == "Constant" and attribute.name in dtypes and not attribute.ref_attr_name:
+            array = np.array(onnx.helper.get_attribute_value(attribute), dtypes[attribute.name])
+            attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
 
 
 def onnx_type(name: str) -> int:

@@ -99,11 +99,12 @@ class _Typing:
             wanted = id(node) in self.half
             if wanted and node.op in QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
                 self._scales(node.inputs[1])
-            node.inputs = [self._as(tensor, wanted) for tensor in list(node.inputs)]
+            kept = self._kept_by_declaration(node)
+            node.inputs = [self._as(t, wanted and i not in kept[0]) for i, t in enumerate(list(node.inputs))]
             if wanted:
                 self._attributes(node)
-                for tensor in node.outputs:
-                    if is_float(tensor):
+                for i, tensor in enumerate(node.outputs):
+                    if is_float(tensor) and i not in kept[1]:
                         self._retype(tensor)
         for tensor in list(graph.outputs):
             became = id(tensor) in self._in_half
@@ -112,6 +113,17 @@ class _Typing:
             elif became and not self.io:
                 self._output(tensor, _FLOAT)
         graph.nodes = topological(graph)
+
+    def _kept_by_declaration(self, node: gs.Node) -> tuple[set[int], set[int]]:
+        """Places of the inputs and outputs that an op of the dialect has in float32, whatever the others are."""
+        op = OPS.get(node.op) if node.domain == DOMAIN else None
+        if op is None:
+            return set(), set()
+        half = f"tensor({self.dtype.name})"
+        inputs = {place for place, i in enumerate(op.inputs) if half not in i.types}
+        names = {op.inputs[place].name for place in inputs}
+        outputs = {place for place, o in enumerate(op.outputs) if o.follows is None or o.follows in names}
+        return inputs, outputs
 
     def _retype(self, tensor: gs.Tensor) -> None:
         tensor.dtype = self.dtype

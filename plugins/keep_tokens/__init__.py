@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import in_float
+from trimtab.plugins.dialect import FLOAT, INT32, Attribute, Form, Input, Op, Output, Value
 from trimtab.plugins.sizes import Counted, Shapes, Size
 
 __all__ = ["KEEP_TOKENS"]
@@ -33,12 +32,7 @@ def _offsets(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | Non
 
 
 def _body(form: Form) -> str:
-    lines = [
-        *in_float(form, "importance", "importance", "raw", "Identity ({})"),
-        *in_float(form, "threshold", "threshold", "dial", "Identity ({})"),
-    ]
-    choice = _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD
-    return "\n".join([*lines, _SAMPLES, choice, _PACK])
+    return "\n".join([_SAMPLES, _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD, _PACK])
 
 
 # Samples are the rows of a matrix [batch + 1, T + LEAST], where tokens of other samples and the padding are -inf. The
@@ -60,7 +54,7 @@ _SAMPLES = f"""
   lowest = Constant <value = float {{-3.4028234663852886e38}}> ()
 
   all = Cast <to = 7> (offsets)
-  tokens = Shape (raw)
+  tokens = Shape (importance)
   some_ends = Slice (all, one, end, none)
   last = Slice (all, minus, end, none)
   ends_ = Concat <axis = 0> (some_ends, last)
@@ -74,8 +68,8 @@ _SAMPLES = f"""
   before = Less (at, ends)
   inside = And (behind, before)
 
-  is_nan = IsNaN (raw)
-  no_nan = Where (is_nan, inf, raw)
+  is_nan = IsNaN (importance)
+  no_nan = Where (is_nan, inf, importance)
   bounded = Max (no_nan, lowest)
   padded = Concat <axis = 0> (bounded, padding)
   first_ = Constant <value_int: int = @first> ()
@@ -86,7 +80,7 @@ _SAMPLES = f"""
   rows = Where (inside, keys, outside)
 
   batch = Shape (some_ends)
-  dial_flat = Reshape (dial, minus)
+  dial_flat = Reshape (threshold, minus)
   dial_some = Expand (dial_flat, batch)
   dial_all = Concat <axis = 0> (dial_some, nothing)
   dials = Unsqueeze (dial_all, one)
@@ -159,11 +153,9 @@ KEEP_TOKENS = Op(
     "0, less or NaN. Ratio: the ceil(share * n) most important of the n rows of a sample, the earlier of equal ones. "
     f"The {LEAST} most important rows of a sample always stay. NaN counts as infinite: no threshold drops it.",
     inputs=(
-        Input("importance", ACTIVATION, "[T], of the tokens of all samples, one sample behind the other"),
+        Input("importance", FLOAT, "[T], of the tokens of all samples, one sample behind the other"),
         Input("offsets", INT32, "[batch + 1], sample b has the rows from offsets[b] to offsets[b + 1]; the last is T"),
-        Input(
-            "threshold", ACTIVATION, "the threshold or share: one for all, [] or [1], or one for each sample, [batch]"
-        ),
+        Input("threshold", FLOAT, "the threshold or share: one for all, [] or [1], or one for each sample, [batch]"),
     ),
     outputs=(
         Output("kept", "tensor(int32)", "[kept], numbers of the rows that stay, ascending", _kept),

@@ -13,7 +13,8 @@ namespace trimtab {
 
 struct KeepTokens {
   static constexpr const char* kName = "KeepTokens";
-  static constexpr ort::Argument kInputs[] = {{}, {ort::Type::int32}, {}};  // importance, offsets, threshold
+  // importance, offsets, threshold
+  static constexpr ort::Argument kInputs[] = {{ort::Type::float32}, {ort::Type::int32}, {ort::Type::float32}};
   static constexpr ort::Argument kOutputs[] = {{ort::Type::int32}, {ort::Type::int32}};
   static constexpr int64_t kLeast = 2;  // rows of a sample that stay at least
 
@@ -31,12 +32,11 @@ struct KeepTokens {
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
     const Tensor importance = read_input(runtime, context, 0), offsets = read_input(runtime, context, 1);
     const Tensor dial = read_input(runtime, context, 2);
-    if (importance.type != ort::Type::float32 || importance.rank != 1) return "KeepTokens: importance is not float32 [T]";
+    if (importance.rank != 1) return "KeepTokens: importance is not [T]";
     if (offsets.rank != 1 || offsets.dims[0] < 1) return "KeepTokens: offsets are not [batch + 1]";
     const int64_t tokens = importance.dims[0], batch = offsets.dims[0] - 1;
     const int64_t dials = dial.rank == 0 ? 1 : dial.dims[0];
-    if (dial.type != ort::Type::float32 || dial.rank > 1 || (dials != 1 && dials != batch))
-      return "KeepTokens: threshold is not one float32, or one for each sample";
+    if (dial.rank > 1 || (dials != 1 && dials != batch)) return "KeepTokens: threshold is not one number, or one for each sample";
     const int32_t* from = offsets.ints();
     if (from[0] != 0 || from[batch] != tokens || !std::is_sorted(from, from + batch + 1))
       return "KeepTokens: offsets do not ascend from 0 to the number of rows";

@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
 import pytest
 from half import parsed as model
 from onnx import TensorProto
@@ -19,6 +21,7 @@ from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.lower import lower
 from trimtab.passes.precision import Precision
 from trimtab.passes.precision.precision import narrowed
+from trimtab.plugins import KEEP_TOKENS, PACKED_ATTENTION, add_multi_output_node, add_node
 
 GPU = Capability(float16=True)
 
@@ -128,6 +131,33 @@ def test_the_dialect_in_half_where_the_target_computes_it(tmp_path: Path, weight
     assert ups and all(np.dtype(node.outputs[0].dtype) == np.float16 for node in ups)
     lower(graph)
     assert worst(before, saved(graph, tmp_path / "b"), "llama") < 5e-3
+
+
+def test_what_an_op_declares_as_float_stays(tmp_path: Path) -> None:
+    """What tokens receive is summed and compared in float32; outputs that a node leaves unnamed get no type."""
+    x, offsets, threshold = (
+        gs.Variable(name, kind, shape)
+        for name, kind, shape in (("x", np.float32, ["t", 16]), ("o", np.int32, ["b"]), ("s", np.float32, [1]))
+    )
+    graph = gs.Graph(inputs=[x, offsets, threshold], opset=21, ir_version=10)
+    rng = np.random.default_rng()
+    q = gs.Variable("q", np.float32, ["t", 16])
+    graph.nodes.append(gs.Node("MatMul", inputs=[x, gs.Constant("w", rng.random((16, 16), np.float32))], outputs=[q]))
+    given = {"q": q, "k": q, "v": q, "offsets": offsets}
+    context = add_node(graph, PACKED_ATTENTION, given, "first", heads=2)
+    _, received = add_multi_output_node(graph, PACKED_ATTENTION, given | {"q": context}, "second", heads=2)
+    tokens = {"importance": received, "offsets": offsets, "threshold": threshold}
+    graph.outputs = [*add_multi_output_node(graph, KEEP_TOKENS, tokens, "keep")]
+    before = saved(graph, tmp_path / "before")
+    half = load_graph(before)
+    in_half(half)
+    after = saved(half, tmp_path / "after")
+    kinds = {node.name: [t.dtype for t in (*node.inputs, *node.outputs)] for node in half.nodes if node.domain}
+    assert kinds["second"][0] == kinds["second"][-2] == np.float16 and kinds["second"][-1] == np.float32
+    assert kinds["keep"] == [np.float32, np.int32, np.float32, np.int32, np.int32]
+    feeds = {"x": rng.random((9, 16), np.float32), "o": np.array([0, 4, 9], np.int32), "s": np.ones(1, np.float32)}
+    for path in (before, after):  # by the bodies, as native kernels take float32 alone
+        assert ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[1].shape == (3,)
 
 
 def test_statistics_of_a_norm_stay_in_float32(tmp_path: Path) -> None:

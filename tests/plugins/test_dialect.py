@@ -15,7 +15,16 @@ from counting import COUNTING
 from dialects import finish, graph_of
 from onnx.reference import ReferenceEvaluator
 
-from trimtab.plugins import FOLDERS, OPS, SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_multi_output_node, add_node
+from trimtab.plugins import (
+    FOLDERS,
+    KEEP_TOKENS,
+    OPS,
+    SELECT_BLOCKS,
+    SPARSE_DOWN,
+    SPARSE_UP,
+    add_multi_output_node,
+    add_node,
+)
 from trimtab.plugins.dialect import DOMAIN
 
 
@@ -95,6 +104,16 @@ def test_every_attribute_is_on_the_node_and_every_body_once() -> None:
     model = gs.export_onnx(graph)
     assert [f.name for f in model.functions] == ["SelectBlocks"]
     assert {d.domain: d.version for d in model.opset_import}[DOMAIN] == 1
+
+
+def test_constants_of_bodies_are_tensors() -> None:
+    """ONNX Runtime 1.22 fails on others where shapes are known, and graphsurgeon folds some to float64."""
+    graph = graph_of(importance=(np.float32, [5]), offsets=(np.int32, [3]), threshold=(np.float32, [1]))
+    given = dict(zip(("importance", "offsets", "threshold"), graph.inputs, strict=True))
+    add_multi_output_node(graph, KEEP_TOKENS, given, "keep")
+    (body,) = gs.export_onnx(graph).functions
+    attributes = [a for node in body.node if node.op_type == "Constant" for a in node.attribute]
+    assert attributes and {a.name for a in attributes if not a.ref_attr_name} == {"value"}
 
 
 def test_a_graph_that_was_saved_takes_more_nodes() -> None:
