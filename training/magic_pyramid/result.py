@@ -12,6 +12,7 @@ from trimtab.compiler.profiling import measured_profile
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint
+from trimtab.passes.needs import DEFAULT
 from trimtab.passes.profile import Profile
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
@@ -34,12 +35,14 @@ def write_result(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any
 
     Args:
         record: of the training.
-        job: its recipe says how to calibrate, if there is one.
+        job: its recipe, if there is one, says how to calibrate and for which passes.
     """
     calibration = job.recipe.calibration if job.recipe is not None else Calibration()
+    needs = DEFAULT | (job.recipe.needs if job.recipe is not None else frozenset())
     with new_folder(out) as part:
         save_tuned(pyramid, checkpoint, record, part)
-        measured = measured_profile(open_source(part), job.dataset, calibration, progress=job.progress)
+        source = open_source(part)
+        measured = measured_profile(source, job.dataset, calibration, needs=needs, progress=job.progress)
         learned = measured.info.learned | {METHOD: record}
         tensors = {f"learned.{METHOD}.{name}": value for name, value in learned_tensors(pyramid, record).items()}
         profile = Profile(measured.info.model_copy(update={"learned": learned}), measured.tensors | tensors)
