@@ -22,7 +22,7 @@ import typer
 
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.timing import interleave
-from trimtab.compiler.targets.onnxruntime import session_options
+from trimtab.compiler.targets.sessions import session_options
 from trimtab.plugins import PACKED_ATTENTION, add_node
 from trimtab.plugins.library import instruction_set, register
 

@@ -11,7 +11,7 @@ import pytest
 import zoo
 
 from trimtab.compiler.targets import get_target
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes import Capability, PassContext, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
