@@ -78,7 +78,8 @@ class Recipe(BaseModel):
                 reason = step.bars(later)
                 if reason is not None:
                     message = f"passes[{place}]: {later.name} cannot run behind {step.name}: {reason}"
-                    raise RecipeError(message, hint=f"put {step.name} last, and once")
+                    where = "there once" if step.name == later.name else f"behind {later.name}"
+                    raise RecipeError(message, hint=f"put {step.name} {where}")
         return passes
 
     @field_serializer("passes")

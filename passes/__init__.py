@@ -12,6 +12,8 @@ _PASSES = {
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
     "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
     "unpad": "trimtab.passes.unpad:Unpad",
+    "token-prune": "trimtab.passes.token_prune:TokenPrune",
+    "early-exit": "trimtab.passes.early_exit:EarlyExit",
     "recover": "trimtab.passes.recover:Recover",
     "weight-only": "trimtab.passes.weight_only:WeightOnly",
     "dynamic-int8": "trimtab.passes.dynamic_int8:DynamicInt8",

@@ -18,6 +18,7 @@ _FUSED = {
     ("com.microsoft", "MultiHeadAttention"): ("num_heads", "num_heads"),
     ("com.microsoft", "DecoderMaskedMultiHeadAttention"): ("num_heads", "num_heads"),
     ("com.microsoft", "GroupQueryAttention"): ("num_heads", "kv_num_heads"),
+    ("trimtab", "PackedAttention"): ("heads", "kv_heads"),
 }
 """Op → its attributes that hold the numbers of heads and of key-value heads."""
 

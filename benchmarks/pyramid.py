@@ -1,0 +1,203 @@
+"""Token pruning and early exit on fine-tuned MiniLM classifiers: accuracy, FLOPs and wall clock against dense.
+
+python benchmarks/pyramid.py --task sst2 --minutes 60 --json     trains first, then measures
+python benchmarks/pyramid.py --task sst2 --pyramid DIR           measures what was trained before
+
+The dials are chosen on a part of the training set that nothing learned from: the fewest FLOPs at which accuracy falls
+by no more than `--drop` points. Accuracy and FLOPs are then those of the whole test set, FLOPs counted as they were
+executed. Times are of real texts as they come, alone and in batches of 32, two threads, all engines in turns.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from trimtab.compiler import compile_model, load, open_source
+from trimtab.compiler.builds.manifest import package_versions
+from trimtab.compiler.checks.bench import this_machine
+from trimtab.compiler.checks.cost import Cost, Counter
+from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.timing import REST_S, interleave
+from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.engine import Engine
+from trimtab.compiler.sources import Source
+from trimtab.passes.profile import Profile
+
+HERE = Path(__file__).resolve().parent
+TOKENS = {"sst2": 64, "agnews": 96, "imdb": 256}
+DEV = 2000
+"""Last lines of the training set, which choose the dials."""
+
+TIMED = {1: 128, 32: 8}
+"""Batch → batches that are timed."""
+
+PEERS = ("dense-fp32", "dense-int8", "openvino-fp32", "openvino-bf16")
+PRUNES, EXITS = (0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+
+PYRAMID = ["unpad", "token-prune", "early-exit"]
+VARIANTS: dict[str, list[Any]] = {
+    "unpad": PYRAMID[:1],
+    "prune": PYRAMID[:2],
+    "exit": [PYRAMID[0], PYRAMID[2]],
+    "both": PYRAMID,
+    "both + ffn-split": [{"ffn-split": {"budget": {"time": 0.65}}}, *PYRAMID],
+    "both, int8": [*PYRAMID, "dynamic-int8"],
+}
+
+
+class Task:
+    """A task's data, and its dense model."""
+
+    def __init__(self, name: str, shared: Path, dense: Path, work: Path) -> None:
+        self.name, self.tokens = name, TOKENS[name]
+        lines = gzip.decompress((shared / "data" / name / "train.jsonl.gz").read_bytes()).splitlines(keepends=True)
+        self.train, self.dev = work / "train.jsonl", work / "dev.jsonl"
+        self.train.write_bytes(b"".join(lines[:-DEV]))
+        self.dev.write_bytes(b"".join(lines[-DEV:]))
+        self.test = shared / "data" / name / "test.jsonl.gz"
+        self.dense: Source = open_source(dense)
+
+    def feeds(self, data: Path, size: int, samples: int | None = None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Batches of `size` texts as they come, with their labels."""
+        dataset = read_data(data)
+        count = min(samples or dataset.count, dataset.count)
+        labels = np.array([label for _, label in dataset.sample(count, 0)])
+        inputs, start = self.dense.graph().inputs, 0
+        for feeds in batches(dataset, self.dense, size, self.tokens, count, inputs=inputs):
+            rows = len(feeds["input_ids"])
+            yield feeds, labels[start : start + rows]
+            start += rows
+
+
+Batches = list[tuple[dict[str, Any], np.ndarray]]
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+def judge(run: Run, given: Batches) -> float:
+    """Accuracy in per cent."""
+    right = [run(feeds)["logits"].argmax(-1) == labels for feeds, labels in given]
+    return 100 * float(np.concatenate(right).mean())
+
+
+def executed(count: Counter, given: Batches, engine: Engine | None, **turned: Any) -> Cost:
+    """What `given` costs together."""
+    total = None
+    for feeds, _ in given:
+        dials = {} if engine is None else engine.manifest.all_dials.feeds(len(feeds["input_ids"]), **turned)
+        cost = count(feeds | dials)
+        total = cost if total is None else total + cost
+    assert total is not None
+    return total
+
+
+def choose(engine: Engine, count: Counter, given: Batches, least: float) -> dict[str, float]:
+    """The dials of fewest FLOPs among those whose accuracy is at least `least`."""
+    names = [dial.name for dial in engine.dials]
+    values = [{"prune": PRUNES, "exit_threshold": EXITS}[name] for name in names]
+    best: tuple[float, dict[str, float]] = (np.inf, {dial.name: dial.exact for dial in engine.dials})
+    for setting in product(*values):
+        dials = dict(zip(names, setting, strict=True))
+        if judge(partial(engine.run, dials=dials), given) >= least:
+            best = min(best, (executed(count, given[:8], engine, dials=dials).flops, dials), key=lambda pair: pair[0])
+    return best[1]
+
+
+def train(task: Task, shared: Path, out: Path, minutes: float, say: Callable[[str], None]) -> Path:
+    """A pyramid of the dense model."""
+    from trimtab.training.contract import Job
+    from trimtab.training.magic_pyramid.learn import learn
+    from trimtab.training.magic_pyramid.settings import Settings
+
+    say(f"{task.name}: {minutes:g} minutes of training")
+    settings = Settings(minutes=minutes, max_tokens=task.tokens)
+    trained = learn(Job(model=task.dense.origin, dataset=read_data(task.train), recipe=None, out=out), settings)
+    assert trained is not None
+    trained.write(out)
+    return out
+
+
+def main(
+    task: Annotated[str, typer.Option(help="sst2, agnews or imdb.")],
+    pyramid: Annotated[Path | None, typer.Option(help="Trained before; its folder.")] = None,
+    dense: Annotated[Path | None, typer.Option(help="The dense model; by default the evaluation's checkpoint.")] = None,
+    minutes: Annotated[float, typer.Option(help="Of training, if none is given.")] = 60.0,
+    drop: Annotated[float, typer.Option(help="Points of accuracy that may be lost on the part that chooses.")] = 0.3,
+    seconds: Annotated[float, typer.Option(help="Of timing, for each batch size.")] = 60.0,
+    shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Measure, and print."""
+    if not shared.is_dir():
+        sys.exit(f"{shared}: no such folder; the checkpoints and data of the evaluation are needed (--shared FOLDER)")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="trimtab-pyramid-") as folder:
+        work = Path(folder)
+        it = Task(task, shared, dense or shared / "models" / task, work)
+        trained = pyramid or train(it, shared, work / "pyramid", minutes, say)
+        results = {"command": " ".join(sys.argv), "versions": package_versions(),
+                   "machine": this_machine(2).model_dump(mode="json"), "task": task, "drop": drop}  # fmt: skip
+        results |= measure(it, trained, drop, seconds, work, say)
+    if output:
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(results))
+        return
+    for name, row in results["engines"].items():
+        print(name, {key: value for key, value in row.items() if key != "passages"})
+
+
+def measure(
+    task: Task, pyramid: Path, drop: float, seconds: float, work: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Accuracy, FLOPs and time of every variant, and of the dense model in several runtimes."""
+    dev, test = (list(task.feeds(data, 32)) for data in (task.dev, task.test))
+    onnx = task.dense.onnx
+    runs: dict[str, Run] = {name: open_peer(name, onnx, 2) for name in PEERS}
+    whole = executed(Counter(onnx), test, None).flops
+    engines = {name: {"accuracy": judge(run, test), "flops": 1.0} for name, run in runs.items()}
+    least = judge(runs["dense-fp32"], dev) - drop
+    profile = Profile.load(pyramid / "profile.safetensors")
+    for name, passes in VARIANTS.items():
+        say(f"{task.name}: {name}")
+        recipe = {"passes": passes, "threads": 2, "workload": {"batch": [1, 1, 32], "tokens": [1, 64, task.tokens]}}
+        build = compile_model(pyramid, recipe, work / "build", profile=profile, force=True)
+        engine, count = load(build.path), Counter(build.model)
+        dials = choose(engine, count, dev, least) if engine.dials else {}
+        runs[name] = partial(engine.run, dials=dials)
+        cost = executed(count, test, engine, dials=dials)
+        engines[name] = {"accuracy": judge(runs[name], test), "flops": whole / cost.flops, "dials": dials,
+                         "passages": [passage.model_dump() for passage in cost.passages]}  # fmt: skip
+    for size, many in TIMED.items():
+        given = [feeds for feeds, _ in task.feeds(task.test, size, size * many)]
+        timings = interleave(
+            {name: partial(_all, run, given) for name, run in runs.items()}, seconds=seconds, block=1, warmup=1,
+            rest=REST_S,
+        )  # fmt: skip
+        for name, timing in timings.items():
+            engines[name][f"ms_{size}"] = timing.median_ms / many
+            engines[name][f"vs_fp32_{size}"] = timings["dense-fp32"].median_ms / timing.median_ms
+    return {"engines": engines}
+
+
+def _all(run: Run, given: list[dict[str, Any]]) -> None:
+    for feeds in given:
+        run(feeds)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,188 @@
+"""What a model really computes on given inputs: multiply-adds of its products, tokens and samples that go on.
+
+A copy of the graph runs in ONNX Runtime with the sizes of its products as more outputs. So what data decide is counted,
+not estimated: tokens that are removed, samples that leave, padding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import BaseModel, ConfigDict
+
+from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import insert, load_graph, output_name_of, save_graph
+from trimtab.passes.graph.packed_batch import offsets_of
+
+_PREFIX = "trimtab.cost"
+Sizes = Mapping[str, np.ndarray]
+
+
+class Passage(BaseModel):
+    """How many rows entered a node that lets some leave, and how many went on.
+
+    Attributes:
+        where: the node.
+        what: "tokens" or "samples".
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    where: str
+    what: str
+    entered: int
+    stayed: int
+
+
+class Cost(BaseModel):
+    """What was computed.
+
+    Attributes:
+        flops: of products: 2 for each multiply-add. Norms, activations and sums are left out, as usual.
+        passages: in the order of computation.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    flops: int
+    passages: tuple[Passage, ...] = ()
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of two runs of one model."""
+        summed = tuple(
+            a.model_copy(update={"entered": a.entered + b.entered, "stayed": a.stayed + b.stayed})
+            for a, b in zip(self.passages, other.passages, strict=True)
+        )
+        return Cost(flops=self.flops + other.flops, passages=summed)
+
+
+class Counter:
+    """Counts what a model computes.
+
+    Args:
+        model: an ONNX file.
+
+    Raises:
+        ModelError: it has a product that cannot be counted; names the node.
+    """
+
+    def __init__(self, model: Path) -> None:
+        graph = load_graph(model)
+        sizes = _Sizes(graph)
+        self._products = [count for node in list(graph.nodes) if (count := _product(node, sizes)) is not None]
+        self._passages = [p for node in list(graph.nodes) if (p := _passage(node, sizes)) is not None]
+        self._folder = tempfile.TemporaryDirectory(prefix="trimtab-cost-")
+        save_graph(graph, Path(self._folder.name) / "model.onnx")
+        self._runner = OnnxRuntimeRunner(Path(self._folder.name) / "model.onnx", session_options())
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> Cost:
+        """Run once on `feeds`, dials among them."""
+        sizes = self._runner.run(feeds)
+        return Cost(
+            flops=sum(count(sizes) for count in self._products),
+            passages=tuple(
+                Passage(where=where, what=what, entered=int(entered(sizes)), stayed=int(stayed(sizes)))
+                for where, what, entered, stayed in self._passages
+            ),
+        )
+
+
+Count = Callable[[Sizes], int]
+
+
+class _Sizes:
+    """Makes sizes of tensors outputs of the graph, each once."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self._graph = graph
+        self._known: dict[int, str] = {}
+
+    def shape(self, tensor: gs.Tensor) -> Callable[[Sizes], list[int]]:
+        """The shape of `tensor` when the graph has run."""
+        if isinstance(tensor, gs.Constant):
+            fixed = [int(size) for size in tensor.shape]
+            return lambda sizes: fixed
+        if id(tensor) not in self._known:
+            name = self._known[id(tensor)] = f"{_PREFIX}/{len(self._known)}"
+            output = insert(self._graph, "Shape", [tensor], name, dtype=np.int64)
+            output.shape = [None if tensor.shape is None else len(tensor.shape)]
+            self._graph.outputs.append(output)
+        key = self._known[id(tensor)]
+        return lambda sizes: [int(size) for size in sizes[key]]
+
+    def value(self, tensor: gs.Tensor) -> Callable[[Sizes], np.ndarray]:
+        """The values of a small tensor."""
+        if all(tensor is not output for output in self._graph.outputs):
+            self._graph.outputs.append(tensor)
+        return lambda sizes: sizes[tensor.name]
+
+
+def _passage(node: gs.Node, sizes: _Sizes) -> tuple[str, str, Count, Count] | None:
+    what = {"KeepTokens": "tokens", "KeepSamples": "samples"}.get(node.op)
+    if what is None:
+        return None
+    before, after = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
+    return output_name_of(node), what, lambda s: before(s)[0], lambda s: after(s)[0]
+
+
+def _product(node: gs.Node, sizes: _Sizes) -> Count | None:
+    """Counts the multiply-adds of a product, times 2; None for what is none."""
+    if node.op in _UNKNOWN:
+        raise ModelError(f"{output_name_of(node)}: the multiply-adds of {node.op} are not known")
+    counter = _COUNTERS.get(node.op)
+    return None if counter is None else counter(node, sizes)
+
+
+def _matmul(node: gs.Node, sizes: _Sizes) -> Count:
+    a, b = (sizes.shape(node.inputs[place]) for place in ((0, 3) if node.op == "QLinearMatMul" else (0, 1)))
+    turned = bool(node.attrs.get("transB", 0))
+
+    def count(s: Sizes) -> int:
+        left, right = a(s), b(s)
+        columns = right[-2 if turned else -1] if len(right) > 1 else 1
+        batch = np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2]))
+        return 2 * _elements(batch) * _elements(left[-2:]) * columns
+
+    return count
+
+
+def _gemm(node: gs.Node, sizes: _Sizes) -> Count:
+    a, b = (sizes.shape(tensor) for tensor in node.inputs[:2])
+    columns = 0 if node.attrs.get("transB", 0) else 1
+    return lambda s: 2 * _elements(a(s)) * b(s)[columns]
+
+
+def _conv(node: gs.Node, sizes: _Sizes) -> Count:
+    """Each element of the output is a product with one filter, [channels / group, ...]."""
+    y, filters = sizes.shape(node.outputs[0]), sizes.shape(node.inputs[1])
+    return lambda s: 2 * _elements(y(s)) * _elements(filters(s)[1:])
+
+
+def _blocks(node: gs.Node, sizes: _Sizes) -> Count:
+    x = sizes.shape(node.inputs[0])
+    return lambda s: 2 * _elements(x(s)) * int(node.attrs["N"])
+
+
+def _attention(node: gs.Node, sizes: _Sizes) -> Count:
+    """Two products of n queries with n keys, for each sample of n tokens."""
+    offsets, context = sizes.value(offsets_of(node)), sizes.shape(node.outputs[0])
+    return lambda s: 4 * int(np.square(np.diff(offsets(s).astype(np.int64))).sum()) * context(s)[-1]
+
+
+def _elements(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+_COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
+    "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "Int8Linear": _matmul, "MatMul": _matmul,
+    "MatMulInteger": _matmul, "MatMulNBits": _blocks, "PackedAttention": _attention, "QLinearMatMul": _matmul,
+}  # fmt: skip
+_UNKNOWN = frozenset([
+    "Attention", "ConvInteger", "ConvTranspose", "Einsum", "GroupQueryAttention", "MultiHeadAttention", "QAttention",
+    "SparseDown", "SparseHead", "SparseUp",
+])  # fmt: skip

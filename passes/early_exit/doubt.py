@@ -1,0 +1,68 @@
+"""How unsure a classifier is of each sample, 0 to 1: three criteria for leaving early."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph import constant, insert
+
+Criterion = Literal["entropy", "probability", "patience"]
+
+
+class Doubt:
+    """Puts a criterion into a graph, exit by exit. No op reduces: ONNX Runtime 1.31 returns wrong shapes for 0 rows.
+
+    entropy: of the answer, over that of a uniform one (FastBERT, arXiv 2004.02178).
+    probability: that of all classes but the likeliest.
+    patience: 1 / n for the n exits in a row, this one among them, that chose the same class (PABEE, arXiv 2006.04152).
+
+    Attributes:
+        counts: of `patience`, [batch, 1] each: exits in a row that chose the same class, and that class. They have to
+            follow the samples that stay.
+    """
+
+    def __init__(self, criterion: Criterion, classes: int) -> None:
+        self._criterion, self._classes = criterion, classes
+        self.counts: list[gs.Variable] = []
+
+    def __call__(self, graph: gs.Graph, logits: gs.Tensor, name: str) -> gs.Variable:
+        """Of `logits` [batch, classes], [batch]."""
+
+        def node(
+            op: str, inputs: list[gs.Tensor], key: str, dtype: object = np.float32, **attrs: object
+        ) -> gs.Variable:
+            return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=dtype)
+
+        def number(key: str, value: Any, dtype: Any = np.float32) -> gs.Constant:
+            return constant(f"{name}/{key}", np.asarray(value, dtype))
+
+        last = number("last", [1], np.int64)
+        if self._criterion == "entropy":
+            shares, logs = (node(op, [logits], op.lower(), axis=-1) for op in ("Softmax", "LogSoftmax"))
+            weights = np.full((self._classes, 1), -1 / np.log(self._classes))
+            summed = node("MatMul", [node("Mul", [shares, logs], "terms"), number("weights", weights)], "sum")
+            return node("Squeeze", [summed, last], "doubt")
+        if self._criterion == "probability":
+            shares = node("Softmax", [logits], "softmax", axis=-1)
+            best = _best(graph, shares, f"{name}/best")[0]
+            return node("Sub", [number("one", 1), node("Squeeze", [best, last], "likeliest")], "doubt")
+        chosen = _best(graph, logits, f"{name}/best")[1]
+        one = number("one", 1)
+        if self.counts:
+            same = node("Cast", [node("Equal", [chosen, self.counts[1]], "equal", np.bool_)], "same", to=1)
+            count = node("Add", [node("Mul", [self.counts[0], same], "more"), one], "count")
+        else:
+            count = node("Expand", [one, node("Shape", [chosen], "batch", np.int64)], "count")
+        self.counts = [count, chosen]
+        return node("Squeeze", [node("Div", [one, count], "share"), last], "doubt")
+
+
+def _best(graph: gs.Graph, values: gs.Tensor, name: str) -> tuple[gs.Variable, gs.Variable]:
+    """The largest of each row and its place, [batch, 1] each."""
+    outputs = [gs.Variable(f"{name}/value", np.float32), gs.Variable(f"{name}/place", np.int64)]
+    k = constant(f"{name}/k", np.array([1], np.int64))
+    insert(graph, "TopK", [values, k], name, attrs={"axis": -1}, outputs=outputs)
+    return outputs[0], outputs[1]

@@ -1,0 +1,230 @@
+"""The pass `early-exit`: behind a layer, samples that its exit is sure of leave, and the others go on without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.anatomy.model import Block
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.dials import Dial
+from trimtab.passes.early_exit.doubt import Criterion, Doubt
+from trimtab.passes.early_exit.heads import ExitHead, exits_of
+from trimtab.passes.errors import ModelError, NotLearnedError, RecipeError
+from trimtab.passes.graph import constant, insert, rename_output
+from trimtab.passes.graph.packed_batch import (
+    offsets_of,
+    packed_attentions,
+    readers_behind,
+    reread,
+    rows_of,
+    starts_of,
+    strangers,
+)
+from trimtab.passes.needs import Learned, Need
+from trimtab.passes.profile import Profile
+from trimtab.plugins import KEEP_SAMPLES, add_multi_output_node
+
+DIAL = "exit_threshold"
+LAYERS_RUN = "exit_layer"
+_METHOD = "magic-pyramid"
+
+
+class EarlyExit(Pass):
+    """Samples leave behind the first layer whose exit doubts less than the dial says (FastBERT, arXiv 2004.02178).
+
+    The graph has no branch: behind an exit the rows of the samples that stay are gathered, what the others got is kept
+    at their places, and the rest of the graph runs on what is left, which may be nothing. It needs packed tokens, which
+    the pass `unpad` makes.
+    """
+
+    name: ClassVar[str] = "early-exit"
+    summary: ClassVar[str] = "samples leave behind the layer that is sure of them; a dial says how sure"
+    needs: ClassVar[frozenset[Need]] = frozenset({Learned(_METHOD)})
+
+    threshold: float = Field(0.1, ge=0, le=1, description="default of the dial: doubt below which a sample leaves")
+    criterion: Criterion = Field(
+        "entropy",
+        description="what doubt is: the answer's entropy over a uniform one's, 1 less the likeliest probability, or "
+        "1 / n for n exits in a row that agree",
+    )
+    layers: tuple[int, ...] | None = Field(
+        None, description="layers with an exit, from 0; by default all that the profile has exits for"
+    )
+    report: bool = Field(True, description="give the model an output: the number of layers that each sample ran")
+
+    def dials(self) -> tuple[Dial, ...]:
+        meaning = f"doubt ({self.criterion}) below which a sample leaves early"
+        return (Dial(DIAL, meaning, 0.0, 1.0, self.threshold, exact=0.0, fast=1.0),)
+
+    def bars(self, later: Pass) -> str | None:
+        return "it prunes layers whose samples have left" if later.name == "token-prune" else None
+
+    def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
+        super().check_profile(profile, before)
+        assert profile is not None
+        known = exits_of(profile.learned(_METHOD))
+        if not known:
+            raise NotLearnedError("the profile has no exits: their stage was left out", method=_METHOD)
+        if missing := [layer for layer in self.layers or () if layer not in known]:
+            raise RecipeError(
+                f"early-exit: the profile has no exit behind layer {missing[0]}",
+                hint=f"it has exits behind the layers {', '.join(map(str, known))}",
+            )
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Put the exits of the Profile into `graph`, in place.
+
+        Raises:
+            ModelError: the model is no classifier of packed tokens, or has fewer layers than the exits want.
+        """
+        anatomy = find_anatomy(graph)
+        logits = _logits(graph)
+        attentions = packed_attentions(graph, self.name)
+        learned = exits_of(context.measured().learned(_METHOD))
+        wanted = list(learned) if self.layers is None else sorted(self.layers)
+        blocks = anatomy.blocks
+        if len(attentions) != len(blocks):
+            raise ModelError(f"{len(attentions)} attentions of packed tokens in {len(blocks)} layers that were found")
+        if wanted and wanted[-1] >= len(blocks) - 1:
+            raise ModelError(
+                f"an exit behind layer {wanted[-1]} of a model in which {len(blocks)} layers were found",
+                hint=f"exits can be behind the layers 0 to {len(blocks) - 2}",
+            )
+        classes = int(logits.shape[-1])
+        width = _width(blocks[0])
+        heads = [ExitHead(layer, learned[layer], width, classes) for layer in wanted]
+        before = [tensor for tensor in graph.inputs if tensor.name in context.dials]
+        batch = _Batch(graph, [context.add_dial(graph, self.dials()[0]), *before], attentions, logits)
+        doubt = Doubt(self.criterion, classes)
+        left: list[Left] = []
+        for head in heads:
+            reason = batch.leave(blocks[head.layer], head, doubt, f"{self.name}/layer.{head.layer}")
+            if reason is not None:
+                left.append(Left(f"layer {head.layer}", reason))
+        batch.finish(len(blocks), self.report, self.name)
+        details: dict[str, Any] = {"criterion": self.criterion, "exits": [head.layer for head in heads]}
+        return PassResult(self.name, len(heads) - len(left), tuple(left), details)
+
+
+class _Batch:
+    """The samples that are still on their way, and the answers of those that are not.
+
+    Args:
+        dials: those of the graph, [batch] each; the first is the threshold.
+        attentions: of the layers.
+    """
+
+    def __init__(
+        self, graph: gs.Graph, dials: Sequence[gs.Tensor], attentions: Sequence[gs.Node], logits: gs.Variable
+    ) -> None:
+        self._graph, self._logits, self._attentions = graph, logits, attentions
+        self._dials = list(dials)
+        self._answers: gs.Variable | None = None
+        self._layers: gs.Variable | None = None
+        self._places: gs.Tensor | None = None  # of the samples that are left, among all
+
+    def leave(self, block: Block, head: ExitHead, doubt: Doubt, name: str) -> str | None:
+        """Let samples leave behind `block`; returns the reason where they cannot."""
+        graph, x = self._graph, block.y
+        offsets = offsets_of(self._attentions[head.layer + 1])
+        behind = readers_behind(graph, x)
+        own = {id(tensor): tensor for tensor in (x, offsets, *self._dials)}
+        others = strangers(graph, behind, own, name)
+        if others:
+            return f"later layers also read {others[0].name!r}, which is not of the samples that are left"
+        starts = starts_of(graph, offsets, name)
+        answers = head(graph, x, offsets, starts, f"{name}/head")
+        unsure = doubt(graph, answers, f"{name}/doubt")
+        given = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
+        stay, leave, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")
+        self._keep(answers, leave, head.layer + 1, name)
+        dials = [rows_of(graph, dial, stay, f"{name}/dial.{i}") for i, dial in enumerate(self._dials)]
+        instead = {id(old): new for old, new in zip(self._dials, dials, strict=True)}
+        reread(behind, instead | {id(x): rows_of(graph, x, rows, f"{name}/x"), id(offsets): stay_offsets})
+        self._dials = dials
+        self._places = stay if self._places is None else rows_of(graph, self._places, stay, f"{name}/places")
+        doubt.counts = [rows_of(graph, count, stay, f"{name}/count.{i}") for i, count in enumerate(doubt.counts)]
+        return None
+
+    def _keep(self, answers: gs.Tensor, leave: gs.Tensor, layers: int, name: str) -> None:
+        """Put the answers of the samples `leave` at their places."""
+        graph = self._graph
+        own = rows_of(graph, answers, leave, f"{name}/answers")
+        where = leave if self._places is None else rows_of(graph, self._places, leave, f"{name}/left")
+        self._scatter(own, where, layers, name)
+
+    def _scatter(self, own: gs.Tensor, where: gs.Tensor, layers: int, name: str) -> None:
+        graph = self._graph
+        if self._answers is None:
+            self._start(name)
+        assert self._answers is not None and self._layers is not None
+        one = constant(f"{name}/one", np.array([1], np.int64))
+        wide = insert(graph, "Cast", [where], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
+        places = insert(graph, "Unsqueeze", [wide, one], f"{name}/at", dtype=np.int64)
+        self._answers = insert(graph, "ScatterND", [self._answers, places, own], f"{name}/known", dtype=np.float32)
+        count = insert(graph, "Shape", [where], f"{name}/many", dtype=np.int64)
+        number = constant(f"{name}/number", np.array([layers], np.int32))
+        ran = insert(graph, "Expand", [number, count], f"{name}/ran", dtype=np.int32)
+        self._layers = insert(graph, "ScatterND", [self._layers, places, ran], f"{name}/layers", dtype=np.int32)
+
+    def _start(self, name: str) -> None:
+        """Nobody has an answer yet."""
+        graph = self._graph
+        dial = next(tensor for tensor in graph.inputs if tensor.name == DIAL)
+        batch = insert(graph, "Shape", [dial], f"{name}/batch", dtype=np.int64)
+        zero = constant(f"{name}/no_answer", np.zeros((1, int(self._logits.shape[-1])), np.float32))
+        one = constant(f"{name}/row", np.array([1], np.int64))
+        shape = insert(graph, "Concat", [batch, one], f"{name}/rows", attrs={"axis": 0}, dtype=np.int64)
+        self._answers = insert(graph, "Expand", [zero, shape], f"{name}/answers_none", dtype=np.float32)
+        none = constant(f"{name}/no_layer", np.zeros(1, np.int32))
+        self._layers = insert(graph, "Expand", [none, batch], f"{name}/layers_none", dtype=np.int32)
+
+    def finish(self, layers: int, report: bool, name: str) -> None:
+        """Put the answers of the last layer at their places, and give the graph its outputs."""
+        if self._places is None:
+            return
+        logits, batch = self._logits, self._graph.inputs[0].shape[0]
+        self._scatter(logits, self._places, layers, f"{name}/last")
+        assert self._answers is not None and self._layers is not None
+        shape = list(logits.shape)
+        rename_output(self._graph, logits, self._answers)
+        logits.shape = [self._places.shape[0] if self._places.shape else None, *shape[1:]]
+        if report:
+            self._layers.name, self._layers.shape = LAYERS_RUN, [batch]
+            self._graph.outputs.append(self._layers)
+
+
+def _width(block: Block) -> int:
+    """Of the residual stream."""
+    out = block.attention.out if block.attention is not None else None
+    if out is None:
+        raise ModelError("the output projection of the first layer's attention was not recognised")
+    return out.out_features
+
+
+def _logits(graph: gs.Graph) -> gs.Variable:
+    """The model's one output, [batch, classes].
+
+    Raises:
+        ModelError: it has another one, or is no classifier.
+    """
+    names = [tensor.name for tensor in graph.outputs]
+    if names != ["logits"]:
+        raise ModelError(
+            f"early-exit needs a classifier whose one output is 'logits', and this model gives {', '.join(names)}",
+            hint="export the classifier without further outputs",
+        )
+    (logits,) = graph.outputs
+    shape = list(logits.shape or [])
+    if len(shape) != 2 or not isinstance(shape[-1], int) or shape[-1] < 2:
+        raise ModelError(
+            f"early-exit needs logits [batch, classes] of two classes or more; this model gives {shape}",
+            hint="a score, a text or an answer for each token has no classes that an exit could be sure of",
+        )
+    return logits

@@ -1,0 +1,129 @@
+"""Exits as training left them in the Profile: small classifiers behind layers, put into a graph of packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ProfileError
+from trimtab.passes.graph import constant, insert
+from trimtab.passes.graph.packed_batch import rows_of
+from trimtab.plugins import PACKED_ATTENTION, add_node
+
+_HEADS = 2  # of FastBERT's attention
+_EPSILON = 1e-5  # of torch's LayerNorm
+
+Weights = Mapping[str, np.ndarray]
+"""Parameter of an exit, as torch names it → its values."""
+
+
+def exits_of(learned: Weights) -> dict[int, dict[str, np.ndarray]]:
+    """Layer → the weights of the exit behind it, of `exit.<layer>.<parameter>`."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for name, value in learned.items():
+        kind, _, rest = name.partition(".")
+        layer, _, parameter = rest.partition(".")
+        if kind == "exit" and layer.isdecimal():
+            found.setdefault(int(layer), {})[parameter] = value
+    return dict(sorted(found.items()))
+
+
+class ExitHead:
+    """One exit.
+
+    Two forms are known, by their parameters (arXiv 2004.02178 and `training/magic_pyramid/exits.py`): FastBERT's
+    attention over all tokens, read at the first; and a perceptron on the first token, or on the first and the mean.
+
+    Args:
+        width: of the model.
+        classes: that the model tells apart.
+
+    Raises:
+        ProfileError: parameters are missing, or of other sizes than the model's.
+    """
+
+    def __init__(self, layer: int, weights: Weights, width: int, classes: int) -> None:
+        self.layer, self._weights = layer, weights
+        self.attends = "narrow.weight" in weights
+        names = ("narrow", "query", "key", "value", "attended", "dense", "out") if self.attends else ("dense", "out")
+        wanted = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        wanted += [] if self.attends else ["norm.weight", "norm.bias"]
+        if missing := [name for name in wanted if name not in weights]:
+            raise ProfileError(f"exit behind layer {layer}: the profile lacks {missing[0]!r}", hint=_AGAIN)
+        inputs = self._of("narrow" if self.attends else "dense").shape[1]
+        self.mean = not self.attends and inputs == 2 * width
+        if inputs != width and not self.mean:
+            raise ProfileError(f"exit behind layer {layer}: reads {inputs} numbers, the model has {width}", hint=_AGAIN)
+        if (found := len(self._of("out"))) != classes:
+            raise ProfileError(f"exit behind layer {layer}: tells {found} classes, the model {classes}", hint=_AGAIN)
+
+    def __call__(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, starts: gs.Tensor, name: str) -> gs.Variable:
+        """Logits [batch, classes] of the packed tokens `x`, [T, width]."""
+        if self.attends:
+            return self._attend(graph, x, offsets, starts, name)
+        read = rows_of(graph, x, starts, f"{name}/first")
+        if self.mean:
+            mean = segment_mean(graph, x, offsets, f"{name}/mean")
+            read = insert(graph, "Concat", [read, mean], f"{name}/read", attrs={"axis": -1}, dtype=np.float32)
+        scale, shift = (constant(f"{name}/norm/{p}", self._weights[f"norm.{p}"]) for p in ("weight", "bias"))
+        attrs: dict[str, object] = {"axis": -1, "epsilon": _EPSILON}
+        read = insert(graph, "LayerNormalization", [read, scale, shift], f"{name}/norm", attrs=attrs, dtype=np.float32)
+        return self._classify(graph, read, name)
+
+    def _attend(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, starts: gs.Tensor, name: str) -> gs.Variable:
+        x = insert(graph, "Tanh", [self._linear(graph, x, "narrow", name)], f"{name}/tanh", dtype=np.float32)
+        q, k, v = (self._linear(graph, x, part, name) for part in ("query", "key", "value"))
+        for tensor in (q, k, v):
+            tensor.shape = [None if x.shape is None else x.shape[0], self._of("query").shape[0]]
+        given = {"q": q, "k": k, "v": v, "offsets": offsets}
+        context = add_node(graph, PACKED_ATTENTION, given, f"{name}/context", heads=_HEADS)
+        first = rows_of(graph, context, starts, f"{name}/first")
+        return self._classify(graph, self._linear(graph, first, "attended", name), name)
+
+    def _classify(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
+        hidden = insert(graph, "Tanh", [self._linear(graph, x, "dense", name)], f"{name}/hidden", dtype=np.float32)
+        return self._linear(graph, hidden, "out", name)
+
+    def _linear(self, graph: gs.Graph, x: gs.Tensor, part: str, name: str) -> gs.Variable:
+        weight = constant(f"{name}/{part}/weight", np.ascontiguousarray(self._of(part).T))
+        y = insert(graph, "MatMul", [x, weight], f"{name}/{part}/product", dtype=np.float32)
+        bias = constant(f"{name}/{part}/bias", self._weights[f"{part}.bias"])
+        return insert(graph, "Add", [y, bias], f"{name}/{part}", dtype=np.float32)
+
+    def _of(self, part: str) -> np.ndarray:
+        return self._weights[f"{part}.weight"]
+
+
+def segment_mean(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
+    """The mean of the rows of `x` [T, width] that each sample has, [batch, width]; 0 of a sample without rows.
+
+    By a product with 1 / n where a row belongs to a sample of n: no reduction, which ONNX Runtime 1.31 gets wrong for a
+    batch of 0.
+    """
+
+    def number(key: str, value: object) -> gs.Constant:
+        return constant(f"{name}/{key}", np.asarray(value))
+
+    def node(op: str, inputs: list[gs.Tensor], key: str, dtype: object, **attrs: object) -> gs.Variable:
+        return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=dtype)
+
+    one = number("one", np.array([1], np.int64))
+    wide = node("Cast", [offsets], "wide", np.int64, to=7)
+    ends_of = [number("zero", np.array([0], np.int64)), number("last", np.array([-1], np.int64))]
+    far = number("far", np.array([np.iinfo(np.int64).max], np.int64))
+    starts = node("Unsqueeze", [node("Slice", [wide, *ends_of], "starts_", np.int64), one], "starts", np.int64)
+    ends = node("Unsqueeze", [node("Slice", [wide, one, far], "ends_", np.int64), one], "ends", np.int64)
+    rows = node("Shape", [x], "rows", np.int64, start=0, end=1)
+    count = node("Squeeze", [rows], "count", np.int64)
+    at = node("Range", [number("from", np.int64(0)), count, number("step", np.int64(1))], "at", np.int64)
+    behind = node("GreaterOrEqual", [at, starts], "behind", np.bool_)
+    inside = node("And", [behind, node("Less", [at, ends], "before", np.bool_)], "inside", np.bool_)
+    lengths = node("Max", [node("Sub", [ends, starts], "lengths_", np.int64), one], "lengths", np.int64)
+    share = node("Div", [node("Cast", [inside], "belongs", np.float32, to=1),
+                         node("Cast", [lengths], "of", np.float32, to=1)], "share", np.float32)  # fmt: skip
+    return node("MatMul", [share, x], "mean", np.float32)
+
+
+_AGAIN = "train this model again with `trimtab train --method magic-pyramid`"

@@ -1,0 +1,114 @@
+"""A batch whose tokens are packed, [T, ...], the rows of one sample behind those of the other.
+
+`offsets` [batch + 1], int32, says where each sample begins: sample b has the rows from offsets[b] to offsets[b + 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.cut import reads
+from trimtab.passes.graph.edit import constant, insert
+from trimtab.passes.graph.order import topological
+from trimtab.plugins import PACKED_ATTENTION
+
+_OFFSETS = [given.name for given in PACKED_ATTENTION.inputs].index("offsets")
+
+
+def offsets_of(attention: gs.Node) -> gs.Tensor:
+    """The offsets of the samples that `attention` attends within."""
+    offsets: gs.Tensor = attention.inputs[_OFFSETS]
+    return offsets
+
+
+def packed_attentions(graph: gs.Graph, name: str) -> list[gs.Node]:
+    """The attentions of `graph`, from the first layer to the last.
+
+    Args:
+        name: of the pass that needs packed tokens.
+
+    Raises:
+        ModelError: the tokens are not packed.
+    """
+    found = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
+    if not found:
+        raise ModelError(f"{name} needs packed tokens", hint=f"put the pass unpad in front of {name}")
+    return found
+
+
+def starts_of(graph: gs.Graph, offsets: gs.Tensor, name: str) -> gs.Variable:
+    """The first row of each sample, [batch]."""
+    ends = [constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in (("zero", 0), ("last", -1))]
+    return insert(graph, "Slice", [offsets, *ends], f"{name}/starts", dtype=np.int32)
+
+
+def rows_of(graph: gs.Graph, x: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Variable:
+    """Rows `rows` of `x`, in the type of `x`."""
+    y = insert(graph, "Gather", [x, rows], name, attrs={"axis": 0}, dtype=x.dtype)
+    if x.shape is not None:
+        y.shape = [(rows.shape or [f"{name}.rows"])[0], *x.shape[1:]]
+    return y
+
+
+def readers_behind(graph: gs.Graph, x: gs.Tensor) -> list[gs.Node]:
+    """The nodes that depend on `x`, in topological order."""
+    known, found = {id(x)}, []
+    for node in topological(graph):
+        if any(id(tensor) in known for tensor in reads(node)):
+            found.append(node)
+            known |= {id(tensor) for tensor in node.outputs}
+    return found
+
+
+def strangers(graph: gs.Graph, nodes: list[gs.Node], own: Mapping[int, gs.Tensor], name: str) -> list[gs.Tensor]:
+    """What `nodes` read that neither they nor `own` give, weights left out; each once.
+
+    Nodes that compute something of `own` alone, such as the first row of each sample, are copied to `nodes`; the old
+    ones go on to serve all samples.
+
+    Args:
+        own: tensor id → tensor.
+    """
+    copies: dict[int, gs.Tensor] = {}
+    made = {id(tensor) for node in nodes for tensor in node.outputs}
+    found: dict[int, gs.Tensor] = {}
+
+    def own_copy(tensor: gs.Tensor) -> gs.Tensor | None:
+        """`tensor`, computed of `own` by copied nodes; None if it needs more than that."""
+        if isinstance(tensor, gs.Constant) or not tensor.name or id(tensor) in own:
+            return tensor
+        if id(tensor) not in copies:
+            if len(tensor.inputs) != 1:
+                return None
+            (node,) = tensor.inputs
+            inputs = [own_copy(read) for read in node.inputs]
+            if any(read is None for read in inputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
+                return None
+            outputs = [gs.Variable(f"{t.name}/{name}", t.dtype, t.shape) for t in node.outputs]
+            graph.nodes.append(
+                gs.Node(node.op, f"{node.name}/{name}", dict(node.attrs), inputs, outputs, domain=node.domain)
+            )
+            nodes.append(graph.nodes[-1])
+            copies.update({id(old): new for old, new in zip(node.outputs, outputs, strict=True)})
+        return copies[id(tensor)]
+
+    for node in list(nodes):
+        for tensor in reads(node):
+            if id(tensor) in made or id(tensor) in own:
+                continue
+            copied = own_copy(tensor)
+            if copied is None:
+                found[id(tensor)] = tensor
+            else:
+                reread([node], {id(tensor): copied})
+    return list(found.values())
+
+
+def reread(nodes: Sequence[gs.Node], instead: Mapping[int, gs.Tensor]) -> None:
+    """Let `nodes` read the tensors `instead` (id of the old one → new one)."""
+    for node in nodes:
+        node.inputs = [instead.get(id(tensor), tensor) for tensor in node.inputs]

@@ -1,0 +1,132 @@
+"""The pass `token-prune`: behind the attention of a layer, tokens that receive little of it leave for good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.anatomy.model import Block
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.dials import Dial
+from trimtab.passes.errors import ModelError, NotLearnedError, RecipeError
+from trimtab.passes.graph import constant, insert
+from trimtab.passes.graph.packed_batch import (
+    offsets_of,
+    packed_attentions,
+    readers_behind,
+    reread,
+    rows_of,
+    strangers,
+)
+from trimtab.passes.profile import Profile
+from trimtab.plugins import KEEP_TOKENS, PACKED_ATTENTION, add_multi_output_node
+
+DIAL = "prune"
+_METHOD = "magic-pyramid"
+_MOST = 4.0  # times the thresholds that were learned
+_RECEIVED = [output.name for output in PACKED_ATTENTION.outputs].index("received")
+
+
+class TokenPrune(Pass):
+    """Removes tokens by the attention that they receive, averaged over heads and queries (LTP, arXiv 2107.00910).
+
+    A layer attends to all tokens that enter it; what follows, in the layer and above, is computed for those that stay.
+    The first token of a sample and the most important other one always stay.
+
+    threshold mode: tokens stay whose importance reaches the layer's threshold, which training has learned. The dial
+    scales the thresholds. ratio mode: of each sample the given share stays behind each layer, the most important ones.
+    The dial scales the share that goes. It needs packed tokens, which the pass `unpad` makes.
+    """
+
+    name: ClassVar[str] = "token-prune"
+    summary: ClassVar[str] = "tokens that receive little attention are removed; a dial says how many"
+
+    strength: float = Field(
+        1.0, ge=0, le=_MOST, description="default of the dial: 0 keeps all, 1 prunes as it was learned or given"
+    )
+    keep: tuple[float, ...] | None = Field(
+        None, description="ratio mode: share of the tokens that enter a layer which stay behind it, one for each layer"
+    )
+
+    @property
+    def ratio(self) -> bool:
+        return self.keep is not None
+
+    def dials(self) -> tuple[Dial, ...]:
+        most = 1.0 if self.ratio else _MOST
+        what = "share of the tokens that goes, of what `keep` lets go" if self.ratio else "factor of all thresholds"
+        return (Dial(DIAL, what, 0.0, most, min(self.strength, most), exact=0.0, fast=most),)
+
+    def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
+        if self.keep is not None:
+            if wrong := [share for share in self.keep if not 0 < share <= 1]:
+                raise RecipeError(f"token-prune.keep: {wrong[0]:g} is no share", hint="give numbers over 0, at most 1")
+            return
+        if profile is None or "thresholds" not in profile.learned(_METHOD):
+            where = "the profile holds" if profile is not None else "there is no profile, and so"
+            raise NotLearnedError(f"{where} no thresholds learned by {_METHOD}", method=_METHOD)
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Prune behind the attention of each layer, in place.
+
+        Raises:
+            ModelError: the tokens are not packed, or the layers are not those that thresholds were learned for.
+        """
+        attentions = packed_attentions(graph, self.name)
+        blocks = find_anatomy(graph).blocks
+        settings = self._settings(context, len(blocks))
+        if len(attentions) != len(blocks) or len(settings) != len(blocks):
+            what = "shares are given" if self.ratio else "thresholds were learned"
+            raise ModelError(
+                f"{len(settings)} {what}, and the model has {len(blocks)} layers and {len(attentions)} attentions of "
+                "packed tokens that were found"
+            )
+        dial = context.add_dial(graph, self.dials()[0])
+        left: list[Left] = []
+        for block, attention, setting in zip(blocks, attentions, settings, strict=True):
+            off = setting >= 1 if self.ratio else setting <= 0
+            reason = "its setting keeps every token" if off else self._prune(graph, block, attention, dial, setting)
+            if reason is not None:
+                left.append(Left(f"layer {block.layer}", reason))
+        details: dict[str, Any] = {"keep" if self.ratio else "thresholds": [round(float(s), 6) for s in settings]}
+        return PassResult(self.name, len(blocks) - len(left), tuple(left), details)
+
+    def _settings(self, context: PassContext, layers: int) -> np.ndarray:
+        """One for each layer: thresholds, or shares that stay."""
+        if self.keep is not None:
+            return np.array(self.keep * layers if len(self.keep) == 1 else self.keep, np.float64)
+        return np.asarray(context.measured().learned(_METHOD)["thresholds"], np.float64)
+
+    def _prune(self, graph: gs.Graph, block: Block, attention: gs.Node, dial: gs.Tensor, setting: float) -> str | None:
+        """Let tokens leave behind the attention of `block`; returns the reason where they cannot."""
+        name = f"{self.name}/layer.{block.layer}"
+        x, context, offsets = block.x, attention.outputs[0], offsets_of(attention)
+        behind = readers_behind(graph, context)
+        own = {id(tensor): tensor for tensor in (x, context, offsets)}
+        others = strangers(graph, behind, own, name)
+        if others:
+            return f"what follows also reads {others[0].name!r}, which is not of the tokens that stay"
+        received = gs.Variable(f"{name}/received", np.float32, (x.shape or [None])[:1])
+        attention.outputs = [context, *attention.outputs[1:_RECEIVED], received]
+        limit = self._limit(graph, dial, setting, name)
+        given = {"importance": received, "offsets": offsets, "threshold": limit}
+        mode = "ratio" if self.ratio else "threshold"
+        kept, kept_offsets = add_multi_output_node(graph, KEEP_TOKENS, given, f"{name}/keep", mode=mode)
+        instead = {id(t): rows_of(graph, t, kept, f"{name}/{key}") for key, t in (("x", x), ("context", context))}
+        reread(behind, instead | {id(offsets): kept_offsets})
+        return None
+
+    def _limit(self, graph: gs.Graph, dial: gs.Tensor, setting: float, name: str) -> gs.Tensor:
+        """What KeepTokens compares with, for each sample: threshold · dial, or 1 - (1 - share) · dial."""
+        factor = 1 - setting if self.ratio else setting
+        scale = constant(f"{name}/scale", np.array(factor, np.float32))
+        scaled = insert(graph, "Mul", [dial, scale], f"{name}/scaled", dtype=np.float32)
+        if not self.ratio:
+            return scaled
+        one = constant(f"{name}/all", np.array(1, np.float32))
+        return insert(graph, "Sub", [one, scaled], f"{name}/share", dtype=np.float32)

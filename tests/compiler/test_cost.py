@@ -1,0 +1,57 @@
+"""Multiply-adds as they are executed: of dense models by their sizes, of pruned ones by what was left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zoo
+from packed_encoder import Encoder
+
+from trimtab.compiler.checks.cost import Counter
+from trimtab.passes import PassContext, run_passes
+from trimtab.passes.errors import ModelError
+from trimtab.passes.graph import save_graph
+from trimtab.passes.token_prune import TokenPrune
+
+SEED = int(np.random.default_rng().integers(1 << 30))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 11), (0, 5)])
+def test_a_dense_model_costs_what_its_sizes_say(batch: int, tokens: int) -> None:
+    feeds = zoo.feeds("bert", batch, tokens, np.random.default_rng(SEED))
+    layers, width, d_ff, classes = 3, 48, 80, 3
+    of_token = 4 * width * width + 2 * width * d_ff + 2 * tokens * width  # projections, FFN, attention
+    wanted = 2 * batch * (layers * tokens * of_token + width * width + width * classes)
+    found = Counter(zoo.exported("bert"))(feeds)
+    assert found.flops == wanted and found.passages == ()
+
+
+def test_a_pruned_model_costs_what_is_left(tmp_path: Path) -> None:
+    print(f"seed {SEED}")
+    encoder = Encoder(SEED)
+    graph = encoder.graph()
+    run_passes(graph, [TokenPrune(keep=(0.5,))], PassContext())
+    save_graph(graph, tmp_path / "model.onnx")
+    count, lengths, width = Counter(tmp_path / "model.onnx"), np.array([8, 3, 16], np.int32), encoder.width
+    x = encoder.rng.standard_normal((lengths.sum(), width)).astype(np.float32)
+    for prune, share in ((0.0, 1.0), (1.0, 0.5)):
+        found = count({"lengths": lengths, "x": x, "prune": np.full(3, prune, np.float32)})
+        wanted, now, passages = 0, lengths.astype(int), []
+        for _ in range(encoder.layers):
+            kept = np.maximum(np.minimum(2, now), np.ceil(share * now)).astype(int)
+            wanted += now.sum() * 3 * width * width + 2 * width * (now**2).sum()
+            wanted += kept.sum() * (width * width + 4 * width * width)
+            passages.append(("tokens", now.sum(), kept.sum()))
+            now = kept
+        wanted += 3 * (width * width + width * encoder.classes)
+        assert found.flops == 2 * wanted
+        assert [(p.what, p.entered, p.stayed) for p in found.passages] == passages
+        twice = found + found
+        assert twice.flops == 2 * found.flops and twice.passages[0].entered == 2 * lengths.sum()
+
+
+def test_products_that_are_not_known_are_named() -> None:
+    with pytest.raises(ModelError, match="GroupQueryAttention are not known"):
+        Counter(zoo.exported("llama", "genai"))
