@@ -7,8 +7,11 @@ launch. A folder `keep_tokens` declares `KEEP_TOKENS`, and that is all there is 
 from __future__ import annotations
 
 import pkgutil
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+
+import onnx
 
 from trimtab.plugins.dialect import DOMAIN, Op
 from trimtab.plugins.emit import add_multi_output_node, add_node
@@ -27,7 +30,17 @@ for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
         _op: Op = getattr(import_module(f"{__name__}.{_found.name}"), _found.name.upper())
         OPS[_op.name], FOLDERS[_op.name] = _op, _found.name
 
-__all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node"]
+__all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node", "register_schemas"]
+
+
+@lru_cache
+def register_schemas() -> None:
+    """Tell ONNX of the ops, for the rest of the process: it infers shapes by their rules then, and not by their bodies.
+
+    Of a body with sizes that hang on data it infers nothing, and of all that reads it neither.
+    """
+    for op in OPS.values():
+        onnx.defs.register_schema(op.schema())
 
 
 def __getattr__(name: str) -> Op:

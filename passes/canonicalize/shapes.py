@@ -12,6 +12,7 @@ from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype, get
 
 from trimtab.passes.graph import topological, values
 from trimtab.passes.graph.shapes import dim, entries
+from trimtab.plugins import register_schemas
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,10 @@ _READ = 64  # most elements of a constant that shape inference may look into
 def infer_shapes(graph: gs.Graph) -> None:
     """Replace types and shapes of all intermediate tensors by what ONNX shape inference finds, or by none.
 
-    Weights take part as typed inputs, so that none is read. What an op of another domain puts out is believed.
+    Weights take part as typed inputs, so that none is read. Ops of the dialect have rules of their own; what an op of
+    another domain puts out is believed.
     """
+    register_schemas()
     nodes = topological(graph)
     local = {(function.domain, function.name) for function in graph.functions}
     constants = {t.name: t for node in nodes for t in node.inputs if isinstance(t, gs.Constant) and t.dtype is not None}

@@ -15,27 +15,26 @@ from counting import COUNTING
 from dialects import finish, graph_of
 from onnx.reference import ReferenceEvaluator
 
+from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.plugins import (
     FOLDERS,
     KEEP_TOKENS,
     OPS,
+    PACKED_ATTENTION,
     SELECT_BLOCKS,
     SPARSE_DOWN,
     SPARSE_UP,
     add_multi_output_node,
     add_node,
+    register_schemas,
 )
 from trimtab.plugins.dialect import DOMAIN
 
 
 @pytest.fixture
-def schemas() -> object:
-    """ONNX knows the ops for the time of a test."""
-    for op in OPS.values():
-        onnx.defs.register_schema(op.schema())
-    yield
-    for op in OPS.values():
-        onnx.defs.deregister_schema(op.name, 1, DOMAIN)
+def schemas() -> None:
+    """ONNX knows the ops."""
+    register_schemas()
 
 
 def test_shapes_are_inferred_from_the_schema(schemas: object) -> None:
@@ -211,6 +210,26 @@ def test_shapes_of_several_outputs_are_inferred() -> None:
     found = {v.name: (v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in model.graph.value_info}
     half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT32
     assert found == {"node/values": (half, 1), "node/total": (half, 0), "node/places": (whole, 1)}
+
+
+def test_shapes_behind_sizes_that_hang_on_data_are_known() -> None:
+    """By the ops' rules: bodies do not tell them."""
+    graph = graph_of(x=(np.float32, ["t", 16]), offsets=(np.int32, ["b"]), threshold=(np.float32, [1]))
+    x, offsets, threshold = graph.inputs
+    given = {"q": x, "k": x, "v": x, "offsets": offsets}
+    context, received = add_multi_output_node(graph, PACKED_ATTENTION, given, "attention", heads=2)
+    tokens = {"importance": received, "offsets": offsets, "threshold": threshold}
+    kept, ends = add_multi_output_node(graph, KEEP_TOKENS, tokens, "keep")
+    rows, y = gs.Variable("rows", np.float32), gs.Variable("y", np.float32)
+    graph.nodes.append(gs.Node("Gather", inputs=[context, kept], outputs=[rows]))
+    graph.nodes.append(gs.Node("Relu", inputs=[rows], outputs=[y]))
+    graph.outputs = [y, ends]
+    infer_shapes(graph)
+    assert context.shape == ["t", 16] and received.shape == ["t"]
+    assert len(rows.shape) == 2 and rows.shape[1] == 16 and isinstance(kept.shape[0], str)
+    x.shape = []  # of no rank that an op takes
+    infer_shapes(graph)
+    assert context.shape is None and context.dtype == np.float32
 
 
 def test_refuses_outputs_that_the_op_does_not_have() -> None:
