@@ -1,4 +1,4 @@
-"""Gate and up projections that a model packs into one product, as two: ModernBERT, Phi-3, GLM, DINOv2.
+"""Gate and up projections that a model packs into one product, as two: ModernBERT, Phi-3, GLM.
 
     x W -> Split (or two Slices) -> act(a) * b -> MatMul
 
