@@ -74,6 +74,8 @@ def _block(group: Sequence[tuple[Segment, Attention | None, FFN | None]], layer:
         y=segments[-1].y,
         attention=attention,
         ffn=next((ffn for _, _, ffn in group if ffn is not None), None),
-        norms=tuple(node for segment in segments for node in segment.norms),
+        norms=tuple(
+            {id(node): node for segment in segments for node in segment.norms}.values()
+        ),  # branches may share one
         nodes=frozenset().union(*(segment.nodes for segment in segments)),
     )

@@ -137,8 +137,10 @@ def blocks_of(body: str) -> tuple[Anatomy, list[tuple[str, str | None, str]]]:
     ],
 )  # fmt: skip
 def test_forms_of_a_layer(body: str, want: tuple[str, str | None, str]) -> None:
-    _, names = blocks_of(body)
+    anatomy, names = blocks_of(body)
     assert names == [want]
+    norms = [id(node) for node in anatomy.blocks[0].norms]
+    assert len(norms) == len(set(norms))
 
 
 def test_an_ffn_alone_is_a_layer() -> None:
