@@ -17,7 +17,8 @@ _SIZES_ARE_INPUTS = 13  # opset from which Split takes them as an input
 def repack(graph: gs.Graph) -> int:
     """Join the products whose weights, and biases, are still the two halves of one; returns how many pairs.
 
-    One product is a little faster than two, and its weight is a tensor of the model's own file.
+    So a model that no pass has touched stays as it was, and its weight a tensor of its own file: runtimes may map that,
+    and read no copy of it. Two products are no slower (ONNX Runtime 1.31, fp32 and int8, 48 and 384 tokens).
     """
     wholes = {id(t._values): t for t in graph.tensors().values() if isinstance(t, gs.Constant)}
     firsts: dict[Hashable, Linear] = {}

@@ -9,10 +9,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
-from rewrite import canonical
+from rewrite import canonical, profile_of
 from streams import run, streams
 from written import HEADS, NORM, PLAIN, PROJECTIONS, anatomy_of
 
+from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.anatomy import Anatomy, Block, find_anatomy
 
 MIDDLE = {"bert": "attention.output", "roberta": "attention.output", "distilbert": "sa_layer_norm"}
@@ -156,6 +157,28 @@ def test_an_attention_that_joins_no_stream_is_no_layer() -> None:
     anatomy, names = blocks_of(NORM + ATTEND + "y = MatMul (r, o)")
     assert len(anatomy.attentions) == 1
     assert names == []
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt_neox", "t5"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("ffn-split", {"heavy": 0.4, "rank": 8})],
+        [("ffn-topk", {"density": 0.2, "take": 0.4, "rank": 8})],
+        [("ffn-split", {"heavy": 0.4, "rest_form": "drop"}), ("weight-only", {"bits": 4, "block": 16})],
+        [("static-int8", {})],
+        [("precision", {"type": "float16"})],
+    ],
+    ids=str,
+)
+def test_layers_stay_where_passes_rewrite_their_ffns(family: str, steps: list[tuple[str, dict[str, object]]]) -> None:
+    graph = canonical(zoo.exported(family))
+    before = [(b.x.name, b.y.name) for b in find_anatomy(graph).blocks]
+    passes = [pass_class(name).model_validate(options) for name, options in steps]
+    run_passes(graph, passes, PassContext(profile_of(graph)))
+    after = find_anatomy(graph).blocks
+    assert [(b.x.name, b.y.name) for b in after] == before
+    assert all(b.attention is not None for b in after)
 
 
 def test_blocks_hold_the_nodes_of_their_branches() -> None:
