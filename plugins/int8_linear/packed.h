@@ -6,12 +6,8 @@
 #include <memory>
 #include <mutex>
 
-#include "../native/custom_op.h"
+#include "../native/resident.h"
 #include "kernels.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace trimtab {
 
@@ -20,8 +16,8 @@ class Packed {
   Packed(const int8_t* w, int64_t in_features, int64_t out_features, const Int8Kernels& use) {
     const int64_t panels = (out_features + use.panel - 1) / use.panel;
     view_.in_features = in_features, view_.out_features = out_features;
-    const size_t bytes = static_cast<size_t>(panels * use.panel * view_.quads() * 4);
-    const size_t whole = bytes + static_cast<size_t>(panels * use.panel) * sizeof(int32_t), page = whole < kPage ? 64 : kPage;
+    const int64_t bytes = panels * use.panel * view_.quads() * 4;
+    const int64_t whole = bytes + panels * use.panel * static_cast<int64_t>(sizeof(int32_t)), page = whole < kPage ? 64 : kPage;
     memory_.reset(std::aligned_alloc(page, (whole + page - 1) / page * page));
     if (memory_ == nullptr) return;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -46,12 +42,13 @@ class Packed {
       pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), weight.dims[0], weight.dims[1],
                                             int8_kernels());
       known = pack;
+      if (weight.dims[0] * weight.dims[1] >= kPage) give_back(weight.data, weight.dims[0] * weight.dims[1]);
     }
     return pack;
   }
 
  private:
-  static constexpr size_t kPage = 1 << 21;
+  static constexpr int64_t kPage = 1 << 21;
 
   struct Free {
     void operator()(void* memory) const { std::free(memory); }

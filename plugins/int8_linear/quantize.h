@@ -14,6 +14,8 @@
 namespace trimtab {
 namespace {
 
+#define TRIMTAB_ALL _Pragma("GCC unroll 16")
+
 #if defined(TRIMTAB_VNNI)
 typedef uint8_t Integer;
 #else
@@ -76,18 +78,32 @@ inline vf load_part(const float* x, int64_t count) {
   return load<vf>(all);
 }
 
+template <typename Pick>
+inline float across(vf v, const Pick& pick) {
+  float parts[V];
+  std::memcpy(parts, &v, sizeof v);
+  for (int half = V / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] = pick(parts[i], parts[i + half]);
+  return parts[0];
+}
+
 RowScale quantize(const float* x, int64_t in_features, char* integers) {
-  vf least = {}, greatest = {}, spoilt = {};  // x * 0 is NaN where x is not finite
+  constexpr int kChains = 4;  // each operation waits for its own last result alone
+  vf least[kChains] = {}, greatest[kChains] = {}, spoilt[kChains] = {};  // x * 0 is NaN where x is not finite
   int64_t i = 0;
-  const auto look = [&](vf v) {
-    least = lesser(v, least), greatest = larger(v, greatest), spoilt += v * 0.0f;
+  const auto look = [&](int chain, vf v) {
+    least[chain] = lesser(v, least[chain]), greatest[chain] = larger(v, greatest[chain]), spoilt[chain] += v * 0.0f;
   };
-  for (; i + V <= in_features; i += V) look(load<vf>(x + i));
-  if (i < in_features) look(load_part(x + i, in_features - i));
-  float low = 0, high = 0;
-  for (int v = 0; v < V; v++) low = std::min(low, least[v]), high = std::max(high, greatest[v]);
+  for (; i + kChains * V <= in_features; i += kChains * V)
+    TRIMTAB_ALL for (int c = 0; c < kChains; c++) look(c, load<vf>(x + i + c * V));
+  for (; i + V <= in_features; i += V) look(0, load<vf>(x + i));
+  if (i < in_features) look(0, load_part(x + i, in_features - i));
+  const float low = across(lesser(lesser(least[0], least[1]), lesser(least[2], least[3])),
+                           [](float a, float b) { return a < b ? a : b; });
+  const float high = across(larger(larger(greatest[0], greatest[1]), larger(greatest[2], greatest[3])),
+                            [](float a, float b) { return a > b ? a : b; });
   const float range = std::max(high - low, 0x1p-100f);  // of zeros alone, or so small that its inverse is none
-  if (std::isnan(total(spoilt)) || !(range <= std::numeric_limits<float>::max()))
+  if (std::isnan(total(spoilt[0] + spoilt[1] + (spoilt[2] + spoilt[3]))) || !(range <= std::numeric_limits<float>::max()))
     return {std::numeric_limits<float>::quiet_NaN(), 0};
   const float inverse = 255.0f / range;
   const int32_t zero = static_cast<int32_t>(std::nearbyint(-low * inverse));

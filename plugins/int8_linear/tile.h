@@ -1,21 +1,23 @@
 // Products of M rows with N panels: sums of four products at a time, all of which stay in registers.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "quantize.h"
 
 namespace trimtab {
 namespace {
 
-#define TRIMTAB_ALL _Pragma("GCC unroll 16")
-
 #if TRIMTAB_WIDTH == 16
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 12, kFewRows = 4;
 #elif defined(TRIMTAB_VNNI)
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6, kFewRows = 2;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kFewRows = 1;
 #endif
-constexpr int kTilePanels = 2;
+constexpr int kTilePanels = 2, kFewPanels = 4;  // few rows have few sums: more panels keep the multipliers busy
+static_assert(kFewRows * kFewPanels <= kTileRows * kTilePanels);
 
 // Four inputs: of V outputs' weights, and of a row of x, as they are multiplied.
 #if defined(TRIMTAB_VNNI)
@@ -82,20 +84,24 @@ void multiply_tile(const char* integers, int64_t row_bytes, const int8_t* panel,
 
 using MultiplyTile = void (*)(const char*, int64_t, const int8_t*, int64_t, int64_t, int32_t*);
 
-template <int N>
+template <int N, int... M>
+constexpr std::array<MultiplyTile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
+  return {multiply_tile<M + 1, N>...};
+}
+
+// For `rows` rows and N panels.
+template <int N, int kMostRows>
 MultiplyTile tile_of(int64_t rows) {
-  switch (rows) {
-#define TRIMTAB_ROWS(M) \
-  case M: return multiply_tile<M, N>;
-    TRIMTAB_ROWS(1) TRIMTAB_ROWS(2) TRIMTAB_ROWS(3)
-#if TRIMTAB_WIDTH == 16 || defined(TRIMTAB_VNNI)
-    TRIMTAB_ROWS(4) TRIMTAB_ROWS(5)
-#endif
-#if TRIMTAB_WIDTH == 16
-    TRIMTAB_ROWS(6) TRIMTAB_ROWS(7) TRIMTAB_ROWS(8) TRIMTAB_ROWS(9) TRIMTAB_ROWS(10) TRIMTAB_ROWS(11)
-#endif
-#undef TRIMTAB_ROWS
-    default: return multiply_tile<kTileRows, N>;
+  static constexpr auto tiles = tiles_of<N>(std::make_integer_sequence<int, kMostRows>());
+  return tiles[rows - 1];
+}
+
+inline MultiplyTile tile_of(int64_t rows, int64_t panels) {
+  switch (panels) {
+    case 1: return tile_of<1, kTileRows>(rows);
+    case 2: return tile_of<2, kTileRows>(rows);
+    case 3: return tile_of<3, kFewRows>(rows);
+    default: return tile_of<4, kFewRows>(rows);
   }
 }
 

@@ -17,6 +17,16 @@
 
 namespace trimtab {
 
+// Lets the system take the pages of a constant whose copy serves; they come again from the file if they are read.
+inline void give_back([[maybe_unused]] const void* data, [[maybe_unused]] size_t size) {
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+  constexpr uintptr_t kSmall = 1 << 12;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kSmall - 1) / kSmall * kSmall;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + size) / kSmall * kSmall;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
+#endif
+}
+
 class Resident {
  public:
   // Takes the constant input `index` of a node, if it is one and large.
@@ -34,11 +44,7 @@ class Resident {
     madvise(memory, size, MADV_HUGEPAGE);
     source_ = runtime.data(value);
     std::memcpy(memory, source_, size);
-#if defined(MADV_PAGEOUT)
-    const auto first = (reinterpret_cast<uintptr_t>(source_) + kSmall - 1) / kSmall * kSmall;
-    const auto last = (reinterpret_cast<uintptr_t>(source_) + size) / kSmall * kSmall;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
-#endif
+    give_back(source_, size);
 #else
     (void)runtime, (void)info, (void)index;
 #endif
@@ -51,7 +57,7 @@ class Resident {
   }
 
  private:
-  static constexpr size_t kPage = 1 << 21, kSmall = 1 << 12;
+  static constexpr size_t kPage = 1 << 21;
 
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
