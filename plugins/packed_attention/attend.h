@@ -6,7 +6,7 @@
 namespace trimtab {
 
 constexpr int64_t kKeyBlock = 256;     // keys that are packed and multiplied at a time
-constexpr int64_t kMostQueries = 192;  // of a part: what is kept of each between two blocks of keys stays in the second cache
+constexpr int64_t kMostQueries = 512;  // of a part: what is kept of each between two blocks of keys stays in the second cache
 
 // Queries [first, last) of one sample and one head of keys. `group` heads of queries share that head of keys; their rows
 // follow each other: row r is query r % tokens of head r / tokens.

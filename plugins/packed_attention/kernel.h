@@ -20,6 +20,7 @@ namespace trimtab {
 namespace {
 
 constexpr int kTileRows = 6;
+constexpr int64_t kRow = kKeyBlock + 16;  // from row to row of scores, so that their places in the cache differ
 constexpr int kTileVectors = V == 16 ? 4 : 2;  // with kTileRows: sums, operands and a factor are all in registers
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -32,10 +33,10 @@ class AttentionScratch {
   // `dim` of a head; `rows` that are kept between blocks of keys.
   AttentionScratch(int64_t dim, int64_t rows) {
     const int64_t wide = whole_vectors(dim);
-    float* at = memory(dim * kKeyBlock + kKeyBlock * wide + kTileRows * (kKeyBlock + wide) + rows * (wide + 2) + 4 * kLine);
+    float* at = memory(dim * kKeyBlock + kKeyBlock * wide + kTileRows * (kRow + wide) + rows * (wide + 2) + 4 * kLine);
     keys = take(at, dim * kKeyBlock);
     values = take(at, kKeyBlock * wide);
-    weights = take(at, kTileRows * kKeyBlock);
+    weights = take(at, kTileRows * kRow);
     queries = take(at, kTileRows * wide);
     sums = take(at, rows * wide);
     most = take(at, rows);
@@ -44,7 +45,7 @@ class AttentionScratch {
 
   float *keys;     // panels of kTileVectors vectors of keys: [dim][keys of the panel]
   float *values;   // [keys][wide]
-  float *weights;  // [kTileRows][kKeyBlock]: scores, then e^scores
+  float *weights;  // [kTileRows][kRow]: scores, then e^scores
   float *queries;  // [kTileRows][wide], scaled
   float *sums;     // [rows][wide]: e^scores times values
   float *most, *total;  // [rows]: largest score, and sum of e^(score - most)
@@ -109,6 +110,12 @@ inline void pack_row(const float* from, int64_t dim, float scale, float* out) {
   if (d < dim) store(out + d, load_some(from + d, dim - d) * scale);
 }
 
+// Asks for `count` rows, which lie too far apart for the hardware to foresee.
+inline void ask_rows(const float* from, int64_t stride, int64_t dim, int64_t count) {
+  for (int64_t i = 0; i < count; i++, from += stride)
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(from + d);
+}
+
 // Where the rows of a tile are. There are always kTileRows, the last one again where there are fewer.
 struct TileRows {
   const float* query[kTileRows];
@@ -116,11 +123,14 @@ struct TileRows {
   float* context[kTileRows];
 
   TileRows(const AttentionPart& part, int64_t first) {
+    int64_t head = first / part.tokens, token = first % part.tokens;
     for (int r = 0; r < kTileRows; r++) {
-      const int64_t row = std::min(first + r, part.last - 1), head = row / part.tokens, token = row % part.tokens;
       query[r] = part.q + token * part.q_stride + head * part.dim;
       bias[r] = part.bias == nullptr ? nullptr : part.bias + head * part.bias_head + token * part.bias_stride;
       context[r] = part.context + token * part.context_stride + head * part.dim;
+      if (first + r + 1 >= part.last) continue;
+      token++;
+      if (token == part.tokens) head++, token = 0;
     }
   }
 };
@@ -155,14 +165,16 @@ void score_tile(const float* q, int64_t wide, int64_t dim, const float* panel, i
   }
   TRIMTAB_UNROLL for (int r = 0; r < R; r++)
     TRIMTAB_UNROLL for (int n = 0; n < N; n++) {
-      store(out + r * kKeyBlock + n * V, sums[r][n]);
+      store(out + r * kRow + n * V, sums[r][n]);
       most[r] = larger(most[r], sums[r][n]);
     }
 }
 
-// sums[r] = sums[r] * decay[r] + weights[r] values, for R rows and N vectors of dimensions.
+// sums[r] = sums[r] * decay[r] + weights[r] values, for R rows and N vectors of dimensions; times factor[r] and to `context`,
+// where that is given, and else to `out`.
 template <int R, int N>
-void value_tile(const float* weights, int64_t count, const float* values, int64_t wide, const float* decay, float* out) {
+void value_tile(const float* weights, int64_t count, const float* values, int64_t wide, const float* decay, float* out,
+                const float* factor, float* const* context, int64_t first) {
   vf sums[R][N];
   TRIMTAB_UNROLL for (int r = 0; r < R; r++)
     TRIMTAB_UNROLL for (int n = 0; n < N; n++)
@@ -171,12 +183,15 @@ void value_tile(const float* weights, int64_t count, const float* values, int64_
     vf v[N];
     TRIMTAB_UNROLL for (int n = 0; n < N; n++) v[n] = load<vf>(values + n * V);
     TRIMTAB_UNROLL for (int r = 0; r < R; r++) {
-      const float by = weights[r * kKeyBlock + i];
+      const float by = weights[r * kRow + i];
       TRIMTAB_UNROLL for (int n = 0; n < N; n++) sums[r][n] += by * v[n];
     }
   }
-  TRIMTAB_UNROLL for (int r = 0; r < R; r++)
-    TRIMTAB_UNROLL for (int n = 0; n < N; n++) store(out + r * wide + n * V, sums[r][n]);
+  TRIMTAB_UNROLL for (int r = 0; r < R; r++) {
+    float* to = factor == nullptr ? out + r * wide : context[r] + first;
+    const float by = factor == nullptr ? 1.0f : factor[r];
+    TRIMTAB_UNROLL for (int n = 0; n < N; n++) store(to + n * V, sums[r][n] * by);
+  }
 }
 
 // The tile of n vectors.
@@ -217,8 +232,8 @@ inline void exponentials(int64_t count, const vf most[kTileRows], float* weights
   TRIMTAB_UNROLL for (int r = 0; r < kTileRows; r++) base[r] = most[r] == -kInfinity ? vf{} : most[r];
   for (int64_t i = 0; i < count; i += V) {
     TRIMTAB_UNROLL for (int r = 0; r < kTileRows; r++) {
-      const vf e = exp_of_negative(load<vf>(weights + r * kKeyBlock + i) - base[r]);
-      store(weights + r * kKeyBlock + i, e);
+      const vf e = exp_of_negative(load<vf>(weights + r * kRow + i) - base[r]);
+      store(weights + r * kRow + i, e);
       sum[r] += e;
     }
   }
@@ -229,7 +244,7 @@ inline void exponentials(int64_t count, const vf most[kTileRows], float* weights
 inline void add_received(const float* weights, const float* factor, int64_t rows, int64_t count, float* received) {
   for (int64_t i = 0; i < count; i += V) {
     vf sum = {};
-    for (int64_t r = 0; r < rows; r++) sum += load<vf>(weights + r * kKeyBlock + i) * factor[r];
+    for (int64_t r = 0; r < rows; r++) sum += load<vf>(weights + r * kRow + i) * factor[r];
     if (i + V <= count) {
       store(received + i, load<vf>(received + i) + sum);
     } else {
@@ -248,11 +263,13 @@ void TRIMTAB_ATTEND(const AttentionPart& part) {
   if (part.received != nullptr) std::fill_n(part.received, part.tokens, 0.0f);
   for (int64_t key = 0; key < part.tokens; key += each) {
     const int64_t count = std::min(each, part.tokens - key);
+    ask_rows(part.v + key * part.v_stride, part.v_stride, part.dim, count);
     pack_keys(part, key, count, scratch.keys);
     for (int64_t i = 0; i < count; i++)
       pack_row(part.v + (key + i) * part.v_stride, part.dim, 1.0f, scratch.values + i * wide);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const TileRows tile(part, part.first + row);
+      ask_rows(tile.query[kTileRows - 1] + part.q_stride, part.q_stride, part.dim, kTileRows);
       float *most = scratch.most + row, *total = scratch.total + row, *sums = scratch.sums + row * wide;
       vf largest[kTileRows], sum[kTileRows];
       float decay[kTileRows];
@@ -269,23 +286,22 @@ void TRIMTAB_ATTEND(const AttentionPart& part) {
         most[r] = largest[r][0];
         total[r] = key > 0 ? total[r] * decay[r] + sum[r][0] : sum[r][0];
       }
+      float factor[kTileRows];
+      for (int r = 0; r < kTileRows; r++) factor[r] = 1 / total[r];
+      const bool done = key + count == part.tokens, whole = wide == part.dim;
       for (int64_t d = 0; d < wide; d += kTileVectors * V)
         by_vectors(std::min<int64_t>(kTileVectors, (wide - d) / V), [&](auto n) {
           value_tile<kTileRows, decltype(n)::value>(scratch.weights, count, scratch.values + d, wide,
-                                                    key > 0 ? decay : nullptr, sums + d);
+                                                    key > 0 ? decay : nullptr, sums + d,
+                                                    done && whole ? factor : nullptr, tile.context, d);
         });
       const int64_t real = std::min<int64_t>(kTileRows, rows - row);
-      if (part.received != nullptr && blocks == 1) {
-        float factor[kTileRows];
-        for (int64_t r = 0; r < real; r++) factor[r] = 1 / total[r];
-        add_received(scratch.weights, factor, real, count, part.received);
-      }
-      if (key + count < part.tokens) continue;
+      if (part.received != nullptr && blocks == 1) add_received(scratch.weights, factor, real, count, part.received);
+      if (!done || whole) continue;
       for (int64_t r = 0; r < real; r++) {
-        const float factor = 1 / total[r];
         int64_t d = 0;
-        for (; d + V <= part.dim; d += V) store(tile.context[r] + d, load<vf>(sums + r * wide + d) * factor);
-        for (; d < part.dim; d++) tile.context[r][d] = sums[r * wide + d] * factor;
+        for (; d + V <= part.dim; d += V) store(tile.context[r] + d, load<vf>(sums + r * wide + d) * factor[r]);
+        for (; d < part.dim; d++) tile.context[r][d] = sums[r * wide + d] * factor[r];
       }
     }
   }
