@@ -138,9 +138,8 @@ class Pyramid(nn.Module):
             weight = self.settings.distil
             loss = (1 - weight) * loss + weight * divergence(logits, dense, 1.0).mean()
         if self.stage == "soft":
-            real = given["attention_mask"].sum(-1)
-            shares = torch.stack([mask.sum(-1) / real for mask in self.pruning.masks])
-            loss = loss + self.settings.pressure * (shares.mean() - self.settings.keep).clamp_min(0)
+            stay = torch.stack([mask.sum() for mask in self.pruning.masks]).mean() / given["attention_mask"].sum()
+            loss = loss + self.settings.pressure * (stay - self.settings.keep).clamp_min(0)
         return loss
 
     def groups(self) -> list[dict[str, Any]]:
