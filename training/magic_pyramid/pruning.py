@@ -39,6 +39,7 @@ class Pruning(nn.Module):
     Attributes:
         mode: "soft" is for training; at evaluation it counts as "hard".
         masks: [batch, tokens] for each layer passed so far: how much each token stays behind it, 0 to 1.
+        reached: [batch, tokens] for each layer passed so far, of the soft mask: 1 for what the hard mask would keep.
     """
 
     def __init__(self, layers: int, mean_tokens: float, start: float, sharpness: float, *, on_output: bool) -> None:
@@ -47,6 +48,7 @@ class Pruning(nn.Module):
         self._unit, self._sharpness, self._on_output = 1 / mean_tokens, sharpness, on_output
         self.mode: Mode = "dense"
         self.masks: list[Tensor] = []
+        self.reached: list[Tensor] = []
 
     @property
     def thresholds(self) -> Tensor:
@@ -62,7 +64,7 @@ class Pruning(nn.Module):
         self._real = mask.to(torch.float32)
         self._log_stay = torch.zeros_like(self._real)
         self._stay = self._real
-        self.masks = []
+        self.masks, self.reached = [], []
 
     def bias(self) -> Tensor:
         """What is added to the logits of attention, [batch, 1, 1, tokens]."""
@@ -92,10 +94,11 @@ class Pruning(nn.Module):
 
     def _leave(self, importance: Tensor, threshold: Tensor) -> None:
         always = stays_always(importance, self._stay)
+        reach = (importance >= threshold) | always  # importance is never below 0
         if not self._soft():
-            reach = (importance >= threshold) | always  # importance is never below 0
             self._stay = self._stay * reach
             return
+        self.reached.append((self.reached[-1] if self.reached else self._real) * reach)
         log_stay = functional.logsigmoid((importance - threshold) / (self._sharpness * self._unit))
         log_stay = torch.where(always, 0.0, log_stay)
         if self._on_output:  # each layer's mask stands for itself, and the next layer attends to all

@@ -138,8 +138,12 @@ class Pyramid(nn.Module):
             weight = self.settings.distil
             loss = (1 - weight) * loss + weight * divergence(logits, dense, 1.0).mean()
         if self.stage == "soft":
-            stay = torch.stack([mask.sum() for mask in self.pruning.masks]).mean() / given["attention_mask"].sum()
-            loss = loss + self.settings.pressure * (stay - self.settings.keep).clamp_min(0)
+            real = given["attention_mask"].sum()
+            share, reached = (
+                torch.stack([mask.sum() for mask in masks]).mean() / real
+                for masks in (self.pruning.masks, self.pruning.reached)
+            )
+            loss = loss + self.settings.pressure * share * (reached > self.settings.keep)
         return loss
 
     def groups(self) -> list[dict[str, Any]]:

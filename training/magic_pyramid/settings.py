@@ -29,7 +29,7 @@ class Settings(Common):
     sharpness: float = Field(0.1, gt=0, description="Temperature of the soft mask, in the same unit.")
     threshold_lr: float = Field(0.01, ge=0, description="Highest learning rate of the thresholds, in the same unit.")
     pressure: float = Field(0.5, ge=0, description="Weight in the loss of the share of tokens that stay.")
-    keep: float = Field(0.0, ge=0, le=1, description="Share of tokens, over all layers, below which pressure ends.")
+    keep: float = Field(0.0, ge=0, le=1, description="Share of tokens, over all layers, at which pressure ends.")
     mask: Literal["attention", "output"] = Field(
         "attention", description="What the soft mask weighs: a token as later layers attend to it, or as in LTP the "
         "output of its layer.",
