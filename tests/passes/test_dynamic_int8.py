@@ -12,7 +12,7 @@ import zoo
 
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
-from trimtab.passes import Capability, PassContext, run_passes
+from trimtab.passes import Capability, PassContext, pass_class, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.contract import PassResult
@@ -67,6 +67,22 @@ def test_by_rows_a_sample_is_answered_as_alone(family: str, tmp_path: Path) -> N
     for row in range(4):
         alone = answers(tmp_path / "int8.onnx", {name: value[row : row + 1] for name, value in feeds.items()})
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6 * np.abs(together).max())
+
+
+def test_by_rows_behind_unpad_padding_and_company_change_nothing(tmp_path: Path) -> None:
+    """And a batch may be empty, as it is once all samples have left."""
+    graph, rng = load_graph(zoo.exported("bert")), np.random.default_rng()
+    run_passes(graph, [Canonicalize(), pass_class("unpad")(), DynamicInt8(scales="row")], PassContext())
+    save_graph(graph, tmp_path / "int8.onnx")
+    assert not {"MatMul", "MatMulInteger"} & {node.op for node in graph.nodes}
+    feeds = zoo.feeds("bert", 4, 11, rng)
+    lengths = rng.integers(1, 12, 4)
+    feeds["attention_mask"] = (np.arange(11) < lengths[:, None]).astype(np.int64)
+    together = answers(tmp_path / "int8.onnx", feeds)
+    for row, length in enumerate(lengths):
+        own = {name: value[row : row + 1, :length] for name, value in feeds.items()}
+        np.testing.assert_allclose(answers(tmp_path / "int8.onnx", own)[0], together[row], rtol=1e-5, atol=1e-6)
+    assert answers(tmp_path / "int8.onnx", {name: value[:0] for name, value in feeds.items()}).shape == (0, 3)
 
 
 def test_rows_are_the_default_where_they_have_a_kernel() -> None:
