@@ -213,7 +213,7 @@ def _bare(tensor: gs.Tensor) -> gs.Tensor:
 def _users(tensor: gs.Tensor) -> Iterator[gs.Node]:
     """The nodes that read the values of `tensor`, directly or behind casts and reshapes."""
     for node in tensor.outputs:
-        if node.op in _SAME:
+        if node.op in _SAME or _keeps_rows(node):
             yield from _users(node.outputs[0])
         elif node.op != "Shape":
             yield node
@@ -222,6 +222,12 @@ def _users(tensor: gs.Tensor) -> Iterator[gs.Node]:
 def _is_spelled(node: gs.Node) -> bool:
     """True for an op with which a written-out norm may begin."""
     return node.op in _SPELLED and not _with_constant(node)
+
+
+def _keeps_rows(node: gs.Node) -> bool:
+    """True for a Gather of the rows that stay where tokens or samples leave a packed batch."""
+    rows = only_producer(node.inputs[1]) if node.op == "Gather" else None
+    return rows is not None and rows.op in ("KeepSamples", "KeepTokens")
 
 
 def _with_constant(node: gs.Node) -> bool:
@@ -242,5 +248,5 @@ def _additions(x: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor]]:
             if node.op in SKIP_NORMS or (node.op == "Add" and not _with_constant(node)):
                 if any(t is tensor for t in node.inputs[:2]):
                     yield node, tensor
-            elif node.op in _RESHAPING or _with_constant(node):
+            elif node.op in _RESHAPING or _with_constant(node) or _keeps_rows(node):
                 queue.extend(node.outputs[:1])

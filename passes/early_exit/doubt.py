@@ -47,9 +47,9 @@ class Doubt:
             return node("Squeeze", [summed, last], "doubt")
         if self._criterion == "probability":
             shares = node("Softmax", [logits], "softmax", axis=-1)
-            best = _best(graph, shares, f"{name}/best")[0]
+            best = _best(graph, shares, self._classes, f"{name}/best")[0]
             return node("Sub", [number("one", 1), node("Squeeze", [best, last], "likeliest")], "doubt")
-        chosen = _best(graph, logits, f"{name}/best")[1]
+        chosen = _best(graph, logits, self._classes, f"{name}/best")[1]
         one = number("one", 1)
         if self.counts:
             same = node("Cast", [node("Equal", [chosen, self.counts[1]], "equal", np.bool_)], "same", to=1)
@@ -60,9 +60,16 @@ class Doubt:
         return node("Squeeze", [node("Div", [one, count], "share"), last], "doubt")
 
 
-def _best(graph: gs.Graph, values: gs.Tensor, name: str) -> tuple[gs.Variable, gs.Variable]:
-    """The largest of each row and its place, [batch, 1] each."""
+def _best(graph: gs.Graph, values: gs.Tensor, classes: int, name: str) -> tuple[gs.Variable, gs.Variable]:
+    """The largest of each row of `values` [batch, classes] and its place, [batch, 1] each.
+
+    A row is added and taken off again: in ONNX Runtime before 1.31, TopK of no rows ends the process.
+    """
+    row = constant(f"{name}/row", np.zeros((1, classes), np.float32))
+    more = insert(graph, "Concat", [values, row], f"{name}/more", attrs={"axis": 0}, dtype=np.float32)
     outputs = [gs.Variable(f"{name}/value", np.float32), gs.Variable(f"{name}/place", np.int64)]
     k = constant(f"{name}/k", np.array([1], np.int64))
-    insert(graph, "TopK", [values, k], name, attrs={"axis": -1}, outputs=outputs)
-    return outputs[0], outputs[1]
+    insert(graph, "TopK", [more, k], name, attrs={"axis": -1}, outputs=outputs)
+    ends = [constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in (("first", 0), ("last", -1))]
+    own = [insert(graph, "Slice", [t, *ends], f"{t.name}/own", dtype=t.dtype) for t in outputs]
+    return own[0], own[1]

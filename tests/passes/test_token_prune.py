@@ -13,6 +13,7 @@ from rewrite import session
 from scipy.special import softmax
 
 from trimtab.passes import PassContext, run_passes
+from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.early_exit import EarlyExit
 from trimtab.passes.errors import NotLearnedError, PassError, RecipeError
 from trimtab.passes.graph import save_graph
@@ -41,6 +42,8 @@ class Case:
         graph = self.encoder.graph()
         results = run_passes(graph, passes, PassContext(self.profile))
         assert all(result.changed for result in results)
+        blocks = find_anatomy(graph).blocks
+        assert [block.attention is not None for block in blocks] == [True] * self.encoder.layers
         save_graph(graph, folder / "model.onnx")
         onnx.checker.check_model(folder / "model.onnx", full_check=True)
         return session(folder / "model.onnx")
