@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +16,7 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, Rounding
 from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes, topological
 from trimtab.passes.graph.products import expose_weights, float_products
+from trimtab.passes.hush import hushed
 from trimtab.passes.int8_rows import to_int8_rows
 from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 
@@ -146,10 +146,7 @@ def quantize_file(
     if any(node.op_type == "Attention" and node.domain in ("", "ai.onnx") for node in model.graph.node):
         leave = (*leave, "Attention")
     large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises on the root logger to preprocess the model, which changes nothing here
-    try:
+    with hushed(""):  # it advises on the root logger to preprocess the model, which changes nothing here
         quantize_dynamic(
             model,
             result,
@@ -161,5 +158,3 @@ def quantize_file(
             # ONNX infers no types behind ops of other domains, such as a decoder's attention.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
-    finally:
-        root.setLevel(level)

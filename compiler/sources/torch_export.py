@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from trimtab.passes.errors import ModelError
 
 OPSET = 23
+_IN_TURNS = threading.RLock()
 
 
 def export_module(
@@ -72,15 +74,20 @@ def export_module(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes on itself from the user: a failure raises, and that is all they need."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Keep the exporter's notes on itself from the user: a failure raises, and that is all they need.
+
+    Threads export in turns: levels and warning filters belong to the process, and another thread would put them back as
+    it found them, changed.
+    """
+    with _IN_TURNS:
+        loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -252,7 +252,6 @@ def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -
     engine, texts = running.engines["classes"], words(np.random.default_rng(), 64)
     wanted = [softmax(expected(engine, text)["logits"].astype(float)) for text in texts]
     names = "nv_inference_request_success", "nv_inference_count", "nv_inference_exec_count"
-    before = [running.metric(name, "classes") for name in names]
     found: dict[int, np.ndarray] = {}
 
     def ask_some(client: int) -> None:
@@ -260,17 +259,22 @@ def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -
             for i in range(client, len(texts), 16):
                 found[i] = infer(own, http, "classes", [texts[i]], ["PROBABILITIES"])[0][0]
 
-    threads = [threading.Thread(target=ask_some, args=(i,)) for i in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(found) == len(texts)
-    for i, row in enumerate(wanted):
-        np.testing.assert_allclose(found[i], row, **TOLERANCE)
-    requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
-    assert samples == requests == len(texts)
-    assert calls < samples  # some ran together
+    for _ in range(30):  # requests are joined where they meet, which the machine may keep them from for a while
+        before = [running.metric(name, "classes") for name in names]
+        found.clear()
+        threads = [threading.Thread(target=ask_some, args=(i,)) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert len(found) == len(texts)
+        for i, row in enumerate(wanted):
+            np.testing.assert_allclose(found[i], row, **TOLERANCE)
+        requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
+        assert samples == requests == len(texts)
+        if calls < samples:  # some ran together
+            return
+    pytest.fail("no requests were joined")
 
 
 def test_the_native_kernels_are_served(running: Running) -> None:

@@ -27,7 +27,7 @@ from trimtab.training.magic_pyramid.settings import Settings
 from trimtab.training.resume import Unfinished
 from trimtab.training.run import train
 
-SEED = int(np.random.default_rng().integers(1 << 30))
+SEED = 11  # whether a random model learns in a few steps, or diverges, is not what is tested here
 QUICK = {"steps": 12, "fine_tune": 1.0, "batch_size": 16, "lr": 1e-3, "max_tokens": 24}
 
 
