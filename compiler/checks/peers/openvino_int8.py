@@ -64,5 +64,5 @@ def _import_nncf() -> Any:
         raise TargetError(f"NNCF is not available ({error})", hint=INSTALL) from error
     finally:
         logging.setLoggerClass(known)  # it sets its own for the whole process
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes whatever handlers hang on that logger
     return nncf
