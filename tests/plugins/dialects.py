@@ -112,6 +112,11 @@ def parted(sums: np.ndarray, keep: int, chosen: int) -> bool:
     return bool((order[:, keep - 1] - order[:, keep] > 1e-4 * order[:, 0]).all())
 
 
+def summed(x: np.ndarray, w: np.ndarray) -> float:
+    """Size of the numbers that x [tokens, width] @ w.T sums, of which few sums may happen to be small."""
+    return float(np.sqrt((x.astype(np.float64) ** 2) @ (w**2).T).max())
+
+
 def close(found: np.ndarray, wanted: np.ndarray, form: str = "float32", scale: float = 1.0) -> None:
     """Equal up to the rounding of float32 sums; with integer weights, kernels also round x to 16 bits.
 

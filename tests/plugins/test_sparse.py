@@ -16,6 +16,7 @@ from dialects import (
     native,
     parted,
     some_blocks,
+    summed,
     weights,
 )  # fmt: skip
 
@@ -56,7 +57,12 @@ def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, g
     z = feeds["x"] @ up.T + bias
     dense = ACTIVATIONS["silu"](feeds["x"] @ gate.T) * z if gated else ACTIVATIONS["silu"](z)
     mask = mask_of(feeds["blocks"], block, neurons, tokens)
-    scale = float(np.abs(dense).max())
+    spread = summed(feeds["x"], up)
+    if gated:  # of a product both factors err
+        spread = (
+            spread * np.abs(ACTIVATIONS["silu"](feeds["x"] @ gate.T)).max() + summed(feeds["x"], gate) * np.abs(z).max()
+        )
+    scale = max(spread, float(np.abs(dense).max()))
     for found_h, found_y in everywhere(model, feeds).values():
         close(found_h, activations(mask, dense), form, scale)
         close(found_y, (mask * dense) @ down, form, scale * np.sqrt(neurons) * float(np.abs(down).max()))
