@@ -52,7 +52,7 @@ VARIANTS: dict[str, list[Any]] = {
     "exit": [PYRAMID[0], PYRAMID[2]],
     "both": PYRAMID,
     "both + ffn-split": [{"ffn-split": {"budget": {"time": 0.65}}}, *PYRAMID],
-    "both, int8": [*PYRAMID, "dynamic-int8"],
+    "both, int8": [*PYRAMID, {"dynamic-int8": {"scales": "row"}}],
 }
 
 

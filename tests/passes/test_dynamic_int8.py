@@ -85,13 +85,13 @@ def test_by_rows_behind_unpad_padding_and_company_change_nothing(tmp_path: Path)
     assert answers(tmp_path / "int8.onnx", {name: value[:0] for name, value in feeds.items()}).shape == (0, 3)
 
 
-def test_rows_are_the_default_where_they_have_a_kernel() -> None:
+def test_auto_is_rows_where_they_have_a_kernel() -> None:
     for row_scales, op in ((True, "Int8Linear"), (False, "MatMulInteger")):
         graph, capability = load_graph(zoo.exported("bert")), Capability(row_scales=row_scales)
-        run_passes(graph, [Canonicalize(), DynamicInt8()], PassContext(capability=capability))
+        run_passes(graph, [Canonicalize(), DynamicInt8(scales="auto")], PassContext(capability=capability))
         assert {node.op for node in graph.nodes} & {*PRODUCTS.values()} == {op}
-        assert DynamicInt8().rounding(capability).per_row == row_scales
-        assert DynamicInt8().unfit(capability) is None
+        assert DynamicInt8(scales="auto").rounding(capability).per_row == row_scales
+        assert DynamicInt8(scales="auto").unfit(capability) is None
         assert (DynamicInt8(scales="row").unfit(capability) is None) == row_scales
 
 
