@@ -46,8 +46,8 @@ class DynamicInt8(Pass):
     per_channel: bool = Field(True, description="a scale per output feature instead of one per matrix")
     scales: Literal["auto", "row", "tensor"] = Field(
         "tensor",
-        description="of activations: one per tensor, as ONNX Runtime's quantizer has it, or one per row (token), which is "
-        "nearer to the dense model; auto: row, where there is a kernel",
+        description="of activations: one per tensor, as ONNX Runtime's quantizer has it, or one per row (token), nearer "
+        "to the dense model; auto: row, where there is a kernel",
     )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
