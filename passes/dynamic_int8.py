@@ -46,7 +46,7 @@ class DynamicInt8(Pass):
     per_channel: bool = Field(True, description="a scale per output feature instead of one per matrix")
     scales: Literal["auto", "row", "tensor"] = Field(
         "tensor",
-        description="of activations: one per tensor, as ONNX Runtime's quantizer has it, or one per row (token), nearer "
+        description="of activations: one per tensor, as ONNX Runtime has it, or one per row (token), nearer "
         "to the dense model; auto: row, where there is a kernel",
     )
 
