@@ -124,7 +124,7 @@ class Dials:
         if not self.dials:
             raise InputError(
                 "the engine has no dials, so its speed cannot be chosen",
-                hint="leave `speed` out, or compile with a pass that has dials (`trimtab passes` lists them)",
+                hint="leave `speed` out, or compile with a pass that has dials, such as early-exit",
             )
         speeds = [point.speed for point in self.path]
         return {

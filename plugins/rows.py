@@ -1,4 +1,4 @@
-"""Statements that the reference bodies of the ops with weights share."""
+"""Statements that reference bodies of several ops share."""
 
 from __future__ import annotations
 
@@ -88,3 +88,26 @@ def _int4(form: Form, label: str) -> list[str]:
         f"  {label}_flat = Concat <axis = 0> ({label}_first, minus)",
         f"  {label}_rows = Reshape ({label}_out, {label}_flat)",
     ]
+
+
+def places_of(flags: str, count: str, result: str) -> str:
+    """Makes `result`, int32: where `flags` [count] is 1, in ascending order. Running sums are the new places.
+
+    It reads the scalars `zero` and `step`, which is 1, and `none` [0], `one` [1], `minus` [-1] and `end` [the largest].
+    It also makes `<result>_p_counts` [count + 1], how many came before, and `<result>_l`, `result` in int64.
+    """
+    p = f"{result}_p"
+    return f"""
+  {p}_sums = CumSum ({flags}, zero)
+  {p}_counts = Concat <axis = 0> (none, {p}_sums)
+  {p}_count = Slice ({p}_counts, minus, end, none)
+  {p}_new = Slice ({p}_counts, none, minus, none)
+  {p}_is = Cast <to = 9> ({flags})
+  {p}_to = Where ({p}_is, {p}_new, {count})
+  {p}_number = Squeeze ({count})
+  {p}_own = Range (zero, {p}_number, step)
+  {p}_slots = Add ({count}, one)
+  {p}_none = ConstantOfShape <value = int64[1] {{0}}> ({p}_slots)
+  {p}_all = ScatterElements <axis = 0> ({p}_none, {p}_to, {p}_own)
+  {result}_l = Slice ({p}_all, none, {p}_count, none)
+  {result} = Cast <to = 6> ({result}_l)"""

@@ -61,3 +61,23 @@ PLAIN = (
     "w = MatMul (p, vt) wt = Transpose <perm = [0, 2, 1, 3]> (w) r = Reshape (wt, join) "
 )
 OUT = "e = MatMul (r, o) y = Add (x, e)"
+
+
+def tower(layers: int) -> gs.Graph:
+    """Nothing but `layers` FFNs, of 4 inputs and 6 neurons, with their nodes in reverse order."""
+    rng = np.random.default_rng()
+    x = gs.Variable("x", np.float32, ["N", 4])
+    stream, nodes = x, []
+
+    def node(op: str, *inputs: gs.Tensor) -> gs.Variable:
+        made = gs.Variable(f"t{len(nodes)}", np.float32)
+        nodes.append(gs.Node(op, inputs=list(inputs), outputs=[made]))
+        return made
+
+    def weight(*shape: int) -> gs.Constant:
+        return gs.Constant(f"w{len(nodes)}.{shape}", rng.standard_normal(shape, np.float32))
+
+    for _ in range(layers):
+        hidden = node("Relu", node("MatMul", node("LayerNormalization", stream, weight(4)), weight(4, 6)))
+        stream = node("Add", stream, node("MatMul", hidden, weight(6, 4)))
+    return gs.Graph(nodes[::-1], inputs=[x], outputs=[stream], opset=20)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import in_float
+from trimtab.plugins.rows import in_float, places_of
 from trimtab.plugins.sizes import Counted, Shapes, Size
 
 __all__ = ["KEEP_SAMPLES"]
@@ -42,32 +42,13 @@ def _body(form: Form) -> str:
             *in_float(form, "uncertainty", "uncertainty", "doubt", "Identity ({})"),
             *in_float(form, "threshold", "threshold", "dial", "Identity ({})"),
             _CHOICE,
-            _places_of("stays", "samples", "stay"),
-            _places_of("leaves", "samples", "leave"),
+            places_of("stays", "samples", "stay"),
+            places_of("leaves", "samples", "leave"),
             _ROWS,
-            _places_of("row_stays", "tokens", "rows"),
+            places_of("row_stays", "tokens", "rows"),
             _OFFSETS,
         ]
     )
-
-
-def _places_of(flags: str, count: str, result: str) -> str:
-    """Makes `result`, int32: where `flags` [count] is 1, in ascending order. Running sums are the new places."""
-    p = f"{result}_p"
-    return f"""
-  {p}_sums = CumSum ({flags}, zero)
-  {p}_counts = Concat <axis = 0> (none, {p}_sums)
-  {p}_count = Slice ({p}_counts, minus, end, none)
-  {p}_new = Slice ({p}_counts, none, minus, none)
-  {p}_is = Cast <to = 9> ({flags})
-  {p}_to = Where ({p}_is, {p}_new, {count})
-  {p}_number = Squeeze ({count})
-  {p}_own = Range (zero, {p}_number, step)
-  {p}_slots = Add ({count}, one)
-  {p}_none = ConstantOfShape <value = int64[1] {{0}}> ({p}_slots)
-  {p}_all = ScatterElements <axis = 0> ({p}_none, {p}_to, {p}_own)
-  {result}_l = Slice ({p}_all, none, {p}_count, none)
-  {result} = Cast <to = 6> ({result}_l)"""
 
 
 _CHOICE = """

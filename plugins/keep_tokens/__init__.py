@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import FLOAT, INT32, Attribute, Form, Input, Op, Output, Value
+from trimtab.plugins.rows import places_of
 from trimtab.plugins.sizes import Counted, Shapes, Size
 
 __all__ = ["KEEP_TOKENS"]
@@ -32,7 +33,8 @@ def _offsets(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | Non
 
 
 def _body(form: Form) -> str:
-    return "\n".join([_SAMPLES, _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD, _PACK])
+    choice = _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD
+    return "\n".join([_SAMPLES, choice, _FLAGS, places_of("flags", "tokens", "kept"), _OFFSETS])
 
 
 # Samples are the rows of a matrix [batch + 1, T + LEAST], where tokens of other samples and the padding are -inf. The
@@ -123,27 +125,18 @@ _RATIO = """
   places = Reshape (best_, minus)
 """
 
-# flags [T + 1], of which the last is for what is not kept; running sums of them are the new places.
-_PACK = """
+# flags [T]: 1 for the tokens in `places`. One more slot takes what is not kept.
+_FLAGS = """
   slots = Add (tokens, one)
   flags_none = ConstantOfShape <value = int64[1] {0}> (slots)
   places_shape = Shape (places)
   ones = ConstantOfShape <value = int64[1] {1}> (places_shape)
   flags_all = ScatterElements <axis = 0> (flags_none, places, ones)
-  flags = Slice (flags_all, none, tokens, none)
-  sums = CumSum (flags, zero)
-  counts = Concat <axis = 0> (none, sums)
-  count = Slice (counts, minus, end, none)
-  new_offsets = Gather <axis = 0> (counts, all)
-  offsets_out = Cast <to = 6> (new_offsets)
+  flags = Slice (flags_all, none, tokens, none)"""
 
-  own = Range (zero, tokens_, step)
-  new_places = Slice (counts, none, minus, none)
-  is_kept = Cast <to = 9> (flags)
-  to = Where (is_kept, new_places, tokens)
-  packed = ScatterElements <axis = 0> (flags_none, to, own)
-  kept_ = Slice (packed, none, count, none)
-  kept = Cast <to = 6> (kept_)
+_OFFSETS = """
+  new_offsets = Gather <axis = 0> (kept_p_counts, all)
+  offsets_out = Cast <to = 6> (new_offsets)
 """
 
 

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 import zoo
+from written import tower
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.anatomy.activation import KNOWN
@@ -169,23 +170,8 @@ def test_weights_stay_unread(family: str, tmp_path: Path) -> None:
 
 def test_deep_graphs() -> None:
     """Hundreds of layers, in reverse order: no recursion limit, and no quadratic time."""
-    d, f, layers = 4, 6, 400
-    rng = np.random.default_rng()
-    x = gs.Variable("x", np.float32, ["N", d])
-    stream, nodes = x, []
-
-    def node(op: str, *inputs: gs.Tensor) -> gs.Variable:
-        made = gs.Variable(f"t{len(nodes)}", np.float32)
-        nodes.append(gs.Node(op, inputs=list(inputs), outputs=[made]))
-        return made
-
-    def weight(*shape: int) -> gs.Constant:
-        return gs.Constant(f"w{len(nodes)}.{shape}", rng.standard_normal(shape, np.float32))
-
-    for _ in range(layers):
-        hidden = node("Relu", node("MatMul", node("LayerNormalization", stream, weight(d)), weight(d, f)))
-        stream = node("Add", stream, node("MatMul", hidden, weight(f, d)))
-    graph = gs.Graph(nodes[::-1], inputs=[x], outputs=[stream], opset=20)
+    layers = 400
+    graph = tower(layers)
     anatomy = find_anatomy(graph)
     assert [ffn.layer for ffn in anatomy.ffns] == list(range(layers))
     Canonicalize().run(graph, PassContext())

@@ -11,7 +11,7 @@ import pytest
 import zoo
 from rewrite import canonical, profile_of
 from streams import run, streams
-from written import HEADS, NORM, PLAIN, PROJECTIONS, anatomy_of
+from written import HEADS, NORM, PLAIN, PROJECTIONS, anatomy_of, tower
 
 from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.anatomy import Anatomy, Block, find_anatomy
@@ -206,29 +206,10 @@ def test_deep_models_take_linear_time() -> None:
 
         stream.reads = counted
         try:
-            blocks = find_anatomy(_tower(layers)).blocks
+            blocks = find_anatomy(tower(layers)).blocks
         finally:
             stream.reads = reads
         assert len(blocks) == layers
         assert all(isinstance(block, Block) for block in blocks)
         looked.append(count)
     assert looked[1] <= 4.2 * looked[0]
-
-
-def _tower(layers: int) -> gs.Graph:
-    rng = np.random.default_rng()
-    x = gs.Variable("x", np.float32, ["N", 4])
-    stream, nodes = x, []
-
-    def node(op: str, *inputs: gs.Tensor) -> gs.Variable:
-        made = gs.Variable(f"t{len(nodes)}", np.float32)
-        nodes.append(gs.Node(op, inputs=list(inputs), outputs=[made]))
-        return made
-
-    def weight(*shape: int) -> gs.Constant:
-        return gs.Constant(f"w{len(nodes)}.{shape}", rng.standard_normal(shape, np.float32))
-
-    for _ in range(layers):
-        hidden = node("Relu", node("MatMul", node("LayerNormalization", stream, weight(4)), weight(4, 6)))
-        stream = node("Add", stream, node("MatMul", hidden, weight(6, 4)))
-    return gs.Graph(nodes[::-1], inputs=[x], outputs=[stream], opset=20)
