@@ -24,6 +24,7 @@ from trimtab.compiler.data.preparation import read_preparation
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.learned import remedies
 from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
+from trimtab.compiler.profile_choice import ProfileChoice, choose_profile
 from trimtab.compiler.profiling import measured_profile, profile_digest
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
@@ -43,11 +44,10 @@ from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.needs import FFNStates, to_measure
 from trimtab.passes.precision import Precision
-from trimtab.passes.profile import Profile
+from trimtab.passes.profile import PROFILE, Profile
 
 log = logging.getLogger(__name__)
 
-PROFILE = Path("profile.safetensors")
 RECIPE = Path("recipe.yaml")
 
 
@@ -74,7 +74,8 @@ def compile_model(
         recipe: YAML file, mapping or Recipe; None for the default one.
         out: where the build goes; an earlier build there is replaced, anything else is left alone.
         data: file to calibrate on, where a pass needs a Profile and none is given.
-        profile: of this model; made from `data` when missing, and then kept in the cache.
+        profile: of this model. By default, where a pass needs one, that in the model's own folder; else it is measured
+            on `data`, and kept in the cache.
         target, shards: override the recipe's.
         progress: called with (what, done, total).
         force: compile, and calibrate, even if nothing changed.
@@ -90,8 +91,9 @@ def compile_model(
         recipe = load_recipe(dict(recipe) | told)
     if recipe.shards > 1:
         _check_shards(recipe)
-    given = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
-    with remedies(model=model, recipe=written, data=data, profile=profile):
+    choice = choose_profile(profile, model, recipe, data=data is not None)
+    given = choice.profile
+    with remedies(model=model, recipe=written, data=data, profile=choice.path or profile):
         check_needs(recipe.passes, given)
     if recipe.needs_profile and given is None and data is None:
         raise DataError(
@@ -105,13 +107,12 @@ def compile_model(
     with BuildWriter(out) as writer:
         with phases("open the model"):
             source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
-            if given is not None:
-                given.check(source.fingerprint)
+            choice.check(source.fingerprint)
             hashes = source.hashes
             key = _key(source, hashes, recipe, capability, dataset, given)
         if not force and (found := find_build(writer.out, key)):
             return found
-        return _Compile(writer, source, hashes, recipe, capability, key, phases, force).run(dataset, given)
+        return _Compile(writer, source, hashes, recipe, capability, key, phases, force).run(dataset, choice)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class _Compile:
     phases: Phases
     force: bool
 
-    def run(self, dataset: Dataset | None, profile: Profile | None) -> Build:
+    def run(self, dataset: Dataset | None, choice: ProfileChoice) -> Build:
         phases, folder = self.phases, self.writer.folder
+        profile, profile_origin = choice.profile, choice.origin
         with phases("read the graph"):
             graph = self.source.graph()
             anatomy = find_anatomy(graph)
@@ -149,6 +151,7 @@ class _Compile:
                     progress=phases.progress,
                     again=self.force,
                 )
+                profile_origin = f"measured on {dataset.path.resolve()}"
         with scratch(folder):
             with phases("run the passes", shown=False):
                 context = PassContext(
@@ -203,6 +206,7 @@ class _Compile:
             recipe=self.recipe.model_dump(mode="json"),
             data=profile.info.data if profile else None,
             profile=profile_digest(profile) if profile else None,
+            profile_origin=profile_origin,
             versions=package_versions(),
             passes=tuple(PassReport.of(result) for result in results),
             sizes=sizes,

@@ -62,7 +62,7 @@ def how_to_learn(
     words += ["--data", data]
     if method in TUNED:
         command = shlex.join(map(str, [*words, "-o", "tuned"]))
-        return f"run `{command}`, and compile the model `tuned` with `--profile tuned/profile.safetensors`"
+        return f"run `{command}`, and compile the model `tuned`"
     words += [*(["--profile", profile] if profile is not None else []), "-o", "learned.safetensors"]
     return f"run `{shlex.join(map(str, words))}`, and compile with `--profile learned.safetensors`"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.numpy import save_file
 from trimtab.passes.errors import ProfileError
 
 FORMAT = 1
+PROFILE = "profile.safetensors"
+"""Name of the Profile in the folder of its model, and in a build."""
 
 
 class ProfileInfo(BaseModel):
@@ -158,19 +161,20 @@ class Profile:
         prefix = f"learned.{method}."
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
-    def check(self, fingerprint: str) -> None:
+    def check(self, fingerprint: str, where: str = "the profile") -> None:
         """Refuse a Profile of another model, or with NaN or Inf.
 
         Args:
             fingerprint: `model_fingerprint` of the model.
+            where: what the message calls the Profile.
 
         Raises:
             ProfileError: says which.
         """
-        self.check_finite()
+        self.check_finite(where)
         if fingerprint != self.info.model:
             raise ProfileError(
-                f"the profile belongs to another model (weights {self.info.model[:12]}, this model {fingerprint[:12]})",
+                f"{where} belongs to another model (weights {self.info.model[:12]}, this model {fingerprint[:12]})",
                 hint="calibrate this model, or give the profile that was made from it",
             )
 
@@ -219,22 +223,35 @@ class Profile:
         Raises:
             ProfileError: missing, damaged, not a Profile, of a newer format, or with NaN or Inf.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get("trimtab")
-                if text is None:
-                    raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
-                made = json.loads(text)
-                if isinstance(made, dict) and made.get("format") != FORMAT:
-                    raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
-                info = ProfileInfo.model_validate_json(text)
-                profile = cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, ValidationError, ValueError, OSError) as error:
-            raise ProfileError(
-                f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again"
-            ) from error
+        with _opened(Path(path)) as (info, file):
+            profile = cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         profile.check_finite(str(path))
         return profile
+
+
+def read_info(path: Path | str) -> ProfileInfo:
+    """What the Profile in a file says of itself; its tensors are not read.
+
+    Raises:
+        ProfileError: as `Profile.load`.
+    """
+    with _opened(Path(path)) as (info, _):
+        return info
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
+    """The file of a Profile, to read tensors from."""
+    if not path.is_file():
+        raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("trimtab")
+            if text is None:
+                raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
+            made = json.loads(text)
+            if isinstance(made, dict) and made.get("format") != FORMAT:
+                raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
+            yield ProfileInfo.model_validate_json(text), file
+    except (SafetensorError, ValidationError, ValueError, OSError) as error:
+        raise ProfileError(f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again") from error

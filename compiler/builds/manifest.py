@@ -126,6 +126,7 @@ class Manifest(_Model):
         shards: processes among which it is divided.
         recipe: with every default filled in.
         data, profile: hashes of the calibration data and of the Profile.
+        profile_origin: the file of the Profile, or what it was measured on.
         versions: of the packages involved.
         passes: what each pass did, in order.
         files: every file that is read when the build is used, by its path in the build; this one left out.
@@ -157,6 +158,7 @@ class Manifest(_Model):
     recipe: dict[str, Any]
     data: str | None = None
     profile: str | None = None
+    profile_origin: str | None = None
     versions: dict[str, str]
     passes: tuple[PassReport, ...]
     files: dict[str, FileInfo] = Field(default_factory=dict)

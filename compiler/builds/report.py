@@ -15,6 +15,7 @@ def render(manifest: Manifest, measured: Measured) -> str:
         f"# {manifest.origin}, compiled for {manifest.target}",
         f"Made {manifest.created} by trimtab {manifest.versions.get('trimtab', '')} in "
         f"{sum(manifest.seconds.values()):.1f} s.",
+        f"Profile: {manifest.profile_origin}." if manifest.profile_origin else "",
         _sizes(manifest),
         _dials(manifest),
         *(_pass(report) for report in manifest.passes),

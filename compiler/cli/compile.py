@@ -32,7 +32,10 @@ def command(
         Path | None, typer.Option("--data", help="Calibrate on this (.txt, .jsonl, .tsv, .npz).", show_default=False)
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option("--profile", help="Made by `trimtab calibrate` or `train`.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Made by `trimtab calibrate` or `train`. Default: profile.safetensors in the model's folder."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.", show_default=False)
@@ -90,6 +93,8 @@ def _show(build: Build, out: Path) -> None:
         )
     if manifest.check.why:
         print(f"not compared with the dense model: {manifest.check.why}")
+    if manifest.profile_origin:
+        print(f"profile: {manifest.profile_origin}")
     print(f"\n{out}: built for {manifest.target} in {sum(manifest.seconds.values()):.1f} s; see {out / 'report.md'}")
     print(f"sha256 of its manifest, for --trusted-hash: {build.hash}")
     print(f"next: trimtab validate {out} --data HELD_OUT    trimtab bench {out}")
