@@ -56,10 +56,27 @@ def int8_row() -> tuple[onnx.ModelProto, int]:
     return gs.export_onnx(graph), 255 * 127 * K
 
 
+def counted() -> onnx.ModelProto:
+    """y [counted, K], the rows of x whose number is an element of x that is not 0."""
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["places"]),
+        helper.make_node("Gather", ["places", "first"], ["rows"]),
+        helper.make_node("Gather", ["x", "rows"], ["y"]),
+    ]
+    first = numpy_helper.from_array(np.array(0), "first")
+    return _model(nodes, [first], TensorProto.FLOAT, [("", 21)], 10, columns=K)
+
+
 def _model(
-    nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto], dtype: int, opsets: list[tuple[str, int]], ir: int
+    nodes: list[onnx.NodeProto],
+    weights: list[onnx.TensorProto],
+    dtype: int,
+    opsets: list[tuple[str, int]],
+    ir: int,
+    *,
+    columns: int = N,
 ) -> onnx.ModelProto:
     x = helper.make_tensor_value_info("x", dtype, ["rows", K])
-    y = helper.make_tensor_value_info("y", dtype, ["rows", N])
+    y = helper.make_tensor_value_info("y", dtype, [None, columns])
     graph = helper.make_graph(nodes, "trial", [x], [y], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets], ir_version=ir)

@@ -21,6 +21,7 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
 
     Most operators only gained types between opsets, and mean the same under the newer number; reductions, whose axes
     became an input in opset 18, are rewritten. onnx.version_converter would do it too, but loads every weight.
+    Functions of the model whose nodes all mean the same follow; others keep the opset that they declare.
 
     Raises:
         ModelError: some node would mean something else; names it. The graph is then as it was.
@@ -41,13 +42,24 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
         if node.op in _REDUCTIONS and graph.opset < _AXES_ARE_INPUT <= opset and "axes" in node.attrs:
             axes = np.array(node.attrs.pop("axes"), np.int64)
             node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
-    graph.opset = opset
-    for entry in graph.import_domains or ():  # what the exporter writes
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = opset
+    functions = [
+        function
+        for function in graph.functions
+        if function.opset < opset and all(_is_same(node, function.opset, opset) for node in function.nodes)
+    ]
+    for part in (graph, *functions):
+        part.opset = opset
+        for entry in part.import_domains or ():  # what the exporter writes
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = opset
     # Older files carry an IR version that newer types are not allowed in.
     least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     graph.ir_version = max(graph.ir_version or 0, least)
+
+
+def _is_same(node: gs.Node, old: int, new: int) -> bool:
+    """Whether a function may hold `node` as it is under both opsets."""
+    return node.domain not in (None, "", "ai.onnx") or _change(node, old, new) is None
 
 
 def _change(node: gs.Node, old: int, new: int) -> str | None:

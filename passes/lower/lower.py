@@ -12,6 +12,7 @@ from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import constant, replace_uses, topological, values
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.lower import counted
 from trimtab.passes.lower.attention import Masks, group_query_attention, rotary_embedding
 from trimtab.passes.lower.contrib import RULES
 from trimtab.passes.lower.topk import in_rounds, needs_rounds
@@ -92,7 +93,9 @@ def _rule(node: gs.Node) -> str | None:
         return node.op
     if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
         return node.op
-    return "TopK" if not node.domain and needs_rounds(node) else None
+    if node.domain:
+        return None
+    return node.op if node.op in counted.RULES else "TopK" if needs_rounds(node) else None
 
 
 class _Lowering:
@@ -108,6 +111,7 @@ class _Lowering:
             "RotaryEmbedding": lambda nodes, node: list(rotary_embedding(nodes, node)),
             "TopK": lambda nodes, node: list(in_rounds(nodes, node)),
             **RULES,
+            **counted.RULES,
         }
 
     def of(self, name: str, node: gs.Node) -> list[gs.Tensor | None]:

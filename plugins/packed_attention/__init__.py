@@ -58,12 +58,19 @@ _SAMPLES = """
   real = Less (places, lengths_)
   keys_ = Max (lengths_, one)
   attended = Less (places, keys_)
-  flat_real = Reshape (real, minus)
   all_rows = Add (starts_, places)
   tokens = Shape <start = 0, end = 1> (q)
   rows = Where (real, all_rows, tokens)
   batch = Shape <start = 0, end = 1> (rows)
-  lead = Concat <axis = 0> (batch, longest)"""
+  lead = Concat <axis = 0> (batch, longest)
+  flat_rows = Reshape (rows, minus)
+  slots = Add (tokens, one)
+  unset = ConstantOfShape <value = int64[1] {0}> (slots)
+  many = Mul (batch, longest)
+  many_ = Squeeze (many)
+  own = Range (zero, many_, step)
+  placed = ScatterElements <axis = 0> (unset, flat_rows, own)
+  place_of_row = Slice (placed, first, tokens, first)"""
 
 
 def _operands(form: Form) -> list[str]:
@@ -156,7 +163,7 @@ def _context(form: Form) -> list[str]:
         "  width = Mul (h, dim)",
         "  context_shape = Concat <axis = 0> (minus, width)",
         "  by_place = Reshape (by_token, context_shape)",
-        *as_input(form, "q", "context", "Compress <axis = 0> (by_place, flat_real)"),
+        *as_input(form, "q", "context", "Gather <axis = 0> (by_place, place_of_row)"),
     ]
 
 
@@ -171,7 +178,7 @@ _RECEIVED = """
   queries_f = Cast <to = 1> (queries_of)
   means = Div (sums, queries_f)
   flat_means = Reshape (means, minus)
-  received = Compress <axis = 0> (flat_means, flat_real)"""
+  received = Gather <axis = 0> (flat_means, place_of_row)"""
 
 
 PACKED_ATTENTION = Op(

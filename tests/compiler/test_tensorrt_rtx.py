@@ -27,15 +27,12 @@ SIZES = Workload(batch=(1, 2, 4), tokens=(4, 8, 16))
 def save(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray] | None = None) -> Path:
     """A graph over x [batch, 64], with every tensor that nobody reads as an output."""
     read = {name for node in nodes for name in node.input}
-    outputs = [(name, node.op_type) for node in nodes for name in node.output if name not in read]
+    outputs = [name for node in nodes for name in node.output if name not in read]
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.INT64 if op == "NonZero" else TensorProto.FLOAT, None)
-            for name, op in outputs
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -108,15 +105,12 @@ def test_refused_nodes_are_all_named_before_anything_is_built(tmp_path: Path) ->
         tmp_path / "m.onnx",
         [
             helper.make_node("Relu", ["x"], ["h"], name="fine"),
-            helper.make_node("NonZero", ["h"], ["y"], name="layer.0/nonzero"),
+            helper.make_node("Unique", ["h"], ["y"], name="layer.0/unique"),
             helper.make_node("Inverse", ["h"], ["z"], name="layer.1/inverse", domain="com.microsoft"),
-            helper.make_node("Compress", ["h", "keep"], ["c"], name="layer.2/compress"),
+            helper.make_node("Det", ["h"], ["c"], name="layer.2/det"),
         ],
-        {"keep": np.ones(3, bool)},
     )
-    with pytest.raises(
-        TargetError, match=r"(?s)NonZero 'layer.0/nonzero'.*::Inverse 'layer.1/inverse'.*Compress"
-    ) as caught:
+    with pytest.raises(TargetError, match=r"(?s)Unique 'layer.0/unique'.*::Inverse 'layer.1/inverse'.*Det") as caught:
         get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
     assert "fine" not in str(caught.value)
     assert_nothing_left(tmp_path / "engine")
@@ -140,7 +134,7 @@ def test_a_type_the_parser_lacks_is_refused(tmp_path: Path) -> None:
 
 def test_the_probe_tells_what_the_parser_takes() -> None:
     capability = get_target("tensorrt-rtx").probe()
-    assert capability.weight_bits == {4, 8} and capability.float16
+    assert capability.weight_bits == {4, 8} and capability.float16 and capability.counted_sizes
 
 
 def test_a_crash_of_the_builder_is_an_error_with_its_last_words(

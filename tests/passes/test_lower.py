@@ -370,3 +370,37 @@ def test_what_has_no_standard_form_is_named(tmp_path: Path) -> None:
     next(t for t in graph.inputs if t.name == "attention_mask").name = "other"
     with pytest.raises(ModelError, match="needs an input attention_mask"):
         lower(graph)
+
+
+def test_counted_sizes(tmp_path: Path) -> None:
+    """Of none, some and all; what ONNX Runtime itself finds."""
+    rng = np.random.default_rng()
+    text = """<ir_version: 9, opset_import: ["" : 21]>
+    g (float[a] one, bool[a, b] two, int64[a, b, c] three, bool[n] short) =>
+      (int64[1, r] y1, int64[2, s] y2, int64[3, t] y3, bool[a, u] y4, int64[v] y5) {
+      y1 = NonZero (one)
+      y2 = NonZero (two)
+      y3 = NonZero (three)
+      y4 = Compress <axis = 1> (two, short)
+      y5 = Compress (three, short)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    found, done = lowered(tmp_path / "m.onnx", tmp_path / "b")
+    assert done == {"NonZero": 3, "Compress": 2}
+    assert {node.op_type for node in onnx.load(found).graph.node} & {"NonZero", "Compress"} == set()
+    one, two = session(tmp_path / "m.onnx"), session(found)
+    for a, b, c in ((1, 1, 1), (3, 4, 2), (5, 2, 7), (0, 3, 2)):
+        for share in (0.0, 0.4, 1.0):
+            some = [rng.random(size) < share for size in ((a,), (a, b), (a, b, c), (min(b, a * b * c),))]
+            feed = dict(zip(("one", "two", "three", "short"), some, strict=True))
+            feed |= {"one": np.where(some[0], rng.normal(size=a), 0).astype(np.float32)}
+            feed |= {"three": np.where(some[2], -(2**40), 0)}
+            for want, got in zip(one.run(None, feed), two.run(None, feed), strict=True):
+                np.testing.assert_array_equal(got, want)
+
+
+def test_a_counted_size_of_unknown_axes(tmp_path: Path) -> None:
+    x, y = gs.Variable("x", np.float32, None), gs.Variable("y", np.int64, None)
+    graph = gs.Graph([gs.Node("NonZero", "odd", inputs=[x], outputs=[y])], inputs=[x], outputs=[y], opset=21)
+    with pytest.raises(ModelError, match="odd: how many axes"):
+        lower(graph)

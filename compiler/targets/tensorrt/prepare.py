@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.targets.tensorrt.profiles import Profile, profiles_of, tokens_of
@@ -66,7 +68,7 @@ def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segm
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
     used = _with_plugins(graph) if plugins else ()
     lowered = lower(graph, tokens=tokens_of(graph, workload))
-    if not lowered and not used and segments == 1:
+    if not lowered and not used and segments == 1 and not graph.functions:
         return Prepared([model], [profiles], (), lowered, inputs, outputs)
     parts = segments_of(graph, segments)
     whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
@@ -74,7 +76,19 @@ def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segm
     with WeightFile(scratch / "model.data") as weights:
         for part, path in zip(parts, paths, strict=True):
             save_graph(part, path, weights=weights)
+            _inline_bodies(path)
     return Prepared(paths, whole, used, lowered, inputs, outputs)
+
+
+def _inline_bodies(path: Path) -> None:
+    """Put the reference bodies of the dialect's ops in the places of their nodes, in the ONNX file at `path`.
+
+    TensorRT-RTX 1.7 takes no node that leaves out an input of its function.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    bodies = [(function.domain, function.name) for function in model.functions if function.domain == DOMAIN]
+    if bodies:
+        path.write_bytes(onnx.inliner.inline_selected_functions(model, bodies).SerializeToString())
 
 
 def _with_plugins(graph: gs.Graph) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from trimtab.compiler.cache import updated
 from trimtab.compiler.engine_options import EngineOptions
@@ -23,6 +24,7 @@ from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
+from trimtab.passes.lower import lower
 from trimtab.plugins.driver import compute_capability, gpu_present
 
 _SHOWN = 5  # refused nodes that a message names
@@ -238,11 +240,14 @@ def _known_gpus(kind: type[TensorRT]) -> tuple[str, ...]:
 @lru_cache
 def _probe(kind: type[TensorRT]) -> Capability:
     widths = (2, 4, 8)
+    counted = gs.import_onnx(trials.counted())
+    lower(counted)
     tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
+    tried.append(gs.export_onnx(counted))
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         paths = [Path(folder) / f"{position}.onnx" for position in range(len(tried))]
         for model, path in zip(tried, paths, strict=True):
             onnx.save(model, path)
-        *blockwise, half, integers = (not refused for refused in kind().parse(paths))
+        *blockwise, half, integers, counts = (not refused for refused in kind().parse(paths))
     taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
-    return Capability(weight_bits=taken, float16=half, integer_products=integers, counted_sizes=False)
+    return Capability(weight_bits=taken, float16=half, integer_products=integers, counted_sizes=counts)
