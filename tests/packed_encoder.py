@@ -13,8 +13,8 @@ from trimtab.passes.graph import constant, insert
 from trimtab.plugins import PACKED_ATTENTION, add_node
 
 
-def exit_weights(rng: np.random.Generator, layer: int, kind: str, width: int, classes: int) -> dict[str, np.ndarray]:
-    """Random weights of an exit of `kind` ("light", "first" or "fastbert") behind `layer`, as training names them."""
+def exit_weights(rng: np.random.Generator, after: int, kind: str, width: int, classes: int) -> dict[str, np.ndarray]:
+    """Random weights, named as training does, of an exit "light", "first" or "fastbert" behind `after` layers."""
     hidden = 8
     inputs = {"light": 2 * width, "first": width}.get(kind, hidden)
     sizes = {"dense": (hidden, inputs), "out": (classes, hidden)}
@@ -25,7 +25,7 @@ def exit_weights(rng: np.random.Generator, layer: int, kind: str, width: int, cl
     found |= {f"{n}.bias": rng.normal(size=size[0]) for n, size in sizes.items()}
     if kind != "fastbert":
         found |= {"norm.weight": rng.uniform(0.5, 1.5, inputs), "norm.bias": rng.normal(size=inputs)}
-    return {f"exit.{layer}.{name}": value.astype(np.float32) for name, value in found.items()}
+    return {f"exit.{after}.{name}": value.astype(np.float32) for name, value in found.items()}
 
 
 Stays = Callable[[np.ndarray, int], np.ndarray]
@@ -53,9 +53,9 @@ class Encoder:
         self.weights[f"{name}.w"] = self.rng.normal(size=(inputs, outputs)) * 1.5 / np.sqrt(inputs)
         self.weights[f"{name}.b"] = self.rng.normal(size=outputs)
 
-    def exit(self, layer: int, kind: str) -> dict[str, np.ndarray]:
+    def exit(self, after: int, kind: str) -> dict[str, np.ndarray]:
         """Random weights of an exit, as training names them."""
-        return exit_weights(self.rng, layer, kind, self.width, self.classes)
+        return exit_weights(self.rng, after, kind, self.width, self.classes)
 
     def graph(self) -> gs.Graph:
         """Inputs lengths [batch], int32, and x [rows, width]; output logits [batch, classes]."""
@@ -101,12 +101,13 @@ class Encoder:
         return graph
 
     def states(self, x: np.ndarray, stays: Stays | None = None) -> list[np.ndarray]:
-        """Behind each layer, of one sample x [tokens, width], in float64.
+        """In front of the first layer and behind each, of one sample x [tokens, width], in float64.
 
         Args:
             stays: what each token receives in a layer, and the layer's number → which tokens stay behind its attention.
         """
-        found, x = [], x.astype(np.float64)
+        x = x.astype(np.float64)
+        found = [x]
         for layer in range(self.layers):
             q, k, v = (self._apply(x, f"{layer}.{name}") for name in ("q", "k", "v"))
             context, received = attend(q, k, v, self.heads)
@@ -142,9 +143,9 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> tuple[np.
     return (weights @ v).swapaxes(0, 1).reshape(q.shape[1], -1), weights.mean((0, 1))
 
 
-def exit_logits(weights: dict[str, np.ndarray], x: np.ndarray, layer: int, kind: str) -> np.ndarray:
+def exit_logits(weights: dict[str, np.ndarray], x: np.ndarray, after: int, kind: str) -> np.ndarray:
     """What an exit makes of the state x [tokens, width] of one sample, in float64."""
-    own = {n.removeprefix(f"exit.{layer}."): w.astype(np.float64) for n, w in weights.items()}
+    own = {n.removeprefix(f"exit.{after}."): w.astype(np.float64) for n, w in weights.items()}
 
     def apply(x: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(x @ own[f"{name}.weight"].T + own[f"{name}.bias"])

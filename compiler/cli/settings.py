@@ -33,8 +33,9 @@ def parameters(methods: Mapping[str, type[BaseModel]]) -> Iterator[inspect.Param
         field = next(iter(having.values()))
         of = "" if len(having) == len(methods) else f"{', '.join(having)}: "
         defaults = {method: each.default for method, each in having.items()}
+        names_of = f"{flag(name)}/{flag(f'no-{name}')}" if field.annotation is bool else flag(name)
         option = typer.Option(
-            flag(name), help=f"{of}{field.description} {_shown(defaults)}", show_default=False, **_bounds(field)
+            names_of, help=f"{of}{field.description} {_shown(defaults)}", show_default=False, **_bounds(field)
         )
         annotation = Annotated[_kind(name, field.annotation) | None, option]  # type: ignore[valid-type]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -77,8 +78,15 @@ def _bounds(field: FieldInfo) -> dict[str, Any]:
 
 def _shown(defaults: Mapping[str, Any]) -> str:
     """The default; of each method where they differ."""
-    known = {method: f"{value:g}" if isinstance(value, float) else value for method, value in defaults.items()}
+    known = {method: _text(value) for method, value in defaults.items()}
     if len(set(known.values())) > 1:
         return f"Default: {', '.join(f'{method} {value}' for method, value in known.items())}."
     (value,) = set(known.values())
     return "" if value is None else f"Default: {value}."
+
+
+def _text(value: Any) -> Any:
+    """As the command line has it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else value

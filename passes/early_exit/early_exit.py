@@ -1,4 +1,4 @@
-"""The pass `early-exit`: behind a layer, samples that its exit is sure of leave, and the others go on without them."""
+"""The pass `early-exit`: samples that an exit between two layers is sure of leave, and others go on without them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _METHOD = "magic-pyramid"
 
 
 class EarlyExit(Pass):
-    """Samples leave behind the first layer whose exit doubts less than the dial says (FastBERT, arXiv 2004.02178).
+    """Samples leave at the first exit that doubts less than the dial says (FastBERT, arXiv 2004.02178).
 
     The graph has no branch: behind an exit the rows of the samples that stay are gathered, what the others got is kept
     at their places, and the rest of the graph runs on what is left, which may be nothing. It needs packed tokens, which
@@ -44,7 +44,7 @@ class EarlyExit(Pass):
     """
 
     name: ClassVar[str] = "early-exit"
-    summary: ClassVar[str] = "samples leave behind the layer that is sure of them; a dial says how sure"
+    summary: ClassVar[str] = "samples leave at the first exit that is sure of them; a dial says how sure"
     needs: ClassVar[frozenset[Need]] = frozenset({Learned(_METHOD)})
 
     threshold: float = Field(0.1, ge=0, le=1, description="default of the dial: doubt below which a sample leaves")
@@ -53,9 +53,10 @@ class EarlyExit(Pass):
         description="what doubt is: the answer's entropy over a uniform one's, 1 less the likeliest probability, or "
         "1 / n for n exits in a row that agree",
     )
-    layers: tuple[int, ...] | None = Field(
-        None, description="layers with an exit, from 0; by default all that the profile has exits for"
-    )
+    after: tuple[int, ...] | None = Field(
+        None, description="numbers of layers behind which there is an exit, 0 for the one in front of the first layer; "
+        "by default all that the profile has",
+    )  # fmt: skip
     report: bool = Field(True, description="give the model an output: the number of layers that each sample ran")
 
     def dials(self) -> tuple[Dial, ...]:
@@ -71,10 +72,10 @@ class EarlyExit(Pass):
         known = exits_of(profile.learned(_METHOD))
         if not known:
             raise NotLearnedError("the profile has no exits: their stage was left out", method=_METHOD)
-        if missing := [layer for layer in self.layers or () if layer not in known]:
+        if missing := [number for number in self.after or () if number not in known]:
             raise RecipeError(
-                f"early-exit: the profile has no exit behind layer {missing[0]}",
-                hint=f"it has exits behind the layers {', '.join(map(str, known))}",
+                f"early-exit.after: the profile has no exit behind {missing[0]} layers",
+                hint=f"it has exits behind {', '.join(map(str, known))} layers",
             )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
@@ -87,28 +88,28 @@ class EarlyExit(Pass):
         logits = _logits(graph)
         attentions = packed_attentions(graph, self.name)
         learned = exits_of(context.measured().learned(_METHOD))
-        wanted = list(learned) if self.layers is None else sorted(self.layers)
+        wanted = list(learned) if self.after is None else sorted(set(self.after))
         blocks = anatomy.blocks
         if len(attentions) != len(blocks):
             raise ModelError(f"{len(attentions)} attentions of packed tokens in {len(blocks)} layers that were found")
-        if wanted and wanted[-1] >= len(blocks) - 1:
+        if wanted and wanted[-1] >= len(blocks):
             raise ModelError(
-                f"an exit behind layer {wanted[-1]} of a model in which {len(blocks)} layers were found",
-                hint=f"exits can be behind the layers 0 to {len(blocks) - 2}",
+                f"an exit behind {wanted[-1]} layers of a model in which {len(blocks)} layers were found",
+                hint=f"exits can be behind 0 to {len(blocks) - 1} layers",
             )
         classes = int(logits.shape[-1])
         width = _width(blocks[0])
-        heads = [ExitHead(layer, learned[layer], width, classes) for layer in wanted]
+        heads = [ExitHead(number, learned[number], width, classes) for number in wanted]
         before = [tensor for tensor in graph.inputs if tensor.name in context.dials]
         batch = _Batch(graph, [context.add_dial(graph, self.dials()[0]), *before], attentions, logits)
         doubt = Doubt(self.criterion, classes)
         left: list[Left] = []
         for head in heads:
-            reason = batch.leave(blocks[head.layer], head, doubt, f"{self.name}/layer.{head.layer}")
+            reason = batch.leave(blocks[head.after], head, doubt, f"{self.name}/after.{head.after}")
             if reason is not None:
-                left.append(Left(f"layer {head.layer}", reason))
+                left.append(Left(f"exit behind {head.after} layers", reason))
         batch.finish(len(blocks), self.report, self.name)
-        details: dict[str, Any] = {"criterion": self.criterion, "exits": [head.layer for head in heads]}
+        details: dict[str, Any] = {"criterion": self.criterion, "exits": [head.after for head in heads]}
         return PassResult(self.name, len(heads) - len(left), tuple(left), details)
 
 
@@ -130,9 +131,9 @@ class _Batch:
         self._places: gs.Tensor | None = None  # of the samples that are left, among all
 
     def leave(self, block: Block, head: ExitHead, doubt: Doubt, name: str) -> str | None:
-        """Let samples leave behind `block`; returns the reason where they cannot."""
-        graph, x = self._graph, block.y
-        offsets = offsets_of(self._attentions[head.layer + 1])
+        """Let samples leave in front of `block`; returns the reason where they cannot."""
+        graph, x = self._graph, block.x
+        offsets = offsets_of(self._attentions[head.after])
         behind = readers_behind(graph, x)
         own = {id(tensor): tensor for tensor in (x, offsets, *self._dials)}
         others = strangers(graph, behind, own, name)
@@ -143,7 +144,7 @@ class _Batch:
         unsure = doubt(graph, answers, f"{name}/doubt")
         given = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
         stay, leave, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")
-        self._keep(answers, leave, head.layer + 1, name)
+        self._keep(answers, leave, head.after, name)
         dials = [rows_of(graph, dial, stay, f"{name}/dial.{i}") for i, dial in enumerate(self._dials)]
         instead = {id(old): new for old, new in zip(self._dials, dials, strict=True)}
         reread(behind, instead | {id(x): rows_of(graph, x, rows, f"{name}/x"), id(offsets): stay_offsets})

@@ -1,4 +1,4 @@
-"""Exits as training left them in the Profile: small classifiers behind layers, put into a graph of packed tokens."""
+"""Exits as training left them in the Profile: small classifiers between layers, put into a graph of packed tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Weights = Mapping[str, np.ndarray]
 
 
 def exits_of(learned: Weights) -> dict[int, dict[str, np.ndarray]]:
-    """Layer → the weights of the exit behind it, of `exit.<layer>.<parameter>`."""
+    """Number of layers → the weights of the exit behind so many, of `exit.<number>.<parameter>`."""
     found: dict[int, dict[str, np.ndarray]] = {}
     for name, value in learned.items():
         kind, _, rest = name.partition(".")
-        layer, _, parameter = rest.partition(".")
-        if kind == "exit" and layer.isdecimal():
-            found.setdefault(int(layer), {})[parameter] = value
+        number, _, parameter = rest.partition(".")
+        if kind == "exit" and number.isdecimal():
+            found.setdefault(int(number), {})[parameter] = value
     return dict(sorted(found.items()))
 
 
@@ -37,6 +37,7 @@ class ExitHead:
     attention over all tokens, read at the first; and a perceptron on the first token, or on the first and the mean.
 
     Args:
+        after: number of layers behind which it is; 0: in front of the first.
         width: of the model.
         classes: that the model tells apart.
 
@@ -44,20 +45,22 @@ class ExitHead:
         ProfileError: parameters are missing, or of other sizes than the model's.
     """
 
-    def __init__(self, layer: int, weights: Weights, width: int, classes: int) -> None:
-        self.layer, self._weights = layer, weights
+    def __init__(self, after: int, weights: Weights, width: int, classes: int) -> None:
+        self.after, self._weights = after, weights
         self.attends = "narrow.weight" in weights
         names = ("narrow", "query", "key", "value", "attended", "dense", "out") if self.attends else ("dense", "out")
         wanted = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
         wanted += [] if self.attends else ["norm.weight", "norm.bias"]
         if missing := [name for name in wanted if name not in weights]:
-            raise ProfileError(f"exit behind layer {layer}: the profile lacks {missing[0]!r}", hint=_AGAIN)
+            raise ProfileError(f"exit behind {after} layers: the profile lacks {missing[0]!r}", hint=_AGAIN)
         inputs = self._of("narrow" if self.attends else "dense").shape[1]
         self.mean = not self.attends and inputs == 2 * width
         if inputs != width and not self.mean:
-            raise ProfileError(f"exit behind layer {layer}: reads {inputs} numbers, the model has {width}", hint=_AGAIN)
+            raise ProfileError(
+                f"exit behind {after} layers: reads {inputs} numbers, the model has {width}", hint=_AGAIN
+            )
         if (found := len(self._of("out"))) != classes:
-            raise ProfileError(f"exit behind layer {layer}: tells {found} classes, the model {classes}", hint=_AGAIN)
+            raise ProfileError(f"exit behind {after} layers: tells {found} classes, the model {classes}", hint=_AGAIN)
 
     def __call__(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, starts: gs.Tensor, name: str) -> gs.Variable:
         """Logits [batch, classes] of the packed tokens `x`, [T, width]."""

@@ -25,8 +25,8 @@ def profile_of(path: Path, family: str, rng: np.random.Generator) -> Profile:
     """Random thresholds and exits, as training would have learned them."""
     layers, width, classes = FAMILIES[family]
     learned = {"thresholds": np.array([0, *rng.uniform(0.05, 0.2, layers - 1)], np.float32)}
-    for layer in range(layers - 1):
-        learned |= exit_weights(rng, layer, "light", width, classes)
+    for after in range(layers):
+        learned |= exit_weights(rng, after, "light", width, classes)
     info = ProfileInfo(model=open_source(path).fingerprint, data="d", samples=1, tokens=1)
     return Profile(info, {f"learned.magic-pyramid.{name}": value for name, value in learned.items()})
 
@@ -78,7 +78,7 @@ def test_samples_of_one_batch_at_their_own_speed(made: Any) -> None:
     np.testing.assert_allclose(mixed["logits"][[0, 2]], slow["logits"][[0, 2]], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(mixed["logits"][[1, 3]], fast["logits"][[1, 3]], rtol=1e-3, atol=1e-3)
     assert mixed["exit_layer"][[0, 2]].tolist() == [FAMILIES[family][0]] * 2
-    assert fast["exit_layer"].tolist() == [1] * 4  # nobody doubts more than entirely
+    assert fast["exit_layer"].tolist() == [0] * 4  # nobody doubts more than entirely
 
 
 def test_what_a_build_lists(made: Any) -> None:

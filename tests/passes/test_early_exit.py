@@ -25,20 +25,20 @@ CLEAR = 1e-3
 
 
 class Case:
-    """A random encoder with an exit behind some of its layers."""
+    """A random encoder with exits behind some numbers of layers."""
 
-    def __init__(self, kind: str, layers: tuple[int, ...] = (0, 1, 2), **sizes: int) -> None:
+    def __init__(self, kind: str, after: tuple[int, ...] = (0, 1, 2, 3), **sizes: int) -> None:
         self.seed = int(np.random.default_rng().integers(1 << 30))
         print(f"seed {self.seed}")
-        self.encoder, self.kind, self.layers = Encoder(self.seed, **sizes), kind, layers
-        self.exits = {name: w for layer in layers for name, w in self.encoder.exit(layer, kind).items()}
+        self.encoder, self.kind, self.after = Encoder(self.seed, **sizes), kind, after
+        self.exits = {name: w for number in after for name, w in self.encoder.exit(number, kind).items()}
         tensors = {f"learned.magic-pyramid.{name}": w for name, w in self.exits.items()}
         self.profile = Profile(ProfileInfo(model="m", data="d", samples=1, tokens=1), tensors)
 
     def compiled(self, folder: Path, **options: Any) -> Any:
         graph = self.encoder.graph()
         (result,) = run_passes(graph, [EarlyExit(**options)], PassContext(self.profile))
-        assert result.changed == len(options.get("layers") or self.layers) and not result.left
+        assert result.changed == len(options.get("after") or self.after) and not result.left
         save_graph(graph, folder / "model.onnx")
         onnx.checker.check_model(folder / "model.onnx", full_check=True)
         return session(folder / "model.onnx")
@@ -58,12 +58,12 @@ class Case:
     def wanted(self, x: np.ndarray, threshold: float, criterion: str) -> tuple[np.ndarray, int, float]:
         """The answer of one sample, the layers that it runs, and how near to the threshold a decision was."""
         states = self.encoder.states(x)
-        answers = [exit_logits(self.exits, states[layer], layer, self.kind) for layer in self.layers]
+        answers = [exit_logits(self.exits, states[number], number, self.kind) for number in self.after]
         doubts = self.doubts(answers, criterion)
         near = min(abs(doubt - threshold) for doubt in doubts)
-        for layer, answer, doubt in zip(self.layers, answers, doubts, strict=True):
+        for number, answer, doubt in zip(self.after, answers, doubts, strict=True):
             if doubt < threshold:
-                return answer, layer + 1, near
+                return answer, number, near
         return self.encoder.logits(states[-1]), self.encoder.layers, near
 
     def samples(self, count: int) -> list[np.ndarray]:
@@ -120,12 +120,12 @@ def test_a_batch_of_none_and_one_in_which_all_leave(criterion: str, tmp_path: Pa
     logits, layers = engine.run(None, feeds(samples, case.encoder.width, 2.0))  # beyond the dial: everybody
     wanted = [exit_logits(case.exits, case.encoder.states(x)[0], 0, "light") for x in samples]
     np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-3)
-    assert layers.tolist() == [1] * 5
+    assert layers.tolist() == [0] * 5
 
 
 def test_some_of_the_exits_without_a_report(tmp_path: Path) -> None:
-    case = Case("first", layers=(1,))
-    engine = case.compiled(tmp_path, layers=(1,), report=False)
+    case = Case("first", after=(1,))
+    engine = case.compiled(tmp_path, after=(1,), report=False)
     samples = case.samples(4)
     (logits,) = engine.run(None, feeds(samples, case.encoder.width, 2.0))
     wanted = [exit_logits(case.exits, case.encoder.states(x)[1], 1, "first") for x in samples]
@@ -143,11 +143,11 @@ def test_models_it_does_not_take() -> None:
     graph = case.encoder.graph()
     graph.outputs[0].name = "scores"
     assert "one output is 'logits', and this model gives scores" in refused(case, graph)
-    case = Case("light", layers=(0, 1), classes=1)
+    case = Case("light", after=(0, 1), classes=1)
     assert "two classes or more" in refused(case, case.encoder.graph())
     case = Case("light")
-    case.profile.tensors = {n.replace("exit.2", "exit.3"): w for n, w in case.profile.tensors.items()}
-    assert "behind layer 3 of a model in which 4 layers" in refused(case, case.encoder.graph())
+    case.profile.tensors = {n.replace("exit.3", "exit.4"): w for n, w in case.profile.tensors.items()}
+    assert "behind 4 layers of a model in which 4 layers" in refused(case, case.encoder.graph())
     case = Case("light")
     del case.profile.tensors["learned.magic-pyramid.exit.1.out.bias"]
     assert "lacks 'out.bias'" in refused(case, case.encoder.graph())
@@ -156,9 +156,9 @@ def test_models_it_does_not_take() -> None:
 
 
 def test_what_the_profile_lacks_is_told_first() -> None:
-    case = Case("light", layers=(0, 2))
-    with pytest.raises(RecipeError, match="no exit behind layer 1") as error:
-        EarlyExit(layers=(1,)).check_profile(case.profile, [])
+    case = Case("light", after=(0, 2))
+    with pytest.raises(RecipeError, match="no exit behind 1 layers") as error:
+        EarlyExit(after=(1,)).check_profile(case.profile, [])
     assert "0, 2" in str(error.value.hint)
     with pytest.raises(NotLearnedError, match="no weights learned by magic-pyramid"):
         EarlyExit().check_profile(None, [])

@@ -33,7 +33,7 @@ class Case:
         self.encoder = Encoder(self.seed, **sizes)
         self.rng = self.encoder.rng
         self.thresholds = np.array([0, *self.rng.uniform(0.05, 0.3, self.encoder.layers - 1)], np.float32)
-        self.exits = self.encoder.exit(1, "light")
+        self.exits = self.encoder.exit(2, "light")
         learned = {"thresholds": self.thresholds} | self.exits
         tensors = {f"learned.magic-pyramid.{name}": value for name, value in learned.items()}
         self.profile = Profile(ProfileInfo(model="m", data="d", samples=1, tokens=1), tensors)
@@ -122,7 +122,7 @@ def test_both_together(tmp_path: Path) -> None:
         for place, x in enumerate(samples):
             near: list[float] = []
             states = case.encoder.states(x, case.prune(case.thresholds * prune[place], False, near))
-            answer = exit_logits(case.exits, states[1], 1, "light")
+            answer = exit_logits(case.exits, states[2], 2, "light")
             doubt = 1 - float(softmax(answer).max())
             if min([*near, abs(doubt - limits[place])]) <= CLEAR:
                 continue

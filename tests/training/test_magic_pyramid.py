@@ -28,7 +28,7 @@ from trimtab.training.resume import Unfinished
 from trimtab.training.run import train
 
 SEED = 11  # whether a random model learns in a few steps, or diverges, is not what is tested here
-QUICK = {"steps": 12, "fine_tune": 1.0, "batch_size": 16, "lr": 1e-3, "max_tokens": 24}
+QUICK = {"steps": 10, "fine_tune": 1.0, "batch_size": 16, "lr": 1e-3, "max_tokens": 24}
 
 
 def model(folder: Path, family: str = "bert", **config: Any) -> Path:
@@ -74,22 +74,25 @@ def test_a_new_model_with_its_profile(tmp_path: Path) -> None:
     assert trained is not None
     record = trained.record
     assert list(record["stages"]) == ["fine_tune", "soft", "hard", "exits"]
-    assert sum(record["stages"].values()) == record["steps"] == 12
+    assert sum(record["stages"].values()) == record["steps"] == 10
     assert [row["stage"] for row in record["history"] if row["stage"] == "before"] == ["before"]
     assert {what for what, _, _ in seen} >= {"fine-tune", "soft mask", "hard mask", "exits"}
-    assert (len(record["kept"]) == 2 and len(record["exits"]) == 1 and "soft" in trained.summary) or record["kept"]
+    assert (len(record["kept"]) == 2 and len(record["exits"]) == 2 and "soft" in trained.summary) or record["kept"]
     profile = Profile.load(tmp_path / "new" / "profile.safetensors")
     profile.check(open_source(tmp_path / "new").fingerprint)
     learned = profile.learned("magic-pyramid")
     assert learned["thresholds"].shape == (2,)
     assert {name for name in learned if name != "thresholds"} == {
-        f"exit.0.{part}.{kind}" for part in ("norm", "dense", "out") for kind in ("weight", "bias")
+        f"exit.{after}.{part}.{kind}"
+        for after in (0, 1)
+        for part in ("norm", "dense", "out")
+        for kind in ("weight", "bias")
     }
     assert profile.info.learned["magic-pyramid"]["settings"]["head"] == "light"
     assert profile.info.samples == 16
     before, after = (load_model(each, "BertForSequenceClassification") for each in (folder, tmp_path / "new"))
     assert not torch.equal(before.classifier.weight, after.classifier.weight)
-    assert json.loads((tmp_path / "new" / "magic-pyramid.json").read_text())["steps"] == 12
+    assert json.loads((tmp_path / "new" / "magic-pyramid.json").read_text())["steps"] == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model", "new"]
 
 
@@ -130,13 +133,14 @@ def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]
     folder, texts = model(tmp_path / "model", "distilbert"), data(tmp_path / "data.jsonl")
     for change, stages in (
         ({"fine_tune": None, "hard": 0, "exits": 0}, ["soft"]),
-        ({"fine_tune": None, "soft": 0, "hard": 0, "head": "fastbert"}, ["exits"]),
+        ({"fine_tune": None, "soft": 0, "hard": 0, "head": "fastbert", "entrance": False}, ["exits"]),
         ({"soft": 0, "hard": 0, "exits": 0}, ["fine_tune"]),
     ):
         trained = train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"steps": 3} | change)
         assert trained is not None and list(trained.record["stages"]) == stages
         assert ("thresholds" in kept[-1]) == ("soft" in stages) == ("kept" in trained.record)
-        assert ("exit.0.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
+        assert "exit.0.out.bias" not in kept[-1]
+        assert ("exit.1.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
 
 
 def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
@@ -228,8 +232,8 @@ def test_a_clock_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shares_add_up() -> None:
-    assert Settings().shares(new_head=False) == {"soft": 0.2, "hard": 0.4, "exits": 0.4}
-    assert Settings().shares(new_head=True)["fine_tune"] == 3 / 8
+    assert Settings().shares(new_head=False) == {"soft": 0.25, "hard": 0.5, "exits": 0.25}
+    assert Settings().shares(new_head=True)["fine_tune"] == 3 / 7
     assert Settings(fine_tune=0, soft=0, hard=0).shares(new_head=True) == {"exits": 1.0}
 
 

@@ -63,8 +63,9 @@ def test_help_says_whose_each_option_is() -> None:
         for name, field in trainer_class(method).settings_class.model_fields.items():
             having = [each for each in METHOD_NAMES if name in trainer_class(each).settings_class.model_fields]
             of = "" if len(having) == len(METHOD_NAMES) else f"{', '.join(having)}: "
-            start = text.index(f"--{name.replace('_', '-')}<")
-            assert squeezed(f">{of}{field.description}") in text[start : start + 400]
+            option, switch = name.replace("_", "-"), field.annotation is bool
+            start = text.index(f"--{option}/--no-{option}" if switch else f"--{option}<")
+            assert squeezed(f"{'' if switch else '>'}{of}{field.description}") in text[start : start + 400]
     assert squeezed("Default: recover 5e-05, topk 0.0005") in text
 
 
@@ -84,6 +85,7 @@ def test_settings_of_several_methods_have_one_type() -> None:
     ("method", "words", "says"),
     [
         ("topk", ("--train", "ffn"), "--train belongs to --method recover, and not to topk"),
+        ("topk", ("--no-entrance",), "--entrance belongs to --method magic-pyramid, and not to topk"),
         ("topk", ("--labels-weight", "0"), "--labels-weight belongs to --method recover"),
         ("topk", ("--profile", "texts.txt"), "--method topk takes no Profile"),
         ("recover", ("--ramp", "0.5"), "--ramp belongs to --method topk, and not to recover"),

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from trimtab.training.magic_pyramid.encoder import layers_of
 from trimtab.training.magic_pyramid.exits import make_exit
-from trimtab.training.magic_pyramid.pruning import received, stays_always
+from trimtab.training.magic_pyramid.judge import judge
+from trimtab.training.magic_pyramid.pruning import Pruning, received, stays_always
 from trimtab.training.magic_pyramid.pyramid import Pyramid
 from trimtab.training.magic_pyramid.settings import Settings
 
@@ -54,8 +56,9 @@ def embedded(model: Any, ids: Tensor) -> Tensor:
 
 
 def by_hand(model: Any, ids: Tensor, thresholds: Tensor) -> tuple[list[Tensor], Tensor]:
-    """States that stay behind each layer, [kept, width], and logits: tokens that leave are really removed."""
-    x, states = embedded(model, ids), []
+    """States in front of the first layer and behind each, [kept, width], and logits: tokens that leave are removed."""
+    x = embedded(model, ids)
+    states = [x]
     for (layer, attention), threshold in zip(layers_of(model), thresholds, strict=True):
         bert = hasattr(attention, "query")
         names = ("query", "key", "value") if bert else ("q_lin", "k_lin", "v_lin")
@@ -109,10 +112,13 @@ def test_hiding_tokens_is_removing_them(family: str, head: str) -> None:
         pyramid = pyramid_of(model, thresholds, head=head)
         found = pyramid(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
         exits = [
-            [leave(x[None], torch.ones(1, len(x)))[0] for leave, x in zip(pyramid.exits, states[:-1], strict=True)]
+            [
+                leave(x[None], torch.ones(1, len(x)))[0]
+                for leave, x in zip(pyramid.exits.values(), states[:-1], strict=True)
+            ]
             for states, _ in wanted
         ]
-    stay = torch.tensor([[len(x) for x in states] for states, _ in wanted])
+    stay = torch.tensor([[len(x) for x in states[1:]] for states, _ in wanted])
     assert torch.equal(found["stay"].long(), stay)
     assert (stay[:, -1] < lengths).any()
     np.testing.assert_allclose(found["logits"], torch.stack([logits for _, logits in wanted]), rtol=1e-9, atol=1e-9)
@@ -138,7 +144,7 @@ def test_a_soft_mask_of_no_temperature_is_the_hard_one() -> None:
     model.config.attention_probs_dropout_prob = 0.0
     thresholds, (ids, mask) = some_thresholds(rng).clamp_min(1e-9), texts(rng)
     pyramid = pyramid_of(model, thresholds, sharpness=1e-9, distil=0.0, pressure=0.0)
-    hard = pyramid(ids, mask, torch.ones(len(ids), dtype=torch.int64))["loss"]
+    hard = pyramid.train()(ids, mask, torch.ones(len(ids), dtype=torch.int64))["loss"]
     pyramid.enter("soft", pruned=True)
     soft = pyramid.train()(ids, mask, torch.ones(len(ids), dtype=torch.int64))["loss"]
     assert soft.item() == pytest.approx(hard.item(), rel=1e-5)
@@ -162,12 +168,16 @@ def test_pressure_raises_thresholds_until_enough_have_left(mask_of: str) -> None
     assert losses[1] > losses[0] == pytest.approx(losses[2])
 
 
-def test_stages_teach_what_is_theirs() -> None:
+@pytest.mark.parametrize("joint", [0.0, 2.0])
+def test_stages_teach_what_is_theirs(joint: float) -> None:
     ids, mask = texts(np.random.default_rng(SEED))
     labels = torch.zeros(len(ids), dtype=torch.int64)
-    wanted = {"fine_tune": ("model",), "soft": ("model", "pruning"), "hard": ("model",), "exits": ("exits",)}
+    more = ("exits",) if joint else ()
+    wanted = {
+        "fine_tune": ("model",), "soft": ("model", "pruning", *more), "hard": ("model", *more), "exits": ("exits",),
+    }  # fmt: skip
     for stage, parts in wanted.items():
-        pyramid = Pyramid(tiny("Bert"), Settings(start=1.0), 9.0).double()
+        pyramid = Pyramid(tiny("Bert"), Settings(start=1.0, joint=joint), 9.0).double()
         pyramid.enter(stage, pruned=stage != "fine_tune")
         pyramid.train()(ids, mask, labels)["loss"].backward()
         learned = {name.split(".")[0] for name, value in pyramid.named_parameters() if value.grad is not None}
@@ -180,7 +190,7 @@ def test_stages_teach_what_is_theirs() -> None:
 def test_a_teacher_draws_the_pruned_model_to_its_dense_answers() -> None:
     ids, mask = texts(np.random.default_rng(SEED))
     labels = torch.zeros(len(ids), dtype=torch.int64)
-    pyramid = Pyramid(tiny("Bert"), Settings(start=0.0, distil=1.0), 9.0).double()
+    pyramid = Pyramid(tiny("Bert"), Settings(start=0.0, distil=1.0, joint=0.0), 9.0).double()
     pyramid.teach(Pyramid(tiny("Bert"), Settings(), 9.0).double())
     pyramid.enter("hard", pruned=True)
     for module in pyramid.modules():
@@ -192,6 +202,38 @@ def test_a_teacher_draws_the_pruned_model_to_its_dense_answers() -> None:
     assert {p.dtype for p in single.double()._teacher[0].parameters()} == {torch.float64}
     pyramid.pruning.multiples.data.fill_(2.0)
     assert pyramid.train()(ids, mask, labels)["loss"].item() > 1e-9
+
+
+def test_a_temperature_makes_probabilities_true() -> None:
+    print(f"seed {SEED}")
+    rng = np.random.default_rng(SEED)
+    true, apart = 2 * rng.standard_normal((4000, CLASSES)), np.array([0.4, 1.0, 3.0])
+    labels = (true + rng.gumbel(size=true.shape)).argmax(-1)  # drawn of softmax(true)
+    exits = true[:, None, :] * apart[:, None]
+    counts = np.ones((4000, 2))
+    found = judge(EvalPrediction((true, exits, counts, counts[:, 0]), labels))
+    np.testing.assert_allclose(found["temperatures"], apart, rtol=0.15)
+    assert found["exits"] == [found["accuracy"]] * 3 and found["kept"] == [1, 1]
+
+
+def test_rows_close_up_in_order() -> None:
+    print(f"seed {SEED}")
+    rng = np.random.default_rng(SEED)
+    pruning = Pruning(2, 5.0, 0.5, 0.1, on_output=False)
+    pruning.mode = "hard"
+    stay = torch.from_numpy((rng.random((5, 11)) < 0.4).astype(np.float32))
+    stay[:, 0] = 1
+    pruning.begin(stay)
+    states = torch.from_numpy(rng.standard_normal((5, 11, 3)))
+    closed = pruning.shrink(states)
+    assert closed.shape == (5, int(stay.sum(-1).max()), 3)
+    for row in range(5):
+        kept = states[row][stay[row] > 0]
+        assert torch.equal(closed[row, : len(kept)], kept)
+        assert pruning.stay[row].tolist() == [1.0] * len(kept) + [0.0] * (closed.shape[1] - len(kept))
+    pruning.mode = "dense"
+    pruning.begin(stay)
+    assert pruning.shrink(states) is states
 
 
 def test_importance_by_its_definition() -> None:

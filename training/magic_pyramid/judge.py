@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from transformers import EvalPrediction
 
 
@@ -12,20 +14,36 @@ def judge(prediction: EvalPrediction) -> dict[str, Any]:
     """Metrics for transformers' Trainer.
 
     Args:
-        prediction: logits [samples, classes], exits [samples, layers - 1, classes] and stay [samples, layers] of
+        prediction: logits [samples, classes], exits [samples, exits, classes] and stay [samples, layers] of
             `Pyramid.forward`; labels [samples].
 
     Returns:
-        accuracy of the final classifier, accuracy of each exit (`exits`), and share of all tokens that stay behind each
-        layer (`kept`).
+        accuracy of the final classifier, accuracy of each exit (`exits`), the temperature that calibrates each exit
+        (`temperatures`), and share of all tokens that stay behind each layer (`kept`).
     """
     logits, exits, stay, tokens = (np.asarray(each) for each in prediction.predictions)
     labels = np.asarray(prediction.label_ids)
+    temperatures = [_temperature(exits[:, i].astype(np.float64), labels) for i in range(exits.shape[1])]
     return {
+        "temperatures": temperatures,
         "accuracy": float((logits.argmax(-1) == labels).mean()),
         "exits": [float(share) for share in (exits.argmax(-1) == labels[:, None]).mean(0)],
         "kept": [float(share) for share in stay.sum(0) / tokens.sum()],
     }
+
+
+def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """What `logits` [samples, classes] are to be divided by, so that their probabilities can be believed.
+
+    Guo et al. 2017 ("On calibration of modern neural networks", arXiv 1706.04599), section 4.2. One threshold then
+    means the same at all exits.
+    """
+
+    def surprise(log_temperature: float) -> float:
+        rows = log_softmax(logits / np.exp(log_temperature), axis=-1)
+        return float(-rows[np.arange(len(labels)), labels].mean())
+
+    return float(np.exp(minimize_scalar(surprise, bounds=(-2.0, 2.0), method="bounded").x))
 
 
 def row(stage: str, step: int, metrics: dict[str, Any], *, pruned: bool, left: bool) -> dict[str, Any]:
@@ -39,5 +57,5 @@ def row(stage: str, step: int, metrics: dict[str, Any], *, pruned: bool, left: b
     if pruned:
         found["kept"] = metrics["eval_kept"]
     if left:
-        found["exits"] = metrics["eval_exits"]
+        found["exits"], found["temperatures"] = metrics["eval_exits"], metrics["eval_temperatures"]
     return found

@@ -78,7 +78,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
         raise
     if not is_first_process():
         return None
-    record |= {"settings": settings.model_dump(), "data": job.dataset.sha256, "layers": len(pyramid.exits) + 1}
+    record |= {"settings": settings.model_dump(), "data": job.dataset.sha256, "layers": pyramid.layers}
 
     def write(out: Path) -> None:
         try:
@@ -134,9 +134,9 @@ class Stages:
     def _stage(self, stage: str, start: float) -> float:
         """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
         number, settings, scratch = STAGES.index(stage), self._settings, self._run.folder / stage
-        pruned, left = "soft" in {stage, *self._done}, stage == "exits"
+        pruned, left = "soft" in {stage, *self._done}, stage == "exits" or self._joint(stage)
         self._pyramid.enter(stage, pruned=pruned)
-        optimizer = torch.optim.AdamW(self._pyramid.groups(), betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(self._pyramid.groups(), betas=(0.9, 0.98), fused=True)
         trainer = make_trainer(self._pyramid, self._examples, settings, scratch, optimizer=optimizer, judge=judge)
         began = time.monotonic()
         if not self._history:
@@ -167,6 +167,9 @@ class Stages:
         self._done[stage] = step
         self._keep(stage, scratch, time.monotonic() - start)
         return start
+
+    def _joint(self, stage: str) -> bool:
+        return self._settings.learns_jointly and stage in ("soft", "hard")
 
     def _keep(self, stage: str, scratch: Path, seconds: float) -> None:
         """Write the weights behind a stage, and what was needed only to get there goes."""

@@ -30,7 +30,9 @@ class Pyramid(nn.Module):
 
     Attributes:
         pruning: the thresholds.
-        exits: one behind each layer but the last.
+        exits: number of layers → the exit behind so many; there is one behind each layer but the last, and one in front
+            of the first if `settings.entrance`.
+        layers: number of layers.
         stage: see `enter`.
         teacher: a model whose answers the soft and the hard stage learn from.
     """
@@ -41,14 +43,19 @@ class Pyramid(nn.Module):
         self.pruning = Pruning(
             len(layers), mean_tokens, settings.start, settings.sharpness, on_output=settings.mask == "output"
         )
+        self.layers = len(layers)
         width, classes = int(model.config.hidden_size), int(model.config.num_labels or 0)
-        self.exits = nn.ModuleList(
-            make_exit(settings.head, width, settings.head_width, classes) for _ in range(len(layers) - 1)
+        self.exits = nn.ModuleDict(
+            {
+                str(number): make_exit(settings.head if number else "light", width, settings.head_width, classes)
+                for number in range(0 if settings.entrance else 1, len(layers))
+            }
         )
-        self.stage, self._pruned, self._states = "fine_tune", False, list[Tensor]()
+        self.stage, self._states = "fine_tune", list[tuple[Tensor, Tensor]]()
         self._teacher: list[Pyramid] = []  # in a list: it is no part of what is saved
         attach(model, [layer.attention for layer in layers], self.pruning)
         for layer in layers:
+            layer.module.register_forward_pre_hook(self._before_layer, with_kwargs=True)
             layer.module.register_forward_hook(self._behind_layer)
         self._inputs = set(inspect.signature(model.forward).parameters)
 
@@ -64,11 +71,15 @@ class Pyramid(nn.Module):
             stage: one of `STAGES`; it decides what learns.
             pruned: thresholds are learned before this stage, or in it.
         """
-        self.stage, self._pruned = stage, pruned
+        self.stage = stage
         self.pruning.mode = _MODES.get(stage, "hard" if pruned else "dense")
         self.model.requires_grad_(stage != "exits")
         self.pruning.requires_grad_(stage == "soft")
-        self.exits.requires_grad_(stage == "exits")
+        self.exits.requires_grad_(stage == "exits" or self._joint)
+
+    @property
+    def _joint(self) -> bool:
+        return self.stage in ("soft", "hard") and self.settings.learns_jointly
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pyramid:
         """As in torch, which moves modules by this; the teacher goes along."""
@@ -106,10 +117,7 @@ class Pyramid(nn.Module):
             logits = self._run(given)
         if self.training and self.stage != "exits":
             return {"loss": self._loss(logits, labels, given)}
-        exits = [
-            leave(states, mask)
-            for leave, states, mask in zip(self.exits, self._states[:-1], self.pruning.masks[:-1], strict=True)
-        ]
+        exits = self._leave()
         if self.training:
             return {"loss": torch.stack([divergence(each, logits.detach(), 1.0).mean() for each in exits]).sum()}
         stay = torch.stack([mask.sum(-1) for mask in self.pruning.masks], 1)
@@ -123,39 +131,62 @@ class Pyramid(nn.Module):
         logits: Tensor = self.model(**given).logits
         return logits
 
+    def _leave(self) -> list[Tensor]:
+        """Logits of each exit [batch, classes], from the first to the last."""
+        return [leave(*self._states[int(number)]) for number, leave in self.exits.items()]
+
+    def _before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        states, *others = args
+        self._states.append((states, self.pruning.stay))
+        return (self.pruning.shrink(states), *others), kwargs
+
     def _behind_layer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = self.pruning.weigh(output)
-        self._states.append(output)
-        return output
+        return self.pruning.weigh(output)
 
     def _loss(self, logits: Tensor, labels: Tensor, given: dict[str, Tensor]) -> Tensor:
-        loss = functional.cross_entropy(logits.float(), labels)
         if self.stage == "fine_tune":
-            return loss
+            return functional.cross_entropy(logits.float(), labels)
+        exits = self._leave() if self._joint else []
+        masks, reached = self.pruning.masks, self.pruning.reached
+        dense = None
         if self._teacher:
             with torch.no_grad():
                 dense = self._teacher[0]._run(given)
-            weight = self.settings.distil
-            loss = (1 - weight) * loss + weight * divergence(logits, dense, 1.0).mean()
+        loss = self._distance(logits, labels, dense)
+        if exits:
+            of_exits = torch.stack([self._distance(each, labels, dense) for each in exits])
+            loss = loss + self.settings.joint * of_exits.mean()
         if self.stage == "soft":
-            real = given["attention_mask"].sum()
-            share, reached = (
-                torch.stack([mask.sum() for mask in masks]).mean() / real
-                for masks in (self.pruning.masks, self.pruning.reached)
-            )
-            loss = loss + self.settings.pressure * share * (reached > self.settings.keep)
+            share, left = (torch.stack([m.sum() for m in each]).mean() / given["attention_mask"].sum()
+                           for each in (masks, reached))  # fmt: skip
+            loss = loss + self.settings.pressure * share * (left > self.settings.keep)
         return loss
+
+    def _distance(self, logits: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:
+        """From the labels, and from the answers of the dense model."""
+        loss = functional.cross_entropy(logits.float(), labels)
+        if dense is None:
+            return loss
+        weight = self.settings.distil
+        return (1 - weight) * loss + weight * divergence(logits, dense, 1.0).mean()
 
     def groups(self) -> list[dict[str, Any]]:
         """What learns in this stage, for an optimizer: matrices decay, thresholds have a rate of their own."""
         settings = self.settings
-        leaving = self.stage == "exits"
-        module, rate = (self.exits, settings.exit_lr) if leaving else (self.model, settings.lr)
-        learning = list(module.parameters())
-        found: list[dict[str, Any]] = [
-            {"params": [p for p in learning if p.dim() > 1], "lr": rate, "weight_decay": settings.weight_decay},
-            {"params": [p for p in learning if p.dim() <= 1], "lr": rate, "weight_decay": 0.0},
-        ]
+        found: list[dict[str, Any]] = []
+        if self.stage != "exits":
+            found += _decaying(self.model, settings.lr, settings.weight_decay)
+        if self.stage == "exits" or self._joint:
+            found += _decaying(self.exits, settings.exit_lr, settings.weight_decay)
         if self.stage == "soft":
             found.append({"params": [self.pruning.multiples], "lr": settings.threshold_lr, "weight_decay": 0.0})
         return found
+
+
+def _decaying(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of the parameters of `module`, of which matrices decay alone."""
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+    ]

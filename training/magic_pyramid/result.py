@@ -62,14 +62,18 @@ def save_tuned(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any],
 
 
 def learned_tensors(pyramid: Pyramid, record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """`thresholds` [layers] if some were learned, and `exit.<layer>.<parameter>` if exits were; float32."""
+    """`thresholds` [layers] if some were learned, and `exit.<layers before it>.<parameter>` if exits were; float32.
+
+    The last Linear of an exit is divided by its temperature.
+    """
     tensors: dict[str, np.ndarray] = {}
     if "soft" in record["stages"]:
         tensors["thresholds"] = pyramid.pruning.thresholds.detach().cpu().numpy()
     if "exits" in record["stages"]:
-        for layer, leave in enumerate(pyramid.exits):
+        for (number, leave), temperature in zip(pyramid.exits.items(), record["temperatures"], strict=True):
             for name, parameter in leave.named_parameters():
-                tensors[f"exit.{layer}.{name}"] = parameter.detach().cpu().numpy()
+                scale = temperature if name.startswith("out.") else 1.0
+                tensors[f"exit.{number}.{name}"] = parameter.detach().cpu().numpy() / np.float32(scale)
     return tensors
 
 

@@ -21,7 +21,9 @@ class Settings(Common):
     )  # fmt: skip
     soft: float = Field(1.0, ge=0, description="Share that learns thresholds, with tokens masked softly.")
     hard: float = Field(2.0, ge=0, description="Share that tunes the weights, with tokens pruned by these thresholds.")
-    exits: float = Field(2.0, ge=0, description="Share that distils exits from the final classifier.")
+    exits: float = Field(
+        1.0, ge=0, description="Share that distils exits from the final classifier, with the model frozen."
+    )
     start: float = Field(
         0.5, ge=0, description="The last layer's threshold at first, in multiples of the mean attention that a token "
         "of a text of mean length receives; those of earlier layers rise to it in a line from 0.",
@@ -38,6 +40,13 @@ class Settings(Common):
         0.5, ge=0, le=1, description="Weight of the dense model's answers in the loss of soft and hard, in place of "
         "the labels.",
     )  # fmt: skip
+    joint: float = Field(
+        3.0, ge=0, description="Weight in the loss of soft and hard of the exits' mean loss, by which the layers learn "
+        "to serve their exits; at 0, as in the paper, exits only learn once the model is frozen.",
+    )  # fmt: skip
+    entrance: bool = Field(
+        True, description="Have an exit in front of the first layer, too: it reads embeddings alone."
+    )
     head: Literal["light", "first", "fastbert"] = Field(
         "light", description="Exits read the first token and the mean (light), the first alone, or have FastBERT's "
         "attention over all.",
@@ -64,3 +73,8 @@ class Settings(Common):
             given["fine_tune"] = 3.0 if new_head else 0.0
         total = sum(given.values())
         return {name: share / total for name, share in given.items() if share}
+
+    @property
+    def learns_jointly(self) -> bool:
+        """Whether exits learn together with the model."""
+        return self.joint > 0 and self.exits > 0
