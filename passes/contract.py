@@ -73,6 +73,8 @@ class PassContext:
     """Ranks among which the graph will be divided. What is chosen at run time, each has to choose of its own part."""
     done: list[Pass] = field(default_factory=list)
     """The passes that `run_passes` has run on this graph so far."""
+    results: list[PassResult] = field(default_factory=list)
+    """What each of them did."""
     ahead: Sequence[Pass] = ()
     """Those that it will run after the present one."""
     choices: dict[str, Any] = field(default_factory=dict)
@@ -243,8 +245,7 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
     Raises:
         PassError: names the failing pass and those that ran before it.
     """
-    results: list[PassResult] = []
-    context.done = []
+    context.done, context.results = [], []
     for number, step in enumerate(passes, 1):
         context.ahead = passes[number:]
         try:
@@ -252,11 +253,11 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
             graph.cleanup(remove_unused_graph_inputs=False)
             graph.nodes = topological(graph)
         except Exception as error:
-            raise PassError(step.name, [r.name for r in results], error) from error
-        result = _told(result, results)
+            raise PassError(step.name, [r.name for r in context.results], error) from error
+        result = _told(result, context.results)
         log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))
         for left in result.left:
             log.debug("%s: left %s: %s", step.name, left.where, left.why)
-        results.append(result)
+        context.results.append(result)
         context.done.append(step)
-    return results
+    return context.results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ _TYPED = ("bert", "electra")
 _CLASSES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "distilbert": "DistilBert"}
 
 
-def head_model(family: str, seed: int, **config: Any) -> Any:
-    """A transformers model for sequence classification in eval mode; `config` has `num_labels` and the like."""
+def head_model(family: str, seed: int, kind: str = "SequenceClassification", **config: Any) -> Any:
+    """A transformers model for `kind` in eval mode; `config` has `num_labels` and the like."""
     import torch
     import transformers
 
@@ -31,7 +32,7 @@ def head_model(family: str, seed: int, **config: Any) -> Any:
         del sizes["intermediate_size"]
     if family == "electra":
         sizes["embedding_size"] = 24
-    model_class = getattr(transformers, f"{_CLASSES[family]}ForSequenceClassification")
+    model_class = getattr(transformers, f"{_CLASSES[family]}For{kind}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -44,7 +45,7 @@ def head_model(family: str, seed: int, **config: Any) -> Any:
         return model
 
 
-def save_onnx(model: Any, folder: Path, **more: Any) -> Path:
+def save_onnx(model: Any, folder: Path, outputs: Sequence[str] = ("logits",), **more: Any) -> Path:
     """`model` as an ONNX file of torch's older exporter, which is quick; config.json (with `more`) beside it."""
     import warnings
 
@@ -57,20 +58,23 @@ def save_onnx(model: Any, folder: Path, **more: Any) -> Path:
     model.set_attn_implementation("eager")
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (model.config.model_type in _TYPED)
 
-    class Logits(torch.nn.Module):
+    class Outputs(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, *tensors: Any) -> Any:
-            return self.model(**dict(zip(names, tensors, strict=True))).logits
+            made = self.model(**dict(zip(names, tensors, strict=True)))
+            return tuple(made[name] for name in outputs)
 
-    axes = {name: {0: "batch", 1: "tokens"} for name in names} | {"logits": {0: "batch"}}
+    by_sample = type(model).__name__.endswith("SequenceClassification")
+    axes = {name: {0: "batch", 1: "tokens"} for name in names}
+    axes |= {name: {0: "batch"} if by_sample else {0: "batch", 1: "tokens"} for name in outputs}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Logits().eval(), tuple(torch.ones(2, 7, dtype=torch.int64) for _ in names), str(folder / "model.onnx"),
-            input_names=names, output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+            Outputs().eval(), tuple(torch.ones(2, 7, dtype=torch.int64) for _ in names), str(folder / "model.onnx"),
+            input_names=names, output_names=list(outputs), dynamic_axes=axes, opset_version=17, dynamo=False,
         )  # fmt: skip
     return folder / "model.onnx"
 
@@ -101,6 +105,18 @@ def pairs(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     """Pairs of very different lengths: some first texts are longer than the model takes, and some second ones."""
     short, long = texts(rng, count, 4), texts(rng, count, TEXT + 20)
     return [(a, b) if i % 2 else (b, a) for i, (a, b) in enumerate(zip(short, long, strict=True))]
+
+
+def feeds(rng: np.random.Generator, batch: int, tokens: int, family: str = "bert") -> dict[str, np.ndarray]:
+    """Random ids; rows end in padding of random length."""
+    lengths = rng.integers(1, tokens + 1, batch)
+    made = {
+        "input_ids": rng.integers(3, WORDS, (batch, tokens)),
+        "attention_mask": (np.arange(tokens) < lengths[:, None]).astype(np.int64),
+    }
+    if family in _TYPED:
+        made["token_type_ids"] = rng.integers(0, 2, (batch, tokens))
+    return made
 
 
 def torch_logits(model: Any, given: list[Any]) -> np.ndarray:

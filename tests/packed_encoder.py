@@ -143,6 +143,26 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int) -> tuple[np.
     return (weights @ v).swapaxes(0, 1).reshape(q.shape[1], -1), weights.mean((0, 1))
 
 
+def stays(received: np.ndarray, setting: float, ratio: bool) -> tuple[np.ndarray, float]:
+    """Which tokens of one sample stay, by what each receives, [tokens]; and how clear the closest choice is.
+
+    Args:
+        setting: the share that stays if `ratio`, and else the threshold.
+    """
+    level, n = received.astype(np.float64), len(received)
+    level[0] = np.inf
+    order = np.argsort(-level, kind="stable")
+    count = min(2, n)
+    if ratio:
+        count = max(count, int(np.ceil(np.float32(setting) * np.float32(n))))
+    keep = np.isin(np.arange(n), order[:count])
+    near = [float(level[order[count - 1]] - level[order[count]])] if count < n else []
+    if not ratio and setting > 0:
+        near.append(float(np.abs(received - setting).min()))
+        keep |= level >= setting
+    return keep if ratio or setting > 0 else np.ones(n, bool), min(near, default=np.inf)
+
+
 def exit_logits(weights: dict[str, np.ndarray], x: np.ndarray, after: int, kind: str) -> np.ndarray:
     """What an exit makes of the state x [tokens, width] of one sample, in float64."""
     own = {n.removeprefix(f"exit.{after}."): w.astype(np.float64) for n, w in weights.items()}

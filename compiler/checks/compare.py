@@ -15,6 +15,7 @@ from polygraphy.logger import G_LOGGER
 from trimtab.compiler.checks.measure import OutputError, describe, measure
 from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.passes.errors import TargetError, TrimtabError
+from trimtab.passes.graph.shapes import token_outputs
 
 
 def compare(
@@ -43,7 +44,8 @@ def compare(
     """
     feeds = random_feeds(graph, dims, rng, padded=padded, ids=ids)
     runners = [_Runner(name, run, graph, describe(dims)) for name, run in (("dense", dense), ("compiled", compiled))]
-    compare_func = partial(measure, dims=dict(dims), padded=padded, mask=feeds.get("attention_mask"))
+    mask, by_token = feeds.get("attention_mask"), token_outputs(graph)
+    compare_func = partial(measure, dims=dict(dims), padded=padded, mask=mask, by_token=by_token)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # its statistics subtract Inf
         results = Comparator.run(runners, data_loader=[feeds])
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare_func)

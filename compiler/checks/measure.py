@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,12 +63,19 @@ def measure(
     dims: dict[str, int],
     padded: bool,
     mask: np.ndarray | None,
+    by_token: Collection[str],
 ) -> dict[str, OutputError]:
-    """Every output of `compiled` beside that of `dense`. Serves Polygraphy, whose results are such mappings too."""
+    """Every output of `compiled` beside that of `dense`. Serves Polygraphy, whose results are such mappings too.
+
+    Args:
+        mask: [batch, tokens], not 0 where there is a token.
+        by_token: names of the outputs that have a row for each token (`token_outputs`).
+    """
     found = dict(compiled.items())
     where = {"dims": dims, "padded": padded}
+    masks = dict.fromkeys(by_token, mask)
     return {
-        name: OutputError(output=name, **where, **_errors(expected, found.get(name), mask))
+        name: OutputError(output=name, **where, **_errors(expected, found.get(name), masks.get(name)))
         for name, expected in dense.items()
     }
 
@@ -95,8 +102,12 @@ def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | N
 
 
 def real_values(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """`output` flattened, in double precision; of [batch, tokens, ...] only the tokens that are no padding."""
-    if mask is not None and output.ndim > 2 and output.shape[:2] == mask.shape:
+    """`output` flattened, in double precision; of [batch, tokens, ...] only the tokens that are no padding.
+
+    Args:
+        mask: [batch, tokens]; None for an output that has no row for each token.
+    """
+    if mask is not None and output.shape[:2] == mask.shape:
         output = output[mask != 0]
     return output.reshape(-1).astype(np.float64)
 

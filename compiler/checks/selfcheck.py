@@ -19,6 +19,7 @@ from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.compiler.workload import Workload
 from trimtab.passes.dials import Dials
 from trimtab.passes.errors import BuildError
+from trimtab.passes.graph.shapes import token_outputs
 from trimtab.plugins.driver import compute_capability
 
 LIMIT = 1 << 30
@@ -61,7 +62,10 @@ def self_check(
     with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
         answers = [runner.run(feeds | setting) for setting in turned]
     # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
-    compared = [measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask")) for each in answers]
+    compared = [
+        measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask"), by_token=token_outputs(graph))
+        for each in answers
+    ]
     for error in (error for errors in compared for error in errors.values()):
         if error.fault:
             raise BuildError(

@@ -21,9 +21,15 @@ _NEAR = 64  # nodes looked at between a tensor of the stream and the addition th
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization: `node` is as in `Anatomy.norms`, and y is its output behind scale and bias."""
+    """A normalization: `node` is as in `Anatomy.norms`, and y is its output behind scale and bias.
+
+    Attributes:
+        given: what it reads.
+        x: the same before casts and reshapes.
+    """
 
     node: gs.Node
+    given: gs.Tensor
     x: gs.Tensor
     y: gs.Tensor
 
@@ -68,7 +74,8 @@ class Stream:
         self._norms = [norm for node in norms if (norm := _norm(node)) is not None]
         self._reading: dict[int, list[Norm]] = {}
         for norm in self._norms:
-            self._reading.setdefault(id(norm.x), []).append(norm)
+            for key in {id(norm.x), id(norm.given)}:
+                self._reading.setdefault(key, []).append(norm)
         self._making = {id(norm.y): norm for norm in self._norms}
 
     def start(self, x: gs.Tensor, last: gs.Node) -> gs.Tensor | None:
@@ -105,7 +112,7 @@ class Stream:
             if linear is not None:
                 queue.append(linear.x)
             elif id(current) in self._making:
-                queue.append(self._making[id(current)].x)
+                queue.append(self._making[id(current)].given)  # packed tokens are a reshaped stream
             elif node is not None and node.op in SKIP_NORMS:
                 queue.extend(node.outputs[_SKIP_SUM:])
             elif node is not None and (node.op in _RESHAPING or _with_constant(node)):
@@ -200,7 +207,7 @@ def _norm(node: gs.Node) -> Norm | None:
             y = y.outputs[0].outputs[0]
     difference = only_producer(_bare(x))  # from the mean, which may be an op of its own in front of an RMSNormalization
     x = difference.inputs[0] if difference is not None and difference.op == "Sub" else x
-    return Norm(node, _bare(x), y)
+    return Norm(node, x, _bare(x), y)
 
 
 def _bare(tensor: gs.Tensor) -> gs.Tensor:

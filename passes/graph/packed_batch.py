@@ -5,18 +5,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.cut import reads
-from trimtab.passes.graph.edit import constant, insert
+from trimtab.passes.graph.edit import constant, insert, output_name_of
 from trimtab.passes.graph.order import topological
+from trimtab.passes.graph.shapes import token_outputs
 from trimtab.plugins import PACKED_ATTENTION
 
-_OFFSETS = [given.name for given in PACKED_ATTENTION.inputs].index("offsets")
+_OFFSETS, _BIAS = ([given.name for given in PACKED_ATTENTION.inputs].index(name) for name in ("offsets", "bias"))
+
+
+class _Result(Protocol):
+    """What a pass did (`PassResult`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def left(self) -> Sequence[_Left]: ...
+
+
+class _Left(Protocol):
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
 
 
 def offsets_of(attention: gs.Node) -> gs.Tensor:
@@ -25,19 +45,26 @@ def offsets_of(attention: gs.Node) -> gs.Tensor:
     return offsets
 
 
-def packed_attentions(graph: gs.Graph, name: str) -> list[gs.Node]:
+def packed_attentions(graph: gs.Graph, name: str, earlier: Iterable[_Result] = ()) -> list[gs.Node]:
     """The attentions of `graph`, from the first layer to the last.
 
     Args:
         name: of the pass that needs packed tokens.
+        earlier: what the passes in front of it did.
 
     Raises:
         ModelError: the tokens are not packed.
     """
     found = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
-    if not found:
-        raise ModelError(f"{name} needs packed tokens", hint=f"put the pass unpad in front of {name}")
-    return found
+    if found:
+        return found
+    refused = [left for result in earlier if result.name == "unpad" for left in result.left]
+    if refused:
+        raise ModelError(
+            f"{name} needs packed tokens, and unpad leaves this model as it is: {refused[0].where}: {refused[0].why}",
+            hint=f"take {name} out of the recipe",
+        )
+    raise ModelError(f"{name} needs packed tokens", hint=f"put the pass unpad in front of {name}")
 
 
 def starts_of(graph: gs.Graph, offsets: gs.Tensor, name: str) -> gs.Variable:
@@ -112,3 +139,26 @@ def reread(nodes: Sequence[gs.Node], instead: Mapping[int, gs.Tensor]) -> None:
     """Let `nodes` read the tensors `instead` (id of the old one → new one)."""
     for node in nodes:
         node.inputs = [instead.get(id(tensor), tensor) for tensor in node.inputs]
+
+
+def why_all(graph: gs.Graph, nodes: Sequence[gs.Node], stranger: gs.Tensor) -> str:
+    """Why `nodes` need all tokens of all samples, by what they read that is not of those which go on."""
+    if any(node.op == PACKED_ATTENTION.name and node.inputs[_BIAS] is stranger for node in nodes):
+        return "later attentions have a bias by position, and what goes on has no positions of its own"
+    made = {id(tensor) for node in nodes for tensor in node.outputs}
+    by_token = set(token_outputs(graph))
+    if names := [tensor.name for tensor in graph.outputs if tensor.name in by_token and id(tensor) in made]:
+        return f"the output {names[0]!r} has a row for each token"
+    return f"{_mixing(nodes, stranger)} reads all tokens at their places"
+
+
+def _mixing(nodes: Sequence[gs.Node], stranger: gs.Tensor) -> str:
+    """The first of the model's own nodes to read what is put back into its places by `stranger`."""
+    reached, first = {id(stranger)}, stranger.name
+    for node in nodes:
+        if any(id(tensor) in reached for tensor in reads(node)):
+            first = output_name_of(node)
+            if not first.startswith("unpad/"):
+                break
+            reached |= {id(tensor) for tensor in node.outputs}
+    return f"the node {first}"

@@ -55,3 +55,13 @@ def _picked(node: gs.Node, whole: list[Dim] | None) -> list[Dim] | None:
         return [whole[int(i)] for i in positions[0] if -len(whole) <= i < len(whole)]
     step = int(positions[3][0]) if len(positions) > 3 else 1
     return whole[int(positions[0][0]) : int(positions[1][0]) : step]
+
+
+def token_outputs(graph: gs.Graph) -> list[str]:
+    """Names of the outputs of `graph` that have a row for each token: [batch, tokens], or [batch, tokens, ...]."""
+    places = [list(tensor.shape) for tensor in graph.inputs if tensor.shape is not None and len(tensor.shape) == 2]
+    return [
+        tensor.name
+        for tensor in graph.outputs
+        if tensor.shape is not None and (len(tensor.shape) > 2 or list(tensor.shape) in places)
+    ]

@@ -22,6 +22,7 @@ from trimtab.passes.graph.packed_batch import (
     reread,
     rows_of,
     strangers,
+    why_all,
 )
 from trimtab.passes.profile import Profile
 from trimtab.plugins import KEEP_TOKENS, PACKED_ATTENTION, add_multi_output_node
@@ -75,9 +76,10 @@ class TokenPrune(Pass):
         """Prune behind the attention of each layer, in place.
 
         Raises:
-            ModelError: the tokens are not packed, or the layers are not those that thresholds were learned for.
+            ModelError: the tokens are not packed, the layers are not those that thresholds were learned for, or
+                tokens of all layers are needed later, as where the model answers for each token.
         """
-        attentions = packed_attentions(graph, self.name)
+        attentions = packed_attentions(graph, self.name, context.results)
         blocks = find_anatomy(graph).blocks
         settings = self._settings(context, len(blocks))
         if len(attentions) != len(blocks) or len(settings) != len(blocks):
@@ -88,11 +90,19 @@ class TokenPrune(Pass):
             )
         dial = context.add_dial(graph, self.dials()[0])
         left: list[Left] = []
+        needed: list[Left] = []  # layers all of whose tokens are needed later
         for block, attention, setting in zip(blocks, attentions, settings, strict=True):
-            off = setting >= 1 if self.ratio else setting <= 0
-            reason = "its setting keeps every token" if off else self._prune(graph, block, attention, dial, setting)
-            if reason is not None:
-                left.append(Left(f"layer {block.layer}", reason))
+            where = f"layer {block.layer}"
+            if setting >= 1 if self.ratio else setting <= 0:
+                left.append(Left(where, "its setting keeps every token"))
+            elif reason := self._prune(graph, block, attention, dial, setting):
+                needed.append(Left(where, reason))
+                left.append(needed[-1])
+        if needed and len(left) == len(blocks):
+            raise ModelError(
+                f"no layer of this model can be pruned; {needed[-1].where}: {needed[-1].why}",
+                hint="take token-prune out of the recipe; unpad works without it",
+            )
         details: dict[str, Any] = {"keep" if self.ratio else "thresholds": [round(float(s), 6) for s in settings]}
         return PassResult(self.name, len(blocks) - len(left), tuple(left), details)
 
@@ -110,8 +120,8 @@ class TokenPrune(Pass):
         own = {id(tensor): tensor for tensor in (x, context, offsets)}
         others = strangers(graph, behind, own, name)
         if others:
-            return f"what follows also reads {others[0].name!r}, which is not of the tokens that stay"
-        received = gs.Variable(f"{name}/received", np.float32, (x.shape or [None])[:1])
+            return why_all(graph, behind, others[0])
+        received = gs.Variable(f"{name}/received", np.float32, (context.shape or [None])[:1])
         attention.outputs = [context, *attention.outputs[1:_RECEIVED], received]
         limit = self._limit(graph, dial, setting, name)
         given = {"importance": received, "offsets": offsets, "threshold": limit}

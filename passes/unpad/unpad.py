@@ -170,6 +170,7 @@ class _Plan:
             for change in changes:
                 change()
             node.inputs = [replaced.get(id(t), t) for t in node.inputs]
+        padded = {id(output): output.shape for output in graph.outputs}
         for tensor in self._tensors:
             if id(tensor) not in replaced and tensor.shape is not None:
                 tensor.shape = ["unpad.real", *tensor.shape[2:]]
@@ -180,7 +181,9 @@ class _Plan:
             for node in readers:
                 _read(node, tensor, now, packing)
             if any(tensor is output for output in graph.outputs):
-                rename_output(graph, tensor, packing.unpack(now))
+                output = packing.unpack(now)
+                rename_output(graph, tensor, output)
+                output.shape = padded[id(tensor)]
         graph.cleanup(remove_unused_graph_inputs=False)
         graph.nodes = topological(graph)
 

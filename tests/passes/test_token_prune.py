@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from packed_encoder import Encoder, exit_logits
+from packed_encoder import Encoder, exit_logits, stays
 from rewrite import session
 from scipy.special import softmax
 
@@ -54,23 +54,12 @@ class Case:
     def prune(self, settings: np.ndarray, ratio: bool, near: list[float]) -> Any:
         """What stays behind the attention of a layer, from what each token receives."""
 
-        def stays(received: np.ndarray, layer: int) -> np.ndarray:
-            level = received.copy()
-            level[0] = np.inf
-            order = np.argsort(-level, kind="stable")
-            n, setting = len(level), float(np.float32(settings[layer]))
-            count = min(2, n)
-            if ratio:
-                count = max(count, int(np.ceil(np.float32(setting) * np.float32(n))))
-            if count < n:
-                near.append(float(level[order[count - 1]] - level[order[count]]))
-            keep = np.isin(np.arange(n), order[:count])
-            if not ratio and setting > 0:
-                near.append(float(np.abs(received - setting).min()))
-                keep |= level >= setting
-            return keep if ratio or setting > 0 else np.ones(n, bool)
+        def chosen(received: np.ndarray, layer: int) -> np.ndarray:
+            keep, clear = stays(received, float(np.float32(settings[layer])), ratio)
+            near.append(clear)
+            return keep
 
-        return stays
+        return chosen
 
 
 def feeds(samples: list[np.ndarray], width: int, **dials: Any) -> dict[str, np.ndarray]:

@@ -24,8 +24,10 @@ EVERY = [(family, exporter) for family in ENCODERS for exporter in ("dynamo", "t
 
 def unpadded(family: str, folder: Path, exporter: str = "dynamo") -> Path:
     graph = canonical(zoo.exported(family, exporter))
+    outputs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs]
     (result,) = run_passes(graph, [Unpad()], PassContext())
     assert result.changed > 0 and not result.left, result.left
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.outputs] == outputs
     save_graph(graph, folder / "unpadded.onnx")
     return folder / "unpadded.onnx"
 
