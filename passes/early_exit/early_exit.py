@@ -18,6 +18,7 @@ from trimtab.passes.early_exit.heads import ExitHead, exits_of
 from trimtab.passes.errors import ModelError, NotLearnedError, RecipeError
 from trimtab.passes.graph import constant, insert, rename_output
 from trimtab.passes.graph.packed_batch import (
+    bias_of,
     offsets_of,
     packed_attentions,
     readers_behind,
@@ -25,6 +26,7 @@ from trimtab.passes.graph.packed_batch import (
     rows_of,
     starts_of,
     strangers,
+    why_all,
 )
 from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile
@@ -86,7 +88,7 @@ class EarlyExit(Pass):
         """
         anatomy = find_anatomy(graph)
         logits = _logits(graph)
-        attentions = packed_attentions(graph, self.name)
+        attentions = packed_attentions(graph, self.name, context.results)
         learned = exits_of(context.measured().learned(_METHOD))
         wanted = list(learned) if self.after is None else sorted(set(self.after))
         blocks = anatomy.blocks
@@ -108,6 +110,11 @@ class EarlyExit(Pass):
             reason = batch.leave(blocks[head.after], head, doubt, f"{self.name}/after.{head.after}")
             if reason is not None:
                 left.append(Left(f"exit behind {head.after} layers", reason))
+        if heads and len(left) == len(heads):
+            raise ModelError(
+                f"no sample can leave this model early: {left[-1].where}: {left[-1].why}",
+                hint="take early-exit out of the recipe; unpad works without it",
+            )
         batch.finish(len(blocks), self.report, self.name)
         details: dict[str, Any] = {"criterion": self.criterion, "exits": [head.after for head in heads]}
         return PassResult(self.name, len(heads) - len(left), tuple(left), details)
@@ -135,10 +142,11 @@ class _Batch:
         graph, x = self._graph, block.x
         offsets = offsets_of(self._attentions[head.after])
         behind = readers_behind(graph, x)
-        own = {id(tensor): tensor for tensor in (x, offsets, *self._dials)}
+        biases = [bias for node in self._attentions if (bias := bias_of(node)) is not None]  # one for all samples
+        own = {id(tensor): tensor for tensor in (x, offsets, *self._dials, *biases)}
         others = strangers(graph, behind, own, name)
         if others:
-            return f"later layers also read {others[0].name!r}, which is not of the samples that are left"
+            return why_all(graph, behind, others[0])
         starts = starts_of(graph, offsets, name)
         answers = head(graph, x, offsets, starts, f"{name}/head")
         unsure = doubt(graph, answers, f"{name}/doubt")

@@ -45,6 +45,12 @@ def offsets_of(attention: gs.Node) -> gs.Tensor:
     return offsets
 
 
+def bias_of(attention: gs.Node) -> gs.Tensor | None:
+    """The bias by position of `attention`, which is the same for all samples; None without one."""
+    bias: gs.Tensor = attention.inputs[_BIAS]
+    return None if bias.is_empty() else bias
+
+
 def packed_attentions(graph: gs.Graph, name: str, earlier: Iterable[_Result] = ()) -> list[gs.Node]:
     """The attentions of `graph`, from the first layer to the last.
 
@@ -143,7 +149,7 @@ def reread(nodes: Sequence[gs.Node], instead: Mapping[int, gs.Tensor]) -> None:
 
 def why_all(graph: gs.Graph, nodes: Sequence[gs.Node], stranger: gs.Tensor) -> str:
     """Why `nodes` need all tokens of all samples, by what they read that is not of those which go on."""
-    if any(node.op == PACKED_ATTENTION.name and node.inputs[_BIAS] is stranger for node in nodes):
+    if any(node.op == PACKED_ATTENTION.name and bias_of(node) is stranger for node in nodes):
         return "later attentions have a bias by position, and what goes on has no positions of its own"
     made = {id(tensor) for node in nodes for tensor in node.outputs}
     by_token = set(token_outputs(graph))

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from packed_encoder import Encoder, exit_logits, stays
+from positions import positional_graph
 from rewrite import session
 from scipy.special import softmax
 
@@ -19,6 +20,7 @@ from trimtab.passes.errors import NotLearnedError, PassError, RecipeError
 from trimtab.passes.graph import save_graph
 from trimtab.passes.profile import Profile, ProfileInfo
 from trimtab.passes.token_prune import TokenPrune
+from trimtab.passes.unpad import Unpad
 
 CLEAR = 1e-4
 """How far importance is from a threshold, and from that of other tokens where they are ranked."""
@@ -123,6 +125,19 @@ def test_both_together(tmp_path: Path) -> None:
         logits, ran = engine.run(None, given)
         assert ran.tolist() == layers
         np.testing.assert_allclose(logits, np.array(wanted).reshape(-1, 3), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("step", [TokenPrune(keep=(0.5,)), EarlyExit()])
+def test_models_that_unpad_leaves(step: Any) -> None:
+    """The reason is that of unpad, not that it is missing."""
+    graph = positional_graph("deberta_v2")
+    graph.outputs[0].name, graph.outputs[0].shape = "logits", ["batch", 3]  # as a classifier's
+    with pytest.raises(PassError, match="needs packed tokens, and unpad leaves") as error:
+        run_passes(graph, [Unpad(), step], PassContext(Case().profile))
+    assert "attention 0: its scores are not those of q and k alone" in error.value.message
+    with pytest.raises(PassError, match="needs packed tokens") as error:
+        run_passes(graph, [step], PassContext(Case().profile))
+    assert "put the pass unpad in front" in str(error.value.hint)
 
 
 def test_what_does_not_fit() -> None:
