@@ -55,13 +55,13 @@ def batch_consistency(
         ids: token ids of real text to draw from.
 
     Returns:
-        One entry for each output that has a row per sample.
+        One entry for each output of the dense model that has a row per sample.
     """
     feeds = random_feeds(graph, dims, rng, padded=True, ids=ids)
     axes = workload.axes(graph)
     rows = np.unique(np.linspace(0, dims["batch"] - 1, _SAMPLES).astype(int))
     together = compiled(feeds)
-    names = [name for name, value in together.items() if value.ndim and value.shape[0] == dims["batch"]]
+    names = [tensor.name for tensor in graph.outputs if _has_rows(together[tensor.name], dims["batch"])]
     by_token = set(token_outputs(graph))
     parts: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     for row in rows:
@@ -78,6 +78,10 @@ def batch_consistency(
         difference = relative_l2(by_itself, batched)
         found.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
     return found
+
+
+def _has_rows(value: np.ndarray, batch: int) -> bool:
+    return bool(value.ndim) and value.shape[0] == batch
 
 
 def _only(value: np.ndarray, axes: tuple[int | str, ...], row: int, count: int) -> np.ndarray:
