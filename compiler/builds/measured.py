@@ -1,4 +1,4 @@
-"""measured.json: what `trimtab validate` and `trimtab bench` found of a build. Nothing that runs reads it."""
+"""measured.json: what `trimtab validate`, `bench` and `cost` found of a build. Nothing that runs reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Measured(BaseModel):
 
     Attributes:
         manifest: sha256 of the manifest of that build.
-        quality, speed: found by `trimtab validate` and `trimtab bench`; empty before.
+        quality, speed, cost: found by `trimtab validate`, `trimtab bench` and `trimtab cost`; empty before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +26,7 @@ class Measured(BaseModel):
     manifest: str
     quality: dict[str, Any] = {}
     speed: dict[str, Any] = {}
+    cost: dict[str, Any] = {}
 
 
 def read_measured(folder: Path, manifest_hash: str) -> Measured:

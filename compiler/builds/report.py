@@ -22,6 +22,7 @@ def render(manifest: Manifest, measured: Measured) -> str:
         _check(manifest),
         _measured("Quality", measured.quality, "trimtab validate"),
         _measured("Speed", measured.speed, "trimtab bench"),
+        _measured("Cost", measured.cost, "trimtab cost") if manifest.dials or measured.cost else "",
         "## Time\n\n" + table(("phase", "seconds"), [(k, f"{v:.2f}") for k, v in manifest.seconds.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

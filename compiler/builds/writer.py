@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from trimtab.compiler.builds.exchange import exchange
 from trimtab.compiler.builds.manifest import FileInfo, Manifest, is_build, write_manifest, write_text
 from trimtab.compiler.builds.measured import MEASURED, Measured
 from trimtab.compiler.builds.report import render
+from trimtab.passes.dials import SpeedPoint
 from trimtab.passes.errors import BuildError
 
 REPORT = Path("report.md")
@@ -65,19 +66,65 @@ class BuildWriter:
             hint = "free some space, or choose another disk" if full else "choose a directory that you may write to"
             raise BuildError(f"{self.out}: cannot write the build ({error.strerror or error})", hint=hint) from error
 
-    def commit(self, manifest: Manifest) -> Build:
-        """Hash the files, add manifest and report, and put the whole in its place."""
+    def commit(self, manifest: Manifest, measured: Measured | None = None) -> Build:
+        """Hash the files, add manifest and report, and put the whole in its place.
+
+        Args:
+            measured: of this build already, under the manifest that it had.
+        """
         with self.writing():
             manifest = manifest.model_copy(update={"files": _describe(self.folder)})
             digest = write_manifest(self.folder, manifest)
-            write_text(self.folder / REPORT, render(manifest, Measured(manifest=digest)))
+            if measured is not None:
+                measured = measured.model_copy(update={"manifest": digest})
+                write_text(self.folder / MEASURED, measured.model_dump_json(indent=2))
+            write_text(self.folder / REPORT, render(manifest, measured or Measured(manifest=digest)))
             _sync(self.folder)
             _check_replaceable(self.out)  # again: much time has passed
             _switch(self.folder, self.out)
         return Build(self.out, manifest, digest)
 
 
-def record(build: Build, *, quality: dict[str, Any] | None = None, speed: dict[str, Any] | None = None) -> None:
+def store_path(build: Build, path: Sequence[SpeedPoint]) -> Build:
+    """Give `build` another path for `speed` to go, in a new directory that takes the place of the old one at once.
+
+    Files are links to the same bytes, where the file system has links. What was measured holds on, but for costs, which
+    are told by speed.
+
+    Returns:
+        The build as it is now, whose manifest has another hash.
+
+    Raises:
+        BuildError: the build is gone, was replaced by another, is being replaced, is damaged, or cannot be written.
+    """
+    with BuildWriter(build.path) as writer:
+        with writer.writing(), build.unchanged():
+            for name in build.manifest.files:
+                (writer.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(build.path / name, writer.folder / name)
+        measured = build.measured.model_copy(update={"cost": {}})
+        if _describe(writer.folder) != build.manifest.files:
+            raise BuildError(
+                f"{build.path}: damaged: its files are not those that were compiled", hint="compile it again"
+            )
+        return writer.commit(build.manifest.model_copy(update={"speed": tuple(path)}), measured)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the bytes of `source` one more name; a copy where the file system has no links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def record(
+    build: Build,
+    *,
+    quality: dict[str, Any] | None = None,
+    speed: dict[str, Any] | None = None,
+    cost: dict[str, Any] | None = None,
+) -> None:
     """Keep what was measured of `build` beside it, and in its report. What is None stays as it was.
 
     Raises:
@@ -85,7 +132,8 @@ def record(build: Build, *, quality: dict[str, Any] | None = None, speed: dict[s
     """
     writer = BuildWriter(build.path)
     with writer.writing(), _lock(writer.out, timeout=_UPDATE_WAIT_S), build.unchanged():
-        changes = {key: value for key, value in (("quality", quality), ("speed", speed)) if value is not None}
+        given = {"quality": quality, "speed": speed, "cost": cost}
+        changes = {key: value for key, value in given.items() if value is not None}
         measured = build.measured.model_copy(update=changes)
         write_text(build.path / MEASURED, measured.model_dump_json(indent=2))
         write_text(build.path / REPORT, render(build.manifest, measured))

@@ -129,8 +129,7 @@ def bench(
     setting = build.manifest.all_dials.values(dials, speed)
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
-    told = (build.manifest.recipe.get("threads") or 0) * shards
-    threads = threads or told or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    threads = threads or default_threads(build)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
     runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
     model = peer_model(build, dense=dense, data=data)
@@ -154,6 +153,12 @@ def bench(
     )
     record(build, speed=_summary(found))
     return found
+
+
+def default_threads(build: Build) -> int:
+    """Threads that engines get where none are asked for: those of the recipe, else one per physical core."""
+    wished = (build.manifest.recipe.get("threads") or 0) * build.manifest.shards
+    return wished or psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def time_runs(

@@ -66,30 +66,41 @@ class Counter:
 
     Args:
         model: an ONNX file.
+        threads: of one run; None for one per physical core.
+
+    Attributes:
+        inputs: names of the model's inputs, dials among them.
 
     Raises:
         ModelError: it has a product that cannot be counted; names the node.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, threads: int | None = None) -> None:
         graph = load_graph(model)
+        self.inputs = [tensor.name for tensor in graph.inputs]
+        self._outputs = [tensor.name for tensor in graph.outputs]
         sizes = _Sizes(graph)
         self._products = [count for node in list(graph.nodes) if (count := _product(node, sizes)) is not None]
         self._passages = [p for node in list(graph.nodes) if (p := _passage(node, sizes)) is not None]
         self._folder = tempfile.TemporaryDirectory(prefix="trimtab-cost-")
         save_graph(graph, Path(self._folder.name) / "model.onnx")
-        self._runner = OnnxRuntimeRunner(Path(self._folder.name) / "model.onnx", session_options())
+        self._runner = OnnxRuntimeRunner(Path(self._folder.name) / "model.onnx", session_options(threads))
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> Cost:
         """Run once on `feeds`, dials among them."""
+        return self.run(feeds)[0]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> tuple[Cost, dict[str, np.ndarray]]:
+        """Run once on `feeds`, dials among them; what it costs, and the model's outputs."""
         sizes = self._runner.run(feeds)
-        return Cost(
+        cost = Cost(
             flops=sum(count(sizes) for count in self._products),
             passages=tuple(
                 Passage(where=where, what=what, entered=int(entered(sizes)), stayed=int(stayed(sizes)))
                 for where, what, entered, stayed in self._passages
             ),
         )
+        return cost, {name: sizes[name] for name in self._outputs}
 
 
 Count = Callable[[Sizes], int]

@@ -46,6 +46,15 @@ def exported_model(build: Build) -> Path:
     return _source(build.manifest).onnx
 
 
+def dense_source(build: Build, onnx: Path) -> Source:
+    """The dense model of `build`, read from the file `onnx`, with the build's tokenizer and names."""
+    manifest = build.manifest
+    return Source(
+        origin=manifest.origin, onnx=onnx, tokenizer=build.tokenizer, labels=manifest.labels,
+        max_tokens=manifest.max_tokens, kind="onnx",
+    )  # fmt: skip
+
+
 def _source(manifest: Manifest) -> Source:
     """The model that was compiled.
 

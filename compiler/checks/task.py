@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,6 +18,74 @@ from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 
 
+class Samples:
+    """Samples of a data set as a model takes them, and what its answers are judged by.
+
+    Labels are those of the texts; of tensors, an array "label" that is no input of the model.
+
+    Attributes:
+        count: how many they are.
+        task: of the model; None where trimtab knows none.
+
+    Args:
+        graph: of the dense model.
+        workload: within which the batches lie.
+        samples: of the data, at most; None for all.
+        seed: of the sample.
+        task: of the model; by default what its graph and the source's `head` tell.
+        batch: samples in a batch; by default the workload's opt one.
+
+    Raises:
+        DataError: the labels do not fit the task.
+    """
+
+    def __init__(
+        self, graph: gs.Graph, workload: Workload, source: Source, dataset: Dataset, *, samples: int | None = None,
+        seed: int = 0, task: Task | None = None, batch: int | None = None,
+    ) -> None:  # fmt: skip
+        self.task = task or find_task(graph.inputs, graph.outputs, source.head)
+        self.count = min(samples or dataset.count, dataset.count)
+        self._source, self._dataset, self._seed = source, dataset, seed
+        self._batch = batch or workload.batch[1]
+        self._longest = min(workload.tokens[2], source.max_tokens or workload.tokens[2])
+        self._inputs = with_labels(dataset, graph.inputs)
+        self._labels, self._queries = None, None
+        if dataset.arrays is None or len(self._inputs) > len(graph.inputs):
+            self._labels = _labels(dataset.labels(self.count, seed), self.task, source, graph)
+        if self.task is not None and self.task.kind == "score" and dataset.arrays is None:
+            self._queries = _queries(text for text, _ in dataset.sample(self.count, seed))
+
+    def feeds(self, progress: Progress | None = None, what: str = "quality") -> Iterator[dict[str, np.ndarray]]:
+        """The batches. Beside the model's inputs they have `attention_mask` [batch, tokens], where they are texts.
+
+        Args:
+            what: is done with them, as `progress` calls it.
+
+        Raises:
+            DataError: the data do not fit the model.
+        """
+        report, done = progress or (lambda what, done, total: None), 0
+        for feed in batches(
+            self._dataset, self._source, self._batch, self._longest, self.count, seed=self._seed, inputs=self._inputs
+        ):
+            report(what, done, self.count)
+            yield feed
+            done += len(next(iter(feed.values())))
+        report(what, self.count, self.count)
+
+    def quality(self, feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, compiled: Run) -> Quality:
+        """Task quality of both models on `feeds`, which are all that `feeds()` gives, in order.
+
+        Raises:
+            ModelError: no output that can be judged.
+            TargetError: a model gives NaN or Inf.
+        """
+        if self.task is not None and self.task.kind == "text":  # a decoder with its cache
+            return measure_perplexity(feeds, dense, compiled)
+        names = self._source.labels
+        return measure_quality(feeds, dense, compiled, self._labels, task=self.task, names=names, queries=self._queries)
+
+
 def check_quality(
     dense: Run,
     compiled: Run,
@@ -31,40 +99,16 @@ def check_quality(
     progress: Progress | None = None,
     task: Task | None = None,
 ) -> Quality:
-    """Task quality of both models on `dataset`, run in batches that lie within `workload`.
-
-    Labels are those of the texts; of tensors, an array "label" that is no input of the model.
-
-    Args:
-        task: of the model; by default what its graph and the source's `head` tell.
+    """Task quality of both models on `dataset`, run in batches that lie within `workload`. Arguments as of `Samples`.
 
     Raises:
         DataError: the data do not fit the model, or their labels its task.
         ModelError: no output that can be judged.
     """
-    task = task or find_task(graph.inputs, graph.outputs, source.head)
-    count = min(samples or dataset.count, dataset.count)
-    batch, longest = workload.batch[1], min(workload.tokens[2], source.max_tokens or workload.tokens[2])
-    names, wanted = {tensor.name for tensor in graph.inputs}, with_labels(dataset, graph.inputs)
-    labels, queries = None, None
-    if dataset.arrays is None or len(wanted) > len(names):
-        labels = _labels(dataset.labels(count, seed), task, source, graph)
-    if task is not None and task.kind == "score" and dataset.arrays is None:
-        queries = _queries(text for text, _ in dataset.sample(count, seed))
-    report = progress or (lambda what, done, total: None)
-
-    def feeds() -> Iterator[dict[str, np.ndarray]]:
-        done = 0
-        for feed in batches(dataset, source, batch, longest, count, seed=seed, inputs=wanted):
-            report("quality", done, count)
-            yield feed
-            done += len(next(iter(feed.values())))
-        report("quality", count, count)
-
+    given = Samples(graph, workload, source, dataset, samples=samples, seed=seed, task=task)
+    names = {tensor.name for tensor in graph.inputs}
     both = within(dense, names, workload), within(compiled, names, workload)
-    if task is not None and task.kind == "text":  # a decoder with its cache
-        return measure_perplexity(feeds(), *both)
-    return measure_quality(feeds(), *both, labels, task=task, names=source.labels, queries=queries)
+    return given.quality(given.feeds(progress), *both)
 
 
 def check_labels(dataset: Dataset, task: Task | None, source: Source, graph: gs.Graph, needed: bool) -> list[str]:

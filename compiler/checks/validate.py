@@ -17,6 +17,7 @@ from trimtab.compiler.checks.bounds import large_errors, poor_quality
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.decoded import as_decoded
+from trimtab.compiler.checks.dense import dense_source
 from trimtab.compiler.checks.measure import OutputError, describe
 from trimtab.compiler.checks.peer_quality import peer_qualities, quality_rows, require_data
 from trimtab.compiler.checks.peers import open_peer, peer_model
@@ -156,10 +157,7 @@ def validate(
     graph = load_graph(model)
     workload = Workload.model_validate(build.manifest.workload)
     task = build.manifest.task
-    source = Source(
-        origin=build.manifest.origin, onnx=model, tokenizer=build.tokenizer, labels=build.manifest.labels,
-        max_tokens=build.manifest.max_tokens, kind="onnx",
-    )  # fmt: skip
+    source = dense_source(build, model)
     warnings = check_labels(dataset, task, source, graph, limits.max_drop is not None) if dataset else []
     engine = load(build.path, threads=threads, verify=False)
     run = partial(engine.run, dials=dials, speed=speed)

@@ -34,6 +34,7 @@ COMMANDS = {
     "package": "Write a build in the shape that another program expects.",
     "serve": "Serve a build with Triton Inference Server.",
     "bench": "Time a build against its dense model in one run.",
+    "cost": "Count what a build computes on data at each speed, beside quality and time.",
     "passes": "List the passes and their options.",
     "methods": "List the methods of `trimtab train` and their options.",
     "targets": "List the targets and whether they work here.",

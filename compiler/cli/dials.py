@@ -26,3 +26,32 @@ def parse_dials(given: Sequence[str] | None) -> dict[str, float]:
         if not equals:
             raise InputError(f"--dial {setting}: not of the form name=number", hint="such as exit_threshold=0.2")
     return dials
+
+
+def parse_speeds(text: str | None) -> list[float]:
+    """ "0,0.5,1" → [0.0, 0.5, 1.0].
+
+    Raises:
+        InputError: not numbers.
+    """
+    return [] if text is None else _numbers(text, f"--speed {text}", "such as 0,0.5,1")
+
+
+def parse_grid(given: Sequence[str] | None) -> dict[str, list[float]]:
+    """["prune=0,0.5,1"] → {"prune": [0.0, 0.5, 1.0]}.
+
+    Raises:
+        InputError: not of that form, or not numbers.
+    """
+    values = {}
+    for setting in given or ():
+        name, _, text = setting.partition("=")
+        values[name.strip()] = _numbers(text, f"--grid {setting}", "such as prune=0,0.5,1")
+    return values
+
+
+def _numbers(text: str, where: str, example: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{where}: not numbers with commas between them", hint=example) from error

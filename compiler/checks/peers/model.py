@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trimtab.compiler.builds.build import Build
-from trimtab.compiler.checks.dense import dense_model, exported_model
+from trimtab.compiler.checks.dense import dense_model, dense_source, exported_model
 from trimtab.compiler.data import Dataset, batches, read_data
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import Source
@@ -80,10 +80,7 @@ def peer_model(build: Build, *, dense: Path | None = None, data: Path | None = N
     manifest = build.manifest
     dataset = read_data(data) if data else None  # refuse bad data before the export
     canonical = dense or dense_model(build)
-    source = Source(
-        origin=manifest.origin, onnx=canonical, tokenizer=build.tokenizer, labels=manifest.labels,
-        max_tokens=manifest.max_tokens, kind="onnx",
-    )  # fmt: skip
+    source = dense_source(build, canonical)
     options = Calibration.model_validate(manifest.recipe.get("calibration") or {})
     calibration = CalibrationData(source, dataset, options) if dataset else None
     return PeerModel(canonical, lambda: dense or exported_model(build), calibration)
