@@ -331,7 +331,7 @@ def _ffn_bytes(results: list[PassResult], before: dict[str, int]) -> int | None:
     """
     known: int | None = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
     for result in results:
-        if "ffn_bytes" in result.details:
+        if result.changed and "ffn_bytes" in result.details:
             known = result.details["ffn_bytes"]
         elif result.name == Precision.name and result.changed:
             known = None

@@ -80,6 +80,11 @@ class Recipe(BaseModel):
                     message = f"passes[{place}]: {later.name} cannot run behind {step.name}: {reason}"
                     where = "there once" if step.name == later.name else f"behind {later.name}"
                     raise RecipeError(message, hint=f"put {step.name} {where}")
+            missing = set(later.behind) - {step.name for step in passes[:place]}
+            if missing:
+                name = min(missing)
+                message = f"passes[{place}]: {later.name} works on what {name} makes, which is not in front of it"
+                raise RecipeError(message, hint=f"put {name} in front of {later.name}")
         return passes
 
     @field_serializer("passes")

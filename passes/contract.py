@@ -162,6 +162,10 @@ class Pass(BaseModel, ABC):
     """One line for `trimtab passes`."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What the pass takes from the Profile: measured by calibration, or learned by a method of `trimtab train`."""
+    behind: ClassVar[tuple[str, ...]] = ()
+    """Passes that stand in front of this one, since it works on what they make."""
+    reads_layers: ClassVar[bool] = False
+    """It works on whole layers, whose projections and sums it has to recognise, in float32."""
 
     def written(self) -> dict[str, Any]:
         """Name → options, as in a recipe; JSON types."""

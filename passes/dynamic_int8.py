@@ -90,6 +90,9 @@ class DynamicInt8(Pass):
         details: dict[str, Any] = {"float_products": len(left), "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
         return PassResult(self.name, _integer_products(graph) - before, tuple(left), details)
 
+    def bars(self, later: Pass) -> str | None:
+        return "layers are not recognised in products of integers" if later.reads_layers else None
+
     def unfit(self, capability: Capability) -> str | None:
         if not capability.integer_products:
             return "it does not multiply integers whose scales are found at run time"

@@ -113,6 +113,10 @@ class Profile:
                 )
         return FFNStats(int(get["tokens"]), get["abs_sum"], get["sum"], get["square_sum"], get["states"])
 
+    def states(self, layer: int) -> np.ndarray:
+        """A sample of what FFN number `layer` reads, [n, d_model]; no rows where the profile has none."""
+        return self.tensors.get(f"ffn.{layer}.states", np.zeros((0, 0), np.float32))
+
     def set_ffn(self, layer: int, stats: FFNStats) -> None:
         prefix = f"ffn.{layer}."
         self.tensors[prefix + "tokens"] = np.array(stats.tokens, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,12 +10,15 @@ import onnx_graphsurgeon as gs
 from pydantic import Field
 
 from trimtab.passes.anatomy import FFN, find_anatomy, select_ffns
+from trimtab.passes.anatomy.rewritten import Rewritten, find_rewritten
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.graph.part import nodes_between, run_part
 from trimtab.passes.layer import read_layer
 from trimtab.passes.needs import FFNStates, Need
+from trimtab.passes.profile import Profile
 
 _OPSET = 19  # in which QuantizeLinear takes half precision too
 _LARGEST = 127
@@ -24,7 +28,9 @@ class StaticInt8(Pass):
     """Round the FFNs' inputs, activations and weights to int8, by pairs of QuantizeLinear and DequantizeLinear.
 
     A scale for each tensor of activations, which covers what the Profile holds, and one for each output of a weight.
-    Layers that share weights share their integers, and have scales of activations of their own.
+    Where another pass has rewritten an FFN into other projections, its own nodes run on the Profile's states of the
+    dense one, so that all that they read has a scale too. Layers that share weights share their integers, and have
+    scales of activations of their own.
     TensorRT and ONNX Runtime make integer products of the pairs. Attention stays: the Profile knows FFNs alone.
     Exact end: layers=() rounds nothing.
     """
@@ -42,44 +48,95 @@ class StaticInt8(Pass):
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Quantize the FFNs of `graph`. Reads states of each from the Profile."""
         anatomy = find_anatomy(graph)
-        wanted = select_ffns(anatomy, self.layers)
         profile = context.measured()
+        rewritten = {ffn.layer: ffn for ffn in find_rewritten(graph, anatomy)}
+        layers = None if self.layers is None else set(self.layers) - rewritten.keys()
+        ffns: list[FFN | Rewritten] = [*select_ffns(anatomy, layers)]
+        ffns += [ffn for ffn in rewritten.values() if self.layers is None or ffn.layer in self.layers]
+        everything: list[FFN | Rewritten] = [*anatomy.ffns, *rewritten.values()]
+        linears = {ffn.layer: ffn.linears for ffn in everything}
         raise_opset(graph, _OPSET)
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
         weights = _Weights(graph)
-        for ffn in wanted:
-            reason = _unfit(ffn)
+        for ffn in sorted(ffns, key=lambda ffn: ffn.layer):
+            reason = _unfit(ffn) or (_unknown(ffn, profile) if isinstance(ffn, Rewritten) else None)
             if reason is not None:
                 left.append(Left(ffn.where, reason))
                 continue
-            layer = read_layer(ffn, profile)
-            scales = [self._scale(values) for values in (layer.fit, layer.h_fit)]
-            name = f"{self.name}/layer.{ffn.layer}"
-            x = _rounded(graph, ffn.x, scales[0], f"{name}/x")
-            for label, linear in zip(("gate", "up") if ffn.gated else ("up",), ffn.linears[:-1], strict=True):
-                weights.multiply(linear, x, f"{name}/{label}")
-            weights.multiply(ffn.down, _rounded(graph, ffn.hidden, scales[1], f"{name}/h"), f"{name}/down")
-            rows.append({"layer": ffn.layer, "x_scale": scales[0], "h_scale": scales[1]})
+            rows.append({"layer": ffn.layer} | self._round(graph, ffn, _inputs(graph, ffn, profile), weights))
             if context.progress is not None:
-                context.progress("quantize", len(rows), len(wanted))
+                context.progress("quantize", len(rows), len(ffns))
         rounded = {row["layer"] for row in rows}
-        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rounded for linear in ffn.linears]
+        untouched = [linear for layer, own in linears.items() if layer not in rounded for linear in own]
         total = distinct_bytes(untouched) + weights.nbytes
         return PassResult(self.name, len(rows), tuple(left), {"layers": rows, "ffn_bytes": total})
+
+    def _round(
+        self, graph: gs.Graph, ffn: FFN | Rewritten, inputs: Sequence[np.ndarray], weights: _Weights
+    ) -> dict[str, float]:
+        """Round the projections of `ffn`; returns the scales of what the first and the last one read.
+
+        Args:
+            inputs: activations that each of the projections reads.
+        """
+        name, labels = f"{self.name}/layer.{ffn.layer}", _labels(ffn)
+        read: dict[int, gs.Variable] = {}
+        scales: list[float] = []
+        for label, linear, activations in zip(labels, ffn.linears, inputs, strict=True):
+            scales.append(self._scale(activations))
+            if id(linear.x) not in read:
+                at = "x" if not read else "h" if label == labels[-1] else f"{label}/x"
+                read[id(linear.x)] = _rounded(graph, linear.x, scales[-1], f"{name}/{at}")
+            weights.multiply(linear, read[id(linear.x)], f"{name}/{label}")
+        return {"x_scale": scales[0], "h_scale": scales[-1]}
 
     def _scale(self, activations: np.ndarray) -> float:
         most = float(np.quantile(np.abs(activations), self.coverage))
         return max(most, 1e-6) / _LARGEST
 
 
-def _unfit(ffn: FFN) -> str | None:
+def _unfit(ffn: FFN | Rewritten) -> str | None:
     """Why this FFN stays as it is, or None."""
+    if isinstance(ffn, Rewritten) and ffn.ops:
+        return f"it is computed by {', '.join(sorted(set(ffn.ops)))}, which have weights of their own"
     if any(linear.quantized is not None for linear in ffn.linears):
         return "its weights are quantized already"
     if any(np.dtype(linear.weight.dtype) != np.float32 for linear in ffn.linears):
         return "its weights are not float32"
     return None
+
+
+def _unknown(ffn: Rewritten, profile: Profile) -> str | None:
+    """Why it is not known what the projections of `ffn` read, or None."""
+    states = profile.states(ffn.layer)
+    if not len(states) or states.shape[1] != ffn.linears[0].in_features:
+        return "the profile has no states of it"
+    for node in nodes_between([ffn.x], [linear.x for linear in ffn.linears]):
+        if any(not (t.inputs or t is ffn.x or isinstance(t, gs.Constant) or t.is_empty()) for t in node.inputs):
+            return "its projections read more than its input"
+    return None
+
+
+def _labels(ffn: FFN | Rewritten) -> list[str]:
+    """How the nodes of each projection are called."""
+    if isinstance(ffn, FFN):
+        return ["gate", "up", "down"] if ffn.gated else ["up", "down"]
+    return [f"product.{number}" for number in range(len(ffn.linears))]
+
+
+def _inputs(graph: gs.Graph, ffn: FFN | Rewritten, profile: Profile) -> list[np.ndarray]:
+    """What each projection of `ffn` reads where the dense FFN has read the states of the Profile."""
+    if isinstance(ffn, FFN):
+        layer = read_layer(ffn, profile)
+        return [layer.fit] * (len(ffn.linears) - 1) + [layer.h_fit]
+    states = profile.states(ffn.layer)
+    if len(ffn.x.shape or ()) == 3:
+        states = states[None]
+    later = list({id(linear.x): linear.x for linear in ffn.linears if linear.x is not ffn.x}.values())
+    values = run_part(graph, [ffn.x], later, {ffn.x.name: states}) if later else []
+    known = {id(ffn.x): states} | {id(tensor): value for tensor, value in zip(later, values, strict=True)}
+    return [known[id(linear.x)] for linear in ffn.linears]
 
 
 def _rounded(graph: gs.Graph, x: gs.Tensor, scale: float, name: str) -> gs.Variable:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.model import Attention
-from trimtab.passes.anatomy.scan import NORMS, Scan, only_producer
+from trimtab.passes.anatomy.scan import NORMS, Scan, keeps_rows, only_producer
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.shapes import entries
 
@@ -181,7 +181,7 @@ def _reader(scan: Scan, tensor: gs.Tensor, way: list[gs.Node]) -> Linear | None:
         if linear is not None:
             return linear
         for node in current.outputs:
-            if node.op in _TO_OUT and node.inputs[0] is current:
+            if (node.op in _TO_OUT or keeps_rows(node)) and node.inputs[0] is current:
                 way.append(node)
                 queue.extend(node.outputs)
     return None

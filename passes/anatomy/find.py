@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.attention import find_attentions
 from trimtab.passes.anatomy.blocks import find_blocks
 from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
-from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Unrecognized
+from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Block, Unrecognized
 from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
 from trimtab.passes.anatomy.scan import Scan
 from trimtab.passes.errors import ModelError, RecipeError
@@ -32,17 +33,33 @@ def find_anatomy(graph: gs.Graph) -> Anatomy:
     attentions = find_attentions(scan)
     norms, embeddings = find_norms(scan), find_embeddings(scan)
     head, unrecognized = _leftovers(scan, ffns, attentions, misses)
+    ffns, blocks = _by_layers(ffns, find_blocks(scan, ffns, attentions, norms))
     return Anatomy(
         family=guess_family(scan, ffns, attentions, embeddings, norms),
         ffns=tuple(ffns),
         attentions=tuple(attentions),
-        blocks=tuple(find_blocks(scan, ffns, attentions, norms)),
+        blocks=tuple(blocks),
         norms=tuple(norms),
         embeddings=tuple(embeddings),
         head=make_head(head, embeddings),
         params=count_params(scan),
         unrecognized=tuple(unrecognized),
     )
+
+
+def _by_layers(ffns: list[FFN], blocks: list[Block]) -> tuple[list[FFN], list[Block]]:
+    """`ffns` and `blocks`, with FFNs numbered as their layers.
+
+    So an FFN keeps its number, by which a Profile knows it, where a pass has rewritten another one.
+    """
+    layers = {id(block.ffn): block.layer for block in blocks if block.ffn is not None}
+    numbers = [layers.get(id(ffn), -1) for ffn in ffns]
+    if numbers != sorted(set(numbers)) or -1 in numbers:  # some are in no layer, or layers go side by side
+        return ffns, blocks
+    renamed = {id(ffn): replace(ffn, layer=number) for ffn, number in zip(ffns, numbers, strict=True)}
+    return list(renamed.values()), [
+        block if block.ffn is None else replace(block, ffn=renamed[id(block.ffn)]) for block in blocks
+    ]
 
 
 def select_ffns(anatomy: Anatomy, layers: Collection[int] | None) -> list[FFN]:
@@ -54,7 +71,8 @@ def select_ffns(anatomy: Anatomy, layers: Collection[int] | None) -> list[FFN]:
     unknown = set(layers or ()) - {ffn.layer for ffn in anatomy.ffns}
     if unknown:
         raise RecipeError(
-            f"layers: the model has no FFN {min(unknown)}", hint=f"it has {len(anatomy.ffns)}, counted from 0"
+            f"layers: the model has no FFN {min(unknown)}",
+            hint=f"it has {len(anatomy.ffns)}: {', '.join(str(ffn.layer) for ffn in anatomy.ffns) or 'none'}",
         )
     return [ffn for ffn in anatomy.ffns if layers is None or ffn.layer in layers]
 

@@ -32,7 +32,7 @@ class FFN:
     """One feed-forward block: y = act(x W_up + b_up) W_down + b_down, or y = (act(x W_gate) * (x W_up)) W_down.
 
     Attributes:
-        layer: position among the FFNs, from 0, in the order of computation.
+        layer: number of its layer, from 0; its position among the FFNs where they are not in layers of their own.
         x: its input, [..., d_model].
         y: its output, before the residual is added, [..., d_model].
     """

@@ -69,6 +69,12 @@ def _reached(tensors: Iterable[gs.Tensor], side: Literal["inputs", "outputs"]) -
     return seen
 
 
+def keeps_rows(node: gs.Node) -> bool:
+    """True for a Gather of the rows that stay where tokens or samples leave a packed batch."""
+    rows = only_producer(node.inputs[1]) if node.op == "Gather" else None
+    return rows is not None and rows.op in ("KeepSamples", "KeepTokens")
+
+
 def only_producer(tensor: gs.Tensor) -> gs.Node | None:
     """The node that makes `tensor`, or None for constants and graph inputs."""
     return tensor.inputs[0] if len(tensor.inputs) == 1 else None

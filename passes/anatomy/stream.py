@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy.scan import NORMS, SKIP_NORMS, Scan, only_producer
+from trimtab.passes.anatomy.scan import NORMS, SKIP_NORMS, Scan, keeps_rows, only_producer
 from trimtab.passes.graph.cut import reads
 
 _SAME = frozenset(["Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"])  # the rows stay rows
@@ -220,7 +220,7 @@ def _bare(tensor: gs.Tensor) -> gs.Tensor:
 def _users(tensor: gs.Tensor) -> Iterator[gs.Node]:
     """The nodes that read the values of `tensor`, directly or behind casts and reshapes."""
     for node in tensor.outputs:
-        if node.op in _SAME or _keeps_rows(node):
+        if node.op in _SAME or keeps_rows(node):
             yield from _users(node.outputs[0])
         elif node.op != "Shape":
             yield node
@@ -229,12 +229,6 @@ def _users(tensor: gs.Tensor) -> Iterator[gs.Node]:
 def _is_spelled(node: gs.Node) -> bool:
     """True for an op with which a written-out norm may begin."""
     return node.op in _SPELLED and not _with_constant(node)
-
-
-def _keeps_rows(node: gs.Node) -> bool:
-    """True for a Gather of the rows that stay where tokens or samples leave a packed batch."""
-    rows = only_producer(node.inputs[1]) if node.op == "Gather" else None
-    return rows is not None and rows.op in ("KeepSamples", "KeepTokens")
 
 
 def _with_constant(node: gs.Node) -> bool:
@@ -255,5 +249,5 @@ def _additions(x: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor]]:
             if node.op in SKIP_NORMS or (node.op == "Add" and not _with_constant(node)):
                 if any(t is tensor for t in node.inputs[:2]):
                     yield node, tensor
-            elif node.op in _RESHAPING or _with_constant(node) or _keeps_rows(node):
+            elif node.op in _RESHAPING or _with_constant(node) or keeps_rows(node):
                 queue.extend(node.outputs[:1])

@@ -48,6 +48,8 @@ class EarlyExit(Pass):
     name: ClassVar[str] = "early-exit"
     summary: ClassVar[str] = "samples leave at the first exit that is sure of them; a dial says how sure"
     needs: ClassVar[frozenset[Need]] = frozenset({Learned(_METHOD)})
+    behind: ClassVar[tuple[str, ...]] = ("unpad",)
+    reads_layers: ClassVar[bool] = True
 
     threshold: float = Field(0.1, ge=0, le=1, description="default of the dial: doubt below which a sample leaves")
     criterion: Criterion = Field(

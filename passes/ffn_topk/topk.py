@@ -106,6 +106,10 @@ class FFNTopK(Pass):
             raise ValueError(f"take: {self.take} computes fewer neurons than density {self.density} wants")
         return self
 
+    def bars(self, later: Pass) -> str | None:
+        alone = self.shared and later.name == "unpad"
+        return "it makes one choice for all tokens of a call, padding among them" if alone else None
+
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
         if self.exact and context.shards > 1:

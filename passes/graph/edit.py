@@ -52,7 +52,9 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
 def rename_output(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     """Let `new` be the graph output in place of `old`, under the old name, so that callers see no change."""
     graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
-    kept, old.name = old.name, old.name + "/before"
+    taken, kept = graph.tensors(), old.name
+    while old.name in taken:  # several passes may have renamed outputs that had this name
+        old.name += "/before"
     new.name, new.dtype, new.shape = kept, old.dtype, old.shape
 
 

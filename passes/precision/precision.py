@@ -45,7 +45,7 @@ class Precision(Pass):
     keep: tuple[str, ...] = Field((), description="further ops, by their ONNX names, that stay in float32")
 
     def bars(self, later: Pass) -> str | None:
-        if self.type == "float32" or later.name not in ("precision", "dynamic-int8"):
+        if self.type == "float32" or not (later.reads_layers or later.name in ("precision", "dynamic-int8")):
             return None
         return f"the graph has its types then, {self.type} among them"
 

@@ -46,6 +46,8 @@ class TokenPrune(Pass):
 
     name: ClassVar[str] = "token-prune"
     summary: ClassVar[str] = "tokens that receive little attention are removed; a dial says how many"
+    behind: ClassVar[tuple[str, ...]] = ("unpad",)
+    reads_layers: ClassVar[bool] = True
 
     strength: float = Field(
         1.0, ge=0, le=_MOST, description="default of the dial: 0 keeps all, 1 prunes as it was learned or given"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 
 from trimtab.passes.anatomy import Attention
-from trimtab.passes.graph import save_graph
+from trimtab.passes.graph.part import nodes_between, run_part
 from trimtab.passes.unpad.inputs import feed, shape_of
 
 __all__ = ["Core", "RefusedError", "find_core"]
@@ -125,26 +122,7 @@ class _Trial:
             self.feeds[mask.name] = self.real.astype(mask.dtype)
 
     def run(self, outputs: Sequence[gs.Tensor], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        nodes = list(_between(self._given, outputs))
-        read = {tensor.name for node in nodes for tensor in node.inputs}
-        inputs = [
-            gs.Variable(tensor.name, tensor.dtype or np.float32, list(feeds[tensor.name].shape))
-            for tensor in (*self._given, *self.graph.inputs)
-            if tensor.name in read
-        ]
-        part = gs.Graph(
-            nodes, inputs, list(outputs), opset=self.graph.opset, import_domains=self.graph.import_domains,
-            ir_version=self.graph.ir_version, functions=self.graph.functions,
-        )  # fmt: skip
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        with TemporaryDirectory(prefix="trimtab-unpad-") as folder:
-            path = Path(folder) / "part.onnx"
-            save_graph(part, path)
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        found: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in inputs})
-        return found
+        return run_part(self.graph, self._given, outputs, feeds)
 
     def scale_and_bias(
         self, softmax: gs.Node, sizes: tuple[int, int, int], where: str
@@ -184,7 +162,7 @@ class _Trial:
         starts = [*self._given, *([self.mask] if self.mask is not None else [])]
         changing = _reached(starts)
         tokens = self.real.shape[1]
-        made = [t for node in _between(self._given, [scores]) for t in node.outputs if id(node) not in changing]
+        made = [t for node in nodes_between(self._given, [scores]) for t in node.outputs if id(node) not in changing]
         found = []
         for tensor, value in zip(made, self.run(made, self.feeds) if made else [], strict=True):
             lead = value.shape[:-2]
@@ -218,20 +196,6 @@ class _Trial:
 def _sources(attention: Attention) -> tuple[gs.Tensor, ...]:
     linears = [linear for linear in (attention.q, attention.k, attention.v) if linear is not None]
     return tuple({id(linear.y): linear.y for linear in linears}.values())
-
-
-def _between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
-    """The nodes that make `outputs` of `given`, constants and the graph's inputs."""
-    seen = {id(tensor) for tensor in given}
-    nodes: set[int] = set()
-    stack = [tensor for tensor in outputs if id(tensor) not in seen]
-    while stack:
-        tensor = stack.pop()
-        for node in tensor.inputs:
-            if id(node) not in nodes:
-                nodes.add(id(node))
-                yield node
-                stack += [t for t in node.inputs if id(t) not in seen]
 
 
 def _reached(tensors: Sequence[gs.Tensor]) -> set[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant, values
+from trimtab.passes.graph.linear import match_linear
 
 __all__ = ["Change", "pack_node"]
 
@@ -25,6 +26,7 @@ _PRODUCTS = frozenset(["MatMul", "MatMulNBits"])
 _NORMS = frozenset(["LayerNormalization", "LpNormalization", "RMSNormalization", "SimplifiedLayerNormalization"])
 _SKIP_NORMS = frozenset(["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
 _LAST_AXIS = frozenset(["LogSoftmax", "Softmax", "Split"])
+_QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
 _REDUCTIONS = frozenset(["ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare"])
 _SPARSE = frozenset(["SelectBlocks", "SparseDown", "SparseUp"])
 
@@ -47,9 +49,10 @@ def pack_node(node: gs.Node, packed: Mapping[int, int]) -> tuple[str | None, lis
     if not firsts and node.op not in _SPARSE:
         return "an operand of it is computed of tokens", []
     if node.op in _PRODUCTS:
-        shape = node.inputs[1].shape
-        wide = shape is None or (node.op == "MatMul" and len(shape) != 2)
-        return ("its second operand is no matrix" if wide else _others_fixed(node, packed)), []
+        matrix = match_linear(node) is not None or len(node.inputs[1].shape or ()) == 2
+        return (_others_fixed(node, packed) if matrix else "its second operand is no matrix"), []
+    if node.op in _QUANTIZERS:
+        return _quantizer(node, axes)
     if node.op in _NORMS or node.op in _LAST_AXIS:
         return _last_axis(node, packed, axes)
     if node.op in _REDUCTIONS:
@@ -111,6 +114,18 @@ def _last_axis(node: gs.Node, packed: Mapping[int, int], axes: int) -> tuple[str
     if int(node.attrs.get("axis", default)) not in (-1, axes - 1):
         return "its axis is not the last one", []
     return _others_fixed(node, packed), [lambda: node.attrs.update(axis=-1)]
+
+
+def _quantizer(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:
+    """Scales of the whole tensor, or one for each feature; not those computed of the tokens, or of one token."""
+    if not all(_fixed(tensor) for tensor in node.inputs[1:]):
+        return "its scales are computed of tokens", []
+    shape = node.inputs[1].shape
+    if shape is not None and int(np.prod(shape)) == 1:
+        return None, []
+    if shape is None or len(shape) != 1 or int(node.attrs.get("axis", 1)) not in (-1, axes - 1):
+        return "its scales differ from token to token", []
+    return None, [lambda: node.attrs.update(axis=-1)]
 
 
 def _reduction(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:

@@ -34,6 +34,7 @@ class Unpad(Pass):
 
     name: ClassVar[str] = "unpad"
     summary: ClassVar[str] = "encoders compute real tokens alone, packed without padding"
+    reads_layers: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite `graph`, or leave all of it."""
@@ -153,6 +154,10 @@ class _Plan:
         nodes = {id(node): node for node in graph.nodes}
         replaced: dict[int, gs.Tensor] = {id(self.stream): packing.pack(self.stream)}
         outside = [(t, [n for n in t.outputs if id(n) in nodes and id(n) not in self.nodes]) for t in self._tensors]
+        padded = {id(output): output.shape for output in graph.outputs}
+        for tensor in self._tensors:
+            if tensor is not self.stream and tensor.shape is not None:
+                tensor.shape = ["unpad.real", *tensor.shape[2:]]
         for core in self.cores:
             inputs: dict[str, gs.Tensor] = join_projections(graph, core, replaced)
             inputs["offsets"] = packing.offsets
@@ -170,10 +175,6 @@ class _Plan:
             for change in changes:
                 change()
             node.inputs = [replaced.get(id(t), t) for t in node.inputs]
-        padded = {id(output): output.shape for output in graph.outputs}
-        for tensor in self._tensors:
-            if id(tensor) not in replaced and tensor.shape is not None:
-                tensor.shape = ["unpad.real", *tensor.shape[2:]]
         for tensor, readers in outside:
             if tensor is self.stream:
                 continue

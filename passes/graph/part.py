@@ -1,0 +1,60 @@
+"""A part of a graph, run by itself: what its nodes make of given tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+
+from trimtab.passes.graph.io import save_graph
+
+__all__ = ["nodes_between", "run_part"]
+
+
+def nodes_between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
+    """The nodes that make `outputs` of `given`, constants and the graph's inputs."""
+    seen = {id(tensor) for tensor in given}
+    nodes: set[int] = set()
+    stack = [tensor for tensor in outputs if id(tensor) not in seen]
+    while stack:
+        tensor = stack.pop()
+        for node in tensor.inputs:
+            if id(node) not in nodes:
+                nodes.add(id(node))
+                yield node
+                stack += [t for t in node.inputs if id(t) not in seen]
+
+
+def run_part(
+    graph: gs.Graph, given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], feeds: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+    """The values of `outputs`, computed by ONNX Runtime on the CPU, in one thread, without the dialect's kernels.
+
+    Args:
+        given: tensors within the graph whose values are given; nodes that make them do not run.
+        feeds: name → values, of all that is `given` and of those inputs of the graph that `outputs` depend on.
+    """
+    nodes = list(nodes_between(given, outputs))
+    read = {tensor.name for node in nodes for tensor in node.inputs}
+    inputs = [
+        gs.Variable(tensor.name, tensor.dtype or np.float32, list(feeds[tensor.name].shape))
+        for tensor in (*given, *graph.inputs)
+        if tensor.name in read
+    ]
+    part = gs.Graph(
+        nodes, inputs, list(outputs), opset=graph.opset, import_domains=graph.import_domains,
+        ir_version=graph.ir_version, functions=graph.functions,
+    )  # fmt: skip
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    with TemporaryDirectory(prefix="trimtab-part-") as folder:
+        path = Path(folder) / "part.onnx"
+        save_graph(part, path)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    results: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in inputs})
+    return results
