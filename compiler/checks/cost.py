@@ -18,8 +18,10 @@ from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_opti
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import insert, load_graph, output_name_of, save_graph
 from trimtab.passes.graph.packed_batch import offsets_of
+from trimtab.plugins.sparse_up import SPARSE_UP
 
 _PREFIX = "trimtab.cost"
+_GATE = [given.name for given in SPARSE_UP.inputs].index("gate")
 Sizes = Mapping[str, np.ndarray]
 
 
@@ -185,6 +187,23 @@ def _attention(node: gs.Node, sizes: _Sizes) -> Count:
     return lambda s: 4 * int(np.square(np.diff(offsets(s).astype(np.int64))).sum()) * context(s)[-1]
 
 
+def _chosen(node: gs.Node, sizes: _Sizes) -> Count:
+    """Chosen rows of one or two matrices of weights with x [..., width] → [..., rows]."""
+    x, y = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
+    matrices = 2 if node.op == SPARSE_UP.name and _given(node, _GATE) else 1
+    return lambda s: 2 * matrices * _elements(y(s)) * x(s)[-1]
+
+
+def _sum_of_chosen(node: gs.Node, sizes: _Sizes) -> Count:
+    """The sum of chosen rows of weights, weighed by h [..., rows] → [..., width]."""
+    h, y = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
+    return lambda s: 2 * _elements(h(s)) * y(s)[-1]
+
+
+def _given(node: gs.Node, place: int) -> bool:
+    return len(node.inputs) > place and node.inputs[place].name != ""
+
+
 def _elements(shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
@@ -192,8 +211,8 @@ def _elements(shape: Sequence[int]) -> int:
 _COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
     "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "Int8Linear": _matmul, "MatMul": _matmul,
     "MatMulInteger": _matmul, "MatMulNBits": _blocks, "PackedAttention": _attention, "QLinearMatMul": _matmul,
+    "SparseDown": _sum_of_chosen, "SparseHead": _chosen, "SparseUp": _chosen,
 }  # fmt: skip
 _UNKNOWN = frozenset([
     "Attention", "ConvInteger", "ConvTranspose", "Einsum", "GroupQueryAttention", "MultiHeadAttention", "QAttention",
-    "SparseDown", "SparseHead", "SparseUp",
 ])  # fmt: skip

@@ -14,6 +14,7 @@ from trimtab.compiler.checks.task import Samples
 from trimtab.compiler.feeds import Run
 from trimtab.passes.dials import Dials, Setting
 from trimtab.passes.early_exit.early_exit import LAYERS_RUN
+from trimtab.passes.errors import ModelError
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
@@ -79,6 +80,20 @@ class Execution:
         else:
             quality = self._samples.quality(self.feeds, lambda feed: self._dense[id(feed)], run)
         return Executed(total(costs), dict(sorted(exits.items())), quality)
+
+    def point(self, dials: Dials, settings: Mapping[str, Setting]) -> tuple[int, float]:
+        """FLOPs of all samples together, and the score of the answers' quality, as `frontier.walk` asks for them.
+
+        Raises:
+            ModelError: trimtab knows no use of the outputs, so nothing can be judged.
+        """
+        run = self(dials, settings)
+        if run.quality is None:
+            raise ModelError(
+                "the outputs have no task that trimtab knows, so settings cannot be told apart by quality",
+                hint="name an output logits, last_hidden_state or sentence_embedding",
+            )
+        return run.cost.flops, run.quality.score
 
 
 def total(costs: Sequence[Cost]) -> Cost:

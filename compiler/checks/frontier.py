@@ -85,22 +85,29 @@ def _from(dial: Dial) -> Callable[[float], float]:
 
 
 def walk(
-    values: Mapping[str, Sequence[float]], measure: Callable[[dict[str, float]], tuple[int, float]]
+    values: Mapping[str, Sequence[float]],
+    measure: Callable[[dict[str, float]], tuple[int, float]],
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Place, Point]:
     """Measure every setting of a grid.
 
     Args:
         values: as `grid` gives them.
         measure: dials → FLOPs and score.
+        progress: called with (what, done, total).
 
     Returns:
         The points by their place in the grid, one axis for each dial, in lexicographic order.
     """
+    report = progress or (lambda what, done, total: None)
+    places = list(product(*(range(len(each)) for each in values.values())))
     points = {}
-    for place in product(*(range(len(each)) for each in values.values())):
+    for done, place in enumerate(places):
+        report("walk", done, len(places))
         dials = {name: float(each[i]) for (name, each), i in zip(values.items(), place, strict=True)}
         flops, score = measure(dials)
         points[place] = Point(dials, flops, score)
+    report("walk", len(places), len(places))
     return points
 
 
@@ -121,7 +128,7 @@ def cheapest(points: Sequence[Point], least: float) -> Point | None:
 def measured_path(points: Mapping[Place, Point], max_drop: float | None = None) -> tuple[SpeedPoint, ...]:
     """The path of a walk: at speed 0 the exact setting, at 1 the fastest.
 
-    Equal steps of speed make FLOPs fewer by equal factors.
+    From point to point, equal steps of speed make FLOPs fewer by equal factors.
 
     Args:
         points: as `walk` gives them; the first is exact.

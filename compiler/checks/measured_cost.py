@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.builds.writer import record, store_path
@@ -28,7 +26,7 @@ from trimtab.compiler.feeds import Run, within
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.dials import Dials, SpeedPoint
-from trimtab.passes.errors import InputError, ModelError, TargetError
+from trimtab.passes.errors import InputError, TargetError
 from trimtab.passes.graph import load_graph
 
 SPEEDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -125,7 +123,7 @@ def measure_cost(
     execution = Execution(Counter(build.model, threads), given, feeds, within(peer, names, workload))
     path: tuple[SpeedPoint, ...] = ()
     if walk_dials:
-        path = _walked(execution, turned, tried, max_drop, progress)
+        path = measured_path(walk(tried, partial(execution.point, turned), progress), max_drop)
         turned = Dials(turned.dials, path)
     runs = []
     for done, speed in enumerate(asked):
@@ -168,30 +166,6 @@ def _setting(
 def _kept(passage: Passage, whole: int) -> Kept:
     entered, stayed = (rows / max(whole, 1) for rows in (passage.entered, passage.stayed))
     return Kept(where=passage.where, what=passage.what, entered=entered, stayed=stayed)
-
-
-def _walked(
-    execution: Execution, dials: Dials, values: Mapping[str, Sequence[float]], max_drop: float | None,
-    progress: Progress | None,
-) -> tuple[SpeedPoint, ...]:  # fmt: skip
-    """The path that a walk over the grid of `values` finds."""
-    done, count = 0, int(np.prod([len(each) for each in values.values()]))
-
-    def measure(setting: dict[str, float]) -> tuple[int, float]:
-        nonlocal done
-        _report(progress, "walk", done, count)
-        done += 1
-        run = execution(dials, setting)
-        if run.quality is None:
-            raise ModelError(
-                "the outputs have no task that trimtab knows, so settings cannot be told apart by quality",
-                hint="name an output logits, last_hidden_state or sentence_embedding",
-            )
-        return run.cost.flops, run.quality.score
-
-    points = walk(values, measure)
-    _report(progress, "walk", count, count)
-    return measured_path(points, max_drop)
 
 
 def _times(

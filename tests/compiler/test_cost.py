@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import zoo
 from packed_encoder import Encoder
@@ -12,8 +13,9 @@ from packed_encoder import Encoder
 from trimtab.compiler.checks.cost import Counter
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph import save_graph
+from trimtab.passes.graph import constant, save_graph
 from trimtab.passes.token_prune import TokenPrune
+from trimtab.plugins import OPS, add_node
 
 SEED = int(np.random.default_rng().integers(1 << 30))
 
@@ -50,6 +52,26 @@ def test_a_pruned_model_costs_what_is_left(tmp_path: Path) -> None:
         assert [(p.what, p.entered, p.stayed) for p in found.passages] == passages
         twice = found + found
         assert twice.flops == 2 * found.flops and twice.passages[0].entered == 2 * lengths.sum()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_chosen_neurons_are_counted(gated: bool, tokens: int, tmp_path: Path) -> None:
+    rng, width, neurons, block, rows = np.random.default_rng(SEED), 12, 40, 4, [1, 7, 8]
+
+    def matrix(name: str, *size: int) -> gs.Constant:
+        return constant(name, rng.standard_normal(size).astype(np.float32))
+
+    x = gs.Variable("x", np.float32, ["tokens", width])
+    graph = gs.Graph(inputs=[x], opset=21, ir_version=10)
+    blocks = {"blocks": constant("blocks", np.array([rows], np.int32))}
+    up = {"up": matrix("up", neurons, width)} | ({"gate": matrix("gate", neurons, width)} if gated else {})
+    h = add_node(graph, OPS["SparseUp"], {"x": x, **blocks, **up}, "h", block=block, activation="relu")
+    y = add_node(graph, OPS["SparseDown"], {"h": h, **blocks, "down": matrix("down", neurons, width)}, "y", block=block)
+    graph.outputs = [add_node(graph, OPS["SparseHead"], {"x": y, **blocks, "weight": matrix("head", 90, width)}, "z")]
+    save_graph(graph, tmp_path / "model.onnx")
+    found = Counter(tmp_path / "model.onnx")({"x": np.ones((tokens, width), np.float32)})
+    assert found.flops == 2 * tokens * width * ((3 if gated else 2) * block * len(rows) + len(rows))
 
 
 def test_products_that_are_not_known_are_named() -> None:
