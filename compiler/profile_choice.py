@@ -1,4 +1,4 @@
-"""Which Profile a compile uses: the one that is given, or the one in the folder of the model itself."""
+"""Which Profile a compile or a training uses: the one given, or the one in the folder of the model itself."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ProfileChoice:
 def choose_profile(
     given: Profile | Path | str | None, model: Source | Path | str, recipe: Recipe, *, data: bool
 ) -> ProfileChoice:
-    """Choose the Profile for a compile of `model`: the one given, else the one in the model's folder if it is needed.
+    """Choose the Profile for `model`: the one given, else the one in the model's folder if `recipe` needs it.
 
     Args:
         given: a Profile, or its file.

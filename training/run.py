@@ -9,9 +9,11 @@ from typing import Any
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.learned import remedies
 from trimtab.compiler.phases import Progress
+from trimtab.compiler.profile_choice import choose_profile
 from trimtab.compiler.recipe import Recipe, load_recipe, override
 from trimtab.compiler.sources.checkpoint import is_checkpoint
 from trimtab.passes.errors import ModelError, ProfileError, RecipeError, TrimtabError
+from trimtab.passes.needs import Learned
 from trimtab.passes.profile import Profile
 from trimtab.training import trainer_class
 from trimtab.training.contract import Job, Settings, Trained, Trainer, read_settings
@@ -33,7 +35,8 @@ def train(
         out: the Profile or the model folder to write, whole or not at all.
         recipe: the recipe that the model will be compiled with.
         changes: to the recipe, "pass.option=value".
-        profile: to add to; else one is measured on the data, where the method needs one.
+        profile: to add to, where the method needs one; by default that in the model's folder, if passes of the recipe
+            need what it learned, else one is measured on the data.
         settings: of the method.
         allow_pickle: read pickled weights, which can run code.
         progress: is called with (what, done, total).
@@ -50,7 +53,7 @@ def train(
     dataset = data if isinstance(data, Dataset) else read_data(data)
     with remedies(model=model, recipe=recipe, settings=changes, data=data, profile=profile):
         _check_paths(kind, model, profile, out)
-        given = Profile.load(profile) if isinstance(profile, Path | str) else profile
+        given = _profile(kind, profile, model, plan)
         job = Job(str(model), dataset, out, plan, given, allow_pickle, progress)
         trainer.check(job)
         trained = _run(trainer, job)
@@ -72,6 +75,16 @@ def _recipe(
     if changes:
         raise RecipeError("--set changes a recipe, and none is given", hint="give one with --recipe")
     return None
+
+
+def _profile(
+    kind: type[Trainer], profile: Path | str | Profile | None, model: Path | str, plan: Recipe | None
+) -> Profile | None:
+    """The Profile to add to: the one given, else that in the model's folder, if it has what another method learned."""
+    if plan is None or "profile" not in kind.needs:
+        return Profile.load(profile) if isinstance(profile, Path | str) else profile
+    others = tuple(step for step in plan.passes if Learned(kind.name) not in step.needs)
+    return choose_profile(profile, model, plan.model_copy(update={"passes": others}), data=True).profile
 
 
 def _check_paths(kind: type[Trainer], model: Path | str, profile: Any, out: Path) -> None:

@@ -141,3 +141,15 @@ def test_one_that_learned_nothing(small: Path) -> None:
     with pytest.raises(NotLearnedError, match="the profile holds no thresholds learned by magic-pyramid") as caught:
         compile_model(small, LEARNED, "build")
     assert str(caught.value).endswith("and compile the model `tuned`")
+
+
+def test_training_adds_to_it(pyramid: Path) -> None:
+    from trimtab.training.run import train
+
+    rng = np.random.default_rng(0)
+    np.savez("data.npz", **zoo.feeds("bert", 32, 8, rng))
+    recipe: dict[str, Any] = {"passes": ["recover", *LEARNED["passes"]], **CHECK}
+    train("recover", pyramid, "data.npz", "both.safetensors", recipe=recipe, settings={"steps": 1, "batch_size": 4})
+    both, before = Profile.load("both.safetensors"), Profile.load(pyramid / "profile.safetensors")
+    assert both.learned("recover") and both.learned("magic-pyramid").keys() == before.learned("magic-pyramid").keys()
+    assert origin(compile_model(pyramid, recipe, "build", profile="both.safetensors"))
