@@ -102,7 +102,7 @@ class EarlyExit(Pass):
                 hint=f"exits can be behind 0 to {len(blocks) - 1} layers",
             )
         classes = int(logits.shape[-1])
-        width = _width(blocks[0])
+        width = _width(blocks)
         heads = [ExitHead(number, learned[number], width, classes) for number in wanted]
         before = [tensor for tensor in graph.inputs if tensor.name in context.dials]
         batch = _Batch(graph, [context.add_dial(graph, self.dials()[0]), *before], attentions, logits)
@@ -211,12 +211,12 @@ class _Batch:
             self._graph.outputs.append(self._layers)
 
 
-def _width(block: Block) -> int:
-    """Of the residual stream."""
-    out = block.attention.out if block.attention is not None else None
-    if out is None:
-        raise ModelError("the output projection of the first layer's attention was not recognised")
-    return out.out_features
+def _width(blocks: Sequence[Block]) -> int:
+    """Of the residual stream, which queries are projected from; behind attention it may have been pruned."""
+    queries = [block.attention.q for block in blocks if block.attention is not None and block.attention.q is not None]
+    if not queries:
+        raise ModelError("no projection of the queries was recognised in any layer")
+    return queries[0].in_features
 
 
 def _logits(graph: gs.Graph) -> gs.Variable:

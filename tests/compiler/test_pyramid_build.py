@@ -24,7 +24,7 @@ FAMILIES = {"bert": (3, 48, 3), "roberta": (2, 40, 5)}
 def profile_of(path: Path, family: str, rng: np.random.Generator) -> Profile:
     """Random thresholds and exits, as training would have learned them."""
     layers, width, classes = FAMILIES[family]
-    learned = {"thresholds": np.array([0, *rng.uniform(0.05, 0.2, layers - 1)], np.float32)}
+    learned = {"thresholds": rng.uniform(0.02, 0.2, layers).astype(np.float32)}
     for after in range(layers):
         learned |= exit_weights(rng, after, "light", width, classes)
     info = ProfileInfo(model=open_source(path).fingerprint, data="d", samples=1, tokens=1)

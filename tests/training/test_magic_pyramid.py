@@ -135,11 +135,13 @@ def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]
         ({"fine_tune": None, "hard": 0, "exits": 0}, ["soft"]),
         ({"fine_tune": None, "soft": 0, "hard": 0, "head": "fastbert", "entrance": False}, ["exits"]),
         ({"soft": 0, "hard": 0, "exits": 0}, ["fine_tune"]),
+        ({"fine_tune": 0, "soft": 0, "hard": 0, "keep": 0.5}, ["exits"]),
+        ({"fine_tune": 0, "soft": 0, "exits": 0, "keep": 0.5}, ["hard"]),
     ):
         trained = train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"steps": 3} | change)
         assert trained is not None and list(trained.record["stages"]) == stages
-        assert ("thresholds" in kept[-1]) == ("soft" in stages) == ("kept" in trained.record)
-        assert "exit.0.out.bias" not in kept[-1]
+        assert ("thresholds" in kept[-1]) == ("soft" in stages or "keep" in change) == ("kept" in trained.record)
+        assert ("exit.0.out.bias" in kept[-1]) == ("exits" in stages and "entrance" not in change)
         assert ("exit.1.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
 
 

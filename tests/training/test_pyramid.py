@@ -16,6 +16,7 @@ from trimtab.training.magic_pyramid.exits import make_exit
 from trimtab.training.magic_pyramid.judge import judge
 from trimtab.training.magic_pyramid.pruning import Pruning, received, stays_always
 from trimtab.training.magic_pyramid.pyramid import Pyramid
+from trimtab.training.magic_pyramid.quantiles import fit_thresholds
 from trimtab.training.magic_pyramid.settings import Settings
 
 SEED = int(np.random.default_rng().integers(1 << 30))
@@ -234,6 +235,22 @@ def test_rows_close_up_in_order() -> None:
     pruning.mode = "dense"
     pruning.begin(stay)
     assert pruning.shrink(states) is states
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_thresholds_by_quantiles_keep_the_share_that_is_asked_for(family: str) -> None:
+    rng, keep = np.random.default_rng(SEED), float(np.random.default_rng(SEED).uniform(0.4, 0.8))
+    pyramid = Pyramid(tiny(family), Settings(soft=0, hard=0, keep=keep), 20.0).double().train()
+    ids = torch.from_numpy(rng.integers(3, 97, (24, 40)))
+    mask = torch.from_numpy((np.arange(40) < rng.integers(20, 41, 24)[:, None]).astype(np.int64))
+    feeds = {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(24, dtype=torch.int64)}
+    fit_thresholds(pyramid, lambda: [{k: v[i : i + 8] for k, v in feeds.items()} for i in (0, 8, 16)], keep)
+    assert pyramid.training
+    pyramid.eval().enter("exits", pruned=True)
+    with torch.no_grad():
+        stay = pyramid(**feeds)["stay"].sum(0) / mask.sum()
+    assert stay.mean().item() == pytest.approx(keep, abs=0.05)
+    np.testing.assert_allclose(stay[1:] / stay[:-1], stay[0].item(), atol=0.1)
 
 
 def test_importance_by_its_definition() -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ from trimtab.training.huggingface import (
 from trimtab.training.magic_pyramid.encoder import load_classifier, open_tokenizer_folder
 from trimtab.training.magic_pyramid.judge import judge, row
 from trimtab.training.magic_pyramid.pyramid import Pyramid
+from trimtab.training.magic_pyramid.quantiles import fit_thresholds
 from trimtab.training.magic_pyramid.result import METHOD, summary, write_result
 from trimtab.training.magic_pyramid.settings import STAGES, Settings
 from trimtab.training.resume import Unfinished
 from trimtab.training.texts import Examples, labelled
 
 log = logging.getLogger(__name__)
+
+_QUANTILES_OF = 256  # texts
 
 _SHOWN = {"fine_tune": "fine-tune", "soft": "soft mask", "hard": "hard mask", "exits": "exits"}
 
@@ -125,6 +129,8 @@ class Stages:
                 self._pyramid.load_state_dict(load_file(self._file(stage)))
             elif stage in self._shares:
                 start = self._stage(stage, start)
+            elif stage == "soft" and self._settings.takes_quantiles:
+                fit_thresholds(self._pyramid, self._some, self._settings.keep)
             taught = {"soft", "hard"} & (self._shares.keys() - self._done.keys())
             if stage == "fine_tune" and self._settings.distil and taught:
                 self._pyramid.teach(copy.deepcopy(self._pyramid))
@@ -134,13 +140,16 @@ class Stages:
     def _stage(self, stage: str, start: float) -> float:
         """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
         number, settings, scratch = STAGES.index(stage), self._settings, self._run.folder / stage
-        pruned, left = "soft" in {stage, *self._done}, stage == "exits" or self._joint(stage)
+        pruned = self._settings.prunes and stage != "fine_tune"
+        left = stage == "exits" or self._joint(stage)
         self._pyramid.enter(stage, pruned=pruned)
         optimizer = torch.optim.AdamW(self._pyramid.groups(), betas=(0.9, 0.98), fused=True)
         trainer = make_trainer(self._pyramid, self._examples, settings, scratch, optimizer=optimizer, judge=judge)
         began = time.monotonic()
         if not self._history:
+            self._pyramid.enter("fine_tune", pruned=False)  # the dense model
             self._history.append(row("before", 0, trainer.evaluate(), pruned=False, left=False))
+            self._pyramid.enter(stage, pruned=pruned)
         else:
             trainer.evaluate()  # tells how long a look takes
         look = time.monotonic() - began
@@ -167,6 +176,14 @@ class Stages:
         self._done[stage] = step
         self._keep(stage, scratch, time.monotonic() - start)
         return start
+
+    def _some(self) -> Iterator[dict[str, Any]]:
+        """Batches of the same few texts at each call, of like lengths."""
+        lengths, size = self._examples.lengths, self._settings.batch_size
+        assert lengths is not None
+        order = np.argsort(lengths[:_QUANTILES_OF], kind="stable")
+        for i in range(0, len(order), size):
+            yield self._examples.collate([self._examples.train[int(place)] for place in order[i : i + size]])
 
     def _joint(self, stage: str) -> bool:
         return self._settings.learns_jointly and stage in ("soft", "hard")

@@ -41,6 +41,7 @@ class Pruning(nn.Module):
         mode: "soft" is for training; at evaluation it counts as "hard".
         masks: [batch, tokens] for each layer passed so far: how much each token stays behind it, 0 to 1.
         reached: [batch, tokens] for each layer passed so far, of the soft mask: 1 for what the hard mask would keep.
+        importances: of the tokens that entered each layer passed so far, [tokens of the batch]; not in training.
     """
 
     def __init__(self, layers: int, mean_tokens: float, start: float, sharpness: float, *, on_output: bool) -> None:
@@ -50,11 +51,16 @@ class Pruning(nn.Module):
         self.mode: Mode = "dense"
         self.masks: list[Tensor] = []
         self.reached: list[Tensor] = []
+        self.importances: list[Tensor] = []
 
     @property
     def thresholds(self) -> Tensor:
         """[layers]: tokens stay whose importance reaches the threshold of the layer; all stay where it is 0 or less."""
         return self.multiples * self._unit
+
+    def set_thresholds(self, thresholds: Tensor) -> None:
+        """`thresholds` [layers], as the property has them."""
+        self.multiples.data.copy_(thresholds / self._unit)
 
     def begin(self, mask: Tensor) -> None:
         """Begin with a batch.
@@ -65,7 +71,7 @@ class Pruning(nn.Module):
         self._real = mask.to(torch.float32)
         self._log_stay = torch.zeros_like(self._real)
         self._stay = self._real
-        self.masks, self.reached = [], []
+        self.masks, self.reached, self.importances = [], [], []
 
     def bias(self) -> Tensor:
         """What is added to the logits of attention, [batch, 1, 1, tokens]."""
@@ -115,6 +121,8 @@ class Pruning(nn.Module):
         always = stays_always(importance, self._stay)
         reach = (importance >= threshold) | always  # importance is never below 0
         if not self._soft():
+            if not self.training:
+                self.importances.append(importance[self._stay > 0])
             self._stay = self._stay * reach
             return
         self.reached.append((self.reached[-1] if self.reached else self._real) * reach)

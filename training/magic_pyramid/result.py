@@ -67,7 +67,7 @@ def learned_tensors(pyramid: Pyramid, record: dict[str, Any]) -> dict[str, np.nd
     The last Linear of an exit is divided by its temperature.
     """
     tensors: dict[str, np.ndarray] = {}
-    if "soft" in record["stages"]:
+    if pyramid.settings.prunes:
         tensors["thresholds"] = pyramid.pruning.thresholds.detach().cpu().numpy()
     if "exits" in record["stages"]:
         for (number, leave), temperature in zip(pyramid.exits.items(), record["temperatures"], strict=True):

@@ -31,7 +31,10 @@ class Settings(Common):
     sharpness: float = Field(0.1, gt=0, description="Temperature of the soft mask, in the same unit.")
     threshold_lr: float = Field(0.01, ge=0, description="Highest learning rate of the thresholds, in the same unit.")
     pressure: float = Field(0.5, ge=0, description="Weight in the loss of the share of tokens that stay.")
-    keep: float = Field(0.0, ge=0, le=1, description="Share of tokens, over all layers, at which pressure ends.")
+    keep: float = Field(
+        0.0, ge=0, le=1, description="Share of tokens, over all layers, at which pressure ends. Without soft, "
+        "thresholds are quantiles on the training texts by which this share stays.",
+    )  # fmt: skip
     mask: Literal["attention", "output"] = Field(
         "attention", description="What the soft mask weighs: a token as later layers attend to it, or as in LTP the "
         "output of its layer.",
@@ -56,10 +59,10 @@ class Settings(Common):
 
     @model_validator(mode="after")
     def _in_order(self) -> Settings:
-        if self.hard and not self.soft:
-            raise ValueError("hard has no thresholds to prune by if soft is 0; set hard to 0 too")
-        if not (self.fine_tune or self.soft or self.exits):
-            raise ValueError("soft and exits are 0: no stage is left to run")
+        if self.hard and not self.prunes:
+            raise ValueError("hard has no thresholds to prune by if soft is 0; set hard to 0 too, or give keep")
+        if not (self.fine_tune or self.soft or self.hard or self.exits):
+            raise ValueError("soft, hard and exits are 0: no stage is left to run")
         return self
 
     def shares(self, new_head: bool) -> dict[str, float]:
@@ -73,6 +76,16 @@ class Settings(Common):
             given["fine_tune"] = 3.0 if new_head else 0.0
         total = sum(given.values())
         return {name: share / total for name, share in given.items() if share}
+
+    @property
+    def takes_quantiles(self) -> bool:
+        """Whether thresholds are quantiles, which nothing has to learn."""
+        return not self.soft and 0 < self.keep < 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the run ends with thresholds."""
+        return self.soft > 0 or self.takes_quantiles
 
     @property
     def learns_jointly(self) -> bool:
