@@ -38,7 +38,7 @@ from trimtab.compiler.sources import Source
 HERE = Path(__file__).resolve().parent
 TOKENS = {"sst2": 64, "agnews": 96, "imdb": 256}
 DEV = 2000
-"""Last lines of the training set, which choose the dials."""
+"""Last lines of the training set, which choose the dials; half of them where texts are long."""
 
 TIMED = {1: 128, 32: 8}
 """Batch → batches that are timed."""
@@ -53,8 +53,13 @@ VARIANTS: dict[str, list[Any]] = {
     "exit": [PYRAMID[0], PYRAMID[2]],
     "both": PYRAMID,
     "both + ffn-split": [{"ffn-split": {"budget": {"time": 0.65}}}, *PYRAMID],
+    "int8": [{"dynamic-int8": {"scales": "row"}}],
     "both, int8": [*PYRAMID, {"dynamic-int8": {"scales": "row"}}],
+    "static int8": ["static-int8", {"dynamic-int8": {"scales": "row"}}],
+    "both, static int8": ["static-int8", *PYRAMID, {"dynamic-int8": {"scales": "row"}}],
 }
+AS_BOTH = ("both + ", "both, ")
+"""Variants that run at the dials which "both" chose."""
 
 
 class Task:
@@ -149,7 +154,8 @@ def main(
     dense: Annotated[Path | None, typer.Option(help="The dense model; by default the evaluation's checkpoint.")] = None,
     minutes: Annotated[float, typer.Option(help="Of training, if none is given.")] = 60.0,
     drop: Annotated[float, typer.Option(help="Points below the best setting, on the part that chooses.")] = 0.3,
-    seconds: Annotated[float, typer.Option(help="Of timing, for each batch size.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Of timing, for each batch size; 0 times nothing.")] = 60.0,
+    only: Annotated[str, typer.Option(help="Variants, by semicolons.")] = ";".join(VARIANTS),
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -167,7 +173,8 @@ def main(
         trained = pyramid or train(it, shared, work / "pyramid", minutes, say)
         results = {"command": " ".join(sys.argv), "versions": package_versions(),
                    "machine": this_machine(2).model_dump(mode="json"), "task": task, "drop": drop}  # fmt: skip
-        results |= measure(it, trained, drop, seconds, work, say)
+        variants = {name: VARIANTS[name] for name in VARIANTS if name in only.split(";")}
+        results |= measure(it, trained, variants, drop, seconds, work, say)
     if output:
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if as_json:
@@ -178,30 +185,35 @@ def main(
 
 
 def measure(
-    task: Task, pyramid: Path, drop: float, seconds: float, work: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Accuracy, FLOPs and time of every variant, and of the dense model in several runtimes."""
-    dev, test = (list(task.feeds(data, 32)) for data in (task.dev, task.test))
+    task: Task, pyramid: Path, variants: Mapping[str, list[Any]], drop: float, seconds: float, work: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Accuracy, FLOPs and time of variants, and of the dense model in several runtimes."""
+    dev = list(task.feeds(task.dev, 32, DEV // 2 if task.tokens > 128 else DEV))
+    test = list(task.feeds(task.test, 32))
     onnx = task.dense.onnx
     runs: dict[str, Run] = {name: open_peer(name, onnx, 2) for name in PEERS}
-    whole = of_dense(onnx, test)
+    whole, dials = of_dense(onnx, test), dict[str, float]()
     engines: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         engines[name] = {"accuracy": judge(run, test), "flops": 1.0}
-    for name, passes in VARIANTS.items():
+    for name, passes in variants.items():
         say(f"{task.name}: {name}")
         recipe = {"passes": passes, "threads": 2, "workload": {"batch": [1, 1, 32], "tokens": [1, 64, task.tokens]}}
         build = compile_model(pyramid, recipe, work / "build", force=True)
         engine, count = load(build.path), Counter(build.model, 2)
-        dials = choose(engine, count, dev, drop) if engine.dials else {}
+        if not name.startswith(AS_BOTH):
+            dials = choose(engine, count, dev, drop) if engine.dials else {}
         runs[name] = partial(engine.run, dials=dials)
         cost, accuracy = executed(count, engine, test, dials)
         engines[name] = {"accuracy": accuracy, "flops": whole / cost.flops, "dials": dials,
                          "passages": [passage.model_dump() for passage in cost.passages]}  # fmt: skip
         reached = engines["dense-fp32"]["accuracy"]
         say(f"  accuracy {accuracy:.2f} (dense {reached:.2f}), FLOPs {whole / cost.flops:.2f} times fewer, {dials}")
-    for size, many in TIMED.items():
+    padding = {}
+    for size, many in (TIMED if seconds else {}).items():
         given = [feeds for feeds, _ in task.feeds(task.test, size, size * many)]
+        padding[size] = 1 - float(np.concatenate([feeds["attention_mask"].ravel() for feeds in given]).mean())
         timings = interleave(
             {name: partial(_all, run, given) for name, run in runs.items()}, seconds=seconds, block=1, warmup=1,
             rest=REST_S,
@@ -209,7 +221,7 @@ def measure(
         for name, timing in timings.items():
             engines[name][f"ms_{size}"] = timing.median_ms / many
             engines[name][f"vs_fp32_{size}"] = timings["dense-fp32"].median_ms / timing.median_ms
-    return {"engines": engines}
+    return {"padding": padding, "engines": engines}
 
 
 def _all(run: Run, given: list[dict[str, Any]]) -> None:
