@@ -17,7 +17,7 @@ _SIZES = {
 _TYPED = ("bert", "electra")
 """Families with types of tokens, by which a model tells the second text of a pair."""
 
-_CLASSES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "distilbert": "DistilBert"}
+_CLASSES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "distilbert": "DistilBert", "mpnet": "MPNet"}
 
 
 def head_model(family: str, seed: int, kind: str = "SequenceClassification", **config: Any) -> Any:

@@ -38,6 +38,8 @@ def run_part(
         given: tensors within the graph whose values are given; nodes that make them do not run.
         feeds: name → values, of all that is `given` and of those inputs of the graph that `outputs` depend on.
     """
+    for tensor in outputs:
+        tensor.dtype = tensor.dtype or np.float32  # behind ops whose types nothing infers
     nodes = list(nodes_between(given, outputs))
     read = {tensor.name for node in nodes for tensor in node.inputs}
     inputs = [

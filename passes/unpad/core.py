@@ -73,7 +73,7 @@ def find_core(graph: gs.Graph, attention: Attention, streams: Sequence[gs.Tensor
         raise RefusedError(where, "its heads are not recognised")
     sources, context = _sources(attention), attention.out.x
     widths = [heads * dim, kv_heads * dim, kv_heads * dim] if len(sources) == 3 else [(heads + 2 * kv_heads) * dim]
-    if len(sources) == 2 or any(source.dtype not in (None, np.float32) for source in sources):
+    if len(sources) == 2 or any(tensor.dtype not in (None, np.float32) for tensor in (*sources, context)):
         raise RefusedError(where, "its q, k and v are not float32 tensors of their own")
     trial = _Trial(graph, attention, sources, widths, streams, mask)
     bias, scale = None, None
@@ -162,7 +162,8 @@ class _Trial:
         starts = [*self._given, *([self.mask] if self.mask is not None else [])]
         changing = _reached(starts)
         tokens = self.real.shape[1]
-        made = [t for node in nodes_between(self._given, [scores]) for t in node.outputs if id(node) not in changing]
+        nodes = [node for node in nodes_between(self._given, [scores]) if id(node) not in changing]
+        made = [tensor for node in nodes for tensor in node.outputs if tensor.dtype is not None]
         found = []
         for tensor, value in zip(made, self.run(made, self.feeds) if made else [], strict=True):
             lead = value.shape[:-2]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant, insert
+from trimtab.passes.graph.segment_mean import segment_mean
 
 __all__ = ["Packing"]
 
@@ -84,6 +87,15 @@ class Packing:
         empty = self._node("Equal", [starts, stops], "empty", bool)
         rows = self._node("Where", [empty, self._count(), starts], "first_rows", np.int32)
         return self._with_zeros(packed), rows
+
+    def pooled(self, packed: gs.Tensor, kind: Literal["mean", "first"]) -> gs.Tensor:
+        """[real tokens, d] → [batch, d]: the mean of a sample's real tokens, or the first of them."""
+        name = f"{_NAME}/{packed.name}/{kind}"
+        if name not in self._made:
+            if kind == "first":
+                return self._node("Gather", list(self.first(packed)), f"{packed.name}/first", packed.dtype, axis=0)
+            self._made[name] = segment_mean(self._graph, packed, self.offsets, name)
+        return self._made[name]
 
     def _count(self) -> gs.Tensor:
         """The number of real tokens, which is the row of zeros behind them, [1]."""

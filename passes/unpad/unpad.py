@@ -8,18 +8,21 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.anatomy import Attention, find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
-from trimtab.passes.graph import output_name_of, rename_output, topological, values
+from trimtab.passes.graph import output_name_of, rename_output, replace_uses, topological, values
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.unpad.core import Core, RefusedError, find_core
 from trimtab.passes.unpad.inputs import mask_of
 from trimtab.passes.unpad.joined import join_projections
 from trimtab.passes.unpad.packing import Packing
+from trimtab.passes.unpad.pooled import find_pooled
 from trimtab.passes.unpad.tokens import Change, pack_node
 from trimtab.plugins import PACKED_ATTENTION, add_node
 
 _OPSET = 18  # of the op's reference body
+_MICROSOFT = "com.microsoft"
+_FUSED = {"Attention", "MultiHeadAttention", "QAttention"}  # by ONNX Runtime's optimizer of transformers
 
 
 class Unpad(Pass):
@@ -50,9 +53,9 @@ class Unpad(Pass):
             mask = _mask(graph, [a.out.x for a in anatomy.attentions if a.out is not None], streams)
             _check_mask(stream, mask)
             cores = [find_core(graph, attention, streams, mask) for attention in anatomy.attentions]
-            plan = _Plan(graph, stream, cores)
+            plan = _Plan(graph, stream, cores, mask)
         except RefusedError as error:
-            return PassResult(self.name, 0, (Left(error.where, error.why),))
+            return PassResult(self.name, 0, (Left(error.where, error.why + _fused(anatomy.attentions)),))
         raise_opset(graph, _OPSET)
         plan.rewrite(Packing(graph, stream, mask))
         return PassResult(self.name, len(cores), (), {"mask": None if mask is None else mask.name})
@@ -61,6 +64,14 @@ class Unpad(Pass):
         if capability.counted_sizes:
             return None
         return "it takes no tensors whose sizes are counted at run time"
+
+
+def _fused(attentions: Sequence[Attention]) -> str:
+    """What to say where another tool made one op of an attention, whose bias and mask are hidden in it."""
+    ops = {node.op for attention in attentions for node in attention.nodes if node.domain == _MICROSOFT}
+    if not ops & _FUSED:
+        return ""
+    return f" (fused as com.microsoft.{min(ops & _FUSED)}: give the file that was exported, not an optimized one)"
 
 
 def _mask(graph: gs.Graph, contexts: Sequence[gs.Tensor], streams: Sequence[gs.Tensor]) -> gs.Tensor | None:
@@ -99,7 +110,7 @@ class _Plan:
         RefusedError: a node on the way to an attention, or to another layer, does not compute each token for itself.
     """
 
-    def __init__(self, graph: gs.Graph, stream: gs.Tensor, cores: Sequence[Core]) -> None:
+    def __init__(self, graph: gs.Graph, stream: gs.Tensor, cores: Sequence[Core], mask: gs.Tensor | None) -> None:
         self.graph, self.stream, self.cores = graph, stream, cores
         self.packed: dict[int, int] = {id(stream): 3}  # → axes, as they are
         self.nodes: dict[int, list[Change]] = {}
@@ -124,6 +135,13 @@ class _Plan:
             raise RefusedError("the model", "a branch or a loop reads the stream between two layers")
         if pending:
             raise RefusedError(*self._first_stop(stopped, pending[0]))
+        states = [t for t in self._tensors if self.packed[id(t)] == 3 and self._leaves(t)]
+        self.pooled = find_pooled(graph, states, mask, set(self.nodes))
+
+    def _leaves(self, tensor: gs.Tensor) -> bool:
+        """Whether nodes read `tensor` that do not compute each token for itself, beside attention."""
+        sources = {id(source) for core in self.cores for source in core.sources}
+        return id(tensor) not in sources and any(id(node) not in self.nodes for node in tensor.outputs)
 
     def _add(self, tensor: gs.Tensor, axes: int) -> None:
         if not tensor.is_empty():
@@ -175,6 +193,11 @@ class _Plan:
             for change in changes:
                 change()
             node.inputs = [replaced.get(id(t), t) for t in node.inputs]
+        for pooled in self.pooled:
+            tokens = replaced.get(id(pooled.tokens), pooled.tokens)
+            direct = packing.pooled(tokens, pooled.kind)
+            direct.shape = pooled.tensor.shape
+            replace_uses(graph, pooled.tensor, direct)
         for tensor, readers in outside:
             if tensor is self.stream:
                 continue

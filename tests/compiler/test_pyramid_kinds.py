@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from packed_encoder import exit_weights, stays
+from packed_encoder import exit_logits, exit_weights, stays
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from trimtab.compiler import compile_model, load
+from trimtab.compiler.engine import Engine
 from trimtab.compiler.sources import open_source
+from trimtab.compiler.sources.pooling import Pooling
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.errors import PassError
 from trimtab.passes.graph import load_graph
@@ -60,8 +65,6 @@ def vit_logits(model: Any, x: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def test_images(tmp_path: Path) -> None:
     """Without a mask and without padding, and yet of another number of tokens for each sample."""
-    import copy
-
     rng = seeded()
     model = copy.deepcopy(zoo.tiny_model("vit")).double()
     keep = [float(share) for share in rng.uniform(0.3, 0.9, 2)]
@@ -84,10 +87,10 @@ def test_images(tmp_path: Path) -> None:
 
 
 def learned(path: Path, rng: np.random.Generator, width: int = 32, classes: int = 3, layers: int = 2) -> Profile:
-    """Random thresholds and exits behind all layers but the last, as training would have learned them."""
+    """Random thresholds, and exits in front of each layer, as training would have learned them."""
     made = {"thresholds": np.array([0, *rng.uniform(0.05, 0.2, layers - 1)], np.float32)}
-    for layer in range(layers - 1):
-        made |= exit_weights(rng, layer, "light", width, classes)
+    for after in range(layers):
+        made |= exit_weights(rng, after, "light", width, classes)
     info = ProfileInfo(model=open_source(path).fingerprint, data="d", samples=1, tokens=1)
     return Profile(info, {f"learned.magic-pyramid.{name}": value for name, value in made.items()})
 
@@ -120,3 +123,120 @@ def test_answers_for_each_token(kind: str, tmp_path: Path) -> None:
             compile_model(path, {"passes": ["unpad", step]}, tmp_path / "refused", profile=profile)
         assert "for each token" in f"{error.value.message} {error.value.hint}" or "start_logits" in error.value.message
         assert not (tmp_path / "refused").exists()
+
+
+FAMILIES = ("electra", "distilbert", "mpnet", "vit")
+
+
+def classifier(family: str, folder: Path, seed: int) -> tuple[Path, Any]:
+    """An ONNX file and its torch model in float64."""
+    if family == "vit":
+        return zoo.exported("vit"), copy.deepcopy(zoo.tiny_model("vit")).double()
+    model = heads.head_model(family, seed, num_labels=3)
+    return heads.save_onnx(model, folder), model.double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_of_families(family: str, tmp_path: Path) -> None:
+    """Each sample has the answer of the first exit that is sure of it, as torch's states give it."""
+    rng = seeded()
+    path, model = classifier(family, tmp_path / "model", 2)
+    width, classes = (36, 7) if family == "vit" else (32, 3)
+    profile = learned(path, rng, width, classes)
+    workload = {"batch": [1, 2, 4]} | ({} if family == "vit" else {"tokens": [1, 8, 24]})
+    recipe = {"passes": ["unpad", "early-exit"], "workload": workload, "threads": 1}
+    engine = load(compile_model(path, recipe, tmp_path / "build", profile=profile).path)
+    feeds = zoo.feeds("vit", 6, 0, rng) if family == "vit" else heads.feeds(rng, 6, 20, family)
+    given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    made = model(**given | ({"pixel_values": given["pixel_values"].double()} if family == "vit" else {}),
+                 output_hidden_states=True)  # fmt: skip
+    lengths = feeds["attention_mask"].sum(1) if "attention_mask" in feeds else [made.hidden_states[0].shape[1]] * 6
+    weights = {name: value for name, value in profile.learned("magic-pyramid").items() if name != "thresholds"}
+    limits = rng.choice([0.0, 0.6, 0.9, 1.0], 6)
+    found = engine.run(feeds, dials={"exit_threshold": limits})
+    for row, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+        states = [state[row, :length].numpy() for state in made.hidden_states[:2]]
+        answers = [exit_logits(weights, state, after, "light") for after, state in enumerate(states)]
+        doubts = [entropy(softmax(answer)) / np.log(classes) for answer in answers]
+        if min(abs(doubt - limit) for doubt in doubts) < 1e-4:
+            continue
+        ran = next((after for after, doubt in enumerate(doubts) if doubt < limit), 2)
+        wanted = made.logits[row].numpy() if ran == 2 else answers[ran]
+        assert found["exit_layer"][row] == ran
+        np.testing.assert_allclose(found["logits"][row], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_rerankers(tmp_path: Path) -> None:
+    """Pairs of texts with one logit are pruned; an exit could not be sure of a score, which is the reason given."""
+    rng = seeded()
+    model = heads.head_model("bert", 3, num_labels=1)
+    path = heads.save_onnx(model, tmp_path / "model")
+    recipe = {"passes": ["unpad", "token-prune"], "workload": {"batch": [1, 2, 4], "tokens": [1, 8, heads.TEXT]}, "threads": 1}
+    profile = learned(path, rng)
+    engine = load(compile_model(path, recipe, tmp_path / "build", profile=profile).path)
+    assert engine.manifest.task is not None and engine.manifest.task.kind == "score"
+    pairs = heads.pairs(rng, 6)
+    inputs = engine.tokenize(pairs)
+    np.testing.assert_allclose(
+        engine.run(inputs, speed=0)["logits"], heads.torch_logits(model, pairs), rtol=1e-4, atol=1e-4
+    )
+    assert_company_changes_nothing(engine, inputs, rng)
+    with pytest.raises(PassError, match="two classes or more; this model gives") as error:
+        compile_model(path, {"passes": ["unpad", "early-exit"]}, tmp_path / "refused", profile=profile)
+    assert "a score" in str(error.value.hint)
+
+
+def assert_company_changes_nothing(engine: Engine, inputs: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    """Samples alone and without padding get what they get in a batch, at speeds of their own; all but one at least."""
+    mask = inputs["attention_mask"]
+    speeds = rng.uniform(0, 1, len(mask))
+    together = engine.run(inputs, speed=speeds)["logits"]
+    alike = 0
+    for row, length in enumerate(mask.sum(1)):
+        own = {name: array[row : row + 1, :length] for name, array in inputs.items()}
+        alone = engine.run(own, speed=speeds[row])["logits"]
+        alike += np.allclose(alone, together[row : row + 1], rtol=1e-3, atol=1e-3)
+    assert alike >= len(mask) - 1  # what a token receives may be at the threshold up to rounding; that is rare
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_pooled_states(mode: str, tmp_path: Path) -> None:
+    """A mean, or [CLS] chosen by the mask, is taken of packed tokens: so such a classifier is pruned, too."""
+    rng = seeded()
+    model = heads.head_model("bert", 4, num_labels=3)
+    pooling = Pooling([mode])
+
+    class Pooled(torch.nn.Module):
+        config = model.config
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs: Any) -> Any:
+            states = self.model.bert(**inputs).last_hidden_state
+            return {"logits": self.model.classifier(pooling(states, inputs["attention_mask"]))}
+
+        def set_attn_implementation(self, name: str) -> None:
+            self.model.set_attn_implementation(name)
+
+    Pooled.__name__ = "PooledForSequenceClassification"
+    path = heads.save_onnx(Pooled().eval(), tmp_path / "model")
+    workload = {"batch": [1, 2, 4], "tokens": [1, 8, 24]}
+    passes = ["unpad", "token-prune", "early-exit"]
+    build = compile_model(
+        path, {"passes": passes, "workload": workload, "threads": 1}, tmp_path / "build", profile=learned(path, rng)
+    )
+    names = [tensor.name for node in load_graph(build.path / "model/model.onnx").nodes for tensor in node.outputs]
+    assert not any("padded" in name for name in names)  # nothing is padded again
+    engine = load(build.path)
+    feeds = heads.feeds(rng, 8, 20)
+    feeds["attention_mask"][0] = 0
+    wanted = OnnxRuntimeRunner(path).run(feeds)["logits"]
+    exact = engine.run(feeds, speed=0)["logits"]
+    np.testing.assert_allclose(exact[1:], wanted[1:], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(exact).all()  # a sample without tokens
+    some = {name: value[1:] for name, value in feeds.items()}
+    assert_company_changes_nothing(engine, some, rng)
+    assert engine.run({name: value[:0] for name, value in feeds.items()}, speed=0.5)["logits"].shape == (0, 3)

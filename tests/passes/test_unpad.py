@@ -163,6 +163,24 @@ def test_what_mixes_tokens_between_layers_is_named(attrs: dict[str, str]) -> Non
     assert left.where == "mix" and attrs["op"] in left.why
 
 
+@pytest.mark.parametrize("heads_apart", [False, True])
+@pytest.mark.parametrize("mask", ["lengths", "raw"])
+def test_attention_that_was_fused_is_named(heads_apart: bool, mask: str, tmp_path: Path) -> None:
+    """By ONNX Runtime's optimizer of transformers, which hides biases and masks in one op."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    options.use_multi_head_attention, options.enable_embed_layer_norm = heads_apart, mask == "lengths"
+    options.use_raw_attention_mask(mask == "raw")
+    path = str(zoo.exported("bert", "torchscript"))
+    fused = optimize_model(path, "bert", num_heads=4, hidden_size=48, optimization_options=options, opt_level=0)
+    fused.save_model_to_file(str(tmp_path / "fused.onnx"))
+    op = "MultiHeadAttention" if heads_apart else "Attention"
+    (left,) = refused(canonical(tmp_path / "fused.onnx")).left
+    assert f"fused as com.microsoft.{op}: give the file that was exported" in left.why
+
+
 def test_before_dynamic_int8(tmp_path: Path) -> None:
     """All that remains of products is of integers: q, k and v in one, the attention's output, and the FFN's two."""
     graph = canonical(zoo.exported("bert"))
