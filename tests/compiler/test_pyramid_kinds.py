@@ -172,7 +172,11 @@ def test_rerankers(tmp_path: Path) -> None:
     rng = seeded()
     model = heads.head_model("bert", 3, num_labels=1)
     path = heads.save_onnx(model, tmp_path / "model")
-    recipe = {"passes": ["unpad", "token-prune"], "workload": {"batch": [1, 2, 4], "tokens": [1, 8, heads.TEXT]}, "threads": 1}
+    recipe = {
+        "passes": ["unpad", "token-prune"],
+        "workload": {"batch": [1, 2, 4], "tokens": [1, 8, heads.TEXT]},
+        "threads": 1,
+    }
     profile = learned(path, rng)
     engine = load(compile_model(path, recipe, tmp_path / "build", profile=profile).path)
     assert engine.manifest.task is not None and engine.manifest.task.kind == "score"
