@@ -171,7 +171,7 @@ def main(
         work = Path(folder)
         it = Task(task, shared, dense or shared / "models" / task, work)
         trained = pyramid or train(it, shared, work / "pyramid", minutes, say)
-        results = {"command": " ".join(sys.argv), "versions": package_versions(),
+        results: dict[str, Any] = {"command": " ".join(sys.argv), "versions": package_versions(),
                    "machine": this_machine(2).model_dump(mode="json"), "task": task, "drop": drop}  # fmt: skip
         variants = {name: VARIANTS[name] for name in VARIANTS if name in only.split(";")}
         results |= measure(it, trained, variants, drop, seconds, work, say)
