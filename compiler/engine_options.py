@@ -13,7 +13,8 @@ class EngineOptions(BaseModel):
     """Wishes for engines.
 
     Attributes:
-        segments: engines that the model is cut into, which run one after the other.
+        segments: engines that the model is cut into, which run one after the other. None: one, and where samples leave
+            early, one up to each exit and one for the rest.
         gpus: compute capabilities to build for, such as "8.9"; none: what the library takes for usual.
         weight_streaming: weights may stay in host memory and come as they are needed.
         refit: weights can be replaced without building again.
@@ -22,7 +23,7 @@ class EngineOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    segments: int = Field(1, ge=1, le=64)
+    segments: int | None = Field(None, ge=1, le=64)
     gpus: tuple[str, ...] = ()
     weight_streaming: bool = False
     refit: bool = False

@@ -270,6 +270,13 @@ def check_fit(recipe: Recipe, capability: Capability) -> None:
             f"engine: target {recipe.target} builds no engines, so it has no use for these wishes",
             hint="leave the section out, or choose --target tensorrt-rtx",
         )
+    packing = [step.name for step in recipe.passes if step.packs]
+    if packing and (recipe.engine.segments or 1) > 1:
+        raise TargetError(
+            f"engine.segments: {recipe.engine.segments} engines, cut between layers, would hand on packed tokens, "
+            f"which {packing[0]} counts at run time",
+            hint="leave it out, or ask for 1; of a model that exits early there is an engine up to each exit by itself",
+        )
 
 
 def _origin(source: Source) -> str:

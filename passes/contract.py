@@ -167,6 +167,9 @@ class Pass(BaseModel, ABC):
     reads_layers: ClassVar[bool] = False
     """It works on whole layers, whose projections and sums it has to recognise, in float32."""
 
+    packs: ClassVar[bool] = False
+    """Whether layers hand on rows of real tokens alone behind the pass, whose number is counted at run time."""
+
     def written(self) -> dict[str, Any]:
         """Name → options, as in a recipe; JSON types."""
         return {self.name: self.model_dump(mode="json")}

@@ -167,10 +167,19 @@ class _Batch:
         """Put the answers of the samples `leave` at their places."""
         graph = self._graph
         own = rows_of(graph, answers, leave, f"{name}/answers")
+        ran = rows_of(graph, self._ran(layers, name), leave, f"{name}/ran")
         where = leave if self._places is None else rows_of(graph, self._places, leave, f"{name}/left")
-        self._scatter(own, where, layers, name)
+        self._scatter(own, ran, where, name)
 
-    def _scatter(self, own: gs.Tensor, where: gs.Tensor, layers: int, name: str) -> None:
+    def _ran(self, layers: int, name: str) -> gs.Variable:
+        """`layers` for each of the samples that are on their way."""
+        count = insert(self._graph, "Shape", [self._dials[0]], f"{name}/many", dtype=np.int64)
+        number = constant(f"{name}/number", np.array([layers], np.int32))
+        ran = insert(self._graph, "Expand", [number, count], f"{name}/each", dtype=np.int32)
+        ran.shape = list(self._dials[0].shape)
+        return ran
+
+    def _scatter(self, own: gs.Tensor, ran: gs.Tensor, where: gs.Tensor, name: str) -> None:
         graph = self._graph
         if self._answers is None:
             self._start(name)
@@ -179,9 +188,6 @@ class _Batch:
         wide = insert(graph, "Cast", [where], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
         places = insert(graph, "Unsqueeze", [wide, one], f"{name}/at", dtype=np.int64)
         self._answers = insert(graph, "ScatterND", [self._answers, places, own], f"{name}/known", dtype=np.float32)
-        count = insert(graph, "Shape", [where], f"{name}/many", dtype=np.int64)
-        number = constant(f"{name}/number", np.array([layers], np.int32))
-        ran = insert(graph, "Expand", [number, count], f"{name}/ran", dtype=np.int32)
         self._layers = insert(graph, "ScatterND", [self._layers, places, ran], f"{name}/layers", dtype=np.int32)
 
     def _start(self, name: str) -> None:
@@ -201,7 +207,7 @@ class _Batch:
         if self._places is None:
             return
         logits, batch = self._logits, self._graph.inputs[0].shape[0]
-        self._scatter(logits, self._places, layers, f"{name}/last")
+        self._scatter(logits, self._ran(layers, f"{name}/last"), self._places, f"{name}/last")
         assert self._answers is not None and self._layers is not None
         shape = list(logits.shape)
         rename_output(self._graph, logits, self._answers)

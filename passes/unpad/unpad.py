@@ -38,6 +38,7 @@ class Unpad(Pass):
     name: ClassVar[str] = "unpad"
     summary: ClassVar[str] = "encoders compute real tokens alone, packed without padding"
     reads_layers: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite `graph`, or leave all of it."""

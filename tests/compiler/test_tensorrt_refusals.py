@@ -109,6 +109,9 @@ def test_what_a_target_cannot_run_is_refused_before_the_model_is_opened(tmp_path
         compile_model(tmp_path / "there is no such model", recipe, tmp_path / "out")
     with pytest.raises(TargetError, match="engine: target onnxruntime builds no engines"):
         compile_model(tmp_path / "none", {"passes": [], "engine": {"segments": 2}}, tmp_path / "out")
+    packed = {"passes": ["unpad"], "target": RTX, "engine": {"segments": 2}}
+    with pytest.raises(TargetError, match=r"engine\.segments: 2 engines.*which unpad counts at run time"):
+        compile_model(tmp_path / "none", packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

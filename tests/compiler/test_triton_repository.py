@@ -286,6 +286,23 @@ def test_what_triton_does_not_serve(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_ensemble_lets_no_sample_leave(bert: Build, tmp_path: Path) -> None:
+    (tmp_path / "build" / "engine").mkdir(parents=True)
+    exits = {"points": [{"after": 0, "stays": "s", "outputs": {"logits": "early"}}]}
+    info = {
+        "target": "tensorrt",
+        "library": "tensorrt",
+        "version": "1",
+        "precisions": [],
+        "engines": [],
+        "exits": exits,
+    }
+    (tmp_path / "build" / "engine" / "engine.json").write_text(json.dumps(info))
+    manifest = bert.manifest.model_copy(update={"target": "tensorrt"})
+    with pytest.raises(TargetError, match=r"samples leave between its engines.*engine: {segments: 1}"):
+        package_triton(replace(bert, path=tmp_path / "build", manifest=manifest), tmp_path / "repo")
+
+
 def test_whole_or_not_at_all(llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     done = cli("package", llama.path, "--triton", tmp_path / "there")

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph import constant, is_external, load_graph, save_graph, values
+from trimtab.passes.graph import constant, insert, is_external, load_graph, rename_output, save_graph, values
 from trimtab.passes.graph.io import model_fingerprint
 
 WIDTH = 96
@@ -353,3 +353,13 @@ def test_fingerprint_counts_what_is_tied_once_and_what_is_equal_twice() -> None:
         return model_fingerprint(gs.Graph([gs.Node("Sum", inputs=list(weights), outputs=[y])], [], [y], opset=21))
 
     assert model(one, one) == model(one) != model(one, other)
+
+
+def test_an_output_that_several_passes_replace(tmp_path: Path) -> None:
+    graph = chain()
+    for number in range(3):
+        (y,) = graph.outputs
+        rename_output(graph, y, insert(graph, "Neg", [y], f"pass.{number}", dtype=np.float32))
+    save_graph(graph, tmp_path / "m.onnx")
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
+    assert [tensor.name for tensor in load_graph(tmp_path / "m.onnx").outputs] == [chain().outputs[0].name]

@@ -14,6 +14,8 @@ from pathlib import Path
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.packaging.triton import config as configs
 from trimtab.compiler.packaging.triton.models import Models
+from trimtab.compiler.targets.base import ENGINE
+from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import BuildError, ModelError, TargetError
 
 BACKENDS = ("auto", "onnxruntime", "python", "tensorrt")
@@ -141,4 +143,9 @@ def check_backend(build: Build, asked: str) -> str:
         asked = target
     if asked == "tensorrt" and target != "tensorrt":
         raise TargetError(f"{folder}: was built for {target}", hint="compile with --target tensorrt")
+    if asked == "tensorrt" and EngineInfo.read(folder / ENGINE).exits is not None:
+        raise TargetError(
+            f"{folder}: samples leave between its engines, and an ensemble of Triton hands on whole batches",
+            hint="compile it as one engine (`engine: {segments: 1}`), or serve its graph with --backend python",
+        )
     return asked

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trimtab.compiler.targets.segmented.compaction import Compaction, Exit, Layout
 from trimtab.compiler.targets.segmented.route import Route
 from trimtab.passes.errors import TargetError
 
@@ -49,6 +50,39 @@ class EngineFile(_Model):
     profiles: tuple[ProfileInfo, ...]
 
 
+class ExitPoint(_Model):
+    """Where samples leave: behind the engine of the number `after`.
+
+    Attributes:
+        stays: tensor of bool, [batch]: the samples that go on.
+        outputs: output of the whole model → the tensor that holds it for a sample that leaves.
+    """
+
+    after: int
+    stays: str
+    outputs: dict[str, str]
+
+
+class ExitsInfo(_Model):
+    """Exits between engines, and how what they hand on holds its samples.
+
+    Attributes:
+        batched: tensors with a row for each sample.
+        packed: tensor with a row for each token → where each sample begins in it, [batch + 1].
+        common: tensors that are the same for all samples.
+    """
+
+    points: tuple[ExitPoint, ...]
+    batched: tuple[str, ...] = ()
+    packed: dict[str, str] = {}
+    common: tuple[str, ...] = ()
+
+    def hook(self) -> Compaction:
+        """What is done between the engines."""
+        layout = Layout(frozenset(self.batched), self.packed, frozenset(self.common))
+        return Compaction([Exit(point.after, point.stays, point.outputs) for point in self.points], layout)
+
+
 class EngineInfo(_Model):
     """What is worth knowing of the engines of a build.
 
@@ -60,6 +94,7 @@ class EngineInfo(_Model):
         weight_streaming, refit: whether they were built so.
         lowered: op → how many of it were given in standard ops.
         inputs, outputs: names of the whole model's, in its order. What one engine hands to the next may be among them.
+        exits: where samples leave between two engines; None where none do.
     """
 
     target: str
@@ -73,6 +108,7 @@ class EngineInfo(_Model):
     lowered: dict[str, int] = {}
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    exits: ExitsInfo | None = None
     engines: tuple[EngineFile, ...]
 
     @classmethod

@@ -11,6 +11,9 @@ import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.targets.tensorrt.exit_parts import biases_in, cut_behind, profile_behind, rows_of_tokens
+from trimtab.compiler.targets.tensorrt.exits import exits_in, lift_exits
+from trimtab.compiler.targets.tensorrt.info import ExitsInfo
 from trimtab.compiler.targets.tensorrt.profiles import Profile, profiles_of, tokens_of
 from trimtab.compiler.targets.tensorrt.segments import segments_of
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
@@ -35,6 +38,7 @@ class Prepared:
         plugins: names of the dialect's plugins that they use.
         lowered: op → how many of it were given in standard ops.
         inputs, outputs: names of the whole model's, in its order.
+        exits: where samples leave between two of them; None where none do.
     """
 
     models: list[Path]
@@ -43,14 +47,15 @@ class Prepared:
     lowered: dict[str, int]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    exits: ExitsInfo | None = None
 
 
-def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, segments: int) -> Prepared:
+def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, segments: int | None = None) -> Prepared:
     """Write what the builder needs into `scratch`; a model that it takes as it is stays where it is.
 
     Args:
         plugins: leave trimtab's own ops to plugins, as far as there are kernels for them.
-        segments: engines to cut it into.
+        segments: engines to cut it into, between layers. None: one, or one more than there are exits.
 
     Raises:
         ModelError: an op has no form that the target takes; names the node.
@@ -61,23 +66,39 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, se
         return _prepare(model, workload, scratch, plugins, segments)
 
 
-def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int) -> Prepared:
+def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int | None) -> Prepared:
     graph = load_graph(model)
     inputs, outputs = (tuple(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
     tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
+    leaving = exits_in(graph)
+    if leaving and segments is not None and segments > 1:
+        raise TargetError(
+            f"engine.segments: {segments} engines of a model whose samples leave at {len(leaving)} exits",
+            hint="leave it out for an engine up to each exit and one for the rest, or ask for 1",
+        )
+    exits = lift_exits(graph) if leaving and segments is None else []
+    sizes = [(rows_of_tokens(graph, p, workload), biases_in(graph, p)) for p in profiles] if exits else []
     used = _with_plugins(graph) if plugins else ()
     lowered = lower(graph, tokens=tokens_of(graph, workload))
-    if not lowered and not used and segments == 1 and not graph.functions:
+    if not (lowered or used or exits or graph.functions) and segments in (None, 1):
         return Prepared([model], [profiles], (), lowered, inputs, outputs)
-    parts = segments_of(graph, segments)
-    whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
+    between = None
+    if exits:
+        batched = {name: axes[:1] == ("batch",) for name, axes in workload.axes(graph).items()}
+        parts, between = cut_behind(graph, exits, batched, outputs, sizes[0][1])
+        whole = [[part_profile(parts[0].inputs, profile, graph) for profile in profiles]]
+        each = list(zip(profiles, sizes, strict=True))
+        whole += [[profile_behind(part.inputs, p, between, *size) for p, size in each] for part in parts[1:]]
+    else:
+        parts = segments_of(graph, segments or 1)
+        whole = [[part_profile(part.inputs, profile, graph) for profile in profiles] for part in parts]
     paths = [scratch / f"model.{number}.onnx" for number in range(len(parts))]
     with WeightFile(scratch / "model.data") as weights:
         for part, path in zip(parts, paths, strict=True):
             save_graph(part, path, weights=weights)
             _inline_bodies(path)
-    return Prepared(paths, whole, used, lowered, inputs, outputs)
+    return Prepared(paths, whole, used, lowered, inputs, outputs, between)
 
 
 def _inline_bodies(path: Path) -> None:

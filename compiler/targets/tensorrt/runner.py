@@ -40,7 +40,7 @@ class TensorRTRunner(Chain):
             )
         polygraphy_config.USE_TENSORRT_RTX = rtx
         stages = [EngineStage.load(folder, engine, info.weight_streaming) for engine in info.engines]
-        super().__init__(stages, info.inputs, info.outputs)
+        super().__init__(stages, info.inputs, info.outputs, hook=None if info.exits is None else info.exits.hook())
 
 
 class EngineStage(Stage):

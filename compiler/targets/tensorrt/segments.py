@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -41,10 +42,10 @@ def segments_of(graph: gs.Graph, count: int) -> list[gs.Graph]:
 def cut_at(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[gs.Graph]:
     """`graph` cut behind `points`. Each part makes sizes, masks and positions of the inputs by itself.
 
-    They would cross the cuts as more tensors, and sizes in host memory.
+    They would cross the cuts as more tensors, and sizes in host memory. What is a point crosses all the same.
     """
     parts = [segment.graph for segment in cut(graph, points)]
-    sides = _sides(graph)
+    sides = _sides(graph, {tensor.name for tensor in points})
     for part in parts:
         _own_sides(part, sides)
     wanted = {tensor.name for tensor in graph.outputs}
@@ -61,13 +62,17 @@ def _borders(graph: gs.Graph) -> list[gs.Tensor]:
     return [block.x for block in find_anatomy(graph).blocks if block.x.inputs]
 
 
-def _sides(graph: gs.Graph) -> dict[str, gs.Node]:
-    """Tensor name → the node that makes it, for sizes, masks and positions: all that cheap ops make of integers."""
+def _sides(graph: gs.Graph, points: AbstractSet[str]) -> dict[str, gs.Node]:
+    """Tensor name → the node that makes it, for sizes, masks and positions: all that cheap ops make of integers.
+
+    Args:
+        points: names of tensors that are none of them.
+    """
     found: dict[str, gs.Node] = {}
     given = {t.name for t in graph.inputs}
     integers = {t.name for t in graph.inputs if t.dtype is not None and np.dtype(t.dtype).kind in "iub"}
     for node in topological(graph):
-        if len(node.outputs) != 1 or node.domain or node.op not in _CHEAP:
+        if len(node.outputs) != 1 or node.domain or node.op not in _CHEAP or node.outputs[0].name in points:
             continue
         if any(isinstance(t, gs.Constant) and np.prod(t.shape, dtype=np.int64) > _SMALL for t in node.inputs):
             continue

@@ -167,6 +167,7 @@ class TensorRT(Target):
             lowered=prepared.lowered,
             inputs=prepared.inputs,
             outputs=prepared.outputs,
+            exits=prepared.exits,
             engines=engines,
         )
 

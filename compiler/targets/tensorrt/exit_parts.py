@@ -1,0 +1,142 @@
+"""A model cut behind its exits: its parts, what is done between them, and the sizes that each is built for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import onnx_graphsurgeon as gs
+
+from trimtab.compiler.targets.segmented.route import Route
+from trimtab.compiler.targets.tensorrt.exits import ONE_ENGINE, Lifted
+from trimtab.compiler.targets.tensorrt.info import ExitPoint, ExitsInfo
+from trimtab.compiler.targets.tensorrt.profiles import Profile
+from trimtab.compiler.targets.tensorrt.segments import cut_at
+from trimtab.compiler.targets.tensorrt.sizes import sizes_at
+from trimtab.compiler.workload import Shape, Workload
+from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import topological
+from trimtab.passes.graph.packed_batch import bias_of
+from trimtab.plugins import PACKED_ATTENTION
+
+Levels = tuple[int, int, int]
+"""The sizes of one axis, (min, opt, max)."""
+
+Shapes = tuple[Shape, Shape, Shape]
+"""The same of all axes."""
+
+
+def cut_behind(
+    graph: gs.Graph,
+    exits: Sequence[Lifted],
+    inputs: Mapping[str, bool],
+    outputs: Sequence[str],
+    biases: Collection[str] = (),
+) -> tuple[list[gs.Graph], ExitsInfo]:
+    """The parts of `graph`, one more than there are exits.
+
+    Args:
+        exits: that were lifted out of it.
+        inputs: of the whole model → whether its first axis is the batch.
+        outputs: of the whole model.
+        biases: tensors by position, the same for all samples.
+
+    Raises:
+        TargetError: more goes on behind an exit than what `exits` name.
+    """
+    parts = cut_at(graph, [point for each in exits for point in each.points])
+    info = ExitsInfo(
+        points=tuple(ExitPoint(after=n, stays=e.stays, outputs=dict(e.outputs)) for n, e in enumerate(exits)),
+        batched=(*(t.name for e in exits for t in e.batched), *(name for name, batched in inputs.items() if batched)),
+        packed={t.name: e.offsets.name for e in exits if e.offsets is not None for t in e.packed},
+        common=(*biases, *(name for name, batched in inputs.items() if not batched)),
+    )
+    if len(parts) != len(exits) + 1:
+        raise TargetError(f"{len(exits)} exits cut the model into {len(parts)} parts", hint=ONE_ENGINE)
+    hook = info.hook()
+    sides = [([t.name for t in part.inputs], [t.name for t in part.outputs]) for part in parts]
+    try:
+        between = [hook.reads(number) for number in range(len(parts))]
+        hook.check(Route.of(sides, list(inputs), outputs, between=between, companions=hook.companions))
+    except (ValueError, TargetError) as error:
+        raise TargetError(f"the model cannot be cut behind its exits: {error}", hint=ONE_ENGINE) from error
+    return parts, info
+
+
+def rows_of_tokens(graph: gs.Graph, profile: Profile, workload: Workload) -> Levels:
+    """Rows of a packed batch: none where no sample has a token; as many as the padded batch has.
+
+    Args:
+        graph: whose dialect is not lowered.
+
+    Raises:
+        TargetError: its inputs do not tell.
+    """
+    if any("tokens" in axes for axes in workload.axes(graph).values()):
+        return 0, workload.batch[1] * workload.tokens[1], workload.batch[2] * workload.tokens[2]
+    attention = next(node for node in topological(graph) if node.op == PACKED_ATTENTION.name)
+    at = ({name: levels[level] for name, levels in profile.shapes.items()} for level in (1, 2))
+    known = [sizes_at(graph, shapes).get(attention.inputs[0].name) for shapes in at]
+    if known[0] is None or known[1] is None:
+        raise TargetError("the model does not tell how many tokens a sample has", hint=ONE_ENGINE)
+    return 0, known[0][0], known[1][0]
+
+
+def biases_in(graph: gs.Graph, profile: Profile) -> dict[str, Shapes]:
+    """Tensor → (min, opt, max) shape, of the biases by position of the attentions of `graph`.
+
+    Args:
+        graph: whose dialect is not lowered.
+
+    Raises:
+        TargetError: a shape cannot be told.
+    """
+    attentions = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
+    biases = {bias.name: bias for node in attentions if isinstance(bias := bias_of(node), gs.Variable)}
+    at = ({name: levels[level] for name, levels in profile.shapes.items()} for level in range(3))
+    levels = [sizes_at(graph, shapes) for shapes in at] if biases else []
+    found: dict[str, Shapes] = {}
+    for name in biases:
+        low, opt, high = (level.get(name) for level in levels)
+        if low is None or opt is None or high is None:
+            raise TargetError(f"the bias by position {name!r} has no shape that can be told", hint=ONE_ENGINE)
+        found[name] = low, opt, high
+    return found
+
+
+def profile_behind(
+    inputs: Sequence[gs.Tensor], profile: Profile, exits: ExitsInfo, rows: Levels, biases: Mapping[str, Shapes]
+) -> Profile:
+    """`profile` of the whole model, for a part behind an exit with these inputs, which learn what of them is dynamic.
+
+    One sample is the least that goes on.
+
+    Args:
+        rows: of packed tokens.
+        biases: as `biases_in` has them.
+
+    Raises:
+        TargetError: how wide an input is cannot be told.
+    """
+    given = next(shapes for name, shapes in profile.shapes.items() if name in exits.batched)
+    batch: Levels = (1, given[1][0], given[2][0])
+    ends: Levels = (2, batch[1] + 1, batch[2] + 1)
+    found: dict[str, Shapes] = {}
+    for tensor in inputs:
+        if tensor.name in profile.shapes:
+            low, opt, high = profile.shapes[tensor.name]
+            found[tensor.name] = ((1, *low[1:]) if tensor.name in exits.batched else low, opt, high)
+            continue
+        if tensor.name in biases:
+            low, _, high = found[tensor.name] = biases[tensor.name]
+            tensor.shape = [
+                a if a == b else f"{tensor.name}.{i}" for i, (a, b) in enumerate(zip(low, high, strict=True))
+            ]
+            continue
+        offsets = tensor.name in exits.packed.values()
+        first = ends if offsets else rows if tensor.name in exits.packed else batch
+        tail = [] if offsets else None if tensor.shape is None else list(tensor.shape[1:])
+        if tail is None or not all(isinstance(size, int) for size in tail):
+            raise TargetError(f"{tensor.name!r}, which goes on behind an exit, has no known width", hint=ONE_ENGINE)
+        found[tensor.name] = (first[0], *tail), (first[1], *tail), (first[2], *tail)
+        tensor.shape = [f"{tensor.name}.0", *tail]
+    return Profile(profile.name, found)

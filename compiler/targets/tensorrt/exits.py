@@ -1,0 +1,166 @@
+"""Exits of a graph of packed tokens, taken out of it: samples then leave between two engines instead of inside one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.errors import TargetError
+from trimtab.passes.graph import insert, output_name_of, topological
+from trimtab.plugins import DOMAIN, KEEP_SAMPLES
+
+_LEAVE = [output.name for output in KEEP_SAMPLES.outputs].index("leave")
+
+ONE_ENGINE = "leave its exits inside of one engine: `engine: {segments: 1}`"
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """One exit.
+
+    Attributes:
+        stays: name of a tensor of bool, [batch]: the samples that go on.
+        outputs: output of the whole model → name of the tensor that holds it for those that leave here.
+        batched: what goes on with a row for each sample, behind the exit.
+        packed: what goes on with a row for each token.
+        offsets: of these; None where nothing has rows for tokens.
+    """
+
+    stays: str
+    outputs: Mapping[str, str]
+    batched: tuple[gs.Variable, ...]
+    packed: tuple[gs.Variable, ...]
+    offsets: gs.Variable | None
+
+    @property
+    def points(self) -> tuple[gs.Variable, ...]:
+        """All that goes on."""
+        return (*self.batched, *self.packed, *([] if self.offsets is None else [self.offsets]))
+
+
+def exits_in(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes that let samples leave, in the order in which they run."""
+    return [node for node in topological(graph) if node.op == KEEP_SAMPLES.name and node.domain == DOMAIN]
+
+
+def lift_exits(graph: gs.Graph) -> list[Lifted]:
+    """Let all samples go through all of `graph`, in place, and say where which of them would have left.
+
+    Behind an exit, Gather by the samples that stay, or by their rows, becomes Identity. An output is what its last
+    ScatterND puts into its place; what the others put there are the answers of exits, for every sample that comes by.
+    Those, and which samples stay, become outputs too, behind the graph's own.
+
+    Raises:
+        TargetError: exits are used in another way than `early-exit` writes them; names the node.
+    """
+    keeps = exits_in(graph)
+    answers = [_answers(graph, output, keeps) for output in graph.outputs]
+    names = [output.name for output in graph.outputs]
+    found = []
+    for number, keep in enumerate(keeps):
+        stay, _, rows, offsets = keep.outputs
+        batched = [_passed_on(gather, stay) for gather in list(stay.outputs) if _gathers(gather, stay)]
+        packed = [_passed_on(gather, rows) for gather in list(rows.outputs) if _gathers(gather, rows)]
+        given = {i.name: tensor for i, tensor in zip(KEEP_SAMPLES.inputs, keep.inputs, strict=True)}
+        keep.outputs = [*keep.outputs[:3], gs.Variable.empty()]
+        graph.nodes.append(gs.Node("Identity", f"{keep.name}/go_on", inputs=[given["offsets"]], outputs=[offsets]))
+        stays = _stays(graph, given["uncertainty"], given["threshold"], keep.name)
+        own = [each[number] for each in answers]
+        graph.outputs += [stays, *own]
+        outputs = {name: tensor.name for name, tensor in zip(names, own, strict=True)}
+        found.append(Lifted(stays.name, outputs, tuple(batched), tuple(packed), offsets))
+    for place, (name, each) in enumerate(zip(names, answers, strict=True)):
+        old, last = graph.outputs[place], each[-1]
+        old.name = f"{name}/placed"
+        last.name, last.dtype, last.shape = name, old.dtype, old.shape
+        graph.outputs[place] = last
+    graph.cleanup(remove_unused_graph_inputs=False)
+    graph.nodes = topological(graph)
+    if left := exits_in(graph):
+        users = [node for tensor in left[0].outputs for node in tensor.outputs]
+        raise _odd(output_name_of(left[0]), f"{output_name_of(users[0])} reads which samples it lets go")
+    return [_used(graph, exit_) for exit_ in found]
+
+
+def _answers(graph: gs.Graph, output: gs.Tensor, keeps: Sequence[gs.Node]) -> list[gs.Variable]:
+    """What each exit, and the end, give as `output` for all samples that reach them."""
+    found: list[gs.Variable] = []
+    tensor, casts = _before_casts(output)
+    while tensor.inputs and tensor.inputs[0].op == "ScatterND":
+        tensor, _, given = tensor.inputs[0].inputs
+        given, own = _before_casts(given)
+        gather = given.inputs[0] if given.inputs else None
+        number = len(keeps) - len(found)  # from the end, which is behind all exits
+        if number == len(keeps):
+            source = given
+        elif gather is None or number < 0 or not _gathers(gather, keeps[number].outputs[_LEAVE]):
+            raise _odd(output.name, f"{given.name} is not gathered by the samples that an exit lets go")
+        else:
+            source, more = _before_casts(gather.inputs[0])
+            own = [*more, *own]
+        found.append(_cast(graph, source, [*own, *casts]))
+        tensor, more = _before_casts(tensor)
+        casts = [*more, *casts]
+    if len(found) != len(keeps) + 1:
+        raise _odd(output.name, f"{len(found)} ScatterND put answers into it, of {len(keeps)} exits and the end")
+    return found[::-1]
+
+
+def _before_casts(tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
+    """What `tensor` is made of by nodes that convert its type, and those, the first one first."""
+    casts: list[gs.Node] = []
+    while tensor.inputs and tensor.inputs[0].op == "Cast":
+        casts.insert(0, tensor.inputs[0])
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor, casts
+
+
+def _cast(graph: gs.Graph, tensor: gs.Variable, casts: Sequence[gs.Node]) -> gs.Variable:
+    """`tensor` by copies of `casts`."""
+    for number, cast in enumerate(casts):
+        (made,) = cast.outputs
+        name = f"{tensor.name}/cast.{number}"
+        shape, tensor = tensor.shape, insert(graph, "Cast", [tensor], name, attrs=dict(cast.attrs), dtype=made.dtype)
+        tensor.shape = shape
+    return tensor
+
+
+def _gathers(node: gs.Node, rows: gs.Tensor) -> bool:
+    """Whether `node` gathers `rows` of a tensor."""
+    return node.op == "Gather" and node.inputs[1] is rows and int(node.attrs.get("axis", 0)) == 0
+
+
+def _passed_on(gather: gs.Node, rows: gs.Tensor) -> gs.Variable:
+    gather.op, gather.attrs = "Identity", {}
+    gather.inputs = [tensor for tensor in gather.inputs if tensor is not rows]
+    output: gs.Variable = gather.outputs[0]
+    return output
+
+
+def _stays(graph: gs.Graph, doubt: gs.Tensor, limit: gs.Tensor, name: str) -> gs.Variable:
+    """Which samples stay, as KeepSamples has it: those whose doubt is not below the limit."""
+    wide = [
+        tensor
+        if tensor.dtype == np.float32
+        else insert(graph, "Cast", [tensor], f"{name}/{key}", attrs={"to": 1}, dtype=np.float32)
+        for key, tensor in (("doubt", doubt), ("limit", limit))
+    ]
+    below = insert(graph, "Less", wide, f"{name}/below", dtype=np.bool_)
+    stays = insert(graph, "Not", [below], f"{name}/stays", dtype=np.bool_)
+    stays.shape = doubt.shape
+    return stays
+
+
+def _used(graph: gs.Graph, exit_: Lifted) -> Lifted:
+    """Without what nobody reads any more behind it."""
+    known = {id(tensor) for node in graph.nodes for tensor in node.outputs}
+    batched, packed = (tuple(t for t in side if id(t) in known) for side in (exit_.batched, exit_.packed))
+    offsets = exit_.offsets if id(exit_.offsets) in known else None
+    return Lifted(exit_.stays, exit_.outputs, batched, packed, offsets)
+
+
+def _odd(where: str, why: str) -> TargetError:
+    return TargetError(f"the model cannot be cut behind its exits: {where}: {why}", hint=ONE_ENGINE)
