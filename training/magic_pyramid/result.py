@@ -13,7 +13,7 @@ from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.passes.needs import DEFAULT
-from trimtab.passes.profile import Profile
+from trimtab.passes.profile import PROFILE, Profile
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
 from trimtab.training.magic_pyramid.encoder import open_tokenizer_folder
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 METHOD = "magic-pyramid"
 RECORD = f"{METHOD}.json"
-PROFILE = "profile.safetensors"
-"""In the folder of the new model: it is the Profile of that model alone."""
 
 
 def write_result(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any], job: Job, out: Path) -> None:
