@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,23 +17,26 @@ from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.kernel import GpuKernel, Tile
 from trimtab.plugins.gpu.launch import form_of, prepared
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET
+from trimtab.plugins.packed_attention.gpu import KERNELS as ATTENTION_KERNELS
 from trimtab.plugins.select_blocks.gpu import KERNEL as SELECT
 from trimtab.plugins.sparse_down.gpu import KERNEL as DOWN
 from trimtab.plugins.sparse_head.gpu import KERNEL as HEAD
 from trimtab.plugins.sparse_up.gpu import KERNEL as UP
 
 WIDTH, NEURONS, VOCABULARY = 4096, 11008, 32000  # LLaMA-7B
+ATTENTION, RECEIVED = ATTENTION_KERNELS
 
-Job = tuple[str, Mapping[str, str], Mapping[str, int | str], Mapping[str, tuple[int, ...]], Tile]
+Job = tuple[str, Form, Mapping[str, tuple[int, ...]], Tile]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on some layers of inputs."""
+    """One kernel on some layers of inputs, without the optional outputs `unnamed`."""
 
     kernel: GpuKernel
     layers: list[dict[str, torch.Tensor]]
     attributes: dict[str, int | str]
+    unnamed: tuple[str, ...] = ()
 
     def all_tiles(self) -> tuple[Tile, ...]:
         return self.kernel.tiles(*self._shape())
@@ -48,12 +51,12 @@ class Case:
         return tuple(tile for tile, compiled in made if compiled.shared_bytes <= SHARED_BUDGET)
 
     def _shape(self) -> tuple[Form, dict[str, tuple[int, ...]]]:
-        form = form_of(self.kernel, self.layers[0], self.attributes)
+        form = replace(form_of(self.kernel, self.layers[0], self.attributes), unnamed=frozenset(self.unnamed))
         return form, {name: tuple(tensor.shape) for name, tensor in self.layers[0].items()}
 
     def time(self, tile: Tile) -> float:
         """Seconds per layer."""
-        runs = [prepared(self.kernel, inputs, self.attributes, tile)[0] for inputs in self.layers]
+        runs = [prepared(self.kernel, inputs, self.attributes, tile, self.unnamed)[0] for inputs in self.layers]
         return seconds(runs) / len(runs)
 
     def best(self, tiles: Iterable[Tile] | None = None) -> tuple[float, Tile]:
@@ -62,7 +65,7 @@ class Case:
     def jobs(self, tiles: Iterable[Tile] | None = None) -> list[Job]:
         """What there is to compile."""
         form, shapes = self._shape()
-        return [(self.kernel.op.name, form.given, form.attributes, shapes, tile) for tile in tiles or self.all_tiles()]
+        return [(self.kernel.op.name, form, shapes, tile) for tile in tiles or self.all_tiles()]
 
 
 def capability() -> int:
@@ -95,9 +98,9 @@ def compile_all(jobs: Iterable[Job]) -> None:
 
 
 def _compile(sm: int, job: Job) -> None:
-    name, given, attributes, shapes, tile = job
-    kernel = {k.op.name: k for k in (UP, DOWN, HEAD, SELECT)}[name]
+    name, form, shapes, tile = job
+    kernel = {k.op.name: k for k in (UP, DOWN, HEAD, SELECT, *ATTENTION_KERNELS)}[name]
     try:
-        compile_kernel(kernel, Form(given, attributes), shapes, tile, sm)
+        compile_kernel(kernel, form, shapes, tile, sm)
     except Exception as error:  # of one tile: whoever launches it meets the error again
         print("not compiled", name, tile, str(error)[:100])

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from attention import checked
 from cases import DOWN, HEAD, NEURONS, SELECT, UP, WIDTH, Case, chosen, compile_all, weights
 
 from trimtab.plugins.gpu.kernel import GpuKernel
@@ -23,7 +24,9 @@ def check() -> list[dict[str, Any]]:
     for dtype, kind in product((torch.float16, torch.bfloat16, torch.float32), (None, torch.int8)):
         for tokens, own in ((1, False), (3, True), (5, False), (16, False), (70, False)):
             cases += _products(dtype, kind or dtype, tokens, own, (520, 328, 37))
-        cases += _selections(dtype) if kind is None else []
+        if kind is None:
+            cases += _selections(dtype)
+            cases += [Checked(c.kernel, c.layers[0], c.attributes, expected) for c, expected in checked(dtype)]
         if dtype == torch.float16:
             for tokens in (1, 16):
                 cases += _products(dtype, kind or dtype, tokens, False, (NEURONS, WIDTH, 550))
@@ -33,12 +36,12 @@ def check() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Checked:
-    """One call, and what it should give."""
+    """One call, and what each of its outputs should be."""
 
     kernel: GpuKernel
     inputs: dict[str, torch.Tensor]
     attributes: dict[str, int | str]
-    expected: torch.Tensor
+    expected: tuple[torch.Tensor, ...]
 
 
 def _products(
@@ -75,10 +78,10 @@ def _products(
     scale = {"weight_scale": scales["up_scale"]} if scales else {}
     last = {"down_scale": scales["down_scale"]} if scales else {}
     return [
-        Checked(UP, both | some, {"activation": "silu", "block": block}, silu(g) * u),
-        Checked(UP, plain | first, {"activation": "gelu", "block": block}, gelu(u)),
-        Checked(DOWN, {"h": h, "blocks": blocks, "down": down} | last, {"block": block}, y),
-        Checked(HEAD, head | scale, {}, logits),
+        Checked(UP, both | some, {"activation": "silu", "block": block}, (silu(g) * u,)),
+        Checked(UP, plain | first, {"activation": "gelu", "block": block}, (gelu(u),)),
+        Checked(DOWN, {"h": h, "blocks": blocks, "down": down} | last, {"block": block}, (y,)),
+        Checked(HEAD, head | scale, {}, (logits,)),
     ]
 
 
@@ -88,7 +91,7 @@ def _selections(dtype: torch.dtype) -> list[Checked]:
         scores = torch.randn(tokens, blocks, device="cuda").to(dtype)  # in half precision many are equal
         of = scores.max(0, keepdim=True).values if shared else scores
         order = torch.sort(of, dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
-        found.append(Checked(SELECT, {"scores": scores}, {"k": k, "shared": shared}, order))
+        found.append(Checked(SELECT, {"scores": scores}, {"k": k, "shared": shared}, (order,)))
     return found
 
 
@@ -96,11 +99,13 @@ def _compared(case: Checked) -> dict[str, Any]:
     """The largest relative error over all tiles."""
     worst = 0.0
     for tile in Case(case.kernel, [case.inputs], case.attributes).tiles():
-        run, (output,) = prepared(case.kernel, case.inputs, case.attributes, tile)
-        output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
+        run, outputs = prepared(case.kernel, case.inputs, case.attributes, tile)
+        for output in outputs:
+            output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
         run()
-        error = float((output.double() - case.expected).norm() / case.expected.double().norm())
-        worst = max(worst, error if error == error else float("inf"))
+        for output, expected in zip(outputs, case.expected, strict=True):
+            error = float((output.double() - expected).norm() / expected.double().norm())
+            worst = max(worst, error if error == error else float("inf"))
     first = next(iter(case.inputs.values()))
     limit = 0 if case.kernel is SELECT else LIMITS[first.dtype]
     shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in case.inputs.items()}

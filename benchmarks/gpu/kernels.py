@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/kernels.py [--json FILE] [--sweep]
 
-Kernels are compiled to PTX and launched by the driver, as TensorRT launches them. Layers of weights follow each other
-in one CUDA graph, more than the L2 cache holds. Of the tiles that a builder would time, the fastest counts.
+Attention is timed against torch's at the shapes of MiniLM and BERT. Kernels are compiled to PTX and launched by the
+driver, as TensorRT launches them. Layers of weights follow each other in one CUDA graph, more than the L2 cache holds.
+Of the tiles that a builder would time, the fastest counts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from attention import attention
 from cases import (
     DOWN,
     HEAD,
@@ -254,7 +256,7 @@ def main() -> None:
         "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
         "command": "python benchmarks/gpu/kernels.py --json FILE", "copy_gb_per_s": copy / 1e9, "floor_us": floor * 1e6,
         "checks": {"done": len(checked), "wrong": wrong}, "ffn": ffn(layers, copy), "others": others(copy),
-        "int8": int8(copy), "seconds": 0.0,
+        "int8": int8(copy), "attention": attention(copy), "seconds": 0.0,
     }  # fmt: skip
     found["seconds"] = time.monotonic() - started
     print(f"{found['seconds']:.0f} s in all")

@@ -23,7 +23,17 @@ def _context_shape(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any]
 
 
 def _body(form: Form) -> str:
-    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), *_context(form), _RECEIVED])
+    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), _WEIGHTS, *_context(form), _RECEIVED])
+
+
+def body_of_rows(form: Form) -> str:
+    """Of `context` and the log-sum-exp of each query, [tokens, heads]."""
+    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), _WEIGHTS, *_context(form), _SUMS])
+
+
+def body_of_received(form: Form) -> str:
+    """Of `received`, given the log-sum-exp of each query."""
+    return "\n".join([_SAMPLES, *_operands(form), *_scores(form), _WEIGHTS_OF_SUMS, _RECEIVED])
 
 
 # Samples get one without tokens, and each `longest` >= 1 places, so that no tensor on the way is empty. Where there are
@@ -74,9 +84,12 @@ _SAMPLES = """
 
 
 def _operands(form: Form) -> list[str]:
-    """Makes q5 [batch, kv_heads, group, longest, dim], scaled, k5 [.., 1, dim, longest], v5 [.., 1, longest, dim]."""
+    """Makes q5 [batch, kv_heads, group, longest, dim], scaled, k5 [.., 1, dim, longest], v5 [.., 1, longest, dim].
+
+    Without v5, where k is given and v is not.
+    """
     packed = "k" not in form.given
-    lines = [line for name in (["q"] if packed else ["q", "k", "v"]) for line in _gathered(form, name)]
+    lines = [line for name in ("q", "k", "v") if name in form.given for line in _gathered(form, name)]
     if packed:
         lines += [
             "  q_width = Shape <start = -1> (q)",
@@ -94,18 +107,20 @@ def _operands(form: Form) -> list[str]:
             "  dim = Div (of_queries, h)",
             "  queries = Identity (q_g)",
             "  keys = Identity (k_g)",
-            "  values = Identity (v_g)",
         ]
     lines += [
         "  q_shape = Concat <axis = 0> (lead, c, g, dim)",
         "  kv_shape = Concat <axis = 0> (lead, c, one, dim)",
         "  q_4 = Reshape (queries, q_shape)",
         "  k_4 = Reshape (keys, kv_shape)",
-        "  v_4 = Reshape (values, kv_shape)",
         "  q_5 = Transpose <perm = [0, 2, 3, 1, 4]> (q_4)",
         "  k5 = Transpose <perm = [0, 2, 3, 4, 1]> (k_4)",
-        "  v5 = Transpose <perm = [0, 2, 3, 1, 4]> (v_4)",
     ]
+    if packed or "v" in form.given:
+        lines += [
+            f"  v_4 = Reshape ({'values' if packed else 'v_g'}, kv_shape)",
+            "  v5 = Transpose <perm = [0, 2, 3, 1, 4]> (v_4)",
+        ]
     if "scale" in form.given:
         return [*lines, "  q5 = Mul (q_5, scale)"]
     return [*lines, "  size = Cast <to = 1> (dim)", "  root = Sqrt (size)", "  q5 = Div (q_5, root)"]
@@ -124,7 +139,7 @@ def _gathered(form: Form, name: str) -> list[str]:
 
 
 def _scores(form: Form) -> list[str]:
-    """Makes `weights` [batch, kv_heads, group, longest, longest]."""
+    """Makes `masked` [batch, kv_heads, group, longest, longest], -inf for keys that a sample does not have."""
     lines = ["  products = MatMul (q5, k5)"]
     if "bias" in form.given:
         lines += [
@@ -152,7 +167,6 @@ def _scores(form: Form) -> list[str]:
         "  real_keys = Unsqueeze (attended, key_axes)",
         "  never = Constant <value = float {-inf}> ()",
         "  masked = Where (real_keys, scores, never)",
-        "  weights = Softmax <axis = -1> (masked)",
     ]
 
 
@@ -166,6 +180,34 @@ def _context(form: Form) -> list[str]:
         *as_input(form, "q", "context", "Gather <axis = 0> (by_place, place_of_row)"),
     ]
 
+
+_WEIGHTS = """
+  weights = Softmax <axis = -1> (masked)"""
+
+# A maximum of -inf, where a bias hides all keys, makes it -inf - (-inf): NaN, as Softmax has it.
+_SUMS = """
+  last_axis = Constant <value_ints = [-1]> ()
+  largest = ReduceMax <keepdims = 1> (masked, last_axis)
+  smaller = Sub (masked, largest)
+  powers = Exp (smaller)
+  totals = ReduceSum <keepdims = 1> (powers, last_axis)
+  logarithms = Log (totals)
+  all_sums = Add (largest, logarithms)
+  sums_by_token = Transpose <perm = [0, 3, 1, 2, 4]> (all_sums)
+  sums_shape = Concat <axis = 0> (minus, h)
+  sums_by_place = Reshape (sums_by_token, sums_shape)
+  log_sum_exp = Gather <axis = 0> (sums_by_place, place_of_row)"""
+
+_WEIGHTS_OF_SUMS = """
+  sums_row = Concat <axis = 0> (one, h)
+  sums_zeros = ConstantOfShape <value = float[1] {0.0}> (sums_row)
+  sums_all = Concat <axis = 0> (log_sum_exp, sums_zeros)
+  sums_g = Gather <axis = 0> (sums_all, rows)
+  sums_shape = Concat <axis = 0> (lead, c, g, one)
+  sums_5 = Reshape (sums_g, sums_shape)
+  bases = Transpose <perm = [0, 2, 3, 1, 4]> (sums_5)
+  logarithms = Sub (masked, bases)
+  weights = Exp (logarithms)"""
 
 _RECEIVED = """
   query_axes = Constant <value_ints = [1, 2, 4]> ()

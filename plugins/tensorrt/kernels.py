@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from trimtab.plugins import FOLDERS
+from trimtab.plugins import FOLDERS, OPS
 from trimtab.plugins.dialect import Form, Op
 from trimtab.plugins.driver import absent, compute_capability, cuda_version
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble
@@ -15,19 +16,45 @@ if TYPE_CHECKING:
     from trimtab.plugins.gpu import GpuKernel, Tile
     from trimtab.plugins.gpu.compile import Compiled
 
-__all__ = ["compiled", "has_kernel", "kernel_of", "tactics", "this_gpu", "tile_of"]
+__all__ = ["compiled", "divider", "has_kernel", "kernel_of", "launches", "tactics", "this_gpu", "tile_of"]
 
 
 @lru_cache
 def has_kernel(op: Op) -> bool:
-    """Whether the op's folder has a kernel for GPUs."""
-    return importlib.util.find_spec(f"trimtab.plugins.{FOLDERS[op.name]}.gpu") is not None
+    """Whether the op's folder has kernels for GPUs."""
+    return _module(op, "gpu") is not None
+
+
+@lru_cache
+def launches() -> dict[str, tuple[Op, str]]:
+    """Name → op that is one launch on a GPU, and the module of its kernel: ops of the dialect, and parts of such."""
+    made: dict[str, tuple[Op, str]] = {}
+    for op in OPS.values():
+        if (gpu := _module(op, "gpu")) is not None:
+            divided = _module(op, "launches")
+            parts = (op,) if divided is None else importlib.import_module(divided).LAUNCHES
+            made |= {part.name: (part, gpu) for part in parts}
+    return made
+
+
+def divider(op: Op) -> Callable[..., list[tuple[Op, dict[str, Any], dict[str, Any]]]] | None:
+    """What divides a node of `op` into several launches (see `packed_attention/launches.py`); None if it is one."""
+    divided = _module(op, "launches")
+    return None if divided is None else importlib.import_module(divided).divide
+
+
+def _module(op: Op, name: str) -> str | None:
+    """The module of that name in the op's folder, if it has one."""
+    path = f"trimtab.plugins.{FOLDERS.get(op.name)}.{name}"
+    return path if op.name in FOLDERS and importlib.util.find_spec(path) else None
 
 
 @lru_cache
 def kernel_of(op: Op) -> GpuKernel:
-    """Raises ModuleNotFoundError where the package `triton` is missing."""
-    kernel: GpuKernel = importlib.import_module(f"trimtab.plugins.{FOLDERS[op.name]}.gpu").KERNEL
+    """That of an op of one launch. Raises ModuleNotFoundError where the package `triton` is missing."""
+    module = importlib.import_module(launches()[op.name][1])
+    kernels = module.KERNELS if hasattr(module, "KERNELS") else (module.KERNEL,)
+    kernel: GpuKernel = next(each for each in kernels if each.op is op)
     return kernel
 
 
@@ -45,10 +72,12 @@ def this_gpu() -> int:
 def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capability: int) -> list[int]:
     """Numbers of the tiles that are worth timing, from 1.
 
-    Tiles of many tokens are none for one token. Neither are those with more shared memory than a kernel gets unasked,
-    since TensorRT is not known to ask; nor, as long as there are others, those whose registers spill.
+    Tiles of many tokens are none for one token, if there are others. Neither are those with more shared memory than a
+    kernel gets unasked, since TensorRT is not known to ask; nor, as long as there are others, those whose registers
+    spill.
     """
-    tiles = {n: t for n, t in enumerate(kernel.tiles(form, shapes), 1) if t.tokens == 1 or most_tokens > 1}
+    every = dict(enumerate(kernel.tiles(form, shapes), 1))
+    tiles = {n: t for n, t in every.items() if t.tokens == 1 or most_tokens > 1} or every
     made = {number: compiled(kernel, form, shapes, tile, capability) for number, tile in tiles.items()}
     fit = [number for number, each in made.items() if each.shared_bytes <= SHARED_BUDGET]
     return [number for number in fit if not _spilled_bytes(made[number].ptx, capability)] or fit

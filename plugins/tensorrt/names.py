@@ -9,9 +9,8 @@ from typing import Any
 
 import onnx
 
-from trimtab.plugins import OPS
 from trimtab.plugins.dialect import DOMAIN, Attribute, Input, Op, Output, Value
-from trimtab.plugins.tensorrt.kernels import has_kernel
+from trimtab.plugins.tensorrt.kernels import launches
 
 __all__ = ["PLUGINS", "Plugin", "plugins_of"]
 
@@ -68,7 +67,7 @@ def _choices(parts: Sequence[Input] | Sequence[Output]) -> list[tuple[str, ...]]
     return [tuple(part.name for part in parts if not part.optional or part.name in subset) for subset in subsets]
 
 
-PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op in OPS.values() if has_kernel(op) for plugin in _forms(op)}
+PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op, _ in launches().values() for plugin in _forms(op)}
 """Name → plugin, of all that there can be. Those of a graph are what is registered."""
 
 

@@ -12,7 +12,7 @@ from trimtab.plugins import OPS, SPARSE_UP
 from trimtab.plugins.dialect import DOMAIN, Form, Op
 from trimtab.plugins.emit import add_body, type_of
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
-from trimtab.plugins.tensorrt.kernels import has_kernel, kernel_of
+from trimtab.plugins.tensorrt.kernels import divider, has_kernel, kernel_of
 from trimtab.plugins.tensorrt.names import PLUGINS, Plugin
 
 __all__ = ["Prepared", "prepare", "split_keep"]
@@ -36,8 +36,8 @@ def prepare(graph: gs.Graph) -> Prepared:
 
     A plugin's node is called like the plugin, has the inputs and outputs that are given and no others, every attribute
     as an integer in the order of the declaration, and what TensorRT's parser wants to know: namespace, version, and
-    that the kernel is to be embedded. Nodes without a kernel on the GPU stay, as standard ops within their reference
-    bodies.
+    that the kernel is to be embedded. A node of several launches becomes as many nodes. Nodes without a kernel on the
+    GPU stay, as standard ops within their reference bodies.
 
     Raises:
         RuntimeError: the package `triton` is missing.
@@ -48,25 +48,51 @@ def prepare(graph: gs.Graph) -> Prepared:
     used: set[str] = set()
     left: dict[str, str] = {}
     for part in _parts(graph):
-        for node in part.nodes:
+        for node in list(part.nodes):
             op = OPS.get(node.op) if node.domain == DOMAIN else None
             if op is None:
                 continue
-            given = _given(op, node)
-            if (reason := _refused(op, given, node)) is not None:
+            launches = _launches(op, node)
+            if (reason := _refused(op, launches, node)) is not None:
                 left[node.name] = reason
                 continue
-            named = _named(op, node)
-            plugin = Plugin(op, tuple(given), tuple(named))
-            node.op, node.inputs, node.outputs = plugin.name, list(given.values()), list(named.values())
-            node.attrs = plugin.encode(node.attrs) | {
-                "plugin_namespace": DOMAIN,
-                "plugin_version": "1",
-                "aot": 1,
-            }
-            used.add(plugin.name)
+            used.update(_to_plugins(part, node, launches))
     _drop_unused(graph)
     return Prepared(tuple(sorted(used)), left)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch of a node: its op, and its inputs and outputs by name."""
+
+    op: Op
+    given: dict[str, gs.Tensor]
+    named: dict[str, gs.Tensor]
+
+    @property
+    def plugin(self) -> Plugin:
+        return Plugin(self.op, tuple(self.given), tuple(self.named))
+
+
+def _launches(op: Op, node: gs.Node) -> list[_Launch]:
+    """Those that a node takes, in order: the node itself, if its op is one launch."""
+    given, named = _given(op, node), _named(op, node)
+    divide = divider(op)
+    return [_Launch(op, given, named)] if divide is None else [_Launch(*part) for part in divide(node, given, named)]
+
+
+def _to_plugins(part: gs.Graph, node: gs.Node, launches: list[_Launch]) -> list[str]:
+    """Put a node of a plugin for each launch in the place of `node`; their names."""
+    at, attributes = part.nodes.index(node), node.attrs
+    node.inputs, node.outputs = [], []
+    made = []
+    for number, launch in enumerate(launches):
+        attrs = launch.plugin.encode(attributes) | {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
+        name = node.name if number == 0 else f"{node.name}/{launch.op.name}"
+        inputs, outputs = list(launch.given.values()), list(launch.named.values())
+        made.append(gs.Node(launch.plugin.name, name, attrs, inputs, outputs, domain=DOMAIN))
+    part.nodes[at : at + 1] = made
+    return [each.op for each in made]
 
 
 def split_keep(graph: gs.Graph) -> None:
@@ -120,21 +146,26 @@ def _named(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
     return {o.name: t for o, t in zip(op.outputs, node.outputs, strict=False) if not t.is_empty()}
 
 
-def _refused(op: Op, given: dict[str, gs.Tensor], node: gs.Node) -> str | None:
-    """Why a node cannot be a plugin."""
+def _refused(op: Op, launches: list[_Launch], node: gs.Node) -> str | None:
+    """Why a node cannot be plugins."""
     if not has_kernel(op):
         return "the op has no kernel for GPUs"
+    return next((reason for launch in launches if (reason := _refused_launch(launch, node)) is not None), None)
+
+
+def _refused_launch(launch: _Launch, node: gs.Node) -> str | None:
+    given = launch.given
     form = Form({name: type_of(tensor) for name, tensor in given.items()}, node.attrs)
     shapes = {name: tensor.shape for name, tensor in given.items()}
-    for i in op.inputs:
+    for i in launch.op.inputs:
         if i.name in given and form.given[i.name] not in i.types:
             return f"{i.name} is {form.given[i.name]}"
         known = shapes.get(i.name, [0])
         if i.role == "rows" and not (known and isinstance(known[-1], int)):
             return f"the size of {i.name} is not known before the engine runs"
-    if Plugin(op, tuple(given), tuple(_named(op, node))).name not in PLUGINS:
+    if launch.plugin.name not in PLUGINS:
         return "an input that it needs is left out"
-    return kernel_of(op).refuses(form, shapes)
+    return kernel_of(launch.op).refuses(form, shapes)
 
 
 def _drop(graph: gs.Graph, op: Op) -> None:

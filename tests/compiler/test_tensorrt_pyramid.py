@@ -121,6 +121,24 @@ def test_one_engine_gets_the_whole_graph_in_standard_ops(tmp_path: Path, kind: s
     assert odd <= 1
 
 
+@pytest.mark.parametrize("prune", [False, True])
+def test_attentions_are_plugins(tmp_path: Path, prune: bool) -> None:
+    """Where plugins are taken: one launch, or two where tokens are pruned by what they receive."""
+    pytest.importorskip("triton", reason="the kernels need the package triton")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    model = Model(tmp_path, prune=prune)
+    (path,) = prepare(model.path, SIZES, scratch, plugins=True, segments=1).models
+    attentions = [node for node in onnx.load(model.path).graph.node if node.op_type == "PackedAttention"]
+    wanted: list[str] = []
+    for node in attentions:
+        two = ["AttentionRowsPlugin_log_sum_exp", "AttentionReceivedPlugin"]
+        wanted += two if any(node.output[1:]) else ["AttentionRowsPlugin"]
+    proto = onnx.load(path)
+    found = [node.op_type for node in proto.graph.node if node.domain == "trimtab"]
+    assert sorted(found) == sorted(wanted) and len(wanted) > LAYERS * prune and not proto.functions
+
+
 def test_one_engine_is_built(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     model = Model(tmp_path)

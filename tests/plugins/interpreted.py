@@ -1,4 +1,4 @@
-"""The child of test_gpu.py: one GPU kernel on the CPU, by the Triton language's interpreter, against float64.
+"""The child of test_gpu.py: kernels of a GPU on the CPU, by the Triton language's interpreter, against float64.
 
 `TRITON_INTERPRET=1 python interpreted.py OP SEED`; fails where a launch is not what the op should give.
 """
@@ -9,6 +9,7 @@ import random
 import sys
 
 import torch
+from interpreted_attention import attention
 
 from trimtab.plugins.gpu.launch import form_of, prepared
 from trimtab.plugins.select_blocks.gpu import KERNEL as SELECT
@@ -136,4 +137,5 @@ def head():
 if __name__ == "__main__":
     random.seed(int(sys.argv[2]))
     torch.manual_seed(int(sys.argv[2]))
-    {"SelectBlocks": select, "SparseUp": up, "SparseDown": down, "SparseHead": head}[sys.argv[1]]()
+    ops = {"SelectBlocks": select, "SparseUp": up, "SparseDown": down, "SparseHead": head, "PackedAttention": attention}
+    ops[sys.argv[1]]()

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 import pytest
 from counting import COUNTING
 from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
+from plugged import back, run
 
 from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
@@ -29,7 +29,6 @@ from trimtab.plugins import (
     add_node,
 )
 from trimtab.plugins.dialect import Form
-from trimtab.plugins.emit import add_body, type_of
 from trimtab.plugins.gpu.compile import compile_kernel
 from trimtab.plugins.gpu.ptx import assemble
 from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
@@ -73,32 +72,8 @@ def ffn(
     return graph
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
-
-
 def feeds(rng: np.random.Generator, tokens: int, kind: type = np.float32) -> dict[str, np.ndarray]:
     return {"x": rng.standard_normal((2, tokens, WIDTH)).astype(kind), "rows": some_blocks(1, 30, 9, rng)}
-
-
-def back(graph: gs.Graph) -> None:
-    """Plugins' nodes as those of the ops again, by what the nodes and the table of plugins say alone."""
-    for node in graph.nodes:
-        plugin = PLUGINS.get(node.op) if node.domain == DOMAIN else None
-        if plugin is None:
-            continue
-        assert list(node.attrs) == [
-            *(a.name for a in plugin.op.attributes), "plugin_namespace", "plugin_version", "aot"
-        ]  # fmt: skip
-        assert node.attrs["plugin_namespace"] == "trimtab" and node.attrs["plugin_version"] == "1"
-        assert node.attrs["aot"] == 1
-        numbers = {a.name: node.attrs[a.name] for a in plugin.op.attributes}
-        assert all(type(value) is int for value in numbers.values())
-        given = dict(zip(plugin.inputs, node.inputs, strict=True))
-        node.op, node.attrs = plugin.op.name, plugin.decode(numbers)
-        node.inputs = [given.get(i.name, gs.Variable.empty()) for i in plugin.op.inputs]
-        add_body(graph, plugin.op, Form({name: type_of(t) for name, t in given.items()}, node.attrs))
 
 
 @pytest.mark.parametrize("keep", [0, 3])

@@ -23,6 +23,7 @@ from trimtab.plugins.dialect import Form, Op
 from trimtab.plugins.gpu import GpuKernel, Tile
 from trimtab.plugins.gpu.compile import CAPABILITIES, Compiled, compile_kernel
 from trimtab.plugins.gpu.ptx import assemble, parameters
+from trimtab.plugins.packed_attention.launches import ATTENTION_RECEIVED, ATTENTION_ROWS
 from trimtab.plugins.sparse_up import ACTIVATIONS
 from trimtab.plugins.tensorrt import PLUGINS, Plugin, kernels, missing, register
 from trimtab.plugins.tensorrt.kernels import kernel_of
@@ -30,7 +31,7 @@ from trimtab.plugins.tensorrt.register import _register as declare
 
 FLOATS = ("FLOAT", "HALF", "BF16")
 ONNX = {"FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32"}
-RANGES = {"batch": (1, 4), "tokens": (1, 64), "selections": (1, 256), "k": (1, 24)}
+RANGES = {"batch": (1, 4), "tokens": (1, 64), "selections": (1, 256), "k": (1, 24), "ends": (1, 9), "places": (1, 64)}
 CAPABILITY = int(np.random.default_rng().choice(CAPABILITIES))
 
 
@@ -107,6 +108,19 @@ def cases() -> Iterator[Case]:
             "dense_above": dense,
         }
         yield Case(OPS["SelectBlocks"], {"scores": x}, attributes)
+    yield from attentions(rng)
+
+
+def attentions(rng: np.random.Generator) -> Iterator[Case]:
+    for x, packed, biased, scaled in itertools.product(FLOATS, (False, True), (False, True), (False, True)):
+        kinds = {"q": x} | ({} if packed else {"k": x, "v": x}) | {"offsets": "INT32"}
+        kinds |= {"bias": str(rng.choice([x, "FLOAT"]))} if biased else {}
+        kinds |= {"scale": "FLOAT"} if scaled else {}
+        kv_heads = int(rng.choice([1, 2, 4]))
+        attributes = {"heads": 4, "kv_heads": kv_heads if kv_heads < 4 else int(rng.choice([0, 4]))}
+        yield Case(ATTENTION_ROWS, kinds, attributes)
+        received = {name: kind for name, kind in kinds.items() if name != "v"} | {"log_sum_exp": "FLOAT"}
+        yield Case(ATTENTION_RECEIVED, received, attributes)
 
 
 CASES = list(cases())
@@ -114,6 +128,8 @@ CASES = list(cases())
 
 def tensors_of(case: Case, rng: np.random.Generator) -> list[Tensor]:
     """Inputs of a layer: sizes of tokens and choices vary, or some are known."""
+    if "heads" in case.attributes:
+        return attended(case, rng)
     width, neurons = int(rng.choice([64, 96, 200])), 192
     lead = [["tokens"], ["batch", "tokens"], [1, "tokens"], [2, 3]][int(rng.integers(4))]
     one = bool(rng.integers(2))
@@ -130,6 +146,18 @@ def tensors_of(case: Case, rng: np.random.Generator) -> list[Tensor]:
     }
     fixed |= {name: [neurons, width] for name in ("up", "gate", "weight")}
     return [Tensor(kind, fixed.get(name, [neurons])) for name, kind in case.kinds.items()]
+
+
+def attended(case: Case, rng: np.random.Generator) -> list[Tensor]:
+    """Inputs of an attention, whose bias has two to four axes."""
+    heads, dim = int(case.attributes["heads"]), int(rng.choice([32, 40, 64]))
+    kv_heads = int(case.attributes["kv_heads"]) or heads
+    columns = heads if "k" in case.kinds else heads + 2 * kv_heads
+    lead = [[], [1], [heads], [1, 1], [1, heads]][int(rng.integers(5))]
+    shapes: dict[str, list[int | str]] = {name: ["tokens", kv_heads * dim] for name in ("k", "v")}
+    shapes |= {"q": ["tokens", columns * dim], "offsets": ["ends"], "bias": [*lead, "places", "places"], "scale": []}
+    shapes["log_sum_exp"] = ["tokens", heads]
+    return [Tensor(kind, shapes[name]) for name, kind in case.kinds.items()]
 
 
 def ranges(tensors: list[Tensor]) -> dict[str, tuple[int, int]]:
@@ -186,25 +214,27 @@ def test_shapes_and_launches(case: Case, uncompiled: None) -> None:
     tensors, kernel = tensors_of(case, rng), kernel_of(case.op)
     plugin = create(case.plugin.name, case.plugin.encode(case.attributes))
     assert plugin.attrs == case.plugin.encode(case.attributes)
-    (kind,), (shape,) = outputs_of(plugin, tensors)
-    (output,) = case.op.outputs
-    assert kind == (trt.int32 if output.follows is None else getattr(trt.DataType, case.kinds[output.follows]))
+    kinds, inferred = outputs_of(plugin, tensors)
+    own = {"tensor(int32)": trt.int32, "tensor(float)": trt.float32}
+    assert list(kinds) == [
+        own[o.type] if o.follows is None else getattr(trt.DataType, case.kinds[o.follows]) for o in case.op.outputs
+    ]
     descs, tactics = tune(plugin, tensors, ranges(tensors))
     static = {n: [s if isinstance(s, int) else -1 for s in t.shape] for n, t in zip(case.kinds, tensors, strict=True)}
     tiles = kernel.tiles(case.form, static)
     assert sorted(tactics) == list(range(1, len(tiles) + 1))
     for tactic, tile in enumerate(tiles, 1):
-        made = launch(plugin, descs, tactic)
+        made = launch(plugin, descs, tactic, outputs=len(kinds))
         assert [size.at({}) for size in made.block] == [tile.warps * 32, 1, 1]
         assert made.shared.at({}) == 1024
         for _ in range(3):
             sizes = run_sizes(tensors, rng)
             shapes = {name: at(list(t.shape), sizes) for name, t in zip(case.kinds, tensors, strict=True)}
-            wanted = case.op.shapes({i.name: shapes.get(i.name) for i in case.op.inputs}, case.attributes)[output.name]
-            assert [size.at(sizes) for size in shape] == wanted
+            wanted = case.op.shapes({i.name: shapes.get(i.name) for i in case.op.inputs}, case.attributes)
+            assert [[size.at(sizes) for size in shape] for shape in inferred] == list(wanted.values())
             if case.op.name == "SelectBlocks":
-                assert wanted == selected(case, shapes["scores"])
-            measured = kernel.measure(shapes | {output.name: wanted})
+                assert wanted["blocks"] == selected(case, shapes["scores"])
+            measured = kernel.measure(shapes | wanted)
             assert [size.at(sizes) for size in made.extra] == [measured[name] for name in kernel.sizes]
             constants = kernel.constants(case.form, shapes, tile)
             assert made.code.decode() == repr(constants)
@@ -267,10 +297,10 @@ def test_kernels_take_what_is_given(case: Case) -> None:
     plugin = create(case.plugin.name, case.plugin.encode(case.attributes))
     descs, tactics = tune(plugin, tensors, ranges(tensors))
     for tactic in tactics:
-        made = launch(plugin, descs, tactic)
+        made = launch(plugin, descs, tactic, outputs=len(case.op.outputs))
         code = made.code.decode()
         types = [line.split()[1] for line in parameters(code)]
-        assert types == [".u64"] * len(tensors) + [".u32"] * len(kernel.sizes) + [".u64"]
+        assert types == [".u64"] * len(tensors) + [".u32"] * len(kernel.sizes) + [".u64"] * len(case.op.outputs)
         assert f".entry {made.kernel}(" in code
         assembled = assemble(code, CAPABILITY)
         assert assembled.parameter_bytes == tuple({".u64": 8, ".u32": 4}[kind] for kind in types)
