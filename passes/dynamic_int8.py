@@ -26,6 +26,9 @@ _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR
 _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
 """Ops of which the quantizer makes products with one scale for the whole tensor."""
 
+_MADE = ("ffn-split/", "ffn-topk/", "static-int8/")
+"""How the names of constants begin that are parts of FFNs, and of nothing else."""
+
 _SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
 
 
@@ -54,8 +57,7 @@ class DynamicInt8(Pass):
         """Quantize `graph` in place. Reads all its weights into memory."""
         before = _integer_products(graph)
         expose_weights(graph, self.name)
-        linears = [linear for ffn in find_anatomy(graph).ffns for linear in ffn.linears]
-        weights = {t.name for linear in linears for t in (linear.weight, linear.bias) if t is not None}
+        weights = {t.name for ffn in find_anatomy(graph).ffns for linear in ffn.linears for t in linear.constants}
         names = {node.outputs[0].name: output_name_of(node) for node in graph.nodes if node.outputs}
         rows = self._by_rows(context.capability)
         if rows:
@@ -128,9 +130,10 @@ def _inner_products(graph: gs.Graph) -> list[str]:
 
 
 def _belongs(name: str, weights: set[str]) -> bool:
-    """True for FFN weights, the parts that quantization makes of them, and all that ffn-split made."""
+    """True for FFN weights, the parts that quantization makes of them, and all that passes over FFNs made."""
     whole = name.removesuffix("_quantized").removesuffix("_scale").removesuffix("_zero_point")
-    return whole in weights or whole.removeprefix(f"{DynamicInt8.name}/") in weights or name.startswith("ffn-split/")
+    own = whole.removeprefix(f"{DynamicInt8.name}/")
+    return not weights.isdisjoint((name, whole, own)) or own.startswith(_MADE)
 
 
 def quantize_file(

@@ -32,8 +32,8 @@ def find_anatomy(graph: gs.Graph) -> Anatomy:
     ffns, misses = find_ffns(scan)
     attentions = find_attentions(scan)
     norms, embeddings = find_norms(scan), find_embeddings(scan)
-    head, unrecognized = _leftovers(scan, ffns, attentions, misses)
     ffns, blocks = _by_layers(ffns, find_blocks(scan, ffns, attentions, norms))
+    head, unrecognized = _leftovers(scan, ffns, attentions, blocks, misses)
     return Anatomy(
         family=guess_family(scan, ffns, attentions, embeddings, norms),
         ffns=tuple(ffns),
@@ -93,11 +93,12 @@ def require_ffns(anatomy: Anatomy) -> tuple[FFN, ...]:
 
 
 def _leftovers(
-    scan: Scan, ffns: Sequence[FFN], attentions: Sequence[Attention], misses: Sequence[Miss]
+    scan: Scan, ffns: Sequence[FFN], attentions: Sequence[Attention], blocks: Sequence[Block], misses: Sequence[Miss]
 ) -> tuple[list[Linear], list[Unrecognized]]:
     """The projections that no block claims: those of the head, and those that should have belonged to a block."""
-    blocks = [*(ffn.linears for ffn in ffns), *(attention.linears for attention in attentions)]
-    claimed = {id(linear.y) for linears in blocks for linear in linears}
+    parts = [*(ffn.linears for ffn in ffns), *(attention.linears for attention in attentions)]
+    claimed = {id(linear.y) for linears in parts for linear in linears}
+    in_layers = frozenset().union(*(block.nodes for block in blocks))  # such as the parts of an FFN that is rewritten
     misses = [miss for miss in misses if id(miss.linears[-1].y) not in claimed]
     after = scan.downstream([f.y for f in ffns] + [a.nodes[-1].outputs[0] for a in attentions])
     before = scan.upstream([f.x for f in ffns] + [t for a in attentions for n in a.nodes for t in n.inputs])
@@ -112,6 +113,7 @@ def _leftovers(
         (middle if last in before or joins_residual(linear.y) else head).append(linear)
     heads = {id(linear.y) for linear in head}
     misses = [miss for miss in misses if id(miss.linears[-1].y) not in heads]
+    head = [linear for linear in head if id(linear.nodes[-1]) not in in_layers]
     explained = {id(linear.y) for miss in misses for linear in miss.linears}
     unknown = [linear for linear in middle if id(linear.y) not in explained]
     return head, [*_unrecognized(misses, unknown), *_integer_products(scan), *_without_projections(attentions)]

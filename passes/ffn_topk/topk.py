@@ -107,6 +107,8 @@ class FFNTopK(Pass):
         return self
 
     def bars(self, later: Pass) -> str | None:
+        if later.name == "recover":
+            return "training does not know the ops that it makes"
         alone = self.shared and later.name == "unpad"
         return "it makes one choice for all tokens of a call, padding among them" if alone else None
 

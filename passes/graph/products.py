@@ -51,9 +51,14 @@ def expose_weights(graph: gs.Graph, name: str) -> None:
 
 
 def float_products(graph: gs.Graph) -> Iterator[tuple[str, str]]:
-    """(name of its output, why) for each product of `graph` that a quantizer of weights leaves in floating point."""
+    """(name of its output, why) for each product of `graph` that a quantizer of weights leaves in floating point.
+
+    Of integers on both sides, as DequantizeLinear shows them, runtimes make integer products.
+    """
     for node in graph.nodes:
-        if (node.domain or "", node.op) in _PRODUCTS:
+        if (node.domain or "", node.op) in _PRODUCTS and not all(
+            _behind(t, "DequantizeLinear") for t in node.inputs[:2]
+        ):
             yield node.outputs[0].name, _why_float(node)
 
 

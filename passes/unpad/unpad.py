@@ -61,6 +61,9 @@ class Unpad(Pass):
         plan.rewrite(Packing(graph, stream, mask))
         return PassResult(self.name, len(cores), (), {"mask": None if mask is None else mask.name})
 
+    def bars(self, later: Pass) -> str | None:
+        return "training does not know the op that it makes" if later.name == "recover" else None
+
     def unfit(self, capability: Capability) -> str | None:
         if capability.counted_sizes:
             return None

@@ -148,6 +148,8 @@ def samples(feeds: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         (["precision", "unpad"], "unpad cannot run behind precision: .*float16"),
         (["unpad", "precision", "early-exit"], "early-exit cannot run behind precision"),
         ([{"ffn-topk": {"shared": True}}, "unpad"], "unpad cannot run behind ffn-topk: .*one choice for all tokens"),
+        (["unpad", "recover"], "recover cannot run behind unpad: training does not know"),
+        (["ffn-topk", "recover"], "recover cannot run behind ffn-topk: training does not know"),
         (["unpad", "early-exit", "token-prune"], "token-prune cannot run behind early-exit"),
     ],
 )
@@ -207,3 +209,26 @@ def test_static_int8_leaves_what_sparse_ops_compute() -> None:
     assert first.changed == 3 and result.changed == 0
     assert {left.where for left in result.left} == {f"layer {n} FFN" for n in range(3)}
     assert all("SparseUp" in left.why for left in result.left)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "row"])
+def test_bytes_of_ffns_behind_several_passes(scales: str) -> None:
+    """What static-int8 and ffn-split have stored counts as FFNs' in what dynamic-int8 says, and no product twice."""
+    graph = canonical(zoo.exported("bert"))
+    steps = [FFNSplit(layers=(0, 1)), StaticInt8(layers=(1, 2)), pass_class("dynamic-int8")(scales=scales)]
+    split, static, dynamic = run_passes(graph, steps, PassContext(profile("bert"), CAPABILITY))
+    assert [split.changed, static.changed, dynamic.changed] == [2, 2, 16]
+    assert dynamic.details["float_products"] == 6  # of attention, whose operands are both computed
+    dense = sum(row["dense_bytes"] for row in split.details["layers"]) / 2
+    assert 0.25 * 3 * dense < dynamic.details["ffn_bytes"] < 0.35 * 3 * dense
+    assert not any("head" in left.where for left in (*split.left, *static.left))
+
+
+def test_what_is_left_of_the_last_ffn_is_no_head() -> None:
+    graph = canonical(zoo.exported("bert"))
+    head = find_anatomy(graph).head
+    assert head is not None
+    names = [linear.y.name for linear in head.linears]
+    run_passes(graph, [FFNSplit()], PassContext(profile("bert")))
+    head = find_anatomy(graph).head
+    assert head is not None and [linear.y.name for linear in head.linears] == names
