@@ -145,6 +145,21 @@ def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]
         assert ("exit.1.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
 
 
+def test_a_pyramid_learns_more(tmp_path: Path) -> None:
+    folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    recipe = {"passes": [], "calibration": {"samples": 16, "states": 32}}
+    learned = []
+    for place, change in (("first", {}), ("second", {"soft": 0, "hard": 1e-6, "lr": 0.0, "exit_lr": 0.0})):
+        settings = QUICK | {"fine_tune": 0} | change
+        train("magic-pyramid", folder, texts, tmp_path / place, settings=settings, recipe=recipe)
+        folder = tmp_path / place
+        learned.append(Profile.load(folder / "profile.safetensors").learned("magic-pyramid"))
+    assert learned[0].keys() == learned[1].keys()
+    for name, value in learned[0].items():
+        if ".out." not in name:  # its temperature is fitted again
+            np.testing.assert_allclose(learned[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:
     from transformers import AutoModel
 

@@ -30,11 +30,12 @@ from trimtab.training.huggingface import (
     prepare,
     require_finite,
 )
+from trimtab.training.magic_pyramid.before import METHOD, load_learned
 from trimtab.training.magic_pyramid.encoder import load_classifier, open_tokenizer_folder
 from trimtab.training.magic_pyramid.judge import judge, row
 from trimtab.training.magic_pyramid.pyramid import Pyramid
 from trimtab.training.magic_pyramid.quantiles import fit_thresholds
-from trimtab.training.magic_pyramid.result import METHOD, summary, write_result
+from trimtab.training.magic_pyramid.result import summary, write_result
 from trimtab.training.magic_pyramid.settings import STAGES, Settings
 from trimtab.training.resume import Unfinished
 from trimtab.training.texts import Examples, labelled
@@ -69,6 +70,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     )  # fmt: skip
     assert examples.lengths is not None
     pyramid = Pyramid(classifier.model, settings, float(examples.lengths.mean()))
+    pyramid.go_on(load_learned(checkpoint.folder))
     made_of = {
         "method": METHOD, "settings": settings.model_dump(), "data": job.dataset.sha256, "model": checkpoint.digest,
         "versions": package_versions(),
@@ -140,7 +142,7 @@ class Stages:
     def _stage(self, stage: str, start: float) -> float:
         """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
         number, settings, scratch = STAGES.index(stage), self._settings, self._run.folder / stage
-        pruned = self._settings.prunes and stage != "fine_tune"
+        pruned = self._pyramid.prunes and stage != "fine_tune"
         left = stage == "exits" or self._joint(stage)
         self._pyramid.enter(stage, pruned=pruned)
         optimizer = torch.optim.AdamW(self._pyramid.groups(), betas=(0.9, 0.98), fused=True)

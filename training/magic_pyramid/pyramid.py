@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,6 +52,7 @@ class Pyramid(nn.Module):
                 for number in range(0 if settings.entrance else 1, len(layers))
             }
         )
+        self._had_thresholds = False
         self.stage, self._states = "fine_tune", list[tuple[Tensor, Tensor]]()
         self._teacher: list[Pyramid] = []  # in a list: it is no part of what is saved
         attach(model, [layer.attention for layer in layers], self.pruning)
@@ -58,6 +60,27 @@ class Pyramid(nn.Module):
             layer.module.register_forward_pre_hook(self._before_layer, with_kwargs=True)
             layer.module.register_forward_hook(self._behind_layer)
         self._inputs = set(inspect.signature(model.forward).parameters)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there are thresholds, once the run is over."""
+        return self.settings.makes_thresholds or self._had_thresholds
+
+    def go_on(self, learned: Mapping[str, np.ndarray]) -> None:
+        """Begin with what an earlier run learned, as far as it is of the same form.
+
+        Args:
+            learned: as `learned_tensors` gives it.
+        """
+        thresholds = learned.get("thresholds")
+        if thresholds is not None and len(thresholds) == self.layers:
+            self.pruning.set_thresholds(torch.from_numpy(thresholds))
+            self._had_thresholds = True
+        for number, leave in self.exits.items():
+            own = {name: torch.from_numpy(learned[f"exit.{number}.{name}"]) for name in leave.state_dict()
+                   if f"exit.{number}.{name}" in learned}  # fmt: skip
+            if {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in leave.state_dict().items()}:
+                leave.load_state_dict(own)
 
     def teach(self, teacher: Pyramid) -> None:
         """Learn in the soft and the hard stage from the dense answers of `teacher`, too."""

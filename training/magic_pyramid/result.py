@@ -16,13 +16,13 @@ from trimtab.passes.needs import DEFAULT
 from trimtab.passes.profile import PROFILE, Profile
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
+from trimtab.training.magic_pyramid.before import METHOD
 from trimtab.training.magic_pyramid.encoder import open_tokenizer_folder
 from trimtab.training.magic_pyramid.pruning import detach
 
 if TYPE_CHECKING:
     from trimtab.training.magic_pyramid.pyramid import Pyramid
 
-METHOD = "magic-pyramid"
 RECORD = f"{METHOD}.json"
 
 
@@ -65,7 +65,7 @@ def learned_tensors(pyramid: Pyramid, record: dict[str, Any]) -> dict[str, np.nd
     The last Linear of an exit is divided by its temperature.
     """
     tensors: dict[str, np.ndarray] = {}
-    if pyramid.settings.prunes:
+    if pyramid.prunes:
         tensors["thresholds"] = pyramid.pruning.thresholds.detach().cpu().numpy()
     if "exits" in record["stages"]:
         for (number, leave), temperature in zip(pyramid.exits.items(), record["temperatures"], strict=True):

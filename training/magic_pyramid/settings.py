@@ -59,8 +59,6 @@ class Settings(Common):
 
     @model_validator(mode="after")
     def _in_order(self) -> Settings:
-        if self.hard and not self.prunes:
-            raise ValueError("hard has no thresholds to prune by if soft is 0; set hard to 0 too, or give keep")
         if not (self.fine_tune or self.soft or self.hard or self.exits):
             raise ValueError("soft, hard and exits are 0: no stage is left to run")
         return self
@@ -83,8 +81,8 @@ class Settings(Common):
         return not self.soft and 0 < self.keep < 1
 
     @property
-    def prunes(self) -> bool:
-        """Whether the run ends with thresholds."""
+    def makes_thresholds(self) -> bool:
+        """Whether the run finds thresholds, and does not only take those that the model has."""
         return self.soft > 0 or self.takes_quantiles
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
+from trimtab.passes.errors import RecipeError
 from trimtab.training import contract
+from trimtab.training.magic_pyramid.before import learned_before
 from trimtab.training.magic_pyramid.settings import Settings
 
 
@@ -16,6 +19,18 @@ class MagicPyramid(contract.Trainer):
     makes = "model folder"
     needs: ClassVar[frozenset[contract.Need]] = frozenset({"folder", "labels"})
     settings_class: ClassVar[type[contract.Settings]] = Settings
+
+    def check(self, job: contract.Job) -> None:
+        """As `Trainer.check`: a stage needs thresholds.
+
+        Raises:
+            RecipeError: nothing gives them.
+        """
+        if self.settings.hard and not self.settings.makes_thresholds and not learned_before(Path(job.model)):
+            raise RecipeError(
+                "magic-pyramid: hard has no thresholds to prune by if soft is 0",
+                hint="set hard to 0 too, or give keep, or a model that this method has trained before",
+            )
 
     def run(self, job: contract.Job) -> contract.Trained | None:
         """Train; a run that was killed goes on if the same is asked for again."""
