@@ -36,7 +36,7 @@ def head_model(family: str, seed: int, kind: str = "SequenceClassification", **c
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        model = model_class(model_class.config_class(**sizes, **special, **config)).eval()
+        model = model_class(model_class.config_class(**sizes | special | config)).eval()
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.data = (

@@ -24,7 +24,6 @@ from trimtab.passes.graph.packed_batch import (
     readers_behind,
     reread,
     rows_of,
-    starts_of,
     strangers,
     why_all,
 )
@@ -149,8 +148,7 @@ class _Batch:
         others = strangers(graph, behind, own, name)
         if others:
             return why_all(graph, behind, others[0])
-        starts = starts_of(graph, offsets, name)
-        answers = head(graph, x, offsets, starts, f"{name}/head")
+        answers = head(graph, x, offsets, f"{name}/head")
         unsure = doubt(graph, answers, f"{name}/doubt")
         given = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
         stay, leave, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")

@@ -9,8 +9,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.graph.packed_batch import rows_of
-from trimtab.passes.graph.segment_mean import segment_mean
+from trimtab.passes.graph.segments import segment_first, segment_mean
 from trimtab.plugins import PACKED_ATTENTION, add_node
 
 _HEADS = 2  # of FastBERT's attention
@@ -63,11 +62,11 @@ class ExitHead:
         if (found := len(self._of("out"))) != classes:
             raise ProfileError(f"exit behind {after} layers: tells {found} classes, the model {classes}", hint=_AGAIN)
 
-    def __call__(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, starts: gs.Tensor, name: str) -> gs.Variable:
+    def __call__(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
         """Logits [batch, classes] of the packed tokens `x`, [T, width]."""
         if self.attends:
-            return self._attend(graph, x, offsets, starts, name)
-        read = rows_of(graph, x, starts, f"{name}/first")
+            return self._attend(graph, x, offsets, name)
+        read = segment_first(graph, x, offsets, f"{name}/first")
         if self.mean:
             mean = segment_mean(graph, x, offsets, f"{name}/mean")
             read = insert(graph, "Concat", [read, mean], f"{name}/read", attrs={"axis": -1}, dtype=np.float32)
@@ -76,14 +75,14 @@ class ExitHead:
         read = insert(graph, "LayerNormalization", [read, scale, shift], f"{name}/norm", attrs=attrs, dtype=np.float32)
         return self._classify(graph, read, name)
 
-    def _attend(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, starts: gs.Tensor, name: str) -> gs.Variable:
+    def _attend(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
         x = insert(graph, "Tanh", [self._linear(graph, x, "narrow", name)], f"{name}/tanh", dtype=np.float32)
         q, k, v = (self._linear(graph, x, part, name) for part in ("query", "key", "value"))
         for tensor in (q, k, v):
             tensor.shape = [None if x.shape is None else x.shape[0], self._of("query").shape[0]]
         given = {"q": q, "k": k, "v": v, "offsets": offsets}
         context = add_node(graph, PACKED_ATTENTION, given, f"{name}/context", heads=_HEADS)
-        first = rows_of(graph, context, starts, f"{name}/first")
+        first = segment_first(graph, context, offsets, f"{name}/first")
         return self._classify(graph, self._linear(graph, first, "attended", name), name)
 
     def _classify(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:

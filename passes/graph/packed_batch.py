@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.cut import reads
-from trimtab.passes.graph.edit import constant, insert, output_name_of
+from trimtab.passes.graph.edit import insert, output_name_of
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.shapes import token_outputs
 from trimtab.plugins import PACKED_ATTENTION
@@ -71,12 +70,6 @@ def packed_attentions(graph: gs.Graph, name: str, earlier: Iterable[_Result] = (
             hint=f"take {name} out of the recipe",
         )
     raise ModelError(f"{name} needs packed tokens", hint=f"put the pass unpad in front of {name}")
-
-
-def starts_of(graph: gs.Graph, offsets: gs.Tensor, name: str) -> gs.Variable:
-    """The first row of each sample, [batch]."""
-    ends = [constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in (("zero", 0), ("last", -1))]
-    return insert(graph, "Slice", [offsets, *ends], f"{name}/starts", dtype=np.int32)
 
 
 def rows_of(graph: gs.Graph, x: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Variable:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.graph.segment_mean import segment_mean
+from trimtab.passes.graph.segments import segment_mean
 
 __all__ = ["Packing"]
 

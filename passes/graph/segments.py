@@ -1,4 +1,8 @@
-"""The mean over the tokens of each sample of a packed batch."""
+"""The mean, and the first, of the tokens of each sample of a packed batch.
+
+By products with weights of rows: no reduction, which ONNX Runtime 1.31 gets wrong for a batch of 0, and no Gather,
+which has no row to read for a sample without tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,17 @@ from trimtab.passes.graph.edit import constant, insert
 
 
 def segment_mean(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-    """The mean of the rows of `x` [T, width] that each sample has, [batch, width]; 0 of a sample without rows.
+    """The mean of the rows of `x` [T, width] that each sample has, [batch, width]; 0 of a sample without rows."""
+    return _weighed(graph, x, offsets, name, first=False)
 
-    By a product with 1 / n where a row belongs to a sample of n: no reduction, which ONNX Runtime 1.31 gets wrong for a
-    batch of 0.
-    """
+
+def segment_first(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
+    """The first row of `x` [T, width] of each sample, [batch, width]; 0 of a sample without rows."""
+    return _weighed(graph, x, offsets, name, first=True)
+
+
+def _weighed(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str, first: bool) -> gs.Variable:
+    """A product of `x` with the weights of its rows in each sample: 1 of the `first` one, or 1 / n of all n."""
 
     def number(key: str, value: object) -> gs.Constant:
         return constant(f"{name}/{key}", np.asarray(value))
@@ -30,9 +40,11 @@ def segment_mean(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -
     rows = node("Shape", [x], "rows", np.int64, start=0, end=1)
     count = node("Squeeze", [rows], "count", np.int64)
     at = node("Range", [number("from", np.int64(0)), count, number("step", np.int64(1))], "at", np.int64)
-    behind = node("GreaterOrEqual", [at, starts], "behind", np.bool_)
+    behind = node("Equal" if first else "GreaterOrEqual", [at, starts], "behind", np.bool_)
     inside = node("And", [behind, node("Less", [at, ends], "before", np.bool_)], "inside", np.bool_)
+    weights = node("Cast", [inside], "belongs", np.float32, to=1)
+    if first:
+        return node("MatMul", [weights, x], "row", np.float32)
     lengths = node("Max", [node("Sub", [ends, starts], "lengths_", np.int64), one], "lengths", np.int64)
-    share = node("Div", [node("Cast", [inside], "belongs", np.float32, to=1),
-                         node("Cast", [lengths], "of", np.float32, to=1)], "share", np.float32)  # fmt: skip
+    share = node("Div", [weights, node("Cast", [lengths], "of", np.float32, to=1)], "share", np.float32)
     return node("MatMul", [share, x], "mean", np.float32)
