@@ -9,10 +9,10 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.graph.segments import segment_first, segment_mean
-from trimtab.plugins import PACKED_ATTENTION, add_node
+from trimtab.passes.graph.segments import segment_first, segment_mean, segment_members
 
 _HEADS = 2  # of FastBERT's attention
+_MASKED = {"far": -1e9, "near": 0.0}  # added to the score of another sample's token, and of an own one
 _EPSILON = 1e-5  # of torch's LayerNorm
 
 Weights = Mapping[str, np.ndarray]
@@ -76,14 +76,45 @@ class ExitHead:
         return self._classify(graph, read, name)
 
     def _attend(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-        x = insert(graph, "Tanh", [self._linear(graph, x, "narrow", name)], f"{name}/tanh", dtype=np.float32)
-        q, k, v = (self._linear(graph, x, part, name) for part in ("query", "key", "value"))
-        for tensor in (q, k, v):
-            tensor.shape = [None if x.shape is None else x.shape[0], self._of("query").shape[0]]
-        given = {"q": q, "k": k, "v": v, "offsets": offsets}
-        context = add_node(graph, PACKED_ATTENTION, given, f"{name}/context", heads=_HEADS)
-        first = segment_first(graph, context, offsets, f"{name}/first")
-        return self._classify(graph, self._linear(graph, first, "attended", name), name)
+        """Attention of each sample's first token over its own, of which no other row is computed.
+
+        A row of zeros at the end is what a sample without tokens attends to: no softmax is of nothing.
+        """
+
+        def node(op: str, inputs: list[gs.Tensor], key: str, **attrs: object) -> gs.Variable:
+            return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=np.float32)
+
+        narrow = node("Tanh", [self._linear(graph, x, "narrow", name)], "tanh")
+        q = self._linear(graph, segment_first(graph, narrow, offsets, f"{name}/first"), "query", name)
+        hidden = self._of("query").shape[0]
+        none = constant(f"{name}/none", np.zeros((1, hidden), np.float32))
+        k, v = (node("Concat", [self._linear(graph, narrow, part, name), none], f"{part}/more", axis=0)
+                for part in ("key", "value"))  # fmt: skip
+        own = segment_members(graph, narrow, offsets, f"{name}/own")
+        far, near = (constant(f"{name}/{key}", np.array(value, np.float32)) for key, value in _MASKED.items())
+        mask = node("Where", [own, near, far], "mask")
+        last = node("Expand", [constant(f"{name}/last", np.array([[_MASKED["far"] / 2]], np.float32)),
+                               self._column(graph, q, name)], "mask/last")  # fmt: skip
+        mask = node("Concat", [mask, last], "mask/more", axis=-1)
+        keys = node("Transpose", [k], "keys", perm=[1, 0])
+        context: gs.Variable | None = None
+        for head in range(_HEADS):
+            columns = (np.arange(hidden) * _HEADS // hidden == head).astype(np.float32)
+            of_head = constant(f"{name}/head.{head}", columns)
+            scale = constant(f"{name}/scale.{head}", columns * np.float32((hidden // _HEADS) ** -0.5))
+            scores = node("MatMul", [node("Mul", [q, scale], f"query.{head}"), keys], f"scores.{head}")
+            weights = node("Softmax", [node("Add", [scores, mask], f"masked.{head}")], f"weights.{head}", axis=-1)
+            part = node("MatMul", [weights, node("Mul", [v, of_head], f"value.{head}")], f"context.{head}")
+            context = part if context is None else node("Add", [context, part], f"sum.{head}")
+        assert context is not None
+        return self._classify(graph, self._linear(graph, context, "attended", name), name)
+
+    @staticmethod
+    def _column(graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
+        """The shape [rows of x, 1]."""
+        one = constant(f"{name}/column/one", np.array([1], np.int64))
+        rows = insert(graph, "Shape", [x], f"{name}/column/rows", attrs={"start": 0, "end": 1}, dtype=np.int64)
+        return insert(graph, "Concat", [rows, one], f"{name}/column", attrs={"axis": 0}, dtype=np.int64)
 
     def _classify(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
         hidden = insert(graph, "Tanh", [self._linear(graph, x, "dense", name)], f"{name}/hidden", dtype=np.float32)

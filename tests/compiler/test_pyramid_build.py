@@ -20,13 +20,15 @@ WORKLOAD = {"batch": [1, 4, 8], "tokens": [1, 16, 48]}
 FAMILIES = {"bert": (3, 48, 3), "roberta": (2, 40, 5)}
 """Classifier → its layers, width and classes."""
 
+HEADS = {"bert": "light", "roberta": "fastbert"}
+
 
 def profile_of(path: Path, family: str, rng: np.random.Generator) -> Profile:
     """Random thresholds and exits, as training would have learned them."""
     layers, width, classes = FAMILIES[family]
     learned = {"thresholds": rng.uniform(0.02, 0.2, layers).astype(np.float32)}
     for after in range(layers):
-        learned |= exit_weights(rng, after, "light", width, classes)
+        learned |= exit_weights(rng, after, HEADS[family], width, classes)
     info = ProfileInfo(model=open_source(path).fingerprint, data="d", samples=1, tokens=1)
     return Profile(info, {f"learned.magic-pyramid.{name}": value for name, value in learned.items()})
 
