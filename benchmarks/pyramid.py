@@ -38,13 +38,13 @@ from trimtab.compiler.sources import Source
 HERE = Path(__file__).resolve().parent
 TOKENS = {"sst2": 64, "agnews": 96, "imdb": 256}
 DEV = 2000
-"""Last lines of the training set, which choose the dials; half of them where texts are long."""
+"""Last lines of the training set, which choose the dials; a third of them where texts are long."""
 
 LEAST_WORDS = {"sst2": 12}
 """Of a text that chooses the dials: SST-2 trains on phrases and tests on sentences, which keep fewer tokens each."""
 
 TIMED = {1: 128, 32: 8}
-"""Batch → batches that are timed."""
+"""Batch → batches that are timed; half as many where texts are long."""
 
 PEERS = ("dense-fp32", "dense-int8", "openvino-fp32", "openvino-bf16")
 GRID = {"prune": (0.0, 0.5, 1.0, 1.4), "exit_threshold": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)}
@@ -159,6 +159,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Of training, if none is given.")] = 60.0,
     drop: Annotated[float, typer.Option(help="Points below the best setting, on the part that chooses.")] = 0.3,
     seconds: Annotated[float, typer.Option(help="Of timing, for each batch size; 0 times nothing.")] = 60.0,
+    texts: Annotated[int | None, typer.Option(help="Of the test set, at most; by default all.")] = None,
     only: Annotated[str, typer.Option(help="Variants, by semicolons.")] = ";".join(VARIANTS),
     shared: Annotated[Path, typer.Option(help="Folder with data/ and models/.")] = HERE.parents[1] / "shared",
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
@@ -178,7 +179,7 @@ def main(
         results: dict[str, Any] = {"command": " ".join(sys.argv), "versions": package_versions(),
                    "machine": this_machine(2).model_dump(mode="json"), "task": task, "drop": drop}  # fmt: skip
         variants = {name: VARIANTS[name] for name in VARIANTS if name in only.split(";")}
-        results |= measure(it, trained, variants, drop, seconds, work, say)
+        results |= measure(it, trained, variants, drop, seconds, texts, work, say)
     if output:
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if as_json:
@@ -189,12 +190,13 @@ def main(
 
 
 def measure(
-    task: Task, pyramid: Path, variants: Mapping[str, list[Any]], drop: float, seconds: float, work: Path,
-    say: Callable[[str], None],
+    task: Task, pyramid: Path, variants: Mapping[str, list[Any]], drop: float, seconds: float, texts: int | None,
+    work: Path, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy, FLOPs and time of variants, and of the dense model in several runtimes."""
-    dev = list(task.feeds(task.dev, 32, DEV // 2 if task.tokens > 128 else DEV))
-    test = list(task.feeds(task.test, 32))
+    long = task.tokens > 128
+    dev = list(task.feeds(task.dev, 32, DEV // 3 if long else DEV))
+    test = list(task.feeds(task.test, 32, texts))
     onnx = task.dense.onnx
     runs: dict[str, Run] = {name: open_peer(name, onnx, 2) for name in PEERS}
     whole, dials = of_dense(onnx, test), dict[str, float]()
@@ -216,6 +218,7 @@ def measure(
         say(f"  accuracy {accuracy:.2f} (dense {reached:.2f}), FLOPs {whole / cost.flops:.2f} times fewer, {dials}")
     padding = {}
     for size, many in (TIMED if seconds else {}).items():
+        many = many // 2 if long else many
         given = [feeds for feeds, _ in task.feeds(task.test, size, size * many)]
         padding[size] = 1 - float(np.concatenate([feeds["attention_mask"].ravel() for feeds in given]).mean())
         timings = interleave(
