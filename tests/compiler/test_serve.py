@@ -28,6 +28,7 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.serving import environment, process
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import VARIABLE
+from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import TargetError
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -242,6 +243,9 @@ def test_an_engine_for_a_gpu_without_one(build: Build, monkeypatch: pytest.Monke
     for path in build.path.rglob("*"):
         target = copy / path.relative_to(build.path)
         target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
+    info = EngineInfo(target="tensorrt", library="tensorrt", version="10.9", precisions=(), engines=())
+    (copy / "engine").mkdir(exist_ok=True)
+    info.write(copy / "engine")
     for target, says in (("tensorrt", "this machine has none"), ("tensorrt-rtx", "those of TensorRT alone")):
         seal(copy, target=target)
         done = cli("serve", copy, *FREE)
