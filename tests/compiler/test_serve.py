@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import triton_server
-from sealed import seal
+from sealed import entry, listed, seal
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -247,7 +247,7 @@ def test_an_engine_for_a_gpu_without_one(build: Build, monkeypatch: pytest.Monke
     (copy / "engine").mkdir(exist_ok=True)
     info.write(copy / "engine")
     for target, says in (("tensorrt", "this machine has none"), ("tensorrt-rtx", "those of TensorRT alone")):
-        seal(copy, target=target)
+        seal(copy, target=target, files=listed(copy) | {"engine/engine.json": entry(copy / "engine" / "engine.json")})
         done = cli("serve", copy, *FREE)
         assert done.exit_code == 1 and says in done.stderr and "hint:" in done.stderr
 
