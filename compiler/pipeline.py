@@ -159,6 +159,7 @@ class _Compile:
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
+                get_target(self.recipe.target).settle(graph)
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]
                 check_finite(made, hint="the calibration data drive a pass out of range; try milder options")

@@ -12,6 +12,8 @@ import numpy as np
 from trimtab.passes.errors import TargetError
 
 if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+    import onnx_graphsurgeon as gs
+
     from trimtab.compiler.engine_options import EngineOptions
     from trimtab.compiler.workload import Workload
     from trimtab.passes.contract import Capability
@@ -111,6 +113,9 @@ class Target(ABC):
             threads: CPU threads of one run, as `open` takes them.
         """
         return None
+
+    def settle(self, graph: gs.Graph) -> None:  # noqa: B027  (most take a graph as it is)
+        """Write what all passes have made, in place, as the runtime computes it best: same results, same layers."""
 
     @abstractmethod
     def build(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from trimtab.compiler.engine_options import EngineOptions
@@ -21,6 +22,7 @@ from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
+from trimtab.passes.lower import keep_integer_products
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import library_path, register
 
@@ -39,6 +41,9 @@ class OnnxRuntime(Target):
 
     def crossover(self, threads: int | None = None) -> Measure | None:
         return lambda shape: measured_crossover(shape, lambda: session_options(threads))
+
+    def settle(self, graph: gs.Graph) -> None:
+        keep_integer_products(graph)
 
     def build(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import zoo
@@ -20,6 +21,7 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split import FFNSplit
 from trimtab.passes.graph import save_graph
 from trimtab.passes.layer import read_layer
+from trimtab.passes.lower import keep_integer_products
 from trimtab.passes.profile import Profile
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.unpad import Unpad
@@ -82,11 +84,14 @@ class Built:
         graph = canonical(zoo.exported(family))
         steps = [pass_class(name).model_validate(o) for step in steps_of(recipe) for name, o in step.items()]
         self.results: list[PassResult] = run_passes(graph, steps, PassContext(profile(family), CAPABILITY))
+        self.kept = keep_integer_products(graph)
         path = folder / f"{recipe.replace(' ', '-')}.onnx"
         save_graph(graph, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
         register(options)
+        self.optimized = path.with_suffix(".optimized.onnx")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(self, feeds: dict[str, np.ndarray], **dials: Any) -> tuple[np.ndarray, list[int]]:
@@ -198,6 +203,16 @@ def test_static_int8_of_ffns_that_are_split(family: str, tmp_path: Path) -> None
     assert result.changed == len(result.details["layers"]) == ffn.layer + 1 and not result.left
     got = run_part(graph, x, next(t.name for t in reader.inputs if "layer" in t.name and t.inputs), states, tmp_path)
     assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
+
+
+def test_products_of_packed_tokens_stay_integers(tmp_path: Path) -> None:
+    products = 2 * SIZES["bert"][0]
+    for recipe in ("static unpad", "static unpad token-prune early-exit", "unpad static"):
+        built = Built("bert", recipe, tmp_path)
+        assert built.kept == products
+        ops = [node.op_type for node in onnx.load(built.optimized).graph.node]
+        assert ops.count("MatMulIntegerToFloat") == products
+    assert Built("bert", "static", tmp_path).kept == 0
 
 
 def test_static_int8_leaves_what_sparse_ops_compute() -> None:
