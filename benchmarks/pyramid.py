@@ -41,8 +41,8 @@ DEV = 2000
 """Last lines of the training set, which choose the dials; a third of them where texts are long."""
 
 HALVED = {"sst2"}
-"""Tasks whose dials every other text of the test set chooses, and the others judge: the training set of SST-2 has many
-phrases of one sentence, so that no part of it is unseen."""
+"""Tasks whose dials one half of the test set chooses for the other, and the other way round: the training set of SST-2
+has many phrases of one sentence, so that no part of it is unseen."""
 
 TIMED = {1: 128, 32: 8}
 """Batch → batches that are timed; half as many where texts are long."""
@@ -67,20 +67,25 @@ AS_BOTH = ("both + ", "both, ")
 
 
 class Task:
-    """A task's data, and its dense model."""
+    """A task's data, and its dense model.
+
+    Attributes:
+        folds: texts that choose dials, and those that judge them.
+    """
 
     def __init__(self, name: str, shared: Path, dense: Path, work: Path) -> None:
         self.name, self.tokens = name, TOKENS[name]
         lines = gzip.decompress((shared / "data" / name / "train.jsonl.gz").read_bytes()).splitlines(keepends=True)
-        self.train, self.dev = work / "train.jsonl", work / "dev.jsonl"
+        self.train, self.test = work / "train.jsonl", shared / "data" / name / "test.jsonl.gz"
         self.train.write_bytes(b"".join(lines[:-DEV]))
-        self.dev.write_bytes(b"".join(lines[-DEV:]))
-        self.test = shared / "data" / name / "test.jsonl.gz"
+        dev, halves = work / "dev.jsonl", [work / "even.jsonl", work / "odd.jsonl"]
+        dev.write_bytes(b"".join(lines[-DEV:]))
+        self.folds = [(dev, self.test)]
         if name in HALVED:
             lines = gzip.decompress(self.test.read_bytes()).splitlines(keepends=True)
-            self.test = work / "test.jsonl"
-            self.dev.write_bytes(b"".join(lines[::2]))
-            self.test.write_bytes(b"".join(lines[1::2]))
+            for start, half in enumerate(halves):
+                half.write_bytes(b"".join(lines[start::2]))
+            self.folds = [(halves[0], halves[1]), (halves[1], halves[0])]
         self.dense: Source = open_source(dense)
 
     def feeds(self, data: Path, size: int, samples: int | None = None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -200,11 +205,14 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy, FLOPs and time of variants, and of the dense model in several runtimes."""
     long = task.tokens > 128
-    dev = list(task.feeds(task.dev, 32, DEV // 3 if long else DEV))
-    test = list(task.feeds(task.test, 32, texts))
+    folds = [
+        (list(task.feeds(dev, 32, DEV // 3 if long else DEV)), list(task.feeds(test, 32, texts)))
+        for dev, test in task.folds
+    ]
+    test = [batch for _, judging in folds for batch in judging]
     onnx = task.dense.onnx
     runs: dict[str, Run] = {name: open_peer(name, onnx, 2) for name in PEERS}
-    whole, of_both = of_dense(onnx, test), dict[str, float]()
+    whole, of_both = of_dense(onnx, test), list[dict[str, float]]()
     engines: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         engines[name] = {"accuracy": judge(run, test), "flops": 1.0}
@@ -213,13 +221,18 @@ def measure(
         recipe = {"passes": passes, "threads": 2, "workload": {"batch": [1, 1, 32], "tokens": [1, 64, task.tokens]}}
         build = compile_model(pyramid, recipe, work / "build", force=True)
         engine, count = load(build.path), Counter(build.model, 2)
-        dials = {}
+        dials: list[dict[str, float]] = [{}] * len(folds)
         if engine.dials:
-            dials = of_both if name.startswith(AS_BOTH) else choose(engine, count, dev, drop)
-        runs[name] = partial(engine.run, dials=dials)
-        cost, accuracy = executed(count, engine, test, dials)
+            dials = of_both if name.startswith(AS_BOTH) else [choose(engine, count, dev, drop) for dev, _ in folds]
+        runs[name] = partial(engine.run, dials=dials[0])
+        costs, right = zip(
+            *(executed(count, engine, judging, own) for own, (_, judging) in zip(dials, folds, strict=True)),
+            strict=True,
+        )  # fmt: skip
+        sizes = [sum(len(labels) for _, labels in judging) for _, judging in folds]
+        cost, accuracy = total(costs), float(np.average(right, weights=sizes))
         less = whole / cost.flops if PYRAMID[0] in passes else 1.0  # the others compute padding, too, as dense does
-        engines[name] = {"accuracy": accuracy, "flops": less, "dials": dials,
+        engines[name] = {"accuracy": accuracy, "flops": less, "dials": dials[0] if len(dials) == 1 else dials,
                          "passages": [passage.model_dump() for passage in cost.passages]}  # fmt: skip
         reached = engines["dense-fp32"]["accuracy"]
         if name == "both":
