@@ -7,6 +7,7 @@ One row per task: accuracy against wall clock of texts one by one and in batches
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,21 +62,20 @@ def draw_times(axis: Axes, found: dict[str, Any], size: int) -> None:
 
 def draw_leaving(axis: Axes, found: dict[str, Any]) -> None:
     """What share of samples and of their tokens is still there behind each layer, at the dials of "both"."""
-    passages = found["engines"]["both"]["passages"]
-    samples = [(0, 1.0)]
+    samples: list[tuple[int, float]] = [(0, 1.0)]
     tokens: list[tuple[int, float]] = []
-    number = layers = 0
-    for passage in passages:
+    whole = 0
+    for passage in found["engines"]["both"]["passages"]:
+        number = re.search(r"\.(\d+)/", passage["where"])  # of the layers before an exit, or of the layer that prunes
+        assert number is not None
         if passage["what"] == "samples":
-            whole = passages[0]["entered"] if passages[0]["what"] == "samples" else passage["entered"]
-            samples.append((number, passage["stayed"] / whole))
+            whole = whole or passage["entered"]
+            samples.append((int(number[1]), passage["stayed"] / whole))
         else:
-            number += 1
-            tokens.append((number, passage["stayed"] / max(passage["entered"], 1)))
-        layers = max(layers, number)
+            tokens.append((int(number[1]) + 1, passage["stayed"] / max(passage["entered"], 1)))
     axis.step(*zip(*samples, strict=True), where="post", label="samples that go on")
     axis.plot(*zip(*tokens, strict=True), "o-", label="of the tokens that enter a layer, those that stay")
-    axis.set(title=f"{found['task']}: {found['engines']['both']['dials']}", xlabel="layers", ylim=(0, 1.05))
+    axis.set(title=f"{found['task']}, both", xlabel="layers", ylim=(0, 1.05))
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
