@@ -106,6 +106,8 @@ class Dials:
         else:
             values = self._at(_numbers("speed", speed, batch, 0.0, 1.0))
         known = {dial.name: dial for dial in self.dials}
+        if dials is not None and not isinstance(dials, Mapping):
+            raise InputError(f"dials is {dials!r}, not a mapping", hint="give dials={name: number}")
         for name, value in (dials or {}).items():
             if name not in known:
                 raise InputError(f"unknown dial {name!r}", hint=self._suggest(name))
@@ -141,7 +143,10 @@ class Dials:
 
 def _numbers(what: str, value: Setting, batch: int, low: float, high: float) -> np.ndarray:
     """`value` as float64, [] or [batch]."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        array = np.array(None)
     if array.dtype.kind not in "iuf" or isinstance(value, bool):
         raise InputError(f"{what} is {value!r}, not a number", hint=f"give a number from {low:g} to {high:g}")
     if array.shape not in ((), (1,), (batch,)):

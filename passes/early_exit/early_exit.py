@@ -57,9 +57,11 @@ class EarlyExit(Pass):
         "1 / n for n exits in a row that agree",
     )
     after: tuple[int, ...] | None = Field(
-        None, description="numbers of layers behind which there is an exit, 0 for the one in front of the first layer; "
-        "by default all that the profile has",
-    )  # fmt: skip
+        None,
+        min_length=1,
+        description="numbers of layers behind which there is an exit, 0 for the one in front of the first layer; by "
+        "default all that the profile has",
+    )
     report: bool = Field(True, description="give the model an output: the number of layers that each sample ran")
 
     def dials(self) -> tuple[Dial, ...]:

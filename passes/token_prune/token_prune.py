@@ -53,7 +53,9 @@ class TokenPrune(Pass):
         1.0, ge=0, le=_MOST, description="default of the dial: 0 keeps all, 1 prunes as it was learned or given"
     )
     keep: tuple[float, ...] | None = Field(
-        None, description="ratio mode: share of the tokens that enter a layer which stay behind it, one for each layer"
+        None,
+        min_length=1,
+        description="ratio mode: share of the tokens that enter a layer which stay behind it, one for each layer",
     )
 
     @property

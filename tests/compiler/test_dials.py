@@ -78,6 +78,8 @@ def test_a_call_is_turned(engine: Engine, case: Any, turned: dict[str, Any], dim
         ({"dials": {"lift": [0, 0, float("inf")]}}, "dial 'lift' is inf"),
         ({"dials": {"lift": [0, 1]}}, "shape [2] for 3 samples"),
         ({"dials": {"lift": "fast"}}, "dial 'lift' is 'fast', not a number"),
+        ({"dials": {"lift": [[1], [1, 2]]}}, "dial 'lift' is [[1], [1, 2]], not a number"),
+        ({"dials": ["lift"]}, "dials is ['lift'], not a mapping"),
         ({"dials": {"lift": True}}, "dial 'lift' is True, not a number"),
         ({"speed": 1.5}, "speed is 1.5; give a number from 0 to 1"),
         ({"speed": float("nan")}, "speed is nan"),

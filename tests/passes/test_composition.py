@@ -155,6 +155,8 @@ def samples(feeds: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         ([{"ffn-topk": {"shared": True}}, "unpad"], "unpad cannot run behind ffn-topk: .*one choice for all tokens"),
         (["unpad", "recover"], "recover cannot run behind unpad: training does not know"),
         (["ffn-topk", "recover"], "recover cannot run behind ffn-topk: training does not know"),
+        (["unpad", {"early-exit": {"after": []}}], r"early-exit\.after: .*at least 1 item"),
+        (["unpad", {"token-prune": {"keep": []}}], r"token-prune\.keep: .*at least 1 item"),
         (["unpad", "early-exit", "token-prune"], "token-prune cannot run behind early-exit"),
     ],
 )

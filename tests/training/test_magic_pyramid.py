@@ -18,7 +18,7 @@ from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import class_labels
 from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
-from trimtab.passes.profile import Profile
+from trimtab.passes.profile import Profile, ProfileInfo
 from trimtab.training.clock import Clock
 from trimtab.training.magic_pyramid import learn
 from trimtab.training.magic_pyramid.pyramid import Pyramid
@@ -158,6 +158,16 @@ def test_a_pyramid_learns_more(tmp_path: Path) -> None:
     for name, value in learned[0].items():
         if ".out." not in name:  # its temperature is fitted again
             np.testing.assert_allclose(learned[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_thresholds_of_other_weights_prune_nothing(tmp_path: Path, kept: list[Any]) -> None:
+    folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    tensors = {"learned.magic-pyramid.thresholds": np.zeros(2, np.float32)}
+    info = ProfileInfo(model="other", data="d", samples=1, tokens=1, learned={"magic-pyramid": {}})
+    Profile(info, tensors).save(folder / "profile.safetensors")
+    with pytest.raises(ModelError, match="is of other weights"):
+        train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"fine_tune": 0, "soft": 0, "hard": 1})
+    assert not kept
 
 
 def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:

@@ -20,6 +20,8 @@ from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.folder import token_limit
+from trimtab.passes.errors import ModelError
+from trimtab.passes.profile import PROFILE
 from trimtab.training.clock import Clock
 from trimtab.training.contract import Job, Trained
 from trimtab.training.huggingface import (
@@ -71,6 +73,11 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     assert examples.lengths is not None
     pyramid = Pyramid(classifier.model, settings, float(examples.lengths.mean()))
     pyramid.go_on(load_learned(checkpoint.folder))
+    if settings.hard and not pyramid.prunes:
+        raise ModelError(
+            f"{checkpoint.folder}: hard has no thresholds to prune by, since its {PROFILE} is of other weights",
+            hint="learn them (--soft 1), or take them from quantiles (--keep)",
+        )
     made_of = {
         "method": METHOD, "settings": settings.model_dump(), "data": job.dataset.sha256, "model": checkpoint.digest,
         "versions": package_versions(),
