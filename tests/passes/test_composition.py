@@ -155,8 +155,6 @@ def samples(feeds: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         ([{"ffn-topk": {"shared": True}}, "unpad"], "unpad cannot run behind ffn-topk: .*one choice for all tokens"),
         (["unpad", "recover"], "recover cannot run behind unpad: training does not know"),
         (["ffn-topk", "recover"], "recover cannot run behind ffn-topk: training does not know"),
-        (["unpad", {"early-exit": {"after": []}}], r"early-exit\.after: .*at least 1 item"),
-        (["unpad", {"token-prune": {"keep": []}}], r"token-prune\.keep: .*at least 1 item"),
         (["unpad", "early-exit", "token-prune"], "token-prune cannot run behind early-exit"),
     ],
 )
@@ -164,6 +162,12 @@ def test_orders_that_are_refused_when_the_recipe_is_read(passes: list[Any], reas
     with pytest.raises(RecipeError, match=reason) as error:
         load_recipe({"passes": passes})
     assert "put " in str(error.value.hint)
+
+
+@pytest.mark.parametrize(("name", "option"), [("early-exit", "after"), ("token-prune", "keep")])
+def test_an_empty_list_is_refused(name: str, option: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name}.{option}: .*at least 1 item"):
+        load_recipe({"passes": ["unpad", {name: {option: []}}]})
 
 
 def test_an_exit_behind_a_pruned_first_layer(tmp_path: Path) -> None:
