@@ -150,8 +150,8 @@ class Stages:
         """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
         number, settings, scratch = STAGES.index(stage), self._settings, self._run.folder / stage
         pruned = self._pyramid.prunes and stage != "fine_tune"
-        left = stage == "exits" or self._joint(stage)
         self._pyramid.enter(stage, pruned=pruned)
+        left = self._pyramid.exits_learn
         optimizer = torch.optim.AdamW(self._pyramid.groups(), betas=(0.9, 0.98), fused=True)
         trainer = make_trainer(self._pyramid, self._examples, settings, scratch, optimizer=optimizer, judge=judge)
         began = time.monotonic()
@@ -193,9 +193,6 @@ class Stages:
         order = np.argsort(lengths[:_QUANTILES_OF], kind="stable")
         for i in range(0, len(order), size):
             yield self._examples.collate([self._examples.train[int(place)] for place in order[i : i + size]])
-
-    def _joint(self, stage: str) -> bool:
-        return self._settings.learns_jointly and stage in ("soft", "hard")
 
     def _keep(self, stage: str, scratch: Path, seconds: float) -> None:
         """Write the weights behind a stage, and what was needed only to get there goes."""

@@ -98,11 +98,12 @@ class Pyramid(nn.Module):
         self.pruning.mode = _MODES.get(stage, "hard" if pruned else "dense")
         self.model.requires_grad_(stage != "exits")
         self.pruning.requires_grad_(stage == "soft")
-        self.exits.requires_grad_(stage == "exits" or self._joint)
+        self.exits.requires_grad_(self.exits_learn)
 
     @property
-    def _joint(self) -> bool:
-        return self.stage in ("soft", "hard") and self.settings.learns_jointly
+    def exits_learn(self) -> bool:
+        """Whether exits learn in this stage, alone or together with the model."""
+        return self.stage == "exits" or (self.stage in ("soft", "hard") and self.settings.learns_jointly)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pyramid:
         """As in torch, which moves modules by this; the teacher goes along."""
@@ -169,7 +170,7 @@ class Pyramid(nn.Module):
     def _loss(self, logits: Tensor, labels: Tensor, given: dict[str, Tensor]) -> Tensor:
         if self.stage == "fine_tune":
             return functional.cross_entropy(logits.float(), labels)
-        exits = self._leave() if self._joint else []
+        exits = self._leave() if self.exits_learn else []
         masks, reached = self.pruning.masks, self.pruning.reached
         dense = None
         if self._teacher:
@@ -199,7 +200,7 @@ class Pyramid(nn.Module):
         found: list[dict[str, Any]] = []
         if self.stage != "exits":
             found += _decaying(self.model, settings.lr, settings.weight_decay)
-        if self.stage == "exits" or self._joint:
+        if self.exits_learn:
             found += _decaying(self.exits, settings.exit_lr, settings.weight_decay)
         if self.stage == "soft":
             found.append({"params": [self.pruning.multiples], "lr": settings.threshold_lr, "weight_decay": 0.0})
