@@ -78,7 +78,7 @@ NAN = float("nan")
         ("generation", ["unpad", "early-exit"], weights(), "an answer for each token"),
         ("generation", ["unpad", {"token-prune": {"keep": [0.5]}}], None, "keys are hidden by position"),
         ("classes", ["unpad", {"token-prune": {"keep": [0.5] * 3}}], None, "3 shares are given"),
-        ("classes", ["unpad", {"token-prune": {"keep": []}}], None, "0 shares are given"),
+        ("classes", ["unpad", {"token-prune": {"keep": []}}], None, "at least 1 item"),
         ("classes", ["unpad", {"token-prune": {"keep": [0.0]}}], None, "0 is no share"),
         ("classes", ["unpad", {"token-prune": {"keep": [NAN]}}], None, "should be a valid number"),
         ("classes", ["unpad", {"token-prune": {"strength": NAN}}], weights(), "strength"),
