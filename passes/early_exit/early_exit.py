@@ -136,9 +136,26 @@ class _Batch:
     ) -> None:
         self._graph, self._logits, self._attentions = graph, logits, attentions
         self._dials = list(dials)
-        self._answers: gs.Variable | None = None
-        self._layers: gs.Variable | None = None
-        self._places: gs.Tensor | None = None  # of the samples that are left, among all
+        self._start(EarlyExit.name)
+
+    def _start(self, name: str) -> None:
+        """All are on their way, and nobody has an answer yet."""
+        graph = self._graph
+
+        def number(key: str, value: object, dtype: type = np.int64) -> gs.Constant:
+            return constant(f"{name}/{key}", np.asarray(value, dtype))
+
+        def node(op: str, inputs: list[gs.Tensor], key: str, dtype: object = np.int64, **attrs: object) -> gs.Variable:
+            return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=dtype)
+
+        batch, one = node("Shape", [self._dials[0]], "batch"), number("row", [1])
+        numbers = node("Range", [number("first", 0), node("Squeeze", [batch], "samples"), number("next", 1)], "numbers")
+        self._places = node("Unsqueeze", [numbers, one], "places")  # [left, 1], among all, of those that are left
+        self._places.shape = [(self._dials[0].shape or [None])[0], 1]
+        shape = node("Concat", [batch, one], "rows", axis=0)
+        nothing = number("no_answer", np.zeros((1, int(self._logits.shape[-1]))), np.float32)
+        self._answers = node("Expand", [nothing, shape], "answers_none", np.float32)
+        self._layers = node("Expand", [number("no_layer", [0], np.int32), batch], "layers_none", np.int32)
 
     def leave(self, block: Block, head: ExitHead, doubt: Doubt, name: str) -> str | None:
         """Let samples leave in front of `block`; returns the reason where they cannot."""
@@ -153,65 +170,36 @@ class _Batch:
         answers = head(graph, x, offsets, f"{name}/head")
         unsure = doubt(graph, answers, f"{name}/doubt")
         given = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
-        stay, leave, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")
-        self._keep(answers, leave, head.after, name)
+        stay, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")
+        self._answer(answers, head.after, name)
         dials = [rows_of(graph, dial, stay, f"{name}/dial.{i}") for i, dial in enumerate(self._dials)]
         instead = {id(old): new for old, new in zip(self._dials, dials, strict=True)}
         reread(behind, instead | {id(x): rows_of(graph, x, rows, f"{name}/x"), id(offsets): stay_offsets})
         self._dials = dials
-        self._places = stay if self._places is None else rows_of(graph, self._places, stay, f"{name}/places")
+        self._places = rows_of(graph, self._places, stay, f"{name}/places")
         doubt.counts = [rows_of(graph, count, stay, f"{name}/count.{i}") for i, count in enumerate(doubt.counts)]
         return None
 
-    def _keep(self, answers: gs.Tensor, leave: gs.Tensor, layers: int, name: str) -> None:
-        """Put the answers of the samples `leave` at their places."""
+    def _answer(self, answers: gs.Tensor, layers: int, name: str) -> None:
+        """Put `answers` at the places of the samples that are on their way; those that go on will get better ones."""
         graph = self._graph
-        own = rows_of(graph, answers, leave, f"{name}/answers")
-        ran = rows_of(graph, self._ran(layers, name), leave, f"{name}/ran")
-        where = leave if self._places is None else rows_of(graph, self._places, leave, f"{name}/left")
-        self._scatter(own, ran, where, name)
-
-    def _ran(self, layers: int, name: str) -> gs.Variable:
-        """`layers` for each of the samples that are on their way."""
-        count = insert(self._graph, "Shape", [self._dials[0]], f"{name}/many", dtype=np.int64)
+        count = insert(graph, "Shape", [self._dials[0]], f"{name}/many", dtype=np.int64)
         number = constant(f"{name}/number", np.array([layers], np.int32))
-        ran = insert(self._graph, "Expand", [number, count], f"{name}/each", dtype=np.int32)
+        ran = insert(graph, "Expand", [number, count], f"{name}/each", dtype=np.int32)
         ran.shape = list(self._dials[0].shape)
-        return ran
+        self._answers = self._put(self._answers, answers, f"{name}/known")
+        self._layers = self._put(self._layers, ran, f"{name}/layers")
 
-    def _scatter(self, own: gs.Tensor, ran: gs.Tensor, where: gs.Tensor, name: str) -> None:
-        graph = self._graph
-        if self._answers is None:
-            self._start(name)
-        assert self._answers is not None and self._layers is not None
-        one = constant(f"{name}/one", np.array([1], np.int64))
-        wide = insert(graph, "Cast", [where], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
-        places = insert(graph, "Unsqueeze", [wide, one], f"{name}/at", dtype=np.int64)
-        self._answers = insert(graph, "ScatterND", [self._answers, places, own], f"{name}/known", dtype=np.float32)
-        self._layers = insert(graph, "ScatterND", [self._layers, places, ran], f"{name}/layers", dtype=np.int32)
-
-    def _start(self, name: str) -> None:
-        """Nobody has an answer yet."""
-        graph = self._graph
-        dial = next(tensor for tensor in graph.inputs if tensor.name == DIAL)
-        batch = insert(graph, "Shape", [dial], f"{name}/batch", dtype=np.int64)
-        zero = constant(f"{name}/no_answer", np.zeros((1, int(self._logits.shape[-1])), np.float32))
-        one = constant(f"{name}/row", np.array([1], np.int64))
-        shape = insert(graph, "Concat", [batch, one], f"{name}/rows", attrs={"axis": 0}, dtype=np.int64)
-        self._answers = insert(graph, "Expand", [zero, shape], f"{name}/answers_none", dtype=np.float32)
-        none = constant(f"{name}/no_layer", np.zeros(1, np.int32))
-        self._layers = insert(graph, "Expand", [none, batch], f"{name}/layers_none", dtype=np.int32)
+    def _put(self, known: gs.Variable, new: gs.Tensor, name: str) -> gs.Variable:
+        return insert(self._graph, "ScatterND", [known, self._places, new], name, dtype=known.dtype)
 
     def finish(self, layers: int, report: bool, name: str) -> None:
         """Put the answers of the last layer at their places, and give the graph its outputs."""
-        if self._places is None:
-            return
         logits, batch = self._logits, self._graph.inputs[0].shape[0]
-        self._scatter(logits, self._ran(layers, f"{name}/last"), self._places, f"{name}/last")
-        assert self._answers is not None and self._layers is not None
+        self._answer(logits, layers, f"{name}/last")
         shape = list(logits.shape)
         rename_output(self._graph, logits, self._answers)
-        logits.shape = [self._places.shape[0] if self._places.shape else None, *shape[1:]]
+        logits.shape = [self._places.shape[0], *shape[1:]]
         if report:
             self._layers.name, self._layers.shape = LAYERS_RUN, [batch]
             self._graph.outputs.append(self._layers)

@@ -1,57 +1,32 @@
-"""What the rows of a packed batch are to its samples: members, their mean, the first of them.
-
-By products with weights of rows: no reduction, which ONNX Runtime 1.31 gets wrong for a batch of 0, and no Gather,
-which has no row to read for a sample without tokens.
-"""
+"""What the rows of a packed batch are to its samples: members, their mean, the first of them."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph.edit import constant, insert
+from trimtab.plugins import POOL_TOKENS, add_node
 
 
 def segment_mean(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
     """The mean of the rows of `x` [T, width] that each sample has, [batch, width]; 0 of a sample without rows."""
-    bounds = _bounds(graph, x, offsets, name)
-    one = constant(f"{name}/least", np.array([1], np.int64))
-    length = insert(graph, "Sub", [bounds.ends, bounds.starts], f"{name}/lengths_", dtype=np.int64)
-    length = insert(graph, "Max", [length, one], f"{name}/lengths", dtype=np.int64)
-    belongs = _number(graph, _members(graph, bounds, name), f"{name}/belongs")
-    share = insert(graph, "Div", [belongs, _number(graph, length, f"{name}/of")], f"{name}/share", dtype=np.float32)
-    return insert(graph, "MatMul", [share, x], f"{name}/mean", dtype=np.float32)
+    return add_node(graph, POOL_TOKENS, {"x": x, "offsets": offsets}, name)
 
 
 def segment_first(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
     """The first row of `x` [T, width] of each sample, [batch, width]; 0 of a sample without rows."""
-    bounds = _bounds(graph, x, offsets, name)
-    first = insert(graph, "Equal", [bounds.rows, bounds.starts], f"{name}/behind", dtype=np.bool_)
-    weights = _number(graph, _before_end(graph, first, bounds, name), f"{name}/belongs")
-    return insert(graph, "MatMul", [weights, x], f"{name}/row", dtype=np.float32)
+    return add_node(graph, POOL_TOKENS, {"x": x, "offsets": offsets}, name, most=1)
 
 
 def segment_members(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
     """Which rows of `x` [T, width] each sample has, bool [batch, T]."""
-    return _members(graph, _bounds(graph, x, offsets, name), name)
 
-
-class _Bounds(NamedTuple):
-    """Where samples start and end, [batch, 1] each, and the numbers of all rows, [T]."""
-
-    starts: gs.Variable
-    ends: gs.Variable
-    rows: gs.Variable
-
-
-def _bounds(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> _Bounds:
     def number(key: str, value: object) -> gs.Constant:
         return constant(f"{name}/{key}", np.asarray(value))
 
-    def node(op: str, inputs: list[gs.Tensor], key: str, **attrs: object) -> gs.Variable:
-        return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=np.int64)
+    def node(op: str, inputs: list[gs.Tensor], key: str, dtype: object = np.int64, **attrs: object) -> gs.Variable:
+        return insert(graph, op, inputs, f"{name}/{key}", attrs=attrs, dtype=dtype)
 
     one = number("one", np.array([1], np.int64))
     wide = node("Cast", [offsets], "wide", to=7)
@@ -61,18 +36,5 @@ def _bounds(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> _Bo
     ends = node("Unsqueeze", [node("Slice", [wide, one, far], "ends_"), one], "ends")
     count = node("Squeeze", [node("Shape", [x], "rows", start=0, end=1)], "count")
     rows = node("Range", [number("from", np.int64(0)), count, number("step", np.int64(1))], "at")
-    return _Bounds(starts, ends, rows)
-
-
-def _members(graph: gs.Graph, bounds: _Bounds, name: str) -> gs.Variable:
-    behind = insert(graph, "GreaterOrEqual", [bounds.rows, bounds.starts], f"{name}/behind", dtype=np.bool_)
-    return _before_end(graph, behind, bounds, name)
-
-
-def _before_end(graph: gs.Graph, which: gs.Tensor, bounds: _Bounds, name: str) -> gs.Variable:
-    before = insert(graph, "Less", [bounds.rows, bounds.ends], f"{name}/before", dtype=np.bool_)
-    return insert(graph, "And", [which, before], f"{name}/inside", dtype=np.bool_)
-
-
-def _number(graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
-    return insert(graph, "Cast", [x], name, attrs={"to": 1}, dtype=np.float32)
+    behind = node("GreaterOrEqual", [rows, starts], "behind", np.bool_)
+    return node("And", [behind, node("Less", [rows, ends], "before", np.bool_)], "inside", np.bool_)

@@ -1,4 +1,4 @@
-"""KeepSamples: which samples of a packed batch go on to the next layer, and which leave with an early answer.
+"""KeepSamples: which samples of a packed batch go on to the next layer. The others leave with an early answer.
 
 FastBERT (arXiv 2004.02178) and Magic Pyramid (arXiv 2111.00230) let a sample leave where a classifier behind a layer is
 sure: where its uncertainty, the entropy of its answer over that of a uniform one, is below a threshold.
@@ -18,12 +18,9 @@ from trimtab.plugins.sizes import Counted, Shapes, Size
 __all__ = ["KEEP_SAMPLES"]
 
 
-def _samples(name: str) -> Any:
-    def rule(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any]:
-        uncertainty = shapes["uncertainty"]
-        return [Counted(name, Size() if uncertainty is None else uncertainty[0])]
-
-    return rule
+def _samples(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any]:
+    uncertainty = shapes["uncertainty"]
+    return [Counted("stay", Size() if uncertainty is None else uncertainty[0])]
 
 
 def _rows(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any]:
@@ -43,7 +40,6 @@ def _body(form: Form) -> str:
             *in_float(form, "threshold", "threshold", "dial", "Identity ({})"),
             _CHOICE,
             places_of("stays", "samples", "stay"),
-            places_of("leaves", "samples", "leave"),
             _ROWS,
             places_of("row_stays", "tokens", "rows"),
             _OFFSETS,
@@ -62,7 +58,6 @@ _CHOICE = """
   dial_flat = Reshape (dial, minus)
   dials = Expand (dial_flat, samples)
   under = Less (doubt, dials)
-  leaves = Cast <to = 7> (under)
   over = Not (under)
   stays = Cast <to = 7> (over)"""
 
@@ -106,8 +101,7 @@ KEEP_SAMPLES = Op(
         Input("x", ACTIVATION, "[T, width], the packed batch, of which only the number of rows counts"),
     ),
     outputs=(
-        Output("stay", "tensor(int32)", "[stay], numbers of the samples that stay, ascending", _samples("stay")),
-        Output("leave", "tensor(int32)", "[leave], those of the others", _samples("leave")),
+        Output("stay", "tensor(int32)", "[stay], numbers of the samples that stay, ascending", _samples),
         Output("rows", "tensor(int32)", "[rows], numbers of the rows of those that stay, ascending", _rows),
         Output("offsets_out", "tensor(int32)", "[stay + 1], where each sample begins among those rows", _starts),
     ),

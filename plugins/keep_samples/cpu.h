@@ -11,8 +11,7 @@ namespace trimtab {
 struct KeepSamples {
   static constexpr const char* kName = "KeepSamples";
   static constexpr ort::Argument kInputs[] = {{}, {}, {ort::Type::int32}, {}};  // uncertainty, threshold, offsets, x
-  static constexpr ort::Argument kOutputs[] = {
-      {ort::Type::int32}, {ort::Type::int32}, {ort::Type::int32}, {ort::Type::int32}};
+  static constexpr ort::Argument kOutputs[] = {{ort::Type::int32}, {ort::Type::int32}, {ort::Type::int32}};
 
   const char* read(const ort::Runtime&, const ort::KernelInfo*) { return nullptr; }
 
@@ -30,21 +29,17 @@ struct KeepSamples {
     if (x.rank == 0 || from[0] != 0 || from[batch] != x.dims[0] || !std::is_sorted(from, from + batch + 1))
       return "KeepSamples: offsets do not ascend from 0 to the number of rows";
 
-    std::vector<int32_t> stay, leave, starts = {0};
+    std::vector<int32_t> stay, starts = {0};
     for (int32_t b = 0; b < batch; b++) {
-      if (uncertainty.floats()[b] < dial.floats()[dials == 1 ? 0 : b]) {
-        leave.push_back(b);
-        continue;
-      }
+      if (uncertainty.floats()[b] < dial.floats()[dials == 1 ? 0 : b]) continue;
       stay.push_back(b);
       starts.push_back(starts.back() + from[b + 1] - from[b]);
     }
-    int32_t* row = write_output<int32_t>(runtime, context, 2, {starts.back()});
+    int32_t* row = write_output<int32_t>(runtime, context, 1, {starts.back()});
     for (const int32_t b : stay)
       for (int32_t i = from[b]; i < from[b + 1]; i++) *row++ = i;
     write(runtime, context, 0, stay);
-    write(runtime, context, 1, leave);
-    write(runtime, context, 3, starts);
+    write(runtime, context, 2, starts);
     return nullptr;
   }
 

@@ -25,7 +25,7 @@ def model() -> onnx.ModelProto:
     )
     given = dict(zip(NAMES, graph.inputs, strict=True))
     outputs = add_multi_output_node(graph, KEEP_SAMPLES, given, "exit")
-    assert [tensor.shape for tensor in outputs] == [["exit.stay"], ["exit.leave"], ["exit.rows"], ["exit.starts"]]
+    assert [tensor.shape for tensor in outputs] == [["exit.stay"], ["exit.rows"], ["exit.starts"]]
     return finish(graph, *outputs)
 
 
@@ -37,15 +37,14 @@ def check(uncertainty: Any, threshold: Any, lengths: Any) -> list[list[int]]:
         "x": np.zeros((sum(lengths), 3), np.float32),
     }
     settings = np.broadcast_to(feeds["threshold"], len(feeds["uncertainty"]))
-    leave = [b for b, (u, limit) in enumerate(zip(feeds["uncertainty"], settings, strict=True)) if u < limit]
-    stay = [b for b in range(len(settings)) if b not in leave]
+    stay = [b for b, (u, limit) in enumerate(zip(feeds["uncertainty"], settings, strict=True)) if not u < limit]
     rows = [row for b in stay for row in range(feeds["offsets"][b], feeds["offsets"][b + 1])]
     starts = [0, *np.cumsum([feeds["offsets"][b + 1] - feeds["offsets"][b] for b in stay], dtype=int)]
     for where, got in everywhere(model(), feeds).items():
-        for array, numbers in zip(got, (stay, leave, rows, starts), strict=True):
+        for array, numbers in zip(got, (stay, rows, starts), strict=True):
             assert array.dtype == np.int32
             np.testing.assert_array_equal(array, np.array(numbers, np.int32), where)
-    return [stay, leave, rows, starts]
+    return [stay, rows, starts]
 
 
 def test_random_batches() -> None:
@@ -63,16 +62,16 @@ def test_random_batches() -> None:
 def test_the_exact_end_keeps_all(threshold: float) -> None:
     uncertainty = np.random.default_rng().random(5)
     uncertainty[0] = 0
-    stay, leave, rows, _ = check(uncertainty, threshold, [3, 0, 1, 7, 2])
-    assert (stay, leave, rows) == (list(range(5)), [], list(range(13)))
+    stay, rows, _ = check(uncertainty, threshold, [3, 0, 1, 7, 2])
+    assert (stay, rows) == (list(range(5)), list(range(13)))
 
 
 def test_all_leave_at_once() -> None:
-    assert check([0.1, 0.2], 0.3, [4, 5]) == [[], [0, 1], [], [0]]
+    assert check([0.1, 0.2], 0.3, [4, 5]) == [[], [], [0]]
 
 
 def test_equal_to_the_threshold_stays_and_nan_too() -> None:
-    assert check([0.5, 0.4, np.nan, 0.5], [0.5, 0.5, 0.5, 0.6], [1, 2, 3, 4])[:2] == [[0, 2], [1, 3]]
+    assert check([0.5, 0.4, np.nan, 0.5], [0.5, 0.5, 0.5, 0.6], [1, 2, 3, 4])[0] == [0, 2]
 
 
 def test_tensorrts_parser_takes_the_body(tmp_path: Path) -> None:

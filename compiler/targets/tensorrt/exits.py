@@ -12,8 +12,6 @@ from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import insert, output_name_of, topological
 from trimtab.plugins import DOMAIN, KEEP_SAMPLES
 
-_LEAVE = [output.name for output in KEEP_SAMPLES.outputs].index("leave")
-
 ONE_ENGINE = "leave its exits inside of one engine: `engine: {segments: 1}`"
 
 
@@ -61,11 +59,11 @@ def lift_exits(graph: gs.Graph) -> list[Lifted]:
     names = [output.name for output in graph.outputs]
     found = []
     for number, keep in enumerate(keeps):
-        stay, _, rows, offsets = keep.outputs
+        stay, rows, offsets = keep.outputs
         batched = [_passed_on(gather, stay) for gather in list(stay.outputs) if _gathers(gather, stay)]
         packed = [_passed_on(gather, rows) for gather in list(rows.outputs) if _gathers(gather, rows)]
         given = {i.name: tensor for i, tensor in zip(KEEP_SAMPLES.inputs, keep.inputs, strict=True)}
-        keep.outputs = [*keep.outputs[:3], gs.Variable.empty()]
+        keep.outputs = [stay, rows, gs.Variable.empty()]
         graph.nodes.append(gs.Node("Identity", f"{keep.name}/go_on", inputs=[given["offsets"]], outputs=[offsets]))
         stays = _stays(graph, given["uncertainty"], given["threshold"], keep.name)
         own = [each[number] for each in answers]
@@ -90,17 +88,11 @@ def _answers(graph: gs.Graph, output: gs.Tensor, keeps: Sequence[gs.Node]) -> li
     found: list[gs.Variable] = []
     tensor, casts = _before_casts(output)
     while tensor.inputs and tensor.inputs[0].op == "ScatterND":
-        tensor, _, given = tensor.inputs[0].inputs
-        given, own = _before_casts(given)
-        gather = given.inputs[0] if given.inputs else None
-        number = len(keeps) - len(found)  # from the end, which is behind all exits
-        if number == len(keeps):
-            source = given
-        elif gather is None or number < 0 or not _gathers(gather, keeps[number].outputs[_LEAVE]):
-            raise _odd(output.name, f"{given.name} is not gathered by the samples that an exit lets go")
-        else:
-            source, more = _before_casts(gather.inputs[0])
-            own = [*more, *own]
+        tensor, places, given = tensor.inputs[0].inputs
+        source, own = _before_casts(given)
+        last = keeps[len(keeps) - len(found) - 1] if len(found) < len(keeps) else None  # whose samples come by
+        if last is not None and not (places.inputs and _gathers(places.inputs[0], last.outputs[0])):
+            raise _odd(output.name, f"{given.name} is not put at the places of the samples that come by")
         found.append(_cast(graph, source, [*own, *casts]))
         tensor, more = _before_casts(tensor)
         casts = [*more, *casts]
