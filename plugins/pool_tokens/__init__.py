@@ -29,7 +29,7 @@ def _body(form: Form) -> str:
     return "\n".join([_SHARES, *in_float(form, "x", "x", "rows", "Identity ({})"), *as_input(form, "x", "y", _PRODUCT)])
 
 
-# By a product with the shares of rows: no reduction, which ONNX Runtime 1.31 gets wrong for a batch of 0, and no Gather,
+# By a product with the shares of rows: no reduction, which ONNX Runtime 1.31 gets wrong for a batch of 0, no Gather,
 # which has no row to read for a sample without tokens.
 _SHARES = """
   zero = Constant <value_int = 0> ()

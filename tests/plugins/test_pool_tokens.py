@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def feeds_of(lengths: list[int], width: int, rng: np.random.Generator) -> dict[s
 
 def wanted(feeds: dict[str, np.ndarray], most: int) -> np.ndarray:
     x, offsets = feeds["x"].astype(np.float64), feeds["offsets"]
-    made = [x[a:b][: most or None] for a, b in zip(offsets, offsets[1:], strict=False)]
+    made = [x[a:b][: most or None] for a, b in pairwise(offsets)]
     return np.array([rows.mean(0) if len(rows) else np.zeros(x.shape[1]) for rows in made]).reshape(-1, x.shape[1])
 
 
