@@ -17,7 +17,7 @@ from trimtab.plugins.driver import gpu_present
 from trimtab.plugins.library import register
 
 _SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
-"""One op for a sum and its norm takes the CPU longer than two (seen in 1.31, whose kernel is not vectorized)."""
+"""One op for a sum and its norm takes the CPU longer than two in 1.31: findings/skip_layer_norm_slower.sh."""
 
 _FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
 
