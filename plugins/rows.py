@@ -39,7 +39,9 @@ def numbers_of_rows(form: Form, x: str = "x", block: str = "@block") -> str:
   within = Range (zero, block_, step)
   each = Add (starts_, within)
   groups = Shape <start = 0, end = 1> (blocks)
-  rows_shape = Concat <axis = 0> (groups, minus)
+  taken = Shape <start = 1> (blocks)
+  many = Mul (taken, block_)
+  rows_shape = Concat <axis = 0> (groups, many)
   rows = Reshape (each, rows_shape)
   width = Shape <start = -1> ({x})
   flat_shape = Concat <axis = 0> (minus, one, width)
@@ -80,12 +82,15 @@ def _int4(form: Form, label: str) -> list[str]:
         f"  {label}_centred = Sub ({label}_int, {label}_8)",
         *in_float(form, f"{label}_scale", f"{label}_scale", f"{label}_s", "Gather ({}, rows)"),
         f"  {label}_lead = Shape ({label}_s)",
-        f"  {label}_blocks = Concat <axis = 0> ({label}_lead, minus)",
+        f"  {label}_32 = Constant <value_ints = [32]> ()",
+        f"  {label}_blocks = Concat <axis = 0> ({label}_lead, {label}_32)",
         f"  {label}_in = Reshape ({label}_centred, {label}_blocks)",
         f"  {label}_s3 = Unsqueeze ({label}_s, {label}_3)",
         f"  {label}_out = Mul ({label}_in, {label}_s3)",
         f"  {label}_first = Shape <end = 2> ({label}_s)",
-        f"  {label}_flat = Concat <axis = 0> ({label}_first, minus)",
+        f"  {label}_bytes = Shape <start = -1> ({label}_g)",
+        f"  {label}_width = Mul ({label}_bytes, two)",
+        f"  {label}_flat = Concat <axis = 0> ({label}_first, {label}_width)",
         f"  {label}_rows = Reshape ({label}_out, {label}_flat)",
     ]
 

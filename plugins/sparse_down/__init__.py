@@ -29,7 +29,7 @@ def _body(form: Form) -> str:
             "  lead = Shape <end = -1> (h)",
             "  size = Shape <start = -1> (down_rows)",
             "  shape = Concat <axis = 0> (lead, size)",
-            *as_input(form, "h", "y", "Reshape (y_, shape)"),
+            *as_input(form, "h", "y", "Reshape <allowzero = 1> (y_, shape)"),
         ]
     )
 

@@ -28,7 +28,7 @@ def _body(form: Form) -> str:
             "  all_ = Identity (flat)",
             kept(form),
             "  shape = Shape (h)",
-            *as_input(form, "h", "y", "Reshape (h_, shape)"),
+            *as_input(form, "h", "y", "Reshape <allowzero = 1> (h_, shape)"),
         ]
     )
 

@@ -73,6 +73,17 @@ def test_a_prompt_takes_all(tokens: int, taken: int, shards: int, shared: int) -
             np.testing.assert_array_equal(blocks[0], np.arange(24))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("dense_above", [-1, 0])
+def test_no_tokens(shape: tuple[int, int], dense_above: int) -> None:
+    """Nobody has a choice; what is shared is still one, of the first."""
+    scores = np.zeros((*shape, 24), np.float32)
+    for shards in (1, 3):
+        own = everywhere(model(k=5, shards=shards, dense_above=dense_above), {"scores": scores})
+        check(own, np.zeros((0, 5)))
+    check(everywhere(model(k=5, shared=1, dense_above=dense_above), {"scores": scores}), np.arange(5)[None])
+
+
 @pytest.mark.parametrize(
     ("attributes", "says"),
     [({"k": 25}, "more than there are"), ({"k": 4, "shards": 5}, "does not divide"), ({"k": 0}, "at least 1")],

@@ -68,6 +68,28 @@ def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, g
         close(found_y, (mask * dense) @ down, form, scale * np.sqrt(neurons) * float(np.abs(down).max()))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("keep", [0, 2])
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_rows(form: str, keep: int, shape: tuple[int, int]) -> None:
+    """With a choice for each token, and with one for all."""
+    rng = np.random.default_rng()
+    width, block, count, k = 64, 3, 10, 4
+    graph = graph_of(x=(np.float32, ["batch", "tokens", width]), blocks=(np.int32, ["selections", k]))
+    x, blocks = graph.inputs
+    ups, downs = (weights(name, block * count, width, form, rng)[0] for name in ("up", "down"))
+    counts = {"importance": gs.Constant("importance", rng.random(block * count).astype(np.float32))} if keep else {}
+    h = add_node(graph, SPARSE_UP, {"x": x, "blocks": blocks} | ups | counts, "h", block=block, keep=keep)
+    y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", block=block)
+    head = dict(zip(("weight", "weight_scale"), ups.values(), strict=False))
+    logits = add_node(graph, SPARSE_HEAD, {"x": x, "blocks": blocks} | head, "logits")
+    model = finish(graph, h, y, logits)
+    for selections in (0, 1):
+        feeds = {"x": np.zeros((*shape, width), np.float32), "blocks": some_blocks(1, count, k, rng)[:selections]}
+        for where, found in everywhere(model, feeds).items():
+            assert [f.shape for f in found] == [(*shape, n) for n in (k * block, width, k)], where
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str) -> None:
     rng = np.random.default_rng()
