@@ -95,6 +95,8 @@ def _show(build: Build, out: Path) -> None:
         print(f"not compared with the dense model: {manifest.check.why}")
     if manifest.profile_origin:
         print(f"profile: {manifest.profile_origin}")
-    print(f"\n{out}: built for {manifest.target} in {sum(manifest.seconds.values()):.1f} s; see {out / 'report.md'}")
+    seconds = sum(manifest.seconds.values())
+    done = f"built for {manifest.target} in {seconds:.1f} s" if not build.reused else f"a build for {manifest.target}"
+    print(f"\n{out}: {done}; see {out / 'report.md'}")
     print(f"sha256 of its manifest, for --trusted-hash: {build.hash}")
     print(f"next: trimtab validate {out} --data HELD_OUT    trimtab bench {out}")

@@ -58,6 +58,7 @@ def test_it_shows_what_was_done_and_what_comes_next() -> None:
     assert leftovers() == ["build"]
     again = trimtab("model.onnx", "dampen.yaml", "-o", "build", "--data", "data.npz", "--set", "dampen.factor=0.5")
     assert "up to date" in again.stdout
+    assert "build: built for onnxruntime in" in found.stdout and "built for" not in again.stdout
 
 
 def test_json_is_nothing_but_json() -> None:
