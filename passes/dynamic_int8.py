@@ -85,11 +85,16 @@ class DynamicInt8(Pass):
         graph.nodes, graph.inputs, graph.outputs = quantized.nodes, quantized.inputs, quantized.outputs
         graph.opset, graph.import_domains = quantized.opset, quantized.import_domains
         # Its own names of outputs are those of before, so a product that stayed is found again.
-        left = [Left(names.get(y, y), reasons.get(y, why)) for y, why in float_products(graph)]
+        floats = [(names.get(y, y), reasons.get(y, why)) for y, why in float_products(graph)]
+        left = [Left(where, why) for where, why in floats if why is not None]
+        unweighted = len(floats) - len(left)
         left += [Left(where, "it is in a branch or a loop") for where in _inner_products(graph)]
         left += [Left(where, "its integers would have one scale for the whole batch") for where in whole]
         ffn = [t for name, t in graph.tensors().items() if isinstance(t, gs.Constant) and _belongs(name, weights)]
-        details: dict[str, Any] = {"float_products": len(left), "ffn_bytes": sum(stored_bytes(t) for t in ffn)}
+        details: dict[str, Any] = {
+            "float_products": len(left) + unweighted,
+            "ffn_bytes": sum(stored_bytes(t) for t in ffn),
+        }
         return PassResult(self.name, _integer_products(graph) - before, tuple(left), details)
 
     def bars(self, later: Pass) -> str | None:

@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph.edit import constant, insert, output_name_of
+from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import values
 
 _PRODUCTS = frozenset([("", op) for op in ("Attention", "Einsum", "Gemm", "MatMul")]) | {
@@ -50,26 +51,38 @@ def expose_weights(graph: gs.Graph, name: str) -> None:
             _as_matmul(graph, node, name)
 
 
-def float_products(graph: gs.Graph) -> Iterator[tuple[str, str]]:
+def float_products(graph: gs.Graph) -> Iterator[tuple[str, str | None]]:
     """(name of its output, why) for each product of `graph` that a quantizer of weights leaves in floating point.
 
-    Of integers on both sides, as DequantizeLinear shows them, runtimes make integer products.
+    Of integers on both sides, as DequantizeLinear shows them, runtimes make integer products. Where both operands
+    depend on the graph's inputs, as in attention, the product has no weights and needs no reason: `why` is None.
     """
+    fixed = _fixed(graph)
     for node in graph.nodes:
         if (node.domain or "", node.op) in _PRODUCTS and not all(
             _behind(t, "DequantizeLinear") for t in node.inputs[:2]
         ):
-            yield node.outputs[0].name, _why_float(node)
+            yield node.outputs[0].name, _why_float(node, fixed)
 
 
-def _why_float(node: gs.Node) -> str:
+def _fixed(graph: gs.Graph) -> set[int]:
+    """Ids of the tensors that nodes compute of constants alone."""
+    fixed: set[int] = set()
+    for node in topological(graph):
+        given = [tensor for tensor in node.inputs if tensor.name]
+        if given and all(isinstance(tensor, gs.Constant) or id(tensor) in fixed for tensor in given):
+            fixed.update(id(tensor) for tensor in node.outputs)
+    return fixed
+
+
+def _why_float(node: gs.Node, fixed: set[int]) -> str | None:
     first, second = node.inputs[:2]
     if node.op == "MatMulNBits" or _behind(second, "DequantizeLinear"):
         return "its weights are integers in blocks already"
     if isinstance(first, gs.Constant):
         return "its weights are the left operand; the quantizer takes those on the right"
     if not isinstance(second, gs.Constant):
-        return "its weights are computed" if _origin(second)[0] is not None else "both its operands are computed"
+        return "its weights are computed" if fixed.intersection((id(first), id(second))) else None
     if node.op == "Gemm":
         return "a Gemm with alpha, beta or transA"
     if second.dtype not in (np.float32, np.float16):

@@ -138,3 +138,26 @@ def test_weights_take_seven_bits_where_products_saturate(saturates: bool, larges
     run_passes(graph, [Canonicalize(), DynamicInt8()], PassContext(capability=Capability(saturates=saturates)))
     weights = [values(n.inputs[1]) for n in graph.nodes if n.op == "MatMulInteger"]
     assert max(np.abs(w.astype(int)).max() for w in weights) == pytest.approx(largest, abs=1)
+
+
+@pytest.mark.parametrize("scales", PRODUCTS)
+def test_only_products_with_weights_are_left(scales: str, tmp_path: Path) -> None:
+    """`scores` and `context` have none, through whatever ops they are computed; `scaled` has some that are computed."""
+    text = """<ir_version: 10, opset_import: ["" : 17]> g (float[B, 24] x) => (float[B, 8] y) {
+        q = MatMul(x, w)  k = Transpose <perm = [1, 0]> (q)  scores = MatMul(q, k)  s = Softmax <axis = -1> (scores)
+        v = Add(q, shift)  context = MatMul(s, v)
+        twice = Mul(up, two)  halved = Div(twice, two)  scaled = MatMul(context, halved)
+        turned = Gemm <alpha = 0.5> (scaled, down)  y = Relu(turned)
+    }"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng()
+    shapes = {"w": (24, 24), "shift": (24,), "up": (24, 16), "two": (24, 16), "down": (16, 8)}
+    arrays = {name: rng.uniform(1, 2, shape).astype(np.float32) for name, shape in shapes.items()}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    onnx.save(model, tmp_path / "net.onnx")
+    graph = load_graph(tmp_path / "net.onnx")
+    result = DynamicInt8.model_validate({"scales": scales}).run(graph, PassContext())
+    assert {left.where: left.why for left in result.left} == {
+        "scaled": "its weights are computed", "turned": "a Gemm with alpha, beta or transA",
+    }  # fmt: skip
+    assert result.details["float_products"] == 4
