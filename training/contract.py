@@ -32,7 +32,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     minutes: float = Field(10.0, ge=0, description="Time limit, which the learning rate follows.")
-    steps: int | None = Field(None, ge=0, description="Follow a number of steps instead, repeatably.")
+    steps: int | None = Field(None, ge=0, description="Follow a number of steps instead, repeatably; 0 runs none.")
     lr: float = Field(5e-5, ge=0, description="Highest learning rate.")
     batch_size: int = Field(32, ge=1, description="Samples per step and process.")
     max_tokens: int = Field(128, ge=1, description="Texts are cut there, or into blocks of so many.")

@@ -145,6 +145,23 @@ def test_stages_can_be_left_out(tmp_path: Path, kept: list[dict[str, np.ndarray]
         assert ("exit.1.out.bias" in kept[-1]) == ("exits" in stages) == ("exits" in trained.record)
 
 
+@pytest.mark.parametrize("length", [{"steps": 0}, {"minutes": 0, "steps": None}], ids=str)
+def test_no_step_changes_no_weight(
+    length: dict[str, Any], tmp_path: Path, kept: list[dict[str, np.ndarray]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No stage trains, and each says so."""
+    folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    trained = train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"fine_tune": 0} | length)
+    assert trained is not None and trained.record["steps"] == 0
+    assert trained.record["stages"] == {"soft": 0, "hard": 0, "exits": 0}
+    before = load_model(folder, "BertForSequenceClassification").state_dict()
+    for name, value in before.items():
+        np.testing.assert_array_equal(kept[0][name], value.numpy(), err_msg=name)
+    assert [each.args[0] for each in caplog.records if "ran no step" in each.message] == [
+        "soft mask", "hard mask", "exits",
+    ]  # fmt: skip
+
+
 def test_a_pyramid_learns_more(tmp_path: Path) -> None:
     folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
     recipe = {"passes": [], "calibration": {"samples": 16, "states": 32}}

@@ -217,6 +217,15 @@ def test_a_classifier_learns_from_labels(texts: Path, tmp_path: Path) -> None:
     assert record["block"] == 8
 
 
+def test_no_step_changes_no_weight(texts: Path, tmp_path: Path) -> None:
+    folder = zoo.save_pretrained("llama", tmp_path / "model")
+    settings = QUICK.model_copy(update={"steps": 0})
+    assert finetune(folder, recipe(density=0.1, most=1.0), texts, settings, tmp_path / "new")["steps"] == 0
+    before, after = (load_model(path, "LlamaForCausalLM").state_dict() for path in (folder, tmp_path / "new"))
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
 def test_two_processes_learn_as_one_model(texts: Path, tmp_path: Path) -> None:
     zoo.save_pretrained("llama", tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text("passes:\n  - ffn-topk: {density: 0.1}\n", encoding="utf-8")

@@ -167,7 +167,7 @@ class Stages:
         if kept is not None:  # time counts on from the checkpoint
             start = time.monotonic() - float(kept["total"])
         ends = sum(share for name, share in self._shares.items() if STAGES.index(name) <= number)
-        steps = None if settings.steps is None else max(1, round(self._shares[stage] * settings.steps))
+        steps = settings.steps and max(1, round(self._shares[stage] * settings.steps))
         clock = Clock(settings.minutes * ends, steps, start, 2 * look, ran=0.0 if kept is None else float(kept["ran"]))
         follow = _Follow(stage, clock, self._progress, start, kept, pruned=pruned, left=left)
         trainer.add_callback(follow)
@@ -181,6 +181,8 @@ class Stages:
                 "magic-pyramid: the time was over after %d of %d steps of the stage %s; give more --minutes",
                 step, steps, stage,
             )  # fmt: skip
+        if step == 0:
+            log.warning("magic-pyramid: the stage %s ran no step, so what it learns is as it began", _SHOWN[stage])
         self._history += [*follow.history, follow.row(step, trainer.evaluate())]
         self._done[stage] = step
         self._keep(stage, scratch, time.monotonic() - start)
