@@ -128,7 +128,7 @@ def cheapest(points: Sequence[Point], least: float) -> Point | None:
 def measured_path(points: Mapping[Place, Point], max_drop: float | None = None) -> tuple[SpeedPoint, ...]:
     """The path of a walk: at speed 0 the exact setting, at 1 the fastest.
 
-    From point to point, equal steps of speed make FLOPs fewer by equal factors.
+    Between its points, equal differences of speed are equal factors of FLOPs; what lies between two was not measured.
 
     Args:
         points: as `walk` gives them; the first is exact.
