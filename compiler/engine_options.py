@@ -21,7 +21,7 @@ class EngineOptions(BaseModel):
         timeout_s: seconds after which a build is given up.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     segments: int | None = Field(None, ge=1, le=64)
     gpus: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
 
 from trimtab.compiler.engine_options import EngineOptions
-from trimtab.compiler.strict import explain, parse_yaml, read_yaml, suggest
+from trimtab.compiler.strict import explain, parse_yaml, read_yaml, shown, suggest
 from trimtab.compiler.workload import Workload
 from trimtab.passes import Pass, pass_class
 from trimtab.passes.errors import RecipeError
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
     @classmethod
     def _read_passes(cls, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise RecipeError(f"passes: should be a list, not {value!r}", hint="such as `passes: [ffn-split]`")
+            raise RecipeError(f"passes: should be a list, not {shown(value)}", hint="such as `passes: [ffn-split]`")
         return tuple(_read_pass(item, f"passes[{i}]") for i, item in enumerate(value))
 
     @field_validator("passes")
@@ -180,14 +180,14 @@ def _read_pass(item: Any, where: str) -> Pass:
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
-        raise RecipeError(f"{where}: should be a pass name or {{name: {{option: value}}}}, not {item!r}")
+        raise RecipeError(f"{where}: should be a pass name or {{name: {{option: value}}}}, not {shown(item)}")
     ((name, options),) = item.items()
     try:
         kind = pass_class(name)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
     if not isinstance(options, Mapping | None):
-        raise RecipeError(f"{where}.{name}: should be a mapping of options, not {options!r}")
+        raise RecipeError(f"{where}.{name}: should be a mapping of options, not {shown(options)}")
     try:
         return kind.model_validate(dict(options or {}))
     except ValidationError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +27,27 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that writes `nan` for `.nan`, and the same list twice rather than an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_float(self, data: float) -> yaml.ScalarNode:
+        return super().represent_float(data) if math.isfinite(data) else self.represent_str(str(data))
+
+
+_Dumper.add_representer(float, _Dumper.represent_float)
+
+_SHOWN = 60  # most characters of a value in a message
+
+_WANTED = {
+    "dict_type": "should be a mapping", "model_type": "should be a mapping",
+    "model_attributes_type": "should be a mapping", "list_type": "should be a list", "tuple_type": "should be a list",
+}  # fmt: skip
+"""Of pydantic's kinds of faults those whose messages name types of Python."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -67,19 +89,46 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") 
         where: path of the options themselves ("passes[1].ffn-split").
     """
     faults: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
+    given = error.errors(include_url=False)
+    for fault in given:
         loc = fault["loc"]
+        if fault["type"] == "too_short" and any(each["loc"][:-1] == loc for each in given):
+            continue  # pydantic does not count items that are faults themselves
         path = dotted(where, loc)
         if fault["type"] == "extra_forbidden":
             names = list(_names(model, [str(part) for part in loc[:-1]]))
             faults[path] = f"unknown key; {suggest(str(loc[-1]), names, 'keys here')}"
         else:
-            given = "" if fault["type"] == "missing" else f", not {fault['input']!r}"
-            said = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
             # A union reports one fault for each of its members, whose names end the path.
-            faults.setdefault(path, f"{said}{given}")
+            faults.setdefault(path, _reason(fault))
     lines = [f"{path}: {text}" for path, text in faults.items()]
     return RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} faults", *lines]))
+
+
+def _reason(fault: Any) -> str:
+    """What is wanted at a place, and what is there; of options that do not go together, the reason alone."""
+    kind, value = fault["type"], fault["input"]
+    text = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if kind == "missing" or (kind == "value_error" and isinstance(value, Mapping | BaseModel)):
+        return str(text)
+    if kind in ("too_short", "too_long"):
+        word, count = (
+            ("least", fault["ctx"]["min_length"]) if kind == "too_short" else ("most", fault["ctx"]["max_length"])
+        )
+        text = f"should have at {word} {count} item{'s' * (count != 1)}"
+    return f"{_WANTED.get(kind, text)}, not {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """`value` as YAML has it, on one line and short; NaN as `nan`, and what YAML does not have as Python shows it."""
+    try:
+        text = yaml.dump(
+            value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+        ).removesuffix("\n...\n")
+    except yaml.YAMLError:
+        text = repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def suggest(wrong: str, names: Sequence[str], what: str) -> str:

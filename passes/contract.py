@@ -154,7 +154,7 @@ class Pass(BaseModel, ABC):
     A field's constraints are its bounds; `json_schema_extra={"search": [...]}` is what tuning tries.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     name: ClassVar[str]
     """kebab-case, as recipes call it."""

@@ -38,7 +38,7 @@ class Budget(BaseModel):
             bytes are minimised.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: float | None = Field(None, gt=0, le=1)
     time: float | None = Field(None, gt=0, le=1)

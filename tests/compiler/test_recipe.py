@@ -77,8 +77,8 @@ def test_the_default_splits_ffns() -> None:
         ({"passes": [3]}, ["passes[0]", "3"]),
         ({"calibration": {"sample": 4}}, ["calibration.sample: unknown key", "'samples'"]),
         ({"calibration": {"samples": 0}}, ["calibration.samples", "greater than or equal to 1", "0"]),
-        ({"calibration": {"samples": True}}, ["calibration.samples", "valid integer", "True"]),
-        ({"calibration": None}, ["calibration", "None"]),
+        ({"calibration": {"samples": True}}, ["calibration.samples", "valid integer", "not true"]),
+        ({"calibration": None}, ["calibration: should be a mapping, not null"]),
         ({"threads": 0}, ["threads", "greater than or equal to 1"]),
         ({"threads": 1.5}, ["threads", "valid integer"]),
         ({"target": 4}, ["target", "valid string"]),
@@ -93,6 +93,46 @@ def test_mistakes_are_named(recipe: dict[str, Any], said: list[str]) -> None:
     message = refused(recipe)
     for part in said:
         assert part in message
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"threads": {"a": [1, None]}}, "threads: should be a valid integer, not {a: [1, null]}"),
+        ({"calibration": {"samples": "4"}}, "calibration.samples: should be a valid integer, not '4'"),
+        ({"passes": {"dampen": {}}}, "passes: should be a list, not {dampen: {}}; such as `passes: [ffn-split]`"),
+        ({"passes": [{"dampen": "a"}]}, "passes[0].dampen: should be a mapping of options, not a"),
+        ({"workload": {"batch": "a"}}, "workload.batch: should be a list, not a"),
+        ({"engine": [1]}, "engine: should be a mapping, not [1]"),
+        ({"engine": {"timeout_s": NAN}}, "engine.timeout_s: should be a finite number, not nan"),
+        ({"passes": [{"dampen": {"factor": NAN}}]}, "passes[0].dampen.factor: should be a finite number, not nan"),
+        ({"passes": [{"dampen": {"factor": "nan"}}]}, "passes[0].dampen.factor: should be a finite number, not nan"),
+        ({"passes": [{"dampen": {"factor": "-inf"}}]}, "passes[0].dampen.factor: should be a finite number, not -inf"),
+        (
+            {"passes": ["unpad", {"token-prune": {"keep": [NAN]}}]},
+            "passes[1].token-prune.keep[0]: should be a finite number, not nan",
+        ),
+        (
+            {"passes": ["unpad", {"token-prune": {"keep": []}}]},
+            "passes[1].token-prune.keep: should have at least 1 item, not []",
+        ),
+        (
+            {"passes": [{"ffn-split": {"budget": {"size": 0.5, "time": 0.5}}}]},
+            "passes[0].ffn-split.budget: a budget is one of size, time and error",
+        ),
+        (
+            {"passes": [{"ffn-topk": {"density": 0.5, "take": 0.2}}]},
+            "passes[0].ffn-topk: take: 0.2 computes fewer neurons than density 0.5 wants",
+        ),
+        ({"target": list(range(99))}, f"target: should be a valid string, not {str(list(range(99)))[:57]}..."),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_shown_as_it_was_written_and_short(recipe: dict[str, Any], message: str) -> None:
+    assert refused(recipe) == message
 
 
 @pytest.mark.parametrize(
