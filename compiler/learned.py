@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.passes.errors import NotLearnedError, TrimtabError, how_to_learn
+from trimtab.passes.errors import NotLearnedError, TrimtabError
 
 
 @contextmanager
@@ -28,5 +28,5 @@ def remedies(
         if isinstance(cause, NotLearnedError):
             given = {"model": model, "recipe": recipe, "data": data, "profile": profile}
             paths = {key: value for key, value in given.items() if isinstance(value, str | Path)}
-            error.hint = how_to_learn(cause.method, settings=settings, **paths)
+            error.hint = cause.remedy(settings=settings, **paths)
         raise

@@ -8,6 +8,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,11 @@ def compile_model(
         recipe = load_recipe(dict(recipe) | told)
     if recipe.shards > 1:
         _check_shards(recipe)
-    choice = choose_profile(profile, model, recipe, data=data is not None)
+    with remedies(model=model, recipe=written, data=data, profile=profile):
+        choice = choose_profile(profile, model, recipe, data=data is not None)
     given = choice.profile
-    with remedies(model=model, recipe=written, data=data, profile=choice.path or profile):
+    learned = partial(remedies, model=model, recipe=written, data=data, profile=choice.path or profile)
+    with learned():
         check_needs(recipe.passes, given)
     if recipe.needs_profile and given is None and data is None:
         raise DataError(
@@ -107,7 +110,8 @@ def compile_model(
     with BuildWriter(out) as writer:
         with phases("open the model"):
             source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
-            choice.check(source.fingerprint)
+            with learned():
+                choice.check(source.fingerprint)
             hashes = source.hashes
             key = _key(source, hashes, recipe, capability, dataset, given)
         if not force and (found := find_build(writer.out, key)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes.contract import check_needs
-from trimtab.passes.errors import ProfileError
+from trimtab.passes.errors import NotLearnedError, ProfileError
 from trimtab.passes.profile import PROFILE, Profile, read_info
 
 log = logging.getLogger(__name__)
@@ -23,11 +25,13 @@ class ProfileChoice:
         profile: None where there is none.
         path: the file it was read from; None where it was given as an object.
         unused: the file in the model's folder, where the compile does without it.
+        method: of `trimtab train`, where passes need what it learns.
     """
 
     profile: Profile | None = None
     path: Path | None = None
     unused: Path | None = None
+    method: str | None = None
 
     @property
     def origin(self) -> str | None:
@@ -43,10 +47,12 @@ class ProfileChoice:
             fingerprint: `model_fingerprint` of the model.
 
         Raises:
-            ProfileError: it is of another model.
+            ProfileError: it is of another model; a NotLearnedError where passes need what only training gives.
         """
         if self.profile is not None:
-            self.profile.check(fingerprint, "the profile" if self.path is None else f"the profile {self.path}")
+            where = "the profile" if self.path is None else f"the profile {self.path}"
+            with _to_learn(self.method, instead="give the model and the profile that belong together"):
+                self.profile.check(fingerprint, where)
         elif self.unused is not None:
             try:
                 other = read_info(self.unused).model != fingerprint
@@ -68,19 +74,21 @@ def choose_profile(
             learned.
 
     Raises:
-        ProfileError: the Profile is missing, damaged, or of another format.
+        ProfileError: the Profile is missing, damaged, or of another format; a NotLearnedError where passes need what
+            only training gives.
     """
+    method = _method(recipe)
     if isinstance(given, Profile):
-        return ProfileChoice(given)
-    if given is not None:
-        return ProfileChoice(Profile.load(given), Path(given))
-    path = _in_folder(model)
+        return ProfileChoice(given, method=method)
+    path = Path(given) if given is not None else _in_folder(model)
     if path is None:
         return ProfileChoice()
-    if _learned(recipe) or (recipe.needs_profile and not data):
+    if given is None and method is None and (data or not recipe.needs_profile):
+        return ProfileChoice(unused=path)
+    if given is None:
         log.info("the profile is %s, in the folder of the model", path)
-        return ProfileChoice(Profile.load(path), path)
-    return ProfileChoice(unused=path)
+    with _to_learn(method):
+        return ProfileChoice(Profile.load(path), path, method=method)
 
 
 def _in_folder(model: Source | Path | str) -> Path | None:
@@ -91,10 +99,21 @@ def _in_folder(model: Source | Path | str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _learned(recipe: Recipe) -> bool:
-    """Whether a pass takes what only training gives."""
+def _method(recipe: Recipe) -> str | None:
+    """The first method of `trimtab train` whose results passes need; None where calibration is enough."""
     try:
         check_needs(recipe.passes, None)
-    except ProfileError:
-        return True
-    return False
+    except NotLearnedError as error:
+        return error.method
+    return None
+
+
+@contextmanager
+def _to_learn(method: str | None, instead: str | None = None) -> Iterator[None]:
+    """Of a Profile that cannot be used where `method` has to have learned, say how to learn again."""
+    try:
+        yield
+    except ProfileError as error:
+        if method is None:
+            raise
+        raise NotLearnedError(error.message, method=method, instead=instead, adds=False) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 
 class TrimtabError(Exception):
@@ -36,11 +37,21 @@ class NotLearnedError(ProfileError):
 
     Args:
         method: of `trimtab train`, which learns them.
+        instead: what the user can do besides learning them.
+        adds: whether training can add to the Profile that the user gave.
     """
 
-    def __init__(self, message: str, *, method: str) -> None:
-        super().__init__(message, hint=how_to_learn(method))
-        self.method = method
+    def __init__(self, message: str, *, method: str, instead: str | None = None, adds: bool = True) -> None:
+        super().__init__(message)
+        self.method, self._instead, self._adds = method, instead, adds
+        self.hint = self.remedy()
+
+    def remedy(self, **given: Any) -> str:
+        """The hint, with what is `given` of `how_to_learn`."""
+        if not self._adds:
+            given["profile"] = None
+        command = how_to_learn(self.method, **given)
+        return f"{self._instead}, or {command}" if self._instead else command
 
 
 TUNED = frozenset({"magic-pyramid"})

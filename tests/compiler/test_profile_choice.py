@@ -136,6 +136,36 @@ def test_a_damaged_one(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "profile.safetensors: damaged, or not a profile" in caplog.text
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["in the folder", "given"])
+@pytest.mark.parametrize("fault", ["no profile", "cut", "other model", "missing"])
+def test_what_was_learned_is_learned_again_and_not_calibrated(pyramid: Path, fault: str, given: bool) -> None:
+    """The command that learns it does not add to a Profile that cannot be used."""
+    path = pyramid / "profile.safetensors"
+    if fault == "other model":
+        learned_profile("0" * 64).save(path)
+    elif fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if fault == "cut" else b"no profile")
+    Path("recipe.yaml").write_text(f"passes: [{', '.join(LEARNED['passes'])}]\n")
+    words = ["compile", "pyramid", "recipe.yaml", "-o", "build", *(["--profile", str(path)] if given else [])]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "1000"})
+    said = " ".join(done.stderr.split())
+    command = "trimtab train pyramid --method magic-pyramid --recipe recipe.yaml --data DATA -o tuned"
+    assert done.exit_code == 1 and command in said and "calibrate" not in said, said
+    assert ("the model and the profile that belong together, or run" in said) == (fault == "other model")
+    with pytest.raises(NotLearnedError, match="train pyramid --method magic-pyramid"):
+        compile_model("pyramid", LEARNED, "build", profile=path if given else None)
+
+
+def test_weights_of_recover_are_learned_without_a_damaged_profile(small: Path) -> None:
+    Path("damaged.safetensors").write_bytes(b"no profile")
+    recipe = {"passes": ["dampen", "recover"], "calibration": MEASURED["calibration"]}
+    with pytest.raises(NotLearnedError, match=r"damaged.safetensors: damaged") as caught:
+        compile_model(small, recipe, "build", profile="damaged.safetensors")
+    assert "--method recover" in str(caught.value.hint) and "damaged" not in str(caught.value.hint)
+
+
 def test_one_that_learned_nothing(small: Path) -> None:
     measure(small)
     with pytest.raises(NotLearnedError, match="the profile holds no thresholds learned by magic-pyramid") as caught:

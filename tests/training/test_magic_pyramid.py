@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from heads import head_model, pair_tokenizer
+from safetensors.numpy import save_file
 
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.sources import open_source
@@ -177,14 +178,27 @@ def test_a_pyramid_learns_more(tmp_path: Path) -> None:
             np.testing.assert_allclose(learned[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_thresholds_of_other_weights_prune_nothing(tmp_path: Path, kept: list[Any]) -> None:
+@pytest.mark.parametrize("fault", ["no profile", "cut", "NaN", "other weights"])
+def test_a_profile_that_cannot_be_used_is_left_aside(
+    fault: str, tmp_path: Path, kept: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training does without it and says so; where it should give thresholds, it is refused."""
     folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    path = folder / "profile.safetensors"
     tensors = {"learned.magic-pyramid.thresholds": np.zeros(2, np.float32)}
     info = ProfileInfo(model="other", data="d", samples=1, tokens=1, learned={"magic-pyramid": {}})
-    Profile(info, tensors).save(folder / "profile.safetensors")
-    with pytest.raises(ModelError, match="is of other weights"):
-        train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"fine_tune": 0, "soft": 0, "hard": 1})
-    assert not kept
+    Profile(info, tensors).save(path)
+    if fault == "NaN":
+        save_file({name: value + np.nan for name, value in tensors.items()}, path, {"trimtab": info.model_dump_json()})
+    elif fault != "other weights":
+        path.write_bytes(path.read_bytes()[:-3] if fault == "cut" else b"no profile")
+    with pytest.raises(TrimtabError, match="hard has no thresholds to prune by") as refusal:
+        train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"soft": 0})
+    assert "keep" in str(refusal.value.hint) and "calibrate" not in str(refusal.value)
+    caplog.clear()
+    train("magic-pyramid", folder, texts, tmp_path / "new", settings=QUICK | {"steps": 0})
+    (warning,) = [each.message for each in caplog.records if "does not go on from" in each.message]
+    assert str(path) in warning and len(kept) == 1
 
 
 def test_an_encoder_gets_a_head_for_the_classes_of_the_data(tmp_path: Path, kept: list[dict[str, np.ndarray]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trimtab.compiler.sources import open_source
+from trimtab.passes.errors import ProfileError
 from trimtab.passes.profile import PROFILE, Profile, read_info
 
 METHOD = "magic-pyramid"
@@ -26,15 +27,15 @@ def learned_before(folder: Path) -> bool:
 
 
 def load_learned(folder: Path) -> Mapping[str, np.ndarray]:
-    """Thresholds and exits as the Profile in a model's folder has them; nothing if they are of other weights.
-
-    Raises:
-        ProfileError: the Profile is damaged.
-    """
-    if not learned_before(folder):
+    """Thresholds and exits as the Profile in a model's folder has them; none if it is damaged or of other weights."""
+    try:
+        if not learned_before(folder):
+            return {}
+        profile = Profile.load(folder / PROFILE)
+    except ProfileError as error:
+        log.warning("magic-pyramid: training does not go on from %s", error.message)
         return {}
-    profile = Profile.load(folder / PROFILE)
     if profile.info.model != open_source(folder).fingerprint:
-        log.warning("magic-pyramid: %s is of another model, and training does not go on from it", folder / PROFILE)
+        log.warning("magic-pyramid: training does not go on from %s: it is of another model", folder / PROFILE)
         return {}
     return profile.learned(METHOD)

@@ -75,7 +75,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     pyramid.go_on(load_learned(checkpoint.folder))
     if settings.hard and not pyramid.prunes:
         raise ModelError(
-            f"{checkpoint.folder}: hard has no thresholds to prune by, since its {PROFILE} is of other weights",
+            f"{checkpoint.folder}: hard has no thresholds to prune by: its {PROFILE} is damaged or of other weights",
             hint="learn them (--soft 1), or take them from quantiles (--keep)",
         )
     made_of = {

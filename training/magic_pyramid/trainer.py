@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.training import contract
 from trimtab.training.magic_pyramid.before import learned_before
 from trimtab.training.magic_pyramid.settings import Settings
@@ -25,12 +25,18 @@ class MagicPyramid(contract.Trainer):
 
         Raises:
             RecipeError: nothing gives them.
+            ProfileError: the model's Profile, which should give them, is damaged.
         """
-        if self.settings.hard and not self.settings.makes_thresholds and not learned_before(Path(job.model)):
-            raise RecipeError(
-                "magic-pyramid: hard has no thresholds to prune by if soft is 0",
-                hint="set hard to 0 too, or give keep, or a model that this method has trained before",
-            )
+        if not self.settings.hard or self.settings.makes_thresholds:
+            return
+        hint = "set hard to 0 too, or give keep, or a model that this method has trained before"
+        try:
+            learned = learned_before(Path(job.model))
+        except ProfileError as error:
+            message = f"magic-pyramid: hard has no thresholds to prune by: {error.message}"
+            raise ProfileError(message, hint=hint) from error
+        if not learned:
+            raise RecipeError("magic-pyramid: hard has no thresholds to prune by if soft is 0", hint=hint)
 
     def run(self, job: contract.Job) -> contract.Trained | None:
         """Train; a run that was killed goes on if the same is asked for again."""
