@@ -33,7 +33,7 @@ from trimtab.compiler.sources.folder import TOKENIZER_FILES
 from trimtab.compiler.sources.source import ModelHashes
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.base import ENGINE, MODEL
-from trimtab.compiler.task import find_task
+from trimtab.compiler.task import Task, find_task
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.canonicalize.repack import repack
@@ -142,6 +142,7 @@ class _Compile:
                 require_ffns(anatomy)
             if dataset is not None:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
+            _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -282,6 +283,14 @@ def check_fit(recipe: Recipe, capability: Capability) -> None:
             f"which {packing[0]} counts at run time",
             hint="leave it out, or ask for 1; of a model that exits early there is an engine up to each exit by itself",
         )
+
+
+def _check_suited(recipe: Recipe, task: Task | None) -> None:
+    """Check that the passes go with what the model is for, as its files tell; a graph by itself does not."""
+    for step in recipe.passes:
+        reason = step.unsuited(task.kind if task is not None else None)
+        if reason is not None:
+            raise ModelError(f"pass {step.name}: {reason}", hint=f"take {step.name} out of the recipe")
 
 
 def _origin(source: Source) -> str:

@@ -203,6 +203,15 @@ class Pass(BaseModel, ABC):
         """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
         return None
 
+    def unsuited(self, task: str | None) -> str | None:
+        """Why the pass does not go with a model of this task, where files tell what graphs do not; None where it does.
+
+        Args:
+            task: "classes" (one for each sample), "labels" (any number of them), "score" or another kind; None where it
+                is not known.
+        """
+        return None
+
     def bars(self, later: Pass) -> str | None:
         """Why `later` cannot run behind this pass, told when the recipe is read; None where it can."""
         return None

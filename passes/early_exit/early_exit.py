@@ -68,6 +68,12 @@ class EarlyExit(Pass):
         meaning = f"doubt ({self.criterion}) below which a sample leaves early"
         return (Dial(DIAL, meaning, 0.0, 1.0, self.threshold, exact=0.0, fast=1.0),)
 
+    def unsuited(self, task: str | None) -> str | None:
+        return {
+            "labels": "doubt is of one class among all, and this model gives a sample any number of labels",
+            "score": "doubt is of one class among two classes or more, and this model gives a score",
+        }.get(task or "")
+
     def bars(self, later: Pass) -> str | None:
         return "it prunes layers whose samples have left" if later.name == "token-prune" else None
 

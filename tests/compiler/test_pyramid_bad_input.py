@@ -43,13 +43,17 @@ def profile(path: Path, learned: Mapping[str, np.ndarray]) -> Profile:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ONNX files: a classifier of two layers, the same with one layer and another seed, and a regression."""
+    """ONNX files: a classifier of two layers, the same with one layer and another seed, a regression of one and of
+    several scores, and a classifier of any number of labels.
+    """
     print(f"seed {SEED}")
     folder = tmp_path_factory.mktemp("models")
     kinds: dict[str, dict[str, Any]] = {
         "classes": {"num_labels": CLASSES},
         "shallow": {"num_labels": CLASSES, "num_hidden_layers": 1},
         "regression": {"num_labels": 1, "problem_type": "regression"},
+        "scores": {"num_labels": CLASSES, "problem_type": "regression"},
+        "labels": {"num_labels": CLASSES, "problem_type": "multi_label_classification"},
     }
     made = {
         name: heads.save_onnx(heads.head_model("bert", 7, **config), folder / name) for name, config in kinds.items()
@@ -75,6 +79,8 @@ NAN = float("nan")
         ("classes", ["unpad", "early-exit"], None, "no weights learned by magic-pyramid"),
         ("classes", PASSES, weights(thresholds=(0, 0.1, 0.1)), "3 thresholds were learned, and the model has 2 layers"),
         ("regression", ["unpad", "early-exit"], weights(), "two classes or more"),
+        ("scores", ["unpad", "early-exit"], weights(), "this model gives a score"),
+        ("labels", ["unpad", "early-exit"], weights(), "this model gives a sample any number of labels"),
         ("generation", ["unpad", "early-exit"], weights(), "an answer for each token"),
         ("generation", ["unpad", {"token-prune": {"keep": [0.5]}}], None, "keys are hidden by position"),
         ("classes", ["unpad", {"token-prune": {"keep": [0.5] * 3}}], None, "3 shares are given"),
