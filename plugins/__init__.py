@@ -30,7 +30,23 @@ for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
         _op: Op = getattr(import_module(f"{__name__}.{_found.name}"), _found.name.upper())
         OPS[_op.name], FOLDERS[_op.name] = _op, _found.name
 
-__all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node", "register_schemas"]
+__all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node", "redeclared", "register_schemas"]
+
+
+def redeclared(model: onnx.ModelProto) -> str | None:
+    """The name of an op that had other inputs, outputs or attributes when `model` was made; None where none had.
+
+    A model carries the bodies of its ops, whose signatures are those of that time.
+    """
+    for function in model.functions:
+        op = OPS.get(function.name) if function.domain == DOMAIN else None
+        if op is None:
+            continue
+        then = (function.input, function.output, function.attribute)
+        now = (op.inputs, op.outputs, op.attributes)
+        if [list(names) for names in then] != [[part.name for part in parts] for parts in now]:
+            return op.name
+    return None
 
 
 @lru_cache

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
-from trimtab.compiler.targets.onnxruntime import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options, uses_dialect
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import insert, load_graph, output_name_of, save_graph
 from trimtab.passes.graph.packed_batch import offsets_of
@@ -75,9 +75,11 @@ class Counter:
 
     Raises:
         ModelError: it has a product that cannot be counted; names the node.
+        TargetError: it uses the dialect of another version of trimtab.
     """
 
     def __init__(self, model: Path, threads: int | None = None) -> None:
+        uses_dialect(model)  # refuses another version's by the name of this file, not by that of the copy
         graph = load_graph(model)
         self.inputs = [tensor.name for tensor in graph.inputs]
         self._outputs = [tensor.name for tensor in graph.outputs]

@@ -12,12 +12,14 @@ from trimtab.compiler.decoder_cache import Cache, pasts
 from trimtab.compiler.targets.segmented.runner import SegmentedRunner
 from trimtab.compiler.targets.session_segment import REFUSALS, SessionSegment, brief
 from trimtab.passes.errors import TargetError
-from trimtab.plugins import DOMAIN
+from trimtab.plugins import DOMAIN, redeclared
 from trimtab.plugins.driver import gpu_present
 from trimtab.plugins.library import register
 
 _SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
 """One op for a sum and its norm takes the CPU longer than two in 1.31: findings/skip_layer_norm_slower.sh."""
+
+_KERNELS = "the native kernels are of another version of trimtab: install it again, or run `make native` in a checkout"
 
 _FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
 
@@ -65,7 +67,7 @@ def open_session(
         device: number of the GPU, where one is used.
 
     Raises:
-        TargetError: ONNX Runtime does not take it.
+        TargetError: ONNX Runtime does not take it, or it uses the dialect of another version of trimtab.
     """
     options = options or session_options()
     if uses_dialect(model):
@@ -74,7 +76,8 @@ def open_session(
     try:
         return ort.InferenceSession(given, options, providers=_on(device))
     except REFUSALS as error:
-        raise TargetError(f"{name}: ONNX Runtime does not take this graph ({brief(error)})") from error
+        hint = _KERNELS if f"schema({DOMAIN}::" in str(error) else None
+        raise TargetError(f"{name}: ONNX Runtime does not take this graph ({brief(error)})", hint=hint) from error
 
 
 def _on(device: int) -> list[str | tuple[str, dict[str, int]]]:
@@ -107,7 +110,11 @@ class OnnxRuntimeRunner(SegmentedRunner):
 
 
 def uses_dialect(model: Path | bytes) -> bool:
-    """Whether an ONNX file declares the operator set of trimtab. What is no ONNX file does not."""
+    """Whether an ONNX file declares the operator set of trimtab. What is no ONNX file does not.
+
+    Raises:
+        TargetError: an op was another one when the file was made, which the kernels of today would misread.
+    """
     try:
         if isinstance(model, bytes):
             proto = onnx.load_model_from_string(model)
@@ -115,4 +122,10 @@ def uses_dialect(model: Path | bytes) -> bool:
             proto = onnx.load(str(model), load_external_data=False)
     except (DecodeError, OSError):
         return False
+    if (op := redeclared(proto)) is not None:
+        name = "model in memory" if isinstance(model, bytes) else str(model)
+        raise TargetError(
+            f"{name}: was compiled by another version of trimtab, whose op {op} takes or gives something else",
+            hint="compile it again, or run it by that version",
+        )
     return any(domain.domain == DOMAIN for domain in proto.opset_import)

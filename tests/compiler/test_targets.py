@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from trimtab.compiler.checks.cost import Counter
 from trimtab.compiler.targets import TARGET_NAMES, Target, get_target, onnxruntime, trials
 from trimtab.compiler.targets.base import MODEL
-from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options, uses_dialect
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import TargetError
+from trimtab.plugins import KEEP_SAMPLES, add_multi_output_node
 
 
 def linear(folder: Path, rng: np.random.Generator, *, op: str = "MatMul", domain: str = "") -> np.ndarray:
@@ -53,6 +56,41 @@ def test_build_and_open_compute_the_graph(tmp_path: Path, batch: int) -> None:
     assert (runner.inputs, runner.outputs) == (("x",), ("y",))
     x = rng.normal(size=(batch, 24)).astype(np.float32)
     np.testing.assert_allclose(runner.run({"x": x})["y"], x.astype(float) @ w, rtol=1e-4, atol=1e-4)
+
+
+def exiting(folder: Path) -> onnx.ModelProto:
+    """Samples that stay, of a packed batch."""
+    shapes = {"uncertainty": ["batch"], "threshold": ["batch"], "offsets": ["starts"], "x": ["rows", 3]}
+    types = {"offsets": np.int32}
+    given = {name: gs.Variable(name, types.get(name, np.float32), shape) for name, shape in shapes.items()}
+    graph = gs.Graph(inputs=list(given.values()), opset=21, ir_version=10)
+    graph.outputs = list(add_multi_output_node(graph, KEEP_SAMPLES, given, "exit"))
+    model = gs.export_onnx(graph)
+    onnx.save(model, folder / "model.onnx")
+    return model
+
+
+@pytest.mark.parametrize("part", ["input", "output", "attribute"])
+def test_the_dialect_of_another_version_is_refused(part: str, tmp_path: Path) -> None:
+    """By what its bodies take and give, which the kernels of today may misread."""
+    model = exiting(tmp_path)
+    assert uses_dialect(tmp_path / "model.onnx") and OnnxRuntimeRunner(tmp_path / "model.onnx").inputs
+    (keep,) = [function for function in model.functions if function.name == "KeepSamples"]
+    getattr(keep, part).append("leave")
+    onnx.save(model, tmp_path / "old.onnx")
+    for opens in (OnnxRuntimeRunner, Counter, uses_dialect):
+        with pytest.raises(
+            TargetError, match=r"old\.onnx: was compiled by another version.* KeepSamples .*compile it again"
+        ):
+            opens(tmp_path / "old.onnx")
+
+
+def test_kernels_of_another_version(tmp_path: Path) -> None:
+    """As where a checkout is newer than its library."""
+    model = exiting(tmp_path)
+    model.graph.node[-1].output.append("leave")
+    with pytest.raises(TargetError, match=r"KeepSamples.*native kernels are of another version"):
+        OnnxRuntimeRunner(model.SerializeToString())
 
 
 def test_sums_and_norms_stay_apart_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
