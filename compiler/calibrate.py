@@ -23,6 +23,7 @@ from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
+from trimtab.passes.graph.positions import find_positions
 from trimtab.passes.needs import DEFAULT, Need
 from trimtab.passes.profile import Profile, ProfileInfo
 
@@ -65,7 +66,7 @@ def calibrate(
     """
     before = resident_bytes()
     graph = source.graph()
-    anatomy = find_anatomy(graph)
+    anatomy, positions = find_anatomy(graph), find_positions(graph)
     meters = meters_for(needs, anatomy, source.origin, states, seed)
     inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
     runner = _runner(graph, anatomy, meters, source.onnx.parent)
@@ -75,7 +76,7 @@ def calibrate(
     give_back(before)  # or the weights that were read would stay until the next collection
 
     used, tokens, total = 0, 0, min(samples, data.count)
-    for batch in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs):
+    for batch in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs, positions=positions):
         mask = batch.get("attention_mask")
         length = 0 if mask is None else mask.shape[-1]
         room = _ROOM // max(sum(meter.token_bytes(length) for meter in meters), 1)

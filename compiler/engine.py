@@ -67,10 +67,11 @@ class Engine:
 
         Raises:
             InputError: an input is missing, unknown, or of another type or shape; an index lies outside its table; a
-                mask is none of 0 and 1, or has padding where attention takes it for tokens. Says which, and what is
-                wanted. A dial is unknown, or a value no number or out of range.
+                mask is none of 0 and 1, or has padding where attention takes it for tokens; a text is longer than the
+                model has positions for. Says which, and what is wanted. A dial is unknown, or a value no number or out
+                of range.
         """
-        check_inputs(self.inputs, inputs, self.manifest.packed)
+        check_inputs(self.inputs, inputs, self.manifest.packed, self.manifest.positions)
         if not self.dials and not dials and speed is None:
             return self.runner.run(inputs)
         batch = len(inputs[self.inputs[0].name])

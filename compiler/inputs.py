@@ -8,7 +8,8 @@ import numpy as np
 
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.strict import suggest
-from trimtab.passes.errors import InputError
+from trimtab.passes.errors import InputError, RecipeError
+from trimtab.passes.graph.positions import Positions
 from trimtab.passes.graph.ranges import Packed
 
 _MASKS = {"attention_mask", "encoder_attention_mask", "decoder_attention_mask", "input_mask", "mask"}
@@ -16,12 +17,18 @@ _PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 """Inputs with a row for each row of `input_ids`."""
 
 
-def check_inputs(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], packed: Sequence[Packed] = ()) -> None:
-    """Check a call's inputs: names, types, shapes, sizes that agree, indices and masks.
+def check_inputs(
+    wanted: Sequence[TensorInfo],
+    given: Mapping[str, np.ndarray],
+    packed: Sequence[Packed] = (),
+    positions: Positions | None = None,
+) -> None:
+    """Check a call's inputs: names, types, shapes, sizes that agree, indices and masks, and the length of texts.
 
     Args:
         wanted: the engine's inputs.
         packed: those of its masks that attention takes as counts of tokens.
+        positions: of the model; None where they limit nothing.
 
     Raises:
         InputError: names the input, and what is wanted.
@@ -37,6 +44,38 @@ def check_inputs(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], 
         _check_shape(tensor, given[tensor.name], sizes)
     _check_rows(given)
     check_values(wanted, given, packed)
+    check_length(given, positions)
+
+
+def check_length(given: Mapping[str, np.ndarray], positions: Positions | None) -> None:
+    """Refuse inputs that are longer than the model has positions for.
+
+    Raises:
+        InputError: says how long they are, and may be.
+    """
+    longest = 0 if positions is None else positions.longest(given)
+    if positions is not None and longest > positions.most:
+        raise InputError(
+            f"input 'input_ids' has texts of {longest} tokens, the model has positions for {positions.most}",
+            hint=f"cut texts to {positions.most} tokens, as engine.tokenize does",
+        )
+
+
+def check_sizes(where: str, tokens: int, past: int, positions: Positions | None) -> None:
+    """Refuse texts of `tokens` behind `past` others, where the model does not have so many positions.
+
+    Args:
+        where: what asks for them, such as "workload.tokens".
+
+    Raises:
+        RecipeError: says how many it has.
+    """
+    if positions is not None and tokens + past > positions.most:
+        behind = f" behind a past of {past}" if past else ""
+        raise RecipeError(
+            f"{where}: {tokens} tokens{behind} are more than the {positions.most} that the model has positions for",
+            hint=f"ask for at most {positions.most}; what a build serves is `workload.tokens` of its recipe",
+        )
 
 
 def check_values(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], packed: Sequence[Packed] = ()) -> None:

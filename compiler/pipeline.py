@@ -23,6 +23,7 @@ from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, check_inputs, read_data
 from trimtab.compiler.data.preparation import read_preparation
 from trimtab.compiler.engine_options import EngineOptions
+from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.learned import remedies
 from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
 from trimtab.compiler.profile_choice import ProfileChoice, choose_profile
@@ -42,6 +43,7 @@ from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
+from trimtab.passes.graph.positions import Positions, find_positions
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.needs import FFNStates, to_measure
 from trimtab.passes.precision import Precision
@@ -142,6 +144,8 @@ class _Compile:
                 require_ffns(anatomy)
             if dataset is not None:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
+            positions = find_positions(graph)
+            check_sizes("workload.tokens", self.recipe.workload.tokens[0], self.recipe.workload.past[0], positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
@@ -199,12 +203,13 @@ class _Compile:
             fingerprint=self.hashes.weights,
             family=family,
             labels=self.source.labels,
-            max_tokens=self.source.max_tokens,
+            max_tokens=_shorter(self.source.max_tokens, positions),
             task=find_task(inputs, outputs, self.source.head),
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             dials=dials_and_path.dials,
             speed=dials_and_path.path,
+            positions=positions,
             packed=tuple(packed),
             target=self.recipe.target,
             shards=self.recipe.shards,
@@ -291,6 +296,12 @@ def _check_suited(recipe: Recipe, task: Task | None) -> None:
         reason = step.unsuited(task.kind if task is not None else None)
         if reason is not None:
             raise ModelError(f"pass {step.name}: {reason}", hint=f"take {step.name} out of the recipe")
+
+
+def _shorter(max_tokens: int | None, positions: Positions | None) -> int | None:
+    """The longest text that the model takes, as its files and its positions say."""
+    limits = (max_tokens, positions.most if positions is not None else None)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _origin(source: Source) -> str:

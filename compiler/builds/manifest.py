@@ -19,6 +19,7 @@ from trimtab.compiler.task import Task
 from trimtab.passes.contract import PassResult
 from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import BuildError
+from trimtab.passes.graph.positions import Positions
 from trimtab.passes.graph.ranges import Packed, index_bounds
 
 NAME = "manifest.json"
@@ -121,6 +122,7 @@ class Manifest(_Model):
         inputs, outputs: of the engine, without its dials.
         dials: numbers that a call may set; inputs of the engine, too, and float32 [batch].
         speed: the path through the dials' values that `speed` goes.
+        positions: how long a text the model's positions allow; None where they limit nothing.
         packed: masks that attention takes as counts of tokens.
         target, capability: what it was built for, and what that could do.
         shards: processes among which it is divided.
@@ -151,6 +153,7 @@ class Manifest(_Model):
     outputs: tuple[TensorInfo, ...]
     dials: tuple[Dial, ...] = ()
     speed: tuple[SpeedPoint, ...] = ()
+    positions: Positions | None = None
     packed: tuple[Packed, ...] = ()
     target: str
     shards: int = 1

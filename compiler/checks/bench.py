@@ -22,10 +22,12 @@ from trimtab.compiler.checks.peers.same_target import dense_engine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, random_feeds
+from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.positions import find_positions
 
 COMPILED = "compiled"
 _INSTRUCTIONS = {
@@ -130,16 +132,20 @@ def bench(
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
     threads = threads or default_threads(build)
+    shapes = shapes or list(dict.fromkeys((size, workload.tokens[1]) for size in workload.batch[:2]))
+    model = peer_model(build, dense=dense, data=data)
+    graph = load_graph(model.canonical)
+    positions = find_positions(graph)
+    for batch, tokens in shapes:
+        check_sizes(f"shape {batch}x{tokens}", tokens, 0, positions)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
     runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
-    model = peer_model(build, dense=dense, data=data)
     if build.manifest.target == "onnxruntime":
         peers = [DENSE, INT8, *peers]
     else:
         runs[DENSE] = dense_engine(build.manifest.target, model.canonical, workload, threads)
     runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
-    shapes = shapes or list(dict.fromkeys((size, workload.tokens[1]) for size in workload.batch[:2]))
-    timed = time_runs(runs, load_graph(model.canonical), workload, shapes, seconds=seconds, progress=progress)
+    timed = time_runs(runs, graph, workload, shapes, seconds=seconds, progress=progress)
     opt = (workload.batch[1], workload.tokens[1])
     found = Bench(
         target=build.manifest.target,

@@ -16,6 +16,7 @@ from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task, find_task
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
+from trimtab.passes.graph.positions import find_positions
 
 
 class Samples:
@@ -47,6 +48,7 @@ class Samples:
         self.count = min(samples or dataset.count, dataset.count)
         self._source, self._dataset, self._seed = source, dataset, seed
         self._batch = batch or workload.batch[1]
+        self._positions = find_positions(graph)
         self._longest = min(workload.tokens[2], source.max_tokens or workload.tokens[2])
         self._inputs = with_labels(dataset, graph.inputs)
         self._labels, self._queries = None, None
@@ -66,7 +68,14 @@ class Samples:
         """
         report, done = progress or (lambda what, done, total: None), 0
         for feed in batches(
-            self._dataset, self._source, self._batch, self._longest, self.count, seed=self._seed, inputs=self._inputs
+            self._dataset,
+            self._source,
+            self._batch,
+            self._longest,
+            self.count,
+            seed=self._seed,
+            inputs=self._inputs,
+            positions=self._positions,
         ):
             report(what, done, self.count)
             yield feed

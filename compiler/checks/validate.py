@@ -27,11 +27,13 @@ from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run
+from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import Source
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError
 from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.positions import find_positions
 
 _TEXTS = 256  # whose tokens the corners of the workload are filled with
 
@@ -156,6 +158,9 @@ def validate(
     model = forms.canonical
     graph = load_graph(model)
     workload = Workload.model_validate(build.manifest.workload)
+    positions = find_positions(graph)
+    for dims in corners(graph, workload):
+        check_sizes("workload.tokens", dims.get("tokens", 0), dims.get("past", 0), positions)
     task = build.manifest.task
     source = dense_source(build, model)
     warnings = check_labels(dataset, task, source, graph, limits.max_drop is not None) if dataset else []

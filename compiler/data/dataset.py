@@ -18,6 +18,7 @@ import random
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,9 +31,10 @@ from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.data.textfile import Example, Label, read_texts
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
-from trimtab.compiler.inputs import check_values
+from trimtab.compiler.inputs import check_length, check_values
 from trimtab.passes.errors import DataError, InputError, ModelError
 from trimtab.passes.graph import load_graph
+from trimtab.passes.graph.positions import Positions
 from trimtab.passes.graph.ranges import packed_mask
 
 if TYPE_CHECKING:
@@ -128,11 +130,13 @@ def batches(
     *,
     seed: int = 0,
     inputs: Sequence[gs.Tensor] | None = None,
+    positions: Positions | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Feeds for the model, from a random sample of the data, always the same for the same arguments.
 
     Args:
         inputs: those of the model's graph, if at hand; else they are read from the model.
+        positions: of the model: texts are cut there, and longer tensors refused.
 
     Yields:
         input name → array whose first axis has at most `batch_size` samples. Text gives `attention_mask`
@@ -147,9 +151,12 @@ def batches(
         arrays = fit_arrays(dataset, inputs)
         rows = list(_select(range(dataset.count), dataset.count, samples, seed))
         for start in range(0, len(rows), batch_size):
-            yield {name: array[rows[start : start + batch_size]] for name, array in arrays.items()}
+            feed = {name: array[rows[start : start + batch_size]] for name, array in arrays.items()}
+            with _of(dataset):
+                check_length(feed, positions)
+            yield feed
         return
-    feeds = text_feeds(source, inputs, max_tokens)
+    feeds = text_feeds(source, inputs, min(max_tokens, positions.most) if positions is not None else max_tokens)
     examples = dataset.sample(samples, seed)
     while batch := list(islice(examples, batch_size)):
         yield feeds([text for text, _ in batch])
@@ -279,8 +286,15 @@ def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.nd
             )
         arrays[tensor.name] = array.astype(tensor.dtype, copy=False)
     packed = [mask for tensor in inputs if (mask := packed_mask(tensor))]
-    try:
+    with _of(dataset):
         check_values([TensorInfo.of(tensor) for tensor in inputs], arrays, packed)
+    return arrays
+
+
+@contextmanager
+def _of(dataset: Dataset) -> Iterator[None]:
+    """Inputs that a model does not take are a fault of the data."""
+    try:
+        yield
     except InputError as error:
         raise DataError(f"{dataset.path}: {error.message}", hint=error.hint) from error
-    return arrays

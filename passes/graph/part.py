@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import onnxruntime as ort
 
 from trimtab.passes.graph.io import save_graph
 
-__all__ = ["nodes_between", "run_part"]
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["nodes_between", "open_part", "run_part"]
 
 
 def nodes_between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
@@ -38,12 +41,30 @@ def run_part(
         given: tensors within the graph whose values are given; nodes that make them do not run.
         feeds: name → values, of all that is `given` and of those inputs of the graph that `outputs` depend on.
     """
+    session = open_part(graph, given, outputs, {name: list(array.shape) for name, array in feeds.items()})
+    results: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()})
+    return results
+
+
+def open_part(
+    graph: gs.Graph,
+    given: Sequence[gs.Tensor],
+    outputs: Sequence[gs.Tensor],
+    shapes: Mapping[str, Sequence[int | None]],
+) -> ort.InferenceSession:
+    """A session that computes `outputs`, as `run_part` does.
+
+    Args:
+        shapes: name → shape, of all that is `given` and of those inputs of the graph that `outputs` depend on.
+    """
+    import onnxruntime as ort  # late: what only reads manifests does without
+
     for tensor in outputs:
         tensor.dtype = tensor.dtype or np.float32  # behind ops whose types nothing infers
     nodes = list(nodes_between(given, outputs))
     read = {tensor.name for node in nodes for tensor in node.inputs}
     inputs = [
-        gs.Variable(tensor.name, tensor.dtype or np.float32, list(feeds[tensor.name].shape))
+        gs.Variable(tensor.name, tensor.dtype or np.float32, list(shapes[tensor.name]))
         for tensor in (*given, *graph.inputs)
         if tensor.name in read
     ]
@@ -57,6 +78,4 @@ def run_part(
     with TemporaryDirectory(prefix="trimtab-part-") as folder:
         path = Path(folder) / "part.onnx"
         save_graph(part, path)
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    results: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in inputs})
-    return results
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

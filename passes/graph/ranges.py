@@ -100,7 +100,7 @@ def _bounds(tensor: gs.Tensor, moved: int, integers: bool, whole: bool, depth: i
     if not depth:
         return
     for node in tensor.outputs:
-        for rows in _tables(node, tensor):
+        for rows in table_rows(node, tensor):
             yield _Bounds(-moved, rows - 1 - moved, whole)
         offset = _offset(node, tensor)
         if offset is not None and (integers or not offset):
@@ -138,7 +138,7 @@ def _alone(node: gs.Node, tensor: gs.Tensor) -> bool:
     return all(other is node or other.op == "Shape" for other in tensor.outputs)
 
 
-def _tables(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
+def table_rows(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
     """Rows of each constant table that `node` looks `indices` up in."""
     tables: list[tuple[gs.Tensor, int]] = []
     if node.op == "Gather" and len(node.inputs) == 2 and node.inputs[1] is indices:

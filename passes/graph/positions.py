@@ -1,0 +1,173 @@
+"""How many tokens the positions of a model allow, found by what indexes its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.graph.part import nodes_between, open_part
+from trimtab.passes.graph.ranges import table_rows
+from trimtab.passes.graph.weights import stored_bytes
+
+_FILLS = (0, 1, 2, 3)
+"""Token ids that texts are made of here: where padding has no position, it is known by its id, mostly one of these."""
+_NODES = 64
+"""Most nodes between inputs and an index. Those of positions are fewer."""
+_BYTES = 1 << 26
+"""Most bytes of the constants among them."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How long a text may be.
+
+    Attributes:
+        most: tokens of a row, those of a decoder's past included.
+        padding: padding has positions, too, so that it counts.
+    """
+
+    most: int
+    padding: bool
+
+    def longest(self, feeds: Mapping[str, np.ndarray]) -> int:
+        """Tokens of the longest row of a model's inputs, as `most` counts them; 0 without `input_ids`."""
+        ids, mask = feeds.get("input_ids"), feeds.get("attention_mask")
+        if ids is None or ids.ndim != 2:
+            return 0
+        if mask is not None and mask.ndim == 2 and not self.padding:
+            return int(mask.sum(1).max(initial=0))
+        pasts = (each.shape[2] for name, each in feeds.items() if name.startswith("past") and each.ndim == 4)
+        past = max(pasts, default=0)
+        if mask is not None and mask.ndim == 2 and past:
+            past = int(mask[:, : -ids.shape[1]].sum(1).max(initial=0))
+        return ids.shape[1] + past
+
+
+def find_positions(graph: gs.Graph) -> Positions | None:
+    """What limits the length of a text in `graph`; None where nothing does, as with rotary or relative positions.
+
+    Indices of constant tables, and slices of constants, are computed for texts of growing length, apart from the rest
+    of the graph, until one lies outside its table or a slice ends early.
+    """
+    ids = next((tensor for tensor in graph.inputs if tensor.name == "input_ids"), None)
+    if ids is None or ids.shape is None or len(ids.shape) != 2:
+        return None
+    found = [positions for point in _points(graph) if (positions := point.positions()) is not None]
+    return min(found, key=lambda each: (each.most, not each.padding), default=None)
+
+
+def _points(graph: gs.Graph) -> Iterator[_Point]:
+    """Computed indices of constant tables, and slices of constants."""
+    for node in graph.nodes:
+        for index in node.inputs:
+            if isinstance(index, gs.Variable) and (index.inputs or index.name == "position_ids"):
+                for rows in table_rows(node, index):
+                    yield _Point(graph, index, rows)
+        if node.op == "Slice" and isinstance(node.inputs[0], gs.Constant):
+            yield _Point(graph, node.outputs[0], None)
+
+
+class _Point:
+    """A tensor that is computed for each token of a text.
+
+    Args:
+        rows: of the table that it indexes; None of a slice.
+    """
+
+    def __init__(self, graph: gs.Graph, tensor: gs.Tensor, rows: int | None) -> None:
+        self._tensor, self._rows = tensor, rows
+        self._nodes = list(nodes_between([], [tensor]))
+        read = {id(each) for node in self._nodes for each in node.inputs}
+        self._inputs = [each for each in graph.inputs if id(each) in read]
+        self._graph = graph
+
+    def positions(self) -> Positions | None:
+        """What the point allows; None where it allows any length, or does not grow with it."""
+        if not self._nodes:
+            return Positions(self._rows, padding=True) if self._rows else None
+        constants = [each for node in self._nodes for each in node.inputs if isinstance(each, gs.Constant)]
+        if (
+            len(self._nodes) > _NODES
+            or sum(map(stored_bytes, constants)) > _BYTES
+            or any(node.domain for node in self._nodes)
+        ):
+            return None
+        run = self._open()
+        if run is None:
+            return None
+        end = 1 + max([self._rows or 0, *(int(size) for each in constants for size in each.shape)])
+        found = [(most, fill) for fill in _FILLS if (most := _last(partial(self._fits, run, fill), end)) is not None]
+        if not found:
+            return None
+        most, fill = min(found)
+        return Positions(most, padding=not any(self._fits(run, fill, most + 1, padding) for padding in _FILLS))
+
+    def _open(self) -> _Run | None:
+        if self._rows is not None:
+            self._tensor.dtype = self._tensor.dtype or np.int64
+        shapes = {each.name: [None] * len(each.shape or ()) for each in self._inputs}
+        try:
+            session = open_part(self._graph, [], [self._tensor], shapes)
+        except Exception:  # ONNX Runtime's own have no common base
+            return None
+
+        def run(feeds: dict[str, np.ndarray]) -> np.ndarray | None:
+            try:
+                (result,) = session.run(None, feeds)
+            except Exception:
+                return None
+            return np.asarray(result)
+
+        return run
+
+    def _fits(self, run: _Run, fill: int, tokens: int, padding: int | None = None) -> bool:
+        """Whether the table has the rows, and the slice the length, that a text of `tokens` needs.
+
+        Args:
+            fill: its token ids.
+            padding: id of the last, which is padding; None where it is none.
+        """
+        one, values = (
+            run({each.name: _feed(each, self._graph, fill, count, padding) for each in self._inputs})
+            for count in (1, tokens)
+        )
+        if one is None or values is None or values.size != one.size * tokens:
+            return False
+        return self._rows is None or bool(((values < self._rows) & (values >= -self._rows)).all())
+
+
+_Run = Callable[[dict[str, np.ndarray]], "np.ndarray | None"]
+
+
+def _last(fits: Callable[[int], bool], end: int) -> int | None:
+    """The largest number below `end` that fits; None where `end` does, too, or 2 does not."""
+    if not fits(2) or fits(end):
+        return None
+    low, high = 2, end
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _feed(tensor: gs.Tensor, graph: gs.Graph, fill: int, tokens: int, padding: int | None) -> np.ndarray:
+    """Values of an input for one text of `tokens`; an empty past."""
+    (columns,) = (each.shape[1] for each in graph.inputs if each.name == "input_ids")
+    shape = [1] + [
+        size if isinstance(size, int) and size >= 0 else tokens if len(tensor.shape) == 2 or size == columns else 0
+        for size in tensor.shape[1:]
+    ]
+    values = np.zeros(shape, tensor.dtype)
+    if tensor.name == "input_ids":
+        values[:] = fill
+    elif tensor.name == "position_ids":
+        values[:] = np.arange(shape[-1])
+    elif "mask" in tensor.name:
+        values[:] = 1
+    if padding is not None and len(shape) == 2 and (tensor.name == "input_ids" or "mask" in tensor.name):
+        values[:, -1] = padding if tensor.name == "input_ids" else 0
+    return values
