@@ -18,7 +18,7 @@ from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.sources import Source
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import DataError, TargetError
+from trimtab.passes.errors import DataError, RecipeError, TargetError
 from trimtab.passes.graph import insert, load_graph, rename_output, save_graph
 
 WORKLOAD = {"batch": [1, 3, 6], "tokens": [8, 12, 24]}
@@ -143,9 +143,12 @@ def test_a_label_that_is_no_class(build, tmp_path):
         validate(build, data=tmp_path / "odd.jsonl")
 
 
-def test_a_shape_that_the_model_does_not_take(dense, tokenizer, tmp_path):
+def test_a_shape_that_the_model_does_not_take(dense, tokenizer, tmp_path, monkeypatch):
     recipe = RECIPE | {"workload": {"batch": 2, "tokens": [8, 16, 2 * zoo.TEXT]}}
     build = compile_model(source(dense, tokenizer), recipe, tmp_path / "build")
+    with pytest.raises(RecipeError, match=f"workload.tokens: {2 * zoo.TEXT} tokens are more than the "):
+        validate(build)
+    monkeypatch.setattr("trimtab.compiler.checks.validate.find_positions", lambda graph: None)
     with pytest.raises(TargetError, match=f"the dense model fails at batch 2, tokens {2 * zoo.TEXT}"):
         validate(build)
 
