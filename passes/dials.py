@@ -137,7 +137,7 @@ class Dials:
         if not self.dials:
             return "this engine has none"
         names = [dial.name for dial in self.dials]
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(str(name), names, n=1)
         return f"did you mean {near[0]!r}?" if near else f"the engine has: {', '.join(names)}"
 
 

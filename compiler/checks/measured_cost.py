@@ -182,7 +182,7 @@ def _times(
     runs: list[Run] = [dense, *(partial(engine.run, dials=setting) for setting in settings)]
     fitted = [within(run, names, workload) for run in runs]
     alone = interleave({"dense": partial(_all, fitted[0], feeds[:1])}, seconds=0, block=1, warmup=1)["dense"].median_ms
-    calls = max(1, min(len(feeds), int(1000 * seconds / (_ROUNDS * len(runs) * alone))))
+    calls = max(1, int(min(len(feeds), 1000 * seconds / (_ROUNDS * len(runs) * alone))))
     _report(progress, "time", 0, 1)
     timings = interleave(
         {str(number): partial(_all, run, feeds[:calls]) for number, run in enumerate(fitted)}, seconds=seconds, block=1,

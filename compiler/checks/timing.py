@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 REST_S = 0.02  # after which threads of the runner before have stopped spinning, which ONNX Runtime's do within some ms
+LONGEST_S = 86400.0
+"""A day, which commands time at most: without an end, nothing would be reported."""
+
 _MIN_ROUNDS = 3  # however slow the runners: a median of fewer blocks says nothing about spread
 
 

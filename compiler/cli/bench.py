@@ -10,6 +10,7 @@ import typer
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.checks.bench import COMPILED, Bench, Machine, TimedRun, bench, key, parse_shapes
 from trimtab.compiler.checks.peers import PEER_NAMES
+from trimtab.compiler.checks.timing import LONGEST_S
 from trimtab.compiler.cli import console
 from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
 
@@ -27,7 +28,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For each shape, all engines together.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0, max=LONGEST_S, help="For each shape, all engines together.")] = 10.0,
     dense: Annotated[
         Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
     ] = None,

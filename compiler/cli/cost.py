@@ -12,6 +12,7 @@ from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.checks.cost_plot import check_plot, draw
 from trimtab.compiler.checks.cost_report import CostReport, named, setting_row
 from trimtab.compiler.checks.measured_cost import SPEEDS, cost
+from trimtab.compiler.checks.timing import LONGEST_S
 from trimtab.compiler.cli import console
 from trimtab.compiler.cli.bench import describe
 from trimtab.compiler.cli.dials import DIAL_HELP, parse_dials, parse_grid, parse_speeds
@@ -30,7 +31,9 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Of timing, all engines together; 0 times nothing.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=LONGEST_S, help="Of timing, all engines together; 0 times nothing.")
+    ] = 10.0,
     store_path: Annotated[
         bool,
         typer.Option("--store-path", help="Try a grid of the dials on the data, and keep the best path for `speed`."),

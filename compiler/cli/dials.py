@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from trimtab.passes.errors import InputError
 
@@ -14,13 +14,13 @@ def parse_dials(given: Sequence[str] | None) -> dict[str, float]:
     """["exit_threshold=0.2"] → {"exit_threshold": 0.2}.
 
     Raises:
-        InputError: not of that form, or not a number.
+        InputError: not of that form, not a number, or a dial is given twice.
     """
-    dials = {}
+    dials: dict[str, float] = {}
     for setting in given or ():
         name, equals, text = setting.partition("=")
         try:
-            dials[name.strip()] = float(text)
+            dials[_new(name, dials, "--dial")] = float(text)
         except ValueError:
             equals = ""
         if not equals:
@@ -41,13 +41,21 @@ def parse_grid(given: Sequence[str] | None) -> dict[str, list[float]]:
     """["prune=0,0.5,1"] → {"prune": [0.0, 0.5, 1.0]}.
 
     Raises:
-        InputError: not of that form, or not numbers.
+        InputError: not of that form, not numbers, or a dial is given twice.
     """
-    values = {}
+    values: dict[str, list[float]] = {}
     for setting in given or ():
         name, _, text = setting.partition("=")
-        values[name.strip()] = _numbers(text, f"--grid {setting}", "such as prune=0,0.5,1")
+        values[_new(name, values, "--grid")] = _numbers(text, f"--grid {setting}", "such as prune=0,0.5,1")
     return values
+
+
+def _new(name: str, known: Collection[str], option: str) -> str:
+    """The name of a dial that `option` was not given for before."""
+    name = name.strip()
+    if name in known:
+        raise InputError(f"{option} {name}=...: given twice", hint="give each dial once")
+    return name
 
 
 def _numbers(text: str, where: str, example: str) -> list[float]:

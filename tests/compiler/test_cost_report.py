@@ -182,6 +182,8 @@ def test_the_exact_end_may_be_all_that_is_allowed(build: Build, data: Path) -> N
         (("--max-drop", "1"), 2, "belong to --store-path"),
         (("--store-path", "--grid", "prun=1"), 1, "did you mean 'prune'"),
         (("--store-path", "--grid", "prune=1,x"), 1, "--grid prune=1,x: not numbers"),
+        (("--store-path", "--grid", "prune=1", "--grid", "prune=2"), 1, "--grid prune=...: given twice"),
+        (("--seconds", "inf"), 2, "Input should be less than or equal to 86400"),
         (("--store-path", "--grid", "prune=9"), 1, "dial 'prune' is 9"),
         (("--plot", "cost.gif"), 1, "a plot is written as .svg, .png, .pdf"),
         (("--plot", "/nowhere/cost.svg"), 1, "/nowhere: no such folder"),

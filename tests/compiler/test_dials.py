@@ -79,6 +79,7 @@ def test_a_call_is_turned(engine: Engine, case: Any, turned: dict[str, Any], dim
         ({"dials": {"lift": [0, 1]}}, "shape [2] for 3 samples"),
         ({"dials": {"lift": "fast"}}, "dial 'lift' is 'fast', not a number"),
         ({"dials": {"lift": [[1], [1, 2]]}}, "dial 'lift' is [[1], [1, 2]], not a number"),
+        ({"dials": {1: 0.5}}, "unknown dial 1; the engine has: dim, lift"),
         ({"dials": ["lift"]}, "dials is ['lift'], not a mapping"),
         ({"dials": {"lift": True}}, "dial 'lift' is True, not a number"),
         ({"speed": 1.5}, "speed is 1.5; give a number from 0 to 1"),
@@ -141,6 +142,7 @@ def test_checks_run_where_they_are_asked_to(build: Build) -> None:
         (("--dial", "dim=much"), "--dial dim=much: not of the form"),
         (("--dial", "dimm=0.5"), "did you mean 'dim'"),
         (("--dial", "dim=5"), "give a number from 0 to 0.9"),
+        (("--dial", "dim=0.1", "--dial", " dim=0.2"), "--dial dim=...: given twice"),
     ],
     ids=str,
 )
