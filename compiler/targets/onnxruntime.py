@@ -22,7 +22,7 @@ from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
-from trimtab.passes.lower import keep_integer_products
+from trimtab.passes.lower import fuse_bias_gelu, keep_integer_products
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import library_path, register
 
@@ -44,6 +44,7 @@ class OnnxRuntime(Target):
 
     def settle(self, graph: gs.Graph) -> None:
         keep_integer_products(graph)
+        fuse_bias_gelu(graph)
 
     def build(
         self,

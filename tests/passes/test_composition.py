@@ -21,7 +21,7 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split import FFNSplit
 from trimtab.passes.graph import save_graph
 from trimtab.passes.layer import read_layer
-from trimtab.passes.lower import keep_integer_products
+from trimtab.passes.lower import fuse_bias_gelu, keep_integer_products
 from trimtab.passes.profile import Profile
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.unpad import Unpad
@@ -85,6 +85,7 @@ class Built:
         steps = [pass_class(name).model_validate(o) for step in steps_of(recipe) for name, o in step.items()]
         self.results: list[PassResult] = run_passes(graph, steps, PassContext(profile(family), CAPABILITY))
         self.kept = keep_integer_products(graph)
+        fuse_bias_gelu(graph)
         path = folder / f"{recipe.replace(' ', '-')}.onnx"
         save_graph(graph, path)
         options = ort.SessionOptions()
