@@ -48,7 +48,10 @@ TIMED = {1: 128, 32: 8}
 """Batch → batches that are timed; half as many where texts are long."""
 
 PEERS = ("dense-fp32", "dense-int8", "openvino-fp32", "openvino-bf16")
-GRID = {"prune": (0.0, 0.5, 1.0, 1.4), "exit_threshold": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)}
+GRID = {
+    "prune": (0.0, 0.5, 1.0, 1.4),
+    "exit_threshold": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.75),
+}
 
 PYRAMID = ["unpad", "token-prune", "early-exit"]
 VARIANTS: dict[str, list[Any]] = {
