@@ -23,9 +23,13 @@ def as_input(form: Form, name: str, result: str, op: str) -> list[str]:
 
 
 def numbers_of_rows(form: Form, x: str = "x", block: str = "@block") -> str:
-    """Makes `rows` [tokens or 1, n], the numbers of the neurons in `blocks`, and `flat` [tokens, 1, width] of x."""
+    """Makes `rows` [tokens or 1, n], the numbers of the neurons in `blocks`, and `flat` [tokens, 1, width] of x.
+
+    Of a block -1 the rows are those of block 0, and `taken` [tokens or 1, 1, n] is false. Both have one row where there
+    are no tokens, since not all runtimes compute with nothing; `tokens` [1] is how many there are.
+    """
     size = f"value_int: int = {block}" if block.startswith("@") else f"value_int = {block}"
-    flat = "\n".join(in_float(form, x, x, "flat", "Reshape ({}, flat_shape)"))
+    flat = "\n".join(in_float(form, x, x, "flat_", "Reshape <allowzero = 1> ({}, flat_shape)"))
     return f"""
   zero = Constant <value_int = 0> ()
   step = Constant <value_int = 1> ()
@@ -34,18 +38,55 @@ def numbers_of_rows(form: Form, x: str = "x", block: str = "@block") -> str:
   two = Constant <value_ints = [2]> ()
   block_ = Constant <{size}> ()
   wide = Cast <to = 7> (blocks)
-  starts = Mul (wide, block_)
+  groups_k = Shape (blocks)
+  groups_ = Gather (groups_k, zero)
+  groups_some = Min (groups_, one)
+  groups_none = Sub (one, groups_some)
+  k_ = Shape <start = 1> (blocks)
+  more_shape = Concat <axis = 0> (groups_none, k_)
+  more = ConstantOfShape <value = int64[1] {{0}}> (more_shape)
+  numbers = Concat <axis = 0> (wide, more)
+  is_block = GreaterOrEqual (numbers, zero)
+  or_first = Max (numbers, zero)
+  starts = Mul (or_first, block_)
   starts_ = Unsqueeze (starts, two)
   within = Range (zero, block_, step)
   each = Add (starts_, within)
-  groups = Shape <start = 0, end = 1> (blocks)
-  taken = Shape <start = 1> (blocks)
-  many = Mul (taken, block_)
-  rows_shape = Concat <axis = 0> (groups, many)
-  rows = Reshape (each, rows_shape)
+  is_block_ = Unsqueeze (is_block, two)
+  is_within = GreaterOrEqual (within, zero)
+  is_taken = And (is_block_, is_within)
+  groups = Add (groups_, groups_none)
+  n_ = Mul (k_, block_)
+  rows_shape = Concat <axis = 0> (groups, n_)
+  rows = Reshape <allowzero = 1> (each, rows_shape)
+  taken_ = Reshape <allowzero = 1> (is_taken, rows_shape)
+  taken = Unsqueeze (taken_, one)
   width = Shape <start = -1> ({x})
-  flat_shape = Concat <axis = 0> (minus, one, width)
-{flat}"""
+  size_x = Size ({x})
+  tokens = Div (size_x, width)
+  flat_shape = Concat <axis = 0> (tokens, one, width)
+{flat}
+  tokens_some = Min (tokens, one)
+  tokens_none = Sub (one, tokens_some)
+  filler_shape = Concat <axis = 0> (tokens_none, one, width)
+  filler = ConstantOfShape <value = float[1] {{0}}> (filler_shape)
+  flat = Concat <axis = 0> (flat_, filler)"""
+
+
+def shaped(form: Form, x: str, name: str, width: str) -> list[str]:
+    """Statements that bring `<name>_`, [tokens, 1, n], into the leading sizes and the type of x.
+
+    Args:
+        width: what gives the last size, as its own last size.
+    """
+    return [
+        "  begin = Constant <value_ints = [0]> ()",
+        f"  {name}_there = Slice ({name}_, begin, tokens, begin)",
+        f"  lead = Shape <end = -1> ({x})",
+        f"  size = Shape <start = -1> ({width})",
+        "  shape = Concat <axis = 0> (lead, size)",
+        *as_input(form, x, name, f"Reshape <allowzero = 1> ({name}_there, shape)"),
+    ]
 
 
 def chosen_rows(form: Form, label: str) -> str:

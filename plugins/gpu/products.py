@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "place", "rows_of", "tile_of", "tile_of_tokens", "times_rows", "wide"]
+__all__ = ["activate", "place", "rows_of", "taken_of", "tile_of", "tile_of_tokens", "times_rows", "wide"]
 
 
 @triton.jit
@@ -35,17 +35,32 @@ def tile_of_tokens(x, first, token, own, column, WIDTH: tl.constexpr, TOKENS: tl
 
 @triton.jit
 def rows_of(blocks, group, row, k, BLOCK: tl.constexpr):
-    """Numbers of the neurons at the places `row` of a choice of k blocks; row 0 for places behind its end."""
-    there = row < k * BLOCK
-    number = tl.load(blocks + group * k + row // BLOCK, mask=there, other=0)
-    return tl.where(there, number * BLOCK + row % BLOCK, 0).to(tl.int64)
+    """Numbers of the neurons at the places `row` of a choice of k blocks; row 0 behind its end and for -1."""
+    number = tl.load(blocks + group * k + row // BLOCK, mask=row < k * BLOCK, other=-1)
+    return tl.where(number >= 0, number * BLOCK + row % BLOCK, 0).to(tl.int64)
 
 
 @triton.jit
-def tile_of(w, number, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of chosen rows of the weights w, [rows, COLUMNS]; zero behind the end of the rows."""
+def taken_of(blocks, group, row, k, BLOCK: tl.constexpr, AT_MOST: tl.constexpr):
+    """Whether there is a neuron at the places `row`; without AT_MOST, whoever asks has to mask those behind the end."""
+    if AT_MOST:
+        taken = tl.load(blocks + group * k + row // BLOCK, mask=row < k * BLOCK, other=-1) >= 0
+    else:
+        taken = row >= 0
+    return taken
+
+
+@triton.jit
+def tile_of(w, number, taken, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, AT_MOST: tl.constexpr):
+    """Columns of chosen rows of the weights w, [rows, COLUMNS]; zero behind the end of the rows.
+
+    With AT_MOST, rows that are not `taken` are not read, and zero.
+    """
     from_ = w + number[:, None] * WIDTH + column[None, :]
-    if WIDTH % COLUMNS == 0:
+    if AT_MOST:
+        mask = taken[:, None] & (column < WIDTH)[None, :]
+        tile = tl.load(from_, mask=mask, other=0, eviction_policy="evict_first")
+    elif WIDTH % COLUMNS == 0:
         tile = tl.load(from_, eviction_policy="evict_first")
     else:
         tile = tl.load(from_, mask=(column < WIDTH)[None, :], other=0, eviction_policy="evict_first")

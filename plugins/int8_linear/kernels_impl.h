@@ -1,6 +1,6 @@
 // The kernels, in vectors of TRIMTAB_WIDTH floats; TRIMTAB_VNNI: bytes are multiplied directly. Included by one source file
 // per instruction set.
-#include "activate.h"
+#include "../native/activate.h"
 #include "tile.h"
 
 namespace trimtab {

@@ -19,14 +19,21 @@ class Rows:
 
     Attributes:
         numbers: [tokens or 1, n] int32, or the same as an array where it is known before the model runs.
+        taken: where there is a row, [tokens or 1, 1, n] bool; None where all are.
     """
 
     numbers: gs.Tensor | np.ndarray
+    taken: gs.Tensor | None = None
 
     @classmethod
-    def of(cls, nodes: Nodes, blocks: gs.Tensor, block: int) -> Rows:
-        """Of the blocks [tokens or 1, k], `block` rows in each."""
+    def of(cls, nodes: Nodes, blocks: gs.Tensor, block: int, at_most: bool = False) -> Rows:
+        """Of the blocks [tokens or 1, k], `block` rows in each. `at_most`: some may be -1, which are none."""
         within = np.arange(block, dtype=np.int32)
+        if at_most:
+            first = np.array(0, np.int32)
+            there = nodes("Unsqueeze", nodes("GreaterOrEqual", blocks, first, dtype=bool), [2])
+            taken = nodes("Reshape", nodes("And", there, within >= 0, dtype=bool), [0, 1, -1])
+            return cls(cls.of(nodes, nodes("Max", blocks, first), block).numbers, taken)
         if isinstance(blocks, gs.Constant):
             numbers = nodes.values(blocks).astype(np.int32)
             return cls((numbers[..., None] * np.int32(block) + within).reshape(len(numbers), -1))
@@ -34,6 +41,12 @@ class Rows:
             return cls(blocks)
         starts = nodes("Unsqueeze", nodes("Mul", blocks, np.array(block, np.int32)), [2])
         return cls(nodes("Reshape", nodes("Add", starts, within), [0, -1]))
+
+    def only_taken(self, nodes: Nodes, h: gs.Tensor) -> gs.Tensor:
+        """h [tokens, 1, n], with 0 where there is no row."""
+        if self.taken is None:
+            return h
+        return nodes("Where", self.taken, h, np.array(0, type_of(h)), dtype=type_of(h))
 
     def of_all(self, count: int) -> bool:
         """Whether these are all rows, in order, for all tokens."""

@@ -39,21 +39,22 @@ struct FloatKernel {
   static void dot(const Rows<R>& now, const Rows<R>& next, int64_t width, const Activations& x, float out[T][R]) {
     constexpr int64_t kStep = 2 * V;
     ask_beginnings(next, 0);
+    const int64_t stride = x.step * width;
     vf a[T][R] = {}, b[T][R] = {};
     int64_t i = 0;
     for (; i + kStep <= width; i += kStep) {
       TRIMTAB_UNROLL for (int r = 0; r < R; r++) {
         const vf w0 = As<F>::vector(now.row[r].data, i), w1 = As<F>::vector(now.row[r].data, i + V);
         TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
-          a[t][r] += w0 * load<vf>(x.floats + t * width + i);
-          b[t][r] += w1 * load<vf>(x.floats + t * width + i + V);
+          a[t][r] += w0 * load<vf>(x.floats + t * stride + i);
+          b[t][r] += w1 * load<vf>(x.floats + t * stride + i + V);
         }
       }
     }
     TRIMTAB_UNROLL for (int t = 0; t < T; t++)
       TRIMTAB_UNROLL for (int r = 0; r < R; r++) {
         out[t][r] = total(a[t][r] + b[t][r]);
-        for (int64_t j = i; j < width; j++) out[t][r] += As<F>::one(now.row[r].data, j) * x.floats[t * width + j];
+        for (int64_t j = i; j < width; j++) out[t][r] += As<F>::one(now.row[r].data, j) * x.floats[t * stride + j];
       }
   }
 

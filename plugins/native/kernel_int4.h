@@ -30,19 +30,19 @@ struct Int4Kernel {
   // out[t][r] = x[t] . row[r], for T tokens.
   template <int T, int R, bool kApart>
   static void dot(const Rows<R>& now, const Rows<R>& next, int64_t width, const Activations& x, float out[T][R]) {
-    const int64_t whole = width / kSet * kSet;
+    const int64_t whole = width / kSet * kSet, groups = x.step * groups_of(width);  // of x, from token to token
     Ahead<R, R * kVector / 2, kApart> ahead(next, 0, width / 2, width / kInt4Block);
     vf sums[T][R] = {};
     for (int64_t group = 0, i = 0; i < width; group++) {
       vf parts[T][R] = {};
       for (const int64_t end = std::min(whole, (group + 1) * kGroup); i < end; i += kSet)
-        dot_set<T>(now, i, x.at(i), groups_of(width), ahead, parts);
+        dot_set<T>(now, i, x.at(i), groups, ahead, parts);
       if (i == whole && i < std::min(width, (group + 1) * kGroup)) {
-        dot_set<T>(Filled<R>(now, i, width).rows, 0, x.at(i), groups_of(width), ahead, parts);
+        dot_set<T>(Filled<R>(now, i, width).rows, 0, x.at(i), groups, ahead, parts);
         i = width;
       }
       TRIMTAB_UNROLL for (int t = 0; t < T; t++)
-        TRIMTAB_UNROLL for (int r = 0; r < R; r++) sums[t][r] += parts[t][r] * x.scale[t * groups_of(width) + group];
+        TRIMTAB_UNROLL for (int r = 0; r < R; r++) sums[t][r] += parts[t][r] * x.scale[t * groups + group];
     }
     TRIMTAB_UNROLL for (int t = 0; t < T; t++)
       TRIMTAB_UNROLL for (int r = 0; r < R; r++) out[t][r] = total(sums[t][r]);

@@ -27,7 +27,7 @@ struct Int8Kernel {
   template <int T, int R, bool kApart>
   static void dot(const Rows<R>& now, const Rows<R>& next, int64_t width, const Activations& x, float out[T][R]) {
     Ahead<R, R * kStep, kApart> ahead(next, 0, width, 1);
-    const int64_t stride = groups_of(width) * kGroup;
+    const int64_t groups = x.step * groups_of(width), stride = groups * kGroup;  // from token to token
     vf sums[T][R] = {};
     float rest[T][R] = {};
     for (int64_t group = 0; group * kGroup < width; group++) {
@@ -45,7 +45,7 @@ struct Int8Kernel {
         }
       }
       TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
-        const float scale = x.scale[t * groups_of(width) + group];
+        const float scale = x.scale[t * groups + group];
         TRIMTAB_UNROLL for (int r = 0; r < R; r++) {
           sums[t][r] += __builtin_convertvector(even[t][r] + odd[t][r], vf) * scale;
           int32_t tail = 0;

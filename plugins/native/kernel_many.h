@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "kernel_float.h"
+#include "vector_math.h"
 
 namespace trimtab {
 namespace {
@@ -17,7 +19,8 @@ constexpr int64_t kColumns = 96;  // of the output that are summed at a time: wh
 
 constexpr int64_t kPadded = kDepth + 16;  // so that neighbours do not fall into the same places of a cache
 
-constexpr int kDotTokens = 3, kDotRows = 4;   // a tile of `dot`
+constexpr int kDotTokens = 6, kPanelVectors = 2;  // a tile of `dot`
+constexpr int64_t kPanel = kPanelVectors * V;     // rows that it has
 constexpr int kSumTokens = 4, kSumVectors = 3;  // a tile of `sum`
 
 typedef int8_t vb __attribute__((vector_size(V)));
@@ -77,79 +80,120 @@ inline void widen(const Weights& w, int64_t row, int64_t first, int64_t size, fl
   }
 }
 
-// found[t][r] = x[t] . row[r] over `size` places; both have kPadded floats from one to the next.
+// Places first to first + size of V rows from the i-th chosen on (the last again where there are no more), turned round:
+// panel[p * kPanel + r] is place first + p of row r.
+inline void turn(const Weights& w, const Chosen& chosen, int64_t i, int64_t end, int64_t first, int64_t size, float* panel) {
+  constexpr int64_t kPiece = 4 * kInt4Block;
+  static_assert(kPiece % V == 0, "whole squares");
+  static thread_local float piece[V * kPiece];
+  int64_t whole = 0;
+  if (w.format == Format::float32) {
+    const float* rows[V];
+    for (int r = 0; r < V; r++)
+      rows[r] = static_cast<const float*>(w.data) + chosen.row(std::min(i + r, end - 1)) * w.width + first;
+    for (; whole + V <= size; whole += V) {
+      vf square[V];
+      TRIMTAB_UNROLL_ALL for (int r = 0; r < V; r++) square[r] = load<vf>(rows[r] + whole);
+      transpose(square);
+      TRIMTAB_UNROLL_ALL for (int r = 0; r < V; r++) store(panel + (whole + r) * kPanel, square[r]);
+    }
+  }
+  for (int64_t p = whole; p < size; p += kPiece) {
+    const int64_t some = std::min(kPiece, size - p);
+    for (int r = 0; r < V; r++) widen(w, chosen.row(std::min(i + r, end - 1)), first + p, some, piece + r * kPiece);
+    for (int64_t q = 0; q < some; q += V) {
+      vf square[V];
+      TRIMTAB_UNROLL_ALL for (int r = 0; r < V; r++) square[r] = load<vf>(piece + r * kPiece + q);
+      transpose(square);
+      TRIMTAB_UNROLL_ALL for (int r = 0; r < V; r++) store(panel + (p + q + r) * kPanel, square[r]);
+    }
+  }
+}
+
+// part[t][j] = sum over p of x[t][p] * panel[p][j], for the kPanel rows of a panel.
 template <int T>
-void dot_tile(const float* x, const float* rows, int64_t size, float found[][kDotRows]) {
-  vf sums[T][kDotRows] = {};
-  int64_t i = 0;
-  for (; i + V <= size; i += V) {
-    vf v[T];
-    TRIMTAB_UNROLL for (int t = 0; t < T; t++) v[t] = load<vf>(x + t * kPadded + i);
-    TRIMTAB_UNROLL for (int r = 0; r < kDotRows; r++) {
-      const vf w = load<vf>(rows + r * kPadded + i);
-      TRIMTAB_UNROLL for (int t = 0; t < T; t++) sums[t][r] += v[t] * w;
+void dot_tile(const float* x, const float* panel, int64_t size, float* part) {
+  vf sums[T][kPanelVectors] = {};
+  for (int64_t p = 0; p < size; p++, panel += kPanel) {
+    vf w[kPanelVectors];
+    TRIMTAB_UNROLL for (int v = 0; v < kPanelVectors; v++) w[v] = load<vf>(panel + v * V);
+    TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
+      const float by = x[t * kPadded + p];
+      TRIMTAB_UNROLL for (int v = 0; v < kPanelVectors; v++) sums[t][v] += by * w[v];
     }
   }
   TRIMTAB_UNROLL for (int t = 0; t < T; t++)
-    TRIMTAB_UNROLL for (int r = 0; r < kDotRows; r++) {
-      found[t][r] = total(sums[t][r]);
-      for (int64_t j = i; j < size; j++) found[t][r] += x[t * kPadded + j] * rows[r * kPadded + j];
-    }
+    TRIMTAB_UNROLL for (int v = 0; v < kPanelVectors; v++) store(part + t * kPanel + v * V, sums[t][v]);
 }
 
-// As Kernels::dot.
+// As Kernels::dot. Rows are turned round, so that a tile's sums are vectors of outputs.
 inline void dot_many(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const float* x, int64_t tokens,
-                     float* out, int64_t out_stride) {
-  constexpr decltype(&dot_tile<1>) kTiles[] = {nullptr, dot_tile<1>, dot_tile<2>, dot_tile<3>};
-  static thread_local float rows[kDotRows * kPadded], packed[kTokens * kPadded];
+                     float* out, int64_t out_stride, const int32_t* numbers) {
+  constexpr decltype(&dot_tile<1>) kTiles[] = {nullptr,     dot_tile<1>, dot_tile<2>, dot_tile<3>,
+                                               dot_tile<4>, dot_tile<5>, dot_tile<6>};
+  alignas(64) static thread_local float panel[(kDepth + V) * kPanel], packed[kTokens * kPadded], part[kPanel * kDotTokens];
   for (int64_t t0 = 0; t0 < tokens; t0 += kTokens)
     for (int64_t k = 0; k < w.width; k += kDepth) {
-      const int64_t size = std::min(kDepth, w.width - k), last = std::min(tokens, t0 + kTokens);
-      const int64_t each = (size * kDotTokens / (last - t0) + 31) / 16 * 16;  // of the next rows, asked for with each tile
-      for (int64_t t = t0; t < last; t++) std::copy_n(x + t * w.width + k, size, packed + (t - t0) * kPadded);
-      for (int64_t i = begin; i < end; i += kDotRows) {
-        for (int r = 0; r < kDotRows; r++) widen(w, chosen.row(std::min(i + r, end - 1)), k, size, rows + r * kPadded);
+      const int64_t size = std::min(kDepth, w.width - k), some = std::min(kTokens, tokens - t0);
+      const int64_t each = (size * kDotTokens / some + 31) / 16 * 16;  // of the next rows, asked for with each tile
+      for (int64_t t = 0; t < some; t++)
+        std::copy_n(x + (numbers == nullptr ? t0 + t : numbers[t0 + t]) * w.width + k, size, packed + t * kPadded);
+      for (int64_t i = begin; i < end; i += kPanel) {
+        const int64_t rows = std::min(kPanel, end - i);
+        for (int64_t r = 0; r < kPanel; r += V) turn(w, chosen, i + std::min(r, rows - 1), end, k, size, panel + r);
         int64_t asked = 0;
-        for (int64_t t = t0; t < last; t += kDotTokens) {
-          const int64_t count = std::min<int64_t>(kDotTokens, last - t);
-          for (int r = 0; r < kDotRows; r++)
-            ask(w, chosen.row(std::min(i + kDotRows + r, end - 1)), k + asked, std::min(each, size - asked));
+        for (int64_t t = 0; t < some; t += kDotTokens) {
+          for (int64_t r = 0; r < kPanel && i + kPanel < end; r++)
+            ask(w, chosen.row(std::min(i + kPanel + r, end - 1)), k + asked, std::min(each, size - asked));
           asked = std::min(asked + each, size);
-          float found[kDotTokens][kDotRows];
-          kTiles[count](packed + (t - t0) * kPadded, rows, size, found);
-          for (int64_t j = 0; j < count; j++)
-            for (int r = 0; r < kDotRows && i + r < end; r++) {
-              float& to = out[(t + j) * out_stride + i + r - begin];
-              to = k == 0 ? found[j][r] : to + found[j][r];
-            }
+          const int64_t count = std::min<int64_t>(kDotTokens, some - t);
+          kTiles[count](packed + t * kPadded, panel, size, part);
+          for (int64_t j = 0; j < count; j++) {
+            float* to = out + (t0 + t + j) * out_stride + i - begin;
+            const float* from = part + j * kPanel;
+            for (int64_t r = 0; r < rows; r++) to[r] = k == 0 ? from[r] : to[r] + from[r];
+          }
         }
       }
     }
 }
 
-// part[t][j] += sum over i of h[t][i] * panel[i][j], for a tile of columns; `part` has kColumns from token to token.
+// part[t][j] += sum over i of h[t][i] * panel[i][j], for a tile of columns; `stride` from row to row of the panel.
 template <int T>
-void sum_tile(const float* h, int64_t h_stride, const float* panel, int64_t count, float* part) {
+void sum_tile(const float* const* h, const float* panel, int64_t stride, int64_t count, float* const* part) {
   vf sums[T][kSumVectors];
   TRIMTAB_UNROLL for (int t = 0; t < T; t++)
-    TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) sums[t][v] = load<vf>(part + t * kColumns + v * V);
-  for (int64_t i = 0; i < count; i++, panel += kSumVectors * V) {
+    TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) sums[t][v] = load<vf>(part[t] + v * V);
+  for (int64_t i = 0; i < count; i++, panel += stride) {
     vf w[kSumVectors];
     TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) w[v] = load<vf>(panel + v * V);
     TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
-      const float by = h[t * h_stride + i];
+      const float by = h[t][i];
       TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) sums[t][v] += by * w[v];
     }
   }
   TRIMTAB_UNROLL for (int t = 0; t < T; t++)
-    TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) store(part + t * kColumns + v * V, sums[t][v]);
+    TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) store(part[t] + v * V, sums[t][v]);
+}
+
+constexpr decltype(&sum_tile<1>) kSumTiles[] = {nullptr, sum_tile<1>, sum_tile<2>, sum_tile<3>, sum_tile<4>};
+
+// Columns column to column + size of a row, as floats, into a panel of `rows` rows at place r.
+inline void to_panel(const Weights& w, int64_t row, int64_t column, int64_t size, int64_t rows, int64_t r, float* panel) {
+  constexpr int64_t kWide = kSumVectors * V;
+  if (size == kColumns && w.format != Format::int4) {
+    for (int64_t c = 0; c < kColumns; c += kWide) widen(w, row, column + c, kWide, panel + c * rows + r * kWide);
+    return;
+  }
+  float line[kColumns] = {};
+  widen(w, row, column, size, line);
+  for (int64_t c = 0; c < kColumns; c += kWide) std::copy_n(line + c, kWide, panel + c * rows + r * kWide);
 }
 
 // As Kernels::sum.
 inline void sum_many(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride,
                      int64_t tokens, int64_t first, int64_t last, float* y) {
-  constexpr decltype(&sum_tile<1>) kTiles[] = {nullptr, sum_tile<1>, sum_tile<2>, sum_tile<3>, sum_tile<4>};
-  constexpr int64_t kWide = kSumVectors * V, kRows = kDepth / 2, kAsked = 4;
+  constexpr int64_t kWide = kSumVectors * V, kRows = kDepth, kAsked = 4;
   static_assert(kColumns % kWide == 0 && kColumns % kInt4Block == 0, "whole tiles, and whole blocks of int4");
   static thread_local float panel[kRows * kColumns], part[kTokens * kColumns];
   for (int64_t t0 = 0; t0 < tokens; t0 += kTokens)
@@ -158,21 +202,65 @@ inline void sum_many(const Weights& w, const Chosen& chosen, int64_t count, cons
       std::fill_n(part, some * kColumns, 0.0f);
       for (int64_t i = 0; i < count; i += kRows) {
         const int64_t rows = std::min(kRows, count - i);
-        for (int64_t r = 0; r < rows; r++) {
-          float line[kColumns] = {};
-          widen(w, chosen.row(i + r), column, size, line);
-          for (int64_t c = 0; c < kColumns; c += kWide) std::copy_n(line + c, kWide, panel + c * rows + r * kWide);
-        }
+        for (int64_t r = 0; r < rows; r++) to_panel(w, chosen.row(i + r), column, size, rows, r, panel);
         int64_t next = std::min(i + kRows, count);
         for (int64_t c = 0; c < kColumns; c += kWide)
           for (int64_t t = 0; t < some; t += kSumTokens) {
             for (const int64_t last_one = std::min(next + kAsked, count); next < last_one; next++)
               ask(w, chosen.row(next), column, size);
-            kTiles[std::min<int64_t>(kSumTokens, some - t)](h + (t0 + t) * h_stride + i, h_stride, panel + c * rows, rows,
-                                                            part + t * kColumns + c);
+            const float* from[kSumTokens];
+            float* to[kSumTokens];
+            for (int j = 0; j < kSumTokens; j++) from[j] = h + (t0 + t + j) * h_stride + i, to[j] = part + (t + j) * kColumns + c;
+            kSumTiles[std::min<int64_t>(kSumTokens, some - t)](from, panel + c * rows, kWide, rows, to);
           }
       }
       for (int64_t t = 0; t < some; t++) std::copy_n(part + t * kColumns, size, y + (t0 + t) * w.width + column);
+    }
+}
+
+// As Kernels::sum_by_block, for blocks that many tokens take: a block's rows are read from end to end while they are added
+// to all who take them.
+inline void sum_many_by_block(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens,
+                              int64_t first, int64_t last, float* y) {
+  constexpr int64_t kWide = kSumVectors * V, kRows = kDepth;
+  alignas(64) static thread_local float panel[kRows * kColumns];
+  for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + first, y + t * w.width + last, 0.0f);
+  for (int64_t b = 0; b < takers.count; b++)
+    for (int64_t i = 0; i < takers.size; i += kRows) {
+      const int64_t rows = std::min(kRows, takers.size - i), row = takers.blocks[b] * takers.size + i;
+      const int64_t end = takers.starts[b + 1];
+      for (int64_t column = first; column < last; column += kColumns) {
+        const int64_t size = std::min(kColumns, last - column);
+        const bool as_it_is = w.format == Format::float32 && size == kColumns;
+        const float* there = static_cast<const float*>(w.data) + row * w.width + column;
+        for (int64_t r = 0; r < rows; r++) {
+          if (!as_it_is) to_panel(w, row + r, column, size, rows, r, panel);
+          if (b + 1 < takers.count) ask(w, takers.blocks[b + 1] * takers.size + i + r, column, size);
+        }
+        for (int64_t t = takers.starts[b]; t < end; t += kSumTokens) {
+          const int64_t some = std::min<int64_t>(kSumTokens, end - t);
+          const float* from[kSumTokens];
+          float* to[kSumTokens];
+          for (int64_t j = 0; j < some; j++) {
+            from[j] = h + takers.tokens[t + j] * h_stride + takers.places[t + j] * takers.size + i;
+            to[j] = y + takers.tokens[t + j] * w.width + column;
+          }
+          for (int64_t c = 0; c < size; c += kWide) {
+            const int64_t stride = as_it_is ? w.width : kWide, left = std::min(kWide, size - c);
+            const float* weights = as_it_is ? there + c : panel + c * rows;
+            if (left == kWide) {
+              kSumTiles[some](from, weights, stride, rows, to);
+            } else {  // the end of a row
+              float part[kSumTokens][kWide] = {};
+              float* at[kSumTokens];
+              for (int64_t j = 0; j < some; j++) at[j] = std::copy_n(to[j], left, part[j]) - left;
+              kSumTiles[some](from, weights, stride, rows, at);
+              for (int64_t j = 0; j < some; j++) std::copy_n(at[j], left, to[j]);
+            }
+            for (int64_t j = 0; j < some; j++) to[j] += kWide;
+          }
+        }
+      }
     }
 }
 

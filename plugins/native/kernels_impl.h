@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "activate.h"
 #include "kernel_float.h"
 #include "kernel_int4.h"
 #include "kernel_int8.h"
@@ -43,14 +44,19 @@ void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t e
 }
 
 void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
-         float* out, int64_t out_stride, const Weights* after) {
-  if (tokens >= kMany) return dot_many(w, chosen, begin, end, x.floats, tokens, out, out_stride);
+         float* out, int64_t out_stride, const Weights* after, const int32_t* numbers) {
+  const bool integer = w.format == Format::int8 || w.format == Format::int4;
+  if (x.floats != nullptr && (integer || tokens >= kMany))
+    return dot_many(w, chosen, begin, end, x.floats, tokens, out, out_stride, numbers);
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr bool kApart = decltype(apart)::value;
     for (int64_t t = 0; t < tokens; t += 2) {
-      const auto& use = t + 2 <= tokens ? dot_tokens<Kernel, 2, kApart> : dot_tokens<Kernel, 1, kApart>;
-      use(w, chosen, begin, end, x.from(t, w.width), out + t * out_stride, out_stride, after);
+      const bool pair = t + 2 <= tokens;
+      Activations mine = x.from(numbers == nullptr ? t : numbers[t], w.width);
+      if (pair && numbers != nullptr) mine.step = numbers[t + 1] - numbers[t];
+      const auto& use = pair ? dot_tokens<Kernel, 2, kApart> : dot_tokens<Kernel, 1, kApart>;
+      use(w, chosen, begin, end, mine, out + t * out_stride, out_stride, after);
     }
   });
 }
@@ -78,6 +84,63 @@ void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, 
       for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + start, size);
     }
   });
+}
+
+void sum_by_block(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens, bool many,
+                  int64_t first, int64_t last, float* y) {
+  if (many) return sum_many_by_block(w, takers, h, h_stride, tokens, first, last, y);
+  with(w.format, false, [&](auto kernel, auto apart) {
+    using Kernel = decltype(kernel);
+    constexpr int R = Kernel::kSumRows;
+    const int64_t size = takers.size;
+    for (int64_t start = first; start < last; start += kTile) {
+      const int64_t width = std::min(kTile, last - start);
+      for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + start, width, 0.0f);
+      for (int64_t b = 0; b < takers.count; b++) {
+        const Chosen chosen{takers.blocks + b, size};
+        const bool more = b + 1 < takers.count;  // blocks follow, whose first rows are asked for with the last ones of this
+        Rows<R> next = find<R>(w, chosen, 0, size);
+        for (int64_t i = 0; i < size; i += R) {
+          const Rows<R> now = next;
+          next = find<R>(w, chosen, i + R < size || !more ? std::min(i + R, size - 1) : size, more ? 2 * size : size);
+          for (int64_t at = takers.starts[b]; at < takers.starts[b + 1]; at++) {
+            const float* from = h + takers.tokens[at] * h_stride + takers.places[at] * size + i;
+            float factor[R];
+            TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < size ? from[r] : 0.0f;
+            Kernel::template sum<decltype(apart)::value>(now, next, factor, start, width, y + takers.tokens[at] * w.width + start);
+          }
+        }
+      }
+      for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + start, width);
+    }
+  });
+}
+
+template <Activation kind>
+void finish_as(float* h, const float* gate, int64_t count) {
+  const auto of = [&](vf up, vf g) {
+    const vf x = gate != nullptr ? g : up, y = activate<kind>(x), kept = x == x ? y : x;  // NaN stays
+    return gate != nullptr ? kept * up : kept;
+  };
+  int64_t i = 0;
+  for (; i + V <= count; i += V) store(h + i, of(load<vf>(h + i), gate != nullptr ? load<vf>(gate + i) : vf{}));
+  if (i == count) return;
+  const vf last = of(load_some(h + i, count - i), gate != nullptr ? load_some(gate + i, count - i) : vf{});
+  std::memcpy(h + i, &last, 4 * (count - i));
+}
+
+void finish(Activation kind, float* h, const float* gate, int64_t count) {
+  switch (kind) {
+    case Activation::relu: return finish_as<Activation::relu>(h, gate, count);
+    case Activation::relu_squared: return finish_as<Activation::relu_squared>(h, gate, count);
+    case Activation::silu: return finish_as<Activation::silu>(h, gate, count);
+    case Activation::gelu: return finish_as<Activation::gelu>(h, gate, count);
+    case Activation::gelu_tanh: return finish_as<Activation::gelu_tanh>(h, gate, count);
+    case Activation::quick_gelu: return finish_as<Activation::quick_gelu>(h, gate, count);
+    case Activation::sigmoid: return finish_as<Activation::sigmoid>(h, gate, count);
+    case Activation::tanh: return finish_as<Activation::tanh>(h, gate, count);
+    default: return finish_as<Activation::identity>(h, gate, count);
+  }
 }
 
 // `count` values of x as 16-bit integers; returns their scale.
@@ -117,6 +180,6 @@ void prepare(Format format, const float* x, int64_t width, int16_t* integers, fl
 
 }  // namespace
 
-const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, prepare};
+const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, sum_by_block, finish, prepare};
 
 }  // namespace trimtab

@@ -50,14 +50,18 @@ inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t wi
   return nullptr;
 }
 
-// Blocks [1 or tokens, k] of int32, each within [0, rows / size).
-inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t rows, int64_t size) {
+// How many blocks a choice of at most k has: those in front of the first -1.
+inline int64_t chosen_of(const int32_t* blocks, int64_t k) { return std::find(blocks, blocks + k, -1) - blocks; }
+
+// Blocks [1 or tokens, k] of int32, each within [0, rows / size); or of each choice the first ones, and -1 behind.
+inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t rows, int64_t size, bool at_most) {
   if (blocks.type != ort::Type::int32 || blocks.rank != 2) return "blocks are not int32 [tokens or 1, k]";
   if (blocks.dims[0] != 1 && blocks.dims[0] != tokens) return "blocks are for another number of tokens";
   if (size < 1 || rows % size != 0) return "the block size does not divide the number of neurons";
   const int32_t* found = blocks.ints();
-  for (int64_t i = 0; i < blocks.dims[0] * blocks.dims[1]; i++)
-    if (found[i] < 0 || found[i] >= rows / size) return "a block lies outside the weights";
+  for (int64_t i = 0; i < blocks.dims[0]; i++, found += blocks.dims[1])
+    for (int64_t j = 0, end = at_most ? chosen_of(found, blocks.dims[1]) : blocks.dims[1]; j < blocks.dims[1]; j++)
+      if (j < end ? found[j] < 0 || found[j] >= rows / size : found[j] != -1) return "a block lies outside the weights";
   return nullptr;
 }
 

@@ -30,7 +30,8 @@ def part_of_choice(node: gs.Node, ranks: int) -> dict[str, int] | None:
     None where `node` is no choice that shards make on their own, without a merge behind: that is one among all blocks.
     """
     k, shards = int(node.attrs.get("k", 1)), int(node.attrs.get("shards", 1))
-    if node.op != SELECT_BLOCKS.name or shards != ranks or node.attrs.get("slack", 0) or k % shards:
+    variable = node.attrs.get("at_most", 0)  # the best of all is not known to a rank
+    if node.op != SELECT_BLOCKS.name or shards != ranks or node.attrs.get("slack", 0) or k % shards or variable:
         return None
     return {"k": k // shards, "shards": 1}
 
@@ -51,12 +52,11 @@ def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
 
 
 def _body(form: Form) -> str:
-    flat = "\n".join(in_float(form, "scores", "scores", "flat", "Reshape ({}, flat_shape)"))
+    flat = "\n".join(in_float(form, "scores", "scores", "flat", "Reshape <allowzero = 1> ({}, flat_shape)"))
     return _STATEMENTS.replace("$flat", flat)
 
 
 _STATEMENTS = """
-  minus = Constant <value_ints = [-1]> ()
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
@@ -65,14 +65,18 @@ _STATEMENTS = """
   shards_ = Constant <value_int: int = @shards> ()
   slack_ = Constant <value_int: int = @slack> ()
   dense_above_ = Constant <value_int: int = @dense_above> ()
+  at_most_ = Constant <value_int: int = @at_most> ()
   n = Shape <start = -1> (scores)
-  flat_shape = Concat <axis = 0> (minus, n)
+  size = Size (scores)
+  tokens = Div (size, n)
+  flat_shape = Concat <axis = 0> (tokens, n)
 $flat
-  row_shape = Concat <axis = 0> (one, n)
-  row = ConstantOfShape <value = float[1] {-inf}> (row_shape)
-  more = Concat <axis = 0> (flat, row)
-  tokens = Shape <start = 0, end = 1> (flat)
-  tokens_more = Add (tokens, one)
+  some = Min (tokens, one)
+  missing = Sub (one, some)
+  filler_shape = Concat <axis = 0> (missing, n)
+  filler = ConstantOfShape <value = float[1] {-1}> (filler_shape)
+  filled = Concat <axis = 0> (flat, filler)
+  many = Add (tokens, missing)
   s = Reshape (shards_, one)
 
   bounded = GreaterOrEqual (dense_above_, zero)
@@ -80,10 +84,10 @@ $flat
   dense = And (bounded, above)
   is_shared = Equal (shared_, one)
   together_ = Or (is_shared, dense)
-  rows = Where (together_, one, tokens_more)
-  together = Where (together_, tokens_more, one)
+  rows = Where (together_, one, many)
+  together = Div (many, rows)
   grouped_shape = Concat <axis = 0> (rows, together, n)
-  grouped = Reshape (more, grouped_shape)
+  grouped = Reshape (filled, grouped_shape)
   most = ReduceMax <keepdims = 0> (grouped, one)
 
   take = Where (dense, n, k_)
@@ -104,31 +108,46 @@ $flat
   offset = Mul (shard, width)
   offset_ = Unsqueeze (offset, one)
   numbers = Add (places, offset_)
-  candidates_shape = Concat <axis = 0> (rows, minus)
+  handed_on = Mul (s, local)
+  candidates_shape = Concat <axis = 0> (rows, handed_on)
   candidates = Reshape (numbers, candidates_shape)
   theirs = Reshape (values, candidates_shape)
   best, chosen = TopK <axis = -1> (theirs, take)
   found = GatherElements <axis = 1> (candidates, chosen)
-  ascending, order = TopK <axis = -1, largest = 0> (found, take)
-  own = Where (together_, one, tokens)
-  of_tokens = Slice (ascending, zero, own, zero)
-  blocks = Cast <to = 6> (of_tokens)
+
+  least = Constant <value_float = 0.0> ()
+  reaches = GreaterOrEqual (best, least)
+  take_ = Squeeze (take)
+  place = Range (first, take_, step)
+  is_best = Equal (place, first)
+  reaches_ = Or (reaches, is_best)
+  takes_all = Equal (at_most_, zero)
+  takes_all_ = Or (takes_all, dense)
+  taken = Or (reaches_, takes_all_)
+  found_ = Where (taken, found, n)
+  ascending, order = TopK <axis = -1, largest = 0> (found_, take)
+  is_none = Equal (ascending, n)
+  none = Constant <value_int = -1> ()
+  numbers_ = Where (is_none, none, ascending)
+  end = Where (together_, one, tokens)
+  there = Slice (numbers_, zero, end, zero)
+  blocks = Cast <to = 6> (there)
 """
-"""With a row more, the lowest, of which no choice hangs: ONNX Runtime reduces no axis of 0 rows (1.31), and its TopK of
-no rows ends the process before 1.31."""
 
 
 SELECT_BLOCKS = Op(
     "SelectBlocks",
-    doc="The k blocks of highest score of each token, in ascending order of their numbers; of equal ones the first.",
+    doc="The k blocks of highest score of each token, in ascending order of their numbers; of equal ones the first. "
+    "With at_most, those of them whose score is not below 0, and always the best; -1 in the places left over.",
     inputs=(Input("scores", ACTIVATION, "[..., blocks]"),),
-    outputs=(Output("blocks", "tensor(int32)", "[tokens or 1, k], ascending", _infer),),
+    outputs=(Output("blocks", "tensor(int32)", "[tokens or 1, k], ascending; -1 at the end", _infer),),
     attributes=(
         Attribute("k", 1, "blocks to take"),
         Attribute("shared", 0, "1: one selection for all tokens, by each block's highest score; blocks is [1, k]"),
         Attribute("shards", 1, "neighbouring parts of the blocks, of which each narrows down on its own; divides them"),
         Attribute("slack", 0, "blocks that a shard hands on beyond ceil(k / shards)"),
         Attribute("dense_above", -1, "with more tokens all blocks are taken, and blocks is [1, all]; -1: never"),
+        Attribute("at_most", 0, "1: of the k, those whose score is below 0 are left out, except the best of all"),
     ),
     body=_body,
 )

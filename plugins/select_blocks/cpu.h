@@ -20,6 +20,7 @@ struct SelectBlocks {
   int64_t shards = 1;       // parts of the blocks that narrow down on their own
   int64_t slack = 0;        // blocks that a shard hands on beyond k / shards
   int64_t dense_above = -1;  // more tokens than this take all blocks, in one row; -1: never
+  int64_t at_most = 0;       // of the k, those below 0 are left out, except the best of all; -1 in their places, at the end
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "k", &k);
@@ -27,6 +28,7 @@ struct SelectBlocks {
     runtime.attribute(info, "shards", &shards);
     runtime.attribute(info, "slack", &slack);
     runtime.attribute(info, "dense_above", &dense_above);
+    runtime.attribute(info, "at_most", &at_most);
     return k < 1 || shards < 1 || slack < 0 ? "SelectBlocks: k and shards are at least 1, slack at least 0" : nullptr;
   }
 
@@ -48,13 +50,23 @@ struct SelectBlocks {
         for (int64_t b = 0; b < blocks; b++) most[b] = std::max(most[b], from[t * blocks + b]);
       from = most.data();
     }
-    for (int64_t row = 0; row < rows; row++, from += blocks, out += take) select(from, blocks, take, out);
+    for (int64_t row = 0; row < rows; row++, from += blocks, out += take) {
+      select(from, blocks, take, out);
+      if (at_most != 0 && !all) leave_out(from, take, out);
+    }
     return nullptr;
   }
 
  private:
   // What each shard hands on.
   int64_t local(int64_t blocks) const { return std::min((k + shards - 1) / shards + slack, blocks / shards); }
+
+  // Takes those that are below 0 out of the chosen ones; the best stays, of equal ones the first.
+  static void leave_out(const float* scores, int64_t take, int32_t* chosen) {
+    const int32_t best = *std::max_element(chosen, chosen + take, [&](int32_t a, int32_t b) { return scores[a] < scores[b]; });
+    int32_t* end = std::remove_if(chosen, chosen + take, [&](int32_t b) { return !(scores[b] >= 0) && b != best; });
+    std::fill(end, chosen + take, -1);
+  }
 
   void select(const float* scores, int64_t blocks, int64_t take, int32_t* out) const {
     if (take == blocks) {

@@ -65,6 +65,22 @@ def keys_at(from_, at, each, COUNT: tl.constexpr):
 
 
 @triton.jit
+def wanted_of(count, take, AT_MOST: tl.constexpr):
+    """How many of `count` blocks that reach 0 are taken: at least one, at most `take`; without AT_MOST all of these."""
+    if AT_MOST:
+        take = tl.minimum(take, tl.maximum(count, 1))
+    return take
+
+
+@triton.jit
+def store_none(to, first, take, COLUMNS: tl.constexpr):
+    """-1 in the places from `first` to `take`."""
+    for start in range(0, take, COLUMNS):
+        at = start + tl.arange(0, COLUMNS)
+        tl.store(to + at, tl.full([COLUMNS], -1, tl.int32), mask=(at >= first) & (at < take))
+
+
+@triton.jit
 def counted(from_, each, least, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
     """How many keys are not below `least`."""
     count = tl.zeros([COLUMNS], tl.int32)
@@ -103,17 +119,26 @@ def select_blocks(
     tokens, groups, take,
     blocks,
     COUNT: tl.constexpr, SHARDS: tl.constexpr, LOCAL: tl.constexpr, BITS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DENSE_ABOVE: tl.constexpr, AT_MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     each = tokens // groups
     from_ = scores + (group * each).to(tl.int64) * COUNT
-    if take == COUNT:
+    dense = False
+    if DENSE_ABOVE >= 0:
+        dense = tokens > DENSE_ABOVE
+    if (take == COUNT) & (dense | (not AT_MOST)):
         for start in range(0, COUNT, COLUMNS):
             at = start + tl.arange(0, COLUMNS)
             tl.store(blocks + group * COUNT + at, at, mask=at < COUNT)
     elif ROWS * COLUMNS < COUNT:
-        store_highest(from_, each, take, blocks + group * take, COUNT, BITS, COLUMNS)
+        reach = take
+        if AT_MOST:
+            reach = counted(from_, each, 0, COUNT, COLUMNS)
+        wanted = wanted_of(reach, take, AT_MOST)
+        store_highest(from_, each, wanted, blocks + group * take, COUNT, BITS, COLUMNS)
+        if AT_MOST:
+            store_none(blocks + group * take, wanted, take, COLUMNS)
     else:
         at = tl.arange(0, COLUMNS)[None, :]
         shard = tl.arange(0, ROWS)[:, None]
@@ -123,9 +148,13 @@ def select_blocks(
         if SHARDS > 1:
             there = highest(keys, there, LOCAL, BITS)
         keys = tl.reshape(keys, [1, ROWS * COLUMNS])
-        chosen = highest(keys, tl.reshape(there, [1, ROWS * COLUMNS]), take, BITS)
+        there = tl.reshape(there, [1, ROWS * COLUMNS])
+        wanted = wanted_of(tl.sum((there & (keys >= 0)).to(tl.int32)), take, AT_MOST)
+        chosen = highest(keys, there, wanted, BITS)
         to = blocks + group * take + tl.cumsum(chosen.to(tl.int32), 1) - 1
         tl.store(to, tl.reshape(number, [1, ROWS * COLUMNS]), mask=chosen)
+        if AT_MOST:
+            store_none(blocks + group * take, wanted, take, ROWS * COLUMNS)
 
 
 def _measure(shapes: Shapes) -> dict[str, Any]:
@@ -149,6 +178,8 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
         "SHARDS": shards,
         "LOCAL": local_k(k, shards, slack, count),
         "BITS": 32 if form.given["scores"] == "tensor(float)" else 16,
+        "DENSE_ABOVE": int(form.attributes["dense_above"]),
+        "AT_MOST": int(form.attributes["at_most"]),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
     }

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.plugins import DOMAIN, OPS
-from trimtab.plugins.lowering import Nodes
+from trimtab.plugins.lowering import Nodes, type_of
 from trimtab.plugins.select_blocks import SELECT_BLOCKS, local_k
 
 
@@ -37,38 +37,53 @@ def _blocks(node: gs.Node) -> int:
 
 def _chosen(nodes: Nodes, node: gs.Node, scores: gs.Tensor, blocks: int) -> gs.Tensor:
     """Numbers of the chosen ones of so many blocks."""
-    k, shared, shards, slack, above = (
-        int(node.attrs[key]) for key in ("k", "shared", "shards", "slack", "dense_above")
+    k, shared, shards, slack, above, at_most = (
+        int(node.attrs[key]) for key in ("k", "shared", "shards", "slack", "dense_above", "at_most")
     )
     if k > blocks or blocks % shards:
         raise ValueError(f"chooses {k} of {blocks} blocks in {shards} shards")
     every = np.arange(blocks, dtype=np.int32)[None]
     low, high = nodes.tokens or (1, None)
-    if k == blocks or 0 <= above < low:
+    if (k == blocks and not at_most) or 0 <= above < low:
         return nodes.tensor(every)
     flat = nodes("Reshape", scores, [-1, blocks])
     rows = nodes("ReduceMax", flat, [0], keepdims=1) if shared else flat
-    chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, slack, blocks))
+    best, chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, slack, blocks))
+    if at_most:
+        chosen = _left_out(nodes, best, chosen, k, blocks)
     if any(output is node.outputs[0] for output in nodes.graph.outputs):
         chosen = _ascending(nodes, chosen, k)
+    if at_most:
+        none = nodes("Equal", chosen, np.array(blocks, type_of(chosen)), dtype=bool)
+        chosen = nodes("Where", none, np.array(-1, type_of(chosen)), chosen, dtype=type_of(chosen))
     chosen = nodes.cast(chosen, np.dtype(np.int32))
     if above < 0 or (high is not None and high <= above):
         return chosen
     return _or_all(nodes, chosen, nodes.size(flat, 0), every, k, above, bool(shared))
 
 
-def _best(nodes: Nodes, scores: gs.Tensor, k: int, blocks: int, shards: int, local: int) -> gs.Variable:
-    """Places of the k largest of each row of `scores`, of which each shard hands on `local`."""
+def _left_out(nodes: Nodes, best: gs.Tensor, chosen: gs.Tensor, k: int, blocks: int) -> gs.Variable:
+    """`chosen`, with the number `blocks` where the score `best` is below 0, but for the first, which is the best."""
+    is_best = np.arange(k) == 0
+    taken = nodes("Or", nodes("GreaterOrEqual", best, np.array(0, type_of(best)), dtype=bool), is_best, dtype=bool)
+    return nodes("Where", taken, chosen, np.array(blocks, np.int64), dtype=np.int64)
+
+
+def _best(
+    nodes: Nodes, scores: gs.Tensor, k: int, blocks: int, shards: int, local: int
+) -> tuple[gs.Variable, gs.Variable]:
+    """The k largest of each row of `scores`, of which each shard hands on `local`, and their places."""
     if shards == 1:
-        return nodes.topk(scores, k)[1]
+        return nodes.topk(scores, k)
     width = blocks // shards
     values, places = nodes.topk(nodes("Reshape", scores, [-1, shards, width]), local)
     offset = (width * np.arange(shards, dtype=np.int64))[:, None]
     numbers = nodes("Reshape", nodes("Add", places, offset), [-1, shards * local])
+    handed_on = nodes("Reshape", values, [-1, shards * local])
     if shards * local == k:
-        return numbers
-    best = nodes.topk(nodes("Reshape", values, [-1, shards * local]), k)[1]
-    return nodes("GatherElements", numbers, best, axis=1)
+        return handed_on, numbers
+    best, taken = nodes.topk(handed_on, k)
+    return best, nodes("GatherElements", numbers, taken, axis=1)
 
 
 def _ascending(nodes: Nodes, numbers: gs.Tensor, k: int) -> gs.Variable:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import as_input, chosen_rows, numbers_of_rows
+from trimtab.plugins.rows import chosen_rows, numbers_of_rows, shaped
 from trimtab.plugins.sizes import Shapes, Size
 
 __all__ = ["SPARSE_DOWN"]
@@ -25,11 +25,10 @@ def _body(form: Form) -> str:
         [
             numbers_of_rows(form, "h"),
             chosen_rows(form, "down"),
-            "  y_ = MatMul (flat, down_rows)",
-            "  lead = Shape <end = -1> (h)",
-            "  size = Shape <start = -1> (down_rows)",
-            "  shape = Concat <axis = 0> (lead, size)",
-            *as_input(form, "h", "y", "Reshape <allowzero = 1> (y_, shape)"),
+            "  nothing = Constant <value_float = 0.0> ()",
+            "  used = Where (taken, flat, nothing)",
+            "  y_ = MatMul (used, down_rows)",
+            *shaped(form, "h", "y", "down_rows"),
         ]
     )
 
@@ -40,7 +39,7 @@ SPARSE_DOWN = Op(
     "largest of eight rows where weights are integers.",
     inputs=(
         Input("h", ACTIVATION, "[..., k · block], of the chosen neurons in order"),
-        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens", role="choice"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens; with at_most, -1 is none", role="choice"),
         Input("down", WEIGHTS, "[neurons, width]; int4 as uint8 [neurons, width / 2]", role="rows"),
         Input(
             "down_scale",
@@ -51,7 +50,10 @@ SPARSE_DOWN = Op(
         ),
     ),
     outputs=(Output("y", "h", "[..., width]", _infer),),
-    attributes=(Attribute("block", 1, "neurons in a block"),),
+    attributes=(
+        Attribute("block", 1, "neurons in a block"),
+        Attribute("at_most", 0, "1: blocks may be -1, at the end; 0: each is one"),
+    ),
     body=_body,
     across_ranks="sum",
 )

@@ -1,6 +1,7 @@
 // SparseDown on the CPU: what the chosen blocks of neurons add to the output.
 #pragma once
 
+#include "../native/by_block.h"
 #include "../native/rows.h"
 
 namespace trimtab {
@@ -23,7 +24,7 @@ struct SparseDown {
       if (!one) return;
       starts_.assign(1, 0);
       for (int64_t g = 0; g < groups; g++) {
-        for (int64_t i = g * k_; i < (g + 1) * k_; i++) {
+        for (int64_t i = g * k_; i < (g + 1) * k_ && blocks_[i] >= 0; i++) {
           if (std::all_of(h + i * block, h + (i + 1) * block, [](float value) { return value == 0; })) continue;
           numbers_.push_back(blocks_[i]);
           values_.insert(values_.end(), h + i * block, h + (i + 1) * block);
@@ -32,7 +33,9 @@ struct SparseDown {
       }
     }
 
-    int64_t count(int64_t group) const { return starts_.empty() ? k_ : starts_[group + 1] - starts_[group]; }
+    int64_t count(int64_t group) const {
+      return starts_.empty() ? chosen_of(blocks_ + group * k_, k_) : starts_[group + 1] - starts_[group];
+    }
     const int32_t* blocks(int64_t group) const {
       return starts_.empty() ? blocks_ + group * k_ : numbers_.data() + starts_[group];
     }
@@ -55,10 +58,12 @@ struct SparseDown {
   };
 
   int64_t block = 1;
+  int64_t at_most = 0;  // blocks may be -1
   Resident resident;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "block", &block);
+    runtime.attribute(info, "at_most", &at_most);
     resident.take(runtime, info, 2);
     return nullptr;
   }
@@ -72,7 +77,7 @@ struct SparseDown {
     const int64_t width = weight.last() * (weight.type == ort::Type::uint8 ? 2 : 1);
     Weights down;
     if (const char* error = read_weights(weight, scale, width, &down)) return error;
-    if (const char* error = check_blocks(blocks, tokens, down.rows, block)) return error;
+    if (const char* error = check_blocks(blocks, tokens, down.rows, block, at_most != 0)) return error;
     if (count != blocks.last() * block) return "SparseDown: h has another number of neurons than blocks";
 
     int64_t shape[Tensor::kMostDims];
@@ -82,6 +87,10 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
+    if (groups > 1 && block >= kRowsTogether) {
+      by_block(runtime, context, h.floats(), blocks, down, tokens, y);
+      return nullptr;
+    }
     const Used used(h.floats(), blocks, groups, each == 1, block);
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, used.most() * block * width)), kMostParts);
     if (groups == 1 && parts > 1 && parts * tokens * width <= kMostPartial) {
@@ -112,6 +121,32 @@ struct SparseDown {
     };
     parallel(runtime, context, groups * strips, task);
     return nullptr;
+  }
+
+ private:
+  // Each token has its own choice; each block is read once for all tokens that take it and have something in it.
+  void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const float* h, const Tensor& blocks,
+                const Weights& down, int64_t tokens, float* y) const {
+    const int64_t k = blocks.last(), count = k * block, width = down.width;
+    std::vector<ByBlock> turned;
+    for (int64_t first = 0; first < tokens; first += kTogether) {
+      const auto nothing = [&](int64_t t, int64_t place) {
+        const float* from = h + (first + t) * count + place * block;
+        return std::all_of(from, from + block, [](float value) { return value == 0; });
+      };
+      turned.emplace_back(blocks.ints() + first * k, std::min(kTogether, tokens - first), k, down.rows / block, nothing);
+    }
+    const bool many = std::any_of(turned.begin(), turned.end(), [](const ByBlock& one) { return one.many(); });
+    const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, down.rows * width)), kMostParts);
+    const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
+    auto task = [&](int64_t i) {
+      const int64_t token = i / strips * kTogether, strip = i % strips;
+      const int64_t first = bound(width, strips, strip, kStrip), last = bound(width, strips, strip + 1, kStrip);
+      if (first == last) return;
+      kernels().sum_by_block(down, turned[i / strips].takers(block), h + token * count, count,
+                             std::min(kTogether, tokens - token), many, first, last, y + token * width);
+    };
+    parallel(runtime, context, static_cast<int64_t>(turned.size()) * strips, task);
   }
 };
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, of_tile, token_programs
-from trimtab.plugins.gpu.products import place, rows_of, tile_of, wide
+from trimtab.plugins.gpu.products import place, rows_of, taken_of, tile_of, wide
 from trimtab.plugins.sparse_down import SPARSE_DOWN
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights
 
@@ -24,15 +24,16 @@ __all__ = ["KERNEL"]
 
 
 @triton.jit
-def activations(h, row, rows, number, down_scale, first, token, own, TOKENS: tl.constexpr):
+def activations(h, row, rows, number, taken, down_scale, first, token, own, TOKENS: tl.constexpr):
     """Those at the places `row`, [rows] of one token or [tokens, rows], times the scales of their rows of weights."""
+    there = taken & (row < rows)
     if TOKENS == 1:
-        part = tl.load(h + first * rows + row, mask=row < rows, other=0.0).to(tl.float32)
+        part = tl.load(h + first * rows + row, mask=there, other=0.0).to(tl.float32)
         if down_scale is not None:
             part *= tl.load(down_scale + number).to(tl.float32)
     else:
         at = (first + token)[:, None] * rows + row[None, :]
-        part = tl.load(h + at, mask=(token < own)[:, None] & (row < rows)[None, :], other=0.0)
+        part = tl.load(h + at, mask=(token < own)[:, None] & there[None, :], other=0.0)
         if down_scale is not None:  # in half precision, small scales would vanish
             part = part.to(tl.float32) * tl.load(down_scale + number).to(tl.float32)[None, :]
     return part
@@ -57,7 +58,7 @@ def sparse_down(
     h, blocks, down, down_scale,
     tokens, groups, k,
     y,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_MOST: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     group, first, own, slice_ = place(tokens, groups, TOKENS)
@@ -73,18 +74,22 @@ def sparse_down(
     if STAGES > 1:  # the compiler keeps weights ahead, in shared memory
         for start in tl.range(0, rows, ROWS, num_stages=STAGES):
             number = rows_of(blocks, group, start + row, k, BLOCK)
-            w = tile_of(down, number, column, WIDTH, COLUMNS)
-            part = activations(h, start + row, rows, number, down_scale, first, token, own, TOKENS)
+            taken = taken_of(blocks, group, start + row, k, BLOCK, AT_MOST)
+            w = tile_of(down, number, taken, column, WIDTH, COLUMNS, AT_MOST)
+            part = activations(h, start + row, rows, number, taken, down_scale, first, token, own, TOKENS)
             total = add_rows(total, part, w, EXACT)
     else:  # what the next turn needs is on its way, in registers, while this one multiplies
         number = rows_of(blocks, group, row, k, BLOCK)
-        w = tile_of(down, number, column, WIDTH, COLUMNS)
-        part = activations(h, row, rows, number, down_scale, first, token, own, TOKENS)
+        taken = taken_of(blocks, group, row, k, BLOCK, AT_MOST)
+        w = tile_of(down, number, taken, column, WIDTH, COLUMNS, AT_MOST)
+        part = activations(h, row, rows, number, taken, down_scale, first, token, own, TOKENS)
         number = rows_of(blocks, group, ROWS + row, k, BLOCK)
+        taken = taken_of(blocks, group, ROWS + row, k, BLOCK, AT_MOST)
         for start in range(ROWS, rows + ROWS, ROWS):
-            next_w = tile_of(down, number, column, WIDTH, COLUMNS)
-            next_part = activations(h, start + row, rows, number, down_scale, first, token, own, TOKENS)
+            next_w = tile_of(down, number, taken, column, WIDTH, COLUMNS, AT_MOST)
+            next_part = activations(h, start + row, rows, number, taken, down_scale, first, token, own, TOKENS)
             number = rows_of(blocks, group, start + ROWS + row, k, BLOCK)
+            taken = taken_of(blocks, group, start + ROWS + row, k, BLOCK, AT_MOST)
             total = add_rows(total, part, w, EXACT)
             w, part = next_w, next_part
     if TOKENS == 1:
@@ -113,6 +118,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {
         "WIDTH": int(shapes["down"][1]),
         "BLOCK": int(form.attributes["block"]),
+        "AT_MOST": int(form.attributes["at_most"]),
         **of_tile(tile),
         "LANES": min(tile.rows, max(1, 32 * tile.warps * at_once // tile.columns)),
     }

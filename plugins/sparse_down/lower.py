@@ -13,9 +13,10 @@ from trimtab.plugins.sparse_down import SPARSE_DOWN
 def _sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its y, [..., width]."""
     h = given["h"]
-    chosen = Rows.of(nodes, given["blocks"], int(node.attrs["block"]))
+    chosen = Rows.of(nodes, given["blocks"], int(node.attrs["block"]), bool(node.attrs["at_most"]))
     down = Weight.of(nodes, chosen, given, "down", h)
     flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
+    flat = chosen.only_taken(nodes, flat)
     if down.scale is not None:
         flat = nodes("Mul", flat, down.scale)
     y = nodes("MatMul", nodes.cast(flat, down.dtype), down.rows, dtype=down.dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Form, Input, Op, Output
-from trimtab.plugins.rows import numbers_of_rows
-from trimtab.plugins.sparse_up import infer_chosen, products, shaped
+from trimtab.plugins.rows import numbers_of_rows, shaped
+from trimtab.plugins.sparse_up import infer_chosen, products
 
 __all__ = ["SPARSE_HEAD"]
 
@@ -15,7 +15,7 @@ def _body(form: Form) -> str:
             numbers_of_rows(form, block="1"),
             *products(form, "weight"),
             "  logits_ = Identity (weight_y)",
-            *shaped(form, "logits"),
+            *shaped(form, "x", "logits", "rows"),
         ]
     )
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from trimtab.plugins.dialect import Form
 from trimtab.plugins.gpu.kernel import GpuKernel, Shapes, Tile, ceil_div, of_tile, token_programs
-from trimtab.plugins.gpu.products import place, rows_of, tile_of, tile_of_tokens, times_rows
+from trimtab.plugins.gpu.products import place, rows_of, taken_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_head import SPARSE_HEAD
 from trimtab.plugins.sparse_up.gpu import measure, refuses_weights, tiles
 
@@ -27,6 +27,7 @@ def sparse_head(
     group, first, own, part = place(tokens, groups, TOKENS)
     row = part * ROWS + tl.arange(0, ROWS)
     number = rows_of(blocks, group, row, k, 1)
+    taken = taken_of(blocks, group, row, k, 1, 0)
     token = tl.arange(0, TOKENS)
     if TOKENS == 1:
         y = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -35,7 +36,7 @@ def sparse_head(
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
         tile = tile_of_tokens(x, first, token, own, column, WIDTH, TOKENS)
-        y = times_rows(tile, tile_of(weight, number, column, WIDTH, COLUMNS), y)
+        y = times_rows(tile, tile_of(weight, number, taken, column, WIDTH, COLUMNS, 0), y)
     if TOKENS == 1:
         y = tl.sum(y, 1)[None, :]
     if weight_scale is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, WEIGHTS, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import as_input, chosen_rows, in_float, numbers_of_rows
+from trimtab.plugins.rows import chosen_rows, in_float, numbers_of_rows, shaped
 from trimtab.plugins.sizes import Shapes, Size
 
 __all__ = ["ACTIVATIONS", "SPARSE_UP"]
@@ -53,10 +53,11 @@ def _body(form: Form) -> str:
     activation = ACTIVATIONS[str(form.attributes["activation"])]
     lines += ["  " + line.format(x="gate_y" if gated else "up_y") for line in activation]
     name = "all_" if "importance" in form.given else "h_"
-    lines.append(f"  {name} = Mul (act, up_y)" if gated else f"  {name} = Identity (act)")
+    lines.append("  every = Mul (act, up_y)" if gated else "  every = Identity (act)")
+    lines += ["  nothing = Constant <value_float = 0.0> ()", f"  {name} = Where (taken, every, nothing)"]
     if "importance" in form.given:
         lines.append(kept(form))
-    return "\n".join([*lines, *shaped(form, "h")])
+    return "\n".join([*lines, *shaped(form, "x", "h", "rows")])
 
 
 def kept(form: Form) -> str:
@@ -121,23 +122,13 @@ def products(form: Form, label: str) -> list[str]:
     ]
 
 
-def shaped(form: Form, name: str) -> list[str]:
-    """Statements that bring `<name>_`, [tokens, 1, n], into the shape and type of x."""
-    return [
-        "  lead = Shape <end = -1> (x)",
-        "  size = Shape <start = -1> (rows)",
-        "  shape = Concat <axis = 0> (lead, size)",
-        *as_input(form, "x", name, f"Reshape <allowzero = 1> ({name}_, shape)"),
-    ]
-
-
 SPARSE_UP = Op(
     "SparseUp",
     doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone. "
     "Kernels may round x to 16 bits per 512 of a row where weights are integers.",
     inputs=(
         Input("x", ACTIVATION, "[..., width]"),
-        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens", role="choice"),
+        Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens; with at_most, -1 is none", role="choice"),
         Input(
             "up",
             WEIGHTS,
@@ -163,12 +154,13 @@ SPARSE_UP = Op(
             role="rows",
         ),
     ),
-    outputs=(Output("h", "x", "[..., k · block], of the chosen neurons in order", infer_chosen),),
+    outputs=(Output("h", "x", "[..., k · block], of the chosen neurons in order; 0 for a block -1", infer_chosen),),
     attributes=(
         Attribute(
             "activation", "identity", "what goes around x gateᵀ, or x upᵀ where there is no gate", tuple(ACTIVATIONS)
         ),
         Attribute("block", 1, "neurons in a block"),
+        Attribute("at_most", 0, "1: blocks may be -1, at the end; 0: each is one"),
         Attribute("keep", 0, "blocks that are not set to 0, those of the largest Σ |h| · importance; 0: all of them"),
     ),
     body=_body,

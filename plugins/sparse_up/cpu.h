@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../native/activation.h"
+#include "../native/by_block.h"
 #include "../native/highest.h"
 #include "../native/rows.h"
 
@@ -16,7 +17,8 @@ struct SparseUp {
 
   Activation activation = Activation::identity;
   int64_t block = 1;
-  int64_t keep = 0;  // of the chosen blocks, those that add most; 0: all
+  int64_t keep = 0;     // of the chosen blocks, those that add most; 0: all
+  int64_t at_most = 0;  // blocks may be -1
   Resident resident_up, resident_gate;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
@@ -26,6 +28,7 @@ struct SparseUp {
     if (activation == Activation::unknown) return "SparseUp: unknown activation";
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "keep", &keep);
+    runtime.attribute(info, "at_most", &at_most);
     resident_up.take(runtime, info, 2);
     resident_gate.take(runtime, info, 5);
     return nullptr;
@@ -43,7 +46,7 @@ struct SparseUp {
       if (const char* error = read_weights(resident_gate.of(in[5]), in[6], width, &gate)) return error;
       if (gate.format != up.format || gate.rows != up.rows) return "SparseUp: up and gate differ in type or neurons";
     }
-    if (const char* error = check_blocks(blocks, tokens, up.rows, block)) return error;
+    if (const char* error = check_blocks(blocks, tokens, up.rows, block, at_most != 0)) return error;
     if (in[8] && (in[8].type != ort::Type::float32 || in[8].rows() * in[8].last() != up.rows))
       return "SparseUp: importance is not float32 [neurons]";
 
@@ -56,40 +59,14 @@ struct SparseUp {
 
     // One selection for all tokens is one group; otherwise each token is one.
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    const Prepared prepared(x.floats(), tokens, each, width, up.format);
-    const int64_t matrices = in[5] ? 2 : 1;
-    const int64_t parts = task_count(matrices * bytes_of(up.format, count * width));
-    auto task = [&](int64_t i) {
-      const int64_t group = i / parts, begin = bound(count, parts, i % parts, 4), end = bound(count, parts, i % parts + 1, 4);
-      if (begin == end) return;
-      const Chosen chosen{blocks.ints() + group * k, block};
-      const Activations mine = prepared.view().from(group * each, width);
-      float* to = out + group * each * count + begin;
-      const Kernels& use = kernels();
-      use.dot(up, chosen, begin, end, mine, each, to, count, in[5] ? &gate : nullptr);
-      std::vector<float> gated;
-      if (in[5]) {
-        gated.resize(each * (end - begin));
-        use.dot(gate, chosen, begin, end, mine, each, gated.data(), end - begin, nullptr);
-      }
-      for (int64_t t = 0; t < each; t++)
-        for (int64_t j = 0; j < end - begin; j++) {
-          const int64_t row = chosen.row(begin + j);
-          float& h = to[t * count + j];
-          if (in[4]) h += in[4].floats()[row];
-          if (in[5]) {
-            const float g = gated[t * (end - begin) + j] + (in[7] ? in[7].floats()[row] : 0.0f);
-            h *= activate(activation, g);
-          } else {
-            h = activate(activation, h);
-          }
-        }
-    };
-    parallel(runtime, context, groups * parts, task);
+    const Call call{in, &up, in[5] ? &gate : nullptr, tokens, width, k, count, out};
+    if (groups > 1 && block >= kRowsTogether) by_block(runtime, context, call);
+    else by_group(runtime, context, call, groups, each);
     if (in[8] && keep > 0 && keep < k) {
       auto rest = [&](int64_t t) {
         const Chosen chosen{blocks.ints() + (groups == 1 ? 0 : t) * k, block};
-        keep_best(chosen, k, in[8].floats(), out + t * count);
+        const int64_t some = chosen_of(chosen.blocks, k);
+        if (keep < some) keep_best(chosen, some, in[8].floats(), out + t * count);
       };
       parallel(runtime, context, tokens, rest);
     }
@@ -97,6 +74,92 @@ struct SparseUp {
   }
 
  private:
+  struct Call {
+    const Tensor* in;
+    const Weights *up, *gate;  // no gate: nullptr
+    int64_t tokens, width, k, count;  // count: places of h
+    float* out;
+  };
+
+  // Each group of tokens with its own choice.
+  void by_group(const ort::Runtime& runtime, ort::KernelContext* context, const Call& call, int64_t groups, int64_t each) const {
+    const Prepared prepared(call.in[0].floats(), call.tokens, each, call.width, call.up->format);
+    const int64_t matrices = call.gate != nullptr ? 2 : 1;
+    const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.count * call.width));
+    auto task = [&](int64_t i) {
+      const int64_t group = i / parts, part = i % parts;
+      const Chosen chosen{call.in[1].ints() + group * call.k, block};
+      const int64_t there = block * chosen_of(chosen.blocks, call.k);
+      if (part == 0)
+        for (int64_t t = group * each; t < (group + 1) * each; t++) std::fill(call.out + t * call.count + there, call.out + (t + 1) * call.count, 0.0f);
+      const int64_t begin = bound(there, parts, part, 4), end = bound(there, parts, part + 1, 4);
+      if (begin == end) return;
+      const Activations mine = prepared.view().from(group * each, call.width);
+      float* to = call.out + group * each * call.count + begin;
+      const Kernels& use = kernels();
+      use.dot(*call.up, chosen, begin, end, mine, each, to, call.count, call.gate, nullptr);
+      static thread_local std::vector<float> gated;
+      if (call.gate != nullptr) {
+        gated.resize(each * (end - begin));
+        use.dot(*call.gate, chosen, begin, end, mine, each, gated.data(), end - begin, nullptr, nullptr);
+      }
+      for (int64_t t = 0; t < each; t++) {
+        float *h = to + t * call.count, *g = call.gate != nullptr ? gated.data() + t * (end - begin) : nullptr;
+        finish(call, chosen, begin, end, h, g);
+      }
+    };
+    parallel(runtime, context, groups * parts, task);
+  }
+
+  // Each token has its own choice; each block is read once for all tokens that take it.
+  void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const Call& call) const {
+    const int32_t* chosen = call.in[1].ints();
+    const int64_t all = call.up->rows / block, matrices = call.gate != nullptr ? 2 : 1;
+    std::vector<ByBlock> turned;
+    for (int64_t t = 0; t < call.tokens; t += kTogether)
+      turned.emplace_back(chosen + t * call.k, std::min(kTogether, call.tokens - t), call.k, all,
+                          [](int64_t, int64_t) { return false; });
+    const bool many = std::any_of(turned.begin(), turned.end(), [](const ByBlock& one) { return one.many(); });
+    const Prepared prepared(call.in[0].floats(), call.tokens, many ? kMany : 1, call.width, call.up->format);
+    const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.up->rows * call.width));
+    auto task = [&](int64_t i) {
+      const int64_t first = i / parts * kTogether, part = i % parts, tokens = std::min(kTogether, call.tokens - first);
+      const Takers takers = turned[i / parts].takers(block);
+      const Activations mine = prepared.view().from(first, call.width);
+      const Kernels& use = kernels();
+      static thread_local std::vector<float> made, gated;
+      for (int64_t b = bound(takers.count, parts, part, 1), end = bound(takers.count, parts, part + 1, 1); b < end; b++) {
+        const int32_t* numbers = takers.tokens + takers.starts[b];
+        const int64_t some = takers.starts[b + 1] - takers.starts[b];
+        const Chosen rows{takers.blocks + b, block};
+        made.resize(some * block);
+        use.dot(*call.up, rows, 0, block, mine, some, made.data(), block, call.gate, numbers);
+        if (call.gate != nullptr) {
+          gated.resize(some * block);
+          use.dot(*call.gate, rows, 0, block, mine, some, gated.data(), block, nullptr, numbers);
+        }
+        for (int64_t t = 0; t < some; t++) {
+          float* h = made.data() + t * block;
+          finish(call, rows, 0, block, h, call.gate != nullptr ? gated.data() + t * block : nullptr);
+          std::copy_n(h, block, call.out + (first + numbers[t]) * call.count + takers.places[takers.starts[b] + t] * block);
+        }
+      }
+      for (int64_t t = first + bound(tokens, parts, part, 1), end = first + bound(tokens, parts, part + 1, 1); t < end; t++)
+        std::fill(call.out + t * call.count + block * chosen_of(chosen + t * call.k, call.k), call.out + (t + 1) * call.count, 0.0f);
+    };
+    parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, task);
+  }
+
+  // Biases and activation of the places begin to end of a choice.
+  void finish(const Call& call, const Chosen& chosen, int64_t begin, int64_t end, float* h, float* gate) const {
+    const Tensor &bias = call.in[4], &gate_bias = call.in[7];
+    if (bias)
+      for (int64_t j = begin; j < end; j++) h[j - begin] += bias.floats()[chosen.row(j)];
+    if (gate != nullptr && gate_bias)
+      for (int64_t j = begin; j < end; j++) gate[j - begin] += gate_bias.floats()[chosen.row(j)];
+    kernels().finish(activation, h, gate, end - begin);
+  }
+
   // Leaves h, [k * block], of a token as it is in the `keep` blocks of the largest sum of |h| * importance; elsewhere 0.
   void keep_best(const Chosen& chosen, int64_t k, const float* importance, float* h) const {
     thread_local std::vector<float> scores;

@@ -19,7 +19,7 @@ from trimtab.plugins.gpu.kernel import (
     product,
     token_programs,
 )
-from trimtab.plugins.gpu.products import activate, place, rows_of, tile_of, tile_of_tokens, times_rows
+from trimtab.plugins.gpu.products import activate, place, rows_of, taken_of, tile_of, tile_of_tokens, times_rows
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 __all__ = ["KERNEL", "measure", "refuses_weights", "tiles"]
@@ -30,12 +30,13 @@ def sparse_up(
     x, blocks, up, up_scale, up_bias, gate, gate_scale, gate_bias, importance,
     tokens, groups, k,
     h,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_MOST: tl.constexpr, ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group, first, own, part = place(tokens, groups, TOKENS)
     row = part * ROWS + tl.arange(0, ROWS)
     number = rows_of(blocks, group, row, k, BLOCK)
+    taken = taken_of(blocks, group, row, k, BLOCK, AT_MOST)
     token = tl.arange(0, TOKENS)
     if TOKENS == 1:
         u = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -45,9 +46,9 @@ def sparse_up(
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
         tile = tile_of_tokens(x, first, token, own, column, WIDTH, TOKENS)
-        u = times_rows(tile, tile_of(up, number, column, WIDTH, COLUMNS), u)
+        u = times_rows(tile, tile_of(up, number, taken, column, WIDTH, COLUMNS, AT_MOST), u)
         if gate is not None:
-            g = times_rows(tile, tile_of(gate, number, column, WIDTH, COLUMNS), g)
+            g = times_rows(tile, tile_of(gate, number, taken, column, WIDTH, COLUMNS, AT_MOST), g)
     if TOKENS == 1:
         u = tl.sum(u, 1)[None, :]
         g = tl.sum(g, 1)[None, :]
@@ -63,6 +64,8 @@ def sparse_up(
         u *= activate(g, ACTIVATION)
     else:
         u = activate(u, ACTIVATION)
+    if AT_MOST:
+        u = tl.where(taken[None, :], u, 0.0)
     to = (first + token)[:, None] * (k * BLOCK) + row[None, :]
     tl.store(h + to, u.to(h.dtype.element_ty), mask=(token < own)[:, None] & (row < k * BLOCK)[None, :])
 
@@ -107,6 +110,7 @@ def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {
         "WIDTH": int(shapes["up"][1]),
         "BLOCK": int(form.attributes["block"]),
+        "AT_MOST": int(form.attributes["at_most"]),
         "ACTIVATION": str(form.attributes["activation"]),
         **of_tile(tile),
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import as_input, numbers_of_rows
+from trimtab.plugins.rows import numbers_of_rows, shaped
 from trimtab.plugins.sizes import Shapes
 from trimtab.plugins.sparse_up import kept
 
@@ -27,8 +27,8 @@ def _body(form: Form) -> str:
             numbers_of_rows(form, "h"),
             "  all_ = Identity (flat)",
             kept(form),
-            "  shape = Shape (h)",
-            *as_input(form, "h", "y", "Reshape <allowzero = 1> (h_, shape)"),
+            "  y_ = Identity (h_)",
+            *shaped(form, "h", "y", "all_"),
         ]
     )
 

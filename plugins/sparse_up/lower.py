@@ -18,11 +18,11 @@ _FLOAT = np.dtype(np.float32)
 def _sparse_up(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its h, [..., k · block]."""
     x, block = given["x"], int(node.attrs["block"])
-    chosen = Rows.of(nodes, given["blocks"], block)
+    chosen = Rows.of(nodes, given["blocks"], block, bool(node.attrs["at_most"]))
     up = product(nodes, x, given, "up", chosen)
     gate = product(nodes, x, given, "gate", chosen) if "gate" in given else None
     h = _activation(nodes, str(node.attrs["activation"]), up if gate is None else gate)
-    h = h if gate is None else nodes("Mul", h, up)
+    h = chosen.only_taken(nodes, h if gate is None else nodes("Mul", h, up))
     if "importance" in given:
         counts = chosen.gather(nodes, nodes.values(given["importance"]).astype(np.float32))
         h = _keep(nodes, h, counts, block, _kept(node, given["blocks"]))

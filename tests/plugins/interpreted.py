@@ -36,7 +36,7 @@ def run_all_tiles(kernel, inputs, attributes, expected, few=3):
         tiles = [tile for tile in tiles if tile.tokens == 1]
     for tile in random.sample(list(tiles), min(few, len(tiles))):
         run, (output,) = prepared(kernel, inputs, attributes, tile)
-        output.fill_(-1 if output.dtype == torch.int32 else float("nan"))
+        output.fill_(-2 if output.dtype == torch.int32 else float("nan"))
         run()
         told = kernel.op.name, tile, attributes, {name: (t.dtype, list(t.shape)) for name, t in inputs.items()}
         assert list(output.shape) == list(expected.shape), told
@@ -53,6 +53,14 @@ def best(scores, k):
     return order[:, :k].sort(-1).values
 
 
+def reached(scores, k):
+    """Of the best k those that are not below 0, and always the first of the best; -1 behind them."""
+    found = best(scores, k)
+    theirs = scores.float().gather(1, found)
+    taken = (theirs >= 0) | (found == scores.float().argmax(-1, keepdim=True))
+    return torch.where(taken, found, scores.shape[1]).sort(-1).values.where(taken.sort(-1, descending=True).values, -1)
+
+
 def select():
     for dtype in TYPES:
         tokens, count = random.choice((1, 3)), random.choice((33, 700))
@@ -66,9 +74,19 @@ def select():
         run_all_tiles(SELECT, {"scores": scores}, {"k": k, "shared": 1}, shared)
         run_all_tiles(SELECT, {"scores": scores}, {"k": k, "dense_above": tokens - 1}, torch.arange(count)[None])
         run_all_tiles(SELECT, {"scores": scores}, {"k": k, "dense_above": tokens}, best(scores, k))
+        level = random.choice((-9, -1, 0, 1, 9))
+        for most in (k, count):
+            moved = scores + level
+            run_all_tiles(SELECT, {"scores": moved}, {"k": most, "at_most": 1}, reached(moved, most))
+        union = reached(moved.max(0, keepdim=True).values, k)
+        run_all_tiles(SELECT, {"scores": moved}, {"k": k, "at_most": 1, "shared": 1}, union)
+        every = {"k": k, "at_most": 1, "dense_above": tokens - 1}
+        run_all_tiles(SELECT, {"scores": moved}, every, torch.arange(count)[None])
     many = torch.randn(2, 20000).half()  # more than registers hold, and many of them equal
     run_all_tiles(SELECT, {"scores": many}, {"k": 999}, best(many, 999))
     run_all_tiles(SELECT, {"scores": many}, {"k": 999, "shared": 1}, best(many.max(0, keepdim=True).values, 999))
+    for level in (-9, -2, 0):
+        run_all_tiles(SELECT, {"scores": many + level}, {"k": 999, "at_most": 1}, reached(many + level, 999))
     scores = torch.randn(3, 12 * 10)
     shards = scores.reshape(3, 12, 10)
     kept = torch.full_like(shards, float("-inf"))
@@ -96,6 +114,13 @@ def choices(block):
         yield tokens, blocks, rows.expand(tokens, -1)
 
 
+def cut(blocks, h):
+    """Of each choice the first blocks, some or none, and -1 behind; and h with zeros there."""
+    k = blocks.shape[1]
+    there = torch.arange(k) < torch.tensor([random.randint(0, k) for _ in blocks])[:, None]
+    return blocks.where(there, -1), h * there.repeat_interleave(h.shape[1] // k, 1)
+
+
 def up():
     for dtype in TYPES:
         block, activation = random.choice((1, 4)), random.choice(list(ACTIVATIONS))
@@ -111,6 +136,8 @@ def up():
             run_all_tiles(UP, gated, told, act(g) * u, few=1)
             plain = {"x": x, "blocks": blocks, **first, "up_bias": bias}
             run_all_tiles(UP, plain, told, act(u + bias.double()[rows]), few=1)
+            fewer, expected = cut(blocks, act(g) * u)
+            run_all_tiles(UP, gated | {"blocks": fewer}, told | {"at_most": 1}, expected, few=1)
 
 
 def down():
@@ -121,6 +148,10 @@ def down():
             inputs, w = weights("down", random.random() < 0.5, dtype)
             expected = torch.einsum("tr,trw->tw", h.double(), w[rows])
             run_all_tiles(DOWN, {"h": h, "blocks": blocks, **inputs}, {"block": block}, expected)
+            fewer, used = cut(blocks, h.double())
+            expected = torch.einsum("tr,trw->tw", used, w[rows])
+            given = {"h": h, "blocks": fewer, **inputs}  # what h holds elsewhere is not read
+            run_all_tiles(DOWN, given, {"block": block, "at_most": 1}, expected)
 
 
 def head():

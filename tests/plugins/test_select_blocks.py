@@ -91,3 +91,37 @@ def test_no_tokens(shape: tuple[int, int], dense_above: int) -> None:
 def test_refuses_what_does_not_fit(attributes: dict[str, int], says: str) -> None:
     with pytest.raises(Exception, match=says):
         native(model(**attributes)).run(None, {"scores": np.zeros((1, 1, 24), np.float32)})
+
+
+def reached(scores: np.ndarray, k: int) -> np.ndarray:
+    """The best k, of those the ones not below 0 and always the first of the best, and -1 behind them."""
+    best = highest(scores, k)
+    taken = best[(scores[best] >= 0) | (best == np.argmax(scores))]
+    return np.concatenate([taken, np.full(k - len(taken), -1)])
+
+
+@pytest.mark.parametrize("level", [-9.0, -1.0, 0.0, 1.0, 9.0])
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_at_most_takes_what_reaches_zero(tokens: int, shared: int, level: float) -> None:
+    """From none that does, where the best stays, to all of them, where the first k stay."""
+    rng = seeded()
+    scores = (rng.integers(-20, 20, (1, tokens, 33)) / 10 + level).astype(np.float32)
+    k = int(rng.integers(1, 34))
+    rows = scores[0] if not shared else scores[0].max(0, keepdims=True, initial=-np.inf)
+    wanted = np.array([reached(row, k) for row in rows]).reshape(-1, k)
+    check(everywhere(model(k=k, shared=shared, at_most=1), {"scores": scores}), wanted)
+
+
+def test_at_most_in_shards_and_in_large_calls() -> None:
+    rng = seeded()
+    scores = rng.standard_normal((1, 5, 48)).astype(np.float32)
+    sharded = model(k=10, shards=4, slack=9, at_most=1, dense_above=5)
+    check(everywhere(sharded, {"scores": scores}), np.array([reached(row, 10) for row in scores[0]]))
+    check(everywhere(model(k=10, at_most=1, dense_above=4), {"scores": scores}), np.arange(48)[None])
+
+
+def seeded() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)

@@ -1,8 +1,8 @@
 // Activations of vectors. Errors are those of float32: a few 1e-8 of the largest value around.
 #pragma once
 
-#include "../native/activation.h"
-#include "../native/vectors.h"
+#include "activation.h"
+#include "vectors.h"
 
 namespace trimtab {
 namespace {

@@ -1,0 +1,127 @@
+"""Choices of a number of blocks that differs from token to token; blocks are read once for all who take them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from dialects import ACTIVATIONS, FORMATS, close, everywhere, finish, graph_of, native, summed, weights
+
+from trimtab.plugins import SPARSE_DOWN, SPARSE_UP, add_node
+
+
+def seeded() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def some_choices(tokens: int, blocks: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """From none to k blocks of each token, ascending, and -1 behind them, [tokens, k]."""
+    made = np.full((tokens, k), -1, np.int32)
+    for row, count in zip(made, rng.integers(0, k + 1, tokens), strict=True):
+        row[:count] = np.sort(rng.choice(blocks, count, replace=False))
+    return made
+
+
+class Case:
+    """A random FFN as the two ops, and what it computes in float64."""
+
+    def __init__(self, form: str, width: int, block: int, count: int, gated: bool, rng: np.random.Generator) -> None:
+        self.form, self.block, self.gated, neurons = form, block, gated, block * count
+        graph = graph_of(x=(np.float32, ["batch", "tokens", width]), blocks=(np.int32, ["selections", "k"]))
+        x, blocks = graph.inputs
+        ups, self.up = weights("up", neurons, width, form, rng)
+        downs, self.down = weights("down", neurons, width, form, rng)
+        self.bias = rng.standard_normal(neurons).astype(np.float32)
+        inputs: dict[str, gs.Tensor] = {"x": x, "blocks": blocks} | ups
+        inputs["gate_bias" if gated else "up_bias"] = gs.Constant("bias", self.bias)
+        if gated:
+            gates, self.gate = weights("gate", neurons, width, form, rng)
+            inputs |= gates
+        self.activation = str(rng.choice(["gelu", "silu", "relu"]))
+        shared = {"block": block, "at_most": 1}
+        h = add_node(graph, SPARSE_UP, inputs, "h", activation=self.activation, **shared)
+        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, "y", **shared)
+        self.model = finish(graph, h, y)
+
+    def expected(self, x: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """h, y, and the size of the numbers that h sums."""
+        x, act = x.reshape(-1, x.shape[-1]).astype(np.float64), ACTIVATIONS[self.activation]
+        up, spread = x @ self.up.T, summed(x, self.up) if len(x) else 1.0
+        if self.gated:
+            pre = x @ self.gate.T + self.bias
+            spread = spread * float(np.abs(act(pre)).max(initial=1)) + float(np.abs(up).max(initial=1)) * spread
+            dense = act(pre) * up
+        else:
+            dense = act(up + self.bias)
+        chosen = np.broadcast_to(blocks, (len(x), blocks.shape[1]))
+        rows = (chosen[:, :, None] * self.block + np.arange(self.block)).reshape(len(x), chosen.shape[1] * self.block)
+        there = np.repeat(chosen >= 0, self.block, 1)
+        h = np.where(there, np.take_along_axis(dense, np.maximum(rows, 0), 1), 0)
+        mask = np.zeros((len(x), len(self.down) + 1))
+        np.put_along_axis(mask, np.where(there, rows, len(self.down)), 1, 1)
+        y = (dense * mask[:, :-1]) @ self.down
+        return h, y, float(spread)
+
+    def check(self, found: list[np.ndarray], x: np.ndarray, blocks: np.ndarray) -> None:
+        h, y, spread = self.expected(x, blocks)
+        lead = x.shape[:-1]
+        close(found[0].reshape(h.shape), h, self.form, spread)
+        scale = spread * np.sqrt(max(h.shape[1], 1)) * float(np.abs(self.down).max())
+        close(found[1], y.reshape(*lead, self.down.shape[1]), self.form, scale)
+        absent = np.broadcast_to(np.repeat(blocks < 0, self.block, 1), h.shape)
+        assert not found[0].reshape(h.shape)[absent].any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_token_takes_as_many_as_it_wants(form: str, gated: bool) -> None:
+    """Single tokens, few, and more than a tile of the kernels; none; one choice for all of them."""
+    rng = seeded()
+    block, count = int(rng.choice([1, 4, 8, 32])), int(rng.integers(3, 12))
+    case = Case(form, 32 * int(rng.integers(1, 6)), block, count, gated, rng)
+    for batch, tokens, shared in (
+        (1, 1, False),
+        (2, 2, False),
+        (0, 5, False),
+        (2, 3, True),
+        (0, 3, True),
+        (3, 11, False),
+    ):
+        x = rng.standard_normal((batch, tokens, case.up.shape[1])).astype(np.float32)
+        k = int(rng.integers(1, count + 1))
+        blocks = some_choices(1 if shared else batch * tokens, count, k, rng)
+        for found in everywhere(case.model, {"x": x, "blocks": blocks}).values():
+            case.check(found, x, blocks)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", FORMATS)
+def test_blocks_are_read_once_for_many_tokens(form: str, threads: int) -> None:
+    """Sizes beyond what the kernels take at a time, and none that divides: blocks for few of the tokens and for all."""
+    rng = seeded()
+    width = 32 * int(rng.integers(17, 80)) if form == "int4" else int(rng.integers(500, 2400))
+    case = Case(form, width, int(rng.choice([8, 12, 32, 33])), 13, bool(rng.integers(2)), rng)
+    engine = native(case.model, threads)
+    for tokens in (2, 3, 7, 48, 97, 200):
+        x = rng.standard_normal((1, tokens, width)).astype(np.float32)
+        blocks = some_choices(tokens, 13, int(rng.integers(1, 14)), rng)
+        case.check(engine.run(None, {"x": x, "blocks": blocks}), x, blocks)
+
+
+def test_what_is_no_number_stays_with_its_token() -> None:
+    rng = seeded()
+    case = Case("float32", 64, 8, 6, True, rng)
+    x = rng.standard_normal((1, 4, 64)).astype(np.float32)
+    x[0, 2, 5] = np.nan
+    blocks = np.tile(np.arange(6, dtype=np.int32), (4, 1))
+    for _, y in everywhere(case.model, {"x": x, "blocks": blocks}).values():
+        assert np.isfinite(y[0]).all(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("blocks", [[[0, 6]], [[-1, 0]], [[0, -2]]])
+def test_kernels_refuse_other_numbers(blocks: list[list[int]]) -> None:
+    case = Case("float32", 32, 8, 6, False, seeded())
+    with pytest.raises(Exception, match="lies outside"):
+        native(case.model).run(None, {"x": np.ones((1, 1, 32), np.float32), "blocks": np.array(blocks, np.int32)})
