@@ -24,7 +24,7 @@ from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sessions import session_options
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.ffn_topk.rows import RowForm, row_bytes
+from trimtab.passes.sparse_ffn.rows import RowForm, row_bytes
 from trimtab.plugins.library import instruction_set, register
 
 SELECTIONS = 16

@@ -20,8 +20,8 @@ from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
 from trimtab.passes.crossover import Crossover, SparseShape
-from trimtab.passes.ffn_topk.rows import RowForm
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.sparse_ffn.rows import RowForm
 from trimtab.plugins.library import instruction_set, library_path, register
 
 log = logging.getLogger(__name__)

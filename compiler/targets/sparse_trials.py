@@ -9,10 +9,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.dynamic_int8 import quantize_file
-from trimtab.passes.ffn_topk.rows import RowForm, row_constants
 from trimtab.passes.graph import insert, save_graph
 from trimtab.passes.matrices.forms import Dense
 from trimtab.passes.matrices.quantize import round_to_nearest
+from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
 Layer = Sequence[np.ndarray]

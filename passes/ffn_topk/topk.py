@@ -16,17 +16,16 @@ from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slow
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
-from trimtab.passes.ffn_topk.rows import INT4_BLOCK, RowForm, Rows, row_bytes
 from trimtab.passes.ffn_topk.shards import expected_recall
-from trimtab.passes.graph import constant, insert, replace_uses
+from trimtab.passes.graph import constant
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.passes.needs import FFNStates, Need
-from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
+from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, unfit
+from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
-from trimtab.plugins.sparse_up import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class FFNTopK(Pass):
         weights = Rows(self.weights)
         best, measured = 0.0, False
         for group in by_weights(wanted):
-            reason = self._unfit(group[0])
+            reason = unfit(group[0], self.block, self.weights)
             if reason is None:
                 layer = read_layer(group[0], profile, group[1:])
                 crossover = self._crossover(group[0], len(wanted), context)
@@ -150,20 +149,6 @@ class FFNTopK(Pass):
         rows.sort(key=lambda row: row["layer"])
         details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
-
-    def _unfit(self, ffn: FFN) -> str | None:
-        """Why this FFN stays as it is, or None."""
-        if any(linear.quantized is not None for linear in ffn.linears):
-            return "its weights are quantized already; choose `weights` of this pass instead"
-        if ffn.activation.name not in ACTIVATIONS:
-            return f"its activation ({ffn.activation.name}) is none of {', '.join(ACTIVATIONS)}"
-        if ffn.d_ff % self.block:
-            return f"blocks of {self.block} do not divide its {ffn.d_ff} neurons"
-        if self.weights == "int4" and ffn.d_model % INT4_BLOCK:
-            return f"int4 blocks of {INT4_BLOCK} do not divide its {ffn.d_model} inputs"
-        if np.dtype(ffn.y.dtype or np.float32) != np.float32:
-            return f"it computes in {np.dtype(ffn.y.dtype).name}; the sparse ops take float32"
-        return None
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
         """What the target measures for this shape, if anything hangs on it."""
@@ -244,22 +229,12 @@ class FFNTopK(Pass):
         first = group[0]
         name, blocks = f"{self.name}/layer.{first.layer}", first.d_ff // self.block
         above = self.dense_above if self.dense_above is not None else limit(crossover, choice.take / blocks)
-        before, labels = weights.nbytes, ("gate", "up") if first.gated else ("up",)
-        parts: dict[str, gs.Tensor] = {}
-        for label, linear, w, bias in zip(labels, first.linears, layer.ups, layer.up_biases, strict=False):
-            parts |= weights.of(linear, w.T, label, name)
-            if bias is not None:
-                parts[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
         keep = choice.k if self.exact else 0
-        if self.exact:
-            parts["importance"] = constant(f"{name}/importance", norms(layer))
-        downs = weights.of(first.down, layer.down, "down", name)
-        shift = constant(f"{name}/bias", layer.down_bias) if np.any(layer.down_bias) else None
+        importance = constant(f"{name}/importance", norms(layer)) if self.exact else None
+        sparse = SparseFFN(first, layer, weights, self.block, name)
         everything = choice.take == blocks
         every = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
         predict = None if everything else choice.predictor.store(f"{name}/predict", len(group))
-        row = row_bytes(self.weights, first.d_model)
-        read = row * ((len(first.linears) - 1) * choice.take + (keep or choice.take)) * self.block
         predictor = 0 if everything else choice.predictor.nbytes
         for ffn in group:
             at, once = f"{self.name}/layer.{ffn.layer}", int(ffn is first)
@@ -269,21 +244,13 @@ class FFNTopK(Pass):
                     graph, SELECT_BLOCKS, {"scores": predict(graph, ffn, f"{at}/predict")}, f"{at}/blocks",
                     k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=above,
                 )  # fmt: skip
-            inputs = {"x": ffn.x, "blocks": chosen}
-            h = add_node(
-                graph, SPARSE_UP, inputs | parts, f"{at}/up.h",
-                activation=ffn.activation.name, block=self.block, keep=keep,
-            )  # fmt: skip
-            y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": chosen} | downs, f"{at}/down.y", block=self.block)
-            if shift is not None:
-                y = insert(graph, "Add", [y, shift], f"{at}/shift", dtype=np.float32)
-            y.shape = ffn.y.shape
-            replace_uses(graph, ffn.y, y)
+            sparse.put(graph, ffn, chosen, at, importance=importance, keep=keep)
             yield {
                 "layer": ffn.layer, "neurons": ffn.d_ff,
                 "wanted": choice.k * self.block, "computed": choice.take * self.block,
                 "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4),
-                "predictor_bytes": once * predictor, "read_bytes": round(predictor + read),
-                "bytes": once * round(predictor + weights.nbytes - before), "dense_bytes": once * 4 * ffn.params,
+                "predictor_bytes": once * predictor,
+                "read_bytes": round(predictor + sparse.read_bytes(choice.take, keep or None)),
+                "bytes": once * round(predictor + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
                 "dense_above": above,
             } | ({} if once else {"weights_of": first.layer})  # fmt: skip

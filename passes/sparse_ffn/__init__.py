@@ -1,0 +1,8 @@
+"""FFNs in the sparse ops of the dialect, whatever chooses their neurons: rows of weights, and the ops in place."""
+
+from __future__ import annotations
+
+from trimtab.passes.sparse_ffn.emit import FFNWeights, SparseFFN, unfit
+from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes, row_constants
+
+__all__ = ["INT4_BLOCK", "FFNWeights", "RowForm", "Rows", "SparseFFN", "row_bytes", "row_constants", "unfit"]
