@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trimtab.compiler.cli import console
+from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
 from trimtab.compiler.engine import load
 from trimtab.compiler.generation import Sampling
 from trimtab.compiler.generation.text import Answer, generate_text
@@ -24,6 +25,8 @@ def command(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
+    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -39,7 +42,10 @@ def command(
     streams = len(prompt) == 1 and not json
     start, first = time.perf_counter(), 0.0
     answers: list[Answer] = []
-    for answers in generate_text(engine, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
+    dials = parse_dials(dial)
+    for answers in generate_text(
+        engine, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or (), dials=dials, speed=speed
+    ):
         first = first or time.perf_counter() - start
         if streams:
             print(answers[0].new, end="", flush=True)

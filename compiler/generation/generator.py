@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -25,6 +25,7 @@ def generate(
     context: int | None = None,
     pad: int = 0,
     vocabulary: int | None = None,
+    dials: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue `prompts`, all together.
 
@@ -35,6 +36,7 @@ def generate(
         context: the most tokens that the model takes, prompt and answer together.
         pad: token that fills shorter prompts up.
         vocabulary: how many tokens the model knows; None where that is not known.
+        dials: of the build, [prompts] each.
 
     Yields:
         the next token of every prompt, [prompts], NONE for those that are done; until all are.
@@ -61,7 +63,7 @@ def generate(
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-        logits = _last(steps, ids, mask, lengths - 1)
+        logits = _last(steps, ids, mask, lengths - 1, dials)
         for step in range(room):
             token = sampling.next(logits, rng)
             yield np.where(done, NONE, token)
@@ -69,7 +71,7 @@ def generate(
             if done.all() or step == room - 1:
                 return
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-            logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths))
+            logits = _last(steps, token[:, None].astype(np.int64), mask, np.zeros_like(lengths), dials)
 
 
 def _check(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
@@ -83,7 +85,9 @@ def _check(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
             raise InputError(f"prompt {number} holds the token {wrong}{known}", hint="use the model's own tokenizer")
 
 
-def _last(steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _last(
+    steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray, dials: Mapping[str, np.ndarray] | None
+) -> np.ndarray:
     """Logits behind the token at place `at` of each row, [batch, vocabulary]."""
-    logits = steps.run(ids, mask)
+    logits = steps.run(ids, mask, dials) if dials else steps.run(ids, mask)
     return logits[np.arange(len(ids)), at]

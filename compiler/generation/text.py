@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ from trimtab.compiler.generation.sampling import Sampling
 
 if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
     from trimtab.compiler.engine import Engine
+    from trimtab.passes.dials import Setting
 
 _UNFINISHED = "\ufffd"  # what decoders make of the bytes of half a character
 
@@ -32,15 +33,21 @@ class Answer:
     ended: Literal["stop", "length"] | None = None
 
 
+def _turns(engine: Engine, dials: object, speed: object) -> bool:
+    """Whether there is a dial to set, or one is asked for that there is not."""
+    return bool(getattr(engine.manifest, "dials", ())) or bool(dials) or speed is not None
+
+
 def generate_text(
     engine: Engine, prompts: Sequence[str], *, max_tokens: int = 128, sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] = (), dials: Mapping[str, Setting] | None = None, speed: Setting | None = None,
 ) -> Iterator[list[Answer]]:  # fmt: skip
     """Answers to `prompts`, after each step.
 
     Args:
         max_tokens: new tokens of each answer.
         stop: texts that end an answer, and are cut from it; the model's own end-of-text tokens do in any case.
+        dials, speed: as `Engine.run` has them; one number, or one for each prompt.
 
     Raises:
         ModelError: the build has no tokenizer.
@@ -49,6 +56,7 @@ def generate_text(
     """
     tokenizer = engine.tokenizer
     ids = tokenizer.prompts(prompts)
+    turned = engine.manifest.all_dials.feeds(len(ids), dials, speed) if _turns(engine, dials, speed) else None
     answers = [Answer() for _ in ids]
 
     def decode(row: int) -> str:
@@ -59,7 +67,7 @@ def generate_text(
     steps = generate(
         engine.runner, ids, max_new_tokens=max_tokens, sampling=sampling,
         stop=tokenizer.end_ids, context=engine.manifest.max_tokens, pad=tokenizer.pad_id,
-        vocabulary=engine.manifest.vocabulary,
+        vocabulary=engine.manifest.vocabulary, dials=turned,
     )  # fmt: skip
     for tokens in steps:
         for row, (answer, token) in enumerate(zip(answers, tokens.tolist(), strict=True)):

@@ -71,12 +71,15 @@ class Steps(ABC):
     """A decoder that goes on from what it has seen: its cache stays where it is between the calls."""
 
     @abstractmethod
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def run(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, dials: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
         """Logits [batch, tokens, vocabulary] of new tokens.
 
         Args:
             input_ids: [batch, tokens], int64. Prompts that are shorter than others are filled up behind.
             attention_mask: [batch, all tokens so far with these], int64; 0 for what fills up.
+            dials: of the build, [batch] each, where it has any.
         """
 
     def close(self) -> None:  # noqa: B027  (most have nothing to let go)

@@ -108,11 +108,15 @@ class SegmentedSteps(Steps):
                 self.close()
                 raise
 
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def run(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, dials: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
         runner = self._runner
         feeds = step_feeds(input_ids, attention_mask, runner.inputs)
         with runner.lock:
-            values = runner.advance(self._segments, {**feeds, **self._past}, runner.hook.begin(runner.route))
+            values = runner.advance(
+                self._segments, {**feeds, **(dials or {}), **self._past}, runner.hook.begin(runner.route)
+            )
             self._past = {name: values[present_of(name)] for name in self._past}
             return self._segments[0].host(values[LOGITS])
 

@@ -139,9 +139,11 @@ class ShardedSteps(Steps):
     def __init__(self, runner: ShardedRunner, number: int, own: Steps, started: int) -> None:
         self._runner, self._number, self._own, self._started = runner, number, own, started
 
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        with self._runner.together("step", self._number, input_ids, attention_mask, started=self._started):
-            return self._own.run(input_ids, attention_mask)
+    def run(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, dials: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
+        with self._runner.together("step", self._number, input_ids, attention_mask, dials, started=self._started):
+            return self._own.run(input_ids, attention_mask, dials)
 
 
 def threads_of_each(shards: int) -> int:

@@ -4,7 +4,7 @@ Commands come through stdin, pickled by the process that started it:
 
     ("run", inputs)                 run the model once
     ("steps", number, batch, size)  make room for a generation, called `number`
-    ("step", number, ids, mask)     one step of it
+    ("step", number, ids, mask, dials)  one step of it
     ("drop", numbers)               forget generations
 
 It answers through the group alone, and ends when stdin does.
