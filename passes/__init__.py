@@ -10,6 +10,7 @@ _PASSES = {
     "canonicalize": "trimtab.passes.canonicalize:Canonicalize",
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
+    "ffn-route": "trimtab.passes.ffn_route.route:FFNRoute",
     "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
     "unpad": "trimtab.passes.unpad:Unpad",
     "token-prune": "trimtab.passes.token_prune:TokenPrune",

@@ -54,7 +54,7 @@ class NotLearnedError(ProfileError):
         return f"{self._instead}, or {command}" if self._instead else command
 
 
-TUNED = frozenset({"magic-pyramid"})
+TUNED = frozenset({"lte", "magic-pyramid"})
 """Methods of `trimtab train` that tune the model: what they learn is in the Profile in the new model's folder."""
 
 

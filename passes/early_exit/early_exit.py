@@ -75,6 +75,8 @@ class EarlyExit(Pass):
         }.get(task or "")
 
     def bars(self, later: Pass) -> str | None:
+        if later.name == "ffn-route":
+            return "its dial knows nothing of samples that have left"
         return "it prunes layers whose samples have left" if later.name == "token-prune" else None
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:

@@ -1,0 +1,205 @@
+"""The pass: learned routers choose the groups of an FFN's neurons that a token needs; no others are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.crossover import Crossover, SparseShape, slower
+from trimtab.passes.dials import Dial
+from trimtab.passes.errors import NotLearnedError
+from trimtab.passes.ffn_route.cumulative import shares_before
+from trimtab.passes.ffn_route.dial import TokenDial
+from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
+from trimtab.passes.graph.linear import distinct_bytes
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.needs import Learned, Need
+from trimtab.passes.profile import Profile
+from trimtab.passes.sparse_ffn import FFNWeights, RowForm, Rows, SparseFFN, unfit
+from trimtab.plugins import SELECT_BLOCKS, add_node
+from trimtab.plugins.dialect import OPSET
+
+DIAL = "route_threshold"
+_USUAL = 0.5  # of the dial, where no Profile tells what training had
+
+
+class FFNRoute(Pass):
+    """Compute the groups of neurons whose router says that a token needs them (LTE, arXiv 2402.06126).
+
+    A router is a linear layer on the FFN's input. A group is computed where sigmoid of its output is not below the
+    dial, and the best one always. `trimtab train --method lte` learns routers and fits the model to them.
+    Exact end of the dial: at 0 all groups are computed.
+    """
+
+    name: ClassVar[str] = "ffn-route"
+    summary: ClassVar[str] = "compute only the groups of neurons that learned routers choose for each token (LTE)"
+    needs: ClassVar[frozenset[Need]] = frozenset({Learned(METHOD)})
+    reads_layers: ClassVar[bool] = True
+
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="default of the dial: score from which on a group is computed; as in training"
+    )
+    cap: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of an FFN's groups that a token may take, the best; below 1 no value of the dial is exact",
+    )
+    shared: bool = Field(False, description="all tokens of a call compute what any of them needs")
+    weights: RowForm = Field("fp32", description="of the FFN's own weights")
+    dense_above: int | None = Field(
+        None, ge=0, description="calls with more tokens compute all neurons, whatever the dial; never, if not given"
+    )
+    most: float | None = Field(
+        None, gt=0, le=1, description="FFNs that compute more on average stay dense; where that is slower, if not given"
+    )
+    layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
+
+    def dials(self) -> tuple[Dial, ...]:
+        return (self._dial(_USUAL),)
+
+    def _dial(self, learned: float) -> Dial:
+        default = learned if self.threshold is None else self.threshold
+        return Dial(
+            DIAL,
+            "score of the router from which on a group of neurons is computed",
+            0.0,
+            1.0,
+            default,
+            exact=0.0,
+            fast=1.0,
+        )
+
+    def bars(self, later: Pass) -> str | None:
+        if later.name == "recover":
+            return "training does not know the ops that it makes"
+        if later.name in ("unpad", "token-prune"):
+            return f"its dial follows the tokens of each sample, which {later.name} moves; put {later.name} in front"
+        return None
+
+    def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
+        super().check_profile(profile, before)
+        assert profile is not None
+        if not Routers.of(profile.learned(METHOD)).by_layer:
+            raise NotLearnedError("the profile has no routers", method=METHOD)
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite the FFNs of `graph` that have routers in the Profile.
+
+        Raises:
+            ProfileError: the routers are those of another model.
+        """
+        anatomy = find_anatomy(graph)
+        profile = context.measured()
+        routers = Routers.of(profile.learned(METHOD))
+        routers.check({ffn.layer: ffn for ffn in anatomy.ffns})
+        wanted = select_ffns(anatomy, self.layers)
+        raise_opset(graph, OPSET)
+        dial = self._dial(routers.default)
+        tensor = context.add_dial(graph, dial)
+        emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers)
+        left: list[Left] = []
+        rows: list[dict[str, Any]] = []
+        for group in by_weights(wanted):
+            for ffn in group:
+                router = routers.by_layer.get(ffn.layer)
+                reason = (
+                    "the profile has no router of it"
+                    if router is None
+                    else unfit(ffn, ffn.d_ff // router.groups, self.weights)
+                )
+                density = None
+                if reason is None and router is not None:
+                    density = self._density(ffn, router, routers, profile, dial.default)
+                    reason = self._not_worth(ffn, router, density, len(wanted), context)
+                made = emit.replace(ffn, group[0], router, density) if reason is None and router is not None else reason
+                if isinstance(made, dict):
+                    rows.append(made)
+                else:
+                    left.append(Left(ffn.where, str(made)))
+        rewritten = {row["layer"] for row in rows}
+        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
+        rows.sort(key=lambda row: row["layer"])
+        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
+        return PassResult(self.name, len(rows), tuple(left), details)
+
+    def _density(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> float | None:
+        """Share of the groups that a token computes on average at `cut`, on states of the Profile; None without any."""
+        states = profile.states(ffn.layer)
+        if not len(states) or states.shape[1] != ffn.d_model:
+            return None
+        chosen = routers.chosen(router.scores(states), cut)
+        return float(np.minimum(chosen.sum(1), self.taken(router)).mean() / router.groups)
+
+    def taken(self, router: Router) -> int:
+        """The most groups of one token."""
+        return max(1, round(self.cap * router.groups))
+
+    def _not_worth(
+        self, ffn: FFN, router: Router, density: float | None, layers: int, context: PassContext
+    ) -> str | None:
+        """Why the FFN stays dense, or None; where its density is not known, nothing speaks against it."""
+        if density is None:
+            return None
+        if self.most is not None:
+            return (
+                f"{density:.0%} of its neurons are computed, more than {self.most:.0%}" if density > self.most else None
+            )
+        found = self._crossover(ffn, router, layers, context)
+        if found is not None and density > found.most(router.nbytes / (4 * ffn.params)):
+            return slower("its neurons", density, found)
+        return None
+
+    def _crossover(self, ffn: FFN, router: Router, layers: int, context: PassContext) -> Crossover | None:
+        if context.crossover is None:
+            return None
+        block = ffn.d_ff // router.groups
+        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, 3 if ffn.gated else 2, self.weights, block, layers))
+
+
+class _Emit:
+    """Puts routers and sparse ops in the place of FFNs; weights that several share are stored once."""
+
+    def __init__(self, step: FFNRoute, graph: gs.Graph, dial: TokenDial, routers: Routers) -> None:
+        self._step, self._graph, self._dial, self._routers = step, graph, dial, routers
+        self._rows = Rows(step.weights)
+        self._made: dict[tuple[int, int], SparseFFN] = {}
+
+    def replace(self, ffn: FFN, first: FFN, router: Router, density: float | None) -> dict[str, Any] | str:
+        """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
+        step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
+        block, k = ffn.d_ff // router.groups, step.taken(router)
+        scores = router.emit(graph, ffn.x, at)
+        if self._routers.cumulative is not None:
+            scores = shares_before(graph, scores, router.groups, at)
+        above = self._dial.taken_off(scores, ffn.x, at)
+        if isinstance(above, str):
+            return above
+        key = first.layer, block
+        once = key not in self._made
+        if once:
+            name = f"{step.name}/layer.{ffn.layer}"
+            self._made[key] = SparseFFN(first, FFNWeights.of(first), self._rows, block, name)
+        sparse = self._made[key]
+        chosen = add_node(
+            graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,
+            dense_above=-1 if step.dense_above is None else step.dense_above,
+        )  # fmt: skip
+        sparse.put(graph, ffn, chosen, at, at_most=True)
+        row: dict[str, Any] = {
+            "layer": ffn.layer, "neurons": ffn.d_ff, "groups": router.groups, "of_each_group": block, "cap": k * block,
+            "router_bytes": router.nbytes, "bytes": router.nbytes + round(once * sparse.nbytes),
+            "dense_bytes": once * 4 * ffn.params,
+        }  # fmt: skip
+        if density is not None:
+            row |= {
+                "density": round(density, 4),
+                "read_bytes": round(router.nbytes + sparse.read_bytes(density * router.groups)),
+            }
+        return row | ({} if once else {"weights_of": first.layer})
