@@ -57,13 +57,15 @@ def is_first_process() -> bool:
 
 def make_trainer(
     model: nn.Module, examples: Examples, settings: Settings, scratch: Path, *,
-    optimizer: torch.optim.Optimizer | None = None, judge: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+    groups: Callable[[], list[dict[str, Any]]] | None = None,
+    judge: Callable[[EvalPrediction], dict[str, Any]] | None = None,
 ) -> Trainer:  # fmt: skip
     """transformers' Trainer as all methods use it: AdamW, bfloat16 where it is fast, our clock in place of epochs.
 
     Args:
         scratch: for the Trainer's own files.
-        optimizer: in place of AdamW on all of `model`.
+        groups: what learns, for AdamW: groups of parameters, asked for once they are where training leaves them; all of
+            `model` if it is not given.
         judge: more metrics of the held-out samples.
     """
     device = best_device()
@@ -77,17 +79,24 @@ def make_trainer(
     )  # fmt: skip
     trainer = _Trainer(
         model, arguments, data_collator=examples.collate, train_dataset=examples.train,
-        eval_dataset=examples.held_out, optimizers=(optimizer, None), compute_metrics=judge,
+        eval_dataset=examples.held_out, compute_metrics=judge,
     )  # fmt: skip
-    trainer.lengths = examples.lengths
+    trainer.lengths, trainer.groups = examples.lengths, groups
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 class _Trainer(Trainer):
-    """Takes samples of like length together, where lengths are known."""
+    """Takes samples of like length together, and has AdamW learn groups of parameters, where these are given."""
 
     lengths: np.ndarray | None = None
+    groups: Callable[[], list[dict[str, Any]]] | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), fused=True)
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -132,14 +141,17 @@ def _kept(place: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
         return None
 
 
-def require_finite(loss: float, method: str, where: str) -> None:
+def require_finite(loss: float, method: str, where: str, option: str = "--lr") -> None:
     """Refuse a loss that is no number.
+
+    Args:
+        option: the learning rate that was too high.
 
     Raises:
         TrimtabError: training diverged.
     """
     if not math.isfinite(loss):
-        raise TrimtabError(f"{method}: the loss is {loss} {where}", hint="use a smaller --lr")
+        raise TrimtabError(f"{method}: the loss is {loss} {where}", hint=f"use a smaller {option}")
 
 
 class Follow(TrainerCallback, ExportableState):

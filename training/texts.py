@@ -32,6 +32,13 @@ class Examples:
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     lengths: np.ndarray | None = None
 
+    def some(self, samples: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the first samples to learn from, the same at each call, of like lengths."""
+        count = min(samples, len(self.train))
+        order = np.arange(count) if self.lengths is None else np.argsort(self.lengths[:count], kind="stable")
+        for i in range(0, count, batch_size):
+            yield self.collate([self.train[int(place)] for place in order[i : i + batch_size]])
+
 
 def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.random.Generator) -> Examples:
     """Texts one behind the other, cut into blocks of `max_tokens`, each token of which is predicted from those before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(surprise, bounds=(-2.0, 2.0), method="bounded").x))
 
 
-def row(stage: str, step: int, metrics: dict[str, Any], *, pruned: bool, left: bool) -> dict[str, Any]:
+def row(stage: str, step: int, metrics: Mapping[str, Any], *, pruned: bool, left: bool) -> dict[str, Any]:
     """A row of the history, of the metrics of a look.
 
     Args:

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.compiler.data.preparation import TRANSFORMER_CONFIGS, read_preparation
-from trimtab.compiler.profiling import measured_profile
-from trimtab.compiler.recipe import Calibration
-from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.passes.needs import DEFAULT
-from trimtab.passes.profile import PROFILE, Profile
+from trimtab.passes.profile import PROFILE
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
 from trimtab.training.magic_pyramid.before import METHOD
 from trimtab.training.magic_pyramid.encoder import open_tokenizer_folder
 from trimtab.training.magic_pyramid.pruning import detach
+from trimtab.training.profiled import write_profile
 
 if TYPE_CHECKING:
     from trimtab.training.magic_pyramid.pyramid import Pyramid
@@ -35,16 +32,9 @@ def write_result(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any
         record: of the training.
         job: its recipe, if there is one, says how to calibrate and for which passes.
     """
-    calibration = job.recipe.calibration if job.recipe is not None else Calibration()
-    needs = DEFAULT | (job.recipe.needs if job.recipe is not None else frozenset())
     with new_folder(out) as part:
         save_tuned(pyramid, checkpoint, record, part)
-        source = open_source(part)
-        measured = measured_profile(source, job.dataset, calibration, needs=needs, progress=job.progress)
-        learned = measured.info.learned | {METHOD: record}
-        tensors = {f"learned.{METHOD}.{name}": value for name, value in learned_tensors(pyramid, record).items()}
-        profile = Profile(measured.info.model_copy(update={"learned": learned}), measured.tensors | tensors)
-        profile.save(part / PROFILE)
+        write_profile(part, job, METHOD, record, learned_tensors(pyramid, record))
 
 
 def save_tuned(pyramid: Pyramid, checkpoint: Checkpoint, record: dict[str, Any], folder: Path) -> None:

@@ -16,11 +16,11 @@ class Settings(Common):
     """How to train the four stages of Magic Pyramid (arXiv 2111.00230)."""
 
     fine_tune: float | None = Field(
-        None, ge=0, description="Share of the run that fine-tunes the dense model; by default 3 for a model without a "
-        "classification head, and 0 for a classifier.",
+        None, ge=0, description="Share of the run that fine-tunes the dense model; by default 0, and 3 for a model "
+        "that gets a new classification head.",
     )  # fmt: skip
-    soft: float = Field(1.0, ge=0, description="Share that learns thresholds, with tokens masked softly.")
-    hard: float = Field(2.0, ge=0, description="Share that tunes the weights, with tokens pruned by these thresholds.")
+    soft: float = Field(1.0, ge=0, description="Share that learns thresholds or routers, with soft masks.")
+    hard: float = Field(2.0, ge=0, description="Share that tunes the weights, with hard masks.")
     exits: float = Field(
         1.0, ge=0, description="Share that distils exits from the final classifier, with the model frozen."
     )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.errors import ModelError
-from trimtab.training.topk.sparse import rows
+from trimtab.training.linears import find_linear, linear_modules
 
 
 def down_projections(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
@@ -23,11 +21,10 @@ def down_projections(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
     Raises:
         ModelError: an FFN has none.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = linear_modules(model)
     found: list[nn.Module] = []
     for ffn in ffns:
-        weight = ffn.down.w()
-        module = next((m for m in linears if _same(m, weight)), None)
+        module = find_linear(linears, ffn.down.w())
         if module is None:
             raise ModelError(
                 f"{ffn.where}: no linear module of {type(model).__name__} holds its down projection",
@@ -35,9 +32,3 @@ def down_projections(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
             )
         found.append(module)
     return found
-
-
-def _same(module: nn.Module, weight: np.ndarray) -> bool:
-    """Whether the module multiplies with `weight`, [d_ff, d_model]."""
-    theirs = rows(module)
-    return tuple(theirs.shape) == weight.shape and np.array_equal(theirs.float().numpy(force=True), weight)

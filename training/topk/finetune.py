@@ -9,26 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.compiler.data import Dataset
-from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import Source, open_source
-from trimtab.compiler.sources.checkpoint import Checkpoint, read_checkpoint
+from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model
-from trimtab.compiler.task import find_task
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns, select_ffns
-from trimtab.passes.errors import ModelError, RecipeError
+from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.topk import FFNTopK
-from trimtab.passes.graph import load_graph
 from trimtab.training.clock import Clock
 from trimtab.training.contract import Job, Trained
+from trimtab.training.examples import read_examples
 from trimtab.training.folder import new_folder, save_model
 from trimtab.training.huggingface import is_first_process, make_trainer, prepare, require_finite
-from trimtab.training.texts import Examples, labelled, packed
+from trimtab.training.texts import Examples
 from trimtab.training.topk.anneal import Anneal
 from trimtab.training.topk.find import down_projections
 from trimtab.training.topk.settings import Settings
@@ -65,7 +61,7 @@ def finetune(job: Job, step: FFNTopK, settings: Settings) -> Trained | None:
     ffns = _ffns(source, step)
     torch.manual_seed(settings.seed)
     model = load_model(checkpoint.model, checkpoint.architecture, allow_pickle=job.allow_pickle)
-    examples = _examples(source, checkpoint, model, job.dataset, settings)
+    examples = read_examples(source, checkpoint, model, job.dataset, settings, "topk")
     sparse = SparseFFNs(down_projections(model, ffns), step.block)
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -92,30 +88,6 @@ def _ffns(source: Source, step: FFNTopK) -> list[FFN]:
         if ffn.d_ff % step.block:
             raise RecipeError(f"block: blocks of {step.block} do not divide the {ffn.d_ff} neurons of {ffn.where}")
     return found
-
-
-def _examples(
-    source: Source, checkpoint: Checkpoint, model: PreTrainedModel, dataset: Dataset, settings: Settings
-) -> Examples:
-    if source.tokenizer is None:
-        raise ModelError(f"{checkpoint.folder}: has no tokenizer", hint="save the model with its tokenizer")
-    tokenizer, rng = load_tokenizer(source.tokenizer), np.random.default_rng(settings.seed)
-    limit = min(settings.max_tokens, source.max_tokens or settings.max_tokens)
-    if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return packed(dataset, tokenizer, limit, rng)
-    if checkpoint.architecture.endswith("ForSequenceClassification"):
-        graph = load_graph(source.onnx)
-        task = find_task(graph.inputs, graph.outputs, source.head)
-        if task is None or task.kind != "classes":
-            raise ModelError(
-                f"{checkpoint.folder}: --method topk trains classifiers that give a text one class; this model gives "
-                f"it {'a score' if task is not None and task.kind == 'score' else 'any number of labels'}",
-                hint="fine-tune it yourself, or use --method recover, which distils any model",
-            )
-        return labelled(dataset, tokenizer, source.labels, int(model.config.num_labels or 0), limit, rng)
-    raise ModelError(
-        f"{checkpoint.architecture} has no loss to learn from", hint="give a causal language model or a text classifier"
-    )
 
 
 def _train(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.training.linears import rows
+
 
 class SparseFFNs:
     """FFNs that hand only the activations of largest |h_j| ‖v_j‖ to their down projections.
@@ -57,9 +59,3 @@ def top_k(scores: Tensor, k: int, block: int = 1) -> Tensor:
 def row_norms(down: nn.Module) -> Tensor:
     """‖v_j‖ of each neuron, [d_ff], as the weights are now."""
     return rows(down).norm(dim=1)
-
-
-def rows(linear: nn.Module) -> Tensor:
-    """Weights of a linear module, one row per input, [inputs, outputs]; transformers' Conv1D keeps them so."""
-    weight = linear.get_parameter("weight").detach()
-    return weight.T if isinstance(linear, nn.Linear) else weight
