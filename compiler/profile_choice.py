@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.passes.contract import check_needs
 from trimtab.passes.errors import NotLearnedError, ProfileError
+from trimtab.passes.needs import Learned
 from trimtab.passes.profile import PROFILE, Profile, read_info
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def choose_profile(
     path = Path(given) if given is not None else _in_folder(model)
     if path is None:
         return ProfileChoice()
+    if given is None:
+        _warn_of_routers(path, recipe)
     if given is None and method is None and (data or not recipe.needs_profile):
         return ProfileChoice(unused=path)
     if given is None:
@@ -97,6 +100,17 @@ def _in_folder(model: Source | Path | str) -> Path | None:
         return None
     path = Path(model.origin if isinstance(model, Source) else model).expanduser() / PROFILE
     return path if path.is_file() else None
+
+
+def _warn_of_routers(path: Path, recipe: Recipe) -> None:
+    """Say that the model was trained to compute some neurons alone, if the recipe has it compute all of them."""
+    with suppress(ProfileError):  # told where the Profile is read
+        routed = read_info(path).learned.get("lte", {}).get("routers")
+        if routed and Learned("lte") not in recipe.needs:
+            log.warning(
+                "%s has routers, and this recipe no pass that uses them: the model was trained to compute the neurons "
+                "that they choose, and will compute all of them; add `ffn-route` to the recipe", path,
+            )  # fmt: skip
 
 
 def _method(recipe: Recipe) -> str | None:

@@ -14,6 +14,7 @@ _METHODS = {
     "recover": "trimtab.training.recover.trainer:Recover",
     "topk": "trimtab.training.topk.trainer:TopK",
     "magic-pyramid": "trimtab.training.magic_pyramid.trainer:MagicPyramid",
+    "lte": "trimtab.training.lte.trainer:LTE",
 }
 """Name → where its class is; imported when asked for."""
 

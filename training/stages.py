@@ -172,9 +172,7 @@ class Stages(ABC):
                 self.method, step, steps, stage,
             )  # fmt: skip
         if step == 0:
-            log.warning(
-                "%s: the stage %s ran no step, so what it learns is as it began", self.method, self.shown[stage]
-            )
+            log.warning(f"{self.method}: the stage %s ran no step, so what it learns is as it began", self.shown[stage])
 
     def ends(self, stage: str) -> float:
         """Minutes from the start of the run to the end of a stage."""

@@ -1,0 +1,123 @@
+"""How a training reaches the sparsity that is asked for: by the weight of efficiency, and at last by the threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.training.lte.routers import Select, choose
+
+TOLERANCE = 0.02
+"""How far from the sparsity that was asked for counts as reached."""
+
+_FALLS = 0.6  # share of the stage within which the density falls to what is asked for
+_GAIN, _DAMPING = 100.0, 20.0  # of log η: by the integral of the error over the stage, and by the error
+_LOWEST, _HIGHEST = 1e-4, 1e4  # η
+_CLOSE = 0.0025  # error of the density at which a threshold is good enough
+_TRIES, _HALVINGS = 4, 30
+
+
+class Controller:
+    """Moves η, the weight of efficiency, so that the density follows a straight line down to what is asked for.
+
+    Args:
+        density: share of the neurons to compute at the end.
+        eta: to begin with.
+
+    Attributes:
+        eta: for the next step.
+    """
+
+    def __init__(self, density: float, eta: float) -> None:
+        self.density, self.eta = density, eta
+        self._first: float | None = None  # density at the beginning
+        self._log, self._at = math.log(eta), 0.0
+
+    def wanted(self, at: float) -> float:
+        """Density at the share `at` of the stage."""
+        first = 1.0 if self._first is None else self._first
+        return first + min(1.0, at / _FALLS) * (self.density - first)
+
+    def step(self, at: float, density: float) -> float:
+        """η for the next step.
+
+        Args:
+            at: share of the stage that is over.
+            density: of the step before.
+        """
+        if self._first is None:
+            self._first = density
+        error = density - self.wanted(at)
+        self._log += _GAIN * max(0.0, at - self._at) * error
+        self._log = min(max(self._log, math.log(_LOWEST)), math.log(_HIGHEST))
+        self._at = at
+        self.eta = min(max(math.exp(self._log + _DAMPING * error), _LOWEST), _HIGHEST)
+        return self.eta
+
+    def state(self) -> dict[str, float | None]:
+        """What a checkpoint keeps."""
+        return {"first": self._first, "log": self._log, "at": self._at, "eta": self.eta}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint has kept."""
+        self._first, self._log, self._at, self.eta = (state[key] for key in ("first", "log", "at", "eta"))
+
+
+def density_of(logits: Iterable[Tensor], select: Select, cut: float) -> float:
+    """Share of the groups that are chosen, of logits [tokens, groups] of each FFN."""
+    chosen, count = 0, 0
+    for each in logits:
+        chosen += int(choose(each, select, cut).sum())
+        count += each.numel()
+    return chosen / count
+
+
+def fit_cut(logits: Sequence[Tensor], select: Select, density: float) -> float:
+    """The `cut` of `choose` at which the share `density` of all groups is chosen, as nearly as scores allow.
+
+    Args:
+        logits: [tokens, groups] of each FFN.
+    """
+    if select == "threshold":
+        low = min(float(each.amin()) for each in logits) - 1.0
+        high = max(float(each.amax()) for each in logits) + 1.0
+    else:
+        low, high = 0.0, 1.0
+    falls = select == "threshold"  # a higher threshold chooses fewer, a higher share more
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if (density_of(logits, select, middle) > density) == falls:
+            low = middle
+        else:
+            high = middle
+    return min((low, high), key=lambda cut: abs(density_of(logits, select, cut) - density))
+
+
+def trim(
+    cut: Tensor, select: Select, density: float, forward: Callable[[], Sequence[Tensor]], *, again: int = _TRIES
+) -> float:
+    """Move `cut`, in place, until the share `density` of all groups is chosen.
+
+    Later layers read what earlier ones leave of the stream, so a cut that fits the scores moves them.
+
+    Args:
+        forward: runs the model on some texts, and returns the logits [tokens, groups] of each FFN.
+        again: how often the model may run.
+
+    Returns:
+        the density that is reached.
+    """
+    reached = []
+    for _ in range(again):
+        logits = forward()
+        now = float(cut)
+        reached.append((abs(density_of(logits, select, now) - density), now, density_of(logits, select, now)))
+        if reached[-1][0] <= _CLOSE:
+            break
+        cut.fill_(fit_cut(logits, select, density))
+    _, best, at = min(reached)
+    cut.fill_(best)
+    return at

@@ -1,0 +1,141 @@
+"""Routers: of each FFN a linear layer that scores its groups of neurons, and the masks that follow from scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trimtab.training.linears import FFNModules
+
+Mode = Literal["dense", "soft", "hard"]
+Select = Literal["threshold", "cumulative"]
+
+THRESHOLD = 0.5
+"""τ: groups of this score or more are computed."""
+_START = 2.0  # logit of every score at first, 0.88: all groups are on, and sigmoid still has a slope there
+_SHARE = 0.95  # of cumulative selection at first, as in the derivative of LTE for openPangu
+
+
+class Router(nn.Module):
+    """Logits of the scores of an FFN's groups: a linear layer on standardised inputs.
+
+    Standardised, one learning rate fits all models: a step of Adam moves logits by about lr · √d_model.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, d_model: int, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(groups, d_model))
+        self.bias = nn.Parameter(torch.full((groups,), _START))
+        self.register_buffer("mean", torch.zeros(d_model))
+        self.register_buffer("scale", torch.full((d_model,), d_model**-0.5))
+
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take inputs of this mean and standard deviation, [d_model] each; features that are constant count for 0."""
+        usual = deviation.mean()
+        scale = torch.where(deviation > 1e-4 * usual, 1 / deviation, torch.zeros_like(deviation))
+        self.mean.copy_(mean)
+        self.scale.copy_(scale * len(mean) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., groups], float32, of x [..., d_model]; an engine computes them in float32, too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear((x.float() - self.mean) * self.scale, self.weight, self.bias)
+
+    def folded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [groups, d_model] and bias [groups], float32, for inputs as they are."""
+        weight = (self.weight.detach() * self.scale).double()
+        bias = self.bias.detach().double() - weight @ self.mean.double()
+        return weight.float().numpy(force=True), bias.float().numpy(force=True)
+
+
+def choose(logits: Tensor, select: Select, cut: float | Tensor) -> Tensor:
+    """Which groups are computed, bool, of logits [..., groups]: at least the best one.
+
+    Args:
+        select: "threshold": those whose logit is `cut` or more. "cumulative": the best ones, in falling order of their
+            scores, until the share `cut` of the sum of all scores is reached.
+    """
+    best = functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    if select == "threshold":
+        return (logits >= cut) | best
+    scores = logits.sigmoid()
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    wanted = before < cut * scores.sum(-1, keepdim=True)
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted) | best
+
+
+class Routing(nn.Module):
+    """The routers of a model, at work between up and down projections.
+
+    Args:
+        ffns: of the model, whose modules get hooks.
+        group: neurons per group.
+
+    Attributes:
+        routers: number of the FFN → its router.
+        cut: what `choose` takes; of "threshold" subtracted from the logits of soft masks, too.
+        mode: "dense" lets all pass; "soft" multiplies activations by scores; "hard" by 1 for chosen groups and 0 for
+            the others.
+        logits: of the last forward pass, number of the FFN → [..., groups].
+    """
+
+    cut: Tensor
+
+    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select) -> None:
+        super().__init__()
+        self.group, self.select = group, select
+        self.routers = nn.ModuleDict({str(ffn.layer): Router(ffn.d_model, ffn.d_ff // group) for ffn in ffns})
+        self.register_buffer("cut", torch.tensor(0.0 if select == "threshold" else _SHARE))
+        self.mode: Mode = "dense"
+        self.logits: dict[str, Tensor] = {}
+        for ffn in ffns:
+            # bound methods go along where the model is copied
+            ffn.up.module.register_forward_pre_hook(partial(self._read, str(ffn.layer)))
+            ffn.down.register_forward_pre_hook(partial(self._mask, str(ffn.layer)))
+
+    def begin(self) -> None:
+        """Forget the last forward pass."""
+        self.logits = {}
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """G(x), 0 to 1, of logits [..., groups]."""
+        return (logits - self.cut).sigmoid() if self.select == "threshold" else logits.sigmoid()
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """Which groups are computed, bool [..., groups]."""
+        return choose(logits, self.select, self.cut)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As the pass `ffn-route` reads them from a Profile, float32."""
+        by_threshold = self.select == "threshold"
+        cut = float(self.cut)
+        named = {"threshold": np.array([THRESHOLD], np.float32)} if by_threshold else {}
+        if not by_threshold:
+            named["cumulative"] = np.array([cut], np.float32)
+        for layer, router in self.routers.items():
+            assert isinstance(router, Router)
+            weight, bias = router.folded()
+            named[f"router.{layer}.weight"] = weight
+            named[f"router.{layer}.bias"] = bias - np.float32(cut) if by_threshold else bias
+        return named
+
+    def _read(self, layer: str, up: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.mode != "dense":
+            self.logits[layer] = self.routers[layer](inputs[0])
+
+    def _mask(self, layer: str, down: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        if self.mode == "dense":
+            return None
+        logits, (h,) = self.logits[layer], inputs
+        mask = self.scores(logits) if self.mode == "soft" else self.chosen(logits)
+        return ((h.unflatten(-1, (-1, self.group)) * mask.to(h.dtype)[..., None]).flatten(-2),)

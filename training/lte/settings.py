@@ -1,0 +1,64 @@
+"""How to train routers, apart from torch: the command line reads it too."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.training.contract import Settings as Common
+from trimtab.training.magic_pyramid.settings import Settings as Pyramid
+
+STAGES = ("fine_tune", "layerwise", "soft", "hard")
+"""In the order they run. Each is a share of the run, and is left out at 0."""
+
+_SHARED = {name: Pyramid.model_fields[name].description for name in ("fine_tune", "soft", "hard", "distil")}
+
+
+class Settings(Common):
+    """How to train the stages of LTE (arXiv 2402.06126), behind one that learns each FFN by itself."""
+
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="Share of the FFNs' neurons that are left out, over all layers and tokens."
+    )
+    group: int = Field(32, ge=1, description="Neurons that a router switches together; divides the width of the FFNs.")
+    select: Literal["threshold", "cumulative"] = Field(
+        "threshold", description="Compute the groups whose score is 0.5 or more, or the best ones up to a share of the "
+        "sum of all scores.",
+    )  # fmt: skip
+    fine_tune: float | None = Field(None, ge=0, description=_SHARED["fine_tune"])
+    layerwise: float = Field(
+        1.0, ge=0, description="Share that fits routers and weights of each FFN to its own dense outputs, by itself."
+    )
+    soft: float = Field(1.0, ge=0, description=_SHARED["soft"])
+    hard: float = Field(2.0, ge=0, description=_SHARED["hard"])
+    efficiency: float = Field(
+        0.1, gt=0, description="Weight in the loss of the scores' mean square at first; then it is moved so that the "
+        "sparsity is reached.",
+    )  # fmt: skip
+    separability: float = Field(
+        0.5, ge=0, description="Weight in the loss, at the end of soft, of what keeps scores away from the threshold."
+    )
+    router_lr: float = Field(0.01, ge=0, description="Highest learning rate of the routers.")
+    layer_lr: float = Field(5e-4, ge=0, description="Highest learning rate of the weights in layerwise.")
+    layer_tokens: int = Field(16384, ge=64, description="Tokens whose FFN inputs layerwise learns from.")
+    distil: float = Field(0.5, ge=0, le=1, description=_SHARED["distil"])
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Settings:
+        if not (self.fine_tune or self.layerwise or self.soft or self.hard):
+            raise ValueError("layerwise, soft and hard are 0: no stage is left to run")
+        if self.hard and not self.learns_routers:
+            raise ValueError("hard needs routers, and both layerwise and soft, which learn them, are 0")
+        return self
+
+    @property
+    def learns_routers(self) -> bool:
+        """Whether a stage learns routers; else the model is only fine-tuned."""
+        return self.layerwise > 0 or self.soft > 0
+
+    def shares(self) -> dict[str, float]:
+        """Stage → its share of the run, of those that run; they add up to 1."""
+        given = {name: float(getattr(self, name) or 0.0) for name in STAGES}
+        total = sum(given.values())
+        return {name: share / total for name, share in given.items() if share}
