@@ -15,6 +15,11 @@ def in_float(form: Form, name: str, source: str, result: str, op: str) -> list[s
     return [f"  {result}_n = {op.format(source)}", f"  {result} = Cast <to = 1> ({result}_n)"]
 
 
+def size_of(form: Form, name: str, result: str) -> str:
+    """Statements that make `result`, how many numbers the input `name` has. ONNX Runtime lacks Size of bfloat16."""
+    return "\n".join([*in_float(form, name, name, f"{result}_of", "Identity ({})"), f"  {result} = Size ({result}_of)"])
+
+
 def as_input(form: Form, name: str, result: str, op: str) -> list[str]:
     """Statements that make `result` = `op`, of what is in float, in the type of the input `name`."""
     if form.given[name] in FLOAT:
@@ -62,7 +67,7 @@ def numbers_of_rows(form: Form, x: str = "x", block: str = "@block") -> str:
   taken_ = Reshape <allowzero = 1> (is_taken, rows_shape)
   taken = Unsqueeze (taken_, one)
   width = Shape <start = -1> ({x})
-  size_x = Size ({x})
+{size_of(form, x, "size_x")}
   tokens = Div (size_x, width)
   flat_shape = Concat <axis = 0> (tokens, one, width)
 {flat}

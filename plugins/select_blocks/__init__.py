@@ -13,7 +13,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from trimtab.plugins.dialect import ACTIVATION, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import in_float
+from trimtab.plugins.rows import in_float, size_of
 from trimtab.plugins.sizes import Shapes
 
 __all__ = ["SELECT_BLOCKS", "local_k", "part_of_choice"]
@@ -53,7 +53,7 @@ def _infer(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None:
 
 def _body(form: Form) -> str:
     flat = "\n".join(in_float(form, "scores", "scores", "flat", "Reshape <allowzero = 1> ({}, flat_shape)"))
-    return _STATEMENTS.replace("$flat", flat)
+    return _STATEMENTS.replace("$size", size_of(form, "scores", "size")).replace("$flat", flat)
 
 
 _STATEMENTS = """
@@ -67,7 +67,7 @@ _STATEMENTS = """
   dense_above_ = Constant <value_int: int = @dense_above> ()
   at_most_ = Constant <value_int: int = @at_most> ()
   n = Shape <start = -1> (scores)
-  size = Size (scores)
+$size
   tokens = Div (size, n)
   flat_shape = Concat <axis = 0> (tokens, n)
 $flat

@@ -20,7 +20,7 @@ from trimtab.compiler.engine import Engine
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.pooling import Pooling
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
-from trimtab.passes.errors import PassError
+from trimtab.passes.errors import ModelError, PassError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.profile import Profile, ProfileInfo
 
@@ -186,9 +186,9 @@ def test_rerankers(tmp_path: Path) -> None:
         engine.run(inputs, speed=0)["logits"], heads.torch_logits(model, pairs), rtol=1e-4, atol=1e-4
     )
     assert_company_changes_nothing(engine, inputs, rng)
-    with pytest.raises(PassError, match="two classes or more; this model gives") as error:
+    with pytest.raises(ModelError, match="two classes or more, and this model gives a score") as error:
         compile_model(path, {"passes": ["unpad", "early-exit"]}, tmp_path / "refused", profile=profile)
-    assert "a score" in str(error.value.hint)
+    assert "out of the recipe" in str(error.value.hint)
 
 
 def assert_company_changes_nothing(engine: Engine, inputs: dict[str, np.ndarray], rng: np.random.Generator) -> None:

@@ -264,7 +264,9 @@ def test_code_is_for_the_driver(newest: str | None, version: str | None, monkeyp
     monkeypatch.setattr(kernels, "cuda_version", lambda: newest)
     monkeypatch.setattr(kernels, "_made", {})
     kernel = kernels.kernel_of(SPARSE_DOWN)
-    form = Form({"h": "tensor(float16)", "blocks": "tensor(int32)", "down": "tensor(float16)"}, {"block": 1})
+    form = Form(
+        {"h": "tensor(float16)", "blocks": "tensor(int32)", "down": "tensor(float16)"}, {"block": 1, "at_most": 0}
+    )
     shapes = {"h": [-1, -1], "blocks": [1, -1], "down": [64, 32]}
     made = kernels.compiled(kernel, form, shapes, kernel.tiles(form, shapes)[0], 120)
     if version is not None:

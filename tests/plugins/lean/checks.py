@@ -89,12 +89,12 @@ def cases() -> Iterator[Case]:
                 "activation": str(rng.choice(list(ACTIVATIONS))),
                 "block": int(rng.choice([1, 2, 8])),
                 "keep": 0,
+                "at_most": int(rng.choice([0, 1])),
             }
             yield Case(OPS["SparseUp"], taken, attributes)
         scale = {"down_scale": beside} if scaled else {}
-        yield Case(
-            OPS["SparseDown"], {"h": x, "blocks": "INT32", "down": weight} | scale, {"block": int(rng.choice([1, 8]))}
-        )
+        attributes = {"block": int(rng.choice([1, 8])), "at_most": int(rng.choice([0, 1]))}
+        yield Case(OPS["SparseDown"], {"h": x, "blocks": "INT32", "down": weight} | scale, attributes)
         for biased in (False, True):
             head = {"x": x, "blocks": "INT32", "weight": weight}
             head |= {"weight_scale": beside} if scaled else {}
@@ -106,6 +106,7 @@ def cases() -> Iterator[Case]:
             "shards": shards,
             "slack": 2,
             "dense_above": dense,
+            "at_most": int(rng.choice([0, 1])),
         }
         yield Case(OPS["SelectBlocks"], {"scores": x}, attributes)
     yield from attentions(rng)
@@ -254,7 +255,7 @@ def selected(case: Case, scores: list[int]) -> list[int]:
 def test_one_token_needs_no_tiles_of_many(uncompiled: None) -> None:
     case = next(c for c in CASES if c.op.name == "SparseDown")
     tensors = [Tensor("FLOAT", [1, 1, 48]), Tensor("INT32", [1, 48]), Tensor("FLOAT", [192, 64])]
-    plugin = create("SparseDownPlugin", {"block": 1})
+    plugin = create("SparseDownPlugin", {"block": 1, "at_most": 0})
     _, tactics = tune(plugin, tensors, {})
     tiles = kernel_of(case.op).tiles(case.form, {"h": [1, 1, 48], "blocks": [1, 48], "down": [192, 64]})
     assert {tiles[tactic - 1].tokens for tactic in tactics} == {1} != {tile.tokens for tile in tiles}
@@ -273,7 +274,7 @@ def test_tiles_that_ask_too_much_are_no_tactics(spills: bool, monkeypatch: pytes
     monkeypatch.setattr("trimtab.plugins.gpu.compile.compile_kernel", made)
     case = next(c for c in CASES if c.op.name == "SparseDown" and c.kinds["down"] != "INT8")
     tensors = [Tensor("FLOAT", ["tokens", 48]), Tensor("INT32", [1, 48]), Tensor("FLOAT", [192, 64])]
-    plugin = create("SparseDownPlugin", {"block": 1})
+    plugin = create("SparseDownPlugin", {"block": 1, "at_most": 0})
     _, tactics = tune(plugin, tensors, ranges(tensors))
     tiles = kernel_of(case.op).tiles(case.form, {"h": [-1, 48], "blocks": [1, 48], "down": [192, 64]})
     most = 16 if spills else 1
@@ -344,7 +345,7 @@ def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("trimtab.plugins.gpu.compile.compile_kernel", counted)
     tensors = [Tensor("HALF", ["tokens", 48]), Tensor("INT32", [1, 48]), Tensor("HALF", [192, 64])]
     for _ in range(2):
-        plugin = create("SparseDownPlugin", {"block": 1})
+        plugin = create("SparseDownPlugin", {"block": 1, "at_most": 0})
         descs, tactics = tune(plugin, tensors, ranges(tensors))
         for tactic in tactics:
             launch(plugin, descs, tactic)
