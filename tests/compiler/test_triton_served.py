@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,7 +271,12 @@ def test_concurrent_clients_are_joined_and_each_gets_its_own(running: Running) -
         assert len(found) == len(texts)
         for i, row in enumerate(wanted):
             np.testing.assert_allclose(found[i], row, **TOLERANCE)
-        requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
+        end = time.monotonic() + 30  # the server counts a request a moment after it has answered
+        while True:
+            requests, samples, calls = (running.metric(n, "classes") - b for n, b in zip(names, before, strict=True))
+            if min(requests, samples) >= len(texts) or time.monotonic() > end:
+                break
+            time.sleep(0.05)
         assert samples == requests == len(texts)
         if calls < samples:  # some ran together
             return
