@@ -8,6 +8,35 @@ _ONNX = {"tensor(float16)": 10, "tensor(bfloat16)": 16}
 """ONNX's numbers of the types that are brought to float, and back."""
 
 
+CONSTANTS = """
+  zero = Constant <value_int = 0> ()
+  step = Constant <value_int = 1> ()
+  one = Constant <value_ints = [1]> ()
+  none = Constant <value_ints = [0]> ()
+  minus = Constant <value_ints = [-1]> ()
+  end = Constant <value_ints = [9223372036854775807]> ()"""
+"""What statements about packed batches read."""
+
+BOUNDS = """
+  all = Cast <to = 7> (offsets)
+  starts = Slice (all, none, minus, none)
+  ends = Slice (all, one, end, none)
+  starts_ = Unsqueeze (starts, one)
+  tokens = Shape <start = 0, end = 1> (x)
+  tokens_ = Squeeze (tokens)
+  at = Range (zero, tokens_, step)"""
+"""Makes `starts` and `ends` [batch] of the samples of a packed batch, `starts_` [batch, 1], and `at` [T], the numbers
+of all rows of `x`. It reads `CONSTANTS`."""
+
+MEMBERS = """
+  behind = GreaterOrEqual (at, starts_)
+  before = Less (at, ends_)
+  inside = And (behind, before)
+  belongs = Cast <to = 1> (inside)"""
+"""Makes `belongs` [batch, T], float: 1 for the rows of each sample from `starts_` up to `ends_` [batch, 1]. It reads
+`BOUNDS`."""
+
+
 def in_float(form: Form, name: str, source: str, result: str, op: str) -> list[str]:
     """Statements that make `result` = `op`, in float: `op` reads `source`, which is of the type of the input `name`."""
     if form.given.get(name, FLOAT[0]) in FLOAT:
@@ -144,8 +173,8 @@ def _int4(form: Form, label: str) -> list[str]:
 def places_of(flags: str, count: str, result: str) -> str:
     """Makes `result`, int32: where `flags` [count] is 1, in ascending order. Running sums are the new places.
 
-    It reads the scalars `zero` and `step`, which is 1, and `none` [0], `one` [1], `minus` [-1] and `end` [the largest].
-    It also makes `<result>_p_counts` [count + 1], how many came before, and `<result>_l`, `result` in int64.
+    It reads `CONSTANTS`. It also makes `<result>_p_counts` [count + 1], how many came before, and `<result>_l`,
+    `result` in int64.
     """
     p = f"{result}_p"
     return f"""

@@ -90,7 +90,7 @@ class ExitHead:
         none = constant(f"{name}/none", np.zeros((1, hidden), np.float32))
         k, v = (node("Concat", [self._linear(graph, narrow, part, name), none], f"{part}/more", axis=0)
                 for part in ("key", "value"))  # fmt: skip
-        own = segment_members(graph, narrow, offsets, f"{name}/own")
+        own = segment_members(graph, offsets, f"{name}/own", narrow)
         far, near = (constant(f"{name}/{key}", np.array(value, np.float32)) for key, value in _MASKED.items())
         mask = node("Where", [own, near, far], "mask")
         last = node("Expand", [constant(f"{name}/last", np.array([[_MASKED["far"] / 2]], np.float32)),

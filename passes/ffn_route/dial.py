@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.packed_batch import offsets_of
+from trimtab.passes.graph.segments import segment_members
 from trimtab.plugins import KEEP_TOKENS, PACKED_ATTENTION
 
 _KEPT_OFFSETS = [output.name for output in KEEP_TOKENS.outputs].index("offsets_out")
@@ -76,22 +77,9 @@ class TokenDial:
         return self._made[id(offsets)]
 
     def _picked(self, offsets: gs.Tensor, name: str) -> gs.Variable:
-        zero, one, end = self._number("none", [0]), self._number("one", [1]), self._number("end", [1 << 62])
-        wide = self._node("Cast", [offsets], f"{name}/wide", np.int64, to=7)
-        last = self._number("last", [-1])
-        starts = self._node("Unsqueeze", [self._node("Slice", [wide, zero, last], f"{name}/starts_", np.int64), one],
-                            f"{name}/starts", np.int64)  # fmt: skip
-        ends = self._node("Unsqueeze", [self._node("Slice", [wide, one, end], f"{name}/ends_", np.int64), one],
-                          f"{name}/ends", np.int64)  # fmt: skip
-        total = self._node("Squeeze", [self._node("Slice", [wide, last, end], f"{name}/total_", np.int64)],
-                           f"{name}/total", np.int64)  # fmt: skip
-        first, step = constant(f"{name}/first", np.array(0)), constant(f"{name}/step", np.array(1))
-        rows = self._node("Range", [first, total, step], f"{name}/rows", np.int64)
-        behind = self._node("GreaterOrEqual", [rows, starts], f"{name}/behind", np.bool_)
-        before = self._node("Less", [rows, ends], f"{name}/before", np.bool_)
-        inside = self._node("And", [behind, before], f"{name}/inside", np.bool_)
+        inside = segment_members(self._graph, offsets, name)
         members = self._node("Cast", [inside], f"{name}/members", np.float32, to=1)  # [batch, T]
-        dial = self._node("Unsqueeze", [self._dial, zero], f"{name}/dial", np.float32)
+        dial = self._node("Unsqueeze", [self._dial, self._number("none", [0])], f"{name}/dial", np.float32)
         each = self._node("MatMul", [dial, members], f"{name}/each", np.float32)
         return self._node("Transpose", [each], name, np.float32, perm=[1, 0])
 

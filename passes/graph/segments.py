@@ -19,8 +19,13 @@ def segment_first(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) 
     return add_node(graph, POOL_TOKENS, {"x": x, "offsets": offsets}, name, most=1)
 
 
-def segment_members(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-    """Which rows of `x` [T, width] each sample has, bool [batch, T]."""
+def segment_members(graph: gs.Graph, offsets: gs.Tensor, name: str, x: gs.Tensor | None = None) -> gs.Variable:
+    """Which rows each sample has, bool [batch, T].
+
+    Args:
+        x: [T, width], whose shape tells how many rows there are. Without it the offsets do, so that the result hangs on
+            them alone.
+    """
 
     def number(key: str, value: object) -> gs.Constant:
         return constant(f"{name}/{key}", np.asarray(value))
@@ -34,7 +39,8 @@ def segment_members(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str
     far = number("far", np.array([np.iinfo(np.int64).max], np.int64))
     starts = node("Unsqueeze", [node("Slice", [wide, *ends_of], "starts_"), one], "starts")
     ends = node("Unsqueeze", [node("Slice", [wide, one, far], "ends_"), one], "ends")
-    count = node("Squeeze", [node("Shape", [x], "rows", start=0, end=1)], "count")
+    size = node("Slice", [wide, ends_of[1], far], "last_") if x is None else node("Shape", [x], "rows", start=0, end=1)
+    count = node("Squeeze", [size], "count")
     rows = node("Range", [number("from", np.int64(0)), count, number("step", np.int64(1))], "at")
     behind = node("GreaterOrEqual", [rows, starts], "behind", np.bool_)
     return node("And", [behind, node("Less", [rows, ends], "before", np.bool_)], "inside", np.bool_)

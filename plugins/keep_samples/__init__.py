@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import in_float, places_of
+from trimtab.plugins.rows import BOUNDS, CONSTANTS, MEMBERS, in_float, places_of
 from trimtab.plugins.sizes import Counted, Shapes, Size
 
 __all__ = ["KEEP_SAMPLES"]
@@ -38,8 +38,12 @@ def _body(form: Form) -> str:
         [
             *in_float(form, "uncertainty", "uncertainty", "doubt", "Identity ({})"),
             *in_float(form, "threshold", "threshold", "dial", "Identity ({})"),
+            CONSTANTS,
             _CHOICE,
             places_of("stays", "samples", "stay"),
+            BOUNDS,
+            _ENDS,
+            MEMBERS,
             _ROWS,
             places_of("row_stays", "tokens", "rows"),
             _OFFSETS,
@@ -48,12 +52,6 @@ def _body(form: Form) -> str:
 
 
 _CHOICE = """
-  zero = Constant <value_int = 0> ()
-  step = Constant <value_int = 1> ()
-  one = Constant <value_ints = [1]> ()
-  none = Constant <value_ints = [0]> ()
-  minus = Constant <value_ints = [-1]> ()
-  end = Constant <value_ints = [9223372036854775807]> ()
   samples = Shape (doubt)
   dial_flat = Reshape (dial, minus)
   dials = Expand (dial_flat, samples)
@@ -61,20 +59,11 @@ _CHOICE = """
   over = Not (under)
   stays = Cast <to = 7> (over)"""
 
+_ENDS = """
+  ends_ = Unsqueeze (ends, one)"""
+
 # A row belongs to one sample at most, so the product with those that stay is 1 or 0.
 _ROWS = """
-  all = Cast <to = 7> (offsets)
-  starts = Slice (all, none, minus, none)
-  ends = Slice (all, one, end, none)
-  tokens = Shape <start = 0, end = 1> (x)
-  tokens_ = Squeeze (tokens)
-  at = Range (zero, tokens_, step)
-  starts_ = Unsqueeze (starts, one)
-  ends_ = Unsqueeze (ends, one)
-  behind = GreaterOrEqual (at, starts_)
-  before = Less (at, ends_)
-  inside = And (behind, before)
-  belongs = Cast <to = 1> (inside)
   stays_f = Cast <to = 1> (over)
   stays_row = Unsqueeze (stays_f, none)
   goes_on = MatMul (stays_row, belongs)

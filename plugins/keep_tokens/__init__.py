@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import FLOAT, INT32, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import places_of
+from trimtab.plugins.rows import CONSTANTS, places_of
 from trimtab.plugins.sizes import Counted, Shapes, Size
 
 __all__ = ["KEEP_TOKENS"]
@@ -34,19 +34,13 @@ def _offsets(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | Non
 
 def _body(form: Form) -> str:
     choice = _RATIO if form.attributes["mode"] == "ratio" else _THRESHOLD
-    return "\n".join([_SAMPLES, choice, _FLAGS, places_of("flags", "tokens", "kept"), _OFFSETS])
+    return "\n".join([CONSTANTS, _SAMPLES, choice, _FLAGS, places_of("flags", "tokens", "kept"), _OFFSETS])
 
 
 # Samples are the rows of a matrix [batch + 1, T + LEAST], where tokens of other samples and the padding are -inf. The
 # last is a sample without tokens, so that there is one: before 1.31 ONNX Runtime's TopK of 0 rows ended the process.
 # No op reduces: ONNX Runtime 1.31 returns wrong shapes for 0 rows.
 _SAMPLES = f"""
-  zero = Constant <value_int = 0> ()
-  step = Constant <value_int = 1> ()
-  one = Constant <value_ints = [1]> ()
-  none = Constant <value_ints = [0]> ()
-  minus = Constant <value_ints = [-1]> ()
-  end = Constant <value_ints = [9223372036854775807]> ()
   least = Constant <value = int64[1] {{{LEAST}}}> ()
   padding = Constant <value = float[{LEAST}] {{{", ".join(["0"] * LEAST)}}}> ()
   nothing = Constant <value = float[1] {{0}}> ()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.plugins.dialect import ACTIVATION, INT32, Attribute, Form, Input, Op, Output, Value
-from trimtab.plugins.rows import as_input, in_float
+from trimtab.plugins.rows import BOUNDS, CONSTANTS, MEMBERS, as_input, in_float
 from trimtab.plugins.sizes import Shapes, Size
 
 __all__ = ["POOL_TOKENS"]
@@ -26,41 +26,26 @@ def _pooled(shapes: Shapes, attributes: Mapping[str, Value]) -> list[Any] | None
 
 
 def _body(form: Form) -> str:
-    return "\n".join([_SHARES, *in_float(form, "x", "x", "rows", "Identity ({})"), *as_input(form, "x", "y", _PRODUCT)])
+    rows = in_float(form, "x", "x", "rows", "Identity ({})")
+    y = as_input(form, "x", "y", "MatMul (shares, rows)")
+    return "\n".join([CONSTANTS, BOUNDS, _ENDS, MEMBERS, _SHARES, *rows, *y])
 
+
+_ENDS = """
+  most_ = Constant <value_int: int = @most> ()
+  whole = Equal (most_, zero)
+  limit = Where (whole, tokens_, most_)
+  cut = Add (starts, limit)
+  last = Min (ends, cut)
+  ends_ = Unsqueeze (last, one)"""
 
 # By a product with the shares of rows: no reduction, which ONNX Runtime 1.31 gets wrong for a batch of 0, no Gather,
 # which has no row to read for a sample without tokens.
 _SHARES = """
-  zero = Constant <value_int = 0> ()
-  step = Constant <value_int = 1> ()
-  one = Constant <value_ints = [1]> ()
-  none = Constant <value_ints = [0]> ()
-  minus = Constant <value_ints = [-1]> ()
-  end = Constant <value_ints = [9223372036854775807]> ()
-  most_ = Constant <value_int: int = @most> ()
-  all = Cast <to = 7> (offsets)
-  starts_ = Slice (all, none, minus, none)
-  ends_ = Slice (all, one, end, none)
-  starts = Unsqueeze (starts_, one)
-  tokens = Shape <start = 0, end = 1> (x)
-  tokens_ = Squeeze (tokens)
-  whole = Equal (most_, zero)
-  limit = Where (whole, tokens_, most_)
-  cut = Add (starts_, limit)
-  last = Min (ends_, cut)
-  ends = Unsqueeze (last, one)
-  at = Range (zero, tokens_, step)
-  behind = GreaterOrEqual (at, starts)
-  before = Less (at, ends)
-  inside = And (behind, before)
-  belongs = Cast <to = 1> (inside)
-  many_ = Sub (ends, starts)
+  many_ = Sub (ends_, starts_)
   many = Max (many_, one)
   of = Cast <to = 1> (many)
   shares = Div (belongs, of)"""
-
-_PRODUCT = "MatMul (shares, rows)"
 
 
 POOL_TOKENS = Op(
