@@ -23,7 +23,36 @@ _SCALED = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalizati
 _SKIP_SCALED = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
-class Layer:
+class FFNWeights:
+    """An FFN's weights in numbers, float32, each read when it is first asked for."""
+
+    def __init__(self, ffn: FFN) -> None:
+        self.ffn = ffn
+
+    @cached_property
+    def ups(self) -> tuple[np.ndarray, ...]:
+        """W_up, or (W_gate, W_up): [d_model, d_ff] each, in the order of the activation's inputs."""
+        return tuple(linear.w().astype(np.float32) for linear in self.ffn.linears[:-1])
+
+    @cached_property
+    def up_biases(self) -> tuple[np.ndarray | None, ...]:
+        """Theirs, [d_ff] or None."""
+        found = (linear.b() for linear in self.ffn.linears[:-1])
+        return tuple(None if b is None else b.astype(np.float32) for b in found)
+
+    @cached_property
+    def down(self) -> np.ndarray:
+        """W_down, [d_ff, d_model]."""
+        return self.ffn.down.w().astype(np.float32)
+
+    @cached_property
+    def down_bias(self) -> np.ndarray:
+        """[d_model]; zeros where there is none."""
+        b = self.ffn.down.b()
+        return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
+
+
+class Layer(FFNWeights):
     """An FFN, and the states it was calibrated on; or several FFNs with the same weights, as one.
 
     Layers that share weights see different states. What is fitted to the states of all of them is right for each as far
@@ -37,7 +66,7 @@ class Layer:
     """
 
     def __init__(self, ffn: FFN, stats: FFNStats, others: Sequence[tuple[FFN, FFNStats]] = ()) -> None:
-        self.ffn = ffn
+        super().__init__(ffn)
         self.stats = reduce(_added, (more for _, more in others), stats)
         self._ffns = (ffn, *(other for other, _ in others))
         step = -(-len(self._ffns) // _SHARED)
@@ -45,26 +74,6 @@ class Layer:
         self.fit = np.concatenate([fit for fit, _ in parts])
         self.held = np.concatenate([held for _, held in parts])
         self._held_sizes = [len(held) for _, held in parts]
-
-    @cached_property
-    def ups(self) -> tuple[np.ndarray, ...]:
-        """W_up, or (W_gate, W_up): [d_model, d_ff] each, in the order of the activation's inputs."""
-        return tuple(linear.w().astype(np.float32) for linear in self.ffn.linears[:-1])
-
-    @cached_property
-    def up_biases(self) -> tuple[np.ndarray | None, ...]:
-        found = (linear.b() for linear in self.ffn.linears[:-1])
-        return tuple(None if b is None else b.astype(np.float32) for b in found)
-
-    @cached_property
-    def down(self) -> np.ndarray:
-        """W_down, [d_ff, d_model]."""
-        return self.ffn.down.w().astype(np.float32)
-
-    @cached_property
-    def down_bias(self) -> np.ndarray:
-        b = self.ffn.down.b()
-        return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
 
     def reorder(self, order: np.ndarray) -> None:
         """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""

@@ -19,9 +19,10 @@ from trimtab.passes.ffn_route.dial import TokenDial
 from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.layer import FFNWeights
 from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile
-from trimtab.passes.sparse_ffn import FFNWeights, RowForm, Rows, SparseFFN, unfit
+from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, unfit
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 
@@ -185,7 +186,7 @@ class _Emit:
         once = key not in self._made
         if once:
             name = f"{step.name}/layer.{ffn.layer}"
-            self._made[key] = SparseFFN(first, FFNWeights.of(first), self._rows, block, name)
+            self._made[key] = SparseFFN(first, FFNWeights(first), self._rows, block, name)
         sparse = self._made[key]
         chosen = add_node(
             graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.passes.sparse_ffn.emit import FFNWeights, SparseFFN, unfit
+from trimtab.passes.sparse_ffn.emit import SparseFFN, unfit
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes, row_constants
 
-__all__ = ["INT4_BLOCK", "FFNWeights", "RowForm", "Rows", "SparseFFN", "row_bytes", "row_constants", "unfit"]
+__all__ = ["INT4_BLOCK", "RowForm", "Rows", "SparseFFN", "row_bytes", "row_constants", "unfit"]

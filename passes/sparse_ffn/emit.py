@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.graph import constant, insert, replace_uses
-from trimtab.passes.graph.linear import Linear
+from trimtab.passes.layer import FFNWeights
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes
 from trimtab.plugins import SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.sparse_up import ACTIVATIONS
@@ -31,59 +28,12 @@ def unfit(ffn: FFN, block: int, form: RowForm) -> str | None:
     return None
 
 
-class Matrices(Protocol):
-    """An FFN's weights in numbers, as `Layer` has them."""
-
-    @property
-    def ups(self) -> tuple[np.ndarray, ...]: ...
-
-    @property
-    def up_biases(self) -> tuple[np.ndarray | None, ...]: ...
-
-    @property
-    def down(self) -> np.ndarray: ...
-
-    @property
-    def down_bias(self) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """An FFN's weights, of which nothing else needs to be known.
-
-    Attributes:
-        ups: W_up, or (W_gate, W_up): [d_model, d_ff] each; up_biases: theirs, [d_ff] or None.
-        down: W_down, [d_ff, d_model]; down_bias: [d_model].
-    """
-
-    ups: tuple[np.ndarray, ...]
-    up_biases: tuple[np.ndarray | None, ...]
-    down: np.ndarray
-    down_bias: np.ndarray
-
-    @classmethod
-    def of(cls, ffn: FFN) -> FFNWeights:
-        *ups, down = ffn.linears
-        bias = down.b()
-        return cls(
-            tuple(linear.w().astype(np.float32) for linear in ups),
-            tuple(_bias(linear) for linear in ups),
-            down.w().astype(np.float32),
-            np.zeros(ffn.d_model, np.float32) if bias is None else bias.astype(np.float32),
-        )
-
-
-def _bias(linear: Linear) -> np.ndarray | None:
-    bias = linear.b()
-    return None if bias is None else bias.astype(np.float32)
-
-
 class SparseFFN:
     """The constants of FFNs that share their weights, and the ops in the place of each.
 
     Args:
         first: one of them.
-        matrices: its weights.
+        weights: its weights.
         rows: makes the constants, each matrix once for all FFNs that read it.
         block: neighbouring neurons that are chosen together.
         name: of the constants.
@@ -92,16 +42,16 @@ class SparseFFN:
         nbytes: of the constants that were made.
     """
 
-    def __init__(self, first: FFN, matrices: Matrices, rows: Rows, block: int, name: str) -> None:
+    def __init__(self, first: FFN, weights: FFNWeights, rows: Rows, block: int, name: str) -> None:
         self.block, self._form, before = block, rows.form, rows.nbytes
         labels = ("gate", "up") if first.gated else ("up",)
         self._ups: dict[str, gs.Tensor] = {}
-        for label, linear, w, bias in zip(labels, first.linears, matrices.ups, matrices.up_biases, strict=False):
+        for label, linear, w, bias in zip(labels, first.linears, weights.ups, weights.up_biases, strict=False):
             self._ups |= rows.of(linear, w.T, label, name)
             if bias is not None:
                 self._ups[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
-        self._downs = rows.of(first.down, matrices.down, "down", name)
-        self._shift = constant(f"{name}/bias", matrices.down_bias) if np.any(matrices.down_bias) else None
+        self._downs = rows.of(first.down, weights.down, "down", name)
+        self._shift = constant(f"{name}/bias", weights.down_bias) if np.any(weights.down_bias) else None
         self._row, self._matrices = row_bytes(rows.form, first.d_model), len(first.linears) - 1
         self.nbytes = rows.nbytes - before
 
