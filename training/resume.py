@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,25 @@ class Unfinished:
         part = self.folder / f"{_STATE}.part"
         part.write_text(json.dumps({"key": self._key, "state": self.state}), encoding="utf-8")
         part.replace(self.folder / _STATE)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let other processes go on with the run where what is done here fails."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def writer(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
+        """`write`, behind which the run is finished."""
+
+        def finished(out: Path) -> None:
+            with self.held():
+                write(out)
+            self.finish()
+
+        return finished
 
     def finish(self) -> None:
         """Remove the folder: the result is written."""

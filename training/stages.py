@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EvalPrediction, Trainer, set_seed
 
+from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.phases import Progress
+from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.training.clock import Clock
-from trimtab.training.contract import Settings
+from trimtab.training.contract import Job, Settings
 from trimtab.training.huggingface import Follow, is_first_process, last_checkpoint, make_trainer, require_finite
 from trimtab.training.resume import Unfinished
 from trimtab.training.texts import Examples
@@ -192,6 +194,21 @@ class Stages(ABC):
 
     def _file(self, stage: str) -> Path:
         return self.unfinished.folder / f"{stage}.safetensors"
+
+
+def begin(job: Job, checkpoint: Checkpoint, settings: Settings, method: str) -> Unfinished:
+    """The run that makes the job's result: a new one, or one that was killed.
+
+    Raises:
+        BuildError: as `Unfinished`.
+    """
+    made_of = told(job, settings) | {"method": method, "model": checkpoint.digest, "versions": package_versions()}
+    return Unfinished(job.out, made_of, first=is_first_process())
+
+
+def told(job: Job, settings: Settings) -> Row:
+    """What a record says of how it came about."""
+    return {"settings": settings.model_dump(), "data": job.dataset.sha256}
 
 
 class FollowStage(Follow):

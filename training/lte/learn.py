@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from transformers import set_seed
 
-from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint, read_checkpoint
@@ -33,6 +32,7 @@ from trimtab.training.lte.settings import Settings
 from trimtab.training.lte.stages import METHOD, LTEStages
 from trimtab.training.profiled import write_profile
 from trimtab.training.resume import Unfinished
+from trimtab.training.stages import begin, told
 
 RECORD = f"{METHOD}.json"
 """In the folder of a trained model: how it came about, and how well it does."""
@@ -67,25 +67,17 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     model = load_model(checkpoint.model, checkpoint.architecture, allow_pickle=job.allow_pickle)
     examples = read_examples(source, checkpoint, model, job.dataset, settings, METHOD)
     modules = find_ffns(model, ffns)
-    made_of = {
-        "method": METHOD, "settings": settings.model_dump(), "data": job.dataset.sha256, "model": checkpoint.digest,
-        "versions": package_versions(),
-    }  # fmt: skip
-    run = Unfinished(job.out, made_of, first=is_first_process())
-    try:
+    run = begin(job, checkpoint, settings, METHOD)
+    with run.held():
         _group(modules, settings, run, job.progress)
         routed = Routed(model, modules, settings, kind).to(best_device())
         stages = LTEStages(routed, settings, settings.shares(), examples, run, job.progress)
         stages.ffns = modules
         record = stages.run(start)
-    except BaseException:
-        run.release()
-        raise
     if not is_first_process():
         return None
-    record |= {
-        "settings": settings.model_dump(), "data": job.dataset.sha256, "ffns": [ffn.layer for ffn in modules],
-        "routers": settings.learns_routers,
+    record |= told(job, settings) | {
+        "ffns": [ffn.layer for ffn in modules], "routers": settings.learns_routers,
         "reached": not settings.learns_routers or abs(record["sparsity"] - settings.sparsity) <= TOLERANCE,
     }  # fmt: skip
     if not record["reached"]:
@@ -95,14 +87,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
             record["loss"],
         )  # fmt: skip
 
-    def write(out: Path) -> None:
-        try:
-            write_result(routed, checkpoint, record, job, out)
-        except BaseException:
-            run.release()
-            raise
-        run.finish()
-
+    write = run.writer(lambda out: write_result(routed, checkpoint, record, job, out))
     return Trained(record, summary(record, job.out), write)
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import EvalPrediction, set_seed
 
-from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.folder import token_limit
@@ -26,8 +25,7 @@ from trimtab.training.magic_pyramid.pyramid import Pyramid
 from trimtab.training.magic_pyramid.quantiles import fit_thresholds
 from trimtab.training.magic_pyramid.result import summary, write_result
 from trimtab.training.magic_pyramid.settings import STAGES, Settings
-from trimtab.training.resume import Unfinished
-from trimtab.training.stages import Stages
+from trimtab.training.stages import Stages, begin, told
 from trimtab.training.texts import labelled
 
 _QUANTILES_OF = 256  # texts
@@ -62,29 +60,14 @@ def learn(job: Job, settings: Settings) -> Trained | None:
             f"{checkpoint.folder}: hard has no thresholds to prune by: its {PROFILE} is damaged or of other weights",
             hint="learn them (--soft 1), or take them from quantiles (--keep)",
         )
-    made_of = {
-        "method": METHOD, "settings": settings.model_dump(), "data": job.dataset.sha256, "model": checkpoint.digest,
-        "versions": package_versions(),
-    }  # fmt: skip
-    run = Unfinished(job.out, made_of, first=is_first_process())
-    try:
+    run = begin(job, checkpoint, settings, METHOD)
+    with run.held():
         stages = PyramidStages(pyramid, settings, settings.shares(classifier.new_head), examples, run, job.progress)
         record = stages.run(start)
-    except BaseException:
-        run.release()
-        raise
     if not is_first_process():
         return None
-    record |= {"settings": settings.model_dump(), "data": job.dataset.sha256, "layers": pyramid.layers}
-
-    def write(out: Path) -> None:
-        try:
-            write_result(pyramid, checkpoint, record, job, out)
-        except BaseException:
-            run.release()
-            raise
-        run.finish()
-
+    record |= told(job, settings) | {"layers": pyramid.layers}
+    write = run.writer(lambda out: write_result(pyramid, checkpoint, record, job, out))
     return Trained(record, summary(record, job.out), write)
 
 
