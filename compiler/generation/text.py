@@ -33,11 +33,6 @@ class Answer:
     ended: Literal["stop", "length"] | None = None
 
 
-def _turns(engine: Engine, dials: object, speed: object) -> bool:
-    """Whether there is a dial to set, or one is asked for that there is not."""
-    return bool(getattr(engine.manifest, "dials", ())) or bool(dials) or speed is not None
-
-
 def generate_text(
     engine: Engine, prompts: Sequence[str], *, max_tokens: int = 128, sampling: Sampling | None = None,
     stop: Sequence[str] = (), dials: Mapping[str, Setting] | None = None, speed: Setting | None = None,
@@ -56,7 +51,7 @@ def generate_text(
     """
     tokenizer = engine.tokenizer
     ids = tokenizer.prompts(prompts)
-    turned = engine.manifest.all_dials.feeds(len(ids), dials, speed) if _turns(engine, dials, speed) else None
+    turned = engine.manifest.all_dials.feeds(len(ids), dials, speed)
     answers = [Answer() for _ in ids]
 
     def decode(row: int) -> str:

@@ -22,6 +22,7 @@ from trimtab.compiler.generation import NONE, Sampling, generate
 from trimtab.compiler.generation.text import generate_text
 from trimtab.compiler.targets.base import Steps
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
+from trimtab.passes.dials import Dials
 from trimtab.passes.errors import InputError
 
 RECIPE = {"passes": [], "workload": {"batch": [1, 1, 4], "tokens": [1, 8, 32]}, "threads": 1}
@@ -148,7 +149,7 @@ def spell(text: str, **options: Any) -> tuple[list[str], Any]:
 
     engine: Any = SimpleNamespace(
         runner=SimpleNamespace(steps=lambda batch, length: Says([[*text.encode(), 0]])), tokenizer=Letters(),
-        manifest=SimpleNamespace(max_tokens=None, vocabulary=None),
+        manifest=SimpleNamespace(max_tokens=None, vocabulary=None, all_dials=Dials()),
     )  # fmt: skip
     pieces, answer = [], None
     for (answer,) in generate_text(engine, ["?"], **options):
