@@ -23,6 +23,7 @@ from trimtab.compiler.packaging.triton.served.common import refusal, settings, s
 from trimtab.compiler.packaging.triton.served.session import open_session
 from trimtab.compiler.targets.segmented.runner import SegmentedRunner
 from trimtab.compiler.targets.session_segment import SessionSegment
+from trimtab.passes.dials import Dials
 from trimtab.passes.errors import InputError, TrimtabError
 
 TEXT, ANSWER, REASON = "text_input", "text_output", "finish_reason"
@@ -63,7 +64,7 @@ class TritonPythonModel:
         self._engine: Any = SimpleNamespace(
             tokenizer=tokenizer,
             runner=runner,
-            manifest=SimpleNamespace(max_tokens=told["max_tokens"], vocabulary=told["vocabulary"]),
+            manifest=SimpleNamespace(max_tokens=told["max_tokens"], vocabulary=told["vocabulary"], all_dials=Dials()),
         )
         runner.steps(1, 2).run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))  # what comes first is slow
 
