@@ -112,15 +112,14 @@ def test_the_dense_model_alone_stays_the_same_function(texts: Path, tmp_path: Pa
 
 
 def test_layerwise_training_brings_outputs_nearer(texts: Path, tmp_path: Path, kept: list[Any]) -> None:
-    folder, errors, losses = zoo.save_pretrained("llama", tmp_path / "model"), [], []
-    for steps in (1, 150):
+    folder, errors = zoo.save_pretrained("llama", tmp_path / "model"), []
+    for steps in (0, 150):
         settings = QUICK | ONLY | {"layerwise": 1.0, "layer_lr": 2e-3, "steps": steps}
         trained = train("lte", folder, texts, tmp_path / "new", settings=settings)
         assert trained is not None
         errors.append(trained.record["errors"])
-        losses.append(trained.record["loss"] - trained.record["history"][0]["loss"])
-    assert (np.array(errors[1]) < 0.7 * np.array(errors[0])).all()
-    assert losses[1] < losses[0]
+        assert abs(trained.record["sparsity"] - 0.5) < 0.05  # routers tell groups apart before the first step
+    assert (np.array(errors[1]) < 0.7 * np.array(errors[0])).all() and (np.array(errors[0]) < 0.7).all()
 
 
 class KilledError(Exception):

@@ -16,9 +16,11 @@ from trimtab.training.lte.control import fit_cut
 from trimtab.training.lte.routers import Router, Routing
 from trimtab.training.lte.settings import Settings
 
-_ROUTERS = 0.3  # share of an FFN's time in which its router learns, before its weights do
+_ROUTERS = 0.2  # share of an FFN's time in which its router learns, before its weights do
 _ROWS = 512  # tokens per step
 _AT_A_TIME = 4096  # tokens that the dense FFN computes together
+_RIDGE = 0.01  # of the inputs' mean variance
+_RARE = 0.01  # share of the tokens that need a group, and that do not, at the least: logits stay finite
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -50,6 +52,7 @@ class LayerFit:
         self._density = 1 - settings.sparsity
         self._y, self._needed = self._dense()
         self._unit = self._y.square().sum(-1).mean().clamp_min(1e-12)
+        self._begin()
 
     def run(self, clock: Clock, generator: torch.Generator, progress: Callable[[float], None]) -> tuple[int, float]:
         """Train until the clock says that the time is over.
@@ -103,6 +106,22 @@ class LayerFit:
         count = max(1, round(self._density * of_groups.numel()))
         least = of_groups.flatten().kthvalue(of_groups.numel() - count + 1).values
         return torch.cat(outputs), (of_groups >= least) & (of_groups > 0)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Fit the router in closed form, so that even one that no step follows tells groups apart.
+
+        Least squares of p(needed | x), around the share p of tokens that need the group; its logit to first order.
+        """
+        x = (self._x - self._router.mean) * self._router.scale
+        needed = self._needed.float()
+        share = needed.mean(0).clamp(_RARE, 1 - _RARE)
+        moments = x.T @ x / len(x)
+        moments.diagonal().add_(_RIDGE * moments.diagonal().mean() + 1e-12)
+        slopes = torch.linalg.solve(moments, x.T @ (needed - share) / len(x))
+        self._router.weight.copy_((slopes / (share * (1 - share))).T)
+        self._router.bias.copy_(share.logit())
+        self._fit_bias()
 
     def _router_loss(self, some: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(self._router(self._x[some]), self._needed[some].float())
