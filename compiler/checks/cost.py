@@ -21,7 +21,7 @@ from trimtab.passes.graph.packed_batch import offsets_of
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 _PREFIX = "trimtab.cost"
-_GATE = [given.name for given in SPARSE_UP.inputs].index("gate")
+_GATE, _BLOCKS = ([given.name for given in SPARSE_UP.inputs].index(name) for name in ("gate", "blocks"))
 Sizes = Mapping[str, np.ndarray]
 
 
@@ -189,17 +189,38 @@ def _attention(node: gs.Node, sizes: _Sizes) -> Count:
     return lambda s: 4 * int(np.square(np.diff(offsets(s).astype(np.int64))).sum()) * context(s)[-1]
 
 
+def _grouped_query(node: gs.Node, sizes: _Sizes) -> Count:
+    """Two products of the queries of a call with all keys so far, those that causality hides among them."""
+    context, keys = sizes.shape(node.outputs[0]), sizes.shape(node.outputs[1])
+    return lambda s: 4 * _elements(context(s)) * keys(s)[2]
+
+
 def _chosen(node: gs.Node, sizes: _Sizes) -> Count:
     """Chosen rows of one or two matrices of weights with x [..., width] → [..., rows]."""
-    x, y = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
+    x, rows = sizes.shape(node.inputs[0]), _rows(node, node.outputs[0], sizes)
     matrices = 2 if node.op == SPARSE_UP.name and _given(node, _GATE) else 1
-    return lambda s: 2 * matrices * _elements(y(s)) * x(s)[-1]
+    return lambda s: 2 * matrices * rows(s) * x(s)[-1]
 
 
 def _sum_of_chosen(node: gs.Node, sizes: _Sizes) -> Count:
     """The sum of chosen rows of weights, weighed by h [..., rows] → [..., width]."""
-    h, y = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
-    return lambda s: 2 * _elements(h(s)) * y(s)[-1]
+    rows, y = _rows(node, node.inputs[0], sizes), sizes.shape(node.outputs[0])
+    return lambda s: 2 * rows(s) * y(s)[-1]
+
+
+def _rows(node: gs.Node, h: gs.Tensor, sizes: _Sizes) -> Count:
+    """Rows of weights that a sparse op reads for all tokens together, h [..., rows] having room for them."""
+    room = sizes.shape(h)
+    if not node.attrs.get("at_most", 0):
+        return lambda s: _elements(room(s))
+    blocks, block = sizes.value(node.inputs[_BLOCKS]), int(node.attrs["block"])
+
+    def count(s: Sizes) -> int:
+        taken, tokens = blocks(s) >= 0, _elements(room(s)[:-1])
+        each = 1 if len(taken) == tokens else tokens  # else the tokens share one choice
+        return block * each * int(taken.sum())
+
+    return count
 
 
 def _given(node: gs.Node, place: int) -> bool:
@@ -211,10 +232,9 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 _COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
-    "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "Int8Linear": _matmul, "MatMul": _matmul,
-    "MatMulInteger": _matmul, "MatMulNBits": _blocks, "PackedAttention": _attention, "QLinearMatMul": _matmul,
-    "SparseDown": _sum_of_chosen, "SparseHead": _chosen, "SparseUp": _chosen,
+    "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "GroupQueryAttention": _grouped_query,
+    "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul, "MatMulNBits": _blocks,
+    "PackedAttention": _attention, "QLinearMatMul": _matmul, "SparseDown": _sum_of_chosen, "SparseHead": _chosen,
+    "SparseUp": _chosen,
 }  # fmt: skip
-_UNKNOWN = frozenset([
-    "Attention", "ConvInteger", "ConvTranspose", "Einsum", "GroupQueryAttention", "MultiHeadAttention", "QAttention",
-])  # fmt: skip
+_UNKNOWN = frozenset(["Attention", "ConvInteger", "ConvTranspose", "Einsum", "MultiHeadAttention", "QAttention"])
