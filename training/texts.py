@@ -15,6 +15,7 @@ from trimtab.passes.errors import DataError
 from trimtab.training.held_out import SHARE, split
 
 _AT_A_TIME = 256  # texts that are tokenized together
+_JUDGED = 16384  # tokens at most that a language model is judged by: each look at more takes minutes on a CPU
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.rand
         return list(stream[: len(stream) // max_tokens * max_tokens].reshape(-1, max_tokens))
 
     train, held_out = (blocks(numbers) for numbers in split(dataset, rng))
+    held_out = held_out[: max(1, _JUDGED // max_tokens)]
     if not train or not held_out:
         raise DataError(
             f"{dataset.path}: too little text for blocks of {max_tokens} tokens, of which {SHARE:.0%} are held out",
