@@ -35,7 +35,7 @@ def test_a_long_prompt_does_not_cut_the_answers_of_others(backend: Any) -> None:
     from trimtab.compiler.packaging.triton.served.generate import _wanted
 
     tokenizer = SimpleNamespace(prompts=lambda texts: [[5] * len(text.split()) for text in texts])
-    engine = SimpleNamespace(tokenizer=tokenizer, manifest=SimpleNamespace(max_tokens=64))
+    engine = SimpleNamespace(tokenizer=tokenizer, manifest=SimpleNamespace(max_tokens=64, all_dials=Dials()))
     long, short, other = (
         _wanted(asked("text_input", " ".join(["w5"] * n), max_tokens=30), engine) for n in (60, 2, 34)
     )

@@ -49,6 +49,7 @@ MODELS = {
     "embedding": "distilbert",
     "states": "distilbert",
     "text": "llama",
+    "dialled_text": "llama",
     "sparse": "llama",
 }
 SPARSE = {"ffn-topk": {"density": 0.2, "take": 0.4, "rank": 8, "dense_above": 1}}
@@ -122,11 +123,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
         else:
             source = triton_server.exported(family, source)
-        sparse = {"passes": [SPARSE]} if name == "sparse" else {"passes": [Dimmer()]} if name == "dialled" else {}
-        build = compile_model(source, RECIPE | sparse, folder / name, data=calibration if name == "sparse" else None)
+        passes = [SPARSE] if name == "sparse" else [Dimmer()] if name.startswith("dialled") else []
+        build = compile_model(
+            source, RECIPE | {"passes": passes}, folder / name, data=calibration if name == "sparse" else None
+        )
         engines[name] = load(build.path)
         package = package_triton(open_build(build.path), folder / f"{name}-repo", backend="python")
-        assert package.kind == {"sparse": "text", "dialled": "classes"}.get(name, name)
+        assert package.kind == {"sparse": "text", "dialled": "classes", "dialled_text": "text"}.get(name, name)
         if name == "states":
             _let_it_ask(package.path / name)
         for part in package.path.iterdir():
@@ -356,6 +359,36 @@ def test_generated_pieces_make_the_engine_s_text(running: Running) -> None:
     drawn = {"text_input": prompt, "max_tokens": 9, "temperature": 1.5, "top_k": 20, "seed": 3}
     sampling = Sampling(temperature=1.5, top_k=20, seed=3)
     assert stream(running, **drawn)[0][0] == wanted_text(running, prompt, max_tokens=9, sampling=sampling).text
+
+
+@pytest.mark.parametrize("asked", [{"dim": 0.9}, {"speed": 0.0}, {}], ids=str)
+def test_generation_turns_the_dials(running: Running, asked: dict[str, float]) -> None:
+    """`dim` divides the logits, so that what is drawn differs."""
+    url, engine = f"{running.served.url}/v2/models/dialled_text/generate", running.engines["dialled_text"]
+    drawn = {"temperature": 1.0, "seed": 3}
+    given = json.dumps({"text_input": "w5 w7", "max_tokens": 12} | drawn | asked)
+    dials = {name: value for name, value in asked.items() if name == "dim"}
+    *_, (answer,) = generate_text(
+        engine, ["w5 w7"], max_tokens=12, sampling=Sampling(**drawn), dials=dials, speed=asked.get("speed")
+    )
+    assert json.loads(ask(url, given))["text_output"] == answer.text
+
+
+def test_generations_of_different_dials_run_together(running: Running) -> None:
+    url, found = f"{running.served.url}/v2/models/dialled_text/generate", {}
+
+    def one(dim: float) -> None:
+        found[dim] = ask(url, json.dumps({"text_input": "w5 w7", "max_tokens": 5, "dim": dim}))
+
+    threads = [threading.Thread(target=one, args=(dim,)) for dim in (0.0, 0.3, 0.6, 0.9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    *_, (answer,) = generate_text(running.engines["dialled_text"], ["w5 w7"], max_tokens=5)
+    assert [json.loads(text)["text_output"] for text in found.values()] == [answer.text] * 4  # greedy: scale alone
+    with pytest.raises(TargetError, match="give a number from 0 to"):
+        ask(url, json.dumps({"text_input": "w5", "dim": 2.0}))
 
 
 def test_generate_over_http_and_together(running: Running) -> None:

@@ -150,7 +150,7 @@ class Models:
                 "score": [_info("SCORE", "float32", width)],
             }[task.kind]
             inputs, optional = [*inputs, _info("TEXT_PAIR", "bytes", 1)], ["TEXT_PAIR"]
-        turns = [name.upper() for name in ("speed", *(dial.name for dial in manifest.dials))] if manifest.dials else []
+        turns = [name.upper() for name in self._turns()]
         inputs, optional = [*inputs, *(_info(name, "float32", 1) for name in turns)], [*optional, *turns]
         config = configs.model_config(
             self.name, "python", inputs, outputs, batch=self.batch, optional=optional,
@@ -158,6 +158,11 @@ class Models:
             parameters=self._python_parameters(),
         )  # fmt: skip
         configs.write_config(config, folder / self.name)
+
+    def _turns(self) -> tuple[str, ...]:
+        """Inputs that turn the dials of a request of texts."""
+        dials = self.build.manifest.dials
+        return ("speed", *(dial.name for dial in dials)) if dials else ()
 
     def _dials(self) -> dict[str, Any]:
         """As `served.common.read_dials` takes them."""
@@ -177,13 +182,14 @@ class Models:
         self._copy_model(version)
         told = self._session() | self._tokenizer(version) | {
             "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim},
-            "vocabulary": self.build.manifest.vocabulary,
+            "vocabulary": self.build.manifest.vocabulary, "dials": self._dials(),
         }  # fmt: skip
         self._write_python("generate", version, told)
         inputs = [
             _info("text_input", "bytes", 1), _info("stream", "bool", 1), _info("max_tokens", "int32", 1),
             _info("temperature", "float32", 1), _info("top_k", "int32", 1), _info("top_p", "float32", 1),
             _info("seed", "int64", 1), _info("stop", "bytes", "stops"),
+            *(_info(name, "float32", 1) for name in self._turns()),
         ]  # fmt: skip
         config = configs.model_config(
             self.name, "python", inputs, [_info("text_output", "bytes", 1), _info("finish_reason", "bytes", 1)],

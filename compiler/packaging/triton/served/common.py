@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,27 @@ def settings(args: Mapping[str, str]) -> dict[str, Any]:
 def read_dials(told: Mapping[str, Any]) -> Dials:
     """The dials of `told`, which is `Dials` as JSON."""
     return Dials(tuple(Dial(**dial) for dial in told["dials"]), tuple(SpeedPoint(**point) for point in told["path"]))
+
+
+def turned(request: Any, dials: Dials, batch: int, spell: Callable[[str], str] = str) -> dict[str, np.ndarray]:
+    """The dials of a request, [batch] each: by "speed", by an input for each of them, or their defaults.
+
+    Args:
+        spell: makes the name of an input of that of a dial.
+
+    Raises:
+        InputError: a value that a dial does not take.
+    """
+    names = ("speed", *(dial.name for dial in dials.dials)) if dials.dials else ()
+    tensors = {name: pb.get_input_tensor_by_name(request, spell(name)) for name in names}
+    asked = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
+    speed = asked.pop("speed", None)
+    return dials.feeds(batch, asked, speed)
+
+
+def together(turned: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The dials of requests that are run in one batch, each [samples of all]."""
+    return {name: np.concatenate([each[name] for each in turned]) for name in turned[0]}
 
 
 def texts(request: Any, name: str) -> list[str]:

@@ -17,6 +17,8 @@ from trimtab.compiler.packaging.triton.served.common import (
     settings,
     strings,
     texts,
+    together,
+    turned,
     version_folder,
 )
 from trimtab.compiler.task import Task
@@ -45,18 +47,17 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
         given: dict[int, list[Text]] = {}
-        turned: list[dict[str, np.ndarray]] = []
+        asked: list[dict[str, np.ndarray]] = []
         for place, request in enumerate(requests):
             try:
                 group = self._texts(request)
-                turned.append(self._turned(request, len(group)))
+                asked.append(turned(request, self._dials, len(group), str.upper))
                 given[place] = group
             except TrimtabError as error:  # noqa: PERF203
                 responses[place] = refusal(error)
         if given:
             try:
-                dials = {name: np.concatenate([each[name] for each in turned]) for name in turned[0]}
-                rows = self._answer([text for group in given.values() for text in group], dials)
+                rows = self._answer([text for group in given.values() for text in group], together(asked))
             except Exception as error:
                 return [response or refusal(error) for response in responses]
             start = 0
@@ -79,14 +80,6 @@ class TritonPythonModel:
         if not self._told["special_tokens"] and not self._tokenizer.encode(found)["attention_mask"].any(1).all():
             raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
         return found
-
-    def _turned(self, request: Any, batch: int) -> dict[str, np.ndarray]:
-        """The dials of a request, [batch] each: by SPEED, by an input for each of them, or their defaults."""
-        names = ("speed", *(dial.name for dial in self._dials.dials))
-        tensors = {name: pb.get_input_tensor_by_name(request, name.upper()) for name in names if self._dials.dials}
-        asked = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
-        speed = asked.pop("speed", None)
-        return self._dials.feeds(batch, asked, speed)
 
     def _answer(self, batch: list[Text], dials: Mapping[str, np.ndarray]) -> np.ndarray:
         """The output of the engine that is answered with, [texts, width].

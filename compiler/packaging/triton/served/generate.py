@@ -19,11 +19,19 @@ from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
 from trimtab.compiler.decoder_cache import Cache
 from trimtab.compiler.generation.sampling import Sampling
 from trimtab.compiler.generation.text import generate_text
-from trimtab.compiler.packaging.triton.served.common import refusal, settings, strings, texts, version_folder
+from trimtab.compiler.packaging.triton.served.common import (
+    read_dials,
+    refusal,
+    settings,
+    strings,
+    texts,
+    together,
+    turned,
+    version_folder,
+)
 from trimtab.compiler.packaging.triton.served.session import open_session
 from trimtab.compiler.targets.segmented.runner import SegmentedRunner
 from trimtab.compiler.targets.session_segment import SessionSegment
-from trimtab.passes.dials import Dials
 from trimtab.passes.errors import InputError, TrimtabError
 
 TEXT, ANSWER, REASON = "text_input", "text_output", "finish_reason"
@@ -41,6 +49,8 @@ class _Asked:
     max_tokens: int
     stop: tuple[str, ...]
     sampling: Sampling
+    dials: Mapping[str, np.ndarray]
+    """Of the model, [prompts] each."""
 
     def __post_init__(self) -> None:
         self.sender = self.request.get_response_sender()
@@ -61,12 +71,14 @@ class TritonPythonModel:
         session = open_session(folder, told, args["model_instance_device_id"])
         segment = SessionSegment(session, cache=Cache(**told["cache"]))
         runner = SegmentedRunner([segment], segment.inputs, segment.outputs)
+        dials = read_dials(told["dials"])
         self._engine: Any = SimpleNamespace(
             tokenizer=tokenizer,
             runner=runner,
-            manifest=SimpleNamespace(max_tokens=told["max_tokens"], vocabulary=told["vocabulary"], all_dials=Dials()),
+            manifest=SimpleNamespace(max_tokens=told["max_tokens"], vocabulary=told["vocabulary"], all_dials=dials),
         )
-        runner.steps(1, 2).run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64))  # what comes first is slow
+        # what comes first is slow
+        runner.steps(1, 2).run(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64), dials.feeds(1))
 
     def execute(self, requests: Sequence[Any]) -> None:
         groups: dict[Any, list[_Asked]] = {}
@@ -84,8 +96,9 @@ class TritonPythonModel:
         first, prompts = group[0], [prompt for asked in group for prompt in asked.prompts]
         answers: list[Any] = []
         for answers in generate_text(
-            self._engine, prompts, max_tokens=first.max_tokens, sampling=first.sampling, stop=first.stop
-        ):
+            self._engine, prompts, max_tokens=first.max_tokens, sampling=first.sampling, stop=first.stop,
+            dials=together([asked.dials for asked in group]),
+        ):  # fmt: skip
             start = 0
             for asked in group:
                 part = answers[start : start + len(asked.prompts)]
@@ -130,7 +143,8 @@ def _wanted(request: Any, engine: Any) -> _Asked:
         max_tokens = min(max_tokens, context - max(map(len, tokens)))
     stop = pb.get_input_tensor_by_name(request, "stop")
     stops = () if stop is None else tuple(text for text in texts(request, "stop") if text)
-    return _Asked(request, prompts, bool(_setting(request, "stream")), max_tokens, stops, Sampling(**draws))
+    dials = turned(request, engine.manifest.all_dials, len(prompts))
+    return _Asked(request, prompts, bool(_setting(request, "stream")), max_tokens, stops, Sampling(**draws), dials)
 
 
 def _setting(request: Any, name: str) -> Any:
