@@ -73,12 +73,17 @@ def group_neurons(rows: np.ndarray, group: int, *, seed: int = 0) -> np.ndarray:
 
 def _k_means(features: np.ndarray, order: np.ndarray, group: int, rounds: int) -> np.ndarray:
     """An order as `group_neurons` gives it, from an order to begin with; both [rows]."""
-    labels = np.full(len(order), -1)
+    labels = np.empty(len(order), int)
+    labels[order] = np.arange(len(order)) // group
     prices = np.zeros(len(order) // group, np.float32)
+    lengths = np.square(features).sum(1)
     for number in range(rounds):
         centres = features[order].reshape(-1, group, features.shape[1]).mean(1)
+        similarity = features @ centres.T
+        own = np.arange(len(labels)), labels  # without the neuron's own part, which would hold it where it is
+        similarity[own] = (group * similarity[own] - lengths) / (group - 1)
         before = labels
-        labels, prices = _assign(features @ centres.T, group, prices)
+        labels, prices = _assign(similarity, group, prices)
         order = np.argsort(labels, kind="stable")
         moved = float((labels != before).mean())
         log.debug("grouping: round %d moves %.2f %% of the neurons", number, 100 * moved)

@@ -203,3 +203,14 @@ def test_a_routed_model_compiled_without_its_routers_is_told(tmp_path: Path, cap
     Profile(info, {"ffn.0.tokens": np.array(7)}).save(tmp_path / "profile.safetensors")
     choose_profile(None, tmp_path, load_recipe({"passes": ["dynamic-int8"]}), data=True)
     assert "add `ffn-route` to the recipe" in caplog.text
+
+
+def test_neurons_that_are_needed_together_come_into_one_group(texts: Path, tmp_path: Path, kept: list[Any]) -> None:
+    """Of one token's needed neurons, groups by need hold more at once than groups in the order of the model do."""
+    folder = zoo.save_pretrained("llama", tmp_path / "model")
+    weights = []
+    for by in ("need", "weights"):
+        train("lte", folder, texts, tmp_path / "new", settings=QUICK | {"steps": 0, "group_by": by})
+        weights.append(kept[-1]["model.layers.0.mlp.down_proj.weight"])
+    assert not np.array_equal(*weights)
+    np.testing.assert_array_equal(*(np.sort(each, axis=1) for each in weights))  # the same neurons

@@ -9,29 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import set_seed
 
-from trimtab.compiler.phases import Progress
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import Checkpoint, read_checkpoint
 from trimtab.compiler.sources.export import load_model
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns
 from trimtab.passes.errors import ModelError, RecipeError, TrimtabError
-from trimtab.passes.ffn_route.grouping import check_groups, group_neurons
+from trimtab.passes.ffn_route.grouping import check_groups
 from trimtab.training.contract import Job, Trained
 from trimtab.training.device import best_device
 from trimtab.training.examples import kind_of, read_examples
 from trimtab.training.folder import new_folder, save_model
 from trimtab.training.huggingface import is_first_process, prepare
-from trimtab.training.linears import FFNModules, find_ffns, permute_neurons
+from trimtab.training.linears import find_ffns
 from trimtab.training.lte.control import TOLERANCE
+from trimtab.training.lte.groups import group
 from trimtab.training.lte.layerwise import ACTIVATIONS
 from trimtab.training.lte.routed import Routed
 from trimtab.training.lte.settings import Settings
 from trimtab.training.lte.stages import METHOD, LTEStages
 from trimtab.training.profiled import write_profile
-from trimtab.training.resume import Unfinished
 from trimtab.training.stages import begin, told
 
 RECORD = f"{METHOD}.json"
@@ -69,8 +67,8 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     modules = find_ffns(model, ffns)
     run = begin(job, checkpoint, settings, METHOD)
     with run.held():
-        _group(modules, settings, run, job.progress)
         routed = Routed(model, modules, settings, kind).to(best_device())
+        group(routed, modules, examples, run, job.progress)
         stages = LTEStages(routed, settings, settings.shares(), examples, run, job.progress)
         stages.ffns = modules
         record = stages.run(start)
@@ -128,22 +126,3 @@ def _check(ffns: Sequence[FFN], settings: Settings) -> None:
         raise ModelError(
             f"{unknown.where}: its activation is none of {', '.join(ACTIVATIONS)}", hint="train with --layerwise 0"
         )
-
-
-def _group(ffns: Sequence[FFNModules], settings: Settings, run: Unfinished, progress: Progress | None) -> None:
-    """Put the neurons of each FFN in order of their groups, in place; the orders are kept for when the run goes on."""
-    run.keep(grouped=True)
-    for number, ffn in enumerate(ffns):
-        place = run.folder / f"order.{ffn.layer}.npy"
-        if place.is_file():
-            order = np.load(place)
-        else:
-            features = (ffn.gate or ffn.up).weight.T.float().numpy(force=True)
-            order = group_neurons(features, settings.group, seed=settings.seed)
-            if is_first_process():
-                part = place.with_suffix(".part.npy")
-                np.save(part, order)
-                part.replace(place)
-        permute_neurons(ffn, order)
-        if progress is not None and is_first_process():
-            progress("group neurons", number + 1, len(ffns))

@@ -22,6 +22,9 @@ class Settings(Common):
         0.5, ge=0, lt=1, description="Share of the FFNs' neurons that are left out, over all layers and tokens."
     )
     group: int = Field(32, ge=1, description="Neurons that a router switches together; divides the width of the FFNs.")
+    group_by: Literal["need", "weights"] = Field(
+        "need", description="Neurons of a group are needed by the same tokens, or point the same way, as in the paper.",
+    )  # fmt: skip
     select: Literal["threshold", "cumulative"] = Field(
         "threshold", description="Compute the groups whose score is 0.5 or more, or the best ones up to a share of the "
         "sum of all scores.",
