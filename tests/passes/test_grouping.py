@@ -71,3 +71,10 @@ def test_one_group_and_groups_of_one_change_nothing() -> None:
 def test_a_group_that_does_not_divide_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"groups of 32 do not divide the 80 neurons .* groups of 16, 20, 40"):
         group_neurons(np.ones((80, 3)), 32)
+
+
+def test_small_groups_leave_where_they_began() -> None:
+    """A neuron is a good part of the centre of a small group, and must not be held there by itself."""
+    rows, _ = planted(60, 4, 96, noise=1.2)
+    shuffled = inertia(rows, np.random.default_rng(0).permutation(len(rows)), 4)
+    assert inertia(rows, group_neurons(rows, 4), 4) < 0.8 * shuffled
