@@ -11,6 +11,7 @@ _PASSES = {
     "ffn-split": "trimtab.passes.ffn_split:FFNSplit",
     "ffn-topk": "trimtab.passes.ffn_topk.topk:FFNTopK",
     "ffn-route": "trimtab.passes.ffn_route.route:FFNRoute",
+    "ffn-threshold": "trimtab.passes.ffn_threshold.threshold:FFNThreshold",
     "head-topk": "trimtab.passes.head_topk.topk:HeadTopK",
     "unpad": "trimtab.passes.unpad:Unpad",
     "token-prune": "trimtab.passes.token_prune:TokenPrune",

@@ -26,7 +26,7 @@ _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR
 _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
 """Ops of which the quantizer makes products with one scale for the whole tensor."""
 
-_MADE = ("ffn-route/", "ffn-split/", "ffn-topk/", "static-int8/")
+_MADE = ("ffn-route/", "ffn-split/", "ffn-threshold/", "ffn-topk/", "static-int8/")
 """How the names of constants begin that are parts of FFNs, and of nothing else."""
 
 _SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them

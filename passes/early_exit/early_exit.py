@@ -75,7 +75,7 @@ class EarlyExit(Pass):
         }.get(task or "")
 
     def bars(self, later: Pass) -> str | None:
-        if later.name == "ffn-route":
+        if later.name in ("ffn-route", "ffn-threshold"):
             return "its dial knows nothing of samples that have left"
         return "it prunes layers whose samples have left" if later.name == "token-prune" else None
 

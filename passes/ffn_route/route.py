@@ -15,14 +15,13 @@ from trimtab.passes.crossover import Crossover, SparseShape, slower
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError
 from trimtab.passes.ffn_route.cumulative import shares_before
-from trimtab.passes.ffn_route.dial import TokenDial
 from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import FFNWeights
 from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile
-from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, unfit
+from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, TokenDial, unfit
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 

@@ -96,7 +96,7 @@ class Predictor:
         one = constant(f"{name}/one", np.ones((), np.float32)) if self.gate_alone else None
         weight = constant(f"{name}/weight", self.weight.astype(np.float32))
         shape = constant(f"{name}/shape", np.array([-1, blocks, self.block]))
-        axis = constant(f"{name}/axis", np.array([-1]))
+        axis = constant(f"{name}/axis", np.array([2]))  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
         boost = np.zeros(blocks, np.float32)
         if self.common is not None:
             boost[self.common] = np.finfo(np.float32).max / 2

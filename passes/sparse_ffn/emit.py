@@ -8,8 +8,9 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.layer import FFNWeights
+from trimtab.passes.sparse_ffn.first import FirstProjection
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes
-from trimtab.plugins import SPARSE_DOWN, SPARSE_UP, add_node
+from trimtab.plugins import GATHER_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.sparse_up import ACTIVATIONS
 
 
@@ -37,31 +38,41 @@ class SparseFFN:
         rows: makes the constants, each matrix once for all FFNs that read it.
         block: neighbouring neurons that are chosen together.
         name: of the constants.
+        first_whole: the gate, or up of FFNs without one, computes all neurons, and `put` is given its activations.
 
     Attributes:
         nbytes: of the constants that were made.
+        first: that projection; None where it is computed for the chosen neurons alone.
     """
 
-    def __init__(self, first: FFN, weights: FFNWeights, rows: Rows, block: int, name: str) -> None:
+    def __init__(
+        self, first: FFN, weights: FFNWeights, rows: Rows, block: int, name: str, *, first_whole: bool = False
+    ) -> None:
         self.block, self._form, before = block, rows.form, rows.nbytes
         labels = ("gate", "up") if first.gated else ("up",)
         self._ups: dict[str, gs.Tensor] = {}
-        for label, linear, w, bias in zip(labels, first.linears, weights.ups, weights.up_biases, strict=False):
-            self._ups |= rows.of(linear, w.T, label, name)
+        self.first = FirstProjection(first, weights, rows, block, name) if first_whole else None
+        for i, label in list(enumerate(labels))[int(first_whole) :]:
+            self._ups |= rows.of(first.linears[i], weights.ups[i].T, label, name)
+            bias = weights.up_biases[i]
+            if bias is None and self.first is not None and weights.up_biases[0] is not None and rows.form != "fp32":
+                bias = np.zeros(first.d_ff, np.float32)  # as FirstProjection does
             if bias is not None:
                 self._ups[f"{label}_bias"] = constant(f"{name}/{label}_bias", bias)
         self._downs = rows.of(first.down, weights.down, "down", name)
         self._shift = constant(f"{name}/bias", weights.down_bias) if np.any(weights.down_bias) else None
-        self._row, self._matrices = row_bytes(rows.form, first.d_model), len(first.linears) - 1
+        self._row, self._matrices = row_bytes(rows.form, first.d_model), len(labels) - int(first_whole)
+        self._whole = row_bytes(rows.form, first.d_model) * first.d_ff if first_whole else 0
         self.nbytes = rows.nbytes - before
 
     def read_bytes(self, blocks: float, kept: float | None = None) -> float:
         """Of the weights of so many blocks; `kept`: those of which W_down is read, where they are fewer."""
-        return self._row * self.block * (self._matrices * blocks + (blocks if kept is None else kept))
+        chosen = self.block * (self._matrices * blocks + (blocks if kept is None else kept))
+        return self._whole + self._row * chosen
 
     def put(
         self, graph: gs.Graph, ffn: FFN, blocks: gs.Tensor, at: str, *, importance: gs.Tensor | None = None,
-        keep: int = 0, at_most: bool = False,
+        keep: int = 0, at_most: bool = False, activations: gs.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Compute `ffn` by its chosen blocks.
 
@@ -70,12 +81,21 @@ class SparseFFN:
             at: begins the names of the nodes.
             importance: of each neuron, by which the `keep` blocks that add most are kept.
             at_most: blocks may be -1.
+            activations: of the first projection, of all neurons, [..., d_ff], where that is computed whole.
         """
         given = {"x": ffn.x, "blocks": blocks} | self._ups
         if importance is not None:
             given["importance"] = importance
         shared = {"block": self.block, "at_most": int(at_most)}
-        h = add_node(graph, SPARSE_UP, given, f"{at}/up.h", activation=ffn.activation.name, keep=keep, **shared)
+        if activations is None:
+            h = add_node(graph, SPARSE_UP, given, f"{at}/up.h", activation=ffn.activation.name, keep=keep, **shared)
+        else:
+            h = add_node(graph, GATHER_BLOCKS, {"x": activations, "blocks": blocks}, f"{at}/first.h", **shared)
+        if activations is not None and ffn.gated:
+            up = add_node(graph, SPARSE_UP, given, f"{at}/up.h", **shared)
+            size = h.shape
+            h = insert(graph, "Mul", [h, up], f"{at}/gated.h", dtype=np.float32)
+            h.shape = size
         y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | self._downs, f"{at}/down.y", **shared)
         if self._shift is not None:
             y = insert(graph, "Add", [y, self._shift], f"{at}/shift", dtype=np.float32)

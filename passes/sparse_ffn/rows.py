@@ -46,7 +46,7 @@ class Rows:
 
     def __init__(self, form: RowForm) -> None:
         self.form = form
-        self._made: dict[tuple[int, bool], list[gs.Constant]] = {}
+        self._made: dict[tuple[int, bool, bool], list[gs.Constant]] = {}
         self._bytes = 0.0
 
     @property
@@ -56,11 +56,19 @@ class Rows:
 
     def of(self, linear: Linear, weight: np.ndarray, label: str, name: str) -> dict[str, gs.Tensor]:
         """As `row_constants`, of `weight`, which holds the rows of `linear`."""
-        key = id(linear.weight), linear.transposed
+        key = id(linear.weight), linear.transposed, False
         if key not in self._made:
             self._made[key] = list(row_constants(weight, self.form, label, name).values())
             self._bytes += row_bytes(self.form, weight.shape[1]) * len(weight)
         return dict(zip((label, f"{label}_scale"), self._made[key], strict=False))
+
+    def whole(self, linear: Linear, weight: np.ndarray, label: str, name: str) -> gs.Constant:
+        """`weight` of `linear`, [width, neurons], as one product with all of it has it, in float32."""
+        key = id(linear.weight), linear.transposed, True
+        if key not in self._made:
+            self._made[key] = [constant(f"{name}/{label}", np.asarray(weight, np.float32))]
+            self._bytes += 4 * weight.size
+        return self._made[key][0]
 
 
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

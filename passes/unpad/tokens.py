@@ -28,7 +28,7 @@ _SKIP_NORMS = frozenset(["SkipLayerNormalization", "SkipSimplifiedLayerNormaliza
 _LAST_AXIS = frozenset(["LogSoftmax", "Softmax", "Split"])
 _QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
 _REDUCTIONS = frozenset(["ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare"])
-_SPARSE = frozenset(["SelectBlocks", "SparseDown", "SparseUp"])
+_SPARSE = frozenset(["GatherBlocks", "SelectBlocks", "SparseDown", "SparseUp"])
 
 
 def pack_node(node: gs.Node, packed: Mapping[int, int]) -> tuple[str | None, list[Change]]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
+from packed_encoder import Encoder
 from rewrite import canonical, profile_of, run_part, session
 
 from trimtab.passes import PassContext, PassResult, run_passes
@@ -50,6 +51,15 @@ def test_exact_end_equals_dense(family: str, options: dict[str, object], tmp_pat
         feeds = zoo.feeds(family, batch, tokens, rng)
         for dense, ours in zip(outputs(path, feeds), outputs(tmp_path / "topk.onnx", feeds), strict=True):
             np.testing.assert_allclose(ours, dense, rtol=1e-4, atol=2e-4 * np.abs(dense).max())
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_calls_without_tokens(block: int, tmp_path: Path) -> None:
+    graph = Encoder(3).graph()
+    assert rewrite(graph, density=0.2, take=0.5, rank=8, block=block).changed
+    save_graph(graph, tmp_path / "topk.onnx")
+    feeds = {"lengths": np.zeros(0, np.int32), "x": np.zeros((0, 24), np.float32)}
+    assert outputs(tmp_path / "topk.onnx", feeds)[0].shape == (0, 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -28,12 +30,15 @@ class TokenDial:
         self._packed = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
         self._made: dict[object, gs.Variable] = {}
 
-    def taken_off(self, scores: gs.Tensor, x: gs.Tensor, at: str) -> gs.Variable | str:
+    def taken_off(
+        self, scores: gs.Tensor, x: gs.Tensor, at: str, level: Callable[[gs.Tensor], gs.Tensor] | None = None
+    ) -> gs.Variable | str:
         """`scores` less the dial of the sample that each token belongs to; or why that cannot be told.
 
         Args:
             scores: [..., groups], in the leading sizes of `x`.
             x: a tensor of the graph, [batch, tokens, width], [T, width] packed, or [batch · tokens, width].
+            level: of the dial at the tokens, [batch, 1, ...] or [T, 1], makes what is taken off instead, in its shape.
         """
         rank = None if x.shape is None else len(x.shape)
         if rank is None or rank < 2:
@@ -47,7 +52,8 @@ class TokenDial:
             dial = self._of_rank(3)
         else:
             return "its tokens are in rows, and the graph does not tell which sample they belong to"
-        return insert(self._graph, "Sub", [scores, dial], f"{at}/above", dtype=np.float32)
+        taken = dial if level is None else level(dial)
+        return insert(self._graph, "Sub", [scores, taken], f"{at}/above", dtype=np.float32)
 
     def _of_rank(self, rank: int) -> gs.Variable:
         """[batch, 1, ...]."""

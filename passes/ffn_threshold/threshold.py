@@ -1,0 +1,261 @@
+"""The pass: neurons whose activations are small for a token are left out of the rest of the FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
+from trimtab.passes.contract import Left, Pass, PassContext, PassResult
+from trimtab.passes.crossover import Crossover, SparseShape, slower
+from trimtab.passes.dials import Dial
+from trimtab.passes.errors import RecipeError
+from trimtab.passes.ffn_threshold.levels import Levels
+from trimtab.passes.ffn_threshold.quantiles import (
+    Sizes,
+    chosen,
+    contributions,
+    first_activations,
+    threshold_at,
+    thresholds,
+)
+from trimtab.passes.graph import constant, insert
+from trimtab.passes.graph.linear import distinct_bytes
+from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.layer import Layer, read_layer
+from trimtab.passes.needs import FFNStates, Need
+from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, TokenDial, unfit
+from trimtab.plugins import SELECT_BLOCKS, add_node
+from trimtab.plugins.dialect import OPSET
+
+DIAL = "ffn_sparsity"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What calibration tells of one FFN.
+
+    Attributes:
+        sizes: of its blocks of neurons.
+        table: thresholds, as `quantiles.thresholds` has them.
+        threshold: that of the sparsity asked for.
+        sparsity: share of the neurons that is left out, on held-out states.
+        error: squared error of the outputs on held-out states, relative to their variance.
+    """
+
+    sizes: Sizes
+    table: np.ndarray
+    threshold: float
+    sparsity: float
+    error: float
+
+
+class FFNThreshold(Pass):
+    """Leave out of each token the neurons whose activations lie below a threshold of the layer.
+
+    Of gated FFNs the gate is computed whole, and neurons are left out of up and down (CATS, arXiv 2404.08763). Of the
+    others up is computed whole, and neurons are left out of down (TEAL, arXiv 2408.14690). Thresholds are quantiles on
+    calibration data; nothing is trained.
+    Exact end of the dial: at 0 all neurons are computed.
+    """
+
+    name: ClassVar[str] = "ffn-threshold"
+    summary: ClassVar[str] = "leave out the neurons whose activations are small for a token; no training (CATS, TEAL)"
+    needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
+    reads_layers: ClassVar[bool] = True
+
+    sparsity: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="share of an FFN's neurons that is left out, on average; default of the dial",
+        json_schema_extra={"search": [0.3, 0.5, 0.7]},
+    )
+    by: Literal["magnitude", "contribution"] = Field(
+        "magnitude",
+        description="what a threshold is compared with: an activation's size, or that times what it adds to the output",
+    )
+    block: int = Field(1, ge=1, description="neighbouring neurons that are chosen together, by the sum of their sizes")
+    cap: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of an FFN's neurons that a token may take, the best; below 1 no value of the dial is exact",
+    )
+    shared: bool = Field(False, description="all tokens of a call compute what any of them needs")
+    weights: RowForm = Field("fp32", description="of the FFN's own weights")
+    dense_above: int | None = Field(
+        None, ge=0, description="calls with more tokens compute all neurons, whatever the dial; never, if not given"
+    )
+    most: float | None = Field(
+        None, gt=0, le=1, description="FFNs that compute more on average stay dense; where that is slower, if not given"
+    )
+    layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
+
+    def dials(self) -> tuple[Dial, ...]:
+        meaning = "share of an FFN's neurons that is left out, on average, those of the smallest activations"
+        return (Dial(DIAL, meaning, 0.0, 1.0, self.sparsity, exact=0.0, fast=(1 + self.sparsity) / 2),)
+
+    def bars(self, later: Pass) -> str | None:
+        if later.name == "recover":
+            return "training does not know the ops that it makes"
+        if later.name in ("unpad", "token-prune"):
+            return f"its dial follows the tokens of each sample, which {later.name} moves; put {later.name} in front"
+        return None
+
+    def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
+        """Rewrite the FFNs of `graph`. Reads states of each from the Profile.
+
+        Raises:
+            RecipeError: an FFN cannot leave out as many of its neurons.
+        """
+        anatomy = find_anatomy(graph)
+        wanted = select_ffns(anatomy, self.layers)
+        profile = context.measured()
+        raise_opset(graph, OPSET)
+        left: list[Left] = []
+        plans: list[tuple[Sequence[FFN], Layer, Choice]] = []
+        done = 0
+        for group in by_weights(wanted):
+            reason = unfit(group[0], self.block, self.weights)
+            if reason is None:
+                layer = read_layer(group[0], profile, group[1:])
+                choice = self._choose(layer)
+                reason = self._not_worth(group[0], choice, len(wanted), context)
+                if reason is None:
+                    plans.append((group, layer, choice))
+            if reason is not None:
+                left += [Left(ffn.where, reason) for ffn in group]
+            done += len(group)
+            if context.progress is not None:
+                context.progress("find thresholds", done, len(wanted))
+        rows = self._rewrite(graph, plans, left, context) if plans else []
+        rewritten = {row["layer"] for row in rows}
+        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
+        rows.sort(key=lambda row: row["layer"])
+        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
+        return PassResult(self.name, len(rows), tuple(left), details)
+
+    def taken(self, blocks: int) -> int:
+        """The most blocks of one token."""
+        return max(1, round(self.cap * blocks))
+
+    def _choose(self, layer: Layer) -> Choice:
+        """Thresholds of one FFN, and what comes of them.
+
+        Raises:
+            RecipeError: each token computes one block at least, and so more than is asked for.
+        """
+        blocks = layer.ffn.d_ff // self.block
+        if self.sparsity > 1 - 1 / blocks:
+            raise RecipeError(
+                f"sparsity: {layer.ffn.where} can leave out {1 - 1 / blocks:.1%} of its neurons, not "
+                f"{self.sparsity:.1%}: a token computes one of its {blocks} blocks at least",
+                hint="ask for less sparsity, or for smaller blocks (block)",
+            )
+        weight = contributions(layer).astype(np.float32) if self.by == "contribution" else None
+        sizes = Sizes(weight, self.block)
+        table = thresholds(sizes.of(first_activations(layer, layer.fit)))
+        threshold, most = threshold_at(table, self.sparsity), self.taken(blocks)
+        taken = chosen(sizes.of(first_activations(layer, layer.held)), threshold, most)
+        y = (layer.h_held * np.repeat(taken, self.block, 1)) @ layer.down
+        return Choice(sizes, table, threshold, 1 - float(taken.mean()), layer.error(y))
+
+    def _not_worth(self, ffn: FFN, choice: Choice, layers: int, context: PassContext) -> str | None:
+        """Why the FFN stays dense, or None."""
+        density = 1 - choice.sparsity
+        if self.most is not None:
+            return (
+                f"{density:.0%} of its neurons are computed, more than {self.most:.0%}" if density > self.most else None
+            )
+        found = self._crossover(ffn, layers, context)
+        return slower("its neurons", density, found) if found is not None and density > found.most() else None
+
+    def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
+        """Of the projections that the first one spares; its own time is the same in both forms."""
+        if context.crossover is None:
+            return None
+        return context.crossover(
+            SparseShape(ffn.d_ff, ffn.d_model, 2 if ffn.gated else 1, self.weights, self.block, layers)
+        )
+
+    def _rewrite(
+        self, graph: gs.Graph, plans: Sequence[tuple[Sequence[FFN], Layer, Choice]], left: list[Left],
+        context: PassContext,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Put the sparse ops in the place of FFNs; returns what the report says of each, and adds to `left`."""
+        (dial,) = self.dials()
+        tensor = context.add_dial(graph, dial)
+        levels = Levels(graph, [choice.table for _, _, choice in plans], f"{self.name}/levels")
+        emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), levels)
+        rows = []
+        for place, (group, layer, choice) in enumerate(plans):
+            for ffn in group:
+                made = emit.replace(ffn, layer, choice, place)
+                if isinstance(made, str):
+                    left.append(Left(ffn.where, made))
+                else:
+                    rows.append(made)
+        return rows
+
+
+class _Emit:
+    """Puts thresholds and sparse ops in the place of FFNs; weights that several share are stored once."""
+
+    def __init__(self, step: FFNThreshold, graph: gs.Graph, dial: TokenDial, levels: Levels) -> None:
+        self._step, self._graph, self._dial, self._levels = step, graph, dial, levels
+        self._rows = Rows(step.weights)
+        self._made: dict[int, SparseFFN] = {}
+
+    def replace(self, ffn: FFN, layer: Layer, choice: Choice, place: int) -> dict[str, Any] | str:
+        """Rewrite `ffn`, which has the weights of `layer`; returns what the report says, or why it stays."""
+        step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
+        once = place not in self._made
+        if once:
+            name = f"{step.name}/layer.{layer.ffn.layer}"
+            self._made[place] = SparseFFN(layer.ffn, layer, self._rows, step.block, name, first_whole=True)
+        sparse = self._made[place]
+        assert sparse.first is not None
+        activations = sparse.first.emit(graph, ffn, at)
+        sizes = self._sizes(activations, choice.sizes, at)
+        above = self._dial.taken_off(sizes, ffn.x, at, lambda dial: self._levels.at(dial, place, at))
+        if isinstance(above, str):
+            return above
+        blocks = ffn.d_ff // step.block
+        k = step.taken(blocks)
+        numbers = add_node(
+            graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,
+            dense_above=-1 if step.dense_above is None else step.dense_above,
+        )  # fmt: skip
+        sparse.put(graph, ffn, numbers, at, at_most=True, activations=activations)
+        return {
+            "layer": ffn.layer, "neurons": ffn.d_ff, "of_each_block": step.block, "cap": k * step.block,
+            "threshold": float(f"{choice.threshold:.4g}"), "sparsity": round(choice.sparsity, 4),
+            "density": round(1 - choice.sparsity, 4), "error": round(choice.error, 4),
+            "read_bytes": round(sparse.read_bytes((1 - choice.sparsity) * blocks)),
+            "bytes": round(once * sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
+        } | ({} if once else {"weights_of": layer.ffn.layer})  # fmt: skip
+
+    def _sizes(self, activations: gs.Variable, sizes: Sizes, at: str) -> gs.Variable:
+        """Append the nodes that compute the sizes of the blocks, [..., blocks]."""
+        graph, shape = self._graph, activations.shape
+        found = insert(graph, "Abs", [activations], f"{at}/size", dtype=np.float32)
+        found.shape = shape
+        if sizes.weight is not None:
+            weight = constant(f"{at}/size.weight", sizes.weight)
+            found = insert(graph, "Mul", [found, weight], f"{at}/size.weighted", dtype=np.float32)
+            found.shape = shape
+        if sizes.block == 1 or shape is None:
+            return found
+        lead, blocks = len(shape) - 1, int(shape[-1]) // sizes.block
+        parts = constant(f"{at}/size.parts", np.array([0] * lead + [blocks, sizes.block]))
+        axis = constant(f"{at}/size.axis", np.array([lead + 1]))  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
+        found = insert(graph, "Reshape", [found, parts], f"{at}/size.of_blocks", dtype=np.float32)
+        found = insert(graph, "ReduceSum", [found, axis], f"{at}/size.sum", attrs={"keepdims": 0}, dtype=np.float32)
+        found.shape = [*shape[:-1], blocks]
+        return found
