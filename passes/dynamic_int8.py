@@ -15,6 +15,7 @@ from pydantic import Field
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, Rounding
 from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes, topological
+from trimtab.passes.graph.choosing import choosing_nodes
 from trimtab.passes.graph.products import expose_weights, float_products
 from trimtab.passes.hush import hushed
 from trimtab.passes.int8_rows import to_int8_rows
@@ -29,6 +30,8 @@ _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
 _MADE = ("ffn-route/", "ffn-split/", "ffn-threshold/", "ffn-topk/", "static-int8/")
 """How the names of constants begin that are parts of FFNs, and of nothing else."""
 
+_CHOOSES = "it only chooses what is computed, which rounding would change"
+
 _SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
 
 
@@ -39,6 +42,7 @@ class DynamicInt8(Pass):
     become Int8Linear, with their biases and activations. By tensors: what ONNX Runtime's quantize_dynamic does to a
     dense model, done to the compiled one; where the target's products saturate, weights take seven bits.
 
+    Products that only choose what is computed, as routers do, stay in floating point.
     It stands after the passes that need weights in floating point. Weights behind a Transpose or a Cast are rounded
     too, and what layers share is rounded once.
     """
@@ -60,11 +64,13 @@ class DynamicInt8(Pass):
         weights = {t.name for ffn in find_anatomy(graph).ffns for linear in ffn.linears for t in linear.constants}
         names = {node.outputs[0].name: output_name_of(node) for node in graph.nodes if node.outputs}
         rows = self._by_rows(context.capability)
+        choosing = choosing_nodes(graph)
+        exact = {node.outputs[0].name for node in choosing if node.outputs}
         if rows:
-            to_int8_rows(graph, self.name, per_channel=self.per_channel)
+            to_int8_rows(graph, self.name, per_channel=self.per_channel, leave=choosing)
             graph.cleanup(remove_unused_graph_inputs=False)
             graph.nodes = topological(graph)
-        reasons = dict(float_products(graph))
+        reasons = {y: _CHOOSES if why and y in exact else why for y, why in float_products(graph)}
         whole = [
             output_name_of(node) for node in graph.nodes if rows and not node.domain and node.op in ("Conv", "LSTM")
         ]
@@ -77,6 +83,7 @@ class DynamicInt8(Pass):
                 per_channel=self.per_channel,
                 reduce_range=context.capability.saturates,
                 leave=(*_WHOLE_TENSOR, "MatMul") if rows else (),
+                leave_nodes=[node.name for node in choosing],
             )
             quantized = load_graph(result)
             for tensor in quantized.tensors().values():
@@ -142,13 +149,15 @@ def _belongs(name: str, weights: set[str]) -> bool:
 
 
 def quantize_file(
-    source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False, leave: Collection[str] = ()
-) -> None:
+    source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False, leave: Collection[str] = (),
+    leave_nodes: Collection[str] = (),
+) -> None:  # fmt: skip
     """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come.
 
     Args:
         reduce_range: weights of seven bits, as ONNX Runtime advises for processors whose products saturate.
         leave: ops that stay in floating point.
+        leave_nodes: names of nodes that do.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.registry import IntegerOpsRegistry
@@ -167,6 +176,7 @@ def quantize_file(
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=[op for op in IntegerOpsRegistry if op not in leave] if leave else None,
+            nodes_to_exclude=list(leave_nodes),
             use_external_data_format=large,
             # ONNX infers no types behind ops of other domains, such as a decoder's attention.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -23,7 +25,7 @@ _End = tuple[str, gs.Tensor]
 """An activation behind a product, and the tensor that it makes."""
 
 
-def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool) -> int:
+def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool, leave: Iterable[gs.Node] = ()) -> int:
     """Make an Int8Linear of every MatMul whose weight is a constant of floats, with its bias and activation.
 
     Weights that several products share are rounded and stored once. Reads all of them, one after the other.
@@ -31,11 +33,14 @@ def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool) -> int:
     Args:
         name: of the pass, which begins the names of what is made.
         per_channel: a scale per output feature instead of one per matrix.
+        leave: nodes that stay in floating point.
 
     Returns:
         how many were made.
     """
-    linears = [linear for node in graph.nodes if (linear := match_linear(node)) is not None and _fits(linear)]
+    left = {id(node) for node in leave}
+    matched = [linear for node in graph.nodes if id(node) not in left and (linear := match_linear(node)) is not None]
+    linears = [linear for linear in matched if _fits(linear)]
     if not linears:
         return 0
     raise_opset(graph, OPSET)

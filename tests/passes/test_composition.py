@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import zoo
 from packed_encoder import exit_weights
 from rewrite import canonical, profile_of, run_part
+from routes import random_routers
 
 from trimtab.compiler.recipe import load_recipe
 from trimtab.passes import Capability, PassContext, PassResult, pass_class, run_passes
@@ -35,6 +37,9 @@ PYRAMID = ("unpad", "token-prune", "early-exit")
 PARTNERS: dict[str, dict[str, Any]] = {
     "split": {"ffn-split": {}},
     "split4": {"ffn-split": {"rest_form": "int4", "block": 16}},
+    "whole": {"ffn-split": {"heavy": 1.0}},
+    "route": {"ffn-route": {"most": 1.0}},
+    "route8": {"ffn-route": {"most": 1.0, "weights": "int8"}},
     "topk": {"ffn-topk": {"density": 0.3, "take": 0.6, "rank": 16, "dense_above": 10**6}},
     "topk8": {"ffn-topk": {"density": 0.3, "take": 0.6, "rank": 16, "weights": "int8", "dense_above": 10**6}},
     "weights8": {"weight-only": {"block": 16}},
@@ -73,7 +78,9 @@ def profile(family: str) -> Profile:
     learned = {"thresholds": np.array([0.02, *rng.uniform(0.05, 0.2, layers - 1)], np.float32)}
     for after in range(layers):
         learned |= exit_weights(rng, after, "light", width, classes)
+    routers = random_routers(canonical(zoo.exported(family)), rng, threshold=0.45)
     made.tensors |= {f"learned.magic-pyramid.{name}": value for name, value in learned.items()}
+    made.tensors |= {f"learned.lte.{name}": value for name, value in routers.items()}
     return made
 
 
@@ -134,6 +141,62 @@ def test_each_composition(recipe: str, tmp_path: Path) -> None:
     # What is rounded to integers, and what is compared with a threshold, may fall to either side; that is rare.
     assert sum(near) >= 6
     assert sum(a[1] == [n] for a, n in zip(alone, layers, strict=True)) >= 6
+
+
+EXACT = {"prune": 0.0, "exit_threshold": 0.0, "route_threshold": 0.0}
+
+
+@pytest.mark.parametrize("int8", ["", "row"], ids=["float", "int8"])
+@pytest.mark.parametrize("ffn", ["", "whole", "split", "route", "route8"])
+def test_any_subset_of_the_methods(ffn: str, int8: str, tmp_path: Path) -> None:
+    """Pruning, exits, FFNs that are split or routed, integers: any of them in one recipe, in its one order.
+
+    Where all dials are exact, the build is the dense model, or its int8 form; and a sample's answer is its own.
+    """
+    family, rng = "bert", seeded()
+    front, routes = ("", ffn) if "route" in ffn else (ffn, "")
+
+    def built(*methods: str) -> Built:
+        passes = [front, "unpad", *methods[:1], routes, *methods[1:], int8]
+        return Built(family, " ".join(filter(None, passes)), tmp_path)
+
+    dense = Built(family, " ".join(filter(None, ["unpad", int8])), tmp_path)
+    alike = ffn in ("", "whole") or (ffn == "route" and not int8)  # the others have FFNs of another form
+    without = dense if alike else built()
+    for prune, leave in product(("", "token-prune"), ("", "early-exit")):
+        one = built(prune, leave)
+        assert all(result.changed for result in one.results), one.results
+        for batch, tokens in ((0, 5), (1, 1), (5, 30)):
+            feeds = zoo.feeds(family, batch, tokens, rng)
+            wanted, logits = without.run(feeds, **EXACT)[0], one.run(feeds, **EXACT)[0]
+            # an integer that falls to the other side of a half, as one of a thousand may, moves a logit by some 1e-3
+            close = 1e-2 if int8 and ffn not in ("", "split") else 1e-5
+            np.testing.assert_allclose(logits, wanted, rtol=close, atol=close)
+            if ffn != "split" and batch:
+                apart = np.abs(logits - dense.run(feeds)[0]).max()
+                assert apart <= (0.05 if int8 or ffn == "route8" else 1e-5) * max(1.0, np.abs(logits).max())
+        feeds = zoo.feeds(family, 8, 15, rng)
+        dials = {name: rng.uniform(0, most, 8) for name, most in zip(EXACT, (4, 0.5, 1), strict=True)}
+        together, layers = one.run(feeds, **dials)
+        near = left = 0
+        for place, sample in enumerate(samples(feeds)):
+            alone, ran = one.run(sample, **{name: value[place] for name, value in dials.items()})
+            near += np.allclose(alone[0], together[place], rtol=0, atol=2e-2 if routes else 1e-5)
+            left += ran == layers[place : place + 1]
+        assert near >= 6 and left >= 6  # what is compared with a threshold may fall to either side; that is rare
+
+
+@pytest.mark.parametrize("scales", ["row", "tensor"])
+def test_what_only_chooses_is_not_rounded(scales: str, tmp_path: Path) -> None:
+    """Routers and predictors stay in floating point behind dynamic-int8, and are named; all else is integers."""
+    for recipe, products in ((f"unpad route {scales}", 1), (f"unpad topk {scales}", 2)):
+        built = Built("bert", recipe, tmp_path)
+        floats = [left.where for left in built.results[-1].left if "only chooses" in left.why]
+        assert len(floats) == products * SIZES["bert"][0] == len(built.results[-1].left), built.results[-1].left
+        floating = [
+            n for n in onnx.load(tmp_path / f"{recipe.replace(' ', '-')}.onnx").graph.node if n.op_type == "MatMul"
+        ]
+        assert {node.output[0] for node in floating} >= set(floats)
 
 
 def samples(feeds: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,83 @@
+"""What earlier runs left in the folder of the model: training goes on from there, and keeps what others learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.compiler.sources import open_source
+from trimtab.passes.errors import ProfileError
+from trimtab.passes.profile import PROFILE, Profile, read_info
+from trimtab.training import METHOD_NAMES, trainer_class
+
+log = logging.getLogger(__name__)
+
+
+def learned_before(folder: Path, method: str) -> bool:
+    """Whether the Profile in a model's folder says that `method` learned something.
+
+    Raises:
+        ProfileError: it is damaged.
+    """
+    return (folder / PROFILE).is_file() and method in read_info(folder / PROFILE).learned
+
+
+def load_learned(folder: Path, *methods: str) -> list[Mapping[str, np.ndarray]]:
+    """What each of `methods` learned, as the Profile in a model's folder has it; none if it is damaged or not of the
+    model.
+
+    Args:
+        methods: the one that goes on, and others that it takes something from.
+    """
+    nothing: list[Mapping[str, np.ndarray]] = [{} for _ in methods]
+    try:
+        if not any(learned_before(folder, method) for method in methods):
+            return nothing
+        profile = Profile.load(folder / PROFILE)
+    except ProfileError as error:
+        log.warning("%s: training does not go on from %s", methods[0], error.message)
+        return nothing
+    if profile.info.model != open_source(folder).fingerprint:
+        log.warning("%s: training does not go on from %s: it is of another model", methods[0], folder / PROFILE)
+        return nothing
+    return [profile.learned(method) for method in methods]
+
+
+def learned_by_others(
+    folder: Path, method: str, weights: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
+    """What other methods learned for the model in `folder` that is of use to the one that `method` has made of it.
+
+    Warns of what was learned for weights that have changed since.
+
+    Args:
+        weights: fingerprint of the new model.
+
+    Returns:
+        Method → its record; and tensors, as a Profile names them.
+    """
+    path = folder / PROFILE
+    try:
+        info = read_info(path) if path.is_file() else None
+        others = [name for name in info.learned if name != method and _refit(name)] if info is not None else []
+        profile = Profile.load(path) if others else None
+    except ProfileError:
+        return {}, {}
+    if info is None or profile is None or info.model != open_source(folder).fingerprint:
+        return {}, {}
+    if info.model != weights:
+        for name in others:
+            log.warning(
+                "%s: the new Profile keeps what %s learned for the weights of before; `trimtab train NEW_MODEL %s` "
+                "fits it to the new ones", method, name, _refit(name),
+            )  # fmt: skip
+    tensors = {f"learned.{name}.{key}": value for name in others for key, value in profile.learned(name).items()}
+    return {name: dict(info.learned[name]) for name in others}, tensors
+
+
+def _refit(name: str) -> str | None:
+    return trainer_class(name).refit if name in METHOD_NAMES else None
