@@ -95,6 +95,9 @@ class Trainer(ABC):
     """What `run` ends in: a Profile of the given model, or the folder of a new one."""
     needs: ClassVar[frozenset[Need]]
     settings_class: ClassVar[type[Settings]]
+    refit: ClassVar[str | None] = None
+    """Options of `trimtab train` that fit what the method learned to weights which another method has tuned since; None
+    where it is of no use to other weights than those it was learned for."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Any = settings

@@ -13,6 +13,7 @@ from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
 from trimtab.passes.needs import DEFAULT
 from trimtab.passes.profile import PROFILE, Profile
+from trimtab.training.before import learned_by_others
 from trimtab.training.contract import Job
 
 
@@ -20,7 +21,7 @@ def write_profile(
     folder: Path, job: Job, method: str, record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
     """Write `profile.safetensors` into the folder of a new model: what `trimtab calibrate` would measure of it on the
-    training data, and what `method` learned.
+    training data, what `method` learned, and what other methods had learned for the model that it began with.
 
     Args:
         job: its recipe, if there is one, says how to calibrate and for which passes.
@@ -29,7 +30,10 @@ def write_profile(
     """
     calibration = job.recipe.calibration if job.recipe is not None else Calibration()
     needs = DEFAULT | (job.recipe.needs if job.recipe is not None else frozenset())
-    measured = measured_profile(open_source(folder), job.dataset, calibration, needs=needs, progress=job.progress)
-    learned = measured.info.learned | {method: dict(record)}
+    source = open_source(folder)
+    measured = measured_profile(source, job.dataset, calibration, needs=needs, progress=job.progress)
+    records, others = learned_by_others(Path(job.model), method, source.fingerprint)
+    learned = measured.info.learned | records | {method: dict(record)}
     named = {f"learned.{method}.{name}": value for name, value in tensors.items()}
-    Profile(measured.info.model_copy(update={"learned": learned}), measured.tensors | named).save(folder / PROFILE)
+    info = measured.info.model_copy(update={"learned": learned})
+    Profile(info, measured.tensors | others | named).save(folder / PROFILE)

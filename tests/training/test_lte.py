@@ -25,7 +25,7 @@ from trimtab.training.lte.control import Controller, density_of, fit_cut, trim
 from trimtab.training.lte.layerwise import ACTIVATIONS
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
 from trimtab.training.lte.routed import Routed
-from trimtab.training.lte.routers import Router, choose
+from trimtab.training.lte.routers import Router, Routing, choose
 from trimtab.training.lte.settings import Settings
 
 SEED = int(np.random.default_rng().integers(1 << 30))
@@ -129,6 +129,26 @@ def test_hard_masks_are_the_routed_model_of_the_profile(family: str, select: str
         shares.append(picked.mean())
     assert 0.1 < np.mean(shares) < 0.9
     assert ("threshold" in tensors) == (select == "threshold") and len(tensors) == 2 * len(ffns) + 1
+
+
+@pytest.mark.parametrize("select", ["threshold", "cumulative"])
+def test_routers_of_a_profile_are_at_work_in_another_training(select: str) -> None:
+    """As they were in their own, frozen: any model of these weights computes the groups that they choose."""
+    model, ffns = routed("bert", select=select)
+    model.routing.cut.fill_(0.3 if select == "threshold" else 0.6)
+    given = {name: value for name, value in batch("bert").items() if name != "labels"}
+    seen(model, ffns, "hard", batch("bert"))
+    fresh = copy.deepcopy(zoo.tiny_model("bert")).eval()
+    again = Routing.of(find_ffns(fresh, find_anatomy(onnx_source("bert").graph()).ffns), model.routing.tensors())
+    logits = fresh(**given).logits
+    assert again.logits.keys() == model.routing.logits.keys() and len(again.logits) == len(ffns)
+    for layer, found in again.logits.items():
+        same = again.chosen(found) == model.routing.chosen(model.routing.logits[layer])
+        assert same.float().mean() > 0.98 and 0.05 < again.chosen(found).float().mean() < 0.95
+        assert not found.requires_grad
+    again.mode = "dense"
+    assert (fresh(**given).logits - logits).abs().max() > 1e-4
+    assert copy.deepcopy(fresh)(**given).logits.shape == logits.shape
 
 
 def test_each_activation_has_its_name() -> None:

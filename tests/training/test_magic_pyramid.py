@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from heads import head_model, pair_tokenizer
+from routes import profile_with, random_routers
 from safetensors.numpy import save_file
 
+from trimtab.compiler import compile_model
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import read_checkpoint
@@ -20,6 +22,7 @@ from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import class_labels
 from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
 from trimtab.passes.profile import Profile, ProfileInfo
+from trimtab.training.before import learned_by_others
 from trimtab.training.clock import Clock
 from trimtab.training.magic_pyramid import learn
 from trimtab.training.magic_pyramid.pyramid import Pyramid
@@ -176,6 +179,41 @@ def test_a_pyramid_learns_more(tmp_path: Path) -> None:
     for name, value in learned[0].items():
         if ".out." not in name:  # its temperature is fitted again
             np.testing.assert_allclose(learned[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_routed_model_keeps_its_routers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are at work while exits learn, go along in the Profile, and are told of once the weights have changed."""
+    folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
+    source = open_source(folder)
+    routers = random_routers(source.graph(), np.random.default_rng(SEED))
+    profile = profile_with(routers)
+    record: dict[str, Any] = {"lte": {"routers": True}, "recover": {}}
+    profile.info = profile.info.model_copy(update={"model": source.fingerprint, "learned": record})
+    profile.tensors["learned.recover.w"] = np.zeros(1, np.float32)
+    profile.save(folder / "profile.safetensors")
+    trained: list[Pyramid] = []
+    write = learn.write_result
+    monkeypatch.setattr(learn, "write_result", lambda pyramid, *rest: (trained.append(pyramid), write(pyramid, *rest)))
+    settings = QUICK | {"fine_tune": 0, "soft": 0, "hard": 0, "keep": 0.6, "steps": 2}
+    recipe = {"passes": [], "calibration": {"samples": 16, "states": 32}}
+    train("magic-pyramid", folder, texts, tmp_path / "new", settings=settings, recipe=recipe)
+    assert trained[0].routing is not None and trained[0].routing.logits and trained[0].routing.mode == "hard"
+    made = Profile.load(tmp_path / "new" / "profile.safetensors")
+    assert made.info.learned["lte"] == record["lte"] and "magic-pyramid" in made.info.learned
+    assert {name: value.tolist() for name, value in made.learned("lte").items()} == {
+        name: value.tolist() for name, value in routers.items()
+    }
+    assert "thresholds" in made.learned("magic-pyramid") and not made.learned("recover")
+    assert not [each for each in caplog.records if "weights of before" in each.message]
+    methods = [{"token-prune": {}}, {"ffn-route": {"most": 1.0}}, "early-exit", {"dynamic-int8": {"scales": "row"}}]
+    build = compile_model(tmp_path / "new", {"passes": ["unpad", *methods], "threads": 1}, tmp_path / "build")
+    assert {dial.name for dial in build.manifest.dials} == {"prune", "route_threshold", "exit_threshold"}
+    assert all(result.changed for result in build.manifest.passes)
+    learned_by_others(tmp_path / "new", "topk", "others")
+    told = [each.message for each in caplog.records if "weights of before" in each.message]
+    assert len(told) == 2 and "--method lte" in told[0] + told[1]
 
 
 @pytest.mark.parametrize("fault", ["no profile", "cut", "NaN", "other weights"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -103,6 +103,27 @@ class Routing(nn.Module):
             ffn.up.module.register_forward_pre_hook(partial(self._read, str(ffn.layer)))
             ffn.down.register_forward_pre_hook(partial(self._mask, str(ffn.layer)))
 
+    @classmethod
+    def of(cls, ffns: Sequence[FFNModules], learned: Mapping[str, np.ndarray]) -> Routing:
+        """Routers that were learned before, frozen and at work: hard masks.
+
+        Args:
+            learned: as `tensors` gives them; FFNs without a router compute all groups.
+        """
+        routed = [ffn for ffn in ffns if f"router.{ffn.layer}.weight" in learned]
+        by_threshold = "threshold" in learned
+        group = routed[0].d_ff // len(learned[f"router.{routed[0].layer}.bias"]) if routed else 1
+        routing = cls(routed, group, "threshold" if by_threshold else "cumulative")
+        cut = torch.from_numpy(learned["threshold" if by_threshold else "cumulative"])[0]
+        routing.cut.copy_(cut.logit() if by_threshold else cut)
+        for layer, router in routing.routers.items():
+            assert isinstance(router, Router)
+            router.scale.fill_(1.0)
+            router.weight.data.copy_(torch.from_numpy(learned[f"router.{layer}.weight"]))
+            router.bias.data.copy_(torch.from_numpy(learned[f"router.{layer}.bias"]))
+        routing.mode = "hard"
+        return routing.requires_grad_(False)
+
     def begin(self) -> None:
         """Forget the last forward pass."""
         self.logits = {}
@@ -131,7 +152,8 @@ class Routing(nn.Module):
 
     def _read(self, layer: str, up: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.mode != "dense":
-            self.logits[layer] = self.routers[layer](inputs[0])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode == "soft"):
+                self.logits[layer] = self.routers[layer](inputs[0])
 
     def _mask(self, layer: str, down: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if self.mode == "dense":

@@ -14,6 +14,7 @@ class LTE(contract.Trainer):
     name: ClassVar[str] = "lte"
     summary: ClassVar[str] = "Train routers that choose the FFN neurons each token needs, and the model with them."
     makes = "model folder"
+    refit: ClassVar[str | None] = "--method lte"
     needs: ClassVar[frozenset[contract.Need]] = frozenset({"folder"})
     settings_class: ClassVar[type[contract.Settings]] = Settings
 

@@ -12,19 +12,24 @@ import numpy as np
 from transformers import EvalPrediction, set_seed
 
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.folder import token_limit
+from trimtab.passes.anatomy import find_anatomy, require_ffns
 from trimtab.passes.errors import ModelError
+from trimtab.passes.ffn_route.routers import METHOD as ROUTED
 from trimtab.passes.profile import PROFILE
+from trimtab.training.before import load_learned
 from trimtab.training.contract import Job, Trained
 from trimtab.training.huggingface import is_first_process, prepare
-from trimtab.training.magic_pyramid.before import METHOD, load_learned
+from trimtab.training.linears import find_ffns
+from trimtab.training.lte.routers import Routing
 from trimtab.training.magic_pyramid.encoder import load_classifier, open_tokenizer_folder
 from trimtab.training.magic_pyramid.judge import judge, row
 from trimtab.training.magic_pyramid.pyramid import Pyramid
 from trimtab.training.magic_pyramid.quantiles import fit_thresholds
 from trimtab.training.magic_pyramid.result import summary, write_result
-from trimtab.training.magic_pyramid.settings import STAGES, Settings
+from trimtab.training.magic_pyramid.settings import METHOD, STAGES, Settings
 from trimtab.training.stages import Stages, begin, told
 from trimtab.training.texts import labelled
 
@@ -54,7 +59,11 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     )  # fmt: skip
     assert examples.lengths is not None
     pyramid = Pyramid(classifier.model, settings, float(examples.lengths.mean()))
-    pyramid.go_on(load_learned(checkpoint.folder))
+    learned, routers = load_learned(checkpoint.folder, METHOD, ROUTED)
+    pyramid.go_on(learned)
+    if routers:
+        ffns = require_ffns(find_anatomy(open_source(job.model, allow_pickle=job.allow_pickle).graph()))
+        pyramid.routing = Routing.of(find_ffns(classifier.model, ffns), routers)
     if settings.hard and not pyramid.prunes:
         raise ModelError(
             f"{checkpoint.folder}: hard has no thresholds to prune by: its {PROFILE} is damaged or of other weights",

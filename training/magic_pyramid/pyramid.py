@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimtab.training.losses import divergence
+from trimtab.training.lte.routers import Routing
 from trimtab.training.magic_pyramid.encoder import layers_of
 from trimtab.training.magic_pyramid.exits import make_exit
 from trimtab.training.magic_pyramid.pruning import Mode, Pruning, attach
@@ -35,6 +36,7 @@ class Pyramid(nn.Module):
             of the first if `settings.entrance`.
         layers: number of layers.
         stage: see `enter`.
+        routing: routers that were learned before, at work in all stages; None where there are none.
         teacher: a model whose answers the soft and the hard stage learn from.
     """
 
@@ -54,6 +56,7 @@ class Pyramid(nn.Module):
         )
         self._had_thresholds = False
         self.stage, self._states = "fine_tune", list[tuple[Tensor, Tensor]]()
+        self.routing: Routing | None = None
         self._teacher: list[Pyramid] = []  # in a list: it is no part of what is saved
         attach(model, [layer.attention for layer in layers], self.pruning)
         for layer in layers:
@@ -85,6 +88,8 @@ class Pyramid(nn.Module):
     def teach(self, teacher: Pyramid) -> None:
         """Learn in the soft and the hard stage from the dense answers of `teacher`, too."""
         teacher.enter("fine_tune", pruned=False)
+        if teacher.routing is not None:
+            teacher.routing.mode = "dense"
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def enter(self, stage: str, *, pruned: bool) -> None:

@@ -12,9 +12,9 @@ from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.passes.profile import PROFILE
 from trimtab.training.contract import Job
 from trimtab.training.folder import new_folder, save_model
-from trimtab.training.magic_pyramid.before import METHOD
 from trimtab.training.magic_pyramid.encoder import open_tokenizer_folder
 from trimtab.training.magic_pyramid.pruning import detach
+from trimtab.training.magic_pyramid.settings import METHOD
 from trimtab.training.profiled import write_profile
 
 if TYPE_CHECKING:

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from trimtab.training.contract import Settings as Common
 
+METHOD = "magic-pyramid"
+
 STAGES = ("fine_tune", "soft", "hard", "exits")
 """In the order they run. Each is a share of the run, and is left out at 0."""
 

@@ -7,16 +7,17 @@ from typing import ClassVar
 
 from trimtab.passes.errors import ProfileError, RecipeError
 from trimtab.training import contract
-from trimtab.training.magic_pyramid.before import learned_before
-from trimtab.training.magic_pyramid.settings import Settings
+from trimtab.training.before import learned_before
+from trimtab.training.magic_pyramid.settings import METHOD, Settings
 
 
 class MagicPyramid(contract.Trainer):
     """Trains a classifier of texts whose unimportant tokens leave on the way up, and whose samples leave once sure."""
 
-    name: ClassVar[str] = "magic-pyramid"
+    name: ClassVar[str] = METHOD
     summary: ClassVar[str] = "Train a classifier of texts to prune tokens by learned thresholds, and to exit early."
     makes = "model folder"
+    refit: ClassVar[str | None] = "--method magic-pyramid --soft 0 --hard 0"
     needs: ClassVar[frozenset[contract.Need]] = frozenset({"folder", "labels"})
     settings_class: ClassVar[type[contract.Settings]] = Settings
 
@@ -31,7 +32,7 @@ class MagicPyramid(contract.Trainer):
             return
         hint = "set hard to 0 too, or give keep, or a model that this method has trained before"
         try:
-            learned = learned_before(Path(job.model))
+            learned = learned_before(Path(job.model), METHOD)
         except ProfileError as error:
             message = f"magic-pyramid: hard has no thresholds to prune by: {error.message}"
             raise ProfileError(message, hint=hint) from error
