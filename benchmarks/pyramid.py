@@ -15,7 +15,7 @@ import gzip
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +51,7 @@ PEERS = ("dense-fp32", "dense-int8", "openvino-fp32", "openvino-bf16")
 GRID = {
     "prune": (0.0, 0.5, 1.0, 1.4),
     "exit_threshold": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.75),
+    "route_threshold": (0.5,),
 }
 
 PYRAMID = ["unpad", "token-prune", "early-exit"]
@@ -73,11 +74,14 @@ class Task:
     """A task's data, and its dense model.
 
     Attributes:
+        dev: how many texts choose dials.
         folds: texts that choose dials, and those that judge them.
     """
 
     def __init__(self, name: str, shared: Path, dense: Path, work: Path) -> None:
         self.name, self.tokens = name, TOKENS[name]
+        self.is_long = self.tokens > 128
+        self.dev = DEV // 2 if self.is_long else DEV
         lines = gzip.decompress((shared / "data" / name / "train.jsonl.gz").read_bytes()).splitlines(keepends=True)
         self.train, self.test = work / "train.jsonl", shared / "data" / name / "test.jsonl.gz"
         self.train.write_bytes(b"".join(lines[:-DEV]))
@@ -138,17 +142,57 @@ def of_dense(model: Path, given: Batches) -> int:
     return flops
 
 
-def choose(engine: Engine, count: Counter, given: Batches, drop: float) -> dict[str, float]:
-    """The dials of fewest FLOPs among those whose accuracy is at most `drop` points below the exact setting's."""
+def choose(
+    engine: Engine, count: Counter, given: Batches, drop: float, exact: float | None = None,
+    values: Mapping[str, Sequence[float]] = GRID,
+) -> dict[str, float]:  # fmt: skip
+    """The dials of fewest FLOPs among those whose accuracy is at most `drop` points below `exact`.
+
+    Args:
+        exact: accuracy on `given`; by default that of the build at its exact setting.
+        values: dial → values that are tried, beside its exact one.
+    """
 
     def measure(dials: dict[str, float]) -> tuple[int, float]:
         cost, accuracy = executed(count, engine, given, dials)
         return cost.flops, accuracy
 
-    points = list(walk(grid(engine.dials, {dial.name: GRID[dial.name] for dial in engine.dials}), measure).values())
-    chosen = cheapest(points, points[0].score - drop)
-    assert chosen is not None
+    points = list(walk(grid(engine.dials, {dial.name: values[dial.name] for dial in engine.dials}), measure).values())
+    least = (points[0].score if exact is None else exact) - drop
+    chosen = cheapest(points, least) or max(points, key=lambda point: point.score)
     return chosen.dials
+
+
+def recipe_of(task: Task, passes: Sequence[Any]) -> dict[str, Any]:
+    """`passes`, for texts alone and in batches of 32, on two threads."""
+    return {"passes": list(passes), "threads": 2, "workload": {"batch": [1, 1, 32], "tokens": [1, 64, task.tokens]}}
+
+
+def add_times(
+    task: Task, runs: Mapping[str, Run], engines: Mapping[str, dict[str, Any]], seconds: float
+) -> dict[int, float]:  # fmt: skip
+    """Time `runs` in turns, on texts of the test set as they come, and put the times into `engines`.
+
+    Args:
+        engines: by the names of `runs`, of which one is "dense-fp32".
+        seconds: for each batch size; 0 times nothing.
+
+    Returns:
+        Batch size → share of padding.
+    """
+    padding: dict[int, float] = {}
+    for size, many in (TIMED if seconds else {}).items():
+        many = many // 2 if task.is_long else many
+        given = [feeds for feeds, _ in task.feeds(task.test, size, size * many)]
+        padding[size] = 1 - float(np.concatenate([feeds["attention_mask"].ravel() for feeds in given]).mean())
+        timings = interleave(
+            {name: partial(_all, run, given) for name, run in runs.items()}, seconds=seconds, block=1, warmup=1,
+            rest=REST_S,
+        )  # fmt: skip
+        for name, timing in timings.items():
+            engines[name][f"ms_{size}"] = timing.median_ms / many
+            engines[name][f"vs_fp32_{size}"] = timings["dense-fp32"].median_ms / timing.median_ms
+    return padding
 
 
 def train(task: Task, shared: Path, out: Path, minutes: float, say: Callable[[str], None]) -> Path:
@@ -207,11 +251,7 @@ def measure(
     work: Path, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy, FLOPs and time of variants, and of the dense model in several runtimes."""
-    long = task.tokens > 128
-    folds = [
-        (list(task.feeds(dev, 32, DEV // 2 if long else DEV)), list(task.feeds(test, 32, texts)))
-        for dev, test in task.folds
-    ]
+    folds = [(list(task.feeds(dev, 32, task.dev)), list(task.feeds(test, 32, texts))) for dev, test in task.folds]
     test = [batch for _, judging in folds for batch in judging]
     onnx = task.dense.onnx
     runs: dict[str, Run] = {name: open_peer(name, onnx, 2) for name in PEERS}
@@ -221,8 +261,7 @@ def measure(
         engines[name] = {"accuracy": judge(run, test), "flops": 1.0}
     for name, passes in variants.items():
         say(f"{task.name}: {name}")
-        recipe = {"passes": passes, "threads": 2, "workload": {"batch": [1, 1, 32], "tokens": [1, 64, task.tokens]}}
-        build = compile_model(pyramid, recipe, work / "build", force=True)
+        build = compile_model(pyramid, recipe_of(task, passes), work / "build", force=True)
         engine, count = load(build.path), Counter(build.model, 2)
         dials: list[dict[str, float]] = [{}] * len(folds)
         if engine.dials:
@@ -241,19 +280,7 @@ def measure(
         if name == "both":
             of_both, engines[name]["exact_accuracy"] = dials, judge(partial(engine.run, speed=0), test)
         say(f"  accuracy {accuracy:.2f} (dense {reached:.2f}), FLOPs {less:.2f} times fewer, {dials}")
-    padding = {}
-    for size, many in (TIMED if seconds else {}).items():
-        many = many // 2 if long else many
-        given = [feeds for feeds, _ in task.feeds(task.test, size, size * many)]
-        padding[size] = 1 - float(np.concatenate([feeds["attention_mask"].ravel() for feeds in given]).mean())
-        timings = interleave(
-            {name: partial(_all, run, given) for name, run in runs.items()}, seconds=seconds, block=1, warmup=1,
-            rest=REST_S,
-        )  # fmt: skip
-        for name, timing in timings.items():
-            engines[name][f"ms_{size}"] = timing.median_ms / many
-            engines[name][f"vs_fp32_{size}"] = timings["dense-fp32"].median_ms / timing.median_ms
-    return {"padding": padding, "engines": engines}
+    return {"padding": add_times(task, runs, engines, seconds), "engines": engines}
 
 
 def _all(run: Run, given: list[dict[str, Any]]) -> None:
