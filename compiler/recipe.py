@@ -94,12 +94,12 @@ class Recipe(BaseModel):
     @property
     def needs_profile(self) -> list[str]:
         """Names of the passes that look at calibration data."""
-        return [step.name for step in self.passes if step.needs]
+        return [step.name for step in self.passes if step.needed()]
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the passes take from the Profile."""
-        return frozenset().union(*(step.needs for step in self.passes))
+        return frozenset().union(*(step.needed() for step in self.passes))
 
     def canonical(self) -> str:
         """The same text for the same recipe, however it was written: with every default filled in, as sorted JSON."""

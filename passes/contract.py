@@ -185,6 +185,10 @@ class Pass(BaseModel, ABC):
         """Numbers by which what the pass makes is turned while it runs; `run` adds them with `context.add_dial`."""
         return ()
 
+    def needed(self) -> frozenset[Need]:
+        """What the pass takes from the Profile with the options that it has: `needs`, where no option changes it."""
+        return self.needs
+
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         """Check that the Profile has what the pass needs, as far as recipe and Profile tell: before anything long runs.
 
@@ -196,7 +200,7 @@ class Pass(BaseModel, ABC):
             NotLearnedError: the weights that the pass needs are not there, or belong behind other passes.
             ProfileError: `profile` is given, and was not calibrated for the pass.
         """
-        for need in sorted(self.needs, key=repr):
+        for need in sorted(self.needed(), key=repr):
             need.check(profile)
 
     def unfit(self, capability: Capability) -> str | None:

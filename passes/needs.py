@@ -48,6 +48,13 @@ class Measured(Need):
 class FFNStates(Measured):
     """Of each FFN a sample of its inputs and the sums over its activations: `Profile.ffn`."""
 
+    def is_in(self, profile: Profile) -> bool:
+        return any(name.startswith("ffn.") and name.endswith(".states") for name in profile.tensors)
+
+    @property
+    def what(self) -> str:
+        return "states of FFNs"
+
 
 @dataclass(frozen=True)
 class HeadStates(Measured):

@@ -83,7 +83,7 @@ def _profile(
     """The Profile to add to: the one given, else that in the model's folder, if it has what another method learned."""
     if plan is None or "profile" not in kind.needs:
         return Profile.load(profile) if isinstance(profile, Path | str) else profile
-    others = tuple(step for step in plan.passes if Learned(kind.name) not in step.needs)
+    others = tuple(step for step in plan.passes if Learned(kind.name) not in step.needed())
     return choose_profile(profile, model, plan.model_copy(update={"passes": others}), data=True).profile
 
 

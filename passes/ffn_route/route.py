@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field
 
@@ -18,10 +17,21 @@ from trimtab.passes.ffn_route.cumulative import shares_before
 from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import FFNWeights
-from trimtab.passes.needs import Learned, Need
+from trimtab.passes.layer import FFNWeights, read_layer
+from trimtab.passes.needs import FFNStates, Learned, Need
 from trimtab.passes.profile import Profile
-from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, TokenDial, unfit
+from trimtab.passes.sparse_ffn import (
+    Rest,
+    RestNodes,
+    RestOption,
+    RowForm,
+    Rows,
+    SparseFFN,
+    TokenDial,
+    fit_rest,
+    report_rest,
+    unfit,
+)
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 
@@ -34,6 +44,8 @@ class FFNRoute(Pass):
 
     A router is a linear layer on the FFN's input. A group is computed where sigmoid of its output is not below the
     dial, and the best one always. `trimtab train --method lte` learns routers and fits the model to them.
+    A `rest` adds a low-rank map of the input that stands for the groups that a token leaves out; it is fitted to the
+    dense outputs at the dial's default.
     Exact end of the dial: at 0 all groups are computed.
     """
 
@@ -59,7 +71,13 @@ class FFNRoute(Pass):
     most: float | None = Field(
         None, gt=0, le=1, description="FFNs that compute more on average stay dense; where that is slower, if not given"
     )
+    rest: RestOption | None = Field(
+        None, description="{rank: r}: a low-rank affine map of the input in place of the groups that are left out"
+    )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
+
+    def needed(self) -> frozenset[Need]:
+        return self.needs | ({FFNStates()} if self.rest is not None else frozenset())
 
     def dials(self) -> tuple[Dial, ...]:
         return (self._dial(_USUAL),)
@@ -104,6 +122,7 @@ class FFNRoute(Pass):
         dial = self._dial(routers.default)
         tensor = context.add_dial(graph, dial)
         emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers)
+        done = 0
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
         for group in by_weights(wanted):
@@ -118,11 +137,17 @@ class FFNRoute(Pass):
                 if reason is None and router is not None:
                     density = self._density(ffn, router, routers, profile, dial.default)
                     reason = self._not_worth(ffn, router, density, len(wanted), context)
-                made = emit.replace(ffn, group[0], router, density) if reason is None and router is not None else reason
+                made: dict[str, Any] | str | None = reason
+                if reason is None and router is not None:
+                    rest = self._rest(ffn, router, routers, profile, dial.default)
+                    made = emit.replace(ffn, group[0], router, density, rest)
                 if isinstance(made, dict):
                     rows.append(made)
                 else:
                     left.append(Left(ffn.where, str(made)))
+                done += 1
+                if context.progress is not None:
+                    context.progress("route neurons", done, len(wanted))
         rewritten = {row["layer"] for row in rows}
         untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
         rows.sort(key=lambda row: row["layer"])
@@ -134,8 +159,22 @@ class FFNRoute(Pass):
         states = profile.states(ffn.layer)
         if not len(states) or states.shape[1] != ffn.d_model:
             return None
-        chosen = routers.chosen(router.scores(states), cut)
-        return float(np.minimum(chosen.sum(1), self.taken(router)).mean() / router.groups)
+        return float(routers.chosen(router.scores(states), cut, self.taken(router)).mean())
+
+    def _rest(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> Rest | None:
+        """What stands for the groups that are left out at `cut`; None if none is asked for, or it would win nothing.
+
+        Of FFNs that share their weights each has its own, as it has its own router.
+
+        Raises:
+            ProfileError: there are no states of the FFN.
+        """
+        if self.rest is None:
+            return None
+        taken = self.taken(router)
+        return fit_rest(
+            read_layer(ffn, profile), lambda x: routers.chosen(router.scores(x), cut, taken), self.rest.rank
+        )
 
     def taken(self, router: Router) -> int:
         """The most groups of one token."""
@@ -171,7 +210,9 @@ class _Emit:
         self._rows = Rows(step.weights)
         self._made: dict[tuple[int, int], SparseFFN] = {}
 
-    def replace(self, ffn: FFN, first: FFN, router: Router, density: float | None) -> dict[str, Any] | str:
+    def replace(
+        self, ffn: FFN, first: FFN, router: Router, density: float | None, rest: Rest | None
+    ) -> dict[str, Any] | str:
         """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
         block, k = ffn.d_ff // router.groups, step.taken(router)
@@ -187,19 +228,28 @@ class _Emit:
             name = f"{step.name}/layer.{ffn.layer}"
             self._made[key] = SparseFFN(first, FFNWeights(first), self._rows, block, name)
         sparse = self._made[key]
+        dense_above = -1 if step.dense_above is None else step.dense_above
         chosen = add_node(
             graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,
-            dense_above=-1 if step.dense_above is None else step.dense_above,
+            dense_above=dense_above,
         )  # fmt: skip
-        sparse.put(graph, ffn, chosen, at, at_most=True)
+        stand_in = None
+        if rest is not None:
+            stand_in = RestNodes(
+                rest, f"{at}/rest", blocks=router.groups, taken=k, at_most=True, dense_above=dense_above
+            )
+        sparse.put(graph, ffn, chosen, at, at_most=True, rest=stand_in)
+        beside = router.nbytes + (rest.nbytes if rest is not None else 0)
         row: dict[str, Any] = {
             "layer": ffn.layer, "neurons": ffn.d_ff, "groups": router.groups, "of_each_group": block, "cap": k * block,
-            "router_bytes": router.nbytes, "bytes": router.nbytes + round(once * sparse.nbytes),
+            "router_bytes": router.nbytes, "bytes": beside + round(once * sparse.nbytes),
             "dense_bytes": once * 4 * ffn.params,
         }  # fmt: skip
         if density is not None:
             row |= {
                 "density": round(density, 4),
-                "read_bytes": round(router.nbytes + sparse.read_bytes(density * router.groups)),
+                "read_bytes": round(beside + sparse.read_bytes(density * router.groups)),
             }
+        if step.rest is not None:
+            row |= report_rest(rest)
         return row | ({} if once else {"weights_of": first.layer})

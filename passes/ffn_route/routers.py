@@ -123,18 +123,23 @@ class Routers:
                     hint=_HINT,
                 )
 
-    def chosen(self, scores: np.ndarray, cut: float) -> np.ndarray:
+    def chosen(self, scores: np.ndarray, cut: float, most: int | None = None) -> np.ndarray:
         """Which groups are computed, bool, of scores [tokens, groups].
 
         Args:
             cut: value of the dial.
+            most: groups of one token, the best; no bound, if not given.
         """
-        best = np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
-        if self.threshold is not None:
-            return (scores >= cut) | best
         order = np.argsort(-scores, axis=1, kind="stable")
         ordered = np.take_along_axis(scores, order, 1)
-        left = np.cumsum(ordered[:, ::-1], 1)[:, ::-1]
-        found = np.zeros_like(best)
-        np.put_along_axis(found, order, left / left[:, :1] >= cut, 1)
-        return found | best
+        reached = ordered
+        if self.threshold is None:
+            left = np.cumsum(ordered[:, ::-1], 1)[:, ::-1]
+            reached = left / left[:, :1]
+        taken = reached >= cut
+        taken[:, 0] = True
+        if most is not None:
+            taken[:, most:] = False
+        found = np.zeros_like(taken)
+        np.put_along_axis(found, order, taken, 1)
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,9 +27,20 @@ from trimtab.passes.ffn_threshold.quantiles import (
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import Layer, read_layer
+from trimtab.passes.layer import FFNWeights, Layer, read_layer
 from trimtab.passes.needs import FFNStates, Need
-from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, TokenDial, unfit
+from trimtab.passes.sparse_ffn import (
+    Rest,
+    RestNodes,
+    RestOption,
+    RowForm,
+    Rows,
+    SparseFFN,
+    TokenDial,
+    fit_rest,
+    report_rest,
+    unfit,
+)
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 
@@ -45,7 +56,8 @@ class Choice:
         table: thresholds, as `quantiles.thresholds` has them.
         threshold: that of the sparsity asked for.
         sparsity: share of the neurons that is left out, on held-out states.
-        error: squared error of the outputs on held-out states, relative to their variance.
+        error: squared error of the outputs on held-out states, relative to their variance, without the rest.
+        rest: what stands for the neurons that are left out.
     """
 
     sizes: Sizes
@@ -53,6 +65,7 @@ class Choice:
     threshold: float
     sparsity: float
     error: float
+    rest: Rest | None = None
 
 
 class FFNThreshold(Pass):
@@ -61,6 +74,7 @@ class FFNThreshold(Pass):
     Of gated FFNs the gate is computed whole, and neurons are left out of up and down (CATS, arXiv 2404.08763). Of the
     others up is computed whole, and neurons are left out of down (TEAL, arXiv 2408.14690). Thresholds are quantiles on
     calibration data; nothing is trained.
+    A `rest` adds a low-rank map of the input that stands for the neurons that a token leaves out.
     Exact end of the dial: at 0 all neurons are computed.
     """
 
@@ -95,6 +109,9 @@ class FFNThreshold(Pass):
     most: float | None = Field(
         None, gt=0, le=1, description="FFNs that compute more on average stay dense; where that is slower, if not given"
     )
+    rest: RestOption | None = Field(
+        None, description="{rank: r}: a low-rank affine map of the input in place of the neurons that are left out"
+    )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
     def dials(self) -> tuple[Dial, ...]:
@@ -119,7 +136,7 @@ class FFNThreshold(Pass):
         profile = context.measured()
         raise_opset(graph, OPSET)
         left: list[Left] = []
-        plans: list[tuple[Sequence[FFN], Layer, Choice]] = []
+        plans: list[tuple[Sequence[FFN], Choice]] = []  # without the layers, whose activations are large
         done = 0
         for group in by_weights(wanted):
             reason = unfit(group[0], self.block, self.weights)
@@ -128,7 +145,7 @@ class FFNThreshold(Pass):
                 choice = self._choose(layer)
                 reason = self._not_worth(group[0], choice, len(wanted), context)
                 if reason is None:
-                    plans.append((group, layer, choice))
+                    plans.append((group, replace(choice, rest=self._rest(layer, choice))))
             if reason is not None:
                 left += [Left(ffn.where, reason) for ffn in group]
             done += len(group)
@@ -166,6 +183,17 @@ class FFNThreshold(Pass):
         y = (layer.h_held * np.repeat(taken, self.block, 1)) @ layer.down
         return Choice(sizes, table, threshold, 1 - float(taken.mean()), layer.error(y))
 
+    def _rest(self, layer: Layer, choice: Choice) -> Rest | None:
+        """What stands for the neurons that are left out; None if nothing is to, or it would win nothing."""
+        if self.rest is None:
+            return None
+        most = self.taken(layer.ffn.d_ff // self.block)
+        return fit_rest(
+            layer,
+            lambda x: chosen(choice.sizes.of(first_activations(layer, x)), choice.threshold, most),
+            self.rest.rank,
+        )
+
     def _not_worth(self, ffn: FFN, choice: Choice, layers: int, context: PassContext) -> str | None:
         """Why the FFN stays dense, or None."""
         density = 1 - choice.sparsity
@@ -185,18 +213,18 @@ class FFNThreshold(Pass):
         )
 
     def _rewrite(
-        self, graph: gs.Graph, plans: Sequence[tuple[Sequence[FFN], Layer, Choice]], left: list[Left],
+        self, graph: gs.Graph, plans: Sequence[tuple[Sequence[FFN], Choice]], left: list[Left],
         context: PassContext,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Put the sparse ops in the place of FFNs; returns what the report says of each, and adds to `left`."""
         (dial,) = self.dials()
         tensor = context.add_dial(graph, dial)
-        levels = Levels(graph, [choice.table for _, _, choice in plans], f"{self.name}/levels")
+        levels = Levels(graph, [choice.table for _, choice in plans], f"{self.name}/levels")
         emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), levels)
         rows = []
-        for place, (group, layer, choice) in enumerate(plans):
+        for place, (group, choice) in enumerate(plans):
             for ffn in group:
-                made = emit.replace(ffn, layer, choice, place)
+                made = emit.replace(ffn, group[0], choice, place)
                 if isinstance(made, str):
                     left.append(Left(ffn.where, made))
                 else:
@@ -210,36 +238,46 @@ class _Emit:
     def __init__(self, step: FFNThreshold, graph: gs.Graph, dial: TokenDial, levels: Levels) -> None:
         self._step, self._graph, self._dial, self._levels = step, graph, dial, levels
         self._rows = Rows(step.weights)
-        self._made: dict[int, SparseFFN] = {}
+        self._made: dict[int, tuple[SparseFFN, RestNodes | None]] = {}
 
-    def replace(self, ffn: FFN, layer: Layer, choice: Choice, place: int) -> dict[str, Any] | str:
-        """Rewrite `ffn`, which has the weights of `layer`; returns what the report says, or why it stays."""
+    def replace(self, ffn: FFN, first: FFN, choice: Choice, place: int) -> dict[str, Any] | str:
+        """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
+        blocks, rest = ffn.d_ff // step.block, choice.rest
+        k = step.taken(blocks)
+        dense_above = -1 if step.dense_above is None else step.dense_above
         once = place not in self._made
         if once:
-            name = f"{step.name}/layer.{layer.ffn.layer}"
-            self._made[place] = SparseFFN(layer.ffn, layer, self._rows, step.block, name, first_whole=True)
-        sparse = self._made[place]
+            name, stand_in = f"{step.name}/layer.{first.layer}", None
+            if rest is not None:
+                stand_in = RestNodes(
+                    rest, f"{name}/rest", blocks=blocks, taken=k, at_most=True, dense_above=dense_above
+                )
+            made = SparseFFN(first, FFNWeights(first), self._rows, step.block, name, first_whole=True)
+            self._made[place] = made, stand_in
+        sparse, stand_in = self._made[place]
         assert sparse.first is not None
         activations = sparse.first.emit(graph, ffn, at)
         sizes = self._sizes(activations, choice.sizes, at)
         above = self._dial.taken_off(sizes, ffn.x, at, lambda dial: self._levels.at(dial, place, at))
         if isinstance(above, str):
             return above
-        blocks = ffn.d_ff // step.block
-        k = step.taken(blocks)
         numbers = add_node(
             graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,
-            dense_above=-1 if step.dense_above is None else step.dense_above,
+            dense_above=dense_above,
         )  # fmt: skip
-        sparse.put(graph, ffn, numbers, at, at_most=True, activations=activations)
-        return {
+        sparse.put(graph, ffn, numbers, at, at_most=True, activations=activations, rest=stand_in)
+        beside = rest.nbytes if rest is not None else 0
+        row: dict[str, Any] = {
             "layer": ffn.layer, "neurons": ffn.d_ff, "of_each_block": step.block, "cap": k * step.block,
             "threshold": float(f"{choice.threshold:.4g}"), "sparsity": round(choice.sparsity, 4),
             "density": round(1 - choice.sparsity, 4), "error": round(choice.error, 4),
-            "read_bytes": round(sparse.read_bytes((1 - choice.sparsity) * blocks)),
-            "bytes": round(once * sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
-        } | ({} if once else {"weights_of": layer.ffn.layer})  # fmt: skip
+            "read_bytes": round(beside + sparse.read_bytes((1 - choice.sparsity) * blocks)),
+            "bytes": once * round(beside + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
+        }  # fmt: skip
+        if step.rest is not None:
+            row |= report_rest(rest, int(once))
+        return row | ({} if once else {"weights_of": first.layer})
 
     def _sizes(self, activations: gs.Variable, sizes: Sizes, at: str) -> gs.Variable:
         """Append the nodes that compute the sizes of the blocks, [..., blocks]."""

@@ -47,6 +47,18 @@ def most_important(truth: np.ndarray, k: int) -> np.ndarray:
     return found
 
 
+def best_of_shards(scores: np.ndarray, local: int, shards: int = 1) -> np.ndarray:
+    """Which blocks are among the `local` of highest score of their shard, bool [tokens, blocks].
+
+    Args:
+        shards: neighbouring parts of the blocks.
+    """
+    parts = scores.reshape(len(scores) * shards, -1)
+    found = np.zeros(parts.shape, bool)
+    np.put_along_axis(found, most_important(parts, local), True, axis=1)
+    return found.reshape(scores.shape)
+
+
 def smallest(found_at: np.ndarray, recall: float) -> int:
     """The least number of blocks to take so that the share `recall` of all wanted ones is among them."""
     ordered = np.sort(found_at, axis=None)

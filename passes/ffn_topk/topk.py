@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,41 +13,18 @@ from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slower
 from trimtab.passes.errors import RecipeError
+from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
-from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.passes.needs import FFNStates, Need
-from trimtab.passes.sparse_ffn import RowForm, Rows, SparseFFN, unfit
+from trimtab.passes.sparse_ffn import RestNodes, RestOption, RowForm, Rows, SparseFFN, fit_rest, report_rest, unfit
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was found for one FFN.
-
-    Attributes:
-        k: blocks wanted of each token; take: blocks computed, k' of the paper.
-        recall: share of the wanted ones among those computed, on held-out states.
-        shards: parts of the blocks, of which each takes its own best, all as many.
-    """
-
-    predictor: Predictor
-    k: int
-    take: int
-    recall: float
-    shards: int = 1
-
-    def by_shards(self, neurons: int, block: int) -> dict[str, Any]:
-        """For the report: neurons that each shard takes, and the recall if the wanted ones fell at random."""
-        local = self.take // self.shards
-        expected = expected_recall(neurons // block, self.k, self.shards, local)
-        return {"shards": self.shards, "of_each_shard": local * block, "expected_recall": round(expected, 4)}
 
 
 class FFNTopK(Pass):
@@ -57,6 +33,7 @@ class FFNTopK(Pass):
     Source: HiRE (arXiv 2402.09360). More neurons are taken than wanted (k' > k), so that a cheap predictor finds nearly
     all of the wanted ones; k' is the least that does so on held-out states. Layers that share weights share all of it,
     fitted and measured on the states of all of them.
+    A `rest` adds a low-rank map of the input that stands for what is left out, misses of the predictor among it.
     Exact end: density=1 with weights=fp32 computes the dense FFN.
     """
 
@@ -97,7 +74,17 @@ class FFNTopK(Pass):
     exact: bool = Field(
         False, description="of those computed keep the wanted ones alone, for models that were trained with the top-k"
     )
+    rest: RestOption | None = Field(
+        None,
+        description="{rank: r}: a low-rank affine map of the input in place of the neurons that are left out",
+    )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
+
+    @model_validator(mode="after")
+    def _leaves_out_what_was_trained(self) -> FFNTopK:
+        if self.exact and self.rest is not None:
+            raise ValueError("rest: exact is for models that were trained to do without what it would add")
+        return self
 
     @model_validator(mode="after")
     def _takes_enough(self) -> FFNTopK:
@@ -108,6 +95,8 @@ class FFNTopK(Pass):
     def bars(self, later: Pass) -> str | None:
         if later.name == "recover":
             return "training does not know the ops that it makes"
+        if self.rest is not None and later.name in ("unpad", "token-prune"):
+            return f"its rest counts the tokens of a call, which {later.name} changes; put {later.name} in front"
         alone = self.shared and later.name == "unpad"
         return "it makes one choice for all tokens of a call, padding among them" if alone else None
 
@@ -233,24 +222,31 @@ class FFNTopK(Pass):
         importance = constant(f"{name}/importance", norms(layer)) if self.exact else None
         sparse = SparseFFN(first, layer, weights, self.block, name)
         everything = choice.take == blocks
+        rest, stand_in = None, None
+        if self.rest is not None:
+            rest = fit_rest(layer, choice.computed, self.rest.rank)
+        if rest is not None:
+            stand_in = RestNodes(rest, f"{name}/rest", blocks=blocks, taken=choice.take, dense_above=above)
         every = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
         predict = None if everything else choice.predictor.store(f"{name}/predict", len(group))
         predictor = 0 if everything else choice.predictor.nbytes
+        beside = predictor + (rest.nbytes if rest is not None else 0)
         for ffn in group:
             at, once = f"{self.name}/layer.{ffn.layer}", int(ffn is first)
+            of_rest = {} if self.rest is None else report_rest(rest, once)
             chosen: gs.Tensor = every
             if predict is not None:
                 chosen = add_node(
                     graph, SELECT_BLOCKS, {"scores": predict(graph, ffn, f"{at}/predict")}, f"{at}/blocks",
                     k=choice.take, shared=int(self.shared), shards=choice.shards, dense_above=above,
                 )  # fmt: skip
-            sparse.put(graph, ffn, chosen, at, importance=importance, keep=keep)
+            sparse.put(graph, ffn, chosen, at, importance=importance, keep=keep, rest=stand_in)
             yield {
                 "layer": ffn.layer, "neurons": ffn.d_ff,
                 "wanted": choice.k * self.block, "computed": choice.take * self.block,
                 "density": round(choice.take / blocks, 4), "recall": round(choice.recall, 4),
                 "predictor_bytes": once * predictor,
-                "read_bytes": round(predictor + sparse.read_bytes(choice.take, keep or None)),
-                "bytes": once * round(predictor + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
+                "read_bytes": round(beside + sparse.read_bytes(choice.take, keep or None)),
+                "bytes": once * round(beside + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
                 "dense_above": above,
-            } | ({} if once else {"weights_of": first.layer})  # fmt: skip
+            } | of_rest | ({} if once else {"weights_of": first.layer})  # fmt: skip

@@ -20,8 +20,8 @@ class Moments:
 
     Attributes:
         z_mean, y_mean: [n], [m].
-        cov: covariance of z, [n, n], float32: it is the largest array of a fit.
-        cross: covariance of z and y, [n, m], float32.
+        cov: covariance of z, [n, n]: it is the largest array of a fit.
+        cross: covariance of z and y, [n, m].
     """
 
     z_mean: np.ndarray
@@ -30,18 +30,26 @@ class Moments:
     cross: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[np.ndarray], y: np.ndarray) -> Moments:
+    def of(
+        cls, parts: Sequence[np.ndarray], y: np.ndarray, weights: np.ndarray | None = None,
+        dtype: type[np.floating] = np.float32,
+    ) -> Moments:  # fmt: skip
         """From samples of groups of features, [samples, n_i] each, and of targets, [samples, m].
 
-        Products are formed in float32 over rows at a time, so that centring copies no more than that.
+        Products are formed over rows at a time, so that centring copies no more than that.
+
+        Args:
+            weights: what each sample counts for, [samples], none below 0; all the same, if not given.
+            dtype: of the products and their sums.
         """
-        z_mean = np.concatenate([part.mean(0, dtype=np.float64) for part in parts])
-        y_mean = y.mean(0, dtype=np.float64)
-        n, count = len(z_mean), len(y)
-        cov, cross = np.zeros((n, n), np.float32), np.zeros((n, len(y_mean)), np.float32)
-        for i, z in _centred(parts, z_mean):
-            cov += z.T @ z
-            cross += z.T @ (y[i : i + _ROWS] - y_mean.astype(np.float32))
+        z_mean = np.concatenate([_mean(part, weights) for part in parts])
+        y_mean = _mean(y, weights)
+        n, count = len(z_mean), len(y) if weights is None else weights.sum()
+        cov, cross = np.zeros((n, n), dtype), np.zeros((n, len(y_mean)), dtype)
+        for i, z in _centred(parts, z_mean, dtype):
+            weighted = z if weights is None else z * weights[i : i + _ROWS, None].astype(dtype)
+            cov += weighted.T @ z
+            cross += weighted.T @ (y[i : i + _ROWS] - y_mean.astype(dtype))
         cov /= count
         cross /= count
         return cls(z_mean, y_mean, cov, cross)
@@ -74,15 +82,24 @@ def cross_covariance(parts: Sequence[np.ndarray], y: np.ndarray) -> np.ndarray:
     """Covariance of features and targets alone, as in `Moments.of`, [n, m], float32."""
     z_mean = np.concatenate([part.mean(0, dtype=np.float64) for part in parts])
     cross = np.zeros((len(z_mean), y.shape[1]), np.float32)
-    for i, z in _centred(parts, z_mean):
+    for i, z in _centred(parts, z_mean, np.float32):
         cross += z.T @ y[i : i + _ROWS]  # centring one of the two is enough
     return cross / len(y)
 
 
-def _centred(parts: Sequence[np.ndarray], z_mean: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _mean(samples: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Of samples [samples, n], in float64."""
+    if weights is None:
+        return np.asarray(samples.mean(0, dtype=np.float64))
+    return np.asarray(weights.astype(np.float64) @ samples / weights.sum(dtype=np.float64))
+
+
+def _centred(
+    parts: Sequence[np.ndarray], z_mean: np.ndarray, dtype: type[np.floating]
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
     """Some rows of the features side by side, less their means, and the number of the first of them."""
     for i in range(0, len(parts[0]), _ROWS):
-        yield i, np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(np.float32)
+        yield i, np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(dtype)
 
 
 def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, most: int) -> np.ndarray:

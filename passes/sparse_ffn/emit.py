@@ -9,6 +9,7 @@ from trimtab.passes.anatomy import FFN
 from trimtab.passes.graph import constant, insert, replace_uses
 from trimtab.passes.layer import FFNWeights
 from trimtab.passes.sparse_ffn.first import FirstProjection
+from trimtab.passes.sparse_ffn.rest_nodes import RestNodes
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes
 from trimtab.plugins import GATHER_BLOCKS, SPARSE_DOWN, SPARSE_UP, add_node
 from trimtab.plugins.sparse_up import ACTIVATIONS
@@ -72,7 +73,7 @@ class SparseFFN:
 
     def put(
         self, graph: gs.Graph, ffn: FFN, blocks: gs.Tensor, at: str, *, importance: gs.Tensor | None = None,
-        keep: int = 0, at_most: bool = False, activations: gs.Tensor | None = None,
+        keep: int = 0, at_most: bool = False, activations: gs.Tensor | None = None, rest: RestNodes | None = None,
     ) -> None:  # fmt: skip
         """Compute `ffn` by its chosen blocks.
 
@@ -82,6 +83,7 @@ class SparseFFN:
             importance: of each neuron, by which the `keep` blocks that add most are kept.
             at_most: blocks may be -1.
             activations: of the first projection, of all neurons, [..., d_ff], where that is computed whole.
+            rest: what stands for the other blocks.
         """
         given = {"x": ffn.x, "blocks": blocks} | self._ups
         if importance is not None:
@@ -97,7 +99,10 @@ class SparseFFN:
             h = insert(graph, "Mul", [h, up], f"{at}/gated.h", dtype=np.float32)
             h.shape = size
         y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | self._downs, f"{at}/down.y", **shared)
+        if rest is not None:
+            y = insert(graph, "Add", [y, rest(graph, ffn.x, blocks, at)], f"{at}/with_rest", dtype=np.float32)
         if self._shift is not None:
+            y.shape = ffn.y.shape
             y = insert(graph, "Add", [y, self._shift], f"{at}/shift", dtype=np.float32)
         y.shape = ffn.y.shape
         replace_uses(graph, ffn.y, y)

@@ -105,6 +105,15 @@ def test_rewritten_models(family: str, steps: list[tuple[str, dict[str, object]]
     assert ranks[0].result.changed > 0, ranks[0].result.left
 
 
+def test_each_rank_adds_the_rest_once(tmp_path: Path) -> None:
+    graph = canonical(zoo.exported("opt"))
+    run_passes(graph, passes(topk(rest={"rank": 6})), PassContext(profile_of(graph), shards=2))
+    assert sum(node.name.endswith("/with_rest") for node in graph.nodes) == 3
+    for rank in check(graph, "opt", 2, tmp_path):
+        choices = [node for node in rank.graph.nodes if node.op == "SelectBlocks"]
+        assert len(choices) == 3  # of its own neurons alone
+
+
 @pytest.mark.parametrize("steps", [[], [topk()], [("weight-only", {})]], ids=str)
 def test_each_rank_has_its_share_of_the_weights(steps: list[tuple[str, dict[str, object]]]) -> None:
     graph = canonical(zoo.exported("llama"))

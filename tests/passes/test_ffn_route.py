@@ -20,9 +20,11 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.early_exit import EarlyExit
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.ffn_route.route import FFNRoute
+from trimtab.passes.ffn_route.routers import Routers
 from trimtab.passes.graph import save_graph
 from trimtab.passes.layer import FFNWeights
 from trimtab.passes.lower import lower
+from trimtab.passes.sparse_ffn import Rest
 from trimtab.passes.sparse_ffn.rows import quantize_rows
 from trimtab.passes.token_prune import TokenPrune
 from trimtab.passes.unpad import Unpad
@@ -157,6 +159,7 @@ class RoutedEncoder(Encoder):
     """An encoder that computes what routers choose, in float64; `near`: how clear the closest choice was."""
 
     learned: dict[str, np.ndarray]
+    rests: dict[int, Rest]
     dial = 0.0
     near: list[float]
 
@@ -165,22 +168,33 @@ class RoutedEncoder(Encoder):
         if part == "up":
             self.groups, clear = chosen(self.learned, int(layer), x, self.dial)
             self.near.append(float(clear.min()))
-        if part == "down":
-            x = x * np.repeat(self.groups, x.shape[1] // self.groups.shape[1], 1)
-        return super()._apply(x, name)
+            self.entered = x
+        if part != "down":
+            return super()._apply(x, name)
+        y = super()._apply(x * np.repeat(self.groups, x.shape[1] // self.groups.shape[1], 1), name)
+        rest = self.rests.get(int(layer))
+        return y if rest is None else y + rest(self.entered, 1 - self.groups.mean(1))
 
 
-def test_with_pruning_and_exits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"rest": {"rank": 4}}], ids=str)
+def test_with_pruning_and_exits(options: dict[str, Any], tmp_path: Path) -> None:
     """All three dials differ from sample to sample; tokens and samples that leave take theirs with them."""
     rng = seeded()
     encoder = RoutedEncoder(int(rng.integers(1 << 30)))
     learned = random_routers(encoder.graph(), rng)
-    encoder.learned, encoder.near = learned, []
+    encoder.learned, encoder.near, encoder.rests = learned, [], {}
     thresholds = np.array([0, *rng.uniform(0.05, 0.3, encoder.layers - 1)], np.float32)
     exits = encoder.exit(2, "light")
-    profile = profile_with({"thresholds": thresholds} | exits, "magic-pyramid", **profile_with(learned).tensors)
-    graph = encoder.graph()
-    passes = [TokenPrune(), FFNRoute(), EarlyExit(criterion="probability")]
+    graph, route = encoder.graph(), FFNRoute.model_validate(options)
+    measured = profile_with(learned, **profile_of(graph).tensors)
+    profile = profile_with({"thresholds": thresholds} | exits, "magic-pyramid", **measured.tensors)
+    routers = Routers.of(learned)
+    for ffn in find_anatomy(graph).ffns:
+        rest = route._rest(ffn, routers.by_layer[ffn.layer], routers, profile, routers.default)
+        if rest is not None:
+            encoder.rests[ffn.layer] = rest
+    assert bool(encoder.rests) is bool(options)
+    passes = [TokenPrune(), route, EarlyExit(criterion="probability")]
     results = run_passes(graph, passes, PassContext(profile))
     assert [result.changed > 0 for result in results] == [True] * 3
     save_graph(graph, tmp_path / "model.onnx")

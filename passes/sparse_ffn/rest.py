@@ -1,0 +1,148 @@
+"""What stands for the neurons that are left out: a low-rank affine map of the FFN's input, fitted to what they add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from threadpoolctl import threadpool_limits
+
+from trimtab.passes.layer import Layer
+from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridge penalties of a fit, relative to the variance of each feature, among which held-out states choose."""
+
+_FIRST = 3  # the one that most layers take
+_ROWS = 256  # states whose activations are copied at a time
+
+Choose = Callable[[np.ndarray], np.ndarray]
+"""States [tokens, d_model] → which blocks of neurons are computed, bool [tokens, blocks]."""
+
+
+class RestOption(BaseModel):
+    """The option `rest` of the passes that leave neurons out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1, description="of the map")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """s · (x A B + c), where s is the share of its blocks that a token leaves out.
+
+    What is missing is a sum over the blocks that are left out, so it grows with their number, and the same map serves
+    tokens that leave out few and many, and all values of a dial. Where all blocks are computed, whatever the reason,
+    s is 0 and nothing is added. With a constant in place of s, a map errs more (measured on SmolLM2-135M with groups of
+    32 neurons), most of all where a dial computes more than it was fitted for: it may do worse than nothing there.
+
+    Attributes:
+        left: A, [d_model, rank]; x A has a mean square of 1 in each column.
+        right: B, [rank, d_model]; shift: c, [d_model].
+        ridge: penalty of the fit.
+        error_without, error: squared error of the FFN's outputs on held-out states, relative to their variance, with
+            nothing in place of what is left out, and with the map.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    shift: np.ndarray
+    ridge: float
+    error_without: float
+    error: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.left.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * (self.left.size + self.right.size + self.shift.size)
+
+    def __call__(self, x: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """What is added for states x, [tokens, d_model], that leave out `share` [tokens] of their blocks."""
+        y: np.ndarray = share[:, None] * (x @ self.left @ self.right + self.shift)
+        return y
+
+
+def report_rest(rest: Rest | None, once: int = 1) -> dict[str, Any]:
+    """What a pass reports of the rest of one layer.
+
+    Args:
+        rest: None where nothing stands for what is left out, since it would win nothing.
+        once: 0 where the bytes are those of an earlier layer, too; else 1.
+    """
+    if rest is None:
+        return {"rest_rank": 0, "rest_bytes": 0}
+    return {
+        "rest_rank": rest.rank, "rest_bytes": once * rest.nbytes,
+        "error_without_rest": round(rest.error_without, 4), "error": round(rest.error, 4),
+    }  # fmt: skip
+
+
+def fit_rest(layer: Layer, choose: Choose, rank: int) -> Rest | None:
+    """The map of `rank` of least error on the layer's states, in closed form; None where there is nothing to win.
+
+    With m_t what token t lacks and s_t its share of blocks left out, A, B and c minimise Σ ‖m_t − s_t (x_t A B + c)‖²
+    plus a ridge penalty: least squares of m_t / s_t with weights s_t², whose solution is projected on the leading
+    directions of its outputs (reduced-rank regression, Izenman 1975).
+
+    Args:
+        choose: which blocks the pass computes, at the default of its dial.
+    """
+    share, missing = _left_out(layer, choose, layer.fit, layer.h_fit)
+    some = share > 0
+    if not some.any():
+        return None
+    held_share, held_missing = _left_out(layer, choose, layer.held, layer.h_held)
+    sparse = layer.y_held - held_missing
+    without = layer.error(sparse)
+    x, share = layer.fit[some], share[some]
+    moments = Moments.of((x,), missing[some] / share[:, None], np.square(share), np.float64)
+    with threadpool_limits(1, user_api="blas"):  # small factorizations: two threads only wait for each other
+
+        def fitted(ridge: float) -> Rest:
+            full = moments.solve(ridge)
+            directions = leading_directions(full, moments.cov, layer.gain, rank)
+            left, right = reduce_rank(full, directions, min(rank, len(full)), layer.gain)
+            shift = moments.y_mean - moments.z_mean @ left @ right
+            size = np.sqrt(np.maximum(np.square(x @ left).mean(0), 1e-30))  # so that integers serve all columns alike
+            left, right, shift = (a.astype(np.float32) for a in (left / size, right * size[:, None], shift))
+            found = Rest(left, right, shift, ridge, without, 0.0)
+            return replace(found, error=layer.error(sparse + found(layer.held, held_share)))
+
+        best = _least(fitted)
+    return best if best.error < without else None
+
+
+def _least(fitted: Callable[[float], Rest]) -> Rest:
+    """The fit of least error, sought from the usual ridge on, first to smaller ones and else to larger ones."""
+    best = fitted(RIDGES[_FIRST])
+    for towards in (RIDGES[_FIRST - 1 :: -1], RIDGES[_FIRST + 1 :]):
+        before = best
+        for ridge in towards:
+            other = fitted(ridge)
+            if other.error >= best.error:
+                break
+            best = other
+        if best is not before:
+            break
+    return best
+
+
+def _left_out(layer: Layer, choose: Choose, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of its blocks that each state leaves out, [tokens]; and what they would add, [tokens, d_model].
+
+    Args:
+        h: activations of all neurons, [tokens, d_ff].
+    """
+    left = ~choose(x)
+    missing = np.empty((len(x), layer.down.shape[1]), np.float32)
+    for i in range(0, len(x), _ROWS):
+        part = left[i : i + _ROWS]
+        missing[i : i + _ROWS] = (h[i : i + _ROWS] * np.repeat(part, h.shape[1] // part.shape[1], 1)) @ layer.down
+    return left.mean(1), missing
