@@ -11,6 +11,7 @@ import sys
 import torch
 from interpreted_attention import attention
 
+from trimtab.plugins.gather_blocks.gpu import KERNEL as GATHER
 from trimtab.plugins.gpu.launch import form_of, prepared
 from trimtab.plugins.select_blocks.gpu import KERNEL as SELECT
 from trimtab.plugins.sparse_down.gpu import KERNEL as DOWN
@@ -154,6 +155,17 @@ def down():
             run_all_tiles(DOWN, given, {"block": block, "at_most": 1}, expected)
 
 
+def gather():
+    for dtype in TYPES:
+        block = random.choice((1, 4))
+        for tokens, blocks, rows in choices(block):
+            x = torch.randn(tokens, NEURONS).to(dtype)
+            expected = x.double().gather(1, rows)
+            run_all_tiles(GATHER, {"x": x, "blocks": blocks}, {"block": block}, expected)
+            fewer, used = cut(blocks, expected)
+            run_all_tiles(GATHER, {"x": x, "blocks": fewer}, {"block": block, "at_most": 1}, used)
+
+
 def head():
     for dtype in TYPES:
         for tokens, blocks, rows in choices(1):
@@ -168,5 +180,8 @@ def head():
 if __name__ == "__main__":
     random.seed(int(sys.argv[2]))
     torch.manual_seed(int(sys.argv[2]))
-    ops = {"SelectBlocks": select, "SparseUp": up, "SparseDown": down, "SparseHead": head, "PackedAttention": attention}
+    ops = {
+        "SelectBlocks": select, "SparseUp": up, "GatherBlocks": gather, "SparseDown": down, "SparseHead": head,
+        "PackedAttention": attention,
+    }  # fmt: skip
     ops[sys.argv[1]]()

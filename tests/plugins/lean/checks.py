@@ -95,6 +95,8 @@ def cases() -> Iterator[Case]:
         scale = {"down_scale": beside} if scaled else {}
         attributes = {"block": int(rng.choice([1, 8])), "at_most": int(rng.choice([0, 1]))}
         yield Case(OPS["SparseDown"], {"h": x, "blocks": "INT32", "down": weight} | scale, attributes)
+        if not scaled:
+            yield Case(OPS["GatherBlocks"], {"x": x, "blocks": "INT32"}, attributes)
         for biased in (False, True):
             head = {"x": x, "blocks": "INT32", "weight": weight}
             head |= {"weight_scale": beside} if scaled else {}
