@@ -51,6 +51,12 @@ class FFNWeights:
         b = self.ffn.down.b()
         return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
 
+    def reorder(self, order: np.ndarray) -> None:
+        """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""
+        self.ups = tuple(w[:, order] for w in self.ups)
+        self.up_biases = tuple(None if b is None else b[order] for b in self.up_biases)
+        self.down = self.down[order]
+
 
 class Layer(FFNWeights):
     """An FFN, and the states it was calibrated on; or several FFNs with the same weights, as one.
@@ -76,14 +82,11 @@ class Layer(FFNWeights):
         self._held_sizes = [len(held) for _, held in parts]
 
     def reorder(self, order: np.ndarray) -> None:
-        """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""
+        super().reorder(order)
         stats = self.stats
         self.stats = replace(
             stats, abs_sum=stats.abs_sum[order], sum=stats.sum[order], square_sum=stats.square_sum[order]
         )
-        self.ups = tuple(w[:, order] for w in self.ups)
-        self.up_biases = tuple(None if b is None else b[order] for b in self.up_biases)
-        self.down = self.down[order]
         for name in {"h_fit", "h_held"} & vars(self).keys():
             h = vars(self)[name]
             for i in range(0, len(h), _ROWS):  # in place: a copy of the activations would be the most memory of all

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import onnx_graphsurgeon as gs
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
@@ -14,6 +14,8 @@ from trimtab.passes.crossover import Crossover, SparseShape, slower
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError
 from trimtab.passes.ffn_route.cumulative import shares_before
+from trimtab.passes.ffn_route.fitted import THRESHOLD, Fitted, GroupBy, fit
+from trimtab.passes.ffn_route.grouping import check_groups
 from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
@@ -37,23 +39,43 @@ from trimtab.plugins.dialect import OPSET
 
 DIAL = "route_threshold"
 _USUAL = 0.5  # of the dial, where no Profile tells what training had
+_SPARSITY, _GROUP = 0.5, 32  # of fitted routers
 
 
 class FFNRoute(Pass):
     """Compute the groups of neurons whose router says that a token needs them (LTE, arXiv 2402.06126).
 
     A router is a linear layer on the FFN's input. A group is computed where sigmoid of its output is not below the
-    dial, and the best one always. `trimtab train --method lte` learns routers and fits the model to them.
+    dial, and the best one always. `trimtab train --method lte` learns routers and fits the model to them. Without
+    training, routers can be fitted to the states of a calibration (MoEfication, arXiv 2110.01786).
     A `rest` adds a low-rank map of the input that stands for the groups that a token leaves out; it is fitted to the
     dense outputs at the dial's default.
     Exact end of the dial: at 0 all groups are computed.
     """
 
     name: ClassVar[str] = "ffn-route"
-    summary: ClassVar[str] = "compute only the groups of neurons that learned routers choose for each token (LTE)"
+    summary: ClassVar[str] = "compute only the groups of neurons that routers choose for each token (LTE, MoEfication)"
     needs: ClassVar[frozenset[Need]] = frozenset({Learned(METHOD)})
     reads_layers: ClassVar[bool] = True
 
+    router: Literal["trained", "fitted"] = Field(
+        "trained",
+        description="routers of `trimtab train --method lte`, or fitted to calibration data, without training",
+    )
+    sparsity: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description=f"of fitted routers: share of an FFN's neurons that is left out, on average; {_SPARSITY}",
+    )
+    group: int | None = Field(
+        None, ge=1, description=f"of fitted routers: neurons that are switched together; {_GROUP}"
+    )
+    group_by: GroupBy | None = Field(
+        None,
+        description="of fitted routers: neurons of a group are needed by the same tokens (need, if not given) or point "
+        "the same way (weights)",
+    )
     threshold: float | None = Field(
         None, ge=0, le=1, description="default of the dial: score from which on a group is computed; as in training"
     )
@@ -76,7 +98,16 @@ class FFNRoute(Pass):
     )
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
+    @model_validator(mode="after")
+    def _fits_its_routers(self) -> FFNRoute:
+        given = [name for name in ("sparsity", "group", "group_by") if getattr(self, name) is not None]
+        if self.router == "trained" and given:
+            raise ValueError(f"{given[0]}: trained routers have their own; it goes with `router: fitted`")
+        return self
+
     def needed(self) -> frozenset[Need]:
+        if self.router == "fitted":
+            return frozenset({FFNStates()})
         return self.needs | ({FFNStates()} if self.rest is not None else frozenset())
 
     def dials(self) -> tuple[Dial, ...]:
@@ -103,27 +134,36 @@ class FFNRoute(Pass):
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         super().check_profile(profile, before)
+        if self.router == "fitted":
+            return
         assert profile is not None
         if not Routers.of(profile.learned(METHOD)).by_layer:
             raise NotLearnedError("the profile has no routers", method=METHOD)
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
-        """Rewrite the FFNs of `graph` that have routers in the Profile.
+        """Rewrite the FFNs of `graph` that have routers in the Profile, or that routers are fitted for.
 
         Raises:
-            ProfileError: the routers are those of another model.
+            ProfileError: the routers are those of another model, or there is nothing to fit to.
+            RecipeError: groups of the size asked for do not divide the neurons, or cannot leave out as many.
         """
         anatomy = find_anatomy(graph)
         profile = context.measured()
-        routers = Routers.of(profile.learned(METHOD))
-        routers.check({ffn.layer: ffn for ffn in anatomy.ffns})
         wanted = select_ffns(anatomy, self.layers)
+        left: list[Left] = []
+        fitted: dict[int, Fitted] = {}
+        if self.router == "fitted":
+            fitted, left = self._fit(wanted, profile, context)
+            routers = Routers({layer: each.router for layer, each in fitted.items()}, THRESHOLD, None)
+            wanted = [ffn for ffn in wanted if ffn.layer in fitted]
+        else:
+            routers = Routers.of(profile.learned(METHOD))
+            routers.check({ffn.layer: ffn for ffn in anatomy.ffns})
         raise_opset(graph, OPSET)
         dial = self._dial(routers.default)
         tensor = context.add_dial(graph, dial)
-        emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers)
+        emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers, fitted)
         done = 0
-        left: list[Left] = []
         rows: list[dict[str, Any]] = []
         for group in by_weights(wanted):
             for ffn in group:
@@ -139,7 +179,7 @@ class FFNRoute(Pass):
                     reason = self._not_worth(ffn, router, density, len(wanted), context)
                 made: dict[str, Any] | str | None = reason
                 if reason is None and router is not None:
-                    rest = self._rest(ffn, router, routers, profile, dial.default)
+                    rest = fitted[ffn.layer].rest if fitted else self._rest(ffn, router, routers, profile, dial.default)
                     made = emit.replace(ffn, group[0], router, density, rest)
                 if isinstance(made, dict):
                     rows.append(made)
@@ -153,6 +193,26 @@ class FFNRoute(Pass):
         rows.sort(key=lambda row: row["layer"])
         details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
         return PassResult(self.name, len(rows), tuple(left), details)
+
+    def _fit(self, ffns: Sequence[FFN], profile: Profile, context: PassContext) -> tuple[dict[int, Fitted], list[Left]]:
+        """Routers for FFNs, by number; and those that stay dense. Layers that share weights share all of it."""
+        found: dict[int, Fitted] = {}
+        left: list[Left] = []
+        group = self.group or _GROUP
+        for same in by_weights(ffns):
+            check_groups(same[0].d_ff, group, same[0].where)
+            reason = unfit(same[0], group, self.weights)
+            if reason is None:
+                one = fit(
+                    read_layer(same[0], profile, same[1:]), group, self.sparsity or _SPARSITY, self.group_by or "need",
+                    cut=self._dial(THRESHOLD).default, cap=self.cap, rank=self.rest.rank if self.rest else None,
+                )  # fmt: skip
+                found |= {ffn.layer: one for ffn in same}
+            else:
+                left += [Left(ffn.where, reason) for ffn in same]
+            if context.progress is not None:
+                context.progress("fit routers", len(found) + len(left), len(ffns))
+        return found, left
 
     def _density(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> float | None:
         """Share of the groups that a token computes on average at `cut`, on states of the Profile; None without any."""
@@ -178,7 +238,7 @@ class FFNRoute(Pass):
 
     def taken(self, router: Router) -> int:
         """The most groups of one token."""
-        return max(1, round(self.cap * router.groups))
+        return router.share(self.cap)
 
     def _not_worth(
         self, ffn: FFN, router: Router, density: float | None, layers: int, context: PassContext
@@ -205,8 +265,10 @@ class FFNRoute(Pass):
 class _Emit:
     """Puts routers and sparse ops in the place of FFNs; weights that several share are stored once."""
 
-    def __init__(self, step: FFNRoute, graph: gs.Graph, dial: TokenDial, routers: Routers) -> None:
-        self._step, self._graph, self._dial, self._routers = step, graph, dial, routers
+    def __init__(
+        self, step: FFNRoute, graph: gs.Graph, dial: TokenDial, routers: Routers, fitted: Mapping[int, Fitted]
+    ) -> None:
+        self._step, self._graph, self._dial, self._routers, self._fitted = step, graph, dial, routers, fitted
         self._rows = Rows(step.weights)
         self._made: dict[tuple[int, int], SparseFFN] = {}
 
@@ -215,7 +277,7 @@ class _Emit:
     ) -> dict[str, Any] | str:
         """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
-        block, k = ffn.d_ff // router.groups, step.taken(router)
+        block, k, fitted = ffn.d_ff // router.groups, step.taken(router), self._fitted.get(ffn.layer)
         scores = router.emit(graph, ffn.x, at)
         if self._routers.cumulative is not None:
             scores = shares_before(graph, scores, router.groups, at)
@@ -226,7 +288,11 @@ class _Emit:
         once = key not in self._made
         if once:
             name = f"{step.name}/layer.{ffn.layer}"
-            self._made[key] = SparseFFN(first, FFNWeights(first), self._rows, block, name)
+            weights, rows = FFNWeights(first), self._rows
+            if fitted is not None:
+                weights.reorder(fitted.order)
+                rows = Rows(step.weights)  # no other FFN has this order
+            self._made[key] = SparseFFN(first, weights, rows, block, name)
         sparse = self._made[key]
         dense_above = -1 if step.dense_above is None else step.dense_above
         chosen = add_node(
@@ -250,6 +316,8 @@ class _Emit:
                 "density": round(density, 4),
                 "read_bytes": round(beside + sparse.read_bytes(density * router.groups)),
             }
+        if fitted is not None:
+            row |= {"sparsity": round(fitted.sparsity, 4), "error": round(fitted.error, 4)}
         if step.rest is not None:
             row |= report_rest(rest)
         return row | ({} if once else {"weights_of": first.layer})

@@ -32,6 +32,10 @@ class Router:
     def groups(self) -> int:
         return len(self.bias)
 
+    def share(self, cap: float) -> int:
+        """How many groups the share `cap` of them is, at least one."""
+        return max(1, round(cap * self.groups))
+
     @property
     def nbytes(self) -> int:
         return int(self.weight.nbytes + self.bias.nbytes)

@@ -8,6 +8,7 @@ import numpy as np
 
 from trimtab.passes.ffn_topk.importance import norms, pool
 from trimtab.passes.layer import Layer
+from trimtab.passes.sparse_ffn.shares import cuts
 
 STEPS = 100
 """Shares, in equal steps from 0 to 1, whose thresholds are kept; between two, thresholds go in a straight line."""
@@ -60,18 +61,13 @@ def contributions(layer: Layer) -> np.ndarray:
 def thresholds(sizes: np.ndarray) -> np.ndarray:
     """Thresholds at which the shares 0, 1 / STEPS, ... 1 of all blocks are left out, [STEPS + 1], float32.
 
-    Each is the least number that is above so many of `sizes` [tokens, blocks], so that equal ones (zeros of ReLU) go
-    together. The best block of a token is always computed, and so none of these. The first threshold is 0: no size is
-    below it.
+    As `cuts` has them, so that zeros of ReLU go together. The first is 0: no size is below it.
+
+    Args:
+        sizes: [tokens, blocks].
     """
-    others = np.ones(sizes.shape, bool)
-    np.put_along_axis(others, sizes.argmax(1)[:, None], False, axis=1)
-    ordered = np.sort(sizes[others])
-    if not len(ordered):
-        return np.zeros(STEPS + 1, np.float32)
-    count = np.ceil(np.arange(1, STEPS + 1) / STEPS * sizes.size - 1e-6).astype(np.int64)
     least = _LEAST * float(sizes.max()) or 1.0
-    above = np.nextafter(ordered[np.minimum(count, len(ordered)) - 1].astype(np.float32), np.float32(np.inf))
+    above = cuts(sizes, np.arange(1, STEPS + 1) / STEPS)
     return np.concatenate([[0.0], np.maximum(above, least)]).astype(np.float32)
 
 
