@@ -52,7 +52,7 @@ def learned_by_others(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
     """What other methods learned for the model in `folder` that is of use to the one that `method` has made of it.
 
-    Warns of what was learned for weights that have changed since.
+    Warns of what cannot be kept, and of what was learned for weights that have changed since.
 
     Args:
         weights: fingerprint of the new model.
@@ -65,9 +65,13 @@ def learned_by_others(
         info = read_info(path) if path.is_file() else None
         others = [name for name in info.learned if name != method and _refit(name)] if info is not None else []
         profile = Profile.load(path) if others else None
-    except ProfileError:
+    except ProfileError as error:
+        log.warning("%s: what other methods learned is not kept: %s", method, error.message)
         return {}, {}
-    if info is None or profile is None or info.model != open_source(folder).fingerprint:
+    if info is None or profile is None:
+        return {}, {}
+    if info.model != open_source(folder).fingerprint:
+        log.warning("%s: what %s learned is not kept: %s is of another model", method, " and ".join(others), path)
         return {}, {}
     if info.model != weights:
         for name in others:

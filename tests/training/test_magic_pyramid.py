@@ -214,6 +214,8 @@ def test_a_routed_model_keeps_its_routers(
     learned_by_others(tmp_path / "new", "topk", "others")
     told = [each.message for each in caplog.records if "weights of before" in each.message]
     assert len(told) == 2 and "--method lte" in told[0] + told[1]
+    (folder / "profile.safetensors").write_bytes(b"none")
+    assert learned_by_others(folder, "lte", "others") == ({}, {}) and "is not kept" in caplog.records[-1].message
 
 
 @pytest.mark.parametrize("fault", ["no profile", "cut", "NaN", "other weights"])
