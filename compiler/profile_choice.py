@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,11 +82,11 @@ def choose_profile(
     method = _method(recipe)
     if isinstance(given, Profile):
         return ProfileChoice(given, method=method)
-    path = Path(given) if given is not None else _in_folder(model)
+    if given is None:
+        _warn_of_routers(model, recipe)
+    path = Path(given) if given is not None else _in_folder(model, PROFILE)
     if path is None:
         return ProfileChoice()
-    if given is None:
-        _warn_of_routers(path, recipe)
     if given is None and method is None and (data or not recipe.needs_profile):
         return ProfileChoice(unused=path)
     if given is None:
@@ -94,22 +95,29 @@ def choose_profile(
         return ProfileChoice(Profile.load(path), path, method=method)
 
 
-def _in_folder(model: Source | Path | str) -> Path | None:
-    """The Profile in the folder of `model`; None where the model is no folder, or has none in it."""
+def _in_folder(model: Source | Path | str, name: str) -> Path | None:
+    """The file `name` in the folder of `model`; None where the model is no folder, or has none in it."""
     if isinstance(model, Source) and model.kind == "torch":
         return None
-    path = Path(model.origin if isinstance(model, Source) else model).expanduser() / PROFILE
+    path = Path(model.origin if isinstance(model, Source) else model).expanduser() / name
     return path if path.is_file() else None
 
 
-def _warn_of_routers(path: Path, recipe: Recipe) -> None:
+def _warn_of_routers(model: Source | Path | str, recipe: Recipe) -> None:
     """Say that the model was trained to compute some neurons alone, if the recipe has it compute all of them."""
-    with suppress(ProfileError):  # told where the Profile is read
-        routed = read_info(path).learned.get("lte", {}).get("routers")
-        if routed and Learned("lte") not in recipe.needs:
+    if Learned("lte") in recipe.needs:
+        return
+    profile, record = (_in_folder(model, name) for name in (PROFILE, "lte.json"))
+    with suppress(OSError, ValueError, AttributeError, ProfileError):  # told where the Profile is read
+        if profile is not None and read_info(profile).learned.get("lte", {}).get("routers"):
             log.warning(
                 "%s has routers, and this recipe no pass that uses them: the model was trained to compute the neurons "
-                "that they choose, and will compute all of them; add `ffn-route` to the recipe", path,
+                "that they choose, and will compute all of them; add `ffn-route` to the recipe", profile,
+            )  # fmt: skip
+        elif profile is None and record is not None and json.loads(record.read_text(encoding="utf-8")).get("routers"):
+            log.warning(
+                "%s: the model was trained to compute the neurons that its routers choose, and will compute all of "
+                "them; put its %s back beside it, and add `ffn-route` to the recipe", record, PROFILE,
             )  # fmt: skip
 
 

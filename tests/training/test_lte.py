@@ -6,7 +6,8 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import ModelError
-from trimtab.training.linears import FFNModules, Projection, find_ffns, permute_neurons
+from trimtab.training.linears import FFNModules, Projection, find_ffns, linear_modules, permute_neurons
 from trimtab.training.lte.control import Controller, density_of, fit_cut, trim
-from trimtab.training.lte.layerwise import ACTIVATIONS
+from trimtab.training.lte.layerwise import ACTIVATIONS, densities
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
+from trimtab.training.lte.record import Recorded, record_inputs
 from trimtab.training.lte.routed import Routed
 from trimtab.training.lte.routers import Router, Routing, choose
 from trimtab.training.lte.settings import Settings
+from trimtab.training.texts import Examples
 
 SEED = int(np.random.default_rng().integers(1 << 30))
 GROUP = 4
@@ -48,11 +51,12 @@ def routed(family: str, **settings: Any) -> tuple[Routed, list[FFNModules]]:
     return made, ffns
 
 
-def batch(family: str) -> dict[str, Tensor]:
+def batch(family: str, count: int = 4) -> dict[str, Tensor]:
     feeds = {
-        name: torch.from_numpy(value) for name, value in zoo.feeds(family, 4, 9, np.random.default_rng(SEED)).items()
+        name: torch.from_numpy(value)
+        for name, value in zoo.feeds(family, count, 9, np.random.default_rng(SEED)).items()
     }
-    labels = torch.arange(4) % 3 if family == "bert" else feeds["input_ids"]
+    labels = torch.arange(count) % 3 if family == "bert" else feeds["input_ids"]
     return feeds | {"labels": labels}
 
 
@@ -228,8 +232,8 @@ def test_a_teacher_is_dense_while_its_pupil_is_not() -> None:
 
 
 @pytest.mark.parametrize("select", ["threshold", "cumulative"])
-def test_soft_masks_are_scores(select: str) -> None:
-    model, ffns = routed("bert", select=select)
+def test_soft_masks_may_be_scores(select: str) -> None:
+    model, ffns = routed("bert", select=select, masks="scores")
     with torch.no_grad():
         for router in model.routing.routers.values():
             router.weight.zero_()
@@ -242,6 +246,17 @@ def test_soft_masks_are_scores(select: str) -> None:
             router.bias.fill_(-100.0)
     for ffn, (_, y) in zip(ffns, seen(model, ffns, "soft", given), strict=True):
         np.testing.assert_allclose(y, np.broadcast_to(ffn.down.bias.detach().numpy(), y.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("select", ["threshold", "cumulative"])
+def test_straight_masks_are_hard_and_learn_as_scores_do(select: str) -> None:
+    model, ffns = routed("llama", select=select)
+    soft, hard = (seen(model, ffns, mode, batch("llama"))[-1][1] for mode in ("soft", "hard"))
+    np.testing.assert_allclose(soft, hard, rtol=1e-4, atol=1e-5)
+    logits, toward = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    (gradient,) = torch.autograd.grad((model.routing.soft_mask(logits) * toward).sum(), logits)
+    score = (logits - model.routing.cut * (select == "threshold")).sigmoid()
+    np.testing.assert_allclose(gradient, (toward * score * (1 - score)).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_losses_are_the_papers_and_stay_finite_at_the_threshold() -> None:
@@ -309,3 +324,83 @@ def test_trimming_goes_on_where_a_cut_moves_the_scores() -> None:
     reached = trim(cut, "threshold", 0.3, lambda: [logits + 0.3 * cut])
     assert reached == pytest.approx(0.3, abs=0.01)
     assert density_of([logits + 0.3 * cut], "threshold", float(cut)) == reached
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_adapters_learn_for_weights_and_go_into_them(family: str) -> None:
+    """With masks in between, which the adapters of down projections must not see past."""
+    model, ffns = routed(family, lora_rank=2)
+    given, names = batch(family), list(model.state_dict())
+    model.enter("hard")
+    before, weights = seen(model, ffns, "hard", given), copy.deepcopy(model.model.state_dict())
+    model.adapt()
+    model.enter("hard")
+    for (_, y), (_, z) in zip(before, seen(model, ffns, "hard", given), strict=True):
+        np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-5)  # B begins at 0
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learning and all("lora_" in name for name in learning)
+    assert {len(group["params"]) for group in model.groups()} == {len(learning), 0}
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    adapted = adapted_outputs(model, given)
+    model.merge()
+    assert list(model.state_dict()) == names
+    np.testing.assert_allclose(adapted_outputs(model, given), adapted, rtol=1e-3, atol=1e-3)
+    for name, value in model.model.state_dict().items():
+        change = (value - weights[name]).double()
+        if any(name == f"{key}.weight" and module in linear_modules(model.model) for key, module in
+               model.model.named_modules() if module is not model.model.get_output_embeddings()):  # fmt: skip
+            assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2, name
+        else:
+            assert not change.any(), name
+    model.enter("hard")
+    assert all(parameter.requires_grad for parameter in model.model.parameters())
+
+
+def adapted_outputs(model: Routed, given: Mapping[str, Tensor]) -> np.ndarray:
+    """Logits with hard masks, float64."""
+    model.eval()
+    with torch.no_grad():
+        logits = model.run(given, "hard")
+    assert len(model.routing.logits) == len(model.routing.routers)
+    return logits.double().numpy()
+
+
+def recorded_of(model: Routed, ffns: list[FFNModules], family: str, folder: Path | None = None) -> dict[int, Recorded]:
+    given = batch(family, 40)
+    tokens = torch.stack([given["input_ids"], given["attention_mask"]], 1)
+
+    def collate(some: Sequence[Tensor]) -> dict[str, Tensor]:
+        ids, mask = torch.stack(list(some)).unbind(1)
+        labels = ids[:, 0] % 3 if family == "bert" else ids
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    lengths = given["attention_mask"].sum(1).numpy()
+    examples = Examples(list(tokens), [], collate, lengths)
+    return record_inputs(model, ffns, examples, 10**6, folder)
+
+
+def test_tokens_of_a_classifier_weigh_what_hangs_on_them(tmp_path: Path) -> None:
+    """Shares by these weights give the most neurons to the tokens that decide, and to no padding."""
+    model, ffns = routed("bert", batch_size=64)
+    tokens = batch("bert", 40)["attention_mask"]
+    model.enter("layerwise")
+    recorded = recorded_of(model, ffns, "bert", tmp_path)
+    order = np.argsort(tokens.sum(1).numpy(), kind="stable")
+    first = np.zeros(int(tokens.sum()), bool)
+    first[np.concatenate([[0], tokens.sum(1).numpy()[order].cumsum()[:-1]])] = True
+    last = recorded[ffns[-1].layer].weights
+    assert (last[first] > 0).all() and not last[~first].any()
+    assert all((each.weights > 0).all() and len(each.x) == len(first) for each in list(recorded.values())[:-1])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = recorded_of(model, ffns, "bert", tmp_path)
+    shares = [densities(ffns, model.routing, each, 0.4) for each in (recorded, again)]
+    assert shares[0] == shares[1]
+    assert np.mean(list(shares[0].values())) == pytest.approx(0.4, abs=0.01)
+    assert shares[0][ffns[-1].layer] < 0.3
+
+
+def test_tokens_of_a_language_model_weigh_alike() -> None:
+    model, ffns = routed("llama", batch_size=16)
+    assert all((each.weights == 1).all() for each in recorded_of(model, ffns, "llama").values())

@@ -203,6 +203,14 @@ def test_a_routed_model_compiled_without_its_routers_is_told(tmp_path: Path, cap
     Profile(info, {"ffn.0.tokens": np.array(7)}).save(tmp_path / "profile.safetensors")
     choose_profile(None, tmp_path, load_recipe({"passes": ["dynamic-int8"]}), data=True)
     assert "add `ffn-route` to the recipe" in caplog.text
+    caplog.clear()
+    (tmp_path / "lte.json").write_text('{"routers": true}')
+    (tmp_path / "profile.safetensors").unlink()
+    choose_profile(None, tmp_path, load_recipe({"passes": ["dynamic-int8"]}), data=True)
+    assert "put its profile.safetensors back" in caplog.text
+    caplog.clear()
+    choose_profile(None, tmp_path, load_recipe({"passes": ["ffn-route"]}), data=True)
+    assert not caplog.text  # `compile` refuses it, with the command that learns routers
 
 
 def test_neurons_that_are_needed_together_come_into_one_group(texts: Path, tmp_path: Path, kept: list[Any]) -> None:
@@ -214,3 +222,14 @@ def test_neurons_that_are_needed_together_come_into_one_group(texts: Path, tmp_p
         weights.append(kept[-1]["model.layers.0.mlp.down_proj.weight"])
     assert not np.array_equal(*weights)
     np.testing.assert_array_equal(*(np.sort(each, axis=1) for each in weights))  # the same neurons
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_launchers_that_shard_weights_are_refused(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    folder = zoo.save_pretrained("llama", tmp_path / "model")
+    with pytest.raises(TrimtabError, match="its stages hand on whole weights"):
+        train("lte", folder, texts, tmp_path / "new", settings=QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

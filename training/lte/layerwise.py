@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,10 +14,12 @@ from trimtab.training.clock import Clock, schedule
 from trimtab.training.device import bfloat16_is_fast
 from trimtab.training.linears import FFNModules, rows
 from trimtab.training.lte.control import fit_cut
+from trimtab.training.lte.record import Recorded
 from trimtab.training.lte.routers import Router, Routing
 from trimtab.training.lte.settings import Settings
 
 _ROUTERS = 0.2  # share of an FFN's time in which its router learns, before its weights do
+_ROUTER_RATE = 0.01  # learning rate, which fits standardised inputs
 _ROWS = 512  # tokens per step
 _AT_A_TIME = 4096  # tokens that the dense FFN computes together
 _RIDGE = 0.01  # of the inputs' mean variance
@@ -39,18 +42,21 @@ class LayerFit:
     """The training of one FFN.
 
     Args:
-        x: recorded inputs, [n, d_model].
         routing: of the whole model; its hooks mask the FFN's activations.
+        recorded: of the FFN.
+        density: share of its groups to compute.
     """
 
-    def __init__(self, ffn: FFNModules, routing: Routing, x: Tensor, settings: Settings) -> None:
-        self._ffn, self._routing, self._settings, self._x = ffn, routing, settings, x
-        self._act = ACTIVATIONS[ffn.activation]
+    def __init__(
+        self, ffn: FFNModules, routing: Routing, recorded: Recorded, density: float, settings: Settings
+    ) -> None:
+        self._ffn, self._routing, self._settings, self._density = ffn, routing, settings, density
+        self._x, self._weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded)
         router = routing.routers[str(ffn.layer)]
         assert isinstance(router, Router)
         self._router = router
-        self._density = 1 - settings.sparsity
-        self._y, self._needed = self._dense()
+        self._y, added = contributions(ffn, routing, self._x, self._weights)
+        self._needed = (added >= least(added, density)) & (added > 0)
         self._unit = self._y.square().sum(-1).mean().clamp_min(1e-12)
         self._begin()
 
@@ -58,12 +64,12 @@ class LayerFit:
         """Train until the clock says that the time is over.
 
         Returns:
-            steps, and the relative error ‖y - dense‖² / ‖dense‖² over the recorded tokens.
+            steps, and the relative error ‖y - dense‖² / ‖dense‖² over the recorded tokens by their weights.
         """
         weights = [parameter for module in self._ffn.modules.values() for parameter in module.parameters()]
         routers = list(self._router.parameters())
         phases: list[tuple[float, float, list[Any], float, Callable[[Tensor], Tensor]]] = [
-            (0.0, _ROUTERS, routers, self._settings.router_lr, self._router_loss),
+            (0.0, _ROUTERS, routers, _ROUTER_RATE, self._router_loss),
             (_ROUTERS, 1.0, weights, self._settings.layer_lr, self._weights_loss),
         ]
         step = 0
@@ -74,7 +80,7 @@ class LayerFit:
             while (at := clock.at(step)) < end:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * schedule((at - begin) / (end - begin))
-                some = torch.randint(len(self._x), (min(_ROWS, len(self._x)),), generator=generator).to(self._x.device)
+                some = self._some(generator, weighed=parameters is weights)
                 optimizer.zero_grad()
                 loss_of(some).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -84,28 +90,14 @@ class LayerFit:
             self._fit_bias()
         return step, self._error()
 
-    def _forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._ffn.down(self._ffn.hidden(x, self._act))
-        return y
-
-    @torch.no_grad()
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        """Outputs [n, d_model], and which groups are needed, bool [n, groups]: those that add most to the output."""
-        self._routing.mode = "dense"
-        norms, outputs, added = rows(self._ffn.down).norm(dim=1), [], []
-        hidden: list[Tensor] = []
-        hook = self._ffn.down.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
-        try:
-            for x in self._x.split(_AT_A_TIME):
-                outputs.append(self._forward(x))
-                parts = (hidden.pop() * norms).square().unflatten(-1, (-1, self._routing.group)).sum(-1)
-                added.append(parts)
-        finally:
-            hook.remove()
-        of_groups = torch.cat(added)
-        count = max(1, round(self._density * of_groups.numel()))
-        least = of_groups.flatten().kthvalue(of_groups.numel() - count + 1).values
-        return torch.cat(outputs), (of_groups >= least) & (of_groups > 0)
+    def _some(self, generator: torch.Generator, weighed: bool) -> Tensor:
+        """Numbers of tokens to learn from: at random, or as often as their weights say."""
+        count = min(_ROWS, len(self._x))
+        if weighed and self._weights.any():
+            some = torch.multinomial(self._weights.cpu(), count, replacement=True, generator=generator)
+        else:
+            some = torch.randint(len(self._x), (count,), generator=generator)
+        return some.to(self._x.device)
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -130,7 +122,7 @@ class LayerFit:
         self._routing.mode = "hard"
         device = self._x.device
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device)):
-            y = self._forward(self._x[some])
+            y = forward(self._ffn, self._x[some])
         return (y.float() - self._y[some]).square().sum(-1).mean() / self._unit
 
     @torch.no_grad()
@@ -143,6 +135,54 @@ class LayerFit:
     @torch.no_grad()
     def _error(self) -> float:
         self._routing.mode = "hard"
-        parts = zip(self._x.split(_AT_A_TIME), self._y.split(_AT_A_TIME), strict=True)
-        total = sum(float((self._forward(x) - y).square().sum()) for x, y in parts)
-        return total / max(float(self._y.square().sum()), 1e-12)
+        parts = (each.split(_AT_A_TIME) for each in (self._x, self._y, self._weights))
+        total = sum(
+            float(((forward(self._ffn, x) - y).square().sum(-1) * weights).sum())
+            for x, y, weights in zip(*parts, strict=True)
+        )
+        return total / max(float((self._y.square().sum(-1) * self._weights).sum()), 1e-30)
+
+
+def forward(ffn: FFNModules, x: Tensor) -> Tensor:
+    """Outputs of an FFN, [..., d_model]."""
+    y: Tensor = ffn.down(ffn.hidden(x, ACTIVATIONS[ffn.activation]))
+    return y
+
+
+@torch.no_grad()
+def contributions(ffn: FFNModules, routing: Routing, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense outputs [n, d_model] of an FFN, and how much each group adds to them, [n, groups].
+
+    Args:
+        x: inputs, [n, d_model].
+        weights: of the tokens, [n].
+    """
+    routing.mode = "dense"
+    norms, outputs, added = rows(ffn.down).norm(dim=1), [], []
+    hidden: list[Tensor] = []
+    hook = ffn.down.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    try:
+        for part in x.split(_AT_A_TIME):
+            outputs.append(forward(ffn, part))
+            added.append((hidden.pop() * norms).square().unflatten(-1, (-1, routing.group)).sum(-1))
+    finally:
+        hook.remove()
+    return torch.cat(outputs), torch.cat(added) * weights[:, None]
+
+
+def least(added: Tensor, density: float) -> Tensor:
+    """Which contribution the share `density` of them reaches."""
+    count = max(1, round(density * added.numel()))
+    return added.flatten().kthvalue(added.numel() - count + 1).values
+
+
+def densities(
+    ffns: Sequence[FFNModules], routing: Routing, recorded: Mapping[int, Recorded], density: float
+) -> dict[int, float]:
+    """Number of the FFN → its share of groups to compute, so that those that add most to a classifier's answers are."""
+    added = {}
+    for ffn in ffns:
+        x, weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded[ffn.layer])
+        added[ffn.layer] = contributions(ffn, routing, x, weights)[1].cpu()
+    bound = least(torch.cat([each.flatten() for each in added.values()]), density)
+    return {layer: max(1 / each.shape[1], float((each >= bound).double().mean())) for layer, each in added.items()}

@@ -47,15 +47,11 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     Raises:
         RecipeError: groups that do not divide the model's FFNs, or a sparsity that no choice of groups reaches.
         ModelError, DataError: model or data do not fit.
-        TrimtabError: training diverged, or is launched under FSDP.
+        TrimtabError: training diverged, or its launcher shards weights.
     """
     start = time.monotonic()
     prepare(settings)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise TrimtabError(
-            "lte does not train under FSDP: its stages hand on whole weights",
-            hint="launch it without FSDP",
-        )
+    _refuse_shards()
     checkpoint = read_checkpoint(Path(job.model), allow_pickle=job.allow_pickle)
     kind = kind_of(checkpoint)
     source = open_source(job.model, allow_pickle=job.allow_pickle)
@@ -107,6 +103,15 @@ def summary(record: dict[str, Any], out: Path) -> str:
         missed = "" if record["reached"] else f", of {asked:.1%} asked for: the best reached"
         parts.append(f"{record['sparsity']:.1%} of the FFNs' neurons left out{missed}")
     return f"{', '.join(parts)}; the model is in {out}, with its Profile"
+
+
+def _refuse_shards() -> None:
+    for name, variable in {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise TrimtabError(
+                f"lte does not train under {name}: its stages hand on whole weights",
+                hint=f"launch it without {name}; --lora-rank needs less memory",
+            )
 
 
 def _check(ffns: Sequence[FFN], settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What the FFNs of a model read, recorded on texts."""
+"""What the FFNs of a model read, recorded on texts, and how much hangs on what each token gets from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,20 @@ from trimtab.training.lte.routed import Routed
 from trimtab.training.texts import Examples
 
 _FEWEST = 64  # tokens, from which no router can learn
+
+
+class Recorded(NamedTuple):
+    """Of one FFN.
+
+    Attributes:
+        x: inputs, [n, d_model], float32.
+        weights: mean square of the slopes of the model's answers by the FFN's output of each token, [n], float32. The
+            answers of a classifier hang on few tokens of its last layers. All 1 of a language model: each token is an
+            answer there, and the model may be too large to go backward through.
+    """
+
+    x: np.ndarray
+    weights: np.ndarray
 
 
 def batches_of(examples: Examples, tokens: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -43,8 +57,8 @@ def to_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def record_inputs(
     routed: Routed, ffns: Sequence[FFNModules], examples: Examples, tokens: int, folder: Path | None = None
-) -> dict[int, np.ndarray]:
-    """Inputs of each FFN of the dense model: number of the FFN → [n, d_model], float32, n at most `tokens`.
+) -> dict[int, Recorded]:
+    """What each FFN of the dense model reads: number of the FFN → at most `tokens` rows.
 
     Args:
         folder: keeps them in files, from where parts are read that are used; an earlier recording there is taken.
@@ -55,39 +69,65 @@ def record_inputs(
     done = None if folder is None else folder / "recorded"
     if done is not None and done.is_file():
         assert folder is not None
-        return {ffn.layer: np.load(folder / f"{ffn.layer}.npy", mmap_mode="r") for ffn in ffns}
+        return {ffn.layer: _read(folder, ffn) for ffn in ffns}
     batches = batches_of(examples, tokens, routed.settings.batch_size)
     count = min(tokens, sum(int(real_tokens(batch).sum()) for batch in batches))
     if count < _FEWEST:
         raise DataError(f"the texts have {count} tokens: too few for routers to learn from", hint="give more texts")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    weighed, generator = routed.kind == "classifier", torch.Generator().manual_seed(routed.settings.seed)
     arrays = {ffn.layer: _array(folder, ffn, count) for ffn in ffns}
-    seen: dict[int, Tensor] = {}
-    hooks = [ffn.up.module.register_forward_pre_hook(partial(_keep, seen, ffn.layer)) for ffn in ffns]
+    weights = {ffn.layer: np.ones(count, np.float32) for ffn in ffns}
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    hooks = [ffn.up.module.register_forward_pre_hook(partial(_keep_input, inputs, ffn.layer)) for ffn in ffns]
+    if weighed:
+        hooks += [ffn.down.register_forward_hook(partial(_keep_output, outputs, ffn.layer)) for ffn in ffns]
     training, start = routed.training, 0
     routed.eval()
     try:
         for batch in batches_of(examples, tokens, routed.settings.batch_size):
             real = real_tokens(batch)
-            with torch.no_grad():
-                routed.run(to_device(batch, routed), "dense")
+            with torch.set_grad_enabled(weighed):
+                logits = routed.run(to_device(batch, routed), "dense")
             end = min(count, start + int(real.sum()))
+
+            def rows(of_tokens: Tensor, real: Tensor = real, count: int = end - start) -> np.ndarray:
+                flat = of_tokens.flatten(0, -2).float().cpu()
+                return (flat[real] if len(real) == len(flat) else flat)[:count].numpy()
+
             for layer, array in arrays.items():
-                x = seen[layer].reshape(-1, array.shape[1]).float().cpu()
-                array[start:end] = (x[real] if len(real) == len(x) else x)[: end - start].numpy()
+                array[start:end] = rows(inputs[layer])
+            if weighed:
+                for layer, slopes in _slopes(logits, outputs, generator).items():
+                    weights[layer][start:end] = np.square(rows(slopes)).mean(-1)
             start = end
     finally:
         routed.train(training)
         for hook in hooks:
             hook.remove()
     if done is not None:
+        assert folder is not None
+        np.savez(folder / "weights.npz", **{str(layer): each for layer, each in weights.items()})
         done.touch()
-    return arrays
+    return {layer: Recorded(x, weights[layer]) for layer, x in arrays.items()}
 
 
-def _keep(seen: dict[int, Tensor], layer: int, up: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    seen[layer] = inputs[0].detach()
+def _slopes(logits: Tensor, outputs: dict[int, Tensor], generator: torch.Generator) -> dict[int, Tensor]:
+    """Of logits [batch, classes] in a random direction, by each of `outputs`."""
+    direction = torch.randn(logits.shape, generator=generator).to(logits)
+    direction -= direction.mean(-1, keepdim=True)  # a shift of all logits is no other answer
+    slopes = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
+    return dict(zip(outputs, slopes, strict=True))
+
+
+def _keep_input(inputs: dict[int, Tensor], layer: int, up: nn.Module, given: tuple[Tensor, ...]) -> None:
+    inputs[layer] = given[0].detach()
+
+
+def _keep_output(outputs: dict[int, Tensor], layer: int, down: nn.Module, given: Any, output: Tensor) -> None:
+    outputs[layer] = output if output.requires_grad else output.requires_grad_()
 
 
 def _array(folder: Path | None, ffn: FFNModules, count: int) -> Any:
@@ -97,9 +137,15 @@ def _array(folder: Path | None, ffn: FFNModules, count: int) -> Any:
     return np.lib.format.open_memmap(folder / f"{ffn.layer}.npy", mode="w+", dtype=np.float32, shape=shape)
 
 
-def standardise(routed: Routed, inputs: dict[int, np.ndarray]) -> None:
+def _read(folder: Path, ffn: FFNModules) -> Recorded:
+    return Recorded(
+        np.load(folder / f"{ffn.layer}.npy", mmap_mode="r"), np.load(folder / "weights.npz")[str(ffn.layer)]
+    )
+
+
+def standardise(routed: Routed, recorded: dict[int, Recorded]) -> None:
     """Have each router take inputs of the mean and the deviation of those that were recorded."""
-    for layer, x in inputs.items():
+    for layer, (x, _) in recorded.items():
         router: Any = routed.routing.routers[str(layer)]
         mean, deviation = (
             torch.from_numpy(each.astype(np.float32)).to(router.mean.device)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from trimtab.training.examples import Kind
 from trimtab.training.linears import FFNModules
+from trimtab.training.lora import LEARNS, RATE, Adapters
 from trimtab.training.losses import divergence
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
 from trimtab.training.lte.routers import Mode, Router, Routing
@@ -41,9 +42,11 @@ class Routed(nn.Module):
     def __init__(self, model: PreTrainedModel, ffns: Sequence[FFNModules], settings: Settings, kind: Kind) -> None:
         super().__init__()
         self.model, self.settings, self.kind = model, settings, kind
-        self.routing = Routing(ffns, settings.group, settings.select)
+        self.routing = Routing(ffns, settings.group, settings.select, settings.masks)
         self.stage, self.eta, self.lambda_ = "fine_tune", settings.efficiency, 0.0
         self.density: float | None = None
+        self._downs = {ffn.layer: ffn.down for ffn in ffns}
+        self._adapters: Adapters | None = None
         self._teacher: list[Routed] = []  # in a list: it is no part of what is saved
         self._inputs = set(inspect.signature(model.forward).parameters)
         self.register_state_dict_post_hook(_part_tied)
@@ -53,22 +56,34 @@ class Routed(nn.Module):
         teacher.enter("fine_tune")
         self._teacher = [teacher.eval().requires_grad_(False)]
 
+    def adapt(self) -> None:
+        """Have adapters learn in place of the weights, if the settings say so, until `merge`."""
+        if self.settings.lora_rank:
+            torch.manual_seed(self.settings.seed)
+            self._adapters = Adapters(self.model, self.settings.lora_rank)
+            self.routing.mask({layer: self._adapters.around(down) for layer, down in self._downs.items()})
+
+    def merge(self) -> None:
+        """Put into the weights what adapters have learned."""
+        if self._adapters is not None:
+            self._adapters.merge()
+            self._adapters = None
+            self.routing.mask(self._downs)
+
     def enter(self, stage: str) -> None:
         """Begin a stage: one of `STAGES`; it decides what learns."""
         self.stage, self.density = stage, None
-        self.model.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._adapters is None or LEARNS in name)
         self.routing.requires_grad_(stage == "soft")
 
     def groups(self) -> list[dict[str, Any]]:
         """What learns in this stage, for an optimizer: matrices decay, routers have a rate of their own."""
-        settings, parameters = self.settings, list(self.model.parameters())
+        settings, parameters = self.settings, [p for p in self.model.parameters() if p.requires_grad]
+        rate = settings.lr * (1.0 if self._adapters is None else RATE)
         learning = [
-            {
-                "params": [p for p in parameters if p.dim() > 1],
-                "lr": settings.lr,
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.dim() <= 1], "lr": settings.lr, "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() > 1], "lr": rate, "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "lr": rate, "weight_decay": 0.0},
         ]
         if self.stage == "soft":
             routers = list(self.routing.parameters())
@@ -109,13 +124,13 @@ class Routed(nn.Module):
         answers = {"loss": loss} | ({"logits": logits} if self.kind == "classifier" else {})
         return answers | self._chosen(input_ids, attention_mask)
 
-    def run(self, batch: Mapping[str, Tensor], mode: Mode) -> None:
-        """A forward pass in `mode`, for what hooks see of it.
+    def run(self, batch: Mapping[str, Tensor], mode: Mode) -> Tensor:
+        """Logits of a forward pass in `mode`.
 
         Args:
             batch: arguments of `forward`.
         """
-        self._run(self._taken(batch), batch["labels"], mode)
+        return self._run(self._taken(batch), batch["labels"], mode)[1]
 
     def _taken(self, batch: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """What the model takes of a batch, apart from labels."""

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from trimtab.training.linears import FFNModules
 
 Mode = Literal["dense", "soft", "hard"]
+Masks = Literal["straight", "scores"]
 Select = Literal["threshold", "cumulative"]
 
 THRESHOLD = 0.5
@@ -84,24 +86,32 @@ class Routing(nn.Module):
     Attributes:
         routers: number of the FFN → its router.
         cut: what `choose` takes; of "threshold" subtracted from the logits of soft masks, too.
-        mode: "dense" lets all pass; "soft" multiplies activations by scores; "hard" by 1 for chosen groups and 0 for
-            the others.
+        mode: "dense" lets all pass; "hard" multiplies activations by 1 for chosen groups and 0 for the others; "soft"
+            does so, too, where `masks` is "straight", and gives scores the gradient of these numbers, of groups that
+            are not chosen as well; where it is "scores", it multiplies activations by scores.
         logits: of the last forward pass, number of the FFN → [..., groups].
     """
 
     cut: Tensor
 
-    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select) -> None:
+    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select, masks: Masks) -> None:
         super().__init__()
-        self.group, self.select = group, select
+        self.group, self.select, self.masks = group, select, masks
         self.routers = nn.ModuleDict({str(ffn.layer): Router(ffn.d_model, ffn.d_ff // group) for ffn in ffns})
         self.register_buffer("cut", torch.tensor(0.0 if select == "threshold" else _SHARE))
         self.mode: Mode = "dense"
         self.logits: dict[str, Tensor] = {}
+        self._masks: list[RemovableHandle] = []
         for ffn in ffns:
             # bound methods go along where the model is copied
             ffn.up.module.register_forward_pre_hook(partial(self._read, str(ffn.layer)))
-            ffn.down.register_forward_pre_hook(partial(self._mask, str(ffn.layer)))
+        self.mask({ffn.layer: ffn.down for ffn in ffns})
+
+    def mask(self, downs: Mapping[int, nn.Module]) -> None:
+        """Mask what these modules read, number of the FFN → its down projection, and no longer what others do."""
+        for handle in self._masks:
+            handle.remove()
+        self._masks = [down.register_forward_pre_hook(partial(self._mask, str(layer))) for layer, down in downs.items()]
 
     @classmethod
     def of(cls, ffns: Sequence[FFNModules], learned: Mapping[str, np.ndarray]) -> Routing:
@@ -136,6 +146,11 @@ class Routing(nn.Module):
         """Which groups are computed, bool [..., groups]."""
         return choose(logits, self.select, self.cut)
 
+    def soft_mask(self, logits: Tensor) -> Tensor:
+        """What the soft stage multiplies activations by, [..., groups]; its gradient is that of the scores."""
+        scores = self.scores(logits)
+        return scores if self.masks == "scores" else self.chosen(logits) + (scores - scores.detach())
+
     def tensors(self) -> dict[str, np.ndarray]:
         """As the pass `ffn-route` reads them from a Profile, float32."""
         by_threshold = self.select == "threshold"
@@ -159,5 +174,5 @@ class Routing(nn.Module):
         if self.mode == "dense":
             return None
         logits, (h,) = self.logits[layer], inputs
-        mask = self.scores(logits) if self.mode == "soft" else self.chosen(logits)
+        mask = self.soft_mask(logits) if self.mode == "soft" else self.chosen(logits)
         return ((h.unflatten(-1, (-1, self.group)) * mask.to(h.dtype)[..., None]).flatten(-2),)

@@ -29,6 +29,9 @@ class Settings(Common):
         "threshold", description="Compute the groups whose score is 0.5 or more, or the best ones up to a share of the "
         "sum of all scores.",
     )  # fmt: skip
+    masks: Literal["straight", "scores"] = Field(
+        "straight", description="Of soft: the hard ones, past which gradients go straight to the scores; or the scores."
+    )
     fine_tune: float | None = Field(None, ge=0, description=_SHARED["fine_tune"])
     layerwise: float = Field(
         1.0, ge=0, description="Share that fits routers and weights of each FFN to its own dense outputs, by itself."
@@ -40,11 +43,15 @@ class Settings(Common):
         "sparsity is reached.",
     )  # fmt: skip
     separability: float = Field(
-        0.5, ge=0, description="Weight in the loss, at the end of soft, of what keeps scores away from the threshold."
-    )
-    router_lr: float = Field(0.01, ge=0, description="Highest learning rate of the routers.")
+        0.5, ge=0, description="With --masks scores: weight in the loss, at the end of soft, of what keeps scores away "
+        "from the threshold.",
+    )  # fmt: skip
+    router_lr: float = Field(1e-3, ge=0, description="Highest learning rate of the routers in soft.")
     layer_lr: float = Field(5e-4, ge=0, description="Highest learning rate of the weights in layerwise.")
     layer_tokens: int = Field(16384, ge=64, description="Tokens whose FFN inputs layerwise learns from.")
+    lora_rank: int = Field(
+        0, ge=0, description="Learn adapters of this rank instead of weights, in all stages but layerwise; 0: none."
+    )
     distil: float = Field(0.5, ge=0, le=1, description=_SHARED["distil"])
 
     @model_validator(mode="after")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,8 +20,8 @@ from trimtab.training.huggingface import is_first_process, require_finite
 from trimtab.training.linears import FFNModules
 from trimtab.training.lte.control import Controller, trim
 from trimtab.training.lte.judge import judge, row
-from trimtab.training.lte.layerwise import LayerFit
-from trimtab.training.lte.record import batches_of, real_tokens, record_inputs, standardise, to_device
+from trimtab.training.lte.layerwise import LayerFit, densities
+from trimtab.training.lte.record import Recorded, batches_of, real_tokens, record_inputs, standardise, to_device
 from trimtab.training.lte.settings import STAGES
 from trimtab.training.stages import FollowStage, Stages
 
@@ -63,7 +64,10 @@ class LTEStages(Stages):
             self.model.teach(copy.deepcopy(self.model))
 
     def stage(self, stage: str, start: float) -> float:
-        return self._layerwise(start) if stage == "layerwise" else super().stage(stage, start)
+        if stage == "layerwise":
+            return self._layerwise(start)
+        self.model.adapt()
+        return super().stage(stage, start)
 
     @property
     def follower(self) -> type[FollowRouted]:
@@ -100,6 +104,7 @@ class LTEStages(Stages):
         files = scratch if is_first_process() else None  # two processes must not write the same ones
         inputs = record_inputs(self.model, self.ffns, self.examples, self.settings.layer_tokens, files)
         standardise(self.model, inputs)
+        density = self._densities(inputs, scratch / "densities.json")
         ends = start + 60 * self.ends(stage) - 2 * look
         errors, fewest = [], []
         for number, ffn in enumerate(self.ffns):
@@ -111,7 +116,7 @@ class LTEStages(Stages):
                 now = time.monotonic()
                 minutes = max(0.0, ends - now) / (len(self.ffns) - number) / 60
                 clock = Clock(minutes, self.steps(stage), now, 0.0)
-                steps, error = self._fit(ffn, inputs[ffn.layer], clock, number)
+                steps, error = self._fit(ffn, inputs[ffn.layer], density[ffn.layer], clock, number)
                 require_finite(error, METHOD, f"of {ffn.where} in the stage {stage}", "--layer-lr")
                 kept = self._state(ffn) | {"error": torch.tensor([error]), "steps": torch.tensor([steps])}
                 if is_first_process():
@@ -128,16 +133,28 @@ class LTEStages(Stages):
         self.finish(stage, min(fewest), [made], start)
         return start
 
-    def _fit(self, ffn: FFNModules, inputs: np.ndarray, clock: Clock, number: int) -> tuple[int, float]:
-        device = next(self.model.parameters()).device
-        x = torch.from_numpy(np.array(inputs)).to(device)
+    def _densities(self, recorded: Mapping[int, Recorded], file: Path) -> dict[int, float]:
+        """Number of the FFN → its share of neurons; those of a language model have the same."""
+        even = 1 - self.settings.sparsity
+        if self.model.kind == "language model":
+            return {ffn.layer: even for ffn in self.ffns}
+        if file.is_file():  # FFNs may have learned since
+            return {int(layer): share for layer, share in json.loads(file.read_text()).items()}
+        shares = densities(self.ffns, self.model.routing, recorded, even)
+        if is_first_process():
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(shares))
+            part.replace(file)
+        return shares
+
+    def _fit(self, ffn: FFNModules, recorded: Recorded, density: float, clock: Clock, number: int) -> tuple[int, float]:
         generator = torch.Generator().manual_seed(1000 * self.settings.seed + number)
 
         def progress(at: float) -> None:
             if self.progress is not None and is_first_process():
                 self.progress(self.shown["layerwise"], round(100 * (number + at)), 100 * len(self.ffns))
 
-        return LayerFit(ffn, self.model.routing, x, self.settings).run(clock, generator, progress)
+        return LayerFit(ffn, self.model.routing, recorded, density, self.settings).run(clock, generator, progress)
 
     def _state(self, ffn: FFNModules) -> dict[str, Tensor]:
         modules = ffn.modules | {"router": self.model.routing.routers[str(ffn.layer)]}
@@ -175,8 +192,9 @@ class FollowRouted(FollowStage):
         model = self.stages.model
         if model.density is not None:
             model.eta = self.controller.step(at, _over_processes(model.density))
-        ramp = max(0.0, at - _SEPARATES) / (1 - _SEPARATES)
-        model.lambda_ = self.stages.settings.separability * min(1.0, ramp)
+        if model.routing.masks == "scores":
+            ramp = max(0.0, at - _SEPARATES) / (1 - _SEPARATES)
+            model.lambda_ = self.stages.settings.separability * min(1.0, ramp)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         super().on_step_end(args, state, control, **given)
@@ -184,6 +202,7 @@ class FollowRouted(FollowStage):
             self.stages.trim()
 
     def end(self) -> None:
+        self.stages.model.merge()
         if self.stage in ("soft", "hard"):
             self.stages.trim()
 
