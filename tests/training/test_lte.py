@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import ModelError
+from trimtab.training.clock import Clock
 from trimtab.training.linears import FFNModules, Projection, find_ffns, linear_modules, permute_neurons
 from trimtab.training.lte.control import Controller, density_of, fit_cut, trim
-from trimtab.training.lte.layerwise import ACTIVATIONS, densities
+from trimtab.training.lte.layerwise import ACTIVATIONS, LayerFit, densities
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
-from trimtab.training.lte.record import Recorded, record_inputs
+from trimtab.training.lte.record import Recorded, record_inputs, standardise
 from trimtab.training.lte.routed import Routed
 from trimtab.training.lte.routers import Router, Routing, choose
 from trimtab.training.lte.settings import Settings
@@ -399,6 +401,21 @@ def test_tokens_of_a_classifier_weigh_what_hangs_on_them(tmp_path: Path) -> None
     assert shares[0] == shares[1]
     assert np.mean(list(shares[0].values())) == pytest.approx(0.4, abs=0.01)
     assert shares[0][ffns[-1].layer] < 0.3
+
+
+def test_tokens_that_need_no_neurons_do_not_take_those_of_others() -> None:
+    """Their best group is computed in any case, and is not of the share that the others are given."""
+    model, ffns = routed("bert", batch_size=64)
+    model.enter("layerwise")
+    recorded, last = recorded_of(model, ffns, "bert"), ffns[-1]
+    standardise(model, recorded)
+    x, weights = recorded[last.layer]
+    share = float((weights > 0).mean())  # the first tokens alone need any, and may have all
+    fit = LayerFit(last, model.routing, recorded[last.layer], share, model.settings)
+    fit.run(Clock(1e9, 200, time.monotonic(), 0.0), torch.Generator(), lambda at: None)
+    router = model.routing.routers[str(last.layer)]
+    chosen = model.routing.chosen(router(torch.from_numpy(x))).double().mean(1).numpy()
+    assert chosen[weights > 0].mean() > 0.9 and chosen[weights == 0].mean() < 0.2
 
 
 def test_tokens_of_a_language_model_weigh_alike() -> None:

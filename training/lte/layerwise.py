@@ -44,19 +44,20 @@ class LayerFit:
     Args:
         routing: of the whole model; its hooks mask the FFN's activations.
         recorded: of the FFN.
-        density: share of its groups to compute.
+        density: share of its groups to compute, apart from the best ones of tokens that need none.
     """
 
     def __init__(
         self, ffn: FFNModules, routing: Routing, recorded: Recorded, density: float, settings: Settings
     ) -> None:
-        self._ffn, self._routing, self._settings, self._density = ffn, routing, settings, density
+        self._ffn, self._routing, self._settings = ffn, routing, settings
         self._x, self._weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded)
         router = routing.routers[str(ffn.layer)]
         assert isinstance(router, Router)
         self._router = router
         self._y, added = contributions(ffn, routing, self._x, self._weights)
         self._needed = (added >= least(added, density)) & (added > 0)
+        self._density = float(self._needed.sum(-1).clamp_min(1).double().mean()) / self._needed.shape[1]
         self._unit = self._y.square().sum(-1).mean().clamp_min(1e-12)
         self._begin()
 
@@ -185,4 +186,4 @@ def densities(
         x, weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded[ffn.layer])
         added[ffn.layer] = contributions(ffn, routing, x, weights)[1].cpu()
     bound = least(torch.cat([each.flatten() for each in added.values()]), density)
-    return {layer: max(1 / each.shape[1], float((each >= bound).double().mean())) for layer, each in added.items()}
+    return {layer: float((each >= bound).double().mean()) for layer, each in added.items()}

@@ -36,8 +36,8 @@ class Settings(Common):
     layerwise: float = Field(
         1.0, ge=0, description="Share that fits routers and weights of each FFN to its own dense outputs, by itself."
     )
-    soft: float = Field(1.0, ge=0, description=_SHARED["soft"])
-    hard: float = Field(2.0, ge=0, description=_SHARED["hard"])
+    soft: float = Field(2.0, ge=0, description=_SHARED["soft"])
+    hard: float = Field(1.0, ge=0, description=_SHARED["hard"])
     efficiency: float = Field(
         0.1, gt=0, description="Weight in the loss of the scores' mean square at first; then it is moved so that the "
         "sparsity is reached.",
