@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.passes.errors import DataError
@@ -17,6 +18,7 @@ from trimtab.training.linears import FFNModules
 from trimtab.training.lte.routed import Routed
 from trimtab.training.texts import Examples
 
+_WEIGHTS = "weights.safetensors"
 _FEWEST = 64  # tokens, from which no router can learn
 
 
@@ -109,7 +111,7 @@ def record_inputs(
             hook.remove()
     if done is not None:
         assert folder is not None
-        np.savez(folder / "weights.npz", **{str(layer): each for layer, each in weights.items()})
+        save_file({str(layer): each for layer, each in weights.items()}, folder / _WEIGHTS)
         done.touch()
     return {layer: Recorded(x, weights[layer]) for layer, x in arrays.items()}
 
@@ -138,9 +140,8 @@ def _array(folder: Path | None, ffn: FFNModules, count: int) -> Any:
 
 
 def _read(folder: Path, ffn: FFNModules) -> Recorded:
-    return Recorded(
-        np.load(folder / f"{ffn.layer}.npy", mmap_mode="r"), np.load(folder / "weights.npz")[str(ffn.layer)]
-    )
+    x = np.load(folder / f"{ffn.layer}.npy", mmap_mode="r")
+    return Recorded(x, load_file(folder / _WEIGHTS)[str(ffn.layer)])
 
 
 def standardise(routed: Routed, recorded: dict[int, Recorded]) -> None:
