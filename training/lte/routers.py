@@ -94,7 +94,7 @@ class Routing(nn.Module):
 
     cut: Tensor
 
-    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select, masks: Masks) -> None:
+    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select, masks: Masks = "straight") -> None:
         super().__init__()
         self.group, self.select, self.masks = group, select, masks
         self.routers = nn.ModuleDict({str(ffn.layer): Router(ffn.d_model, ffn.d_ff // group) for ffn in ffns})
