@@ -90,9 +90,9 @@ class FFNThreshold(Pass):
         description="share of an FFN's neurons that is left out, on average; default of the dial",
         json_schema_extra={"search": [0.3, 0.5, 0.7]},
     )
-    by: Literal["magnitude", "contribution"] = Field(
-        "magnitude",
-        description="what a threshold is compared with: an activation's size, or that times what it adds to the output",
+    by: Literal["contribution", "magnitude"] = Field(
+        "contribution",
+        description="what a threshold is compared with: what an activation adds to the output, or its size alone",
     )
     block: int = Field(1, ge=1, description="neighbouring neurons that are chosen together, by the sum of their sizes")
     cap: float = Field(

@@ -62,6 +62,32 @@ def test_a_decoder_generates_at_its_dial(tmp_path: Path) -> None:
         engine.manifest.all_dials.feeds(2, {"route": 0.1})
 
 
+@pytest.mark.parametrize(
+    "step",
+    [{"ffn-threshold": {"sparsity": 0.4, "most": 1.0}}, {"ffn-route": {"router": "fitted", "group": 4, "most": 1.0}}],
+    ids=["threshold", "fitted"],
+)
+def test_a_model_that_nobody_trained(step: dict[str, Any], tmp_path: Path) -> None:
+    """Measured by calibration, exact at speed 0, and of all samples each at its own speed."""
+    source = zoo.save_pretrained("bert", tmp_path / "model")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"w{i} w{i + 3} w{2 * i + 5} w9 w{i % 7 + 4}\n" for i in range(4, 40)), encoding="utf-8")
+    built = compile_model(source, RECIPE | {"passes": ["unpad", step]}, tmp_path / "build", data=texts)
+    engine, rng = load(built.path), np.random.default_rng()
+    (dial,), (name,) = engine.dials, step
+    assert (dial.exact, dial.default) == (0, {"ffn-threshold": 0.4, "ffn-route": 0.5}[name])
+    rows = {row["name"]: row for row in built.manifest.model_dump(mode="json")["passes"]}[name]["details"]["layers"]
+    assert len(rows) == 3 and all(0.2 < row["sparsity"] < 0.8 and row["error"] < 1 for row in rows)
+    feeds = zoo.feeds("bert", 3, 17, rng)
+    dense = OnnxRuntimeRunner(zoo.exported("bert")).run(feeds)["logits"]
+    np.testing.assert_allclose(engine.run(feeds, speed=0)["logits"], dense, rtol=1e-4, atol=1e-4)
+    mixed = engine.run(feeds, speed=[0.0, 0.5, 1.0])["logits"]
+    assert np.abs(mixed[1:] - dense[1:]).max() > 1e-3
+    for place, speed in enumerate((0.0, 0.5, 1.0)):
+        alone = engine.run({key: value[place : place + 1] for key, value in feeds.items()}, speed=speed)["logits"]
+        np.testing.assert_allclose(mixed[place], alone[0], rtol=1e-3, atol=1e-4)
+
+
 def test_a_profile_of_another_model(tmp_path: Path) -> None:
     profile = profile_with(random_routers(canonical(zoo.exported("bert")), np.random.default_rng(0)))
     with pytest.raises(TrimtabError, match="another model"):

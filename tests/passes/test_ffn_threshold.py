@@ -169,7 +169,7 @@ def test_calibration_data_meet_the_sparsity(family: str) -> None:
     profile, block = profile_of(graph, states=2000, seed=int(rng.integers(1 << 30))), int(rng.choice([1, 4]))
     sparsity = float(rng.choice([0.3, 0.6, 0.85]))
     layers = [read_layer(ffn, profile) for ffn in find_anatomy(graph).ffns]
-    references = [Reference(layer, block, "magnitude") for layer in layers]
+    references = [Reference(layer, block, "contribution") for layer in layers]
     assert all(layer.h_held.size for layer in layers)  # read before the graph changes
     (result,) = left_out(graph, profile, sparsity=sparsity, block=block)
     for row, layer, reference in zip(result.details["layers"], layers, references, strict=True):
@@ -210,7 +210,7 @@ def test_a_cap_takes_the_best_and_shared_what_any_token_needs(shared: bool, tmp_
     rng, graph = seeded(), canonical(zoo.exported("llama"))
     profile = profile_of(graph)
     layer = read_layer(find_anatomy(graph).ffns[0], profile)
-    x, reference = layer.ffn.x, Reference(layer, 1, "magnitude")
+    x, reference = layer.ffn.x, Reference(layer, 1, "contribution")
     left_out(graph, profile, shared=shared, cap=0.25 if not shared else 1.0)
     graph.outputs = [x, graph.tensors()["ffn-threshold/layer.0/down.y"]]
     save_graph(graph, tmp_path / "model.onnx")
@@ -272,7 +272,7 @@ def test_with_pruning_and_exits(tmp_path: Path) -> None:
     graph = encoder.graph()
     profile = profile_of(graph, seed=int(rng.integers(1 << 30)))
     encoder.references = {
-        ffn.layer: Reference(read_layer(ffn, profile), 2, "magnitude") for ffn in find_anatomy(graph).ffns
+        ffn.layer: Reference(read_layer(ffn, profile), 2, "contribution") for ffn in find_anatomy(graph).ffns
     }
     encoder.near, exits = [], encoder.exit(2, "light")
     learned = {"thresholds": np.zeros(encoder.layers, np.float32)} | exits
