@@ -1,9 +1,12 @@
 """The sparse kernels against ONNX Runtime's dense products: python benchmarks/sparse_ffn.py --json
 
 SwiGLU FFNs of 2048 → 8192, four layers of different weights, one token, two threads; blocks are chosen at random,
-others in every run, so that no cache holds them. Peers in the same run: MatMul in fp32, MatMulInteger as ONNX
-Runtime's dynamic quantization makes it, and MatMulNBits in blocks of 32. At best a layer takes `density` of the time
-that memory needs for its weights.
+others in every run, so that no cache holds them. Peers in the same run: MatMul in fp32, which bf16 and fp16 have too,
+MatMulInteger as ONNX Runtime's dynamic quantization makes it, and MatMulNBits in blocks of 32. At best a layer of one
+token takes `density` of the time that memory needs for its weights; of T tokens that choose on their own, the share
+`union` = 1 - (1 - density)^T of them is read, and `density` of the products is left.
+
+Encoder: --width 384 --neurons 1536 --layers 6 --block 32 --plain --tokens 8,16,48 --densities 0.2
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import count
+from itertools import count as counter
+from itertools import product
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -36,8 +40,18 @@ def runner(path: Path, threads: int, feeds: list[dict[str, np.ndarray]]) -> Call
     if not register(options):
         sys.exit("the native kernels are missing")
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    turn = count()
+    turn = counter()
     return lambda: session.run(None, feeds[next(turn) % len(feeds)])
+
+
+def chosen(rng: np.random.Generator, tokens: int, count: int, k: int, varying: bool) -> np.ndarray:
+    """Blocks of each token, [tokens, k]; `varying`: as many as k on average, -1 behind them."""
+    if not varying:
+        return random_blocks(rng, tokens, count, k)
+    most = min(count, k + k // 2)
+    blocks = random_blocks(rng, tokens, count, most)
+    blocks[np.arange(most) >= rng.integers(2 * k - most, most + 1, tokens)[:, None]] = -1
+    return blocks
 
 
 def copy_bound(threads: int) -> float:
@@ -57,7 +71,10 @@ def main(
     block: Annotated[int, typer.Option(help="Neurons in a block.")] = 8,
     threads: int = 2,
     densities: Annotated[str, typer.Option(help="Shares of the neurons.")] = "0.05,0.1,0.25,0.5,1",
-    precision: Annotated[str, typer.Option(help="Some of fp32,int8,int4.")] = "fp32,int8,int4",
+    precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,int8,int4.")] = "fp32,int8,int4",
+    tokens: Annotated[str, typer.Option(help="In a call, each with its own choice.")] = "1",
+    varying: Annotated[bool, typer.Option(help="Tokens take from half to one and a half times as many.")] = False,
+    plain: Annotated[bool, typer.Option(help="FFNs without a gate.")] = False,
     seconds: Annotated[float, typer.Option(help="Of timing per density and precision.")] = 10.0,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -69,29 +86,31 @@ def main(
         "memory_gb_s": bound, "width": width, "neurons": neurons, "layers": layers, "block": block,
     }  # fmt: skip
     rows: list[dict[str, object]] = []
-    made = random_layers(neurons, width, 3, layers)
+    made = random_layers(neurons, width, 2 if plain else 3, layers)
     rng = np.random.default_rng()
-    x = rng.standard_normal((1, 1, width), np.float32)
+    count = neurons // block
     with tempfile.TemporaryDirectory(prefix="trimtab-sparse-") as folder:
-        kinds = cast("list[RowForm]", precision.split(","))
-        for kind in kinds:
+        for kind in cast("list[RowForm]", precision.split(",")):
             path = dense_model(made, Path(folder) / "dense.onnx", kind)
-            peer = runner(path, threads, [{"x": x}])
-            model = sparse_model(made, Path(folder) / f"sparse-{kind}.onnx", block, kind)
-            for density in map(float, densities.split(",")):
-                k = max(1, round(density * neurons / block))
-                feeds = [
-                    {"x": x} | {f"blocks{i}": random_blocks(rng, 1, neurons // block, k) for i in range(layers)}
-                    for _ in range(SELECTIONS)
-                ]
-                taken = interleave({"dense": peer, "sparse": runner(model, threads, feeds)}, seconds=seconds)
-                read = 3 * layers * k * block * row_bytes(kind, width)
-                ratio = taken["dense"].median_ms / taken["sparse"].median_ms
-                pace = read / taken["sparse"].median_ms / 1e6
+            model = sparse_model(made, Path(folder) / f"sparse-{kind}.onnx", block, kind, at_most=varying)
+            for call, density in product(map(int, tokens.split(",")), map(float, densities.split(","))):
+                x = rng.standard_normal((1, call, width), np.float32)
+                k = max(1, round(density * count))
+                choices = [[chosen(rng, call, count, k, varying) for _ in range(layers)] for _ in range(SELECTIONS)]
+                feeds = [{"x": x} | {f"blocks{i}": one for i, one in enumerate(each)} for each in choices]
+                runs = {"dense": runner(path, threads, [{"x": x}]), "sparse": runner(model, threads, feeds)}
+                taken = {name: timing.median_ms for name, timing in interleave(runs, seconds=seconds).items()}
+                ratio = taken["dense"] / taken["sparse"]
+                union = float(np.mean([len(np.unique(one[one >= 0])) for each in choices for one in each])) / count
+                read = (2 if plain else 3) * layers * union * neurons * row_bytes(kind, width)
+                pace = read / taken["sparse"] / 1e6
+                products = 2 * (2 if plain else 3) * layers * call * width * neurons
                 rows.append({
-                    "precision": kind, "density": k * block / neurons, "dense_ms": taken["dense"].median_ms,
-                    "sparse_ms": taken["sparse"].median_ms, "ratio": ratio, "of_ideal": ratio * k * block / neurons,
-                    "gb_s": pace, "of_memory": pace / bound,
+                    "precision": kind, "tokens": call, "density": k / count, "union": union,
+                    "dense_ms": taken["dense"], "sparse_ms": taken["sparse"], "ratio": ratio,
+                    "of_ideal": ratio * k / count, "gb_s": pace, "of_memory": pace / bound,
+                    "gflops": products * k / count / taken["sparse"] / 1e6,
+                    "dense_gflops": products / taken["dense"] / 1e6,
                 })  # fmt: skip
                 if not as_json:
                     show(rows[-1])
@@ -106,8 +125,9 @@ def main(
 
 def show(row: dict[str, object]) -> None:
     print(
-        "{precision} at {density:.3f}: {dense_ms:.2f} ms dense, {sparse_ms:.3f} ms sparse: {ratio:.2f}x, "
-        "{of_ideal:.2f} of ideal; {gb_s:.1f} GB/s".format(**row)
+        "{precision} at {density:.3f}, {tokens} tokens: {dense_ms:.2f} ms dense, {sparse_ms:.3f} ms sparse: "
+        "{ratio:.2f}x, {of_ideal:.2f} of ideal; union {union:.2f}, {gb_s:.1f} GB/s, {gflops:.0f} GFLOP/s beside "
+        "{dense_gflops:.0f}".format(**row)
     )
 
 

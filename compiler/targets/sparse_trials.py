@@ -58,8 +58,12 @@ def dense_model(layers: Sequence[Layer], path: Path, precision: str = "fp32") ->
     return path
 
 
-def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm) -> Path:
-    """x and the blocks of each layer, blocks0, blocks1, ... [1 or tokens, k] → y, by the sparse ops."""
+def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm, *, at_most: bool = False) -> Path:
+    """x and the blocks of each layer, blocks0, blocks1, ... [1 or tokens, k] → y, by the sparse ops.
+
+    Args:
+        at_most: blocks may be -1.
+    """
     graph, width = _new(layers), layers[0][0].shape[1]
     x: gs.Tensor = graph.inputs[0]
     for i, (*ups, last) in enumerate(layers):
@@ -72,9 +76,10 @@ def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm)
         for label, w in zip(("gate", "up")[2 - len(ups) :], ups, strict=True):
             parts |= row_constants(w, form, label, f"{i}")
         activation = "silu" if len(ups) == 2 else "relu"
-        h = add_node(graph, SPARSE_UP, parts, f"{i}/h", activation=activation, block=block)
+        shared = {"block": block, "at_most": int(at_most)}
+        h = add_node(graph, SPARSE_UP, parts, f"{i}/h", activation=activation, **shared)
         downs = row_constants(last, form, "down", f"{i}")
-        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, f"{i}/y", block=block)
+        y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, f"{i}/y", **shared)
         x = insert(graph, "Add", [x, y], f"{i}/residual", dtype=np.float32)
     return _finish(graph, x, width, path)
 

@@ -41,10 +41,10 @@ Rows<R> find(const Weights& w, const Chosen& chosen, int64_t i, int64_t end) {
   return found;
 }
 
-// The rows behind those from i on: of the same matrix, or the first of those that are needed `after` it.
+// The rows behind those from i on: of the same matrix, or the first of those that are wanted next.
 template <int R>
-Rows<R> find_next(const Weights& w, const Chosen& chosen, int64_t i, int64_t begin, int64_t end, const Weights* after) {
-  if (i + R >= end && after != nullptr) return find<R>(*after, chosen, begin, end);
+Rows<R> find_next(const Weights& w, const Chosen& chosen, int64_t i, int64_t end, const Wanted& next) {
+  if (i + R >= end && next.weights != nullptr) return find<R>(*next.weights, next.chosen, next.begin, next.end);
   return find<R>(w, chosen, std::min(i + R, end - 1), end);
 }
 

@@ -21,28 +21,60 @@ constexpr int64_t kGroup = 512;  // of x that share a scale where it is multipli
 
 constexpr int64_t kStrip = 256;  // places worth a task of their own
 
-constexpr int64_t kMany = 8;  // tokens with the same rows from which on arithmetic takes the time, and not memory
+constexpr int64_t kSome = 3;  // tokens with the same rows from which on rows are multiplied in tiles, and int8 by bytes
+constexpr int64_t kMany = 8;  // from which on integers that are not are widened to floats
+
+constexpr int64_t kTogether = 96;  // tokens that are worked on at a time: as many as have their activations in a cache
+
+constexpr int64_t kChunk = 32;  // rows that are
 
 constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
 
-// x [tokens, width]: as floats for weights in floating point and for many tokens; for integer weights else as 16-bit integers, whose products with
-// them are exact, with a scale for every kGroup of a row. Their order is that of the kernels, see `prepare`; a row is filled
-// up with zeros to whole groups.
+constexpr int64_t kByteGroup = 1024;  // of x that share a scale where it is multiplied in bytes
+
+constexpr int64_t byte_groups(int64_t width) { return (width + kByteGroup - 1) / kByteGroup; }
+
+constexpr int64_t byte_stride(int64_t width) { return (width + 63) / 64 * 64; }
+
+// x [tokens, width]: as floats for weights in floating point. For integer weights as 16-bit integers, whose products with them
+// are exact, with a scale for every kGroup of a row; in the order that the kernels want, see `prepare`, and filled up with
+// zeros to whole groups. Where some tokens take the same rows, as bytes for int8, see ByteKernels, as floats for int4.
 struct Activations {
   const float* floats = nullptr;
   const int16_t* integers = nullptr;  // [tokens, groups_of(width) * kGroup]
-  const float* scale = nullptr;       // [tokens, groups_of(width)]
+  const int8_t* bytes = nullptr;      // [tokens, byte_stride(width)], zeros at the end
+  const float* scale = nullptr;       // [tokens, groups_of(width) or byte_groups(width)]
   const float* less = nullptr;        // int4: what the zero point takes off, of each block
+  const int32_t* sums = nullptr;      // bytes: of each group, 128 times
   int64_t step = 1;                   // tokens from one that is taken to the next
 
   Activations from(int64_t token, int64_t width) const {
-    if (integers == nullptr) return {floats + token * width, nullptr, nullptr, nullptr, step};
-    const int64_t group = token * groups_of(width);
-    return {nullptr, integers + group * kGroup, scale + group, less + group * (kGroup / kInt4Block), step};
+    Activations later = *this;
+    if (floats != nullptr) later.floats += token * width;
+    if (integers != nullptr) {
+      const int64_t group = token * groups_of(width);
+      later.integers += group * kGroup, later.scale += group, later.less += group * (kGroup / kInt4Block);
+    }
+    if (bytes != nullptr) {
+      const int64_t group = token * byte_groups(width);
+      later.bytes += token * byte_stride(width), later.scale += group, later.sums += group;
+    }
+    return later;
   }
 
-  // From place i on, the first of a block of int4.
-  Activations at(int64_t i) const { return {nullptr, integers + i, scale, less + i / kInt4Block, step}; }
+  // 16-bit integers from place i on, the first of a block of int4.
+  Activations at(int64_t i) const {
+    Activations later = *this;
+    later.integers += i, later.less += i / kInt4Block;
+    return later;
+  }
+};
+
+// Rows of other weights, or of other blocks, that are wanted next; none without weights.
+struct Wanted {
+  const Weights* weights = nullptr;
+  Chosen chosen{nullptr, 1};
+  int64_t begin = 0, end = 0;
 };
 
 // Of each block the tokens that take it: those from starts[i] to starts[i + 1], with the places that it has in their choices.
@@ -54,14 +86,36 @@ struct Takers {
   const int32_t *tokens, *places;
 };
 
+// What a token has in up to kChunk rows of a block: h times the rows' scales, as bytes.
+struct BlockBytes {
+  int8_t values[kChunk];  // zeros at the end
+  int32_t sum;            // of them, 128 times
+  float scale;
+};
+
+// int8 weights and activations in bytes, of which several tokens take the same rows.
+struct ByteKernels {
+  // A row of x.
+  void (*prepare)(const float* x, int64_t width, int8_t* bytes, float* scale, int32_t* sums);
+
+  // h of pairs first to last of a token and a block: [pairs, ceil(size / kChunk)].
+  void (*prepare_blocks)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t first, int64_t last,
+                         BlockBytes* bytes);
+
+  // As those of Kernels; `bytes`: of all pairs.
+  void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
+              float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers);
+  void (*sum_by_block)(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t tokens, int64_t first,
+                       int64_t last, float* y);
+};
+
 struct Kernels {
   const char* name;
 
   // out[t, i - begin] = x[numbers[t]] . W[chosen.row(i)] for i in [begin, end) and `tokens` rows of x, the first ones where
-  // there are no `numbers`; they ascend. out has `out_stride` floats from token to token. If `after` is given, its rows are
-  // wanted next.
+  // there are no `numbers`; they ascend. out has `out_stride` floats from token to token.
   void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
-              float* out, int64_t out_stride, const Weights* after, const int32_t* numbers);
+              float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers);
 
   // y[t, first..last) = sum over i in [0, count) of h[t, i] * W[chosen.row(i), first..last).
   // h has `h_stride` floats from token to token, y has w.width. `first` is a multiple of kStrip.
@@ -69,8 +123,8 @@ struct Kernels {
               int64_t first, int64_t last, float* y);
 
   // y[t, first..last) = sum over the blocks that t takes, of h[t, place * size + i] * W[block * size + i, first..last).
-  // `many`: products in float32, whatever the weights. `first` is a multiple of kStrip.
-  void (*sum_by_block)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens, bool many,
+  // `some`: most blocks have several tokens. `first` is a multiple of kStrip.
+  void (*sum_by_block)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens, bool some,
                        int64_t first, int64_t last, float* y);
 
   // h = act(h), or act(gate) * h where there is a gate, `count` of each.
@@ -78,12 +132,16 @@ struct Kernels {
 
   // A row of x, for integer weights.
   void (*prepare)(Format format, const float* x, int64_t width, int16_t* integers, float* scale, float* less);
+  const ByteKernels* bytes;  // nullptr: this processor does not multiply them
 };
 
 extern const Kernels kPortable;
 #if defined(TRIMTAB_X86)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+extern const Kernels kAvx2, kAvx512;
+extern const ByteKernels kBytesAvx2, kBytesAvx512, kBytesAvx512Vnni;
+#if defined(TRIMTAB_AVX_VNNI)
+extern const ByteKernels kBytesAvxVnni;
+#endif
 #endif
 
 // Those of the best instruction set, see isa.h.

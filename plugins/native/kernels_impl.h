@@ -30,12 +30,12 @@ void with(Format format, bool apart, const Use& use) {
 // T rows of x at a time, for all of the weights.
 template <typename Kernel, int T, bool kApart>
 void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, float* out,
-                int64_t out_stride, const Weights* after) {
+                int64_t out_stride, const Wanted& wanted) {
   constexpr int R = kApart ? Kernel::kDotRowsApart : Kernel::kDotRows;
   Rows<R> next = find<R>(w, chosen, begin, end);
   for (int64_t i = begin; i < end; i += R) {
     const Rows<R> now = next;
-    next = find_next<R>(w, chosen, i, begin, end, after);
+    next = find_next<R>(w, chosen, i, end, wanted);
     float found[T][R];
     Kernel::template dot<T, R, kApart>(now, next, w.width, x, found);
     TRIMTAB_UNROLL for (int t = 0; t < T; t++)
@@ -44,10 +44,9 @@ void dot_tokens(const Weights& w, const Chosen& chosen, int64_t begin, int64_t e
 }
 
 void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
-         float* out, int64_t out_stride, const Weights* after, const int32_t* numbers) {
-  const bool integer = w.format == Format::int8 || w.format == Format::int4;
-  if (x.floats != nullptr && (integer || tokens >= kMany))
-    return dot_many(w, chosen, begin, end, x.floats, tokens, out, out_stride, numbers);
+         float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers) {
+  if (x.floats != nullptr && (is_integer(w.format) || tokens >= kSome))
+    return dot_many(w, chosen, begin, end, x, tokens, out, out_stride, next, numbers);
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr bool kApart = decltype(apart)::value;
@@ -56,14 +55,14 @@ void dot(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, con
       Activations mine = x.from(numbers == nullptr ? t : numbers[t], w.width);
       if (pair && numbers != nullptr) mine.step = numbers[t + 1] - numbers[t];
       const auto& use = pair ? dot_tokens<Kernel, 2, kApart> : dot_tokens<Kernel, 1, kApart>;
-      use(w, chosen, begin, end, mine, out + t * out_stride, out_stride, after);
+      use(w, chosen, begin, end, mine, out + t * out_stride, out_stride, next);
     }
   });
 }
 
 void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride, int64_t tokens,
          int64_t first, int64_t last, float* y) {
-  if (tokens >= kMany) return sum_many(w, chosen, count, h, h_stride, tokens, first, last, y);
+  if (tokens >= (is_integer(w.format) ? kMany : kSome)) return sum_many(w, chosen, count, h, h_stride, tokens, first, last, y);
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr int R = Kernel::kSumRows;
@@ -74,7 +73,7 @@ void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, 
       if (count > 0) next = find<R>(w, chosen, 0, count);
       for (int64_t i = 0; i < count; i += R) {
         const Rows<R> now = next;
-        next = find_next<R>(w, chosen, i, 0, count, nullptr);
+        next = find_next<R>(w, chosen, i, count, {});
         for (int64_t t = 0; t < tokens; t++) {
           float factor[R];
           TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < count ? h[t * h_stride + i + r] : 0.0f;
@@ -86,9 +85,9 @@ void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, 
   });
 }
 
-void sum_by_block(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens, bool many,
+void sum_by_block(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens, bool some,
                   int64_t first, int64_t last, float* y) {
-  if (many) return sum_many_by_block(w, takers, h, h_stride, tokens, first, last, y);
+  if (some) return sum_many_by_block(w, takers, h, h_stride, tokens, first, last, y);
   with(w.format, false, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr int R = Kernel::kSumRows;
@@ -180,6 +179,7 @@ void prepare(Format format, const float* x, int64_t width, int16_t* integers, fl
 
 }  // namespace
 
-const Kernels TRIMTAB_KERNELS = {TRIMTAB_ISA, dot, sum, sum_by_block, finish, prepare};
+const Kernels TRIMTAB_KERNELS = {
+    TRIMTAB_ISA, dot, sum, sum_by_block, finish, prepare, nullptr};
 
 }  // namespace trimtab

@@ -65,11 +65,27 @@ inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t ro
   return nullptr;
 }
 
+// Whether rows that so many tokens take are multiplied in bytes.
+inline bool by_bytes(Format format, int64_t together) {
+  return format == Format::int8 && together >= kSome && kernels().bytes != nullptr;
+}
+
 // x as the kernels take it for weights of a format.
 class Prepared {
  public:
-  // `together`: how many tokens take the same rows.
-  Prepared(const float* x, int64_t tokens, int64_t together, int64_t width, Format format) {
+  // `together`: how many tokens take the same rows; `bytes`: of int8, as bytes where that is faster.
+  Prepared(const float* x, int64_t tokens, int64_t together, bool bytes, int64_t width, Format format) {
+    const Kernels& use = kernels();
+    if (bytes && by_bytes(format, together)) {
+      const int64_t groups = byte_groups(width), stride = byte_stride(width);
+      bytes_.reset(new int8_t[tokens * stride]);
+      sums_.reset(new int32_t[tokens * groups]);
+      scale_.reset(new float[tokens * groups]);
+      for (int64_t t = 0; t < tokens; t++)
+        use.bytes->prepare(x + t * width, width, bytes_.get() + t * stride, scale_.get() + t * groups, sums_.get() + t * groups);
+      view_.bytes = bytes_.get(), view_.sums = sums_.get(), view_.scale = scale_.get();
+      return;
+    }
     if ((format != Format::int8 && format != Format::int4) || together >= kMany) {
       view_.floats = x;
       return;
@@ -79,17 +95,20 @@ class Prepared {
     scale_.reset(new float[tokens * (groups + blocks)]);
     float* less = scale_.get() + tokens * groups;
     for (int64_t t = 0; t < tokens; t++)
-      kernels().prepare(format, x + t * width, width, integers_.get() + t * groups * kGroup, scale_.get() + t * groups,
-                        less + t * blocks);
-    view_.integers = integers_.get();
-    view_.scale = scale_.get();
-    view_.less = less;
+      use.prepare(format, x + t * width, width, integers_.get() + t * groups * kGroup, scale_.get() + t * groups,
+                  less + t * blocks);
+    view_.integers = integers_.get(), view_.scale = scale_.get(), view_.less = less;
   }
 
   const Activations& view() const { return view_; }
 
+  // The kernel that multiplies them.
+  auto dot() const { return view_.bytes != nullptr ? kernels().bytes->dot : kernels().dot; }
+
  private:
   std::unique_ptr<int16_t[]> integers_;
+  std::unique_ptr<int8_t[]> bytes_;
+  std::unique_ptr<int32_t[]> sums_;
   std::unique_ptr<float[]> scale_;
   Activations view_;
 };

@@ -19,6 +19,7 @@ typedef int32_t vi __attribute__((vector_size(4 * V)));
 typedef uint32_t vu __attribute__((vector_size(4 * V)));
 typedef int16_t vs __attribute__((vector_size(4 * V)));  // 2 V of them
 typedef uint16_t vw __attribute__((vector_size(4 * V)));
+typedef int8_t vb __attribute__((vector_size(V)));
 typedef uint16_t vh __attribute__((vector_size(2 * V)));
 
 template <typename T>

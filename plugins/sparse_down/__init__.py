@@ -36,7 +36,8 @@ def _body(form: Form) -> str:
 SPARSE_DOWN = Op(
     "SparseDown",
     doc="h down, for the rows of `down` that belong to the chosen blocks. Kernels may round h to 16 bits of the "
-    "largest of eight rows where weights are integers.",
+    "largest of eight rows where weights are integers, and to bytes of the largest of 32 where they are int8 and "
+    "several tokens take a block.",
     inputs=(
         Input("h", ACTIVATION, "[..., k · block], of the chosen neurons in order"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens; with at_most, -1 is none", role="choice"),

@@ -87,7 +87,7 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    if (groups > 1 && block >= kRowsTogether) {
+    if ((groups > 1 || tokens >= kSome) && block >= kRowsTogether) {
       by_block(runtime, context, h.floats(), blocks, down, tokens, y);
       return nullptr;
     }
@@ -124,27 +124,46 @@ struct SparseDown {
   }
 
  private:
-  // Each token has its own choice; each block is read once for all tokens that take it and have something in it.
+  // Each block is read once for all tokens that take it and have something in it.
   void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const float* h, const Tensor& blocks,
                 const Weights& down, int64_t tokens, float* y) const {
     const int64_t k = blocks.last(), count = k * block, width = down.width;
+    const int64_t stride = blocks.dims[0] == 1 ? 0 : k;
     std::vector<ByBlock> turned;
+    int64_t together = 0;  // tokens of a block
     for (int64_t first = 0; first < tokens; first += kTogether) {
       const auto nothing = [&](int64_t t, int64_t place) {
         const float* from = h + (first + t) * count + place * block;
         return std::all_of(from, from + block, [](float value) { return value == 0; });
       };
-      turned.emplace_back(blocks.ints() + first * k, std::min(kTogether, tokens - first), k, down.rows / block, nothing);
+      turned.emplace_back(blocks.ints() + first * stride, stride, std::min(kTogether, tokens - first), k, down.rows / block, nothing);
+      together = std::max(together, turned.back().together());
     }
-    const bool many = std::any_of(turned.begin(), turned.end(), [](const ByBlock& one) { return one.many(); });
+    const bool bytes = by_bytes(down.format, together);
+    const bool some = together >= (down.format == Format::int8 || down.format == Format::int4 ? kMany : kSome);
+    const Kernels& use = kernels();
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, down.rows * width)), kMostParts);
+    const int64_t chunks = (block + kChunk - 1) / kChunk;
+    std::vector<std::unique_ptr<BlockBytes[]>> rounded;
+    if (bytes) {
+      for (const ByBlock& one : turned) rounded.emplace_back(new BlockBytes[one.pairs() * chunks]);
+      auto round = [&](int64_t i) {
+        const int64_t batch = i / parts, part = i % parts, pairs = turned[batch].pairs();
+        use.bytes->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count,
+                                  bound(pairs, parts, part, 1), bound(pairs, parts, part + 1, 1), rounded[batch].get());
+      };
+      parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, round);
+    }
     const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
     auto task = [&](int64_t i) {
       const int64_t token = i / strips * kTogether, strip = i % strips;
       const int64_t first = bound(width, strips, strip, kStrip), last = bound(width, strips, strip + 1, kStrip);
       if (first == last) return;
-      kernels().sum_by_block(down, turned[i / strips].takers(block), h + token * count, count,
-                             std::min(kTogether, tokens - token), many, first, last, y + token * width);
+      const Takers takers = turned[i / strips].takers(block);
+      const int64_t mine = std::min(kTogether, tokens - token);
+      float* to = y + token * width;
+      if (bytes) use.bytes->sum_by_block(down, takers, rounded[i / strips].get(), mine, first, last, to);
+      else use.sum_by_block(down, takers, h + token * count, count, mine, some, first, last, to);
     };
     parallel(runtime, context, static_cast<int64_t>(turned.size()) * strips, task);
   }

@@ -125,7 +125,8 @@ def products(form: Form, label: str) -> list[str]:
 SPARSE_UP = Op(
     "SparseUp",
     doc="act(x gateᵀ + gate_bias) * (x upᵀ + up_bias), or act(x upᵀ + up_bias), for the chosen blocks alone. "
-    "Kernels may round x to 16 bits per 512 of a row where weights are integers.",
+    "Kernels may round x to 16 bits per 512 of a row where weights are integers, and to bytes per 1024 where they are "
+    "int8 and several tokens take a block.",
     inputs=(
         Input("x", ACTIVATION, "[..., width]"),
         Input("blocks", INT32, "[tokens, k], or [1, k] for all tokens; with at_most, -1 is none", role="choice"),

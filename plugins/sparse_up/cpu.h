@@ -60,7 +60,7 @@ struct SparseUp {
     // One selection for all tokens is one group; otherwise each token is one.
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
     const Call call{in, &up, in[5] ? &gate : nullptr, tokens, width, k, count, out};
-    if (groups > 1 && block >= kRowsTogether) by_block(runtime, context, call);
+    if ((groups > 1 || tokens >= kSome) && block >= kRowsTogether) by_block(runtime, context, call);
     else by_group(runtime, context, call, groups, each);
     if (in[8] && keep > 0 && keep < k) {
       auto rest = [&](int64_t t) {
@@ -83,7 +83,7 @@ struct SparseUp {
 
   // Each group of tokens with its own choice.
   void by_group(const ort::Runtime& runtime, ort::KernelContext* context, const Call& call, int64_t groups, int64_t each) const {
-    const Prepared prepared(call.in[0].floats(), call.tokens, each, call.width, call.up->format);
+    const Prepared prepared(call.in[0].floats(), call.tokens, each, false, call.width, call.up->format);
     const int64_t matrices = call.gate != nullptr ? 2 : 1;
     const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.count * call.width));
     auto task = [&](int64_t i) {
@@ -96,12 +96,12 @@ struct SparseUp {
       if (begin == end) return;
       const Activations mine = prepared.view().from(group * each, call.width);
       float* to = call.out + group * each * call.count + begin;
-      const Kernels& use = kernels();
-      use.dot(*call.up, chosen, begin, end, mine, each, to, call.count, call.gate, nullptr);
+      const auto dot = prepared.dot();
+      dot(*call.up, chosen, begin, end, mine, each, to, call.count, {call.gate, chosen, begin, end}, nullptr);
       static thread_local std::vector<float> gated;
       if (call.gate != nullptr) {
         gated.resize(each * (end - begin));
-        use.dot(*call.gate, chosen, begin, end, mine, each, gated.data(), end - begin, nullptr, nullptr);
+        dot(*call.gate, chosen, begin, end, mine, each, gated.data(), end - begin, {}, nullptr);
       }
       for (int64_t t = 0; t < each; t++) {
         float *h = to + t * call.count, *g = call.gate != nullptr ? gated.data() + t * (end - begin) : nullptr;
@@ -111,43 +111,56 @@ struct SparseUp {
     parallel(runtime, context, groups * parts, task);
   }
 
-  // Each token has its own choice; each block is read once for all tokens that take it.
+  // Each block is read once for all tokens that take it.
   void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const Call& call) const {
     const int32_t* chosen = call.in[1].ints();
     const int64_t all = call.up->rows / block, matrices = call.gate != nullptr ? 2 : 1;
+    const int64_t stride = call.in[1].dims[0] == 1 ? 0 : call.k;
     std::vector<ByBlock> turned;
-    for (int64_t t = 0; t < call.tokens; t += kTogether)
-      turned.emplace_back(chosen + t * call.k, std::min(kTogether, call.tokens - t), call.k, all,
+    int64_t together = 0;
+    for (int64_t t = 0; t < call.tokens; t += kTogether) {
+      turned.emplace_back(chosen + t * stride, stride, std::min(kTogether, call.tokens - t), call.k, all,
                           [](int64_t, int64_t) { return false; });
-    const bool many = std::any_of(turned.begin(), turned.end(), [](const ByBlock& one) { return one.many(); });
-    const Prepared prepared(call.in[0].floats(), call.tokens, many ? kMany : 1, call.width, call.up->format);
+      together = std::max(together, turned.back().together());
+    }
+    const Prepared prepared(call.in[0].floats(), call.tokens, together, true, call.width, call.up->format);
     const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.up->rows * call.width));
     auto task = [&](int64_t i) {
       const int64_t first = i / parts * kTogether, part = i % parts, tokens = std::min(kTogether, call.tokens - first);
       const Takers takers = turned[i / parts].takers(block);
       const Activations mine = prepared.view().from(first, call.width);
-      const Kernels& use = kernels();
+      const auto dot = prepared.dot();
       static thread_local std::vector<float> made, gated;
       for (int64_t b = bound(takers.count, parts, part, 1), end = bound(takers.count, parts, part + 1, 1); b < end; b++) {
         const int32_t* numbers = takers.tokens + takers.starts[b];
         const int64_t some = takers.starts[b + 1] - takers.starts[b];
         const Chosen rows{takers.blocks + b, block};
+        Wanted next;
+        if (b + 1 < end) next = {call.up, {takers.blocks + b + 1, block}, 0, block};
         made.resize(some * block);
-        use.dot(*call.up, rows, 0, block, mine, some, made.data(), block, call.gate, numbers);
+        dot(*call.up, rows, 0, block, mine, some, made.data(), block,
+                call.gate != nullptr ? Wanted{call.gate, rows, 0, block} : next, numbers);
         if (call.gate != nullptr) {
           gated.resize(some * block);
-          use.dot(*call.gate, rows, 0, block, mine, some, gated.data(), block, nullptr, numbers);
+          dot(*call.gate, rows, 0, block, mine, some, gated.data(), block, next, numbers);
         }
-        for (int64_t t = 0; t < some; t++) {
-          float* h = made.data() + t * block;
-          finish(call, rows, 0, block, h, call.gate != nullptr ? gated.data() + t * block : nullptr);
-          std::copy_n(h, block, call.out + (first + numbers[t]) * call.count + takers.places[takers.starts[b] + t] * block);
-        }
+        if (call.in[4]) add_bias(call.in[4].floats() + rows.row(0), some, made.data());
+        if (call.gate != nullptr && call.in[7]) add_bias(call.in[7].floats() + rows.row(0), some, gated.data());
+        kernels().finish(activation, made.data(), call.gate != nullptr ? gated.data() : nullptr, some * block);
+        for (int64_t t = 0; t < some; t++)
+          std::copy_n(made.data() + t * block, block,
+                      call.out + (first + numbers[t]) * call.count + takers.places[takers.starts[b] + t] * block);
       }
       for (int64_t t = first + bound(tokens, parts, part, 1), end = first + bound(tokens, parts, part + 1, 1); t < end; t++)
-        std::fill(call.out + t * call.count + block * chosen_of(chosen + t * call.k, call.k), call.out + (t + 1) * call.count, 0.0f);
+        std::fill(call.out + t * call.count + block * chosen_of(chosen + t * stride, call.k), call.out + (t + 1) * call.count, 0.0f);
     };
     parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, task);
+  }
+
+  // A block's biases to the sums of `tokens` tokens.
+  void add_bias(const float* bias, int64_t tokens, float* sums) const {
+    for (int64_t t = 0; t < tokens; t++, sums += block)
+      for (int64_t j = 0; j < block; j++) sums[j] += bias[j];
   }
 
   // Biases and activation of the places begin to end of a choice.

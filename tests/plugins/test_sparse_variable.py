@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+import onnxruntime as ort
 import pytest
 from dialects import ACTIVATIONS, FORMATS, close, everywhere, finish, graph_of, native, summed, weights
 
 from trimtab.plugins import SPARSE_DOWN, SPARSE_UP, add_node
+from trimtab.plugins.dialect import Op
+from trimtab.plugins.library import instruction_set
+
+LEVELS = 127 if instruction_set().endswith("vnni") else 64
+"""Of the bytes that the kernels round activations to, to either side of 0."""
 
 
 def seeded() -> np.random.Generator:
@@ -67,9 +73,10 @@ class Case:
     def check(self, found: list[np.ndarray], x: np.ndarray, blocks: np.ndarray) -> None:
         h, y, spread = self.expected(x, blocks)
         lead = x.shape[:-1]
-        close(found[0].reshape(h.shape), h, self.form, spread)
+        together = self.block >= 8 and len(h) >= 3
+        close(found[0].reshape(h.shape), h, self.form, spread, together=together)
         scale = spread * np.sqrt(max(h.shape[1], 1)) * float(np.abs(self.down).max())
-        close(found[1], y.reshape(*lead, self.down.shape[1]), self.form, scale)
+        close(found[1], y.reshape(*lead, self.down.shape[1]), self.form, scale, together=together)
         absent = np.broadcast_to(np.repeat(blocks < 0, self.block, 1), h.shape)
         assert not found[0].reshape(h.shape)[absent].any()
 
@@ -104,10 +111,46 @@ def test_blocks_are_read_once_for_many_tokens(form: str, threads: int) -> None:
     width = 32 * int(rng.integers(17, 80)) if form == "int4" else int(rng.integers(500, 2400))
     case = Case(form, width, int(rng.choice([8, 12, 32, 33])), 13, bool(rng.integers(2)), rng)
     engine = native(case.model, threads)
-    for tokens in (2, 3, 7, 48, 97, 200):
+    every = np.arange(13, dtype=np.int32)
+    for tokens in (2, 3, int(rng.integers(4, 71)), 48, 97, 200):
         x = rng.standard_normal((1, tokens, width)).astype(np.float32)
-        blocks = some_choices(tokens, 13, int(rng.integers(1, 14)), rng)
-        case.check(engine.run(None, {"x": x, "blocks": blocks}), x, blocks)
+        some = some_choices(tokens, 13, int(rng.integers(1, 14)), rng)
+        for blocks in (some, every[None], np.tile(every, (tokens, 1)), np.full((tokens, 2), -1, np.int32)):
+            case.check(engine.run(None, {"x": x, "blocks": blocks}), x, blocks)
+
+
+@pytest.mark.parametrize("width", [5, 64, 100, 1500])
+@pytest.mark.parametrize("block", [8, 33, 64])
+def test_what_bytes_hold_exactly_is_multiplied_exactly(block: int, width: int) -> None:
+    """Integers, the largest of each group that shares a scale as large as a byte's: rounding changes nothing."""
+    rng = seeded()
+    tokens, count = int(rng.integers(3, 71)), 5
+
+    def exact(rows: int, size: int, group: int) -> np.ndarray:
+        values = rng.integers(-LEVELS, LEVELS + 1, (rows, size)).astype(np.float32)
+        values[:, ::group] = LEVELS
+        return values
+
+    def product(op: Op, given: str, label: str, size: int) -> tuple[ort.InferenceSession, np.ndarray]:
+        graph = graph_of(**{given: (np.float32, ["tokens", size]), "blocks": (np.int32, ["choices", "k"])})
+        q = rng.integers(-128, 128, (block * count, width)).astype(np.int8)
+        rows = {label: gs.Constant(label, q), f"{label}_scale": gs.Constant("scale", np.ones(len(q), np.float32))}
+        inputs = dict(zip((given, "blocks"), graph.inputs, strict=True)) | rows
+        return native(finish(graph, add_node(graph, op, inputs, "y", block=block))), q.astype(np.float64)
+
+    def equal(found: np.ndarray, wanted: np.ndarray) -> None:
+        error = 2e-4 * np.abs(wanted).max() if instruction_set() == "portable" else 2  # 16 bits there, and no bytes
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=error)
+
+    blocks = np.tile(np.arange(count, dtype=np.int32), (tokens, 1))
+    up, q = product(SPARSE_UP, "x", "up", width)
+    x = exact(tokens, width, 1024)
+    (h,) = up.run(None, {"x": x, "blocks": blocks})
+    equal(h, x @ q.T)
+    down, q = product(SPARSE_DOWN, "h", "down", block * count)
+    h = exact(tokens * count, block, 32).reshape(tokens, -1)
+    (y,) = down.run(None, {"h": h, "blocks": blocks})
+    equal(y, h @ q)
 
 
 def test_what_is_no_number_stays_with_its_token() -> None:

@@ -1,0 +1,137 @@
+// The kernels that multiply bytes, in vectors of TRIMTAB_WIDTH floats; TRIMTAB_VNNI: directly. Included by one source file per
+// instruction set that can.
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "tile_bytes.h"
+
+namespace trimtab {
+namespace {
+
+using DotBytes = void (*)(const char* const*, const int8_t* const*, int64_t, int32_t (*)[kDotRows]);
+using SumBytes = void (*)(const vi*, int64_t, const BlockBytes*, int64_t, float* const*);
+
+template <int... T>
+constexpr std::array<DotBytes, sizeof...(T)> dot_bytes_tiles(std::integer_sequence<int, T...>) {
+  return {dot_bytes<T + 1>...};
+}
+template <int... T>
+constexpr std::array<SumBytes, sizeof...(T)> sum_bytes_tiles(std::integer_sequence<int, T...>) {
+  return {sum_bytes<T + 1>...};
+}
+
+void prepare_bytes(const float* x, int64_t width, int8_t* bytes, float* scale, int32_t* sums) {
+  for (int64_t begin = 0; begin < width; begin += kByteGroup) {
+    const int64_t size = std::min(kByteGroup, width - begin);
+    *scale++ = round_bytes(x + begin, nullptr, size, byte_stride(size), bytes + begin, sums++);
+  }
+}
+
+void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
+              float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers) {
+  static constexpr auto tiles = dot_bytes_tiles(std::make_integer_sequence<int, kDotTokens>());
+  const int64_t stride = byte_stride(w.width), groups = byte_groups(w.width);
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const Chunk now(&w, chosen, i, end), after = behind(w, chosen, i, end, next);
+    float scales[kChunk];
+    for (int64_t r = 0; r < now.tiled(); r++) scales[r] = *now.row[r].scale;
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first = group * kByteGroup, size = std::min(kByteGroup, w.width - first);
+      const bool more = group + 1 < groups;
+      const Chunk& then = more ? now : after;
+      const int64_t then_first = more ? first + size : 0;
+      const int64_t then_size = then.count == 0 ? 0 : std::min(kByteGroup, then.w->width - then_first);
+      const char* rows[kChunk];
+      for (int64_t r = 0; r < now.tiled(); r++) rows[r] = now.row[r].data + first;
+      const int64_t parts = (tokens + kDotTokens - 1) / kDotTokens * (now.tiled() / kDotRows);
+      int64_t part = 0;
+      in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
+        const int8_t* from[kDotTokens];
+        int64_t at[kDotTokens];
+        for (int64_t j = 0; j < some; j++) {
+          const int64_t token = numbers == nullptr ? t + j : numbers[t + j];
+          from[j] = x.bytes + token * stride + first;
+          at[j] = token * groups + group;
+        }
+        for (int64_t r = 0; r < now.count; r += kDotRows) {
+          then.ask(part, parts, then_first, then_size), part++;
+          int32_t exact[kDotTokens][kDotRows];
+          tiles[some - 1](rows + r, from, size, exact);
+          const four scale = load<four>(scales + r);
+          for (int64_t j = 0; j < some; j++) {
+            const four_integers less = load<four_integers>(exact[j]) - x.sums[at[j]];
+            put_down(__builtin_convertvector(less, four) * (scale * x.scale[at[j]]), group == 0, now.count - r,
+                     out + (t + j) * out_stride + i - begin + r);
+          }
+        }
+      });
+    }
+  }
+}
+
+void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t first, int64_t last,
+                    BlockBytes* bytes) {
+  const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
+  int64_t b = std::upper_bound(takers.starts, takers.starts + takers.count, first) - takers.starts - 1;
+  for (int64_t at = first; at < last; at++) {
+    while (at >= takers.starts[b + 1]) b++;
+    const float* from = h + takers.tokens[at] * h_stride + takers.places[at] * takers.size;
+    const float* scale = w.scale + takers.blocks[b] * takers.size;
+    for (int64_t i = 0; i < takers.size; i += kChunk) {
+      BlockBytes& made = bytes[at * chunks + i / kChunk];
+      made.scale = round_bytes(from + i, scale + i, std::min(kChunk, takers.size - i), kChunk, made.values, &made.sum);
+    }
+  }
+}
+
+void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t tokens, int64_t first, int64_t last,
+                  float* y) {
+  static constexpr auto tiles = sum_bytes_tiles(std::make_integer_sequence<int, kSumTokens>());
+  const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
+  std::vector<float> rests(tokens * kBytesWide, 0.0f);  // the last columns, where they fill no panel
+  static_assert(kSumStrip % kBytesWide == 0, "panels begin at the same columns in each strip");
+  for (int64_t column = first; column < last; column += kSumStrip) {
+    const int64_t end = std::min(column + kSumStrip, last), panels = (end - column + kBytesWide - 1) / kBytesWide;
+    for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
+    each_chunk(w, takers, [&](int64_t b, int64_t i, const Chunk& now, const Chunk& next) {
+      const int64_t quads = (now.count + 3) / 4;
+      for (int64_t p = 0; p < panels; p++) {
+        next.ask(p, panels, column, end - column);
+        const int64_t at = column + p * kBytesWide, size = std::min(kBytesWide, end - at);
+        vi panel[kChunk];
+        for (int64_t q = 0; q < quads; q++) {
+          const char* rows[4];
+          char lines[4][kBytesWide];
+          for (int64_t r = 0; r < 4; r++) {
+            const char* row = now.row[std::min(4 * q + r, now.count - 1)].data;  // of none, h is 0
+            rows[r] = size == kBytesWide ? row + at : lines[r];
+            if (size < kBytesWide) std::memset(lines[r], 0, kBytesWide), std::memcpy(lines[r], row + at, size);
+          }
+          interleave(rows, panel + 4 * q);
+        }
+        const int64_t begin = takers.starts[b];
+        in_tiles(takers.starts[b + 1] - begin, kSumTokens, [&](int64_t t, int64_t some) {
+          float* to[kSumTokens];
+          for (int64_t j = 0; j < some; j++) {
+            const int64_t token = takers.tokens[begin + t + j];
+            to[j] = size == kBytesWide ? y + token * w.width + at : rests.data() + token * kBytesWide;
+          }
+          tiles[some - 1](panel, quads, bytes + (begin + t) * chunks + i / kChunk, chunks, to);
+        });
+      }
+    });
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t at = column; at < end; at += kBytesWide) {
+        const int64_t size = std::min(kBytesWide, end - at);
+        float* to = y + t * w.width + at;
+        in_order(size == kBytesWide ? to : rests.data() + t * kBytesWide, size, to);
+      }
+  }
+}
+
+}  // namespace
+
+const ByteKernels TRIMTAB_BYTES = {prepare_bytes, prepare_blocks, dot_by_bytes, sum_by_bytes};
+
+}  // namespace trimtab

@@ -1,0 +1,93 @@
+// Rows that several tokens take, in chunks that the caches hold while they are multiplied with one tile of tokens after the
+// other. In that time the rows that are wanted next are asked for.
+#pragma once
+
+#include "kernel_rows.h"
+#include "vector_math.h"
+
+namespace trimtab {
+namespace {
+
+constexpr int kDotRows = 4, kDotTokens = V == 16 ? 6 : 3;  // of a tile of `dot`: as many sums as there are registers for
+constexpr int kSumTokens = 6;                               // of a tile of `sum`
+constexpr int64_t kSumStrip = 1024;                         // columns of y that stay in the second cache while all rows are added
+
+// Rows that are worked on together; the last again up to whole tiles.
+struct Chunk {
+  const Weights* w = nullptr;
+  int64_t count = 0;
+  Row row[kChunk];
+
+  Chunk() = default;
+  Chunk(const Weights* weights, const Chosen& chosen, int64_t begin, int64_t end) : w(weights), count(std::min(kChunk, end - begin)) {
+    for (int64_t i = 0; i < tiled(); i++)
+      row[i] = row_at(*w, chosen.row(begin + std::min(i, count - 1)));
+  }
+
+  // Rows with those that fill the last tile.
+  int64_t tiled() const { return (count + kDotRows - 1) / kDotRows * kDotRows; }
+
+  // Asks for places first to first + size of part `i` of `parts` of the rows. Inlined at once: GCC takes a function that only
+  // prefetches for one without effect, and drops it.
+  __attribute__((always_inline)) void ask(int64_t i, int64_t parts, int64_t first, int64_t size) const {
+    for (int64_t r = count * i / parts; r < count * (i + 1) / parts; r++) {
+      const char* data = row[r].data + bytes_of(w->format, first);
+      for (int64_t at = 0; at < bytes_of(w->format, size); at += 64) __builtin_prefetch(data + at, 0, 2);
+    }
+  }
+};
+
+// What follows a chunk: more of the same rows, else those that are wanted next.
+inline Chunk behind(const Weights& w, const Chosen& chosen, int64_t i, int64_t end, const Wanted& next) {
+  if (i + kChunk < end) return Chunk(&w, chosen, i + kChunk, end);
+  return next.weights == nullptr ? Chunk() : Chunk(next.weights, next.chosen, next.begin, next.end);
+}
+
+// Calls use(b, i, now, next) for the chunks of each block, i from its first row on.
+template <typename Use>
+void each_chunk(const Weights& w, const Takers& takers, const Use& use) {
+  for (int64_t b = 0; b < takers.count; b++)
+    for (int64_t i = 0; i < takers.size; i += kChunk) {
+      const Chosen block{takers.blocks + b, takers.size};
+      const Wanted next = b + 1 < takers.count ? Wanted{&w, {takers.blocks + b + 1, takers.size}, 0, takers.size} : Wanted{};
+      use(b, i, Chunk(&w, block, i, takers.size), behind(w, block, i, takers.size, next));
+    }
+}
+
+// Of each of four vectors the sum of its elements, in the first four places; `Vector` is vf or vi.
+template <typename Vector>
+inline Vector totals(Vector a, Vector b, Vector c, Vector d) {
+  constexpr auto kLanes = std::make_integer_sequence<int, V>();
+  const auto add = [&](auto step, Vector p, Vector q) {
+    constexpr int kStep = decltype(step)::value;
+    return (Vector)exchange<kStep, false>((vf)p, (vf)q, kLanes) + (Vector)exchange<kStep, true>((vf)p, (vf)q, kLanes);
+  };
+  Vector sum = add(Number<2>(), add(Number<1>(), a, b), add(Number<1>(), c, d));
+  if constexpr (V > 8) sum += (Vector)neighbours<8>((vf)sum, kLanes);
+  if constexpr (V > 4) sum += (Vector)neighbours<4>((vf)sum, kLanes);
+  return sum;
+}
+
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t four_integers __attribute__((vector_size(16)));
+
+// Writes, or adds, a tile's sums of one token to `count` outputs, of which the first four are its.
+inline void put_down(four made, bool fresh, int64_t count, float* to) {
+  static_assert(kDotRows == 4, "a vector of four");
+  if (count >= kDotRows) {
+    if (!fresh) made += load<four>(to);
+    std::memcpy(to, &made, sizeof made);
+    return;
+  }
+  for (int64_t q = 0; q < count; q++) to[q] = fresh ? made[q] : to[q] + made[q];
+}
+
+// Calls use(first, tile) for tiles of about the same height, of at most `most` tokens, that make up `tokens`.
+template <typename Use>
+void in_tiles(int64_t tokens, int64_t most, const Use& use) {
+  const int64_t tiles = (tokens + most - 1) / most;
+  for (int64_t i = 0; i < tiles; i++) use(tokens * i / tiles, tokens * (i + 1) / tiles - tokens * i / tiles);
+}
+
+}  // namespace
+}  // namespace trimtab
