@@ -48,11 +48,16 @@ def test_articles_begin_with_a_heading_of_one_sign(tmp_path: Path) -> None:
 def test_curves_are_filled_with_what_is_asked_for() -> None:
     from routing.curves import CURVES
 
+    from trimtab.compiler.recipe import load_recipe
+
     made = {curve.name: list(curve.builds(0.8, 8)) for curve in CURVES}
     assert made["threshold"][0][0] == [{"ffn-threshold": {"sparsity": 0.8, "most": 1.0}}]
     (fitted, _), *_ = made["moefication"]
     assert fitted[0]["ffn-route"] == {"router": "fitted", "sparsity": 0.8, "group": 8, "most": 1.0}
     assert any(passes[0]["ffn-topk"]["density"] == 0.2 for passes, _ in made["topk"])
+    for builds in made.values():
+        for passes, _ in builds:
+            load_recipe({"passes": passes})
 
 
 def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
