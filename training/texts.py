@@ -60,7 +60,8 @@ def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.rand
         stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return list(stream[: len(stream) // max_tokens * max_tokens].reshape(-1, max_tokens))
 
-    train, held_out = (blocks(numbers) for numbers in split(dataset, rng))
+    # in random order: the first samples, which say what a model reads, must not be of a few long texts alone
+    train, held_out = ([made[i] for i in rng.permutation(len(made))] for made in map(blocks, split(dataset, rng)))
     held_out = held_out[: max(1, _JUDGED // max_tokens)]
     if not train or not held_out:
         raise DataError(
