@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from trimtab.compiler.data import read_data
 from trimtab.compiler.profiling import measured_profile
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
-from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.anatomy import FFN, find_anatomy
 from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.layer import read_layer
@@ -49,16 +49,15 @@ class Variant:
     rest: int
     choices: list[Choice]
     rests: list[Rest | None]
+    errors: list[float]
 
-    def report(self, perplexity: float, dense_bytes: int) -> dict[str, Any]:
+    def report(self, dense_bytes: int) -> dict[str, Any]:
         found = [rest for rest in self.rests if rest is not None]
         nbytes = sum(choice.predictor.nbytes for choice in self.choices) + sum(rest.nbytes for rest in found)
         return {
             "density": self.density, "predictor": self.predictor, "rest": self.rest,
-            "bytes": round(nbytes / dense_bytes, 4), "perplexity": round(perplexity, 3),
-            "recall": round(sum(choice.recall for choice in self.choices) / len(self.choices), 4),
-            "error_without_rest": _mean([rest.error_without for rest in found]),
-            "error": _mean([rest.error for rest in found]),
+            "bytes": round(nbytes / dense_bytes, 4), "recall": _mean([choice.recall for choice in self.choices]),
+            "error": _mean(self.errors),
         }  # fmt: skip
 
 
@@ -68,6 +67,8 @@ def main(
     valid: Annotated[Path, typer.Argument(help="Texts to judge by (.jsonl).")],
     samples: Annotated[int, typer.Option(min=1, help="Texts of 128 tokens to calibrate on.")] = 40,
     tokens: Annotated[int, typer.Option(min=256, help="Tokens to judge by, in blocks of 256.")] = 2816,
+    density: Annotated[list[float] | None, typer.Option(help="By default 0.5 and 0.25.")] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="Their errors alone; perplexity needs all.")] = None,
     profile: Annotated[Path | None, typer.Option(help="A Profile of the model, instead of measuring one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the JSON there, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
@@ -76,27 +77,31 @@ def main(
     source = open_source(model)
     calibration = Calibration(samples=samples, batch_size=4)
     known = Profile.load(profile) if profile is not None else measured_profile(source, read_data(train), calibration)
-    variants, dense_bytes = fit(find_anatomy(source.graph()).ffns, known)
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    blocks = _blocks(model, valid, tokens // 256)
-    rows = [{"density": 1.0, "perplexity": round(perplexity(module, blocks), 3)}]
-    for variant in variants:
-        with sparse(module, variant):
-            rows.append(variant.report(perplexity(module, blocks), dense_bytes))
-        print(rows[-1], file=sys.stderr, flush=True)
+    ffns = find_anatomy(source.graph()).ffns
+    some = [ffn for ffn in ffns if layers is None or ffn.layer in layers]
+    variants, dense_bytes = fit(some, known, density or list(DENSITIES)), 4 * sum(ffn.params for ffn in some)
+    rows = [variant.report(dense_bytes) for variant in variants]
     result = {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "calibration_tokens": known.info.tokens, "tokens": blocks.numel(), "versions": package_versions(), "rows": rows,
+        "calibration_tokens": known.info.tokens, "versions": package_versions(), "rows": rows,
     }  # fmt: skip
+    if len(some) == len(ffns):
+        module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        blocks = _blocks(model, valid, tokens // 256)
+        result |= {"tokens": blocks.numel(), "dense": round(perplexity(module, blocks), 3)}
+        for variant, row in zip(variants, rows, strict=True):
+            with sparse(module, variant):
+                row["perplexity"] = round(perplexity(module, blocks), 3)
+            print(row, file=sys.stderr, flush=True)
     text = json.dumps(result, indent=1)
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")
-    print(text if as_json else table(rows))
+    print(text if as_json else table(result))
 
 
-def fit(ffns: Any, profile: Profile) -> tuple[list[Variant], int]:
-    """All settings, fitted layer by layer, since the activations of one layer serve all of them; dense bytes."""
-    variants = [Variant(density, *pair, [], []) for density in DENSITIES for pair in PAIRS]
+def fit(ffns: Sequence[FFN], profile: Profile, densities: Sequence[float]) -> list[Variant]:
+    """All settings, fitted layer by layer, since the activations of one layer serve all of them."""
+    variants = [Variant(density, *pair, [], [], []) for density in densities for pair in PAIRS]
     for number, ffn in enumerate(ffns, 1):
         start, layer, choices = time.monotonic(), read_layer(ffn, profile), dict[tuple[float, int], Choice]()
         for variant in variants:
@@ -104,12 +109,15 @@ def fit(ffns: Any, profile: Profile) -> tuple[list[Variant], int]:
             if key not in choices:
                 step = FFNTopK(density=variant.density, take=variant.density, rank=variant.predictor)
                 choices[key] = step._choose(layer)
+            rest = fit_rest(layer, choices[key].computed, variant.rest) if variant.rest else None
             variant.choices.append(choices[key])
-            variant.rests.append(fit_rest(layer, choices[key].computed, variant.rest) if variant.rest else None)
+            variant.rests.append(rest)
+            h = layer.h_held * choices[key].computed(layer.held)
+            variant.errors.append(layer.error(h @ layer.down) if rest is None else rest.error)
         print(f"fitted layer {number} of {len(ffns)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         for choice in choices.values():
             choice.predictor.layer = None  # its activations are hundreds of megabytes
-    return variants, 4 * sum(ffn.params for ffn in ffns)
+    return variants
 
 
 @contextmanager
@@ -164,17 +172,19 @@ def _blocks(model: Path, texts: Path, count: int) -> torch.Tensor:
     return torch.tensor(ids[: count * 256]).view(count, 256)
 
 
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 4)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = (
+def table(found: dict[str, Any]) -> str:
+    dense = [f"dense: perplexity {found['dense']}"] if "dense" in found else []
+    settings = (
         f"density {row['density']:.0%}, predictor of rank {row['predictor']}, rest of rank {row['rest']}: "
-        f"{row['bytes']:.1%} of the bytes beside, perplexity {row['perplexity']}"
-        for row in rows[1:]
+        f"{row['bytes']:.1%} of the bytes beside, error {row['error']:.3f}"
+        + (f", perplexity {row['perplexity']}" if "perplexity" in row else "")
+        for row in found["rows"]
     )
-    return "\n".join([f"dense: perplexity {rows[0]['perplexity']}", *lines])
+    return "\n".join([*dense, *settings])
 
 
 if __name__ == "__main__":
