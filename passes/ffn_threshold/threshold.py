@@ -208,9 +208,10 @@ class FFNThreshold(Pass):
         """Of the projections that the first one spares; its own time is the same in both forms."""
         if context.crossover is None:
             return None
-        return context.crossover(
-            SparseShape(ffn.d_ff, ffn.d_model, 2 if ffn.gated else 1, self.weights, self.block, layers)
-        )
+        shape = SparseShape(ffn.d_ff, ffn.d_model, 2, self.weights, self.block, layers)
+        if not ffn.gated:  # chosen rows of one matrix are measured as those of a head are, which are chosen one by one
+            shape = SparseShape(ffn.d_ff, ffn.d_model, 1, self.weights)
+        return context.crossover(shape)
 
     def _rewrite(
         self, graph: gs.Graph, plans: Sequence[tuple[Sequence[FFN], Choice]], left: list[Left],
