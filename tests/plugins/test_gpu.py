@@ -83,6 +83,8 @@ def form_of(op: str, float_: str, weight: str):
     scales = [name for name in known if name.endswith("_scale") and weight == "int8"]
     attributes = {"SelectBlocks": {"k": 550}, "SparseUp": {"activation": "silu"}}.get(op, {})
     attributes = {"heads": HEADS} if "q" in known else attributes
+    if any(attribute.name == "at_most" for attribute in kernel.op.attributes):
+        attributes |= {"at_most": random.randint(0, 1)}
     names = ["gate", "up_bias", "k", "v", *random.sample(["bias", "scale"], random.randint(0, 2)), *scales]
     form = forms(kernel, f"tensor({float_})", f"tensor({weight})", names, **attributes)
     return form, {name: shape for name, shape in SHAPES.items() if name in form.given}
