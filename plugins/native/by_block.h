@@ -50,8 +50,11 @@ class ByBlock {
 
   int64_t pairs() const { return static_cast<int64_t>(tokens_.size()); }
 
-  // How many tokens a block has on average, of those that have any.
-  int64_t together() const { return blocks_.empty() ? 0 : static_cast<int64_t>(tokens_.size() / blocks_.size()); }
+  // How many tokens a block has on average, of those that have any; rounded up.
+  int64_t together() const {
+    const int64_t blocks = static_cast<int64_t>(blocks_.size());
+    return blocks == 0 ? 0 : (pairs() + blocks - 1) / blocks;
+  }
 
  private:
   std::vector<int32_t> blocks_, tokens_, places_;

@@ -21,7 +21,7 @@ constexpr int64_t kGroup = 512;  // of x that share a scale where it is multipli
 
 constexpr int64_t kStrip = 256;  // places worth a task of their own
 
-constexpr int64_t kSome = 3;  // tokens with the same rows from which on rows are multiplied in tiles, and int8 by bytes
+constexpr int64_t kSome = 3;  // tokens with the same rows from which on rows are multiplied in tiles
 constexpr int64_t kMany = 8;  // from which on integers that are not are widened to floats
 
 constexpr int64_t kTogether = 96;  // tokens that are worked on at a time: as many as have their activations in a cache

@@ -67,7 +67,7 @@ inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t ro
 
 // Whether rows that so many tokens take are multiplied in bytes.
 inline bool by_bytes(Format format, int64_t together) {
-  return format == Format::int8 && together >= kSome && kernels().bytes != nullptr;
+  return format == Format::int8 && together >= 2 && kernels().bytes != nullptr;
 }
 
 // x as the kernels take it for weights of a format.

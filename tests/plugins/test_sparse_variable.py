@@ -73,7 +73,7 @@ class Case:
     def check(self, found: list[np.ndarray], x: np.ndarray, blocks: np.ndarray) -> None:
         h, y, spread = self.expected(x, blocks)
         lead = x.shape[:-1]
-        together = self.block >= 8 and len(h) >= 3
+        together = self.block >= 8 and len(h) >= 2
         close(found[0].reshape(h.shape), h, self.form, spread, together=together)
         scale = spread * np.sqrt(max(h.shape[1], 1)) * float(np.abs(self.down).max())
         close(found[1], y.reshape(*lead, self.down.shape[1]), self.form, scale, together=together)
