@@ -91,8 +91,10 @@ def test_each_sample_by_its_own_dial(family: str, cut: dict[str, float], weights
             sure = clear > CLEAR
             compared += int(sure.sum())
             error = np.abs(y - wanted)[sure].max(initial=0)
-            rounded = 2e-3 if len(x) == 1 else 0.1  # several tokens are rounded to bytes
-            assert error <= (rounded if weights == "int8" else 1e-5) * max(1, np.abs(wanted).max())
+            if weights == "int8" and len(x) > 1:  # several tokens are rounded to bytes
+                assert np.linalg.norm((y - wanted)[sure]) <= 0.03 * np.linalg.norm(wanted[sure])
+            else:
+                assert error <= (2e-3 if weights == "int8" else 1e-5) * max(1, np.abs(wanted).max())
     assert compared > 100
 
 
@@ -259,8 +261,8 @@ def test_in_standard_ops(family: str, tmp_path: Path) -> None:
         feeds = zoo.feeds(family, batch, tokens, rng)
         one, two = (run(tmp_path / f"{name}.onnx", feeds, 0.0) for name in ("model", "lowered"))
         for want, got in zip(one, two, strict=True):
-            rounded = 0.1 if weights == "int8" and batch > 1 else 3e-4  # kernels take bytes for several tokens
-            assert np.abs(got - want).max() <= rounded * np.abs(want).max()
+            rounded = 0.03 if weights == "int8" and batch > 1 else 3e-4  # kernels take bytes for several tokens
+            assert np.linalg.norm(got - want) <= rounded * np.linalg.norm(want)
 
 
 def _router(layer: int, groups: int, width: int) -> dict[str, np.ndarray]:
