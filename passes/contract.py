@@ -17,7 +17,7 @@ from trimtab.passes.crossover import Measure
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.graph.order import topological
-from trimtab.passes.needs import Need
+from trimtab.passes.needs import Learned, Need
 from trimtab.passes.profile import Profile
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class Pass(BaseModel, ABC):
             NotLearnedError: the weights that the pass needs are not there, or belong behind other passes.
             ProfileError: `profile` is given, and was not calibrated for the pass.
         """
-        for need in sorted(self.needed(), key=repr):
+        for need in sorted(self.needed(), key=lambda need: (not isinstance(need, Learned), repr(need))):
             need.check(profile)
 
     def unfit(self, capability: Capability) -> str | None:
@@ -229,19 +229,22 @@ def check_needs(passes: Sequence[Pass], profile: Profile | None) -> None:
     """Check that `profile` has what `passes` need, where it is given; and what they need to have learned in any case.
 
     Raises:
-        NotLearnedError, ProfileError: names the first pass that lacks something.
+        NotLearnedError, ProfileError: names the first pass that lacks what training learns, since that also measures
+            what is missing; else the first that lacks anything.
     """
-    for number, step in enumerate(passes):
-        _check_one(step, profile, passes[:number])
+    problems = [problem for number, step in enumerate(passes) if (problem := _problem(step, profile, passes[:number]))]
+    if problems:
+        raise next((problem for problem in problems if isinstance(problem, NotLearnedError)), problems[0])
 
 
-def _check_one(step: Pass, profile: Profile | None, before: Sequence[Pass]) -> None:
+def _problem(step: Pass, profile: Profile | None, before: Sequence[Pass]) -> ProfileError | None:
     try:
         step.check_profile(profile, before)
     except NotLearnedError as error:
-        raise NotLearnedError(f"pass {step.name}: {error.message}", method=error.method) from error
+        return NotLearnedError(f"pass {step.name}: {error.message}", method=error.method)
     except ProfileError as error:
-        raise ProfileError(f"pass {step.name}: {error.message}", hint=error.hint) from error
+        return ProfileError(f"pass {step.name}: {error.message}", hint=error.hint)
+    return None
 
 
 def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding | None:

@@ -187,9 +187,10 @@ class Narrow:
         before = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
         wanted = values(before.inputs[1]) if before is not None and before.op == "Reshape" else None
         axes = values(node.inputs[1]).tolist() if isinstance(node.inputs[1], gs.Constant) else None
-        if wanted is None or wanted.shape != (3,) or wanted[1] != size or axes != [-1] or node.attrs.get("keepdims", 1):
+        blocks = wanted is not None and wanted.shape == (3,) and wanted[1] == size
+        if not blocks or axes not in ([-1], [2]) or node.attrs.get("keepdims", 1):
             raise Whole(f"ReduceSum ({output_name_of(node)}) is not over blocks of neighbours")
-        assert before is not None
+        assert before is not None and wanted is not None
         each = self.share.of(size, self.what)
         scores = self(before.inputs[0], size * int(wanted[2]))
         shape = constant(self.slices.name(before.inputs[1].name), np.array([-1, each.stop - each.start, wanted[2]]))

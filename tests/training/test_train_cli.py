@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zoo
 
@@ -77,7 +78,9 @@ def test_bad_input_is_one_message(folder: Path, change: dict[str, str], message:
 def test_profile_of_another_model_is_refused(folder: Path) -> None:
     from recovery import empty_profile, onnx_source
 
-    empty_profile(onnx_source("roberta")).save(folder / "other.safetensors")
+    other = empty_profile(onnx_source("roberta"))
+    other.tensors["ffn.0.states"] = np.zeros((2, 4), np.float32)
+    other.save(folder / "other.safetensors")
     run = train(folder, "--steps", "1", "--profile", "other.safetensors")
     assert run.returncode == 1
     assert "belongs to another model" in run.stderr
