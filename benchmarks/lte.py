@@ -104,13 +104,14 @@ def main(
 def show(results: dict[str, Any]) -> None:
     """The same as tables."""
     for task, found in results.get("encoder", {}).items():
-        print(f"{task}: dense {found.get('dense_accuracy', 0):.2f} %, "
-              f"checkpoint {found.get('checkpoint_accuracy', 0):.2f} %")  # fmt: skip
+        if "dense_accuracy" in found:
+            print(f"{task}: dense {found['dense_accuracy']:.2f} %, checkpoint {found['checkpoint_accuracy']:.2f} %")
         _show_curves(found, "accuracy")
         _show_engines(found.get("times", {}))
     if "decoder" in results:
         found = results["decoder"]
-        print(f"decoder: dense {found.get('dense_perplexity', 0):.3f} on {found.get('tokens', 0)} tokens")
+        if "dense_perplexity" in found:
+            print(f"decoder: dense {found['dense_perplexity']:.3f} on {found['tokens']} tokens")
         _show_curves(found, "perplexity")
         _show_engines(found.get("times", {}))
     for row in results.get("shapes", {}).get("rows", []):
