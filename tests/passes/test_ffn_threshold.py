@@ -101,7 +101,7 @@ class Reference:
         clear = np.where(best, np.inf, np.abs(sizes - thresholds)).min(1)
         clear = np.minimum(clear, ranked[:, -1] - ranked[:, -2])
         clear = clear / np.maximum(ranked[:, -1], 1e-9)
-        return (sizes > thresholds) | best | (thresholds == 0), np.where(dials > 0, clear, 1.0)
+        return (sizes > thresholds) | best | (dials == 0)[:, None], np.where(dials > 0, clear, 1.0)
 
     def output(self, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         h = self._first(x, self.ups)
@@ -171,11 +171,11 @@ def test_calibration_data_meet_the_sparsity(family: str) -> None:
     sparsity = float(rng.choice([0.3, 0.6, 0.85]))
     layers = [read_layer(ffn, profile) for ffn in find_anatomy(graph).ffns]
     references = [Reference(layer, block, "contribution") for layer in layers]
-    assert all(layer.h_held.size for layer in layers)  # read before the graph changes
+    assert all(layer.h_held.size and np.size(layer.yardstick) for layer in layers)  # read before the graph changes
     (result,) = left_out(graph, profile, sparsity=sparsity, block=block)
     for row, layer, reference in zip(result.details["layers"], layers, references, strict=True):
         fitted = 1 - reference.chosen(layer.fit.astype(np.float64), np.full(len(layer.fit), sparsity))[0].mean()
-        zeros = (reference.ordered == 0).mean()
+        zeros = (reference.ordered == 0).sum() / reference.count
         assert max(sparsity, zeros) - 1e-3 < fitted < max(sparsity, zeros) + 1e-3
         taken, _ = reference.chosen(layer.held.astype(np.float64), np.full(len(layer.held), sparsity))
         assert row["sparsity"] == pytest.approx(1 - taken.mean(), abs=2e-3)
