@@ -7,13 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_route.grouping import group_neurons
 from trimtab.passes.ffn_route.routers import Router, Routers
 from trimtab.passes.ffn_topk.importance import most_important, norms
 from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments
-from trimtab.passes.sparse_ffn import Rest, fit_rest
+from trimtab.passes.sparse_ffn import Rest, check_sparsity, fit_rest
 from trimtab.passes.sparse_ffn.shares import cuts
 
 THRESHOLD = 0.5
@@ -62,13 +61,7 @@ def fit(
     Raises:
         RecipeError: each token computes one group at least, and so more than is asked for.
     """
-    groups = layer.ffn.d_ff // group
-    if sparsity > 1 - 1 / groups:
-        raise RecipeError(
-            f"sparsity: {layer.ffn.where} can leave out {1 - 1 / groups:.1%} of its neurons, not {sparsity:.1%}: a "
-            f"token computes one of its {groups} groups at least",
-            hint="ask for less sparsity, or for smaller groups (group)",
-        )
+    check_sparsity(layer.ffn, sparsity, group, "group")
     order = order_neurons(layer, group, sparsity, by)
     layer.reorder(order)
     router = fit_router(layer, group, sparsity)

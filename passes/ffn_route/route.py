@@ -17,7 +17,6 @@ from trimtab.passes.ffn_route.cumulative import shares_before
 from trimtab.passes.ffn_route.fitted import THRESHOLD, Fitted, GroupBy, fit
 from trimtab.passes.ffn_route.grouping import check_groups
 from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
-from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import FFNWeights, read_layer
 from trimtab.passes.needs import FFNStates, Learned, Need
@@ -30,8 +29,11 @@ from trimtab.passes.sparse_ffn import (
     Rows,
     SparseFFN,
     TokenDial,
+    bars_token_dial,
     fit_rest,
     report_rest,
+    rewritten,
+    too_dense,
     unfit,
 )
 from trimtab.plugins import SELECT_BLOCKS, add_node
@@ -126,11 +128,7 @@ class FFNRoute(Pass):
         )
 
     def bars(self, later: Pass) -> str | None:
-        if later.name == "recover":
-            return "training does not know the ops that it makes"
-        if later.name in ("unpad", "token-prune"):
-            return f"its dial follows the tokens of each sample, which {later.name} moves; put {later.name} in front"
-        return None
+        return bars_token_dial(later.name)
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         super().check_profile(profile, before)
@@ -188,11 +186,7 @@ class FFNRoute(Pass):
                 done += 1
                 if context.progress is not None:
                     context.progress("route neurons", done, len(wanted))
-        rewritten = {row["layer"] for row in rows}
-        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
-        rows.sort(key=lambda row: row["layer"])
-        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
-        return PassResult(self.name, len(rows), tuple(left), details)
+        return rewritten(self.name, anatomy.ffns, rows, left)
 
     def _fit(self, ffns: Sequence[FFN], profile: Profile, context: PassContext) -> tuple[dict[int, Fitted], list[Left]]:
         """Routers for FFNs, by number; and those that stay dense. Layers that share weights share all of it."""
@@ -247,9 +241,7 @@ class FFNRoute(Pass):
         if density is None:
             return None
         if self.most is not None:
-            return (
-                f"{density:.0%} of its neurons are computed, more than {self.most:.0%}" if density > self.most else None
-            )
+            return too_dense(density, self.most)
         found = self._crossover(ffn, router, layers, context)
         if found is not None and density > found.most(router.nbytes / (4 * ffn.params)):
             return slower("its neurons", density, found)

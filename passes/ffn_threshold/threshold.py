@@ -14,7 +14,6 @@ from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, slower
 from trimtab.passes.dials import Dial
-from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_threshold.levels import Levels
 from trimtab.passes.ffn_threshold.quantiles import (
     Sizes,
@@ -25,7 +24,6 @@ from trimtab.passes.ffn_threshold.quantiles import (
     thresholds,
 )
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import FFNWeights, Layer, read_layer
 from trimtab.passes.needs import FFNStates, Need
@@ -37,8 +35,12 @@ from trimtab.passes.sparse_ffn import (
     Rows,
     SparseFFN,
     TokenDial,
+    bars_token_dial,
+    check_sparsity,
     fit_rest,
     report_rest,
+    rewritten,
+    too_dense,
     unfit,
 )
 from trimtab.plugins import SELECT_BLOCKS, add_node
@@ -119,11 +121,7 @@ class FFNThreshold(Pass):
         return (Dial(DIAL, meaning, 0.0, 1.0, self.sparsity, exact=0.0, fast=(1 + self.sparsity) / 2),)
 
     def bars(self, later: Pass) -> str | None:
-        if later.name == "recover":
-            return "training does not know the ops that it makes"
-        if later.name in ("unpad", "token-prune"):
-            return f"its dial follows the tokens of each sample, which {later.name} moves; put {later.name} in front"
-        return None
+        return bars_token_dial(later.name)
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile.
@@ -152,11 +150,7 @@ class FFNThreshold(Pass):
             if context.progress is not None:
                 context.progress("find thresholds", done, len(wanted))
         rows = self._rewrite(graph, plans, left, context) if plans else []
-        rewritten = {row["layer"] for row in rows}
-        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
-        rows.sort(key=lambda row: row["layer"])
-        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
-        return PassResult(self.name, len(rows), tuple(left), details)
+        return rewritten(self.name, anatomy.ffns, rows, left)
 
     def taken(self, blocks: int) -> int:
         """The most blocks of one token."""
@@ -169,12 +163,7 @@ class FFNThreshold(Pass):
             RecipeError: each token computes one block at least, and so more than is asked for.
         """
         blocks = layer.ffn.d_ff // self.block
-        if self.sparsity > 1 - 1 / blocks:
-            raise RecipeError(
-                f"sparsity: {layer.ffn.where} can leave out {1 - 1 / blocks:.1%} of its neurons, not "
-                f"{self.sparsity:.1%}: a token computes one of its {blocks} blocks at least",
-                hint="ask for less sparsity, or for smaller blocks (block)",
-            )
+        check_sparsity(layer.ffn, self.sparsity, self.block, "block")
         weight = contributions(layer).astype(np.float32) if self.by == "contribution" else None
         sizes = Sizes(weight, self.block)
         table = thresholds(sizes.of(first_activations(layer, layer.fit)))
@@ -198,9 +187,7 @@ class FFNThreshold(Pass):
         """Why the FFN stays dense, or None."""
         density = 1 - choice.sparsity
         if self.most is not None:
-            return (
-                f"{density:.0%} of its neurons are computed, more than {self.most:.0%}" if density > self.most else None
-            )
+            return too_dense(density, self.most)
         found = self._crossover(ffn, layers, context)
         return slower("its neurons", density, found) if found is not None and density > found.most() else None
 

@@ -17,12 +17,21 @@ from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
 from trimtab.passes.graph import constant
-from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.passes.needs import FFNStates, Need
-from trimtab.passes.sparse_ffn import RestNodes, RestOption, RowForm, Rows, SparseFFN, fit_rest, report_rest, unfit
+from trimtab.passes.sparse_ffn import (
+    RestNodes,
+    RestOption,
+    RowForm,
+    Rows,
+    SparseFFN,
+    fit_rest,
+    report_rest,
+    rewritten,
+    unfit,
+)
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 
@@ -133,11 +142,7 @@ class FFNTopK(Pass):
                 f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
                 hint="allow more neurons (most), a better predictor (rank, signal), or less recall",
             )
-        rewritten = {row["layer"] for row in rows}
-        untouched = [linear for ffn in anatomy.ffns if ffn.layer not in rewritten for linear in ffn.linears]
-        rows.sort(key=lambda row: row["layer"])
-        details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
-        return PassResult(self.name, len(rows), tuple(left), details)
+        return rewritten(self.name, anatomy.ffns, rows, left)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
         """What the target measures for this shape, if anything hangs on it."""

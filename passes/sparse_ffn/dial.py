@@ -104,6 +104,15 @@ class TokenDial:
         return insert(self._graph, op, inputs, name, attrs=attrs, dtype=dtype)
 
 
+def bars_token_dial(later: str) -> str | None:
+    """Why the pass `later` cannot run behind one with such a dial, or None: as `Pass.bars` has it."""
+    if later == "recover":
+        return "training does not know the ops that it makes"
+    if later in ("unpad", "token-prune"):
+        return f"its dial follows the tokens of each sample, which {later} moves; put {later} in front"
+    return None
+
+
 def _before(x: gs.Tensor) -> list[gs.Node]:
     """The nodes that `x` depends on."""
     seen: dict[int, gs.Node] = {}
