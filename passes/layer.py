@@ -51,6 +51,20 @@ class FFNWeights:
         b = self.ffn.down.b()
         return np.zeros(self.ffn.d_model, np.float32) if b is None else b.astype(np.float32)
 
+    def act(self, pre: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Activations from the projections' outputs, [n, any width], float32."""
+        activation = self.ffn.activation
+        out = np.empty(pre[0].shape, np.float32)
+        for i in range(0, len(out), _ROWS):
+            feeds = {id(t): p[i : i + _ROWS] for t, p in zip(activation.inputs, pre, strict=True)}
+            out[i : i + _ROWS] = evaluate(activation.nodes, feeds, activation.output)
+        return out
+
+    def hidden(self, x: np.ndarray, ups: tuple[np.ndarray, ...], biases: tuple[np.ndarray | None, ...]) -> np.ndarray:
+        """Activations h of neurons given by their projections, [n, neurons]."""
+        pre = tuple(x @ w if b is None else x @ w + b for w, b in zip(ups, biases, strict=True))
+        return self.act(pre)
+
     def reorder(self, order: np.ndarray) -> None:
         """Put the neurons in another order, [d_ff], here and not in the graph. The FFN computes the same."""
         self.ups = tuple(w[:, order] for w in self.ups)
@@ -91,20 +105,6 @@ class Layer(FFNWeights):
             h = vars(self)[name]
             for i in range(0, len(h), _ROWS):  # in place: a copy of the activations would be the most memory of all
                 h[i : i + _ROWS] = h[i : i + _ROWS, order]
-
-    def act(self, pre: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Activations from the projections' outputs, [n, any width], float32."""
-        activation = self.ffn.activation
-        out = np.empty(pre[0].shape, np.float32)
-        for i in range(0, len(out), _ROWS):
-            feeds = {id(t): p[i : i + _ROWS] for t, p in zip(activation.inputs, pre, strict=True)}
-            out[i : i + _ROWS] = evaluate(activation.nodes, feeds, activation.output)
-        return out
-
-    def hidden(self, x: np.ndarray, ups: tuple[np.ndarray, ...], biases: tuple[np.ndarray | None, ...]) -> np.ndarray:
-        """Activations h of neurons given by their projections, [n, neurons]."""
-        pre = tuple(x @ w if b is None else x @ w + b for w, b in zip(ups, biases, strict=True))
-        return self.act(pre)
 
     @cached_property
     def h_fit(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.passes.contract import Rounding
 
+_CLIPPED = 0.9  # of the largest weight of a block, as the passes clip int4
 _LEVELS = 255  # of an activation, uint8
 
 
@@ -57,6 +58,18 @@ def rounded_weight(weight: Tensor, axis: int, rounding: Rounding) -> Tensor:
         scale = (most / rounding.largest).clamp_min(torch.finfo(torch.float32).tiny)
         rounded = (weight / scale).round_().mul_(scale)
     return _through(weight, rounded)
+
+
+def rounded_blocks(weight: Tensor, block: int) -> Tensor:
+    """`weight` [out_features, in_features] as int4, a scale for `block` inputs of each output; without a gradient.
+
+    As `trimtab.passes.matrices.quantize.round_to_nearest` rounds without a search.
+    """
+    with torch.no_grad():
+        blocks = weight.detach().float().unflatten(1, (-1, block))
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7 * _CLIPPED
+        rounded: Tensor = (blocks / scale).round_().clamp_(-8, 7).mul_(scale).flatten(1)
+    return rounded
 
 
 def _through(x: Tensor, rounded: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from trimtab.passes.ffn_route.grouping import group_neurons
-from trimtab.passes.ffn_route.routers import Router, Routers
+from trimtab.passes.ffn_route.router import LinearRouter
+from trimtab.passes.ffn_route.routers import Routers
 from trimtab.passes.ffn_topk.importance import most_important, norms
 from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments
@@ -38,7 +39,7 @@ class Fitted:
         rest: what stands for the groups that are left out.
     """
 
-    router: Router
+    router: LinearRouter
     order: np.ndarray
     sparsity: float
     error: float
@@ -104,7 +105,7 @@ def contributions(h: np.ndarray, down: np.ndarray, group: int) -> np.ndarray:
     return np.maximum(found, 0)
 
 
-def fit_router(layer: Layer, group: int, sparsity: float) -> Router:
+def fit_router(layer: Layer, group: int, sparsity: float) -> LinearRouter:
     """A router whose scores are c / (c + c₀): c what a group is expected to add to the output, c₀ the threshold.
 
     log c is a linear function of the FFN's input, by least squares with a ridge penalty. Scores of 0.5 and more leave
@@ -126,4 +127,4 @@ def fit_router(layer: Layer, group: int, sparsity: float) -> Router:
     best = solutions[int(np.argmin([np.square(x @ slopes - missing).sum() for slopes in solutions]))]
     bias = moments.y_mean - moments.z_mean @ best
     cut = float(cuts(layer.fit[apart] @ best + bias.astype(np.float32), np.array([sparsity]))[0])
-    return Router(np.ascontiguousarray(best.T), (bias - cut).astype(np.float32))
+    return LinearRouter(np.ascontiguousarray(best.T), (bias - cut).astype(np.float32))

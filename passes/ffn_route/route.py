@@ -16,7 +16,8 @@ from trimtab.passes.errors import NotLearnedError
 from trimtab.passes.ffn_route.cumulative import shares_before
 from trimtab.passes.ffn_route.fitted import THRESHOLD, Fitted, GroupBy, fit
 from trimtab.passes.ffn_route.grouping import check_groups
-from trimtab.passes.ffn_route.routers import METHOD, Router, Routers
+from trimtab.passes.ffn_route.router import Router
+from trimtab.passes.ffn_route.routers import METHOD, Routers
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import FFNWeights, read_layer
 from trimtab.passes.needs import FFNStates, Learned, Need
@@ -47,9 +48,10 @@ _SPARSITY, _GROUP = 0.5, 32  # of fitted routers
 class FFNRoute(Pass):
     """Compute the groups of neurons whose router says that a token needs them (LTE, arXiv 2402.06126).
 
-    A router is a linear layer on the FFN's input. A group is computed where sigmoid of its output is not below the
-    dial, and the best one always. `trimtab train --method lte` learns routers and fits the model to them. Without
-    training, routers can be fitted to the states of a calibration (MoEfication, arXiv 2110.01786).
+    A router is a linear layer on the FFN's input, with a sigmoid behind it, or int4 copies of the projections in front
+    of the activation. A group is computed where its score is not below the dial, and the best one always.
+    `trimtab train --method lte` learns routers and fits the model to them. Without training, routers can be fitted to
+    the states of a calibration (MoEfication, arXiv 2110.01786).
     A `rest` adds a low-rank map of the input that stands for the groups that a token leaves out; it is fitted to the
     dense outputs at the dial's default.
     Exact end of the dial: at 0 all groups are computed.
@@ -155,8 +157,7 @@ class FFNRoute(Pass):
             routers = Routers({layer: each.router for layer, each in fitted.items()}, THRESHOLD, None)
             wanted = [ffn for ffn in wanted if ffn.layer in fitted]
         else:
-            routers = Routers.of(profile.learned(METHOD))
-            routers.check({ffn.layer: ffn for ffn in anatomy.ffns})
+            routers = Routers.of(profile.learned(METHOD)).at({ffn.layer: ffn for ffn in anatomy.ffns})
         raise_opset(graph, OPSET)
         dial = self._dial(routers.default)
         tensor = context.add_dial(graph, dial)
@@ -270,7 +271,7 @@ class _Emit:
         """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
         block, k, fitted = ffn.d_ff // router.groups, step.taken(router), self._fitted.get(ffn.layer)
-        scores = router.emit(graph, ffn.x, at)
+        scores = router.emit(graph, ffn, at)
         if self._routers.cumulative is not None:
             scores = shares_before(graph, scores, router.groups, at)
         above = self._dial.taken_off(scores, ffn.x, at)

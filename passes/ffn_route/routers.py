@@ -1,61 +1,19 @@
-"""Routers of a Profile: of each FFN a linear layer that scores its groups of neurons."""
+"""The routers of a model, as a Profile keeps them, and which groups their scores choose."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.graph import constant, insert
+from trimtab.passes.ffn_route.copy_router import CopyRouter
+from trimtab.passes.ffn_route.router import HINT, LinearRouter, Router
 
 METHOD = "lte"
-_HINT = "compile the model that they were trained with; `trimtab train --method lte` writes both into one folder"
-
-
-@dataclass(frozen=True)
-class Router:
-    """G(x) = sigmoid(x Wᵀ + b) of the groups of one FFN.
-
-    Attributes:
-        weight: W, [groups, d_model], float32; bias: b, [groups].
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
-
-    @property
-    def groups(self) -> int:
-        return len(self.bias)
-
-    def share(self, cap: float) -> int:
-        """How many groups the share `cap` of them is, at least one."""
-        return max(1, round(cap * self.groups))
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.weight.nbytes + self.bias.nbytes)
-
-    def scores(self, x: np.ndarray) -> np.ndarray:
-        """[tokens, groups] of states x [tokens, d_model]."""
-        with np.errstate(over="ignore"):
-            found: np.ndarray = 1 / (1 + np.exp(-(x @ self.weight.T + self.bias)))
-        return found
-
-    def emit(self, graph: gs.Graph, x: gs.Tensor, at: str) -> gs.Variable:
-        """Append the nodes that compute the scores, [..., groups]."""
-        weight = constant(f"{at}/router.weight", self.weight.T)
-        bias = constant(f"{at}/router.bias", self.bias)
-        product = insert(graph, "MatMul", [x, weight], f"{at}/router/product", dtype=np.float32)
-        logits = insert(graph, "Add", [product, bias], f"{at}/router/logits", dtype=np.float32)
-        scores = insert(graph, "Sigmoid", [logits], f"{at}/router/scores", dtype=np.float32)
-        if x.shape is not None:
-            product.shape = logits.shape = scores.shape = [*x.shape[:-1], self.groups]
-        return scores
 
 
 @dataclass(frozen=True)
@@ -80,20 +38,29 @@ class Routers:
             ProfileError: they are not what the training writes.
         """
         found: dict[int, Router] = {}
-        for name, weight in learned.items():
-            match = re.fullmatch(r"router\.(\d+)\.weight", name)
+        for name, values in learned.items():
+            match = re.fullmatch(r"router\.(\d+)\.(weight|sizes)", name)
             if match is None:
                 continue
-            bias = learned.get(f"router.{match[1]}.bias")
-            if weight.ndim != 2 or bias is None or bias.shape != weight.shape[:1]:
-                raise ProfileError(f"the router of FFN {match[1]} in the profile is damaged", hint=_HINT)
-            found[int(match[1])] = Router(weight.astype(np.float32), bias.astype(np.float32))
+            layer, values = int(match[1]), values.astype(np.float32)
+            damaged = ProfileError(f"the router of FFN {layer} in the profile is damaged", hint=HINT)
+            if values.ndim != 2 or not np.isfinite(values).all():
+                raise damaged
+            if match[2] == "sizes":
+                if values.min(initial=0) < 0:
+                    raise damaged
+                found[layer] = CopyRouter(values)
+                continue
+            bias = learned.get(f"router.{layer}.bias")
+            if bias is None or bias.shape != values.shape[:1]:
+                raise damaged
+            found[layer] = LinearRouter(values, bias.astype(np.float32))
         cuts = [
             None if name not in learned else float(np.reshape(learned[name], -1)[0])
             for name in ("threshold", "cumulative")
         ]
         if found and (cuts[0] is None) == (cuts[1] is None):
-            raise ProfileError("the profile has routers, and not one of threshold and cumulative", hint=_HINT)
+            raise ProfileError("the profile has routers, and not one of threshold and cumulative", hint=HINT)
         return cls(dict(sorted(found.items())), *cuts)
 
     @property
@@ -101,31 +68,21 @@ class Routers:
         """Of the dial: the threshold, or what the share leaves of 1."""
         return self.threshold if self.threshold is not None else 1 - (self.cumulative or 0.0)
 
-    def check(self, ffns: Mapping[int, FFN]) -> None:
-        """Refuse routers of another model.
+    def at(self, ffns: Mapping[int, FFN]) -> Routers:
+        """The routers at work at their FFNs.
 
         Args:
             ffns: those of the model, by number.
 
         Raises:
-            ProfileError: says which does not fit, and why.
+            ProfileError: the routers are those of another model; says which does not fit, and why.
         """
-        for layer, router in self.by_layer.items():
-            if layer not in ffns:
-                raise ProfileError(
-                    f"the profile has a router of FFN {layer}, and the model has {len(ffns)} FFNs", hint=_HINT
-                )
-            ffn = ffns[layer]
-            if router.weight.shape[1] != ffn.d_model:
-                raise ProfileError(
-                    f"{ffn.where}: its router reads {router.weight.shape[1]} features, and the FFN {ffn.d_model}",
-                    hint=_HINT,
-                )
-            if ffn.d_ff % router.groups:
-                raise ProfileError(
-                    f"{ffn.where}: its router has {router.groups} groups, which do not divide its {ffn.d_ff} neurons",
-                    hint=_HINT,
-                )
+        missing = self.by_layer.keys() - ffns.keys()
+        if missing:
+            raise ProfileError(
+                f"the profile has a router of FFN {min(missing)}, and the model has {len(ffns)} FFNs", hint=HINT
+            )
+        return replace(self, by_layer={layer: router.of(ffns[layer]) for layer, router in self.by_layer.items()})
 
     def chosen(self, scores: np.ndarray, cut: float, most: int | None = None) -> np.ndarray:
         """Which groups are computed, bool, of scores [tokens, groups].

@@ -12,7 +12,7 @@ from scipy.linalg import cholesky, solve_triangular, svd
 from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_topk.importance import pool
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.layer import Layer
+from trimtab.passes.layer import FFNWeights
 from trimtab.passes.matrices.forms import Dense, Matrix, Product
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
 
@@ -63,7 +63,7 @@ class Predictor:
     """
 
     def __init__(
-        self, layer: Layer, guesses: Sequence[Guess], norm: np.ndarray, block: int, *,
+        self, layer: FFNWeights, guesses: Sequence[Guess], norm: np.ndarray, block: int, *,
         typical: np.ndarray | None = None, common: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.layer, self.guesses, self.block, self.common = layer, tuple(guesses), block, common
@@ -95,8 +95,6 @@ class Predictor:
         blocks = len(self.weight) // self.block
         one = constant(f"{name}/one", np.ones((), np.float32)) if self.gate_alone else None
         weight = constant(f"{name}/weight", self.weight.astype(np.float32))
-        shape = constant(f"{name}/shape", np.array([-1, blocks, self.block]))
-        axis = constant(f"{name}/axis", np.array([2]))  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
         boost = np.zeros(blocks, np.float32)
         if self.common is not None:
             boost[self.common] = np.finfo(np.float32).max / 2
@@ -110,6 +108,12 @@ class Predictor:
             size = insert(graph, "Abs", [act], f"{at}/abs", dtype=np.float32)
             scores = insert(graph, "Mul", [size, weight], f"{at}/weighted", dtype=np.float32)
             if self.block > 1:
+                rank = len(ffn.x.shape or ())
+                leading = [0] * (rank - 1) if rank > 2 else [-1]  # sizes as they are, or tokens in rows
+                shape = constant(f"{at}/shape", np.array([*leading, blocks, self.block]))
+                axis = constant(
+                    f"{at}/axis", np.array([len(leading) + 1])
+                )  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
                 parts = insert(graph, "Reshape", [scores, shape], f"{at}/parts", dtype=np.float32)
                 attrs: dict[str, object] = {"keepdims": 0}
                 scores = insert(graph, "ReduceSum", [parts, axis], f"{at}/pool", attrs=attrs, dtype=np.float32)

@@ -12,7 +12,7 @@ import pytest
 import zoo
 from packed_encoder import Encoder, exit_logits, stays
 from rewrite import canonical, profile_of, session
-from routes import chosen, profile_with, random_routers
+from routes import chosen, groups_of, profile_with, random_routers
 from scipy.special import softmax
 
 from trimtab.passes import PassContext, PassResult, pass_class, run_passes
@@ -114,6 +114,68 @@ def _ffn(
     h = ACTIVATIONS[activation](pre[0]) * (pre[1] if gated else 1)
     mask = np.repeat(groups, h.shape[1] // groups.shape[1], 1)
     return np.asarray((h * mask) @ rows(w.down) + w.down_bias)
+
+
+def _int4(w: np.ndarray) -> np.ndarray:
+    """[d_model, d_ff] to the nearest of the levels -8 .. 7, whose steps are those of 64, 32 or 16 inputs; float64.
+
+    As it is where neither divides the inputs.
+    """
+    if len(w) % 16:
+        return w.astype(np.float64)
+    blocks = w.astype(np.float64).reshape(-1, next(n for n in (64, 32, 16) if len(w) % n == 0), w.shape[1])
+    step = np.maximum(np.abs(blocks).max(1, keepdims=True), 1e-12) / 7 * 0.9
+    return np.asarray((np.clip(np.rint(blocks / step), -8, 7) * step).reshape(w.shape))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("family", ["bert", "opt", "llama", "gpt2"])
+def test_copies_choose_by_what_neurons_add(family: str, single: bool, tmp_path: Path) -> None:
+    """Every FFN computes the groups whose neurons add enough by int4 copies of the weights in front of them."""
+    from dialects import ACTIVATIONS
+
+    rng, graph = seeded(), canonical(zoo.exported(family))
+    ffns = find_anatomy(graph).ffns
+    learned: dict[str, np.ndarray] = {"threshold": np.array([0.5], np.float32)}
+    for ffn in ffns:
+        size = 1 if single else ffn.d_ff // groups_of(ffn.d_ff, rng)
+        learned[f"router.{ffn.layer}.sizes"] = (rng.lognormal(1, 1, (ffn.d_ff // size, size)) / size).astype(np.float32)
+    dense = {ffn.layer: (ffn.x, FFNWeights(ffn), ffn.activation.name, ffn.gated) for ffn in ffns}
+    (result,) = run_passes(graph, [FFNRoute()], PassContext(profile_with(learned)))
+    assert result.changed == len(ffns)
+    for ffn, row in zip(ffns, result.details["layers"], strict=True):
+        copies = (1 + ffn.gated) * ffn.d_model * ffn.d_ff * (4 if ffn.d_model % 16 else 0.5)
+        assert copies < row["router_bytes"] < 1.6 * copies + 4 * ffn.d_ff
+    tensors = graph.tensors()
+    made = {
+        layer: tensors.get(f"ffn-route/layer.{layer}/shift") or tensors[f"ffn-route/layer.{layer}/down.y"]
+        for layer in dense
+    }
+    graph.outputs = [t for layer, (x, *_) in dense.items() for t in (x, made[layer])]
+    save_graph(graph, tmp_path / "model.onnx")
+    compared, shares = 0, []
+    for batch, tokens in ((1, 1), (3, 7), (16, 40)):
+        dial = rng.choice([0.0, 0.3, 0.5, 0.7, 1.0], batch)
+        found = run(tmp_path / "model.onnx", zoo.feeds(family, batch, tokens, rng), dial)
+        for (layer, (_, w, activation, gated)), x, y in zip(dense.items(), found[::2], found[1::2], strict=True):
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+            pre = [
+                x.astype(np.float64) @ _int4(up) + (0 if b is None else b)
+                for up, b in zip(w.ups, w.up_biases, strict=True)
+            ]
+            h = ACTIVATIONS[activation](pre[0]) * (pre[1] if gated else 1)
+            sizes = learned[f"router.{layer}.sizes"].astype(np.float64)
+            added = (np.abs(h).reshape(len(x), *sizes.shape) * sizes).sum(-1)
+            scores, level = added / (1 + added), np.repeat(dial, tokens)[:, None]
+            best = np.arange(scores.shape[1]) == scores.argmax(1, keepdims=True) if len(x) else scores > 0
+            groups, ranked = (scores >= level) | best, np.sort(scores, 1)
+            clear = np.where(level[:, 0] > 0, np.abs(scores - level).min(1, initial=1), 1)
+            sure = np.minimum(clear, ranked[:, -1] - ranked[:, -2]) > CLEAR / 10
+            wanted = _ffn(x, w, activation, gated, groups, False)
+            assert np.abs(y - wanted)[sure].max(initial=0) <= 1e-5 * max(1, np.abs(wanted).max(initial=0))
+            compared += int(sure.sum())
+            shares += list(groups[level[:, 0] == 0.5].mean(1))
+    assert compared > 100 and 0.05 < np.mean(shares) < 0.95
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -277,6 +339,9 @@ def _router(layer: int, groups: int, width: int) -> dict[str, np.ndarray]:
         (_router(7, 4, 48), "router of FFN 7"),
         (_router(0, 7, 48), "do not divide its 80"),
         ({"router.0.bias": None}, "router of FFN 0 in the profile is damaged"),
+        ({"router.0.sizes": np.ones((8, 9), np.float32)}, "knows 72 neurons, and the FFN has 80"),
+        ({"router.0.sizes": -np.ones((8, 10), np.float32)}, "router of FFN 0 in the profile is damaged"),
+        ({"router.0.sizes": np.full((8, 10), np.nan, np.float32)}, "router of FFN 0 in the profile is damaged"),
         ({"cumulative": np.array([0.9], np.float32)}, "not one of threshold and cumulative"),
         ({"threshold": None}, "not one of threshold and cumulative"),
     ],

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import ModelError
+from trimtab.passes.ffn_route.routers import Routers
+from trimtab.training.activations import ACTIVATIONS
 from trimtab.training.clock import Clock
 from trimtab.training.linears import FFNModules, Projection, find_ffns, linear_modules, permute_neurons
 from trimtab.training.lte.control import Controller, density_of, fit_cut, trim
-from trimtab.training.lte.layerwise import ACTIVATIONS, LayerFit, densities
+from trimtab.training.lte.layerwise import LayerFit, densities
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
 from trimtab.training.lte.record import Recorded, record_inputs, standardise
 from trimtab.training.lte.routed import Routed
-from trimtab.training.lte.routers import Router, Routing, choose
+from trimtab.training.lte.router import LinearRouter
+from trimtab.training.lte.routers import Routing, choose
 from trimtab.training.lte.settings import Settings
 from trimtab.training.texts import Examples
 
@@ -46,6 +49,8 @@ def routed(family: str, **settings: Any) -> tuple[Routed, list[FFNModules]]:
     kind: Any = "classifier" if family == "bert" else "language model"
     made = Routed(model, ffns, Settings(group=GROUP, **settings), kind)
     for router in made.routing.routers.values():
+        if not isinstance(router, LinearRouter):
+            continue
         router.weight.data.normal_(0, 2)
         router.bias.data.normal_(0, 1)
         width = router.weight.shape[1]
@@ -155,6 +160,42 @@ def test_routers_of_a_profile_are_at_work_in_another_training(select: str) -> No
     again.mode = "dense"
     assert (fresh(**given).logits - logits).abs().max() > 1e-4
     assert copy.deepcopy(fresh)(**given).logits.shape == logits.shape
+
+
+@pytest.mark.parametrize("family", ACTS)
+def test_copies_are_the_routers_of_the_profile(family: str) -> None:
+    """What a forward pass chooses is what the compiled model will, of weights that have learned since, too."""
+    model, ffns = routed(family, router="copy")
+    with torch.no_grad():
+        for ffn in ffns:
+            ffn.up.module.get_parameter("weight").mul_(1.3)
+        seen(model, ffns, "hard", batch(family))
+        for layer, logits in model.routing.logits.items():
+            model.routing.router(layer).bias.sub_(logits.median() - 0.4 + 0.3 * torch.randn(logits.shape[-1]))
+    model.routing.cut.fill_(0.4)
+    tensors = model.routing.tensors()
+    assert tensors.keys() == {"threshold"} | {f"router.{ffn.layer}.sizes" for ffn in ffns}
+    graph, compiled, shares = onnx_source(family).graph(), Routers.of(tensors), []
+    of_graph = find_anatomy(graph).ffns
+    for ffn, (x, y), exported in zip(ffns, seen(model, ffns, "hard", batch(family)), of_graph, strict=True):
+        weight = exported.linears[1 if exported.gated else 0].weight
+        weight.values = np.ascontiguousarray(weight.values * np.float32(1.3))
+        scores = compiled.by_layer[ffn.layer].of(exported).scores(x.astype(np.float32))
+        found = model.routing.chosen(model.routing.logits[str(ffn.layer)]).reshape(len(x), -1).numpy()
+        picked = chosen_by(scores, tensors)
+        clear = (np.abs(scores - 0.5) > 1e-4).all(1)
+        assert clear.mean() > 0.5
+        np.testing.assert_array_equal(found[clear], picked[clear])
+        pre = product(x, ffn.up)
+        h = ACTS[family](pre) if ffn.gate is None else ACTS[family](product(x, ffn.gate)) * pre
+        wanted = product(h * np.repeat(picked, GROUP, 1), Projection(ffn.down, 0, ffn.d_model))
+        np.testing.assert_allclose(y[clear], wanted[clear], rtol=1e-3, atol=1e-4)
+        shares.append(picked.mean())
+    assert 0.05 < np.mean(shares) < 0.95
+    again = Routing.of(ffns, tensors)
+    for ffn in ffns:
+        one, two = (each.router(ffn.layer).tensors(0.0)["sizes"] for each in (model.routing, again))
+        np.testing.assert_allclose(two * np.exp(0.4), one, rtol=1e-4)
 
 
 def test_each_activation_has_its_name() -> None:
@@ -277,7 +318,7 @@ def test_losses_are_the_papers_and_stay_finite_at_the_threshold() -> None:
 
 
 def test_routers_begin_with_all_groups_on() -> None:
-    router = Router(6, 5)
+    router = LinearRouter(6, 5)
     router.standardise(torch.randn(6), torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 3.0]))
     assert choose(router(torch.randn(9, 6)), "threshold", 0.0).all()
     assert torch.isfinite(router.scale).all() and router.scale[2] == 0
@@ -419,5 +460,10 @@ def test_tokens_that_need_no_neurons_do_not_take_those_of_others() -> None:
 
 
 def test_tokens_of_a_language_model_weigh_alike() -> None:
-    model, ffns = routed("llama", batch_size=16)
+    """And its FFNs by the Fisher information of their outputs, where the run goes backward through the model anyway."""
+    model, ffns = routed("llama", batch_size=16, soft=0, hard=0)
     assert all((each.weights == 1).all() for each in recorded_of(model, ffns, "llama").values())
+    model, ffns = routed("llama", batch_size=16)
+    weights = {layer: each.weights for layer, each in recorded_of(model, ffns, "llama").items()}
+    assert all((each == each[0]).all() and each[0] > 0 for each in weights.values())
+    assert len({float(each[0]) for each in weights.values()}) == len(weights)

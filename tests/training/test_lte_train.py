@@ -14,7 +14,9 @@ from trimtab.compiler.profile_choice import choose_profile
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.export import load_model
+from trimtab.passes import PassContext, run_passes
 from trimtab.passes.errors import DataError, ModelError, RecipeError, TrimtabError
+from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.profile import Profile, ProfileInfo
 from trimtab.training.lte import learn
 from trimtab.training.lte.routed import Routed
@@ -86,6 +88,29 @@ def test_a_new_model_with_its_routers(texts: Path, tmp_path: Path) -> None:
     before, after = (load_model(each, "LlamaForCausalLM") for each in (folder, tmp_path / "new"))
     assert before.lm_head.weight.shape == after.lm_head.weight.shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]
+
+
+def test_copies_learn_the_rate_at_which_neurons_are_computed(texts: Path, tmp_path: Path) -> None:
+    """And are compiled with it: the engine computes what was asked for."""
+    folder = zoo.save_pretrained("llama", tmp_path / "model")
+    settings = QUICK | {"router": "copy", "group": 1, "sparsity": 0.6, "soft": 0.0, "steps": 40}
+    trained = train(
+        "lte", folder, texts, tmp_path / "new", settings=settings,
+        recipe={"passes": [], "calibration": {"samples": 16, "states": 64}},
+    )  # fmt: skip
+    assert trained is not None
+    assert abs(trained.record["sparsity"] - 0.6) <= 0.02 and trained.record["reached"], trained.record["sparsity"]
+    history = {row["stage"]: row for row in trained.record["history"]}
+    assert history["hard"]["loss"] < 1.1 * history["before"]["loss"]
+    learned = Profile.load(tmp_path / "new" / "profile.safetensors").learned("lte")
+    assert {name: value.shape for name, value in learned.items() if name != "threshold"} == {
+        f"router.{layer}.sizes": (108, 1) for layer in (0, 1)
+    }
+    graph = open_source(tmp_path / "new").graph()
+    context = PassContext(Profile.load(tmp_path / "new" / "profile.safetensors"))
+    (result,) = run_passes(graph, [FFNRoute()], context)
+    densities = [row["density"] for row in result.details["layers"]]
+    assert len(densities) == 2 and abs(np.mean(densities) - 0.4) < 0.05
 
 
 @pytest.mark.parametrize("select", ["threshold", "cumulative"])

@@ -27,6 +27,8 @@ def group(
     """Put the neurons of each FFN in order of their groups, in place; the orders are kept for when the run goes on."""
     settings = routed.settings
     run.keep(grouped=True)
+    if settings.group == 1:
+        return  # any order will do
     places = {ffn.layer: run.folder / f"order.{ffn.layer}.npy" for ffn in ffns}
     known = {layer for layer, place in places.items() if place.is_file()}
     needed = needed_neurons(routed, ffns, examples) if settings.group_by == "need" and len(known) < len(ffns) else {}

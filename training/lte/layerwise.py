@@ -10,32 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trimtab.training.activations import ACTIVATIONS
 from trimtab.training.clock import Clock, schedule
 from trimtab.training.device import bfloat16_is_fast
 from trimtab.training.linears import FFNModules, rows
 from trimtab.training.lte.control import fit_cut
 from trimtab.training.lte.record import Recorded
-from trimtab.training.lte.routers import Router, Routing
+from trimtab.training.lte.router import LinearRouter
+from trimtab.training.lte.routers import Routing
 from trimtab.training.lte.settings import Settings
 
 _ROUTERS = 0.2  # share of an FFN's time in which its router learns, before its weights do
 _ROUTER_RATE = 0.01  # learning rate, which fits standardised inputs
 _ROWS = 512  # tokens per step
 _AT_A_TIME = 4096  # tokens that the dense FFN computes together
+_NUMBERS = 1 << 26  # contributions that are compared at a time
 _RIDGE = 0.01  # of the inputs' mean variance
 _RARE = 0.01  # share of the tokens that need a group, and that do not, at the least: logits stay finite
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
-    "relu": functional.relu,
-    "relu_squared": lambda x: functional.relu(x).square(),
-    "silu": functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-"""Names of `Activation` in the graph's anatomy → what they compute."""
 
 
 class LayerFit:
@@ -52,9 +43,7 @@ class LayerFit:
     ) -> None:
         self._ffn, self._routing, self._settings = ffn, routing, settings
         self._x, self._weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded)
-        router = routing.routers[str(ffn.layer)]
-        assert isinstance(router, Router)
-        self._router = router
+        self._router = routing.router(ffn.layer)
         self._y, added = contributions(ffn, routing, self._x, self._weights)
         self._needed = (added >= least(added, density)) & (added > 0)
         self._density = float(self._needed.sum(-1).clamp_min(1).double().mean()) / self._needed.shape[1]
@@ -69,9 +58,10 @@ class LayerFit:
         """
         weights = [parameter for module in self._ffn.modules.values() for parameter in module.parameters()]
         routers = list(self._router.parameters())
+        learns = _ROUTERS if isinstance(self._router, LinearRouter) else 0.0  # copies know what neurons add
         phases: list[tuple[float, float, list[Any], float, Callable[[Tensor], Tensor]]] = [
-            (0.0, _ROUTERS, routers, _ROUTER_RATE, self._router_loss),
-            (_ROUTERS, 1.0, weights, self._settings.layer_lr, self._weights_loss),
+            (0.0, learns, routers, _ROUTER_RATE, self._router_loss),
+            (learns, 1.0, weights, self._settings.layer_lr, self._weights_loss),
         ]
         step = 0
         for begin, end, parameters, rate, loss_of in phases:
@@ -105,7 +95,11 @@ class LayerFit:
         """Fit the router in closed form, so that even one that no step follows tells groups apart.
 
         Least squares of p(needed | x), around the share p of tokens that need the group; its logit to first order.
+        Copies only want a density.
         """
+        if not isinstance(self._router, LinearRouter):
+            self._fit_bias()
+            return
         x = (self._x - self._router.mean) * self._router.scale
         needed = self._needed.float()
         share = needed.mean(0).clamp(_RARE, 1 - _RARE)
@@ -180,10 +174,12 @@ def least(added: Tensor, density: float) -> Tensor:
 def densities(
     ffns: Sequence[FFNModules], routing: Routing, recorded: Mapping[int, Recorded], density: float
 ) -> dict[int, float]:
-    """Number of the FFN → its share of groups to compute, so that those that add most to a classifier's answers are."""
+    """Number of the FFN → its share of groups to compute, so that those that add most to the model's answers are."""
     added = {}
+    numbers = sum(len(recorded[ffn.layer].x) * ffn.d_ff // routing.group for ffn in ffns)
+    step = -(-numbers // _NUMBERS)
     for ffn in ffns:
-        x, weights = (torch.from_numpy(np.array(each)).to(rows(ffn.down).device) for each in recorded[ffn.layer])
+        x, weights = (torch.from_numpy(each[::step].copy()).to(rows(ffn.down).device) for each in recorded[ffn.layer])
         added[ffn.layer] = contributions(ffn, routing, x, weights)[1].cpu()
     bound = least(torch.cat([each.flatten() for each in added.values()]), density)
     return {layer: float((each >= bound).double().mean()) for layer, each in added.items()}

@@ -17,6 +17,7 @@ from trimtab.compiler.sources.export import load_model
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns
 from trimtab.passes.errors import ModelError, RecipeError, TrimtabError
 from trimtab.passes.ffn_route.grouping import check_groups
+from trimtab.training.activations import ACTIVATIONS
 from trimtab.training.contract import Job, Trained
 from trimtab.training.device import best_device
 from trimtab.training.examples import kind_of, read_examples
@@ -25,7 +26,6 @@ from trimtab.training.huggingface import is_first_process, prepare
 from trimtab.training.linears import find_ffns
 from trimtab.training.lte.control import TOLERANCE
 from trimtab.training.lte.groups import group
-from trimtab.training.lte.layerwise import ACTIVATIONS
 from trimtab.training.lte.routed import Routed
 from trimtab.training.lte.settings import Settings
 from trimtab.training.lte.stages import METHOD, LTEStages
@@ -127,7 +127,8 @@ def _check(ffns: Sequence[FFN], settings: Settings) -> None:
             hint="ask for less, or use smaller groups (--group)",
         )
     unknown = next((ffn for ffn in ffns if ffn.activation.name not in ACTIVATIONS), None)
-    if settings.layerwise and unknown is not None:
+    if (settings.layerwise or settings.router == "copy") and unknown is not None:
         raise ModelError(
-            f"{unknown.where}: its activation is none of {', '.join(ACTIVATIONS)}", hint="train with --layerwise 0"
+            f"{unknown.where}: its activation is none of {', '.join(ACTIVATIONS)}",
+            hint="train with --layerwise 0 --router linear",
         )

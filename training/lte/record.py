@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.passes.errors import DataError
+from trimtab.training.examples import Kind
 from trimtab.training.linears import FFNModules
 from trimtab.training.lte.routed import Routed
 from trimtab.training.texts import Examples
@@ -28,8 +29,8 @@ class Recorded(NamedTuple):
     Attributes:
         x: inputs, [n, d_model], float32.
         weights: mean square of the slopes of the model's answers by the FFN's output of each token, [n], float32. The
-            answers of a classifier hang on few tokens of its last layers. All 1 of a language model: each token is an
-            answer there, and the model may be too large to go backward through.
+            answers of a classifier hang on few tokens of its last layers. Of a language model each token is an answer,
+            and all have the mean weight; 1 where no slopes are known.
     """
 
     x: np.ndarray
@@ -78,7 +79,7 @@ def record_inputs(
         raise DataError(f"the texts have {count} tokens: too few for routers to learn from", hint="give more texts")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    weighed, generator = routed.kind == "classifier", torch.Generator().manual_seed(routed.settings.seed)
+    weighed, generator = routed.weighed, torch.Generator().manual_seed(routed.settings.seed)
     arrays = {ffn.layer: _array(folder, ffn, count) for ffn in ffns}
     weights = {ffn.layer: np.ones(count, np.float32) for ffn in ffns}
     inputs: dict[int, Tensor] = {}
@@ -102,13 +103,15 @@ def record_inputs(
             for layer, array in arrays.items():
                 array[start:end] = rows(inputs[layer])
             if weighed:
-                for layer, slopes in _slopes(logits, outputs, generator).items():
+                for layer, slopes in _slopes(logits, outputs, generator, routed.kind).items():
                     weights[layer][start:end] = np.square(rows(slopes)).mean(-1)
             start = end
     finally:
         routed.train(training)
         for hook in hooks:
             hook.remove()
+    if routed.kind == "language model":
+        weights = {layer: np.full_like(each, each.mean()) for layer, each in weights.items()}
     if done is not None:
         assert folder is not None
         save_file({str(layer): each for layer, each in weights.items()}, folder / _WEIGHTS)
@@ -116,10 +119,16 @@ def record_inputs(
     return {layer: Recorded(x, weights[layer]) for layer, x in arrays.items()}
 
 
-def _slopes(logits: Tensor, outputs: dict[int, Tensor], generator: torch.Generator) -> dict[int, Tensor]:
-    """Of logits [batch, classes] in a random direction, by each of `outputs`."""
-    direction = torch.randn(logits.shape, generator=generator).to(logits)
-    direction -= direction.mean(-1, keepdim=True)  # a shift of all logits is no other answer
+def _slopes(logits: Tensor, outputs: dict[int, Tensor], generator: torch.Generator, kind: Kind) -> dict[int, Tensor]:
+    """Of the answers by each of `outputs`: of logits [batch, classes] in a random direction, or of the log-likelihood
+    of tokens drawn from logits [batch, tokens, vocabulary], so that mean squares are the Fisher information."""
+    if kind == "classifier":
+        direction = torch.randn(logits.shape, generator=generator).to(logits)
+        direction -= direction.mean(-1, keepdim=True)  # a shift of all logits is no other answer
+    else:
+        direction = -logits.detach().float().softmax(-1)
+        drawn = torch.multinomial(-direction.flatten(0, -2).cpu(), 1, generator=generator).to(logits.device)
+        direction.flatten(0, -2).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=direction.dtype))
     slopes = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
     return dict(zip(outputs, slopes, strict=True))
 
@@ -147,9 +156,9 @@ def _read(folder: Path, ffn: FFNModules) -> Recorded:
 def standardise(routed: Routed, recorded: dict[int, Recorded]) -> None:
     """Have each router take inputs of the mean and the deviation of those that were recorded."""
     for layer, (x, _) in recorded.items():
-        router: Any = routed.routing.routers[str(layer)]
+        router = routed.routing.router(layer)
         mean, deviation = (
-            torch.from_numpy(each.astype(np.float32)).to(router.mean.device)
+            torch.from_numpy(each.astype(np.float32)).to(router.bias.device)
             for each in (x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64))
         )
         router.standardise(mean, deviation)

@@ -16,7 +16,7 @@ from trimtab.training.linears import FFNModules
 from trimtab.training.lora import LEARNS, RATE, Adapters
 from trimtab.training.losses import divergence
 from trimtab.training.lte.losses import efficiency, over_tokens, separability
-from trimtab.training.lte.routers import Mode, Router, Routing
+from trimtab.training.lte.routers import Mode, Routing
 from trimtab.training.lte.settings import Settings
 
 _ROUTER_DECAY = 0.0  # standardised inputs need none, and it would pull scores to the threshold
@@ -42,7 +42,7 @@ class Routed(nn.Module):
     def __init__(self, model: PreTrainedModel, ffns: Sequence[FFNModules], settings: Settings, kind: Kind) -> None:
         super().__init__()
         self.model, self.settings, self.kind = model, settings, kind
-        self.routing = Routing(ffns, settings.group, settings.select, settings.masks)
+        self.routing = Routing(ffns, settings.group, settings.select, settings.masks, settings.router)
         self.stage, self.eta, self.lambda_ = "fine_tune", settings.efficiency, 0.0
         self.density: float | None = None
         self._downs = {ffn.layer: ffn.down for ffn in ffns}
@@ -50,6 +50,12 @@ class Routed(nn.Module):
         self._teacher: list[Routed] = []  # in a list: it is no part of what is saved
         self._inputs = set(inspect.signature(model.forward).parameters)
         self.register_state_dict_post_hook(_part_tied)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether it is known how much hangs on what each FFN gives: a run without soft and hard goes backward through
+        no language model, which may be too large for that."""
+        return self.kind == "classifier" or bool(self.settings.soft or self.settings.hard)
 
     def teach(self, teacher: Routed) -> None:
         """Learn in the soft and the hard stage from the dense answers of `teacher`, too."""
@@ -168,9 +174,8 @@ class Routed(nn.Module):
     def _chosen(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         counts = []
-        for layer, router in self.routing.routers.items():
-            assert isinstance(router, Router)
-            logits, groups = self.routing.logits.get(layer), len(router.bias)
+        for layer in self.routing.routers:
+            logits, groups = self.routing.logits.get(layer), self.routing.router(layer).groups
             if logits is None:  # dense
                 counts.append((real * groups).sum(-1))
             else:

@@ -1,4 +1,4 @@
-"""Routers: of each FFN a linear layer that scores its groups of neurons, and the masks that follow from scores."""
+"""The routers of a model at work: which groups their scores choose, and the masks that follow."""
 
 from __future__ import annotations
 
@@ -13,50 +13,16 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.training.linears import FFNModules
+from trimtab.training.lte.router import CopyRouter, LinearRouter, Router
 
 Mode = Literal["dense", "soft", "hard"]
 Masks = Literal["straight", "scores"]
+Form = Literal["linear", "copy"]
 Select = Literal["threshold", "cumulative"]
 
 THRESHOLD = 0.5
 """τ: groups of this score or more are computed."""
-_START = 2.0  # logit of every score at first, 0.88: all groups are on, and sigmoid still has a slope there
 _SHARE = 0.95  # of cumulative selection at first, as in the derivative of LTE for openPangu
-
-
-class Router(nn.Module):
-    """Logits of the scores of an FFN's groups: a linear layer on standardised inputs.
-
-    Standardised, one learning rate fits all models: a step of Adam moves logits by about lr · √d_model.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, d_model: int, groups: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(groups, d_model))
-        self.bias = nn.Parameter(torch.full((groups,), _START))
-        self.register_buffer("mean", torch.zeros(d_model))
-        self.register_buffer("scale", torch.full((d_model,), d_model**-0.5))
-
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take inputs of this mean and standard deviation, [d_model] each; features that are constant count for 0."""
-        usual = deviation.mean()
-        scale = torch.where(deviation > 1e-4 * usual, 1 / deviation, torch.zeros_like(deviation))
-        self.mean.copy_(mean)
-        self.scale.copy_(scale * len(mean) ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [..., groups], float32, of x [..., d_model]; an engine computes them in float32, too."""
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.linear((x.float() - self.mean) * self.scale, self.weight, self.bias)
-
-    def folded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [groups, d_model] and bias [groups], float32, for inputs as they are."""
-        weight = (self.weight.detach() * self.scale).double()
-        bias = self.bias.detach().double() - weight @ self.mean.double()
-        return weight.float().numpy(force=True), bias.float().numpy(force=True)
 
 
 def choose(logits: Tensor, select: Select, cut: float | Tensor) -> Tensor:
@@ -94,10 +60,12 @@ class Routing(nn.Module):
 
     cut: Tensor
 
-    def __init__(self, ffns: Sequence[FFNModules], group: int, select: Select, masks: Masks = "straight") -> None:
+    def __init__(
+        self, ffns: Sequence[FFNModules], group: int, select: Select, masks: Masks = "straight", form: Form = "linear"
+    ) -> None:
         super().__init__()
         self.group, self.select, self.masks = group, select, masks
-        self.routers = nn.ModuleDict({str(ffn.layer): Router(ffn.d_model, ffn.d_ff // group) for ffn in ffns})
+        self.routers = nn.ModuleDict({str(ffn.layer): _router(form, ffn, group) for ffn in ffns})
         self.register_buffer("cut", torch.tensor(0.0 if select == "threshold" else _SHARE))
         self.mode: Mode = "dense"
         self.logits: dict[str, Tensor] = {}
@@ -120,19 +88,24 @@ class Routing(nn.Module):
         Args:
             learned: as `tensors` gives them; FFNs without a router compute all groups.
         """
-        routed = [ffn for ffn in ffns if f"router.{ffn.layer}.weight" in learned]
+        of = {ffn.layer: _part(learned, f"router.{ffn.layer}.") for ffn in ffns}
+        routed = [ffn for ffn in ffns if of[ffn.layer]]
+        form: Form = "copy" if any("sizes" in each for each in of.values()) else "linear"
         by_threshold = "threshold" in learned
-        group = routed[0].d_ff // len(learned[f"router.{routed[0].layer}.bias"]) if routed else 1
-        routing = cls(routed, group, "threshold" if by_threshold else "cumulative")
+        group = routed[0].d_ff // len(next(iter(of[routed[0].layer].values()))) if routed else 1
+        routing = cls(routed, group, "threshold" if by_threshold else "cumulative", form=form)
         cut = torch.from_numpy(learned["threshold" if by_threshold else "cumulative"])[0]
         routing.cut.copy_(cut.logit() if by_threshold else cut)
-        for layer, router in routing.routers.items():
-            assert isinstance(router, Router)
-            router.scale.fill_(1.0)
-            router.weight.data.copy_(torch.from_numpy(learned[f"router.{layer}.weight"]))
-            router.bias.data.copy_(torch.from_numpy(learned[f"router.{layer}.bias"]))
+        for ffn in routed:
+            routing.router(ffn.layer).restore(of[ffn.layer])
         routing.mode = "hard"
         return routing.requires_grad_(False)
+
+    def router(self, layer: int | str) -> Router:
+        """Of the FFN of this number."""
+        router = self.routers[str(layer)]
+        assert isinstance(router, Router)
+        return router
 
     def begin(self) -> None:
         """Forget the last forward pass."""
@@ -158,11 +131,9 @@ class Routing(nn.Module):
         named = {"threshold": np.array([THRESHOLD], np.float32)} if by_threshold else {}
         if not by_threshold:
             named["cumulative"] = np.array([cut], np.float32)
-        for layer, router in self.routers.items():
-            assert isinstance(router, Router)
-            weight, bias = router.folded()
-            named[f"router.{layer}.weight"] = weight
-            named[f"router.{layer}.bias"] = bias - np.float32(cut) if by_threshold else bias
+        for layer in self.routers:
+            learned = self.router(layer).tensors(cut if by_threshold else 0.0)
+            named |= {f"router.{layer}.{key}": value for key, value in learned.items()}
         return named
 
     def _read(self, layer: str, up: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -176,3 +147,12 @@ class Routing(nn.Module):
         logits, (h,) = self.logits[layer], inputs
         mask = self.soft_mask(logits) if self.mode == "soft" else self.chosen(logits)
         return ((h.unflatten(-1, (-1, self.group)) * mask.to(h.dtype)[..., None]).flatten(-2),)
+
+
+def _router(form: Form, ffn: FFNModules, group: int) -> Router:
+    return CopyRouter(ffn, group) if form == "copy" else LinearRouter(ffn.d_model, ffn.d_ff // group)
+
+
+def _part(learned: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose names begin so, by the rest of them."""
+    return {name.removeprefix(prefix): learned[name] for name in learned if name.startswith(prefix)}

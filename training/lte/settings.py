@@ -25,6 +25,10 @@ class Settings(Common):
     group_by: Literal["need", "weights"] = Field(
         "need", description="Neurons of a group are needed by the same tokens, or point the same way, as in the paper.",
     )  # fmt: skip
+    router: Literal["linear", "copy"] = Field(
+        "linear", description="A linear layer on the FFN's input, as in the paper; or int4 copies of up and gate, by "
+        "which it guesses what neurons add.",
+    )  # fmt: skip
     select: Literal["threshold", "cumulative"] = Field(
         "threshold", description="Compute the groups whose score is 0.5 or more, or the best ones up to a share of the "
         "sum of all scores.",
@@ -60,6 +64,10 @@ class Settings(Common):
             raise ValueError("layerwise, soft and hard are 0: no stage is left to run")
         if self.hard and not self.learns_routers:
             raise ValueError("hard needs routers, and both layerwise and soft, which learn them, are 0")
+        if self.router == "copy":
+            for name, wanted in (("select", "threshold"), ("masks", "straight"), ("lora_rank", 0)):
+                if getattr(self, name) != wanted:
+                    raise ValueError(f"{name}: routers that are copies go with {wanted} alone")
         return self
 
     @property

@@ -134,9 +134,9 @@ class LTEStages(Stages):
         return start
 
     def _densities(self, recorded: Mapping[int, Recorded], file: Path) -> dict[int, float]:
-        """Number of the FFN → its share of neurons; those of a language model have the same."""
+        """Number of the FFN → its share of neurons; the same for all where no slopes tell them apart."""
         even = 1 - self.settings.sparsity
-        if self.model.kind == "language model":
+        if not self.model.weighed:
             return {ffn.layer: even for ffn in self.ffns}
         if file.is_file():  # FFNs may have learned since
             return {int(layer): share for layer, share in json.loads(file.read_text()).items()}
@@ -157,7 +157,7 @@ class LTEStages(Stages):
         return LayerFit(ffn, self.model.routing, recorded, density, self.settings).run(clock, generator, progress)
 
     def _state(self, ffn: FFNModules) -> dict[str, Tensor]:
-        modules = ffn.modules | {"router": self.model.routing.routers[str(ffn.layer)]}
+        modules = ffn.modules | {"router": self.model.routing.router(ffn.layer)}
         return {
             f"{name}.{key}": value.detach().contiguous()
             for name, module in modules.items()
@@ -165,7 +165,7 @@ class LTEStages(Stages):
         }
 
     def _load(self, ffn: FFNModules, kept: Mapping[str, Tensor]) -> None:
-        for name, module in (ffn.modules | {"router": self.model.routing.routers[str(ffn.layer)]}).items():
+        for name, module in (ffn.modules | {"router": self.model.routing.router(ffn.layer)}).items():
             module.load_state_dict({key: kept[f"{name}.{key}"] for key in module.state_dict()})
 
 

@@ -1,0 +1,73 @@
+"""Routers that guess what neurons add to the output, by int4 copies of the projections in front of the activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import FFN
+from trimtab.passes.errors import ProfileError
+from trimtab.passes.ffn_route.router import HINT, Router
+from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form
+from trimtab.passes.graph import constant, insert
+from trimtab.passes.layer import FFNWeights
+
+FORM, BLOCK = "int4", 64
+"""Of the copies: rounded to nearest, with a scale for so many inputs of a neuron."""
+
+
+@dataclass(frozen=True)
+class CopyRouter(Router):
+    """G(x) = s / (1 + s), s = Σ size_j |ĥ_j| over the neurons of a group.
+
+    ĥ are the activations that int4 copies of W_up, and of W_gate if there is one, give. In a gated FFN no linear
+    function of x says how large |silu(x W_gate) · x W_up| is; copies in an eighth of the bytes do (HiRE, arXiv
+    2402.09360, predicts so, too). What is learned is how large a contribution has to be.
+
+    Attributes:
+        sizes: [groups, neurons of a group], float32: 1 / size_j is what |ĥ_j| alone must be for a score of 0.5.
+        ffn: whose weights are copied; None of a router that is not at work.
+    """
+
+    sizes: np.ndarray
+    ffn: FFN | None = None
+
+    @property
+    def groups(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._predictor.nbytes + int(self.sizes.nbytes)
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        added = self._predictor.scores(x)
+        found: np.ndarray = added / (1 + added)
+        return found
+
+    def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
+        added = self._predictor.store(f"{at}/router", 1)(graph, ffn, f"{at}/router")
+        one = constant(f"{at}/router/unit", np.ones((), np.float32))
+        more = insert(graph, "Add", [added, one], f"{at}/router/more", dtype=np.float32)
+        scores = insert(graph, "Div", [added, more], f"{at}/router/scores", dtype=np.float32)
+        if ffn.x.shape is not None:
+            scores.shape = [*ffn.x.shape[:-1], self.groups]
+        return scores
+
+    def of(self, ffn: FFN) -> CopyRouter:
+        if self.sizes.size != ffn.d_ff:
+            raise ProfileError(
+                f"{ffn.where}: its router knows {self.sizes.size} neurons, and the FFN has {ffn.d_ff}", hint=HINT
+            )
+        return CopyRouter(self.sizes, ffn)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        assert self.ffn is not None, "a router at work has an FFN"
+        weights = FFNWeights(self.ffn)
+        projections = zip(weights.ups, weights.up_biases, strict=True)
+        guesses = [Guess(in_form(w, FORM, BLOCK), bias) for w, bias in projections]
+        return Predictor(weights, guesses, self.sizes.reshape(-1), self.sizes.shape[1])

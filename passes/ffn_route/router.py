@@ -1,0 +1,97 @@
+"""A router: what scores the groups of one FFN's neurons. The linear one is the paper's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy import FFN
+from trimtab.passes.errors import ProfileError
+from trimtab.passes.graph import constant, insert
+
+HINT = "compile the model that they were trained with; `trimtab train --method lte` writes both into one folder"
+
+
+class Router(ABC):
+    """Scores of the groups of one FFN's neurons, 0 to 1, from the FFN's input x."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """How many there are."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Read per token."""
+
+    @abstractmethod
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """[tokens, groups] of states x [tokens, d_model]."""
+
+    @abstractmethod
+    def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
+        """Append the nodes that compute the scores, [..., groups]."""
+
+    @abstractmethod
+    def of(self, ffn: FFN) -> Router:
+        """The router at work at its FFN.
+
+        Raises:
+            ProfileError: it is of another model.
+        """
+
+    def share(self, cap: float) -> int:
+        """How many groups the share `cap` of them is, at least one."""
+        return max(1, round(cap * self.groups))
+
+
+@dataclass(frozen=True)
+class LinearRouter(Router):
+    """G(x) = sigmoid(x Wᵀ + b), as in the paper.
+
+    Attributes:
+        weight: W, [groups, d_model], float32; bias: b, [groups].
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def groups(self) -> int:
+        return len(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.weight.nbytes + self.bias.nbytes)
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            found: np.ndarray = 1 / (1 + np.exp(-(x @ self.weight.T + self.bias)))
+        return found
+
+    def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
+        x = ffn.x
+        weight = constant(f"{at}/router.weight", self.weight.T)
+        bias = constant(f"{at}/router.bias", self.bias)
+        product = insert(graph, "MatMul", [x, weight], f"{at}/router/product", dtype=np.float32)
+        logits = insert(graph, "Add", [product, bias], f"{at}/router/logits", dtype=np.float32)
+        scores = insert(graph, "Sigmoid", [logits], f"{at}/router/scores", dtype=np.float32)
+        if x.shape is not None:
+            product.shape = logits.shape = scores.shape = [*x.shape[:-1], self.groups]
+        return scores
+
+    def of(self, ffn: FFN) -> LinearRouter:
+        if self.weight.shape[1] != ffn.d_model:
+            raise ProfileError(
+                f"{ffn.where}: its router reads {self.weight.shape[1]} features, and the FFN {ffn.d_model}", hint=HINT
+            )
+        if ffn.d_ff % self.groups:
+            raise ProfileError(
+                f"{ffn.where}: its router has {self.groups} groups, which do not divide its {ffn.d_ff} neurons",
+                hint=HINT,
+            )
+        return self
