@@ -53,7 +53,8 @@ class Counted:
 
     def __init__(self, model: Path, dense: Path, threads: int = 2) -> None:
         ffns = find_anatomy(load_graph(dense)).ffns
-        self._params, self._neurons = sum(ffn.params for ffn in ffns), sum(ffn.d_ff for ffn in ffns)
+        self._of_ffn = {ffn.layer: ffn.params for ffn in ffns}
+        self._params, self._neurons = sum(self._of_ffn.values()), sum(ffn.d_ff for ffn in ffns)
         graph = load_graph(model)
         self.choices: list[Choice] = []
         for node in graph.nodes:
@@ -96,7 +97,7 @@ class Counted:
 
         Returns:
             neurons: of the FFNs' neurons those computed; ffn: of the FFNs' multiply-adds, what chooses neurons
-            included, which for one token in fp32 is the share of their bytes, too; flops: of those of the whole model.
+            included; flops: of those of the whole model.
         """
         mine = self.totals
         assert mine.tokens == dense.tokens
@@ -104,6 +105,15 @@ class Counted:
             "tokens": mine.tokens, "neurons": 1 - mine.left_out / (mine.tokens * self._neurons),
             "ffn": 1 - (dense.flops - mine.flops) / (2 * self._params * mine.tokens), "flops": mine.flops / dense.flops,
         }  # fmt: skip
+
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Share of the FFNs' bytes in fp32 that one token reads, what chooses neurons included.
+
+        Args:
+            rows: of the pass's report, one for each FFN that it rewrote.
+        """
+        dense = {layer: 4 * params for layer, params in self._of_ffn.items()}
+        return float(sum((dense | {row["layer"]: row["read_bytes"] for row in rows}).values()) / sum(dense.values()))
 
 
 def union_growth(choices: Sequence[np.ndarray], groups: int, sizes: Sequence[int], seed: int = 0) -> dict[str, float]:

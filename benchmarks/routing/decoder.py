@@ -27,6 +27,8 @@ TOKENS = 256  # of a block, as in training
 BATCH = 4
 CONTEXT, STEPS = 128, 32  # tokens in the cache when steps are timed, and steps that differ
 UNION = (1, 2, 4, 8, 16)
+GROUP = 8
+"""Neurons of a group of fitted routers, at the least: linear ones of single neurons cost a third of an FFN."""
 PART = 4
 """Each so-manieth block judges where a dial is moved; all do where it is not."""
 
@@ -121,6 +123,7 @@ def measure(
     """Frontier, union and times."""
     models = Models(folder, shared, work, blocks)
     asked = models.record["settings"]
+    without_training = asked | {"group": max(asked["group"], GROUP)}
     found: dict[str, Any] = {
         "asked": asked["sparsity"], "equal_training": models.equal_training, "wanted": {"beside": 1.03},
         "training": {key: models.record.get(key) for key in ("steps", "settings", "sparsity", "reached")}, "curves": {},
@@ -136,7 +139,7 @@ def measure(
             found["base_perplexity"] = models.answer(base, no_dials, part=False)
     for curve in curves:
         say(f"decoder: {curve.name}")
-        found["curves"][curve.name] = models.curve(curve, asked)
+        found["curves"][curve.name] = models.curve(curve, asked if curve.routed else without_training)
         if curve.routed and "union" not in found:
             found["union"] = union(models)
     if seconds:

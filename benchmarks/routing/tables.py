@@ -39,16 +39,21 @@ def frontier(found: dict[str, Any], name: str, score: str) -> str:
     unit = " %" if score == "accuracy" else ""
     dense = found[f"dense_{score}"]
     label = "dense, equal training" if found["equal_training"] else "dense"
-    rows = [[label, "100 %", "100 %", f"{dense:.2f}{unit}", ""]]
+    rows = [[label, "100 %", "100 %", "100 %", f"{dense:.2f}{unit}", ""]]
     for curve, points in found["curves"].items():
         for point in points:
             if point["default"] and (point["dials"] or point is closest(points, found)):
                 value = point[score]
                 less = f"{point['beside']:+.2f}" if score == "accuracy" else f"{point['beside'] - 1:+.1%}"
                 rows.append(
-                    [named(curve), f"{point['neurons']:.1%}", f"{point['ffn']:.1%}", f"{value:.2f}{unit}", less]
+                    [
+                        named(curve),
+                        *(f"{point[key]:.1%}" for key in ("neurons", "ffn", "bytes")),
+                        f"{value:.2f}{unit}",
+                        less,
+                    ]
                 )
-    return table([name, "neurons computed", "FFN multiply-adds", score, "beside dense"], rows)
+    return table([name, "neurons computed", "FFN multiply-adds", "FFN bytes", score, "beside dense"], rows)
 
 
 def named(curve: str) -> str:

@@ -9,14 +9,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
+from trimtab.passes.contract import Capability
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.ffn_route.router import HINT, Router
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.layer import FFNWeights
+from trimtab.passes.matrices.quantize import fit_block
 
-FORM, BLOCK = "int4", 64
-"""Of the copies: rounded to nearest, with a scale for so many inputs of a neuron."""
+FORM, BITS, BLOCK = "int4", 4, 64
+"""Of the copies: rounded to nearest, with a scale for so many inputs of a neuron, or for fewer that divide them."""
+COPIES_OPSET = 21
+"""The first whose DequantizeLinear takes int4, in blocks."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class CopyRouter(Router):
     ĥ are the activations that int4 copies of W_up, and of W_gate if there is one, give. In a gated FFN no linear
     function of x says how large |silu(x W_gate) · x W_up| is; copies in an eighth of the bytes do (HiRE, arXiv
     2402.09360, predicts so, too). What is learned is how large a contribution has to be.
+    ONNX Runtime rounds the inputs of such products to bytes; that decides about groups next to the threshold alone.
 
     Attributes:
         sizes: [groups, neurons of a group], float32: 1 / size_j is what |ĥ_j| alone must be for a score of 0.5.
@@ -57,17 +62,29 @@ class CopyRouter(Router):
             scores.shape = [*ffn.x.shape[:-1], self.groups]
         return scores
 
-    def of(self, ffn: FFN) -> CopyRouter:
+    def bound(self, ffn: FFN) -> CopyRouter:
         if self.sizes.size != ffn.d_ff:
             raise ProfileError(
                 f"{ffn.where}: its router knows {self.sizes.size} neurons, and the FFN has {ffn.d_ff}", hint=HINT
             )
         return CopyRouter(self.sizes, ffn)
 
+    def unfit(self, ffn: FFN, capability: Capability) -> str | None:
+        return unfit_for_copies(ffn.d_model) or (
+            None if BITS in capability.weight_bits else f"the target does not multiply with {FORM} weights"
+        )
+
     @cached_property
     def _predictor(self) -> Predictor:
         assert self.ffn is not None, "a router at work has an FFN"
-        weights = FFNWeights(self.ffn)
-        projections = zip(weights.ups, weights.up_biases, strict=True)
-        guesses = [Guess(in_form(w, FORM, BLOCK), bias) for w, bias in projections]
-        return Predictor(weights, guesses, self.sizes.reshape(-1), self.sizes.shape[1])
+        guesses = [
+            Guess(in_form(linear.w().astype(np.float32), FORM, BLOCK), linear.b()) for linear in self.ffn.linears[:-1]
+        ]
+        return Predictor(FFNWeights(self.ffn), guesses, self.sizes.reshape(-1), self.sizes.shape[1])
+
+
+def unfit_for_copies(d_model: int) -> str | None:
+    """Why an FFN of this width cannot be copied, or None."""
+    if fit_block(BLOCK, d_model) is None:
+        return f"it reads {d_model} features, which no block of {FORM} weights divides (16, 32 or 64)"
+    return None

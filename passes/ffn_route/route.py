@@ -157,8 +157,8 @@ class FFNRoute(Pass):
             routers = Routers({layer: each.router for layer, each in fitted.items()}, THRESHOLD, None)
             wanted = [ffn for ffn in wanted if ffn.layer in fitted]
         else:
-            routers = Routers.of(profile.learned(METHOD)).at({ffn.layer: ffn for ffn in anatomy.ffns})
-        raise_opset(graph, OPSET)
+            routers = Routers.of(profile.learned(METHOD)).bound({ffn.layer: ffn for ffn in anatomy.ffns})
+        raise_opset(graph, max(OPSET, routers.opset))
         dial = self._dial(routers.default)
         tensor = context.add_dial(graph, dial)
         emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers, fitted)
@@ -167,11 +167,10 @@ class FFNRoute(Pass):
         for group in by_weights(wanted):
             for ffn in group:
                 router = routers.by_layer.get(ffn.layer)
-                reason = (
-                    "the profile has no router of it"
-                    if router is None
-                    else unfit(ffn, ffn.d_ff // router.groups, self.weights)
-                )
+                reason: str | None = "the profile has no router of it"
+                if router is not None:
+                    block = ffn.d_ff // router.groups
+                    reason = unfit(ffn, block, self.weights) or router.unfit(ffn, context.capability)
                 density = None
                 if reason is None and router is not None:
                     density = self._density(ffn, router, routers, profile, dial.default)

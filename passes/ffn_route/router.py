@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
+from trimtab.passes.contract import Capability
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
 
@@ -37,12 +38,16 @@ class Router(ABC):
         """Append the nodes that compute the scores, [..., groups]."""
 
     @abstractmethod
-    def of(self, ffn: FFN) -> Router:
+    def bound(self, ffn: FFN) -> Router:
         """The router at work at its FFN.
 
         Raises:
             ProfileError: it is of another model.
         """
+
+    def unfit(self, ffn: FFN, capability: Capability) -> str | None:
+        """Why the FFN cannot have it, or None."""
+        return None
 
     def share(self, cap: float) -> int:
         """How many groups the share `cap` of them is, at least one."""
@@ -84,7 +89,7 @@ class LinearRouter(Router):
             product.shape = logits.shape = scores.shape = [*x.shape[:-1], self.groups]
         return scores
 
-    def of(self, ffn: FFN) -> LinearRouter:
+    def bound(self, ffn: FFN) -> LinearRouter:
         if self.weight.shape[1] != ffn.d_model:
             raise ProfileError(
                 f"{ffn.where}: its router reads {self.weight.shape[1]} features, and the FFN {ffn.d_model}", hint=HINT

@@ -10,7 +10,7 @@ import numpy as np
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.ffn_route.copy_router import CopyRouter
+from trimtab.passes.ffn_route.copy_router import COPIES_OPSET, CopyRouter
 from trimtab.passes.ffn_route.router import HINT, LinearRouter, Router
 
 METHOD = "lte"
@@ -64,11 +64,16 @@ class Routers:
         return cls(dict(sorted(found.items())), *cuts)
 
     @property
+    def opset(self) -> int:
+        """The least that their nodes need."""
+        return COPIES_OPSET if any(isinstance(router, CopyRouter) for router in self.by_layer.values()) else 0
+
+    @property
     def default(self) -> float:
         """Of the dial: the threshold, or what the share leaves of 1."""
         return self.threshold if self.threshold is not None else 1 - (self.cumulative or 0.0)
 
-    def at(self, ffns: Mapping[int, FFN]) -> Routers:
+    def bound(self, ffns: Mapping[int, FFN]) -> Routers:
         """The routers at work at their FFNs.
 
         Args:
@@ -82,7 +87,7 @@ class Routers:
             raise ProfileError(
                 f"the profile has a router of FFN {min(missing)}, and the model has {len(ffns)} FFNs", hint=HINT
             )
-        return replace(self, by_layer={layer: router.of(ffns[layer]) for layer, router in self.by_layer.items()})
+        return replace(self, by_layer={layer: router.bound(ffns[layer]) for layer, router in self.by_layer.items()})
 
     def chosen(self, scores: np.ndarray, cut: float, most: int | None = None) -> np.ndarray:
         """Which groups are computed, bool, of scores [tokens, groups].

@@ -337,16 +337,14 @@ def test_quantization_behind_it(
     after = run_passes(graph, [pass_class(later[0]).model_validate(later[1])], context)
     assert before[0].changed and after[0].changed
     save_graph(graph, tmp_path / "model.onnx")
-    feeds = zoo.feeds(family, 3, 9, rng)
+    feeds = zoo.feeds(family, 16, 9, rng)
     wanted, found = (run(tmp_path / f"{each}.onnx", feeds, 0.0) for each in ("before", "model"))
-    errors = [
-        np.linalg.norm(got.astype(np.float32) - want, axis=-1) / np.linalg.norm(want, axis=-1)
-        for want, got in zip(wanted, found, strict=True)
-    ]
-    if name == "ffn-topk":  # rounding changes what a few tokens choose
-        assert np.median(np.concatenate([each.ravel() for each in errors])) <= near
-    else:
-        assert all(np.sqrt(np.square(each).mean()) <= near for each in errors)
+    for want, got in zip(wanted, found, strict=True):
+        errors, sizes = (np.linalg.norm(each, axis=-1) for each in (got.astype(np.float32) - want, want))
+        if name == "ffn-topk":  # rounding changes what a few tokens choose
+            assert np.median(errors / sizes) <= near
+        else:  # of all together, since the few logits of one sample may all be near 0
+            assert np.linalg.norm(errors) <= near * np.linalg.norm(sizes)
 
 
 @pytest.mark.parametrize("name", ["ffn-route", "ffn-topk"])

@@ -197,6 +197,16 @@ def test_a_sparsity_that_is_missed_is_told(
         ({"settings": {"sparsity": 1.0}}, RecipeError, "sparsity: should be less than 1"),
         ({"settings": ONLY}, RecipeError, "no stage is left to run"),
         ({"settings": ONLY | {"hard": 1.0}}, RecipeError, "hard needs routers"),
+        *(
+            ({"settings": {"router": "copy"} | change}, RecipeError, says)
+            for change, says in (
+                ({"select": "cumulative"}, "select: routers that are copies .* select threshold alone"),
+                ({"masks": "scores"}, "masks: routers that are copies"),
+                ({"lora_rank": 4}, "lora_rank: routers that are copies"),
+                ({"layerwise": 0}, "layerwise: routers that are copies get their density there"),
+            )
+        ),
+        ({"family": "gpt2", "settings": {"router": "copy"}}, ModelError, "reads 40 features"),
         ({"family": "distilbert"}, ModelError, "DistilBertModel has no loss to learn from"),
         ({"lines": ["w5 w6 w7", "w8 w9"]}, DataError, "too little text for blocks of 16 tokens"),
         ({"lines": ["w5 w6 w7"]}, DataError, "1 sample"),

@@ -20,6 +20,7 @@ from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import class_labels
+from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import BuildError, DataError, ModelError, RecipeError, TrimtabError
 from trimtab.passes.profile import Profile, ProfileInfo
 from trimtab.training.before import learned_by_others
@@ -181,13 +182,19 @@ def test_a_pyramid_learns_more(tmp_path: Path) -> None:
             np.testing.assert_allclose(learned[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("router", ["linear", "copy"])
 def test_a_routed_model_keeps_its_routers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are at work while exits learn, go along in the Profile, and are told of once the weights have changed."""
     folder, texts = model(tmp_path / "model"), data(tmp_path / "data.jsonl")
     source = open_source(folder)
     routers = random_routers(source.graph(), np.random.default_rng(SEED))
+    if router == "copy":
+        routers = {"threshold": routers["threshold"]} | {
+            f"router.{ffn.layer}.sizes": np.full((ffn.d_ff, 1), 9, np.float32)
+            for ffn in find_anatomy(source.graph()).ffns
+        }
     profile = profile_with(routers)
     record: dict[str, Any] = {"lte": {"routers": True}, "recover": {}}
     profile.info = profile.info.model_copy(update={"model": source.fingerprint, "learned": record})

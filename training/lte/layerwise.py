@@ -24,7 +24,8 @@ _ROUTERS = 0.2  # share of an FFN's time in which its router learns, before its 
 _ROUTER_RATE = 0.01  # learning rate, which fits standardised inputs
 _ROWS = 512  # tokens per step
 _AT_A_TIME = 4096  # tokens that the dense FFN computes together
-_NUMBERS = 1 << 26  # contributions that are compared at a time
+_NUMBERS = 1 << 26  # contributions that are compared at the most: of more, those of every so-manieth token
+_REFIT = 100  # steps after which copies of other weights are fitted to the density again
 _RIDGE = 0.01  # of the inputs' mean variance
 _RARE = 0.01  # share of the tokens that need a group, and that do not, at the least: logits stay finite
 
@@ -58,7 +59,8 @@ class LayerFit:
         """
         weights = [parameter for module in self._ffn.modules.values() for parameter in module.parameters()]
         routers = list(self._router.parameters())
-        learns = _ROUTERS if isinstance(self._router, LinearRouter) else 0.0  # copies know what neurons add
+        follows = not isinstance(self._router, LinearRouter)  # copies know what neurons add, and follow the weights
+        learns = 0.0 if follows else _ROUTERS
         phases: list[tuple[float, float, list[Any], float, Callable[[Tensor], Tensor]]] = [
             (0.0, learns, routers, _ROUTER_RATE, self._router_loss),
             (learns, 1.0, weights, self._settings.layer_lr, self._weights_loss),
@@ -77,6 +79,8 @@ class LayerFit:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 step += 1
+                if follows and step % _REFIT == 0:
+                    self._fit_bias()
                 progress(min(at, 1.0))
             self._fit_bias()
         return step, self._error()

@@ -16,6 +16,7 @@ from trimtab.compiler.sources.checkpoint import Checkpoint, read_checkpoint
 from trimtab.compiler.sources.export import load_model
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns
 from trimtab.passes.errors import ModelError, RecipeError, TrimtabError
+from trimtab.passes.ffn_route.copy_router import unfit_for_copies
 from trimtab.passes.ffn_route.grouping import check_groups
 from trimtab.training.activations import ACTIVATIONS
 from trimtab.training.contract import Job, Trained
@@ -126,6 +127,10 @@ def _check(ffns: Sequence[FFN], settings: Settings) -> None:
             f"for each token in any case, which leaves out {most:.1%} at most",
             hint="ask for less, or use smaller groups (--group)",
         )
+    for ffn in ffns if settings.router == "copy" else ():
+        reason = unfit_for_copies(ffn.d_model)
+        if reason is not None:
+            raise ModelError(f"{ffn.where}: {reason}", hint="train with --router linear")
     unknown = next((ffn for ffn in ffns if ffn.activation.name not in ACTIVATIONS), None)
     if (settings.layerwise or settings.router == "copy") and unknown is not None:
         raise ModelError(

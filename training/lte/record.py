@@ -59,12 +59,14 @@ def to_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def record_inputs(
-    routed: Routed, ffns: Sequence[FFNModules], examples: Examples, tokens: int, folder: Path | None = None
-) -> dict[int, Recorded]:
+    routed: Routed, ffns: Sequence[FFNModules], examples: Examples, tokens: int, folder: Path | None = None, *,
+    weighed: bool = False,
+) -> dict[int, Recorded]:  # fmt: skip
     """What each FFN of the dense model reads: number of the FFN → at most `tokens` rows.
 
     Args:
         folder: keeps them in files, from where parts are read that are used; an earlier recording there is taken.
+        weighed: tell how much hangs on each, too; else all weigh 1.
 
     Raises:
         DataError: far too few tokens.
@@ -79,7 +81,7 @@ def record_inputs(
         raise DataError(f"the texts have {count} tokens: too few for routers to learn from", hint="give more texts")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    weighed, generator = routed.weighed, torch.Generator().manual_seed(routed.settings.seed)
+    generator = torch.Generator().manual_seed(routed.settings.seed)
     arrays = {ffn.layer: _array(folder, ffn, count) for ffn in ffns}
     weights = {ffn.layer: np.ones(count, np.float32) for ffn in ffns}
     inputs: dict[int, Tensor] = {}
@@ -88,7 +90,8 @@ def record_inputs(
     if weighed:
         hooks += [ffn.down.register_forward_hook(partial(_keep_output, outputs, ffn.layer)) for ffn in ffns]
     training, start = routed.training, 0
-    routed.eval()
+    learning = [parameter for parameter in routed.parameters() if parameter.requires_grad]
+    routed.eval().requires_grad_(False)  # slopes by outputs alone
     try:
         for batch in batches_of(examples, tokens, routed.settings.batch_size):
             real = real_tokens(batch)
@@ -108,6 +111,8 @@ def record_inputs(
             start = end
     finally:
         routed.train(training)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     if routed.kind == "language model":
@@ -127,8 +132,9 @@ def _slopes(logits: Tensor, outputs: dict[int, Tensor], generator: torch.Generat
         direction -= direction.mean(-1, keepdim=True)  # a shift of all logits is no other answer
     else:
         direction = -logits.detach().float().softmax(-1)
-        drawn = torch.multinomial(-direction.flatten(0, -2).cpu(), 1, generator=generator).to(logits.device)
-        direction.flatten(0, -2).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=direction.dtype))
+        level = torch.rand(*logits.shape[:-1], 1, generator=generator).to(logits.device)
+        drawn = (-direction.cumsum(-1) < level).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
+        direction.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=direction.dtype))
     slopes = torch.autograd.grad((logits * direction).sum(), list(outputs.values()))
     return dict(zip(outputs, slopes, strict=True))
 

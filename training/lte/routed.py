@@ -52,9 +52,9 @@ class Routed(nn.Module):
         self.register_state_dict_post_hook(_part_tied)
 
     @property
-    def weighed(self) -> bool:
-        """Whether it is known how much hangs on what each FFN gives: a run without soft and hard goes backward through
-        no language model, which may be too large for that."""
+    def has_slopes(self) -> bool:
+        """Whether it can be told how much hangs on what each FFN gives: a run of `layerwise` alone goes backward
+        through no language model, which may be too large for that."""
         return self.kind == "classifier" or bool(self.settings.soft or self.settings.hard)
 
     def teach(self, teacher: Routed) -> None:
@@ -92,8 +92,10 @@ class Routed(nn.Module):
             {"params": [p for p in parameters if p.dim() <= 1], "lr": rate, "weight_decay": 0.0},
         ]
         if self.stage == "soft":
-            routers = list(self.routing.parameters())
-            learning.append({"params": routers, "lr": settings.router_lr, "weight_decay": _ROUTER_DECAY})
+            for layer in self.routing.routers:
+                router = self.routing.router(layer)
+                rate = router.rate(settings.router_lr)
+                learning.append({"params": list(router.parameters()), "lr": rate, "weight_decay": _ROUTER_DECAY})
         return learning
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routed:

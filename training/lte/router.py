@@ -36,6 +36,10 @@ class Router(nn.Module, ABC):
     def tensors(self, cut: float) -> dict[str, np.ndarray]:
         """As the pass `ffn-route` reads them, of inputs as they are; `cut` is what logits have to reach."""
 
+    def rate(self, lr: float) -> float:
+        """Of its parameters in the soft stage: so that a step of Adam moves the logits of any router alike."""
+        return lr
+
     @abstractmethod
     def restore(self, learned: Mapping[str, np.ndarray]) -> None:
         """Become what `tensors` has written, with a cut of 0."""
@@ -84,37 +88,48 @@ class LinearRouter(Router):
 class CopyRouter(Router):
     """log of what a group is guessed to add, Σ |ĥ| · ‖row of W_down‖ by int4 copies of up and gate, and a bias.
 
-    The copies are those of the weights as they are: what these learn, the router follows.
+    The copies are those of the weights as they are: what these learn, the router follows. Until a density is fitted the
+    scores mean nothing.
     """
+
+    sizes: Tensor | None
 
     def __init__(self, ffn: FFNModules, group: int) -> None:
         super().__init__()
         self.group = group
-        self.bias = nn.Parameter(torch.full((ffn.d_ff // group,), _START))
+        self.bias = nn.Parameter(torch.zeros(ffn.d_ff // group))
+        self.register_buffer("sizes", None)  # of a router that was learned before, instead of norms and bias
         self._ffn = [ffn]  # in a list: its modules are the model's, and no part of what is saved here
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [..., groups], float32, of x [..., d_model]; only the bias has a gradient."""
+        """Logits [..., groups] of x [..., d_model]; only the bias has a gradient.
+
+        Guesses are in the precision of autocast, where that is on: they are rounded to int4 anyway.
+        """
         (ffn,) = self._ffn
         with torch.no_grad():
             up = _guess(ffn.up, x)
             act = ACTIVATIONS[ffn.activation]
             h = act(up) if ffn.gate is None else act(_guess(ffn.gate, x)) * up
-            added = (h.float().abs() * self._norms()).unflatten(-1, (-1, self.group)).sum(-1)
+            sizes = self._norms() if self.sizes is None else self.sizes
+            added = (h.float().abs().unflatten(-1, (-1, self.group)) * sizes).sum(-1)
             guessed = added.add_(_LEAST).log_()
         return guessed + self.bias
 
     def _norms(self) -> Tensor:
-        return rows(self._ffn[0].down).norm(dim=1).float()
+        return rows(self._ffn[0].down).norm(dim=1).float().unflatten(0, (-1, self.group))
+
+    def rate(self, lr: float) -> float:
+        return lr * self._ffn[0].d_model ** 0.5
 
     def tensors(self, cut: float) -> dict[str, np.ndarray]:
         unit = (self.bias.detach() - cut).double().exp()
-        return {"sizes": (self._norms().unflatten(0, (-1, self.group)) * unit[:, None]).float().numpy(force=True)}
+        sizes = self._norms() if self.sizes is None else self.sizes
+        return {"sizes": (sizes * unit[:, None]).float().numpy(force=True)}
 
     def restore(self, learned: Mapping[str, np.ndarray]) -> None:
-        sizes = torch.from_numpy(learned["sizes"]).to(self.bias.device)
-        norms = self._norms().unflatten(0, (-1, self.group))
-        self.bias.data.copy_((sizes.sum(-1) / norms.sum(-1).clamp_min(_LEAST)).clamp_min(_LEAST).log())
+        self.sizes = torch.from_numpy(learned["sizes"]).to(self.bias.device)
+        self.bias.data.zero_()
 
 
 def _guess(projection: Projection, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.training.linears import FFNModules
@@ -32,14 +31,14 @@ def choose(logits: Tensor, select: Select, cut: float | Tensor) -> Tensor:
         select: "threshold": those whose logit is `cut` or more. "cumulative": the best ones, in falling order of their
             scores, until the share `cut` of the sum of all scores is reached.
     """
-    best = functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+    best = logits.argmax(-1, keepdim=True)
     if select == "threshold":
-        return (logits >= cut) | best
+        return (logits >= cut).scatter_(-1, best, True)
     scores = logits.sigmoid()
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     wanted = before < cut * scores.sum(-1, keepdim=True)
-    return torch.zeros_like(wanted).scatter_(-1, order, wanted) | best
+    return torch.zeros_like(wanted).scatter_(-1, order, wanted).scatter_(-1, best, True)
 
 
 class Routing(nn.Module):

@@ -67,7 +67,9 @@ class Settings(Common):
         if self.router == "copy":
             for name, wanted in (("select", "threshold"), ("masks", "straight"), ("lora_rank", 0)):
                 if getattr(self, name) != wanted:
-                    raise ValueError(f"{name}: routers that are copies go with {wanted} alone")
+                    raise ValueError(f"{name}: routers that are copies (router: copy) go with {name} {wanted} alone")
+            if self.learns_routers and not self.layerwise:
+                raise ValueError("layerwise: routers that are copies get their density there; give it a small share")
         return self
 
     @property

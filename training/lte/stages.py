@@ -102,7 +102,9 @@ class LTEStages(Stages):
         stage, scratch, seconds = "layerwise", self.scratch("layerwise"), time.monotonic()
         trainer, look = self.first_look(stage)
         files = scratch if is_first_process() else None  # two processes must not write the same ones
-        inputs = record_inputs(self.model, self.ffns, self.examples, self.settings.layer_tokens, files)
+        inputs = record_inputs(
+            self.model, self.ffns, self.examples, self.settings.layer_tokens, files, weighed=self.model.has_slopes
+        )
         standardise(self.model, inputs)
         density = self._densities(inputs, scratch / "densities.json")
         ends = start + 60 * self.ends(stage) - 2 * look
@@ -136,7 +138,7 @@ class LTEStages(Stages):
     def _densities(self, recorded: Mapping[int, Recorded], file: Path) -> dict[int, float]:
         """Number of the FFN → its share of neurons; the same for all where no slopes tell them apart."""
         even = 1 - self.settings.sparsity
-        if not self.model.weighed:
+        if not self.model.has_slopes:
             return {ffn.layer: even for ffn in self.ffns}
         if file.is_file():  # FFNs may have learned since
             return {int(layer): share for layer, share in json.loads(file.read_text()).items()}
