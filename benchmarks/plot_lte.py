@@ -1,8 +1,8 @@
 """Draw what lte.py measured: python benchmarks/plot_lte.py RESULTS.json [RESULTS.json ...] docs/lte.svg
 
 One row for each model: accuracy or perplexity over the share of neurons that is computed, and over the FFNs'
-multiply-adds, what chooses neurons included. The last row has the shapes of a 7 B model: times as fast as dense, by
-batch, with what the bytes allow.
+multiply-adds, of a decoder over the bytes that a token reads, what chooses neurons included. The last row has the
+shapes of a 7 B model: times as fast as dense, by batch, with what the bytes allow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
     many = len(rows) + ("shapes" in found)
     figure, axes = plt.subplots(many, 2, figsize=(10, 3.6 * many), squeeze=False)
     for (name, each, score), pair in zip(rows, axes, strict=False):
-        for axis, share in zip(pair, ("neurons", "ffn"), strict=True):
+        for axis, share in zip(pair, ("neurons", "bytes" if score == "perplexity" else "ffn"), strict=True):
             draw_frontier(axis, name, each, score, share)
     if "shapes" in found:
         for axis, what in zip(axes[-1], ("ffn", "stack"), strict=True):
@@ -67,7 +67,8 @@ def draw_frontier(axis: Axes, name: str, found: dict[str, Any], score: str, shar
     axis.axhline(found["wanted"]["beside"], color="0.7", linewidth=0.8, linestyle=":", zorder=0)
     axis.set_ylim(*SHOWN[score])
     beside = "points of accuracy beside dense" if score == "accuracy" else "times the dense perplexity"
-    what = "neurons computed" if share == "neurons" else "FFN multiply-adds, routers included"
+    what = {"neurons": "neurons computed", "ffn": "FFN multiply-adds, routers included",
+            "bytes": "FFN bytes of a token in fp32, routers included"}[share]  # fmt: skip
     axis.set(title=f"{name}, dense {found[f'dense_{score}']:.2f}", xlabel=what, ylabel=beside, xlim=(0, 1.05))
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.3)

@@ -53,8 +53,7 @@ class Counted:
 
     def __init__(self, model: Path, dense: Path, threads: int = 2) -> None:
         ffns = find_anatomy(load_graph(dense)).ffns
-        self._of_ffn = {ffn.layer: ffn.params for ffn in ffns}
-        self._params, self._neurons = sum(self._of_ffn.values()), sum(ffn.d_ff for ffn in ffns)
+        self._params, self._neurons = sum(ffn.params for ffn in ffns), sum(ffn.d_ff for ffn in ffns)
         graph = load_graph(model)
         self.choices: list[Choice] = []
         for node in graph.nodes:
@@ -92,28 +91,25 @@ class Counted:
             self.totals.left_out += tokens * choice.neurons - choice.block * int((blocks >= 0).sum())
         return outputs
 
-    def spent(self, dense: Totals) -> dict[str, float]:
+    def spent(self, dense: Totals, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Shares of the same texts' dense cost, since `begin`.
-
-        Returns:
-            neurons: of the FFNs' neurons those computed; ffn: of the FFNs' multiply-adds, what chooses neurons
-            included; flops: of those of the whole model.
-        """
-        mine = self.totals
-        assert mine.tokens == dense.tokens
-        return {
-            "tokens": mine.tokens, "neurons": 1 - mine.left_out / (mine.tokens * self._neurons),
-            "ffn": 1 - (dense.flops - mine.flops) / (2 * self._params * mine.tokens), "flops": mine.flops / dense.flops,
-        }  # fmt: skip
-
-    def read(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """Share of the FFNs' bytes in fp32 that one token reads, what chooses neurons included.
 
         Args:
             rows: of the pass's report, one for each FFN that it rewrote.
+
+        Returns:
+            neurons: of the FFNs' neurons those computed; ffn: of the FFNs' multiply-adds, what chooses neurons
+            included; bytes: of their bytes in fp32, which one token reads; flops: of those of the whole model.
         """
-        dense = {layer: 4 * params for layer, params in self._of_ffn.items()}
-        return float(sum((dense | {row["layer"]: row["read_bytes"] for row in rows}).values()) / sum(dense.values()))
+        mine = self.totals
+        assert mine.tokens == dense.tokens
+        ffn = 1 - (dense.flops - mine.flops) / (2 * self._params * mine.tokens)
+        # each weight is read for one multiply-add, those of routers that are copies for less than four bytes
+        spared = sum(row.get("router_macs", 0) - row.get("router_bytes", 0) / 4 for row in rows)
+        return {
+            "tokens": mine.tokens, "neurons": 1 - mine.left_out / (mine.tokens * self._neurons), "ffn": ffn,
+            "bytes": ffn - spared / self._params, "flops": mine.flops / dense.flops,
+        }  # fmt: skip
 
 
 def union_growth(choices: Sequence[np.ndarray], groups: int, sizes: Sequence[int], seed: int = 0) -> dict[str, float]:

@@ -11,7 +11,7 @@ from trimtab.passes.dials import Dial
 SPARSITY, DENSITY, GROUP = "{sparsity}", "{density}", "{group}"
 """In a recipe, in place of what is asked for: the sparsity, its complement, and the neurons of a group."""
 
-RANK = 64  # of what stands for the neurons that are left out
+RANK = 16  # of what stands for the neurons that are left out
 DENSITIES = (0.1, 0.2, 0.35, 0.5, 0.7)
 """Of methods without a dial, which are compiled for each."""
 

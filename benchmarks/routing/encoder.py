@@ -159,7 +159,7 @@ def times(task: Task, seconds: float) -> dict[str, Any]:
         counted = Counted(build.model, task.dense_onnx)
         for feeds in given:
             counted.run(feeds | turned, TIMED_TOKENS)
-        shares[name] = 1 - counted.spent(dense.totals)["neurons"]
+        shares[name] = 1 - counted.spent(dense.totals, ())["neurons"]
     taken = {
         what: interleave(those, seconds=seconds / 2, rest=REST_S) for what, those in (("model", whole), ("ffn", runs))
     }

@@ -70,9 +70,7 @@ class Judge(ABC):
                 value, totals = self.of_dense(part=not default)
                 score = self.answer(counted, partial(at_dials, build.manifest, dials=dials), part=not default)
                 point = {"dials": dials, "default": default, self.score: score, "beside": self.beside(score, value)}
-                if default:
-                    point["bytes"] = counted.read(build.manifest.passes[0].details["layers"])
-                points.append(point | counted.spent(totals))
+                points.append(point | counted.spent(totals, build.manifest.passes[0].details["layers"]))
         return points
 
 

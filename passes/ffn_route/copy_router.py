@@ -48,6 +48,10 @@ class CopyRouter(Router):
     def nbytes(self) -> int:
         return self._predictor.nbytes + int(self.sizes.nbytes)
 
+    @property
+    def macs(self) -> int:
+        return sum(guess.weight.macs for guess in self._predictor.guesses)
+
     def scores(self, x: np.ndarray) -> np.ndarray:
         added = self._predictor.scores(x)
         found: np.ndarray = added / (1 + added)

@@ -300,7 +300,7 @@ class _Emit:
         beside = router.nbytes + (rest.nbytes if rest is not None else 0)
         row: dict[str, Any] = {
             "layer": ffn.layer, "neurons": ffn.d_ff, "groups": router.groups, "of_each_group": block, "cap": k * block,
-            "router_bytes": router.nbytes, "bytes": beside + round(once * sparse.nbytes),
+            "router_bytes": router.nbytes, "router_macs": router.macs, "bytes": beside + round(once * sparse.nbytes),
             "dense_bytes": once * 4 * ffn.params,
         }  # fmt: skip
         if density is not None:

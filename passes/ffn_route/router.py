@@ -29,6 +29,11 @@ class Router(ABC):
     def nbytes(self) -> int:
         """Read per token."""
 
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds per token."""
+
     @abstractmethod
     def scores(self, x: np.ndarray) -> np.ndarray:
         """[tokens, groups] of states x [tokens, d_model]."""
@@ -72,6 +77,10 @@ class LinearRouter(Router):
     @property
     def nbytes(self) -> int:
         return int(self.weight.nbytes + self.bias.nbytes)
+
+    @property
+    def macs(self) -> int:
+        return int(self.weight.size)
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
