@@ -58,7 +58,7 @@ _FITTED: dict[str, Any] = {"router": "fitted", "sparsity": SPARSITY, "group": GR
 _THRESHOLD: dict[str, Any] = {"sparsity": SPARSITY, "most": 1.0}
 _TOPK: dict[str, Any] = {"density": DENSITY, "take": DENSITY, "rank": RANK, "most": 1.0, "dense_above": 1 << 30}
 
-_SCORES = (("route_threshold", (0.0, 0.2, 0.35, 0.65, 0.8)),)
+_SCORES = (("route_threshold", (0.0, 0.2, 0.35, 0.42, 0.65, 0.8)),)
 _SHARES = (("ffn_sparsity", (0.3, 0.5, 0.7, 0.9)),)
 _SCORE, _SHARE = (("route_threshold", ()),), (("ffn_sparsity", ()),)
 

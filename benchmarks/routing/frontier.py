@@ -70,7 +70,8 @@ class Judge(ABC):
                 value, totals = self.of_dense(part=not default)
                 score = self.answer(counted, partial(at_dials, build.manifest, dials=dials), part=not default)
                 point = {"dials": dials, "default": default, self.score: score, "beside": self.beside(score, value)}
-                points.append(point | counted.spent(totals, build.manifest.passes[0].details["layers"]))
+                rows = next(each.details["layers"] for each in build.manifest.passes if each.name.startswith("ffn-"))
+                points.append(point | counted.spent(totals, rows))
         return points
 
 

@@ -150,7 +150,7 @@ def test_copies_choose_by_what_neurons_add(family: str, single: bool, tmp_path: 
     save_graph(graph, tmp_path / "model.onnx")
     compared, shares = 0, []
     for batch, tokens in ((1, 1), (3, 7), (16, 40)):
-        dial = rng.choice([0.0, 0.3, 0.5, 0.7, 1.0], batch)
+        dial = np.append(0.5, rng.choice([0.0, 0.3, 0.5, 0.7, 1.0], batch - 1))
         found = run(tmp_path / "model.onnx", zoo.feeds(family, batch, tokens, rng), dial)
         for (layer, (_, w, activation, gated)), x, y in zip(dense.items(), found[::2], found[1::2], strict=True):
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
