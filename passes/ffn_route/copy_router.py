@@ -19,8 +19,6 @@ from trimtab.passes.matrices.quantize import fit_block
 
 FORM, BITS, BLOCK = "int4", 4, 64
 """Of the copies: rounded to nearest, with a scale for so many inputs of a neuron, or for fewer that divide them."""
-COPIES_OPSET = 21
-"""The first whose DequantizeLinear takes int4, in blocks."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.ffn_route.copy_router import COPIES_OPSET, CopyRouter
+from trimtab.passes.ffn_route.copy_router import FORM, CopyRouter
 from trimtab.passes.ffn_route.router import HINT, LinearRouter, Router
+from trimtab.passes.matrices.forms import OPSETS
 
 METHOD = "lte"
 
@@ -66,7 +67,7 @@ class Routers:
     @property
     def opset(self) -> int:
         """The least that their nodes need."""
-        return COPIES_OPSET if any(isinstance(router, CopyRouter) for router in self.by_layer.values()) else 0
+        return OPSETS[FORM] if any(isinstance(router, CopyRouter) for router in self.by_layer.values()) else 0
 
     @property
     def default(self) -> float:

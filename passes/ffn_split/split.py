@@ -20,10 +20,10 @@ from trimtab.passes.ffn_split.score import Score
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import read_layer
+from trimtab.passes.matrices.forms import OPSETS
 from trimtab.passes.matrices.quantize import fit_block
 from trimtab.passes.needs import FFNStates, Need
 
-_OPSET = {"int8": 21, "int4": 21, "int2": 25}
 """The opset in which DequantizeLinear takes blocks of this type."""
 
 _CHOICE = TypeAdapter(list[tuple[int, int, int, Plan]])
@@ -92,7 +92,7 @@ class FFNSplit(Pass):
         )
         forms = {form for plan in plans for form in (plan.heavy_form, plan.rest_form)}
         forms |= {"int8"} if any(p.rest_form == "affine" and p.heavy_form in BITS for p in plans) else set()
-        raise_opset(graph, max((_OPSET.get(form, 0) for form in forms), default=0))
+        raise_opset(graph, max((OPSETS.get(form, 0) for form in forms), default=0))
         rows = []
         for group, plan in zip(groups, plans, strict=True):
             split = Fitter(read_layer(group[0], profile, group[1:]), self.score, [plan]).split(plan)

@@ -19,7 +19,7 @@ from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_ran
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
-from trimtab.passes.matrices.forms import LowRank
+from trimtab.passes.matrices.forms import OPSETS, LowRank
 from trimtab.passes.needs import FFNStates, Need
 from trimtab.passes.sparse_ffn import (
     RestNodes,
@@ -116,7 +116,7 @@ class FFNTopK(Pass):
         anatomy = find_anatomy(graph)
         wanted = select_ffns(anatomy, self.layers)
         profile = context.measured()
-        raise_opset(graph, OPSET)
+        raise_opset(graph, max(OPSET, OPSETS.get(self.form, 0)))
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
         weights = Rows(self.weights)

@@ -18,7 +18,7 @@ from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
-from trimtab.passes.matrices.forms import LowRank
+from trimtab.passes.matrices.forms import OPSETS, LowRank
 from trimtab.passes.needs import HeadStates, Need
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
@@ -66,7 +66,7 @@ class HeadTopK(Pass):
         if self.take > vocabulary:
             raise RecipeError(f"take: {self.take} candidates of a vocabulary of {vocabulary}", hint="give fewer")
         profile = context.measured()
-        raise_opset(graph, OPSET)
+        raise_opset(graph, max(OPSET, OPSETS.get(self.form, 0)))
         head = Head(linear.w().astype(np.float32), linear.b())
         if self.take == vocabulary:
             exact = {"agreement": 1.0, "divergence": 0.0, "dense_above": 0}

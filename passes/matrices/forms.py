@@ -15,6 +15,9 @@ from trimtab.passes.graph import constant, insert
 Product = Callable[[gs.Graph, gs.Tensor, str], gs.Variable]
 """Appends nodes called by the last argument that multiply a tensor with a stored matrix; returns their output."""
 
+OPSETS = {"int8": 21, "int4": 21, "int2": 25}
+"""Form → the first opset whose DequantizeLinear takes such weights in blocks."""
+
 _INTEGER_ACTIVATIONS = 4  # `accuracy_level` of MatMulNBits that ONNX Runtime takes where it fuses DequantizeLinear
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
@@ -189,6 +190,17 @@ def test_weights_in_every_form(weights: str, tolerance: float, tmp_path: Path) -
         got = run_part(graph, ffn.x.name, _output(graph, f"ffn-topk/layer.{row['layer']}"), x, tmp_path)
         assert 0 < np.linalg.norm(got - wanted) < tolerance * np.linalg.norm(wanted)
         assert row["bytes"] < row["dense_bytes"] * {"fp16": 0.51, "bf16": 0.51, "int8": 0.28, "int4": 0.17}[weights]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_integer_predictors_raise_the_opset(form: str, tmp_path: Path) -> None:
+    """To that of integers in blocks, whatever the exporter wrote."""
+    graph = canonical(zoo.exported("llama", "torchscript"))
+    assert graph.opset < 21
+    assert rewrite(graph, density=0.2, take=0.5, predictor="copy", signal="both", form=form).changed
+    save_graph(graph, tmp_path / "topk.onnx")
+    onnx.checker.check_model(tmp_path / "topk.onnx", full_check=True)
+    outputs(tmp_path / "topk.onnx", zoo.feeds("llama", 2, 5, np.random.default_rng(0)))
 
 
 def test_places_and_smallest() -> None:

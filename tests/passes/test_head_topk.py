@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
@@ -155,6 +156,15 @@ def test_weights_in_every_form(weights: str, tolerance: float, tmp_path: Path) -
 def test_refuses(options: dict[str, object], says: str) -> None:
     with pytest.raises(PassError, match=says):
         rewrite(canonical(zoo.exported("llama")), **options)
+
+
+def test_an_integer_head_raises_the_opset(tmp_path: Path) -> None:
+    graph = canonical(zoo.exported("llama", "torchscript"))
+    assert graph.opset < 21
+    (result,) = run_passes(graph, [HeadTopK(take=8, rank=16, form="int4")], PassContext(head_profile(graph, 200)))
+    assert result.changed
+    save_graph(graph, tmp_path / "head.onnx")
+    onnx.checker.check_model(tmp_path / "head.onnx", full_check=True)
 
 
 def test_needs_states_of_the_head() -> None:
