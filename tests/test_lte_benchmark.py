@@ -63,7 +63,7 @@ def test_curves_are_filled_with_what_is_asked_for() -> None:
 def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
     from routing.tables import merged, tables
 
-    point = {"dials": {"route_threshold": 0.5}, "default": True, "neurons": 0.2, "ffn": 0.23, "flops": 0.6}
+    point = {"dials": {"route_threshold": 0.5}, "default": True, "neurons": 0.2, "ffn": 0.23, "bytes": 0.21}
     quality = {"asked": 0.8, "equal_training": True, "dense_accuracy": 90.0}
     first = {"encoder": {"sst2": quality | {"curves": {"lte": [point | {"accuracy": 89.75, "beside": -0.25}]}}}}
     second = {"encoder": {"sst2": {"curves": {"threshold": [point | {"accuracy": 80.0, "beside": -10.0}]}}}}
@@ -73,5 +73,5 @@ def test_results_of_several_runs_are_one(tmp_path: Path) -> None:
     whole: dict[str, Any] = merged(paths)
     assert set(whole["encoder"]["sst2"]["curves"]) == {"lte", "threshold"}
     (text,) = tables(whole)
-    assert "| 20.0% | 23.0% | 89.75 % | -0.25 |" in text
+    assert "| 20.0% | 23.0% | 21.0% | 89.75 % | -0.25 |" in text
     assert "| 80.00 % | -10.00 |" in text

@@ -56,7 +56,7 @@ class CopyRouter(Router):
         return found
 
     def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
-        added = self._predictor.store(f"{at}/router", 1)(graph, ffn, f"{at}/router")
+        added = self._predictor.store(f"{at}/router", 1, in_rows=False)(graph, ffn, f"{at}/router")
         one = constant(f"{at}/router/unit", np.ones((), np.float32))
         more = insert(graph, "Add", [added, one], f"{at}/router/more", dtype=np.float32)
         scores = insert(graph, "Div", [added, more], f"{at}/router/scores", dtype=np.float32)

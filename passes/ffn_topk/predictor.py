@@ -85,11 +85,12 @@ class Predictor:
             found[:, self.common] = np.inf
         return found
 
-    def store(self, name: str, uses: int) -> Callable[[gs.Graph, FFN, str], gs.Variable]:
+    def store(self, name: str, uses: int, *, in_rows: bool = True) -> Callable[[gs.Graph, FFN, str], gs.Variable]:
         """Make the constants, called `name`...; returns what appends the nodes that compute the scores of an FFN.
 
         Args:
             uses: how many FFNs there will be.
+            in_rows: of blocks of several neurons, [tokens, blocks]; else in the leading sizes of what the FFN reads.
         """
         guesses = [guess.store(f"{name}/guess.{i}", uses) for i, guess in enumerate(self.guesses)]
         blocks = len(self.weight) // self.block
@@ -109,11 +110,10 @@ class Predictor:
             scores = insert(graph, "Mul", [size, weight], f"{at}/weighted", dtype=np.float32)
             if self.block > 1:
                 rank = len(ffn.x.shape or ())
-                leading = [0] * (rank - 1) if rank > 2 else [-1]  # sizes as they are, or tokens in rows
+                leading = [-1] if in_rows or rank < 3 else [0] * (rank - 1)
                 shape = constant(f"{at}/shape", np.array([*leading, blocks, self.block]))
-                axis = constant(
-                    f"{at}/axis", np.array([len(leading) + 1])
-                )  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
+                # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
+                axis = constant(f"{at}/axis", np.array([len(leading) + 1]))
                 parts = insert(graph, "Reshape", [scores, shape], f"{at}/parts", dtype=np.float32)
                 attrs: dict[str, object] = {"keepdims": 0}
                 scores = insert(graph, "ReduceSum", [parts, axis], f"{at}/pool", attrs=attrs, dtype=np.float32)
