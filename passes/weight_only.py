@@ -16,10 +16,8 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.matrices.forms import Product
+from trimtab.passes.matrices.forms import OPSETS, Product
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
-
-_OPSET = 21  # in which DequantizeLinear takes blocks
 
 Part = Literal["attention", "ffn", "head"]
 
@@ -44,7 +42,7 @@ class WeightOnly(Pass):
         reason = self.unfit(context.capability)
         if reason is not None:
             raise RecipeError(f"the target cannot run it: {reason}")
-        raise_opset(graph, _OPSET)
+        raise_opset(graph, OPSETS[f"int{self.bits}"])
         left: list[Left] = []
         wanted: list[tuple[str, Linear, int]] = []
         anatomy = find_anatomy(graph)

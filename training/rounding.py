@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab.passes.contract import Rounding
+from trimtab.passes.matrices.quantize import TYPICAL
 
-_CLIPPED = 0.9  # of the largest weight of a block, as the passes clip int4
 _LEVELS = 255  # of an activation, uint8
 
 
@@ -67,7 +67,7 @@ def rounded_blocks(weight: Tensor, block: int) -> Tensor:
     """
     with torch.no_grad():
         blocks = weight.detach().float().unflatten(1, (-1, block))
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7 * _CLIPPED
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7 * TYPICAL
         rounded: Tensor = (blocks / scale).round_().clamp_(-8, 7).mul_(scale).flatten(1)
     return rounded
 

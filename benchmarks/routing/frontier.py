@@ -65,12 +65,12 @@ class Judge(ABC):
         for passes, values in curve.builds(asked["sparsity"], asked["group"]):
             build = self.build(passes, routed=curve.routed)
             counted = Counted(build.model, self.dense_onnx)
+            rows = next(each.details["layers"] for each in build.manifest.passes if each.name.startswith("ffn-"))
             for dials in curve.settings(build.manifest.dials, values):
                 default = dials == {dial.name: dial.default for dial in build.manifest.dials}
                 value, totals = self.of_dense(part=not default)
                 score = self.answer(counted, partial(at_dials, build.manifest, dials=dials), part=not default)
                 point = {"dials": dials, "default": default, self.score: score, "beside": self.beside(score, value)}
-                rows = next(each.details["layers"] for each in build.manifest.passes if each.name.startswith("ffn-"))
                 points.append(point | counted.spent(totals, rows))
         return points
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +16,7 @@ from trimtab.passes.ffn_route.router import HINT, Router
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.layer import FFNWeights
+from trimtab.passes.matrices.forms import OPSETS
 from trimtab.passes.matrices.quantize import fit_block
 
 FORM, BITS, BLOCK = "int4", 4, 64
@@ -34,6 +36,8 @@ class CopyRouter(Router):
         sizes: [groups, neurons of a group], float32: 1 / size_j is what |ĥ_j| alone must be for a score of 0.5.
         ffn: whose weights are copied; None of a router that is not at work.
     """
+
+    opset: ClassVar[int] = OPSETS[FORM]
 
     sizes: np.ndarray
     ffn: FFN | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,7 +18,13 @@ HINT = "compile the model that they were trained with; `trimtab train --method l
 
 
 class Router(ABC):
-    """Scores of the groups of one FFN's neurons, 0 to 1, from the FFN's input x."""
+    """Scores of the groups of one FFN's neurons, 0 to 1, from the FFN's input x.
+
+    Attributes:
+        opset: the least that its nodes need.
+    """
+
+    opset: ClassVar[int] = 0
 
     @property
     @abstractmethod

@@ -10,9 +10,8 @@ import numpy as np
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.ffn_route.copy_router import FORM, CopyRouter
+from trimtab.passes.ffn_route.copy_router import CopyRouter
 from trimtab.passes.ffn_route.router import HINT, LinearRouter, Router
-from trimtab.passes.matrices.forms import OPSETS
 
 METHOD = "lte"
 
@@ -67,7 +66,7 @@ class Routers:
     @property
     def opset(self) -> int:
         """The least that their nodes need."""
-        return OPSETS[FORM] if any(isinstance(router, CopyRouter) for router in self.by_layer.values()) else 0
+        return max((router.opset for router in self.by_layer.values()), default=0)
 
     @property
     def default(self) -> float:

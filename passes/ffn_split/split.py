@@ -24,8 +24,6 @@ from trimtab.passes.matrices.forms import OPSETS
 from trimtab.passes.matrices.quantize import fit_block
 from trimtab.passes.needs import FFNStates, Need
 
-"""The opset in which DequantizeLinear takes blocks of this type."""
-
 _CHOICE = TypeAdapter(list[tuple[int, int, int, Plan]])
 """Layer, d_ff, d_model and plan of each FFN: what a budget chose, as the Profile keeps it."""
 

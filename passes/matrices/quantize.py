@@ -8,7 +8,8 @@ from scipy.linalg import cholesky, solve_triangular
 from trimtab.passes.matrices.forms import Quantized
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
-_TYPICAL = np.array([0.9])
+TYPICAL = 0.9
+"""Of the largest weight of a block: the clipping that is good on average, without a search."""
 _DAMP = 0.01  # of the mean diagonal, so that unused inputs do not make the second moments singular
 
 
@@ -26,7 +27,7 @@ def round_to_nearest(weight: np.ndarray, bits: int, block: int, *, search: bool 
         search: try several scales; without, one that is good on average.
     """
     blocks = weight.reshape(-1, block, weight.shape[1]).astype(np.float32)
-    scale = np.stack([_scale(part, bits, _SHRINK if search else _TYPICAL) for part in blocks])
+    scale = np.stack([_scale(part, bits, _SHRINK if search else np.array([TYPICAL])) for part in blocks])
     q = _round(blocks, scale[:, None], bits).reshape(weight.shape)
     return Quantized(q.astype(np.int8), scale, bits, block)
 

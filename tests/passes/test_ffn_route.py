@@ -50,6 +50,17 @@ def run(path: Path, feeds: dict[str, np.ndarray], dial: Any = None) -> list[np.n
     return engine.run(None, {i.name: feeds[i.name] for i in engine.get_inputs()})  # type: ignore[no-any-return]
 
 
+def watch(graph: gs.Graph, read: dict[int, gs.Tensor], path: Path) -> None:
+    """Save a model whose outputs are, of each FFN, what it reads and what the sparse ops make of it."""
+    tensors = graph.tensors()
+    made = {
+        layer: tensors.get(f"ffn-route/layer.{layer}/shift") or tensors[f"ffn-route/layer.{layer}/down.y"]
+        for layer in read
+    }
+    graph.outputs = [t for layer, x in read.items() for t in (x, made[layer])]
+    save_graph(graph, path)
+
+
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_the_exact_end_is_dense(family: str, tmp_path: Path) -> None:
     rng, path = seeded(), zoo.exported(family)
@@ -73,13 +84,7 @@ def test_each_sample_by_its_own_dial(family: str, cut: dict[str, float], weights
     learned, ffns = random_routers(graph, rng, **cut), find_anatomy(graph).ffns
     dense = {ffn.layer: (ffn.x, FFNWeights(ffn), ffn.activation.name, ffn.gated) for ffn in ffns}
     routed(graph, learned, weights=weights)
-    tensors = graph.tensors()
-    made = {
-        layer: tensors.get(f"ffn-route/layer.{layer}/shift") or tensors[f"ffn-route/layer.{layer}/down.y"]
-        for layer in dense
-    }
-    graph.outputs = [t for layer, (x, *_) in dense.items() for t in (x, made[layer])]
-    save_graph(graph, tmp_path / "model.onnx")
+    watch(graph, {layer: x for layer, (x, *_) in dense.items()}, tmp_path / "model.onnx")
     compared = 0
     for batch, tokens in ((1, 1), (3, 7), (16, 40)):
         dial = rng.choice([0.0, 0.2, 0.5, 0.9, 1.0], batch)
@@ -141,13 +146,7 @@ def test_copies_choose_by_what_neurons_add(family: str, single: bool, tmp_path: 
     for ffn, row in zip(ffns, result.details["layers"], strict=True):
         copies = (1 + ffn.gated) * ffn.d_model * ffn.d_ff * 0.5
         assert copies < row["router_bytes"] < 1.6 * copies + 4 * ffn.d_ff
-    tensors = graph.tensors()
-    made = {
-        layer: tensors.get(f"ffn-route/layer.{layer}/shift") or tensors[f"ffn-route/layer.{layer}/down.y"]
-        for layer in dense
-    }
-    graph.outputs = [t for layer, (x, *_) in dense.items() for t in (x, made[layer])]
-    save_graph(graph, tmp_path / "model.onnx")
+    watch(graph, {layer: x for layer, (x, *_) in dense.items()}, tmp_path / "model.onnx")
     compared, shares = 0, []
     for batch, tokens in ((1, 1), (3, 7), (16, 40)):
         dial = np.append(0.5, rng.choice([0.0, 0.3, 0.5, 0.7, 1.0], batch - 1))

@@ -70,7 +70,11 @@ def density_of(logits: Iterable[Tensor], select: Select, cut: float) -> float:
     """Share of the groups that are chosen, of logits [tokens, groups] of each FFN."""
     chosen, count = 0, 0
     for each in logits:
-        chosen += int(choose(each, select, cut).sum())
+        if select == "threshold":  # as `choose`, without a mask of the best
+            over = each >= cut
+            chosen += int(over.sum()) + int((~over.any(-1)).sum())
+        else:
+            chosen += int(choose(each, select, cut).sum())
         count += each.numel()
     return chosen / count
 
@@ -82,29 +86,18 @@ def fit_cut(logits: Sequence[Tensor], select: Select, density: float) -> float:
         logits: [tokens, groups] of each FFN.
     """
     if select == "threshold":
-        best = [each.amax(-1) for each in logits]
         low = min(float(each.amin()) for each in logits) - 1.0
-        high = max(float(each.amax()) for each in best) + 1.0
-        count = sum(each.numel() for each in logits)
-
-        def density_at(cut: float) -> float:  # `density_of`, much quicker
-            over = sum(int((each >= cut).sum()) for each in logits)
-            return (over + sum(int((each < cut).sum()) for each in best)) / count
-
+        high = max(float(each.amax()) for each in logits) + 1.0
     else:
         low, high = 0.0, 1.0
-
-        def density_at(cut: float) -> float:
-            return density_of(logits, select, cut)
-
     falls = select == "threshold"  # a higher threshold chooses fewer, a higher share more
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if (density_at(middle) > density) == falls:
+        if (density_of(logits, select, middle) > density) == falls:
             low = middle
         else:
             high = middle
-    return min((low, high), key=lambda cut: abs(density_at(cut) - density))
+    return min((low, high), key=lambda cut: abs(density_of(logits, select, cut) - density))
 
 
 def trim(

@@ -17,6 +17,7 @@ from trimtab.passes.errors import DataError
 from trimtab.training.examples import Kind
 from trimtab.training.linears import FFNModules
 from trimtab.training.lte.routed import Routed
+from trimtab.training.lte.router import LinearRouter
 from trimtab.training.texts import Examples
 
 _WEIGHTS = "weights.safetensors"
@@ -160,9 +161,11 @@ def _read(folder: Path, ffn: FFNModules) -> Recorded:
 
 
 def standardise(routed: Routed, recorded: dict[int, Recorded]) -> None:
-    """Have each router take inputs of the mean and the deviation of those that were recorded."""
+    """Have each linear router take inputs of the mean and the deviation of those that were recorded."""
     for layer, (x, _) in recorded.items():
         router = routed.routing.router(layer)
+        if not isinstance(router, LinearRouter):
+            continue
         mean, deviation = (
             torch.from_numpy(each.astype(np.float32)).to(router.bias.device)
             for each in (x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64))

@@ -29,9 +29,6 @@ class Router(nn.Module, ABC):
     def groups(self) -> int:
         return len(self.bias)
 
-    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take inputs of this mean and standard deviation, [d_model] each."""
-
     @abstractmethod
     def tensors(self, cut: float) -> dict[str, np.ndarray]:
         """As the pass `ffn-route` reads them, of inputs as they are; `cut` is what logits have to reach."""
@@ -111,12 +108,13 @@ class CopyRouter(Router):
             up = _guess(ffn.up, x)
             act = ACTIVATIONS[ffn.activation]
             h = act(up) if ffn.gate is None else act(_guess(ffn.gate, x)) * up
-            sizes = self._norms() if self.sizes is None else self.sizes
-            added = (h.float().abs().unflatten(-1, (-1, self.group)) * sizes).sum(-1)
+            added = (h.float().abs().unflatten(-1, (-1, self.group)) * self._sizes()).sum(-1)
             guessed = added.add_(_LEAST).log_()
         return guessed + self.bias
 
-    def _norms(self) -> Tensor:
+    def _sizes(self) -> Tensor:
+        if self.sizes is not None:
+            return self.sizes
         return rows(self._ffn[0].down).norm(dim=1).float().unflatten(0, (-1, self.group))
 
     def rate(self, lr: float) -> float:
@@ -124,8 +122,7 @@ class CopyRouter(Router):
 
     def tensors(self, cut: float) -> dict[str, np.ndarray]:
         unit = (self.bias.detach() - cut).double().exp()
-        sizes = self._norms() if self.sizes is None else self.sizes
-        return {"sizes": (sizes * unit[:, None]).float().numpy(force=True)}
+        return {"sizes": (self._sizes() * unit[:, None]).float().numpy(force=True)}
 
     def restore(self, learned: Mapping[str, np.ndarray]) -> None:
         self.sizes = torch.from_numpy(learned["sizes"]).to(self.bias.device)
