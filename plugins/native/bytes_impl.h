@@ -9,7 +9,7 @@
 namespace trimtab {
 namespace {
 
-using DotBytes = void (*)(const char* const*, const int8_t* const*, int64_t, int32_t (*)[kDotRows]);
+using DotBytes = void (*)(const char* const*, const int8_t* const*, int64_t, int32_t (*)[kDotRows], Lines&, int64_t);
 using SumBytes = void (*)(const vi*, int64_t, const BlockBytes*, int64_t, float* const*);
 
 template <int... T>
@@ -36,37 +36,30 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
     const Chunk now(&w, chosen, i, end), after = behind(w, chosen, i, end, next);
     float scales[kChunk];
     for (int64_t r = 0; r < now.tiled(); r++) scales[r] = *now.row[r].scale;
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t first = group * kByteGroup, size = std::min(kByteGroup, w.width - first);
-      const bool more = group + 1 < groups;
-      const Chunk& then = more ? now : after;
-      const int64_t then_first = more ? first + size : 0;
-      const int64_t then_size = then.count == 0 ? 0 : std::min(kByteGroup, then.w->width - then_first);
-      const char* rows[kChunk];
-      for (int64_t r = 0; r < now.tiled(); r++) rows[r] = now.row[r].data + first;
-      const int64_t parts = (tokens + kDotTokens - 1) / kDotTokens * (now.tiled() / kDotRows);
-      int64_t part = 0;
-      in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
-        const int8_t* from[kDotTokens];
-        int64_t at[kDotTokens];
-        for (int64_t j = 0; j < some; j++) {
-          const int64_t token = numbers == nullptr ? t + j : numbers[t + j];
-          from[j] = x.bytes + token * stride + first;
-          at[j] = token * groups + group;
-        }
-        for (int64_t r = 0; r < now.count; r += kDotRows) {
-          then.ask(part, parts, then_first, then_size), part++;
+    Lines ahead(after, 0, after.count == 0 ? 0 : after.w->width);
+    const int64_t passes = (tokens + kDotTokens - 1) / kDotTokens, lines = (kStepLines + passes - 1) / passes;
+    in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
+      int64_t token[kDotTokens];
+      for (int64_t j = 0; j < some; j++) token[j] = numbers == nullptr ? t + j : numbers[t + j];
+      for (int64_t r = 0; r < now.count; r += kDotRows) {
+        four made[kDotTokens] = {};
+        for (int64_t group = 0; group < groups; group++) {
+          const int64_t first = group * kByteGroup;
+          const char* rows[kDotRows];
+          const int8_t* from[kDotTokens];
+          for (int64_t q = 0; q < kDotRows; q++) rows[q] = now.row[r + q].data + first;
+          for (int64_t j = 0; j < some; j++) from[j] = x.bytes + token[j] * stride + first;
           int32_t exact[kDotTokens][kDotRows];
-          tiles[some - 1](rows + r, from, size, exact);
-          const four scale = load<four>(scales + r);
+          tiles[some - 1](rows, from, std::min(kByteGroup, w.width - first), exact, ahead, lines);
           for (int64_t j = 0; j < some; j++) {
-            const four_integers less = load<four_integers>(exact[j]) - x.sums[at[j]];
-            put_down(__builtin_convertvector(less, four) * (scale * x.scale[at[j]]), group == 0, now.count - r,
-                     out + (t + j) * out_stride + i - begin + r);
+            const int64_t at = token[j] * groups + group;
+            made[j] += __builtin_convertvector(load<four_integers>(exact[j]) - x.sums[at], four) * x.scale[at];
           }
         }
-      });
-    }
+        for (int64_t j = 0; j < some; j++)
+          put_down(made[j] * load<four>(scales + r), true, now.count - r, out + (t + j) * out_stride + i - begin + r);
+      }
+    });
   }
 }
 
@@ -90,17 +83,19 @@ void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* byte
   static constexpr auto tiles = sum_bytes_tiles(std::make_integer_sequence<int, kSumTokens>());
   const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
   std::vector<float> rests(tokens * kBytesWide, 0.0f);  // the last columns, where they fill no panel
-  static_assert(kSumStrip % kBytesWide == 0, "panels begin at the same columns in each strip");
-  for (int64_t column = first; column < last; column += kSumStrip) {
-    const int64_t end = std::min(column + kSumStrip, last), panels = (end - column + kBytesWide - 1) / kBytesWide;
+  const int64_t strip = sum_strip(tokens);
+  static_assert(kSumUnit % kBytesWide == 0, "panels begin at the same columns in each strip");
+  for (int64_t column = first; column < last; column += strip) {
+    const int64_t end = std::min(column + strip, last), panels = (end - column + kBytesWide - 1) / kBytesWide;
     for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
     each_chunk(w, takers, [&](int64_t b, int64_t i, const Chunk& now, const Chunk& next) {
       const int64_t quads = (now.count + 3) / 4;
+      Lines ahead(next, column, end - column);
       for (int64_t p = 0; p < panels; p++) {
-        next.ask(p, panels, column, end - column);
         const int64_t at = column + p * kBytesWide, size = std::min(kBytesWide, end - at);
         vi panel[kChunk];
         for (int64_t q = 0; q < quads; q++) {
+          ahead.ask(kStepLines);
           const char* rows[4];
           char lines[4][kBytesWide];
           for (int64_t r = 0; r < 4; r++) {

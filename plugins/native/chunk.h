@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kDotRows = 4, kDotTokens = V == 16 ? 6 : 3;  // of a tile of `dot`: as many sums as there are registers for
 constexpr int kSumTokens = 6;                               // of a tile of `sum`
-constexpr int64_t kSumStrip = 1024;                         // columns of y that stay in the second cache while all rows are added
+constexpr int64_t kSumUnit = 1024;                          // columns of y that are added at a time, at least
+constexpr int64_t kSumFloats = 1 << 16;                     // of y that stay in the second cache while all rows are added
 
 // Rows that are worked on together; the last again up to whole tiles.
 struct Chunk {
@@ -35,6 +36,39 @@ struct Chunk {
       for (int64_t at = 0; at < bytes_of(w->format, size); at += 64) __builtin_prefetch(data + at, 0, 2);
     }
   }
+};
+
+// Asks for the rows of a chunk line by line, one row after the other: evenly, so that memory is never idle while rows are
+// worked on, and never waited for.
+class Lines {
+ public:
+  Lines(const Chunk& chunk, int64_t first, int64_t size)
+      : rows_(chunk.row), left_(chunk.count), at_(left_ == 0 ? 0 : bytes_of(chunk.w->format, first)),
+        bytes_(left_ == 0 ? 0 : bytes_of(chunk.w->format, size)) {
+    if (left_ > 0) begin();
+  }
+
+  // `lines` more. Inlined at once, as those of Chunk and Ahead.
+  __attribute__((always_inline)) void ask(int64_t lines) {
+    for (; lines > 0 && left_ > 0; lines--) {
+      __builtin_prefetch(here_, 0, 2);
+      here_ += 64;
+      if (here_ < end_) continue;
+      rows_++;
+      if (--left_ > 0) begin();
+    }
+  }
+
+ private:
+  __attribute__((always_inline)) void begin() {
+    here_ = rows_->data + at_;
+    end_ = here_ + bytes_;
+  }
+
+  const Row* rows_;
+  int64_t left_;
+  const int64_t at_, bytes_;
+  const char *here_ = nullptr, *end_ = nullptr;
 };
 
 // What follows a chunk: more of the same rows, else those that are wanted next.
@@ -81,6 +115,9 @@ inline void put_down(four made, bool fresh, int64_t count, float* to) {
   }
   for (int64_t q = 0; q < count; q++) to[q] = fresh ? made[q] : to[q] + made[q];
 }
+
+// How many columns of so many tokens' sums are added at a time: memory delivers rows best that are read whole.
+inline int64_t sum_strip(int64_t tokens) { return std::max<int64_t>(1, kSumFloats / kSumUnit / tokens) * kSumUnit; }
 
 // Calls use(first, tile) for tiles of about the same height, of at most `most` tokens, that make up `tokens`.
 template <typename Use>

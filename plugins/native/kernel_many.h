@@ -132,9 +132,10 @@ void sum_floats(const Chunk& now, const Chunk& next, const float* const* h, floa
 // As Kernels::sum, for some tokens.
 inline void sum_many(const Weights& w, const Chosen& chosen, int64_t count, const float* h, int64_t h_stride,
                      int64_t tokens, int64_t first, int64_t last, float* y) {
+  const int64_t strip = sum_strip(std::min(tokens, kTogether));
   for (int64_t t0 = 0; t0 < tokens; t0 += kTogether)
-    for (int64_t column = first; column < last; column += kSumStrip) {
-      const int64_t end = std::min(column + kSumStrip, last), some = std::min(kTogether, tokens - t0);
+    for (int64_t column = first; column < last; column += strip) {
+      const int64_t end = std::min(column + strip, last), some = std::min(kTogether, tokens - t0);
       float* to[kTogether];
       const float* from[kTogether];
       for (int64_t t = 0; t < some; t++) {
@@ -151,8 +152,9 @@ inline void sum_many(const Weights& w, const Chosen& chosen, int64_t count, cons
 // As Kernels::sum_by_block, for blocks that several tokens take.
 inline void sum_many_by_block(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t tokens,
                               int64_t first, int64_t last, float* y) {
-  for (int64_t column = first; column < last; column += kSumStrip) {
-    const int64_t end = std::min(column + kSumStrip, last);
+  const int64_t strip = sum_strip(tokens);
+  for (int64_t column = first; column < last; column += strip) {
+    const int64_t end = std::min(column + strip, last);
     for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
     each_chunk(w, takers, [&](int64_t b, int64_t i, const Chunk& now, const Chunk& next) {
       const float* from[kTogether];

@@ -56,7 +56,8 @@ template <int R, int64_t kBytes, bool kApart>
 class Ahead {
  public:
   // `bytes` of each row, beginning `at` bytes into it, and `scales` of its scales.
-  Ahead(const Rows<R>& rows, int64_t at, int64_t bytes, int64_t scales) : rows_(rows), at_(at), bytes_(bytes), scales_(scales) {
+  Ahead(const Rows<R>& rows, int64_t at, int64_t bytes, int64_t scales)
+      : rows_(rows), at_(at), bytes_(bytes), scales_(scales), near_(R < 4 && bytes < kNear) {
     for (int r = kApart ? R - 1 : 0; r >= 0; r--) begin(r);
   }
 
@@ -76,8 +77,12 @@ class Ahead {
   }
 
  private:
-  // Many rows would push each other out of the first cache, whose sets their places share.
-  __attribute__((always_inline)) static inline void fetch(const char* p) { __builtin_prefetch(p, 0, R < 4 ? 3 : 2); }
+  // Many rows, or long ones, would push each other out of the first cache, whose sets their places share; and fewer lines can
+  // be on their way to it than to the second.
+  __attribute__((always_inline)) inline void fetch(const char* p) const {
+    if (near_) __builtin_prefetch(p, 0, 3);
+    else __builtin_prefetch(p, 0, 2);
+  }
 
   __attribute__((always_inline)) inline void begin(int row) {
     here_ = rows_.row[row].data + at_;
@@ -85,9 +90,12 @@ class Ahead {
     for (int64_t i = 0; i < scales_; i += 16) __builtin_prefetch(rows_.row[row].scale + i, 0, 3);
   }
 
+  static constexpr int64_t kNear = 2048;  // bytes of a row from which on it is long
+
   const Rows<R>& rows_;
   int64_t at_;
   const int64_t bytes_, scales_;
+  const bool near_;
   const char *here_, *end_;
   int row_ = 0;
 };

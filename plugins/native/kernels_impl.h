@@ -12,8 +12,6 @@
 namespace trimtab {
 namespace {
 
-constexpr int64_t kTile = 2048;  // outputs of `sum` that stay in the first cache
-
 // What each format is computed by, and whether single rows are chosen, which lie apart.
 template <typename Use>
 void with(Format format, bool apart, const Use& use) {
@@ -66,22 +64,21 @@ void sum(const Weights& w, const Chosen& chosen, int64_t count, const float* h, 
   with(w.format, chosen.size == 1, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr int R = Kernel::kSumRows;
-    for (int64_t start = first; start < last; start += kTile) {
-      const int64_t size = std::min(kTile, last - start);
-      for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + start, size, 0.0f);
-      Rows<R> next = {};
-      if (count > 0) next = find<R>(w, chosen, 0, count);
-      for (int64_t i = 0; i < count; i += R) {
-        const Rows<R> now = next;
-        next = find_next<R>(w, chosen, i, count, {});
-        for (int64_t t = 0; t < tokens; t++) {
-          float factor[R];
-          TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < count ? h[t * h_stride + i + r] : 0.0f;
-          Kernel::template sum<decltype(apart)::value>(now, next, factor, start, size, y + t * w.width + start);
-        }
+    // Rows as long as they are: of pieces of a page, memory delivers half of each again with the other one.
+    const int64_t size = last - first;
+    for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + first, size, 0.0f);
+    Rows<R> next = {};
+    if (count > 0) next = find<R>(w, chosen, 0, count);
+    for (int64_t i = 0; i < count; i += R) {
+      const Rows<R> now = next;
+      next = find_next<R>(w, chosen, i, count, {});
+      for (int64_t t = 0; t < tokens; t++) {
+        float factor[R];
+        TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < count ? h[t * h_stride + i + r] : 0.0f;
+        Kernel::template sum<decltype(apart)::value>(now, next, factor, first, size, y + t * w.width + first);
       }
-      for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + start, size);
     }
+    for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + first, size);
   });
 }
 
@@ -91,27 +88,24 @@ void sum_by_block(const Weights& w, const Takers& takers, const float* h, int64_
   with(w.format, false, [&](auto kernel, auto apart) {
     using Kernel = decltype(kernel);
     constexpr int R = Kernel::kSumRows;
-    const int64_t size = takers.size;
-    for (int64_t start = first; start < last; start += kTile) {
-      const int64_t width = std::min(kTile, last - start);
-      for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + start, width, 0.0f);
-      for (int64_t b = 0; b < takers.count; b++) {
-        const Chosen chosen{takers.blocks + b, size};
-        const bool more = b + 1 < takers.count;  // blocks follow, whose first rows are asked for with the last ones of this
-        Rows<R> next = find<R>(w, chosen, 0, size);
-        for (int64_t i = 0; i < size; i += R) {
-          const Rows<R> now = next;
-          next = find<R>(w, chosen, i + R < size || !more ? std::min(i + R, size - 1) : size, more ? 2 * size : size);
-          for (int64_t at = takers.starts[b]; at < takers.starts[b + 1]; at++) {
-            const float* from = h + takers.tokens[at] * h_stride + takers.places[at] * size + i;
-            float factor[R];
-            TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < size ? from[r] : 0.0f;
-            Kernel::template sum<decltype(apart)::value>(now, next, factor, start, width, y + takers.tokens[at] * w.width + start);
-          }
+    const int64_t size = takers.size, width = last - first;
+    for (int64_t t = 0; t < tokens; t++) std::fill_n(y + t * w.width + first, width, 0.0f);
+    for (int64_t b = 0; b < takers.count; b++) {
+      const Chosen chosen{takers.blocks + b, size};
+      const bool more = b + 1 < takers.count;  // blocks follow, whose first rows are asked for with the last ones of this
+      Rows<R> next = find<R>(w, chosen, 0, size);
+      for (int64_t i = 0; i < size; i += R) {
+        const Rows<R> now = next;
+        next = find<R>(w, chosen, i + R < size || !more ? std::min(i + R, size - 1) : size, more ? 2 * size : size);
+        for (int64_t at = takers.starts[b]; at < takers.starts[b + 1]; at++) {
+          const float* from = h + takers.tokens[at] * h_stride + takers.places[at] * size + i;
+          float factor[R];
+          TRIMTAB_UNROLL for (int r = 0; r < R; r++) factor[r] = i + r < size ? from[r] : 0.0f;
+          Kernel::template sum<decltype(apart)::value>(now, next, factor, first, width, y + takers.tokens[at] * w.width + first);
         }
       }
-      for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + start, width);
     }
+    for (int64_t t = 0; t < tokens; t++) Kernel::order(y + t * w.width + first, width);
   });
 }
 

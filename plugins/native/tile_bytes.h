@@ -19,6 +19,7 @@ constexpr int kLevels = 64;
 #endif
 
 constexpr int64_t kBytesWide = 4 * V;  // columns of a tile of `sum`
+constexpr int64_t kStepLines = 4 * kBytesWide / 64;  // of memory, that four rows have in so many columns
 
 // sum[i] += w[4 i] x[4 i] + ... + w[4 i + 3] x[4 i + 3], of unsigned w and signed x.
 inline void multiply_bytes(vi w, vi x, vi& sum) {
@@ -77,9 +78,11 @@ inline float round_bytes(const float* x, const float* by, int64_t count, int64_t
   return most / kLevels;
 }
 
-// out[t][r] = sum over i < size of x[t][i] * (rows[r][i] + 128). x has zeros up to a multiple of kBytesWide.
+// out[t][r] = sum over i < size of x[t][i] * (rows[r][i] + 128). x has zeros up to a multiple of kBytesWide. Of what comes
+// next, `lines` are asked for with every kBytesWide columns.
 template <int T>
-void dot_bytes(const char* const* rows, const int8_t* const* x, int64_t size, int32_t (*out)[kDotRows]) {
+void dot_bytes(const char* const* rows, const int8_t* const* x, int64_t size, int32_t (*out)[kDotRows], Lines& next,
+               int64_t lines) {
   vi sums[T][kDotRows] = {};
   int64_t i = 0;
   const auto add = [&](const char* const* from, int64_t at) {
@@ -90,7 +93,10 @@ void dot_bytes(const char* const* rows, const int8_t* const* x, int64_t size, in
       TRIMTAB_UNROLL for (int t = 0; t < T; t++) multiply_bytes(w, a[t], sums[t][r]);
     }
   };
-  for (; i + kBytesWide <= size; i += kBytesWide) add(rows, i);
+  for (; i + kBytesWide <= size; i += kBytesWide) {
+    next.ask(lines);
+    add(rows, i);
+  }
   if (i < size) {
     char rest[kDotRows][kBytesWide] = {};
     const char* from[kDotRows];

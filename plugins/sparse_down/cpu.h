@@ -14,6 +14,9 @@ struct SparseDown {
 
   static constexpr int64_t kMostParts = 8;
   static constexpr int64_t kMostPartial = 1 << 16;  // floats of partial sums that are worth adding up
+  static constexpr int64_t kMostPartialBlocks = 1 << 19;  // of several tokens, which read their weights once
+  static constexpr int64_t kPartialRows = 16;             // of the weights that a row of partial sums has to save
+  static constexpr int64_t kSlice = 1 << 12;              // sums that are worth a task of their own
 
   // The blocks of each group of tokens. What of one token's is zero adds nothing, and its rows need not be read: those that
   // SparseUp did not keep, and many of ReLU's.
@@ -94,20 +97,13 @@ struct SparseDown {
     const Used used(h.floats(), blocks, groups, each == 1, block);
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, used.most() * block * width)), kMostParts);
     if (groups == 1 && parts > 1 && parts * tokens * width <= kMostPartial) {
-      // Each task sums some of the neurons, whole rows that memory delivers at its best; then the sums are added up.
-      const int64_t size = tokens * width, k = used.count(0);
+      const int64_t k = used.count(0);
       const float* from = used.h(0);
-      const std::unique_ptr<float[]> partial(new float[parts * size]);
-      auto task = [&](int64_t part) {
+      add_up(runtime, context, parts, tokens * width, y, [&](int64_t part, float* to) {
         const int64_t begin = bound(k, parts, part, 1), end = bound(k, parts, part + 1, 1);
         const Chosen chosen{used.blocks(0) + begin, block};
-        kernels().sum(down, chosen, (end - begin) * block, from + begin * block, count, tokens, 0, width,
-                      partial.get() + part * size);
-      };
-      parallel(runtime, context, parts, task);
-      std::copy_n(partial.get(), size, y);
-      for (int64_t part = 1; part < parts; part++)
-        for (int64_t i = 0; i < size; i++) y[i] += partial[part * size + i];
+        kernels().sum(down, chosen, (end - begin) * block, from + begin * block, count, tokens, 0, width, to);
+      });
       return nullptr;
     }
     const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
@@ -124,6 +120,25 @@ struct SparseDown {
   }
 
  private:
+  // Each part sums some of the neurons, whole rows, which memory delivers at its best: use(part, its sums). Then they are
+  // added up; y: `size` of them.
+  template <typename Use>
+  static void add_up(const ort::Runtime& runtime, ort::KernelContext* context, int64_t parts, int64_t size, float* y,
+                     const Use& use) {
+    const std::unique_ptr<float[]> others(new float[(parts - 1) * size]);
+    auto sum = [&](int64_t part) { use(part, part == 0 ? y : others.get() + (part - 1) * size); };
+    parallel(runtime, context, parts, sum);
+    const int64_t slices = std::min(parts, (size + kSlice - 1) / kSlice);
+    auto add = [&](int64_t slice) {
+      const int64_t begin = bound(size, slices, slice, kSlice), end = bound(size, slices, slice + 1, kSlice);
+      for (int64_t part = 1; part < parts; part++) {
+        const float* from = others.get() + (part - 1) * size;
+        for (int64_t i = begin; i < end; i++) y[i] += from[i];
+      }
+    };
+    parallel(runtime, context, slices, add);
+  }
+
   // Each block is read once for all tokens that take it and have something in it.
   void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const float* h, const Tensor& blocks,
                 const Weights& down, int64_t tokens, float* y) const {
@@ -154,16 +169,25 @@ struct SparseDown {
       };
       parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, round);
     }
+    const auto sum = [&](const Takers& takers, int64_t batch, int64_t mine, int64_t first, int64_t last, float* to) {
+      const float* from = h + batch * kTogether * count;
+      if (bytes) use.bytes->sum_by_block(down, takers, rounded[batch].get(), mine, first, last, to);
+      else use.sum_by_block(down, takers, from, count, mine, some, first, last, to);
+    };
+    if (parts > 1 && tokens <= kTogether && parts * tokens * width <= kMostPartialBlocks && parts * tokens * kPartialRows <= down.rows) {
+      const Takers all = turned[0].takers(block);
+      add_up(runtime, context, parts, tokens * width, y, [&](int64_t part, float* to) {
+        const int64_t begin = bound(all.count, parts, part, 1), end = bound(all.count, parts, part + 1, 1);
+        sum({block, end - begin, all.blocks + begin, all.starts + begin, all.tokens, all.places}, 0, tokens, 0, width, to);
+      });
+      return;
+    }
     const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
     auto task = [&](int64_t i) {
       const int64_t token = i / strips * kTogether, strip = i % strips;
       const int64_t first = bound(width, strips, strip, kStrip), last = bound(width, strips, strip + 1, kStrip);
       if (first == last) return;
-      const Takers takers = turned[i / strips].takers(block);
-      const int64_t mine = std::min(kTogether, tokens - token);
-      float* to = y + token * width;
-      if (bytes) use.bytes->sum_by_block(down, takers, rounded[i / strips].get(), mine, first, last, to);
-      else use.sum_by_block(down, takers, h + token * count, count, mine, some, first, last, to);
+      sum(turned[i / strips].takers(block), i / strips, std::min(kTogether, tokens - token), first, last, y + token * width);
     };
     parallel(runtime, context, static_cast<int64_t>(turned.size()) * strips, task);
   }
