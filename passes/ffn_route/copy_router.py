@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -37,10 +36,12 @@ class CopyRouter(Router):
         ffn: whose weights are copied; None of a router that is not at work.
     """
 
-    opset: ClassVar[int] = OPSETS[FORM]
-
     sizes: np.ndarray
     ffn: FFN | None = None
+
+    @property
+    def opset(self) -> int:
+        return OPSETS[FORM]
 
     @property
     def groups(self) -> int:

@@ -43,6 +43,8 @@ from trimtab.plugins.dialect import OPSET
 DIAL = "route_threshold"
 _USUAL = 0.5  # of the dial, where no Profile tells what training had
 _SPARSITY, _GROUP = 0.5, 32  # of fitted routers
+_INTEGERS = ("int8", "int4")
+_ROUTER_BITS = 8  # of routers beside such weights
 
 
 class FFNRoute(Pass):
@@ -158,6 +160,8 @@ class FFNRoute(Pass):
             wanted = [ffn for ffn in wanted if ffn.layer in fitted]
         else:
             routers = Routers.of(profile.learned(METHOD)).bound({ffn.layer: ffn for ffn in anatomy.ffns})
+        if self.weights in _INTEGERS and _ROUTER_BITS in context.capability.weight_bits:
+            routers = routers.in_integers()
         raise_opset(graph, max(OPSET, routers.opset))
         dial = self._dial(routers.default)
         tensor = context.add_dial(graph, dial)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -13,18 +14,23 @@ from trimtab.passes.anatomy import FFN
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
+from trimtab.passes.matrices.forms import OPSETS, Dense, Matrix
+from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+
+_BITS, _BLOCK = 8, 64
+_LARGE = 1 << 20
+"""Bytes in fp32 of a router that is worth integers: more than stays in a core's cache from one token to the next."""
 
 HINT = "compile the model that they were trained with; `trimtab train --method lte` writes both into one folder"
 
 
 class Router(ABC):
-    """Scores of the groups of one FFN's neurons, 0 to 1, from the FFN's input x.
+    """Scores of the groups of one FFN's neurons, 0 to 1, from the FFN's input x."""
 
-    Attributes:
-        opset: the least that its nodes need.
-    """
-
-    opset: ClassVar[int] = 0
+    @property
+    def opset(self) -> int:
+        """The least that its nodes need."""
+        return 0
 
     @property
     @abstractmethod
@@ -57,6 +63,10 @@ class Router(ABC):
             ProfileError: it is of another model.
         """
 
+    def in_integers(self) -> Router:
+        """The router as it stands beside an FFN whose weights are integers."""
+        return self
+
     def unfit(self, ffn: FFN, capability: Capability) -> str | None:
         """Why the FFN cannot have it, or None."""
         return None
@@ -72,10 +82,16 @@ class LinearRouter(Router):
 
     Attributes:
         weight: W, [groups, d_model], float32; bias: b, [groups].
+        form: of W in the graph, fp32 or int8 in blocks.
     """
 
     weight: np.ndarray
     bias: np.ndarray
+    form: Literal["fp32", "int8"] = "fp32"
+
+    @property
+    def opset(self) -> int:
+        return OPSETS.get(self.form, 0)
 
     @property
     def groups(self) -> int:
@@ -83,22 +99,36 @@ class LinearRouter(Router):
 
     @property
     def nbytes(self) -> int:
-        return int(self.weight.nbytes + self.bias.nbytes)
+        return int(self._matrix.nbytes + self.bias.nbytes)
 
     @property
     def macs(self) -> int:
         return int(self.weight.size)
 
+    def in_integers(self) -> LinearRouter:
+        """In int8, where it is large: beside int8 rows its bytes count four times as much.
+
+        Small ones stay: ONNX Runtime rounds the inputs of such products to bytes, too, and a rounded score can change
+        what is computed.
+        """
+        fits = self.weight.nbytes >= _LARGE and fit_block(_BLOCK, self.weight.shape[1]) is not None
+        return replace(self, form="int8") if fits else self
+
+    @cached_property
+    def _matrix(self) -> Matrix:
+        width = self.weight.shape[1]
+        block = None if self.form == "fp32" else fit_block(_BLOCK, width)
+        return Dense(self.weight.T) if block is None else round_to_nearest(self.weight.T, _BITS, block)
+
     def scores(self, x: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            found: np.ndarray = 1 / (1 + np.exp(-(x @ self.weight.T + self.bias)))
+            found: np.ndarray = 1 / (1 + np.exp(-(x @ self._matrix + self.bias)))
         return found
 
     def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
         x = ffn.x
-        weight = constant(f"{at}/router.weight", self.weight.T)
         bias = constant(f"{at}/router.bias", self.bias)
-        product = insert(graph, "MatMul", [x, weight], f"{at}/router/product", dtype=np.float32)
+        product = self._matrix.store(f"{at}/router", np.dtype(np.float32))(graph, x, f"{at}/router/product")
         logits = insert(graph, "Add", [product, bias], f"{at}/router/logits", dtype=np.float32)
         scores = insert(graph, "Sigmoid", [logits], f"{at}/router/scores", dtype=np.float32)
         if x.shape is not None:

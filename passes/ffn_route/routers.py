@@ -89,6 +89,10 @@ class Routers:
             )
         return replace(self, by_layer={layer: router.bound(ffns[layer]) for layer, router in self.by_layer.items()})
 
+    def in_integers(self) -> Routers:
+        """The routers as they stand beside FFNs whose weights are integers."""
+        return replace(self, by_layer={layer: router.in_integers() for layer, router in self.by_layer.items()})
+
     def chosen(self, scores: np.ndarray, cut: float, most: int | None = None) -> np.ndarray:
         """Which groups are computed, bool, of scores [tokens, groups].
 

@@ -90,30 +90,34 @@ void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* byte
     for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
     each_chunk(w, takers, [&](int64_t b, int64_t i, const Chunk& now, const Chunk& next) {
       const int64_t quads = (now.count + 3) / 4;
+      const int64_t begin = takers.starts[b], passes = (takers.starts[b + 1] - begin + kSumTokens - 1) / kSumTokens;
       Lines ahead(next, column, end - column);
-      for (int64_t p = 0; p < panels; p++) {
-        const int64_t at = column + p * kBytesWide, size = std::min(kBytesWide, end - at);
-        vi panel[kChunk];
+      const int64_t by_quad = std::max<int64_t>(1, kStepLines / (passes + 1)), by_tile = (kStepLines - by_quad) * quads / passes;
+      const char* rows[kChunk];
+      for (int64_t r = 0; r < 4 * quads; r++) rows[r] = now.row[std::min(r, now.count - 1)].data + column;  // of none, h is 0
+      for (int64_t p = 0; p < panels; p += kPanels) {
+        const int64_t some_panels = std::min(kPanels, panels - p);
+        vi made[kPanels][kChunk];
         for (int64_t q = 0; q < quads; q++) {
-          ahead.ask(kStepLines);
-          const char* rows[4];
-          char lines[4][kBytesWide];
-          for (int64_t r = 0; r < 4; r++) {
-            const char* row = now.row[std::min(4 * q + r, now.count - 1)].data;  // of none, h is 0
-            rows[r] = size == kBytesWide ? row + at : lines[r];
-            if (size < kBytesWide) std::memset(lines[r], 0, kBytesWide), std::memcpy(lines[r], row + at, size);
+          ahead.ask(some_panels * by_quad);
+          for (int64_t c = 0; c < some_panels; c++) {
+            const int64_t at = (p + c) * kBytesWide, size = end - column - at;
+            if (size >= kBytesWide) interleave(rows + 4 * q, at, made[c] + 4 * q);
+            else interleave_some(rows + 4 * q, at, size, made[c] + 4 * q);
           }
-          interleave(rows, panel + 4 * q);
         }
-        const int64_t begin = takers.starts[b];
-        in_tiles(takers.starts[b + 1] - begin, kSumTokens, [&](int64_t t, int64_t some) {
-          float* to[kSumTokens];
-          for (int64_t j = 0; j < some; j++) {
-            const int64_t token = takers.tokens[begin + t + j];
-            to[j] = size == kBytesWide ? y + token * w.width + at : rests.data() + token * kBytesWide;
-          }
-          tiles[some - 1](panel, quads, bytes + (begin + t) * chunks + i / kChunk, chunks, to);
-        });
+        for (int64_t c = 0; c < some_panels; c++) {
+          const int64_t at = column + (p + c) * kBytesWide;
+          in_tiles(takers.starts[b + 1] - begin, kSumTokens, [&](int64_t t, int64_t some) {
+            float* to[kSumTokens];
+            for (int64_t j = 0; j < some; j++) {
+              const int64_t token = takers.tokens[begin + t + j];
+              to[j] = at + kBytesWide <= end ? y + token * w.width + at : rests.data() + token * kBytesWide;
+            }
+            ahead.ask(by_tile);
+            tiles[some - 1](made[c], quads, bytes + (begin + t) * chunks + i / kChunk, chunks, to);
+          });
+        }
       }
     });
     for (int64_t t = 0; t < tokens; t++)

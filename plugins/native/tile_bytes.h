@@ -19,6 +19,7 @@ constexpr int kLevels = 64;
 #endif
 
 constexpr int64_t kBytesWide = 4 * V;  // columns of a tile of `sum`
+constexpr int64_t kPanels = 2;         // such tiles that are put in order at a time
 constexpr int64_t kStepLines = 4 * kBytesWide / 64;  // of memory, that four rows have in so many columns
 
 // sum[i] += w[4 i] x[4 i] + ... + w[4 i + 3] x[4 i + 3], of unsigned w and signed x.
@@ -109,22 +110,30 @@ void dot_bytes(const char* const* rows, const int8_t* const* x, int64_t size, in
   }
 }
 
-// Four rows side by side: of each 16 columns, those of vector n are 4 n to 4 n + 3, and each has the four rows' bytes.
-inline void interleave(const char* const* rows, vi* out) {
+// Four rows from place `at` on side by side: of each 16 columns, those of vector n are 4 n to 4 n + 3, and each has the four rows' bytes.
+inline void interleave(const char* const* rows, int64_t at, vi* out) {
 #if TRIMTAB_WIDTH == 16
   __m512i row[4];
-  TRIMTAB_UNROLL for (int r = 0; r < 4; r++) row[r] = load<__m512i>(rows[r]);
+  TRIMTAB_UNROLL for (int r = 0; r < 4; r++) row[r] = load<__m512i>(rows[r] + at);
   const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]), high01 = _mm512_unpackhi_epi8(row[0], row[1]);
   const __m512i low23 = _mm512_unpacklo_epi8(row[2], row[3]), high23 = _mm512_unpackhi_epi8(row[2], row[3]);
 #else
   __m256i row[4];
-  TRIMTAB_UNROLL for (int r = 0; r < 4; r++) row[r] = load<__m256i>(rows[r]);
+  TRIMTAB_UNROLL for (int r = 0; r < 4; r++) row[r] = load<__m256i>(rows[r] + at);
   const __m256i low01 = _mm256_unpacklo_epi8(row[0], row[1]), high01 = _mm256_unpackhi_epi8(row[0], row[1]);
   const __m256i low23 = _mm256_unpacklo_epi8(row[2], row[3]), high23 = _mm256_unpackhi_epi8(row[2], row[3]);
 #endif
   const vs all[4] = {interleave_low((vs)low01, (vs)low23), interleave_high((vs)low01, (vs)low23),
                      interleave_low((vs)high01, (vs)high23), interleave_high((vs)high01, (vs)high23)};
   TRIMTAB_UNROLL for (int n = 0; n < 4; n++) out[n] = unsigned_bytes((vi)all[n]);
+}
+
+// The same of the last `size` places, with zeros behind them.
+inline void interleave_some(const char* const* rows, int64_t at, int64_t size, vi* out) {
+  char lines[4][kBytesWide] = {};
+  const char* filled[4];
+  for (int r = 0; r < 4; r++) filled[r] = lines[r], std::memcpy(lines[r], rows[r] + at, size);
+  interleave(filled, 0, out);
 }
 
 // Undoes that order in kBytesWide floats.

@@ -128,6 +128,55 @@ def _int4(w: np.ndarray) -> np.ndarray:
     return np.asarray((np.clip(np.rint(blocks / step), -8, 7) * step).reshape(w.shape))
 
 
+@pytest.mark.parametrize(
+    ("family", "weights"), [("bert", "int8"), ("opt", "int8"), ("llama", "int8"), ("llama", "int4")]
+)
+def test_large_routers_are_int8_beside_integer_rows(
+    family: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They choose by weights that are rounded in blocks; ONNX Runtime rounds x, too, which moves scores a little."""
+    rng, graph = seeded(), canonical(zoo.exported(family))
+    learned, ffns = random_routers(graph, rng), find_anatomy(graph).ffns
+    monkeypatch.setattr("trimtab.passes.ffn_route.router._LARGE", 1)
+    (result,) = routed(graph, learned, weights=weights)
+    routers = Routers.of(learned).in_integers().by_layer
+    for ffn, row in zip(ffns, result.details["layers"], strict=True):
+        assert row["router_bytes"] == routers[ffn.layer].nbytes < learned[f"router.{ffn.layer}.weight"].nbytes / 2
+    assert graph.opset >= 21
+    read = {ffn.layer: graph.tensors()[ffn.x.name] for ffn in ffns}
+    scores = {layer: graph.tensors()[f"ffn-route/layer.{layer}/router/scores"] for layer in read}
+    graph.outputs = [t for layer in read for t in (read[layer], scores[layer])]
+    save_graph(graph, tmp_path / "model.onnx")
+    for batch, tokens in ((1, 1), (3, 7), (16, 40)):
+        found = run(tmp_path / "model.onnx", zoo.feeds(family, batch, tokens, rng), 0.5)
+        for layer, x, got in zip(read, found[::2], found[1::2], strict=True):
+            x, got = x.reshape(-1, x.shape[-1]).astype(np.float64), got.reshape(-1, got.shape[-1])
+            weight, bias = learned[f"router.{layer}.weight"].astype(np.float64), learned[f"router.{layer}.bias"]
+            off = got - 1 / (1 + np.exp(-(x @ weight.T + bias)))
+            lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+            assert (np.abs(off) <= 0.01 * lengths / 4 + 1e-5).all()  # a sigmoid is nowhere steeper than 1 / 4
+            off = got - routers[layer].scores(x)
+            assert (np.abs(off) <= 0.01 * lengths / 4 + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "capability", "large"),
+    [({}, Capability(), 1), ({"weights": "int8"}, Capability(weight_bits=frozenset({4})), 1),
+     ({"weights": "int8"}, Capability(), 1 << 20)],
+)  # fmt: skip
+def test_other_routers_stay_in_floating_point(
+    options: dict[str, Any], capability: Capability, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside rows in floating point, on a target without such products, and where they are small."""
+    rng, graph = seeded(), canonical(zoo.exported("bert"))
+    learned = random_routers(graph, rng)
+    monkeypatch.setattr("trimtab.passes.ffn_route.router._LARGE", large)
+    (result,) = run_passes(graph, [FFNRoute.model_validate(options)], PassContext(profile_with(learned), capability))
+    for row in result.details["layers"]:
+        name = f"router.{row['layer']}"
+        assert row["router_bytes"] == learned[f"{name}.weight"].nbytes + learned[f"{name}.bias"].nbytes
+
+
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("family", ["bert", "opt", "llama"])
 def test_copies_choose_by_what_neurons_add(family: str, single: bool, tmp_path: Path) -> None:
