@@ -28,10 +28,12 @@ from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sessions import session_options
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
+from trimtab.passes.crossover import DenseForm
 from trimtab.passes.sparse_ffn.rows import RowForm, row_bytes
 from trimtab.plugins.library import instruction_set, register
 
 SELECTIONS = 16
+DENSE: dict[RowForm, DenseForm] = {"int8": "int8", "int4": "int4-blocks"}
 
 
 def runner(path: Path, threads: int, feeds: list[dict[str, np.ndarray]]) -> Callable[[], object]:
@@ -91,7 +93,7 @@ def main(
     count = neurons // block
     with tempfile.TemporaryDirectory(prefix="trimtab-sparse-") as folder:
         for kind in cast("list[RowForm]", precision.split(",")):
-            path = dense_model(made, Path(folder) / "dense.onnx", kind)
+            path = dense_model(made, Path(folder) / "dense.onnx", DENSE.get(kind, "fp32"))
             model = sparse_model(made, Path(folder) / f"sparse-{kind}.onnx", block, kind, at_most=varying)
             for call, density in product(map(int, tokens.split(",")), map(float, densities.split(","))):
                 x = rng.standard_normal((1, call, width), np.float32)

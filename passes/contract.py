@@ -7,13 +7,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
-from trimtab.passes.crossover import Measure
+from trimtab.passes.crossover import DenseForm, Measure
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.graph.order import topological
@@ -81,6 +81,11 @@ class PassContext:
     """What passes have searched for on this graph, for `ProfileInfo.choices`."""
     dials: dict[str, Dial] = field(default_factory=dict)
     """The dials that the graph has as inputs, by name."""
+
+    def dense_form(self, part: Literal["ffn", "head"]) -> DenseForm:
+        """What the passes ahead make of the weights of such a layer, if this one leaves it as it is."""
+        forms = (step.dense_form(part, self.capability) for step in self.ahead)
+        return next((form for form in forms if form is not None), "fp32")
 
     def add_dial(self, graph: gs.Graph, dial: Dial) -> gs.Variable:
         """Give `graph` the input of `dial`, float32 [batch], with the batch of the graph's first input.
@@ -218,6 +223,10 @@ class Pass(BaseModel, ABC):
 
     def bars(self, later: Pass) -> str | None:
         """Why `later` cannot run behind this pass, told when the recipe is read; None where it can."""
+        return None
+
+    def dense_form(self, part: Literal["ffn", "head"], capability: Capability) -> DenseForm | None:
+        """The form that the pass gives the weights of layers in floating point; None where it leaves it."""
         return None
 
     def rounding(self, capability: Capability) -> Rounding | None:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult, Rounding
+from trimtab.passes.crossover import DenseForm
 from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes, topological
 from trimtab.passes.graph.choosing import choosing_nodes
 from trimtab.passes.graph.products import expose_weights, float_products
@@ -122,6 +123,9 @@ class DynamicInt8(Pass):
         if self._by_rows(capability):
             return Rounding(LARGEST, self.per_channel, per_row=True)
         return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)
+
+    def dense_form(self, part: Literal["ffn", "head"], capability: Capability) -> DenseForm | None:
+        return "int8-rows" if self._by_rows(capability) and capability.row_scales else "int8"
 
     def _by_rows(self, capability: Capability) -> bool:
         return self.scales == "row" or (self.scales == "auto" and capability.row_scales)

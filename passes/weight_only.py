@@ -12,6 +12,7 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Capability, Left, Pass, PassContext, PassResult
+from trimtab.passes.crossover import DenseForm
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes
@@ -36,6 +37,11 @@ class WeightOnly(Pass):
     bits: Literal[8, 4] = Field(8, description="of a weight", json_schema_extra={"search": [8, 4]})
     block: int = Field(32, ge=16, le=256, description="inputs that share a scale, at most")
     parts: tuple[Part, ...] = Field(("attention", "ffn", "head"), description="projections to quantize")
+
+    def dense_form(self, part: Literal["ffn", "head"], capability: Capability) -> DenseForm | None:
+        if part not in self.parts:
+            return None
+        return "int8-blocks" if self.bits == 8 else "int4-blocks"
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Quantize the projections of `graph`. Reads their weights, one at a time."""

@@ -72,7 +72,7 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         ]
 
     with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
-        dense = _session(dense_model(made, Path(folder) / "dense.onnx"), options)
+        dense = _session(dense_model(made, Path(folder) / "dense.onnx", shape.dense), options)
         sparse = _session(
             sparse_model(made, Path(folder) / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
         )
@@ -86,7 +86,8 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
     times = [one[str(k)] for k in (few, many)]
     full = max((times[1] - times[0]) / max(many - few, 1) * blocks, 1e-6)
     fixed = max(times[0] - full * few / blocks, 0.0)
-    return Crossover(one["dense"], fixed, full, tuple((tokens, together[str(tokens)]) for tokens in _TOKENS))
+    points = tuple((tokens, together[str(tokens)]) for tokens in _TOKENS)
+    return Crossover(one["dense"], fixed, full, points, shape.dense)
 
 
 def _session(path: Path, options: Options) -> ort.InferenceSession:

@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.passes.crossover import DenseForm
 from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import insert, save_graph
+from trimtab.passes.int8_rows import to_int8_rows
 from trimtab.passes.matrices.forms import Dense
 from trimtab.passes.matrices.quantize import round_to_nearest
 from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
+
+_BITS: dict[DenseForm, int] = {"int8-blocks": 8, "int4-blocks": 4}
+_BLOCK = 32  # inputs that share a scale
 
 Layer = Sequence[np.ndarray]
 """(gate, up, down), (up, down) or (head,): row-major by neuron or token, [rows, width]."""
@@ -31,18 +36,19 @@ def random_blocks(rng: np.random.Generator, tokens: int, blocks: int, k: int) ->
     return np.stack([np.sort(rng.choice(blocks, k, replace=False)) for _ in range(tokens)]).astype(np.int32)
 
 
-def dense_model(layers: Sequence[Layer], path: Path, precision: str = "fp32") -> Path:
-    """x → y by products, one layer behind the other; in int8 as ONNX Runtime's dynamic quantization makes it."""
+def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -> Path:
+    """x → y by products, one layer behind the other."""
     graph, width = _new(layers), layers[0][0].shape[1]
     x: gs.Tensor = graph.inputs[0]
 
     def product(x: gs.Tensor, w: np.ndarray, name: str) -> gs.Variable:
-        form = round_to_nearest(w, 4, 32, search=False) if precision == "int4" else Dense(w)
-        return form.emit(graph, x, name, np.dtype(np.float32))
+        bits = _BITS.get(form)
+        matrix = Dense(w) if bits is None else round_to_nearest(w, bits, _BLOCK, search=False)
+        return matrix.emit(graph, x, name, np.dtype(np.float32))
 
     for i, (*ups, last) in enumerate(layers):
         if not ups:
-            return _finish(graph, product(x, last.T, f"{i}/head"), len(last), path)
+            return _rounded(graph, product(x, last.T, f"{i}/head"), len(last), path, form)
         pre = [product(x, up.T, f"{i}/up.{j}") for j, up in enumerate(ups)]
         if len(ups) == 2:
             s = insert(graph, "Sigmoid", pre[:1], f"{i}/sigmoid", dtype=np.float32)
@@ -51,11 +57,7 @@ def dense_model(layers: Sequence[Layer], path: Path, precision: str = "fp32") ->
         else:
             h = insert(graph, "Relu", pre, f"{i}/relu", dtype=np.float32)
         x = insert(graph, "Add", [x, product(h, last, f"{i}/down")], f"{i}/residual", dtype=np.float32)
-    path = _finish(graph, x, width, path)
-    if precision == "int8":
-        quantize_file(path, path.with_name("int8.onnx"), reduce_range=False)
-        return path.with_name("int8.onnx")
-    return path
+    return _rounded(graph, x, width, path, form)
 
 
 def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm, *, at_most: bool = False) -> Path:
@@ -82,6 +84,19 @@ def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm,
         y = add_node(graph, SPARSE_DOWN, {"h": h, "blocks": blocks} | downs, f"{i}/y", **shared)
         x = insert(graph, "Add", [x, y], f"{i}/residual", dtype=np.float32)
     return _finish(graph, x, width, path)
+
+
+def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseForm) -> Path:
+    """Write the graph that makes y, with its products by dynamic quantization if they are to be."""
+    path = _finish(graph, y, width, path)
+    if form == "int8":
+        quantize_file(path, path.with_name("int8.onnx"), reduce_range=False)
+        return path.with_name("int8.onnx")
+    if form == "int8-rows":
+        to_int8_rows(graph, "trial", per_channel=True)
+        graph.cleanup()
+        save_graph(graph, path)
+    return path
 
 
 def _new(layers: Sequence[Layer]) -> gs.Graph:

@@ -247,7 +247,7 @@ class FFNRoute(Pass):
         if self.most is not None:
             return too_dense(density, self.most)
         found = self._crossover(ffn, router, layers, context)
-        if found is not None and density > found.most(router.nbytes / (4 * ffn.params)):
+        if found is not None and density > found.most(router.nbytes / ffn.params):
             return slower("its neurons", density, found)
         return None
 
@@ -255,7 +255,9 @@ class FFNRoute(Pass):
         if context.crossover is None:
             return None
         block = ffn.d_ff // router.groups
-        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, 3 if ffn.gated else 2, self.weights, block, layers))
+        matrices: Literal[2, 3] = 3 if ffn.gated else 2
+        form = context.dense_form("ffn")
+        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, matrices, self.weights, block, layers, form))
 
 
 class _Emit:

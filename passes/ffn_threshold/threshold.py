@@ -195,9 +195,10 @@ class FFNThreshold(Pass):
         """Of the projections that the first one spares; its own time is the same in both forms."""
         if context.crossover is None:
             return None
-        shape = SparseShape(ffn.d_ff, ffn.d_model, 2, self.weights, self.block, layers)
+        form = context.dense_form("ffn")
+        shape = SparseShape(ffn.d_ff, ffn.d_model, 2, self.weights, self.block, layers, form)
         if not ffn.gated:  # chosen rows of one matrix are measured as those of a head are, which are chosen one by one
-            shape = SparseShape(ffn.d_ff, ffn.d_model, 1, self.weights)
+            shape = SparseShape(ffn.d_ff, ffn.d_model, 1, self.weights, dense=form)
         return context.crossover(shape)
 
     def _rewrite(

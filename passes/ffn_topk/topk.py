@@ -151,11 +151,12 @@ class FFNTopK(Pass):
             return None
         matrices: Literal[2, 3] = 3 if ffn.gated else 2
         each = ffn.d_ff // context.shards if ffn.d_ff % (context.shards * self.block) == 0 else ffn.d_ff  # of a rank
-        return context.crossover(SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers))
+        form = context.dense_form("ffn")
+        return context.crossover(SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers, form))
 
     def _most(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
         """The largest share of the neurons that may be computed."""
-        return bounds(crossover, self.most, predictor.nbytes / (4 * ffn.params))
+        return bounds(crossover, self.most, predictor.nbytes / ffn.params)
 
     def _not_worth(self, choice: Choice, crossover: Crossover | None, ffn: FFN) -> str | None:
         """Why the FFN stays dense after all, or None."""

@@ -92,7 +92,7 @@ class HeadTopK(Pass):
         take = shards * local
         pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
         crossover = self._crossover(linear, context)
-        reason = self._not_worth(take / vocabulary, pair.nbytes / linear.bytes, crossover)
+        reason = self._not_worth(take / vocabulary, pair.nbytes / (linear.in_features * vocabulary), crossover)
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
         told: dict[str, Any] = {
@@ -112,14 +112,15 @@ class HeadTopK(Pass):
             return None
         rows = linear.out_features
         each = rows // context.shards if rows % context.shards == 0 else rows  # of a rank
-        return context.crossover(SparseShape(each, linear.in_features, 1, self.weights))
+        form = context.dense_form("head")
+        return context.crossover(SparseShape(each, linear.in_features, 1, self.weights, dense=form))
 
-    def _not_worth(self, density: float, predictor: float, crossover: Crossover | None) -> str | None:
+    def _not_worth(self, density: float, beside: float, crossover: Crossover | None) -> str | None:
         """Why the head stays dense after all, or None."""
         if self.most is not None:
             few = density <= self.most
             return None if few else f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
-        if crossover is not None and density > crossover.most(predictor):
+        if crossover is not None and density > crossover.most(beside):
             return slower("its rows", density, crossover)
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import zoo
 
 from trimtab.compiler import compile_model
 from trimtab.compiler.targets import crossover, get_target
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.crossover import SparseShape
+from trimtab.passes.crossover import DenseForm, SparseShape
 
 
 @pytest.fixture
@@ -32,6 +34,32 @@ def test_times_are_those_of_both_forms(matrices: int, form: str, cache: Path) ->
     assert found.full > 0
     assert [tokens for tokens, _ in found.together] == [1, 2, 4, 8, 16, 32]
     assert found.together[-1][1] > found.together[0][1] > 0
+
+
+@pytest.mark.parametrize("dense", get_args(DenseForm))
+@pytest.mark.parametrize("matrices", [1, 3])
+def test_dense_layers_are_timed_in_the_form_that_they_would_have(matrices: int, dense: DenseForm, cache: Path) -> None:
+    measure = get_target("onnxruntime").crossover(1)
+    assert measure is not None
+    found = measure(SparseShape(640, 96, matrices, "int8", 1, 2, dense))  # type: ignore[arg-type]
+    assert found is not None
+    assert found.form == dense
+    assert found == measure(SparseShape(640, 96, matrices, "int8", 1, 2, dense))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dense", get_args(DenseForm))
+@pytest.mark.parametrize("matrices", [1, 2, 3])
+def test_dense_trials_of_all_forms_compute_about_the_same(matrices: int, dense: DenseForm, tmp_path: Path) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    rng, layers = np.random.default_rng(seed), random_layers(128, 64, matrices, 1)
+    feeds = {"x": rng.standard_normal((2, 3, 64), np.float32)}
+    exact, rounded = (
+        OnnxRuntimeRunner(dense_model(layers, tmp_path / f"{form}.onnx", form)).run(feeds)["y"]
+        for form in ("fp32", dense)
+    )
+    assert np.linalg.norm(rounded - exact) <= (0.2 if dense == "int4-blocks" else 0.05) * np.linalg.norm(exact)
+    assert dense == "fp32" or (rounded != exact).any()
 
 
 def test_is_measured_once_for_each_shape_and_number_of_threads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +11,22 @@ import pytest
 import zoo
 from rewrite import canonical, profile_of
 
-from trimtab.passes import Pass, PassContext, PassResult, run_passes
+from trimtab.passes import Capability, Pass, PassContext, PassResult, run_passes
 from trimtab.passes.crossover import Crossover, SparseShape, limit
+from trimtab.passes.dynamic_int8 import DynamicInt8
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.head_topk.topk import HeadTopK
+from trimtab.passes.weight_only import WeightOnly
 
 TIMES = Crossover(dense=1.0, fixed=0.1, full=2.0, together=((1, 2.1), (2, 2.2), (4, 2.4), (8, 2.8)))
 
 
 def test_one_token_pays_up_to_the_density_where_both_take_as_long() -> None:
     assert TIMES.sparse(TIMES.most()) == pytest.approx(TIMES.dense)
-    assert TIMES.sparse(TIMES.most(0.25)) + 0.25 * TIMES.dense == pytest.approx(TIMES.dense)
+    assert TIMES.sparse(TIMES.most(1.0)) + 0.25 * TIMES.dense == pytest.approx(TIMES.dense)  # of four bytes a weight
+    int8 = replace(TIMES, form="int8-rows")
+    assert int8.sparse(int8.most(0.25)) + 0.25 * int8.dense == pytest.approx(int8.dense)
     assert Crossover(1.0, 1.5, 2.0, TIMES.together).most() == 0
     assert Crossover(9.0, 0.1, 2.0, TIMES.together).most() == 1
 
@@ -39,16 +45,19 @@ def test_more_tokens_pay_until_all_rows_together_are_faster(density: float) -> N
     assert limit(None, density) == max(1, int(0.8 / density))
 
 
-def run(step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path, shards: int = 1) -> PassResult:
+def run(
+    step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path, shards: int = 1, behind: Sequence[Pass] = ()
+) -> PassResult:
     graph = canonical(zoo.exported("llama"))
     profile = profile_of(graph)
     profile.set_head(np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32))
 
     def measure(shape: SparseShape) -> Crossover:
         shapes.append(shape)
-        return found
+        return replace(found, form=shape.dense)
 
-    result = run_passes(graph, [step], PassContext(profile, crossover=measure, shards=shards))[0]
+    context = PassContext(profile, Capability(row_scales=True), crossover=measure, shards=shards)
+    result = run_passes(graph, [step, *behind], context)[0]
     save_graph(graph, folder / "out.onnx")
     return result
 
@@ -108,3 +117,34 @@ def test_a_head_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
     assert "15% of its rows would be computed, more than 10%" in result.left[0].why
     assert run(HeadTopK(take=20, rank=4), [], TIMES, tmp_path).changed == 1
     assert nodes(tmp_path, "SelectBlocks") == [TIMES.dense_above(20 / 131)]
+
+
+INT8, BLOCKS = DynamicInt8(scales="auto"), WeightOnly(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("behind", "ffn", "head"),
+    [
+        ([], "fp32", "fp32"),
+        ([INT8], "int8-rows", "int8-rows"),
+        ([DynamicInt8(scales="tensor")], "int8", "int8"),
+        ([BLOCKS], "int4-blocks", "int4-blocks"),
+        ([WeightOnly(bits=8, parts=("ffn",)), INT8], "int8-blocks", "int8-rows"),
+    ],
+)
+def test_sparse_layers_stand_beside_what_later_passes_would_make_of_dense_ones(
+    behind: list[Pass], ffn: str, head: str, tmp_path: Path
+) -> None:
+    shapes: list[SparseShape] = []
+    run(FFNTopK(density=0.2, recall=0.5, rank=16), shapes, TIMES, tmp_path, behind=behind)
+    assert {shape.dense for shape in shapes} == {ffn}
+    shapes.clear()
+    run(HeadTopK(take=20, rank=16), shapes, TIMES, tmp_path, behind=behind)
+    assert {shape.dense for shape in shapes} == {head}
+
+
+def test_the_report_says_in_which_form_dense_is_faster(tmp_path: Path) -> None:
+    few = Crossover(1.0, 0.9, 2.0, TIMES.together)
+    result = run(FFNTopK(density=0.2, recall=0.5, rank=16), [], few, tmp_path, behind=[INT8])
+    assert result.changed == 0
+    assert result.left[0].why.endswith("beside 1.000 ms in int8-rows")
