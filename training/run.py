@@ -12,6 +12,7 @@ from trimtab.compiler.phases import Progress
 from trimtab.compiler.profile_choice import choose_profile
 from trimtab.compiler.recipe import Recipe, load_recipe, override
 from trimtab.compiler.sources.checkpoint import is_checkpoint
+from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.passes.errors import ModelError, ProfileError, RecipeError, TrimtabError
 from trimtab.passes.needs import Learned
 from trimtab.passes.profile import Profile
@@ -30,7 +31,7 @@ def train(
 
     Args:
         method: one of `METHOD_NAMES`.
-        model: Hugging Face directory or ONNX file.
+        model: Hugging Face directory, GGUF or ONNX file.
         data: to learn from; a part of it is held out.
         out: the Profile or the model folder to write, whole or not at all.
         recipe: the recipe that the model will be compiled with.
@@ -52,6 +53,8 @@ def train(
     plan = _recipe(kind, recipe, changes)
     dataset = data if isinstance(data, Dataset) else read_data(data)
     with remedies(model=model, recipe=recipe, settings=changes, data=data, profile=profile):
+        if is_gguf(Path(model)):
+            model = unpacked(Path(model))
         _check_paths(kind, model, profile, out)
         given = _profile(kind, profile, model, plan)
         job = Job(str(model), dataset, out, plan, given, allow_pickle, progress)

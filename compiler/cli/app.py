@@ -3,7 +3,7 @@
 A command is a module of this package that defines one function `command`, plain, with typer annotations:
 
     def command(
-        model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+        model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
         json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
     ) -> None:
         \"\"\"One line for its --help; more paragraphs may follow.\"\"\"

@@ -12,7 +12,7 @@ from trimtab.compiler.cli import console
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
     data: Annotated[
         Path,
         typer.Option("--data", help="Texts (.txt, .jsonl, .tsv, plain or .gz) or tensors (.npz).", show_default=False),

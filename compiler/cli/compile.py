@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Build directory.", show_default=False)],
     recipe: Annotated[
         Path | None, typer.Argument(help="YAML file; without one, ffn-split with its defaults.", show_default=False)

@@ -10,7 +10,7 @@ from trimtab.compiler.cli import console
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Sequence length at which attention is counted.")] = 128,
     allow_pickle: Annotated[

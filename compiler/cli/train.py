@@ -22,7 +22,7 @@ _FIRST = Method(METHOD_NAMES[0])
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or ONNX file.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
     data: Annotated[Path, typer.Option(help="Data to learn from; not what you will judge by.", show_default=False)],
     out: Annotated[
         Path, typer.Option("--output", "-o", help="The Profile or the model folder to write.", show_default=False)

@@ -14,12 +14,11 @@ import torch
 import transformers
 
 from trimtab.compiler.sources.checkpoint import BASE
+from trimtab.compiler.sources.child import report
 from trimtab.compiler.sources.decoder import Decoder, cacheable
 from trimtab.compiler.sources.pooling import load_embedding
 from trimtab.compiler.sources.transformer import Exportable, task_outputs
-from trimtab.passes.errors import ModelError, TrimtabError
-
-ERROR_FILE = "error.json"
+from trimtab.passes.errors import ModelError
 
 _GENERATING = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of architectures that are exported with their cache, where that is possible."""
@@ -79,7 +78,8 @@ def main() -> int:
     parser.add_argument("--allow-pickle", action="store_true")
     parser.add_argument("--sentence", nargs=2, metavar=("FOLDER", "JSON"))
     options = parser.parse_args()
-    try:
+
+    def work() -> None:
         model = load_model(options.folder, options.architecture, allow_pickle=options.allow_pickle)
         pooling = None
         if options.sentence:
@@ -88,10 +88,8 @@ def main() -> int:
             Decoder(model).export(options.out / "model.onnx")
         else:
             Exportable(model, pooling).export(options.out / "model.onnx")
-    except TrimtabError as error:
-        (options.out / ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
-        return 1
-    return 0
+
+    return report(options.out, work)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from trimtab.compiler.sources.checkpoint import is_checkpoint, read_checkpoint
 from trimtab.compiler.sources.folder import class_labels, model_head, optional_json, token_limit, tokenizer_folder
+from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.compiler.sources.huggingface import exported
 from trimtab.compiler.sources.source import Source
 from trimtab.compiler.task import UNKNOWN
@@ -13,7 +15,8 @@ from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.io import load_graph
 
 _ACCEPTED = (
-    "give a Hugging Face directory (config.json and *.safetensors), an ONNX file, or a directory with model.onnx; "
+    "give a Hugging Face directory (config.json and *.safetensors), an ONNX or GGUF file, or a directory with "
+    "model.onnx; "
     "torch modules go through trimtab.compiler.from_torch"
 )
 
@@ -22,7 +25,7 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
     """Open a model. A Hugging Face directory is exported with torch the first time, and found in the cache after that.
 
     Args:
-        model: Hugging Face or sentence-transformers directory, ONNX file, or directory with model.onnx.
+        model: Hugging Face or sentence-transformers directory, ONNX or GGUF file, or directory with model.onnx.
         allow_pickle: read pickled weights, which can run code of their author.
 
     Raises:
@@ -37,7 +40,9 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
         raise ModelError(f"{path}: no model in this directory", hint=_ACCEPTED)
     if not path.is_file():
         raise ModelError(f"{path}: no such file or directory", hint=_ACCEPTED)
-    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+    if is_gguf(path):
+        return replace(_open_checkpoint(unpacked(path), allow_pickle=False), origin=str(path), kind="gguf")
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         raise ModelError(f"{path}: weights alone, without the model they belong to", hint=_ACCEPTED)
     return _open_onnx(path, path)
 

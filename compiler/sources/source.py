@@ -51,7 +51,7 @@ class Source:
     tokenizer: Path | None
     labels: tuple[str, ...] | None
     max_tokens: int | None
-    kind: Literal["huggingface", "torch", "onnx"]
+    kind: Literal["huggingface", "gguf", "torch", "onnx"]
     head: Head = UNKNOWN
 
     def graph(self) -> gs.Graph:

@@ -1,0 +1,67 @@
+"""Modules that run in a process of their own: memory is free again behind them, and a crash is one error."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trimtab.passes.errors import ModelError, TrimtabError
+
+_ERROR_FILE = "error.json"
+_QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+
+
+def require(packages: Sequence[str], origin: Path, what: str, extra: str) -> None:
+    """Check that packages can be imported.
+
+    Raises:
+        ModelError: one is missing; says that reading `what` needs it, and which extra has it.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"{origin}: reading {what} needs {package}", hint=f'pip install "trimtab[{extra}]"')
+
+
+def run_child(
+    module: str, arguments: Sequence[str], out: Path, *, makes: str, origin: Path, what: str, hint: str
+) -> None:
+    """Run `python -m module arguments`, which makes the file `out`/`makes`.
+
+    Args:
+        out: folder that is there; the child's output is kept in it.
+        origin: what the user gave, for messages.
+        what: is done, for messages.
+        hint: what else the user can do if the child ends without saying why.
+
+    Raises:
+        ModelError: what the child has said, or how it ended.
+    """
+    log_file = out / "export.log"
+    with open(log_file, "wb") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
+        ).returncode  # fmt: skip
+    if code == 0 and (out / makes).is_file():
+        return
+    if (out / _ERROR_FILE).is_file():
+        said = json.loads((out / _ERROR_FILE).read_text())
+        raise ModelError(f"{origin}: {said['message']}", hint=said["hint"])
+    lines = log_file.read_text(errors="replace").strip().splitlines()[-3:]
+    how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else "failed"
+    raise ModelError(f"{origin}: {what} {how}: {' | '.join(lines) or 'it said nothing'}", hint=hint)
+
+
+def report(out: Path, work: Callable[[], None]) -> int:
+    """In the child: do the work, or leave what is wrong in `out`; returns the exit status."""
+    try:
+        work()
+    except TrimtabError as error:
+        (out / _ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
+        return 1
+    return 0
