@@ -13,12 +13,12 @@ from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import insert, save_graph
 from trimtab.passes.int8_rows import to_int8_rows
 from trimtab.passes.matrices.forms import Dense
-from trimtab.passes.matrices.quantize import round_to_nearest
+from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
 from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
 _BITS: dict[DenseForm, int] = {"int8-blocks": 8, "int4-blocks": 4}
-_BLOCK = 32  # inputs that share a scale
+_BLOCK = 32  # inputs that share a scale, at most
 
 Layer = Sequence[np.ndarray]
 """(gate, up, down), (up, down) or (head,): row-major by neuron or token, [rows, width]."""
@@ -42,8 +42,9 @@ def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -
     x: gs.Tensor = graph.inputs[0]
 
     def product(x: gs.Tensor, w: np.ndarray, name: str) -> gs.Variable:
-        bits = _BITS.get(form)
-        matrix = Dense(w) if bits is None else round_to_nearest(w, bits, _BLOCK, search=False)
+        bits, block = _BITS.get(form), fit_block(_BLOCK, len(w))  # as weight-only does it
+        exact = bits is None or block is None
+        matrix = Dense(w) if exact else round_to_nearest(w, bits, block, search=False)
         return matrix.emit(graph, x, name, np.dtype(np.float32))
 
     for i, (*ups, last) in enumerate(layers):

@@ -44,7 +44,7 @@ class Routers:
                 continue
             layer, values = int(match[1]), values.astype(np.float32)
             damaged = ProfileError(f"the router of FFN {layer} in the profile is damaged", hint=HINT)
-            if values.ndim != 2 or not np.isfinite(values).all():
+            if values.ndim != 2 or not values.size or not np.isfinite(values).all() or layer in found:
                 raise damaged
             if match[2] == "sizes":
                 if values.min(initial=0) < 0:
@@ -52,13 +52,10 @@ class Routers:
                 found[layer] = CopyRouter(values)
                 continue
             bias = learned.get(f"router.{layer}.bias")
-            if bias is None or bias.shape != values.shape[:1]:
+            if bias is None or bias.shape != values.shape[:1] or not np.isfinite(bias).all():
                 raise damaged
             found[layer] = LinearRouter(values, bias.astype(np.float32))
-        cuts = [
-            None if name not in learned else float(np.reshape(learned[name], -1)[0])
-            for name in ("threshold", "cumulative")
-        ]
+        cuts = [_share(learned.get(name), name) for name in ("threshold", "cumulative")]
         if found and (cuts[0] is None) == (cuts[1] is None):
             raise ProfileError("the profile has routers, and not one of threshold and cumulative", hint=HINT)
         return cls(dict(sorted(found.items())), *cuts)
@@ -113,3 +110,12 @@ class Routers:
         found = np.zeros_like(taken)
         np.put_along_axis(found, order, taken, 1)
         return found
+
+
+def _share(value: np.ndarray | None, name: str) -> float | None:
+    """A number from 0 to 1 of the Profile."""
+    if value is None:
+        return None
+    if value.size != 1 or not 0 <= value.item() <= 1:
+        raise ProfileError(f"the {name} of the routers in the profile is damaged: no number from 0 to 1", hint=HINT)
+    return float(value.item())

@@ -121,12 +121,13 @@ struct Int4Kernel {
   template <typename Next>
   __attribute__((always_inline)) static inline void sum_set(const Rows<kSumRows>& rows, int64_t i, const float* h,
                                                             Next& ahead, float* y) {
-    vf factor[kSumRows], most = {};
+    vf factor[kSumRows], most = {}, spoilt = {};  // times 0: NaN where one is not finite
     TRIMTAB_UNROLL for (int r = 0; r < kSumRows; r++) {
       factor[r] = h[r] * load<vf>(rows.row[r].scale + i / kInt4Block);
       most = larger(most, magnitude(factor[r]));
+      spoilt += factor[r] * 0.0f;
     }
-    const vf step = most / 32767, inverse = 32767 / larger(most, vf{} + 1e-30f);
+    const vf step = most / 32767 + spoilt, inverse = 32767 / larger(most, vf{} + 1e-30f);
     vi pair[kSumRows / 2], all = {};
     TRIMTAB_UNROLL for (int p = 0; p < kSumRows / 2; p++) {
       const vi a = round_to_integers(factor[2 * p] * inverse), b = round_to_integers(factor[2 * p + 1] * inverse);

@@ -63,12 +63,13 @@ struct Int8Kernel {
   template <bool kApart>
   static void sum(const Rows<kSumRows>& now, const Rows<kSumRows>& next, const float* h, int64_t first, int64_t size,
                   float* y) {
-    float factor[kSumRows], most = 0;
+    float factor[kSumRows], most = 0, spoilt = 0;  // times 0: NaN where one is not finite
     for (int r = 0; r < kSumRows; r++) {
       factor[r] = h[r] * *now.row[r].scale;
       most = std::max(most, std::fabs(factor[r]));
+      spoilt += factor[r] * 0;
     }
-    const float step = most / 32767, inverse = most > 0 ? 32767 / most : 0;
+    const float step = most / 32767 + spoilt, inverse = most > 0 ? 32767 / most : 0;
     int32_t rounded[kSumRows];
     for (int r = 0; r < kSumRows; r++) rounded[r] = static_cast<int32_t>(std::lrintf(factor[r] * inverse));
     vs pair[kSumRows / 2];

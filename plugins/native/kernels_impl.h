@@ -136,21 +136,21 @@ void finish(Activation kind, float* h, const float* gate, int64_t count) {
   }
 }
 
-// `count` values of x as 16-bit integers; returns their scale.
+// `count` values of x as 16-bit integers; returns their scale, which is NaN where one is not finite.
 float round_group(const float* x, int64_t count, int16_t* out) {
-  vf largest = {};
-  float most = 0;
+  vf largest = {}, spoilt = {};  // x * 0 is NaN where x is not finite
+  float most = 0, nothing = 0;
   int64_t i = 0;
-  for (; i + V <= count; i += V) largest = larger(largest, magnitude(load<vf>(x + i)));
-  for (int v = 0; v < V; v++) most = std::max(most, largest[v]);
-  for (; i < count; i++) most = std::max(most, std::fabs(x[i]));
+  for (; i + V <= count; i += V) largest = larger(largest, magnitude(load<vf>(x + i))), spoilt += load<vf>(x + i) * 0.0f;
+  for (int v = 0; v < V; v++) most = std::max(most, largest[v]), nothing += spoilt[v];
+  for (; i < count; i++) most = std::max(most, std::fabs(x[i])), nothing += x[i] * 0;
   const float inverse = most > 0 ? 32767 / most : 0;
   for (i = 0; i + V <= count; i += V) {
     const vi rounded = round_to_integers(load<vf>(x + i) * inverse);
     for (int v = 0; v < V; v++) out[i + v] = static_cast<int16_t>(rounded[v]);
   }
   for (; i < count; i++) out[i] = static_cast<int16_t>(std::lrintf(x[i] * inverse));
-  return most / 32767;
+  return most / 32767 + nothing;
 }
 
 void prepare(Format format, const float* x, int64_t width, int16_t* integers, float* scale, float* less) {

@@ -48,18 +48,22 @@ def test_dense_layers_are_timed_in_the_form_that_they_would_have(matrices: int, 
 
 
 @pytest.mark.parametrize("dense", get_args(DenseForm))
+@pytest.mark.parametrize("width", [64, 48, 40])
 @pytest.mark.parametrize("matrices", [1, 2, 3])
-def test_dense_trials_of_all_forms_compute_about_the_same(matrices: int, dense: DenseForm, tmp_path: Path) -> None:
+def test_dense_trials_of_all_forms_compute_about_the_same(
+    matrices: int, width: int, dense: DenseForm, tmp_path: Path
+) -> None:
+    """Also of sizes that no block divides, or only a small one."""
     seed = int(np.random.default_rng().integers(1 << 30))
     print(f"seed {seed}")
-    rng, layers = np.random.default_rng(seed), random_layers(128, 64, matrices, 1)
-    feeds = {"x": rng.standard_normal((2, 3, 64), np.float32)}
+    rng, layers = np.random.default_rng(seed), random_layers(2 * width - 4, width, matrices, 1)
+    feeds = {"x": rng.standard_normal((2, 3, width), np.float32)}
     exact, rounded = (
         OnnxRuntimeRunner(dense_model(layers, tmp_path / f"{form}.onnx", form)).run(feeds)["y"]
         for form in ("fp32", dense)
     )
     assert np.linalg.norm(rounded - exact) <= (0.2 if dense == "int4-blocks" else 0.05) * np.linalg.norm(exact)
-    assert dense == "fp32" or (rounded != exact).any()
+    assert dense == "fp32" or width == 40 or (rounded != exact).any()
 
 
 def test_is_measured_once_for_each_shape_and_number_of_threads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,7 +398,7 @@ def test_what_is_neither_lists_what_is_accepted(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "w.safetensors").write_bytes(b"")
     for given in ("no/such/model", tmp_path / "empty", tmp_path / "w.safetensors"):
-        with pytest.raises(ModelError, match=r"Hugging Face directory.*ONNX file.*model\.onnx"):
+        with pytest.raises(ModelError, match=r"Hugging Face directory.*ONNX or GGUF file.*model\.onnx"):
             open_source(given)
 
 

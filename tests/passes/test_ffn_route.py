@@ -373,6 +373,11 @@ def _router(layer: int, groups: int, width: int) -> dict[str, np.ndarray]:
     return {f"router.{layer}.weight": weight, f"router.{layer}.bias": bias}
 
 
+def _sizes(sizes: np.ndarray) -> dict[str, Any]:
+    """A router of copies in the place of the linear one."""
+    return {"router.0.weight": None, "router.0.bias": None, "router.0.sizes": sizes.astype(np.float32)}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -380,9 +385,15 @@ def _router(layer: int, groups: int, width: int) -> dict[str, np.ndarray]:
         (_router(7, 4, 48), "router of FFN 7"),
         (_router(0, 7, 48), "do not divide its 80"),
         ({"router.0.bias": None}, "router of FFN 0 in the profile is damaged"),
-        ({"router.0.sizes": np.ones((8, 9), np.float32)}, "knows 72 neurons, and the FFN has 80"),
-        ({"router.0.sizes": -np.ones((8, 10), np.float32)}, "router of FFN 0 in the profile is damaged"),
-        ({"router.0.sizes": np.full((8, 10), np.nan, np.float32)}, "router of FFN 0 in the profile is damaged"),
+        (_sizes(np.ones((8, 9))), "knows 72 neurons, and the FFN has 80"),
+        (_sizes(-np.ones((8, 10))), "router of FFN 0 in the profile is damaged"),
+        ({"router.0.sizes": np.ones((8, 10), np.float32)}, "router of FFN 0 in the profile is damaged"),
+        ({"router.0.bias": np.full(8, np.nan, np.float32)}, "router of FFN 0 in the profile is damaged"),
+        ({"router.0.weight": np.ones((0, 48), np.float32)}, "router of FFN 0 in the profile is damaged"),
+        ({"threshold": np.array([np.nan], np.float32)}, "threshold of the routers in the profile is damaged"),
+        ({"threshold": np.array([1.7], np.float32)}, "threshold of the routers in the profile is damaged"),
+        ({"threshold": np.zeros(0, np.float32)}, "threshold of the routers in the profile is damaged"),
+        (_sizes(np.full((8, 10), np.nan)), "router of FFN 0 in the profile is damaged"),
         ({"cumulative": np.array([0.9], np.float32)}, "not one of threshold and cumulative"),
         ({"threshold": None}, "not one of threshold and cumulative"),
     ],

@@ -153,14 +153,21 @@ def test_what_bytes_hold_exactly_is_multiplied_exactly(block: int, width: int) -
     equal(y, h @ q)
 
 
-def test_what_is_no_number_stays_with_its_token() -> None:
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 9])
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("form", ["float32", "int8", "int4"])
+def test_what_is_no_number_stays_with_its_token(form: str, block: int, tokens: int, what: float) -> None:
+    """All of its token is not finite, and nothing of the others, however many tokens are multiplied together."""
     rng = seeded()
-    case = Case("float32", 64, 8, 6, True, rng)
-    x = rng.standard_normal((1, 4, 64)).astype(np.float32)
-    x[0, 2, 5] = np.nan
-    blocks = np.tile(np.arange(6, dtype=np.int32), (4, 1))
-    for _, y in everywhere(case.model, {"x": x, "blocks": blocks}).values():
-        assert np.isfinite(y[0]).all(1).tolist() == [True, True, False, True]
+    case = Case(form, 160, block, 6, True, rng)
+    x, spoilt = rng.standard_normal((1, tokens, 160)).astype(np.float32), rng.integers(tokens)
+    x[0, spoilt, rng.integers(160)] = what
+    blocks = np.tile(np.arange(6, dtype=np.int32), (tokens, 1))
+    for name, (_, y) in everywhere(case.model, {"x": x, "blocks": blocks}).items():
+        finite = np.isfinite(y[0]).all(1)
+        assert np.flatnonzero(~finite).tolist() == [spoilt], name
+        assert what == np.inf or not np.isfinite(y[0, spoilt]).any(), name
 
 
 @pytest.mark.parametrize("blocks", [[[0, 6]], [[-1, 0]], [[0, -2]]])
