@@ -55,4 +55,8 @@ def chosen(learned: dict[str, np.ndarray], layer: int, x: np.ndarray, dial: Any)
     best = np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
     ranked = np.sort(scores, 1)
     clear = np.where(level[:, 0] > 0, np.abs(reached - level).min(1), 1)
-    return (reached >= level) | best, np.minimum(clear, ranked[:, -1] - ranked[:, -2])
+    taken = (reached >= level) | best
+    # Of two scores that are all but equal, float32 may put either first, and a share of the sum takes the first alone.
+    gap = np.where(taken, scores, np.inf).min(1) - np.where(taken, -np.inf, scores).max(1)
+    clear = np.where(gap > 1e-6, clear, 0)
+    return taken, np.minimum(clear, ranked[:, -1] - ranked[:, -2])

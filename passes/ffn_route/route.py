@@ -91,7 +91,10 @@ class FFNRoute(Pass):
         le=1,
         description="share of an FFN's groups that a token may take, the best; below 1 no value of the dial is exact",
     )
-    shared: bool = Field(False, description="all tokens of a call compute what any of them needs")
+    shared: bool = Field(
+        False,
+        description="all tokens of a call compute the groups that reach the dial for any of them, or the best one",
+    )
     weights: RowForm = Field("fp32", description="of the FFN's own weights")
     dense_above: int | None = Field(
         None, ge=0, description="calls with more tokens compute all neurons, whatever the dial; never, if not given"

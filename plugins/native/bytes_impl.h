@@ -37,7 +37,7 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
     float scales[kChunk];
     for (int64_t r = 0; r < now.tiled(); r++) scales[r] = *now.row[r].scale;
     Lines ahead(after, 0, after.count == 0 ? 0 : after.w->width);
-    const int64_t passes = (tokens + kDotTokens - 1) / kDotTokens, lines = (kStepLines + passes - 1) / passes;
+    const int64_t lines = lines_in(kDotRows * kBytesWide, (tokens + kDotTokens - 1) / kDotTokens);
     in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
       int64_t token[kDotTokens];
       for (int64_t j = 0; j < some; j++) token[j] = numbers == nullptr ? t + j : numbers[t + j];

@@ -27,15 +27,6 @@ struct Chunk {
 
   // Rows with those that fill the last tile.
   int64_t tiled() const { return (count + kDotRows - 1) / kDotRows * kDotRows; }
-
-  // Asks for places first to first + size of part `i` of `parts` of the rows. Inlined at once: GCC takes a function that only
-  // prefetches for one without effect, and drops it.
-  __attribute__((always_inline)) void ask(int64_t i, int64_t parts, int64_t first, int64_t size) const {
-    for (int64_t r = count * i / parts; r < count * (i + 1) / parts; r++) {
-      const char* data = row[r].data + bytes_of(w->format, first);
-      for (int64_t at = 0; at < bytes_of(w->format, size); at += 64) __builtin_prefetch(data + at, 0, 2);
-    }
-  }
 };
 
 // Asks for the rows of a chunk line by line, one row after the other: evenly, so that memory is never idle while rows are
@@ -48,7 +39,7 @@ class Lines {
     if (left_ > 0) begin();
   }
 
-  // `lines` more. Inlined at once, as those of Chunk and Ahead.
+  // `lines` more. Inlined at once: GCC takes a function that only prefetches for one without effect, and drops it.
   __attribute__((always_inline)) void ask(int64_t lines) {
     for (; lines > 0 && left_ > 0; lines--) {
       __builtin_prefetch(here_, 0, 2);
@@ -70,6 +61,9 @@ class Lines {
   const int64_t at_, bytes_;
   const char *here_ = nullptr, *end_ = nullptr;
 };
+
+// Lines to ask for with a step that reads so many bytes, where the same rows pass so many times.
+inline int64_t lines_in(int64_t bytes, int64_t passes) { return (bytes + 64 * passes - 1) / (64 * passes); }
 
 // What follows a chunk: more of the same rows, else those that are wanted next.
 inline Chunk behind(const Weights& w, const Chosen& chosen, int64_t i, int64_t end, const Wanted& next) {

@@ -16,8 +16,8 @@ constexpr int64_t kDepth = 1024;  // places of a row that are multiplied before 
 constexpr int64_t kPanelWide = 128;  // columns that are widened at a time
 static_assert(kPanelWide % kSumWide == 0 && kPanelWide % kInt4Block == 0, "whole tiles, and whole blocks of int4");
 
-using DotTile = void (*)(const char* const*, const float* const*, int64_t, float (*)[kDotRows]);
-using SumTile = void (*)(const char* const*, int64_t, int64_t, const float* const*, float* const*);
+using DotTile = void (*)(const char* const*, const float* const*, int64_t, float (*)[kDotRows], Lines&, int64_t);
+using SumTile = void (*)(const char* const*, int64_t, int64_t, const float* const*, float* const*, Lines&, int64_t);
 
 template <Format F, int... T>
 constexpr std::array<DotTile, sizeof...(T)> dot_tiles(std::integer_sequence<int, T...>) {
@@ -57,17 +57,15 @@ void dot_piece(const Chunk& now, const Chunk& next, int64_t next_first, const Ac
     rows[r] = widened ? reinterpret_cast<const char*>(panel.data() + r * kDepth) : now.row[r].data + bytes_of(w.format, first);
     if (widened) widen(w, now.row[r], first, size, panel.data() + r * kDepth);
   }
-  const int64_t parts = (tokens + kDotTokens - 1) / kDotTokens * (now.tiled() / kDotRows);
-  int64_t part = 0;
-  const int64_t next_size = next.count == 0 ? 0 : std::min(size, next.w->width - next_first);
+  Lines ahead(next, next_first, next.count == 0 ? 0 : std::min(size, next.w->width - next_first));
+  const int64_t lines = lines_in(kDotRows * bytes_of(w.format, V), (tokens + kDotTokens - 1) / kDotTokens);
   with_tiles(widened ? Format::float32 : w.format, [&](auto kind) {
     in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
       const float* from[kDotTokens];
       for (int64_t j = 0; j < some; j++) from[j] = x.floats + numbers[t + j] * w.width + first;
       for (int64_t r = 0; r < now.count; r += kDotRows) {
-        next.ask(part, parts, next_first, next_size), part++;
         float made[kDotTokens][kDotRows];
-        kind.dot[some - 1](rows + r, from, size, made);
+        kind.dot[some - 1](rows + r, from, size, made, ahead, lines);
         for (int64_t j = 0; j < some; j++)
           put_down(load<four>(made[j]), first == 0, now.count - r, out + (t + j) * out_stride + r);
       }
@@ -100,8 +98,9 @@ void sum_floats(const Chunk& now, const Chunk& next, const float* const* h, floa
   alignas(64) static thread_local float panel[kChunk * kPanelWide];
   const Weights& w = *now.w;
   const int64_t strips = (end - begin + kPanelWide - 1) / kPanelWide;
+  const int64_t lines = lines_in(bytes_of(w.format, kSumWide), (tokens + kSumTokens - 1) / kSumTokens);
+  Lines ahead(next, begin, end - begin);
   for (int64_t strip = 0; strip < strips; strip++) {
-    next.ask(strip, strips, begin, end - begin);
     const int64_t column = begin + strip * kPanelWide, size = std::min(kPanelWide, end - column);
     const bool widened = is_integer(w.format) || size % kSumWide != 0;
     const char* rows[kChunk];
@@ -121,7 +120,7 @@ void sum_floats(const Chunk& now, const Chunk& next, const float* const* h, floa
             to[j] = wide == kSumWide ? y[t + j] + column + c : last[j];
             if (wide < kSumWide) std::copy_n(y[t + j] + column + c, wide, last[j]);
           }
-          kind.sum[some - 1](rows, widened ? c : column + c, now.count, h + t, to);
+          kind.sum[some - 1](rows, widened ? c : column + c, now.count, h + t, to, ahead, lines);
           if (wide < kSumWide)
             for (int64_t j = 0; j < some; j++) std::copy_n(last[j], wide, y[t + j] + column + c);
         });

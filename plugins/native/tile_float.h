@@ -10,12 +10,13 @@ namespace {
 constexpr int kSumVectors = V == 16 ? 4 : 2;  // of a tile of `sum`
 constexpr int64_t kSumWide = kSumVectors * V;
 
-// out[t][r] = sum over i < size of x[t][i] * rows[r][i].
+// out[t][r] = sum over i < size of x[t][i] * rows[r][i]. Of `next`, `lines` are asked for with every V places.
 template <Format F, int T>
-void dot_tile(const char* const* rows, const float* const* x, int64_t size, float (*out)[kDotRows]) {
+void dot_tile(const char* const* rows, const float* const* x, int64_t size, float (*out)[kDotRows], Lines& next, int64_t lines) {
   vf sums[T][kDotRows] = {};
   int64_t i = 0;
   for (; i + V <= size; i += V) {
+    next.ask(lines);
     vf a[T];
     TRIMTAB_UNROLL for (int t = 0; t < T; t++) a[t] = load<vf>(x[t] + i);
     TRIMTAB_UNROLL for (int r = 0; r < kDotRows; r++) {
@@ -31,13 +32,16 @@ void dot_tile(const char* const* rows, const float* const* x, int64_t size, floa
   }
 }
 
-// y[t][j] += sum over i < count of h[t][i] * rows[i][column + j], for j < kSumWide.
+// y[t][j] += sum over i < count of h[t][i] * rows[i][column + j], for j < kSumWide. Of `next`, `lines` are asked for with
+// every row.
 template <Format F, int T>
-void sum_tile(const char* const* rows, int64_t column, int64_t count, const float* const* h, float* const* y) {
+void sum_tile(const char* const* rows, int64_t column, int64_t count, const float* const* h, float* const* y, Lines& next,
+              int64_t lines) {
   vf sums[T][kSumVectors];
   TRIMTAB_UNROLL for (int t = 0; t < T; t++)
     TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) sums[t][v] = load<vf>(y[t] + v * V);
   for (int64_t i = 0; i < count; i++) {
+    next.ask(lines);
     vf w[kSumVectors];
     TRIMTAB_UNROLL for (int v = 0; v < kSumVectors; v++) w[v] = As<F>::vector(rows[i], column + v * V);
     TRIMTAB_UNROLL for (int t = 0; t < T; t++) {

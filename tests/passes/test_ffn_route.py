@@ -232,10 +232,11 @@ def test_a_cap_takes_the_best_and_shared_what_any_token_needs(shared: bool, tmp_
     save_graph(graph, tmp_path / "model.onnx")
     x_, y = run(tmp_path / "model.onnx", zoo.feeds("llama", 1, 5, rng), 0.5)
     groups, clear = chosen(learned, 0, x_[0], 0.5)
-    if shared:
-        wanted = np.broadcast_to(groups.any(0), groups.shape)
+    scores = x_[0].astype(np.float64) @ learned["router.0.weight"].T + learned["router.0.bias"]
+    if shared:  # the best of all tokens, not of each: one token's best may be less than the dial
+        highest = scores.max(0)
+        wanted = np.broadcast_to((highest >= 0) | (highest == highest.max()), groups.shape)
     else:
-        scores = x_[0].astype(np.float64) @ learned["router.0.weight"].T + learned["router.0.bias"]
         most = max(1, round(0.4 * scores.shape[1]))
         wanted = groups & (scores.argsort(1).argsort(1) >= scores.shape[1] - most)
     if clear.min() > CLEAR:
