@@ -12,7 +12,7 @@ from trimtab.passes.crossover import DenseForm
 from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import insert, save_graph
 from trimtab.passes.int8_rows import to_int8_rows
-from trimtab.passes.matrices.forms import Dense
+from trimtab.passes.matrices.forms import Dense, Matrix
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
 from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
@@ -43,8 +43,9 @@ def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -
 
     def product(x: gs.Tensor, w: np.ndarray, name: str) -> gs.Variable:
         bits, block = _BITS.get(form), fit_block(_BLOCK, len(w))  # as weight-only does it
-        exact = bits is None or block is None
-        matrix = Dense(w) if exact else round_to_nearest(w, bits, block, search=False)
+        matrix: Matrix = Dense(w)
+        if bits is not None and block is not None:
+            matrix = round_to_nearest(w, bits, block, search=False)
         return matrix.emit(graph, x, name, np.dtype(np.float32))
 
     for i, (*ups, last) in enumerate(layers):
