@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,6 +27,20 @@ def require(packages: Sequence[str], origin: Path, what: str, extra: str) -> Non
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"{origin}: reading {what} needs {package}", hint=f'pip install "trimtab[{extra}]"')
+
+
+def content_key(content: str, modules: Sequence[str], packages: Sequence[str]) -> str:
+    """The name in the cache of what a child makes of `content`, a hash: it depends on code and versions, too.
+
+    Args:
+        modules: files of this folder whose code decides what is made.
+    """
+    digest = hashlib.sha256(content.encode())
+    for name in modules:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    for package in packages:
+        digest.update(f"{package} {importlib.metadata.version(package)}".encode())
+    return digest.hexdigest()[:32]
 
 
 def run_child(

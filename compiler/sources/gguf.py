@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
-from trimtab.compiler.sources.child import require, run_child
+from trimtab.compiler.sources.child import content_key, require, run_child
 from trimtab.compiler.sources.gguf_header import read_header
 from trimtab.passes.errors import ModelError
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "accelerate", "gguf")
+_UNPACKING = ("gguf_header.py", "gguf_unpack.py")
+"""The modules whose code decides what is unpacked."""
 _HINT = "give the model's Hugging Face checkpoint"
 
 
@@ -33,13 +33,13 @@ def unpacked(path: Path) -> Path:
         ModelError: damaged, or of an architecture or a type that cannot be read; or a package is missing.
         BuildError: the cache cannot be written.
     """
-    try:
-        read_header(path)  # without torch: what is damaged is refused at once
-    except ModelError as error:
-        raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
     require(_PACKAGES, path, "a GGUF file", "gguf")
 
     def make(part: Path) -> None:
+        try:
+            read_header(path)  # without torch: what is damaged is refused at once
+        except ModelError as error:
+            raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
         part.mkdir()
         log.info("%s: unpacking", path)
         run_child(
@@ -47,13 +47,4 @@ def unpacked(path: Path) -> Path:
             origin=path, what="unpacking it", hint=_HINT,
         )  # fmt: skip
 
-    return entry("gguf", _key(path), make)
-
-
-def _key(path: Path) -> str:
-    digest = hashlib.sha256(file_hash(path).encode())
-    for name in ("gguf_header.py", "gguf_unpack.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
-    for package in _PACKAGES:
-        digest.update(f"{package} {importlib.metadata.version(package)}".encode())
-    return digest.hexdigest()[:32]
+    return entry("gguf", content_key(file_hash(path), _UNPACKING, _PACKAGES), make)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.compiler.sources.child import require, run_child
+from trimtab.compiler.sources.child import content_key, require, run_child
 
 log = logging.getLogger(__name__)
 
+_PACKAGES = ("torch", "transformers", "onnxscript")
 _EXPORTING = ("export.py", "transformer.py", "decoder.py", "torch_export.py", "pooling.py")
 """The modules whose code decides what is exported."""
 
@@ -25,23 +24,14 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
         ModelError: torch or transformers is missing, or the export fails; says why.
         BuildError: the cache cannot be written.
     """
-    require(("torch", "transformers", "onnxscript"), checkpoint.folder, "a Hugging Face model", "huggingface")
+    require(_PACKAGES, checkpoint.folder, "a Hugging Face model", "huggingface")
 
     def make(part: Path) -> None:
         part.mkdir()
         log.info("%s: exporting %s with torch", checkpoint.folder, checkpoint.architecture)
         _export(checkpoint, part, allow_pickle)
 
-    return entry("sources", _key(checkpoint), make) / "model.onnx"
-
-
-def _key(checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256(checkpoint.digest.encode())
-    for name in _EXPORTING:
-        digest.update((Path(__file__).parent / name).read_bytes())
-    for package in ("torch", "transformers", "onnxscript"):
-        digest.update(f"{package} {importlib.metadata.version(package)}".encode())
-    return digest.hexdigest()[:32]
+    return entry("sources", content_key(checkpoint.digest, _EXPORTING, _PACKAGES), make) / "model.onnx"
 
 
 def _export(checkpoint: Checkpoint, out: Path, allow_pickle: bool) -> None:

@@ -12,12 +12,11 @@ from trimtab.passes.crossover import DenseForm
 from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import insert, save_graph
 from trimtab.passes.int8_rows import to_int8_rows
-from trimtab.passes.matrices.forms import Dense, Matrix
-from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
-_BITS: dict[DenseForm, int] = {"int8-blocks": 8, "int4-blocks": 4}
+_BLOCKS: dict[DenseForm, str] = {"int8-blocks": "int8", "int4-blocks": "int4"}
 _BLOCK = 32  # inputs that share a scale, at most
 
 Layer = Sequence[np.ndarray]
@@ -42,11 +41,7 @@ def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -
     x: gs.Tensor = graph.inputs[0]
 
     def product(x: gs.Tensor, w: np.ndarray, name: str) -> gs.Variable:
-        bits, block = _BITS.get(form), fit_block(_BLOCK, len(w))  # as weight-only does it
-        matrix: Matrix = Dense(w)
-        if bits is not None and block is not None:
-            matrix = round_to_nearest(w, bits, block, search=False)
-        return matrix.emit(graph, x, name, np.dtype(np.float32))
+        return in_form(w, _BLOCKS.get(form, "fp32"), _BLOCK).emit(graph, x, name, np.dtype(np.float32))
 
     for i, (*ups, last) in enumerate(layers):
         if not ups:

@@ -12,11 +12,11 @@ from trimtab.passes.anatomy import FFN
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.ffn_route.router import HINT, Router
-from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form
+from trimtab.passes.ffn_topk.predictor import Guess, Predictor
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.layer import FFNWeights
 from trimtab.passes.matrices.forms import OPSETS
-from trimtab.passes.matrices.quantize import fit_block
+from trimtab.passes.matrices.quantize import fit_block, in_form
 
 FORM, BITS, BLOCK = "int4", 4, 64
 """Of the copies: rounded to nearest, with a scale for so many inputs of a neuron, or for fewer that divide them."""

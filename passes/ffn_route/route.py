@@ -16,7 +16,7 @@ from trimtab.passes.errors import NotLearnedError
 from trimtab.passes.ffn_route.cumulative import shares_before
 from trimtab.passes.ffn_route.fitted import THRESHOLD, Fitted, GroupBy, fit
 from trimtab.passes.ffn_route.grouping import check_groups
-from trimtab.passes.ffn_route.router import Router
+from trimtab.passes.ffn_route.router import BITS, Router
 from trimtab.passes.ffn_route.routers import METHOD, Routers
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import FFNWeights, read_layer
@@ -44,7 +44,6 @@ DIAL = "route_threshold"
 _USUAL = 0.5  # of the dial, where no Profile tells what training had
 _SPARSITY, _GROUP = 0.5, 32  # of fitted routers
 _INTEGERS = ("int8", "int4")
-_ROUTER_BITS = 8  # of routers beside such weights
 
 
 class FFNRoute(Pass):
@@ -163,7 +162,7 @@ class FFNRoute(Pass):
             wanted = [ffn for ffn in wanted if ffn.layer in fitted]
         else:
             routers = Routers.of(profile.learned(METHOD)).bound({ffn.layer: ffn for ffn in anatomy.ffns})
-        if self.weights in _INTEGERS and _ROUTER_BITS in context.capability.weight_bits:
+        if self.weights in _INTEGERS and BITS in context.capability.weight_bits:
             routers = routers.in_integers()
         raise_opset(graph, max(OPSET, routers.opset))
         dial = self._dial(routers.default)

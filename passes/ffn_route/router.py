@@ -14,10 +14,12 @@ from trimtab.passes.anatomy import FFN
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.matrices.forms import OPSETS, Dense, Matrix
-from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+from trimtab.passes.matrices.forms import OPSETS, Matrix
+from trimtab.passes.matrices.quantize import fit_block, in_form
 
-_BITS, _BLOCK = 8, 64
+BITS = 8
+"""Of the weights of routers beside integer rows."""
+_BLOCK = 64
 _LARGE = 1 << 20
 """Bytes in fp32 of a router that is worth integers: more than stays in a core's cache from one token to the next."""
 
@@ -116,9 +118,7 @@ class LinearRouter(Router):
 
     @cached_property
     def _matrix(self) -> Matrix:
-        width = self.weight.shape[1]
-        block = None if self.form == "fp32" else fit_block(_BLOCK, width)
-        return Dense(self.weight.T) if block is None else round_to_nearest(self.weight.T, _BITS, block)
+        return in_form(self.weight.T, self.form, _BLOCK, search=True)
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):

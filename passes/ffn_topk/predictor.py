@@ -13,12 +13,10 @@ from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_topk.importance import pool
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.layer import FFNWeights
-from trimtab.passes.matrices.forms import Dense, Matrix, Product
-from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+from trimtab.passes.matrices.forms import Matrix, Product
 
 _DAMP = 1e-3  # of the mean variance of the inputs
 _PROBES = 16  # directions beyond the rank that the subspace iteration follows
-_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,3 @@ def low_rank(
     q = span @ svd(span.T @ weighted, full_matrices=False, check_finite=False)[0][:, :rank]
     left = solve_triangular(root.T, q, lower=False, check_finite=False)
     return left.astype(np.float32), (q.T @ seen).astype(np.float32)
-
-
-def in_form(weight: np.ndarray, form: str, block: int) -> Matrix:
-    """`weight` in fp32, or in int8 or int4 in blocks; as it is where no block divides its inputs."""
-    size = fit_block(block, len(weight)) if form in _BITS else None
-    return Dense(weight) if size is None else round_to_nearest(weight, _BITS[form], size, search=False)

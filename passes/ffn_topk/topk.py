@@ -15,11 +15,12 @@ from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slow
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
-from trimtab.passes.ffn_topk.predictor import Guess, Predictor, in_form, low_rank
+from trimtab.passes.ffn_topk.predictor import Guess, Predictor, low_rank
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import OPSETS, LowRank
+from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.needs import FFNStates, Need
 from trimtab.passes.sparse_ffn import (
     RestNodes,

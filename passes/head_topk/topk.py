@@ -12,13 +12,13 @@ from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
 from trimtab.passes.crossover import Crossover, SparseShape, limit, slower
 from trimtab.passes.errors import RecipeError
-from trimtab.passes.ffn_topk.predictor import in_form
 from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
 from trimtab.passes.matrices.forms import OPSETS, LowRank
+from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.needs import HeadStates, Need
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, row_bytes, row_constants
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
-from trimtab.passes.matrices.forms import Quantized
+from trimtab.passes.matrices.forms import Dense, Matrix, Quantized
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
 TYPICAL = 0.9
 """Of the largest weight of a block: the clipping that is good on average, without a search."""
+_BITS = {"int8": 8, "int4": 4}
 _DAMP = 0.01  # of the mean diagonal, so that unused inputs do not make the second moments singular
 
 
@@ -30,6 +31,17 @@ def round_to_nearest(weight: np.ndarray, bits: int, block: int, *, search: bool 
     scale = np.stack([_scale(part, bits, _SHRINK if search else np.array([TYPICAL])) for part in blocks])
     q = _round(blocks, scale[:, None], bits).reshape(weight.shape)
     return Quantized(q.astype(np.int8), scale, bits, block)
+
+
+def in_form(weight: np.ndarray, form: str, block: int, *, search: bool = False) -> Matrix:
+    """`weight` in fp32, or in int8 or int4 in blocks; as it is where no block divides its inputs.
+
+    Args:
+        block: inputs that share a scale, at most.
+        search: as of `round_to_nearest`.
+    """
+    size = fit_block(block, len(weight)) if form in _BITS else None
+    return Dense(weight) if size is None else round_to_nearest(weight, _BITS[form], size, search=search)
 
 
 def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray) -> Quantized:

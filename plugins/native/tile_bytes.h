@@ -110,7 +110,8 @@ void dot_bytes(const char* const* rows, const int8_t* const* x, int64_t size, in
   }
 }
 
-// Four rows from place `at` on side by side: of each 16 columns, those of vector n are 4 n to 4 n + 3, and each has the four rows' bytes.
+// Four rows from place `at` on side by side: of each 16 columns, those of vector n are 4 n to 4 n + 3, and each has the four
+// rows' bytes.
 inline void interleave(const char* const* rows, int64_t at, vi* out) {
 #if TRIMTAB_WIDTH == 16
   __m512i row[4];

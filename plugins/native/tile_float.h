@@ -12,7 +12,8 @@ constexpr int64_t kSumWide = kSumVectors * V;
 
 // out[t][r] = sum over i < size of x[t][i] * rows[r][i]. Of `next`, `lines` are asked for with every V places.
 template <Format F, int T>
-void dot_tile(const char* const* rows, const float* const* x, int64_t size, float (*out)[kDotRows], Lines& next, int64_t lines) {
+void dot_tile(const char* const* rows, const float* const* x, int64_t size, float (*out)[kDotRows], Lines& next,
+              int64_t lines) {
   vf sums[T][kDotRows] = {};
   int64_t i = 0;
   for (; i + V <= size; i += V) {

@@ -174,7 +174,8 @@ struct SparseDown {
       if (bytes) use.bytes->sum_by_block(down, takers, rounded[batch].get(), mine, first, last, to);
       else use.sum_by_block(down, takers, from, count, mine, some, first, last, to);
     };
-    if (parts > 1 && tokens <= kTogether && parts * tokens * width <= kMostPartialBlocks && parts * tokens * kPartialRows <= down.rows) {
+    const int64_t partial = parts * tokens;  // rows of partial sums
+    if (parts > 1 && tokens <= kTogether && partial * width <= kMostPartialBlocks && partial * kPartialRows <= down.rows) {
       const Takers all = turned[0].takers(block);
       add_up(runtime, context, parts, tokens * width, y, [&](int64_t part, float* to) {
         const int64_t begin = bound(all.count, parts, part, 1), end = bound(all.count, parts, part + 1, 1);
