@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/ptx.py [--json FILE] [--only OP]
 
-All ops, types and tiles at the shapes of LLaMA-7B, and attention with heads of 16 to 128, with and without a bias. A
-tile that spills or wants more than 48 KB of shared memory is not offered to TensorRT's builder; this says which those
-are. `--only OP` compiles one op's alone.
+All ops, types and tiles at the shapes of LLaMA-7B, with one count and with counts that differ from token to token, and
+attention with heads of 16 to 128, with and without a bias. A tile that spills or wants more than 48 KB of shared memory
+is not offered to TensorRT's builder; this says which those are. `--only OP` compiles one op's alone.
 """
 
 from __future__ import annotations
@@ -49,16 +49,26 @@ class Case:
 
 
 def cases() -> list[Case]:
-    found = [_sparse(kernel, *types) for kernel, types in product((UP, DOWN, HEAD), TYPES)]
-    found += [_sparse(SELECT, kind, kind) for kind in (HALF, BRAIN, FLOAT)]
+    found = [
+        _sparse(kernel, *types, counts)
+        for kernel, types in product((UP, DOWN, HEAD), TYPES)
+        for counts in _counts(kernel)
+    ]
+    found += [_sparse(SELECT, kind, kind, counts) for kind in (HALF, BRAIN, FLOAT) for counts in _counts(SELECT)]
     parts = product(ATTENTION, (HALF, BRAIN, FLOAT), DIMS, (False, True))
     return found + [_attention(*part) for part in parts]
 
 
-def _sparse(kernel: GpuKernel, float_: str, weight: str) -> Case:
+def _counts(kernel: GpuKernel) -> tuple[dict[str, int | str], ...]:
+    """The same number of blocks for all tokens, and one that differs."""
+    differ = any(attribute.name == "at_most" for attribute in kernel.op.attributes)
+    return ({}, {"at_most": 1}) if differ else ({},)
+
+
+def _sparse(kernel: GpuKernel, float_: str, weight: str, counts: Mapping[str, int | str]) -> Case:
     scales = {"SparseUp": ("up_scale", "gate_scale"), "SparseDown": ("down_scale",), "SparseHead": ("weight_scale",)}
     names = [*scales.get(kernel.op.name, ())] if weight == INT8 else []
-    form = forms(kernel, float_, weight, ["gate", "up_bias", *names], **OPTIONS.get(kernel.op.name, {}))
+    form = forms(kernel, float_, weight, ["gate", "up_bias", *names], **OPTIONS.get(kernel.op.name, {}), **counts)
     return Case(kernel, form, {name: shape for name, shape in SHAPES.items() if name in form.given})
 
 
@@ -77,7 +87,8 @@ def compiled(case: Case, sm: int) -> list[dict[str, Any]]:
         made = compile_kernel(case.kernel, case.form, case.shapes, tile, sm)
         found = assemble(made.ptx, sm)
         rows.append({
-            "op": case.kernel.op.name, "types": types, "shapes": case.shapes, "sm": sm, "tile": repr(tile),
+            "op": case.kernel.op.name, "types": types, "attributes": case.form.attributes, "shapes": case.shapes,
+            "sm": sm, "tile": repr(tile),
             "registers": found.registers, "spilled_bytes": found.spilled_bytes, "shared_bytes": made.shared_bytes,
         })  # fmt: skip
     return rows

@@ -102,7 +102,8 @@ def tiles(form: Form, shapes: Shapes) -> tuple[Tile, ...]:
     elif form.given[name] == "tensor(int8)":  # more warps, since what the integers become takes registers
         many = [(16, 8, 128, 4, 3), (16, 16, 128, 4, 3), (64, 64, 32, 8, 3)]
     else:
-        many = [(16, 8, 128, 2, 4), (16, 8, 256, 4, 2), (16, 16, 128, 2, 4), (64, 64, 32, 4, 3)]
+        stages = 3 if form.attributes.get("at_most") else 2  # before sm_90 counts and two stages spill a register
+        many = [(16, 8, 128, 2, 4), (16, 8, 256, 4, stages), (16, 16, 128, 2, 4), (64, 64, 32, 4, 3)]
     return (*one, *(Tile(t, rows, min(wide, columns), *rest) for t, rows, columns, *rest in many))
 
 

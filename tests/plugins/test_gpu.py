@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 from trimtab.plugins.gpu.compile import CAPABILITIES, arguments, compile_kernel, forms
 from trimtab.plugins.gpu.kernel import Tile
 from trimtab.plugins.gpu.ptx import SHARED_BUDGET, assemble, only_parameters, parameters
-from trimtab.plugins.tensorrt.kernels import has_kernel, kernel_of, launches
+from trimtab.plugins.tensorrt.kernels import has_kernel, kernel_of, launches, tactics
 
 HERE = Path(__file__).parent
 KERNELS = {name: kernel_of(op) for name, (op, _) in launches().items()}
@@ -38,7 +38,8 @@ SHAPES = {
     "down": (11008, 4096),
     "weight": (32000, 4096),
 }
-TYPES = [(kind, kind) for kind in ("float16", "bfloat16", "float")] + [("float16", "int8"), ("float", "int8")]
+FLOATS = ("float16", "bfloat16", "float")
+TYPES = [(kind, kind) for kind in FLOATS] + [(kind, "int8") for kind in FLOATS]
 
 
 def test_kernels_are_of_their_ops():
@@ -94,13 +95,16 @@ def form_of(op: str, float_: str, weight: str):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("op", KERNELS)
 def test_compiled(op, capability):
-    """No spills, shared memory in the budget, and the parameters that TensorRT gives; benchmarks/gpu/ptx.py has all."""
+    """No spills, shared memory in the budget, and the parameters that TensorRT gives; benchmarks/gpu/ptx.py has all.
+
+    Some tiles of attention do not fit, and are not offered.
+    """
     kernel = KERNELS[op]
     form, shapes = form_of(op, *random.choice(TYPES if op.startswith("Sparse") else TYPES[:3]))
     if "q" in shapes:
-        dim = random.choice((8 * random.randint(1, 16), 32, 64, 128))  # of others, some tiles spill and are not offered
+        dim = random.choice((8 * random.randint(1, 16), 32, 64, 128))
         shapes |= {name: (-1, HEADS * dim) for name in ("q", "k", "v") if name in shapes}
-    tile = random.choice(kernel.tiles(form, shapes))
+    number, tile = random.choice([*enumerate(kernel.tiles(form, shapes), 1)])
     made = compile_kernel(kernel, form, shapes, tile, capability)
     found = assemble(made.ptx, capability)
     told = form, shapes, tile, found
@@ -108,9 +112,9 @@ def test_compiled(op, capability):
     assert names[-1] == kernel.op.outputs[-1].name
     assert found.parameter_bytes == tuple(4 if name in kernel.sizes else 8 for name in names), told
     assert len(parameters(made.ptx)) == len(names)
-    assert found.spilled_bytes <= (64 if "q" in shapes else 0), told
-    assert made.shared_bytes + found.static_shared_bytes <= SHARED_BUDGET, told
     assert found.registers * made.threads <= 65536, told
+    fits = found.spilled_bytes == 0 and made.shared_bytes + found.static_shared_bytes <= SHARED_BUDGET
+    assert fits or ("q" in shapes and number not in tactics(kernel, form, shapes, 4096, capability)), told
 
 
 @pytest.mark.parametrize("op", KERNELS)
