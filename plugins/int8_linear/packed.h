@@ -1,7 +1,6 @@
 // A weight matrix of Int8Linear, packed once; nodes that share the matrix share the pack.
 #pragma once
 
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,12 +16,8 @@ class Packed {
     const int64_t panels = (out_features + use.panel - 1) / use.panel;
     view_.in_features = in_features, view_.out_features = out_features;
     const int64_t bytes = panels * use.panel * view_.quads() * 4;
-    const int64_t whole = bytes + panels * use.panel * static_cast<int64_t>(sizeof(int32_t)), page = whole < kPage ? 64 : kPage;
-    memory_.reset(std::aligned_alloc(page, (whole + page - 1) / page * page));
+    memory_ = large_memory(bytes + panels * use.panel * static_cast<int64_t>(sizeof(int32_t)));
     if (memory_ == nullptr) return;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (page == kPage) madvise(memory_.get(), whole, MADV_HUGEPAGE);
-#endif
     auto* to = static_cast<int8_t*>(memory_.get());
     auto* sums = reinterpret_cast<int32_t*>(to + bytes);
     use.pack(w, in_features, out_features, to, sums);
@@ -42,18 +37,13 @@ class Packed {
       pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), weight.dims[0], weight.dims[1],
                                             int8_kernels());
       known = pack;
-      if (weight.dims[0] * weight.dims[1] >= kPage) give_back(weight.data, weight.dims[0] * weight.dims[1]);
+      if (weight.dims[0] * weight.dims[1] >= static_cast<int64_t>(kLargePage)) give_back(weight.data, weight.dims[0] * weight.dims[1]);
     }
     return pack;
   }
 
  private:
-  static constexpr int64_t kPage = 1 << 21;
-
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<void, Free> memory_;
+  Memory memory_;
   PackedWeight view_;
 };
 

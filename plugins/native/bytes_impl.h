@@ -2,69 +2,106 @@
 // instruction set that can.
 #include <array>
 #include <utility>
-#include <vector>
 
 #include "tile_bytes.h"
 
 namespace trimtab {
 namespace {
 
-using DotBytes = void (*)(const char* const*, const int8_t* const*, int64_t, int32_t (*)[kDotRows], Lines&, int64_t);
-using SumBytes = void (*)(const vi*, int64_t, const BlockBytes*, int64_t, float* const*);
+using DotBytes = void (*)(const char*, int64_t, const int8_t* const*, int32_t*, Stream&, int64_t);
+using SumBytes = void (*)(const char*, int64_t, const BlockBytes*, int64_t, float* const*, Stream&, int64_t);
 
-template <int... T>
+template <int N, bool kHalf, int... T>
 constexpr std::array<DotBytes, sizeof...(T)> dot_bytes_tiles(std::integer_sequence<int, T...>) {
-  return {dot_bytes<T + 1>...};
+  return {dot_bytes<T + 1, N, kHalf>...};
 }
-template <int... T>
+template <int N, int... T>
 constexpr std::array<SumBytes, sizeof...(T)> sum_bytes_tiles(std::integer_sequence<int, T...>) {
-  return {sum_bytes<T + 1>...};
+  return {sum_bytes<T + 1, N>...};
+}
+constexpr auto kTiles = std::make_integer_sequence<int, kTileRows>();
+
+// Rows or columns of a panel: those of two vectors, one, or half of one, as they divide the block or the width.
+constexpr int64_t panel_of(int64_t size) { return size % (2 * V) == 0 ? 2 * V : size % V == 0 ? V : V / 2; }
+static_assert(kBytesBlock % (V / 2) == 0 && kBytesWidth % V == 0 && kStrip % (2 * V) == 0);
+
+// Each panel of a block: at each step of some columns, those of its first row, those of the second, ...
+void pack_up(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to) {
+  const int64_t panel = panel_of(block), columns = panel < V ? 8 : 4;
+  for (int64_t first = 0; first < rows; first += panel, to += panel * width)
+    for (int64_t r = 0; r < panel; r++) {
+      const int8_t* from = w + (first + r) * width;
+      for (int64_t i = 0; i < width; i += 4) {
+        const uint32_t four = load<uint32_t>(from + i) ^ 0x80808080u;
+        std::memcpy(to + i / columns * columns * panel + r * columns + i % columns, &four, sizeof four);
+      }
+    }
 }
 
-void prepare_bytes(const float* x, int64_t width, int8_t* bytes, float* scale, int32_t* sums) {
-  for (int64_t begin = 0; begin < width; begin += kByteGroup) {
-    const int64_t size = std::min(kByteGroup, width - begin);
-    *scale++ = round_bytes(x + begin, nullptr, size, byte_stride(size), bytes + begin, sums++);
+// Of each kChunk rows of a block, each panel: of the first four rows its first column, its second, ...
+void pack_down(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to) {
+  const int64_t panel = panel_of(width);
+  for (int64_t first = 0; first < rows; first += block)
+    for (int64_t i = 0, size; i < block; i += size, to += size * width) {
+      size = std::min(kChunk, block - i);
+      for (int64_t r = 0; r < size; r++) {
+        const int8_t* from = w + (first + i + r) * width;
+        char* mine = to + r / 4 * 4 * panel + r % 4;
+        for (int64_t c = 0; c < width; c += panel, mine += size * panel)
+          for (int64_t j = 0; j < panel; j++) mine[4 * j] = static_cast<char>(from[c + j] ^ 0x80);
+      }
+    }
+}
+
+void prepare_bytes(const float* x, int64_t width, int64_t limbs, int8_t* bytes, float* scale, int32_t* sums) {
+  const int64_t groups = byte_groups(width);
+  for (int64_t group = 0; group < groups; group++) {
+    const int64_t begin = group * kByteGroup, size = std::min(kByteGroup, width - begin);
+    const float last = round_bytes(x + begin, nullptr, size, byte_stride(size), limbs, bytes + begin, byte_stride(width),
+                                   sums + group, groups);
+    scale[group] = limbs == 1 ? last : kBase * last;
+    if (limbs == 2) scale[groups + group] = last;
   }
 }
 
 void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
-              float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers) {
-  static constexpr auto tiles = dot_bytes_tiles(std::make_integer_sequence<int, kDotTokens>());
-  const int64_t stride = byte_stride(w.width), groups = byte_groups(w.width);
-  for (int64_t i = begin; i < end; i += kChunk) {
-    const Chunk now(&w, chosen, i, end), after = behind(w, chosen, i, end, next);
-    float scales[kChunk];
-    for (int64_t r = 0; r < now.tiled(); r++) scales[r] = *now.row[r].scale;
-    Lines ahead(after, 0, after.count == 0 ? 0 : after.w->width);
-    const int64_t lines = lines_in(kDotRows * kBytesWide, (tokens + kDotTokens - 1) / kDotTokens);
-    in_tiles(tokens, kDotTokens, [&](int64_t t, int64_t some) {
-      int64_t token[kDotTokens];
-      for (int64_t j = 0; j < some; j++) token[j] = numbers == nullptr ? t + j : numbers[t + j];
-      for (int64_t r = 0; r < now.count; r += kDotRows) {
-        four made[kDotTokens] = {};
-        for (int64_t group = 0; group < groups; group++) {
-          const int64_t first = group * kByteGroup;
-          const char* rows[kDotRows];
-          const int8_t* from[kDotTokens];
-          for (int64_t q = 0; q < kDotRows; q++) rows[q] = now.row[r + q].data + first;
-          for (int64_t j = 0; j < some; j++) from[j] = x.bytes + token[j] * stride + first;
-          int32_t exact[kDotTokens][kDotRows];
-          tiles[some - 1](rows, from, std::min(kByteGroup, w.width - first), exact, ahead, lines);
-          for (int64_t j = 0; j < some; j++) {
-            const int64_t at = token[j] * groups + group;
-            made[j] += __builtin_convertvector(load<four_integers>(exact[j]) - x.sums[at], four) * x.scale[at];
-          }
+                  float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers) {
+  static constexpr std::array<DotBytes, kTileRows> tiles[] = {dot_bytes_tiles<1, true>(kTiles), dot_bytes_tiles<1, false>(kTiles),
+                                                              dot_bytes_tiles<2, false>(kTiles)};
+  const int64_t first = chosen.row(begin), count = end - begin, panel = panel_of(chosen.size), columns = panel < V ? 8 : 4;
+  const int64_t stride = byte_stride(w.width), groups = byte_groups(w.width), limbs = x.limbs, most = kTileRows / limbs;
+  const auto& kind = tiles[panel / V];
+  const char* const data = w.packed + first * w.width;
+  const bool more = next.weights != nullptr;
+  Stream ahead(kDotAhead, data, count * w.width, more ? next.weights->packed + next.chosen.row(next.begin) * w.width : nullptr,
+               (next.end - next.begin) * w.width);
+  const int64_t passes = (tokens + most - 1) / most, lines = passes > 1 ? lines_in(panel * columns, passes) : 0;
+  for (int64_t r = 0; r < count; r += panel)
+    in_tiles(tokens, most, [&](int64_t t, int64_t some) {
+      float made[kTileRows][2 * V] = {};
+      for (int64_t group = 0; group < groups; group++) {
+        const int64_t at = group * kByteGroup, size = std::min(kByteGroup, w.width - at);
+        const int8_t* from[kTileRows];
+        int64_t scales[kTileRows];  // their places
+        for (int64_t j = 0; j < some * limbs; j++) {
+          const int64_t token = t + j / limbs, row = (numbers == nullptr ? token : numbers[token]) * limbs + j % limbs;
+          from[j] = x.bytes + row * stride + at, scales[j] = row * groups + group;
         }
-        for (int64_t j = 0; j < some; j++)
-          put_down(made[j] * load<four>(scales + r), true, now.count - r, out + (t + j) * out_stride + i - begin + r);
+        int32_t exact[kTileRows * 2 * V];
+        kind[some * limbs - 1](data + r * w.width + at * panel, size / columns, from, exact, ahead, lines);
+        for (int64_t j = 0; j < some * limbs; j++) {
+          const int32_t less = x.sums[scales[j]];
+          const float scale = x.scale[scales[j]];
+          for (int64_t i = 0; i < panel; i++) made[j / limbs][i] += static_cast<float>(exact[j * panel + i] - less) * scale;
+        }
       }
+      for (int64_t j = 0; j < some; j++)
+        for (int64_t i = 0; i < panel; i++) out[(t + j) * out_stride + r + i] = made[j][i] * w.scale[first + r + i];
     });
-  }
 }
 
-void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t first, int64_t last,
-                    BlockBytes* bytes) {
+void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t limbs, int64_t first,
+                    int64_t last, BlockBytes* bytes) {
   const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
   int64_t b = std::upper_bound(takers.starts, takers.starts + takers.count, first) - takers.starts - 1;
   for (int64_t at = first; at < last; at++) {
@@ -72,65 +109,51 @@ void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int6
     const float* from = h + takers.tokens[at] * h_stride + takers.places[at] * takers.size;
     const float* scale = w.scale + takers.blocks[b] * takers.size;
     for (int64_t i = 0; i < takers.size; i += kChunk) {
-      BlockBytes& made = bytes[at * chunks + i / kChunk];
-      made.scale = round_bytes(from + i, scale + i, std::min(kChunk, takers.size - i), kChunk, made.values, &made.sum);
+      BlockBytes *high = bytes + at * limbs * chunks + i / kChunk, *low = high + (limbs - 1) * chunks;
+      constexpr int64_t kStride = sizeof(BlockBytes);
+      const float last_scale = round_bytes(from + i, scale + i, std::min(kChunk, takers.size - i), kChunk, limbs, high->values,
+                                           chunks * kStride, &high->sum, chunks * kStride / sizeof high->sum);
+      high->scale = kBase * last_scale, low->scale = last_scale;
     }
   }
 }
 
-void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t tokens, int64_t first, int64_t last,
-                  float* y) {
-  static constexpr auto tiles = sum_bytes_tiles(std::make_integer_sequence<int, kSumTokens>());
-  const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
-  std::vector<float> rests(tokens * kBytesWide, 0.0f);  // the last columns, where they fill no panel
-  const int64_t strip = sum_strip(tokens);
-  static_assert(kSumUnit % kBytesWide == 0, "panels begin at the same columns in each strip");
+void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t limbs, int64_t tokens, int64_t first,
+                  int64_t last, float* y) {
+  static constexpr std::array<SumBytes, kTileRows> tiles[] = {sum_bytes_tiles<1>(kTiles), sum_bytes_tiles<2>(kTiles)};
+  const int64_t chunks = (takers.size + kChunk - 1) / kChunk, most = kTileRows / limbs, strip = sum_strip(tokens);
+  const int64_t panel = panel_of(w.width);
+  const auto& kind = tiles[panel / V - 1];
   for (int64_t column = first; column < last; column += strip) {
-    const int64_t end = std::min(column + strip, last), panels = (end - column + kBytesWide - 1) / kBytesWide;
+    const int64_t end = std::min(column + strip, last);
     for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
-    each_chunk(w, takers, [&](int64_t b, int64_t i, const Chunk& now, const Chunk& next) {
-      const int64_t quads = (now.count + 3) / 4;
-      const int64_t begin = takers.starts[b], passes = (takers.starts[b + 1] - begin + kSumTokens - 1) / kSumTokens;
-      Lines ahead(next, column, end - column);
-      const int64_t by_quad = std::max<int64_t>(1, kStepLines / (passes + 1)), by_tile = (kStepLines - by_quad) * quads / passes;
-      const char* rows[kChunk];
-      for (int64_t r = 0; r < 4 * quads; r++) rows[r] = now.row[std::min(r, now.count - 1)].data + column;  // of none, h is 0
-      for (int64_t p = 0; p < panels; p += kPanels) {
-        const int64_t some_panels = std::min(kPanels, panels - p);
-        vi made[kPanels][kChunk];
-        for (int64_t q = 0; q < quads; q++) {
-          ahead.ask(some_panels * by_quad);
-          for (int64_t c = 0; c < some_panels; c++) {
-            const int64_t at = (p + c) * kBytesWide, size = end - column - at;
-            if (size >= kBytesWide) interleave(rows + 4 * q, at, made[c] + 4 * q);
-            else interleave_some(rows + 4 * q, at, size, made[c] + 4 * q);
-          }
-        }
-        for (int64_t c = 0; c < some_panels; c++) {
-          const int64_t at = column + (p + c) * kBytesWide;
-          in_tiles(takers.starts[b + 1] - begin, kSumTokens, [&](int64_t t, int64_t some) {
-            float* to[kSumTokens];
-            for (int64_t j = 0; j < some; j++) {
-              const int64_t token = takers.tokens[begin + t + j];
-              to[j] = at + kBytesWide <= end ? y + token * w.width + at : rests.data() + token * kBytesWide;
-            }
-            ahead.ask(by_tile);
-            tiles[some - 1](made[c], quads, bytes + (begin + t) * chunks + i / kChunk, chunks, to);
+    // What of a chunk of `size` rows the strip has, and where.
+    const auto part = [&](int64_t b, int64_t i, int64_t* size) {
+      *size = std::min(kChunk, takers.size - i);
+      return w.packed + (takers.blocks[b] * takers.size + i) * w.width + column * *size;
+    };
+    for (int64_t b = 0; b < takers.count; b++)
+      for (int64_t i = 0; i < takers.size; i += kChunk) {
+        int64_t size, next_size = 0;
+        const char *data = part(b, i, &size), *next = nullptr;
+        if (i + kChunk < takers.size) next = part(b, i + kChunk, &next_size);
+        else if (b + 1 < takers.count) next = part(b + 1, 0, &next_size);
+        Stream ahead(kSumAhead, data, size * (end - column), next, next_size * (end - column));
+        const int64_t begin = takers.starts[b], some_tokens = takers.starts[b + 1] - begin;
+        const int64_t lines = lines_in(4 * panel, (some_tokens + most - 1) / most);
+        for (int64_t c = column; c < end; c += panel)
+          in_tiles(some_tokens, most, [&](int64_t t, int64_t some) {
+            float* to[kTileRows];
+            for (int64_t j = 0; j < some * limbs; j++) to[j] = y + takers.tokens[begin + t + j / limbs] * w.width + c;
+            kind[some * limbs - 1](data + (c - column) * size, size / 4, bytes + (begin + t) * limbs * chunks + i / kChunk, chunks,
+                                   to, ahead, lines);
           });
-        }
-      }
-    });
-    for (int64_t t = 0; t < tokens; t++)
-      for (int64_t at = column; at < end; at += kBytesWide) {
-        const int64_t size = std::min(kBytesWide, end - at);
-        float* to = y + t * w.width + at;
-        in_order(size == kBytesWide ? to : rests.data() + t * kBytesWide, size, to);
       }
   }
 }
 
 }  // namespace
 
-const ByteKernels TRIMTAB_BYTES = {prepare_bytes, prepare_blocks, dot_by_bytes, sum_by_bytes};
+const ByteKernels TRIMTAB_BYTES = {pack_up, pack_down, prepare_bytes, prepare_blocks, dot_by_bytes, sum_by_bytes};
 
 }  // namespace trimtab

@@ -32,20 +32,23 @@ constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGrou
 
 constexpr int64_t kByteGroup = 1024;  // of x that share a scale where it is multiplied in bytes
 
+constexpr int64_t kBytesBlock = 8, kBytesWidth = 16;  // what blocks and widths of packed weights are multiples of
+
 constexpr int64_t byte_groups(int64_t width) { return (width + kByteGroup - 1) / kByteGroup; }
 
 constexpr int64_t byte_stride(int64_t width) { return (width + 63) / 64 * 64; }
 
 // x [tokens, width]: as floats for weights in floating point. For integer weights as 16-bit integers, whose products with them
 // are exact, with a scale for every kGroup of a row; in the order that the kernels want, see `prepare`, and filled up with
-// zeros to whole groups. Where some tokens take the same rows, as bytes for int8, see ByteKernels, as floats for int4.
+// zeros to whole groups. For packed weights as bytes, see ByteKernels. Where many tokens take the same rows, as floats.
 struct Activations {
   const float* floats = nullptr;
   const int16_t* integers = nullptr;  // [tokens, groups_of(width) * kGroup]
-  const int8_t* bytes = nullptr;      // [tokens, byte_stride(width)], zeros at the end
-  const float* scale = nullptr;       // [tokens, groups_of(width) or byte_groups(width)]
+  const int8_t* bytes = nullptr;      // [tokens, limbs, byte_stride(width)], zeros at the end
+  const float* scale = nullptr;       // [tokens, groups_of(width)], or of bytes [tokens, limbs, byte_groups(width)]
   const float* less = nullptr;        // int4: what the zero point takes off, of each block
   const int32_t* sums = nullptr;      // bytes: of each group, 128 times
+  int64_t limbs = 1;                  // bytes of an activation, the high ones first
   int64_t step = 1;                   // tokens from one that is taken to the next
 
   Activations from(int64_t token, int64_t width) const {
@@ -56,8 +59,8 @@ struct Activations {
       later.integers += group * kGroup, later.scale += group, later.less += group * (kGroup / kInt4Block);
     }
     if (bytes != nullptr) {
-      const int64_t group = token * byte_groups(width);
-      later.bytes += token * byte_stride(width), later.scale += group, later.sums += group;
+      const int64_t group = token * limbs * byte_groups(width);
+      later.bytes += token * limbs * byte_stride(width), later.scale += group, later.sums += group;
     }
     return later;
   }
@@ -93,20 +96,26 @@ struct BlockBytes {
   float scale;
 };
 
-// int8 weights and activations in bytes, of which several tokens take the same rows.
+// int8 weights of blocks that are packed in the order in which they are multiplied, with activations of one or two bytes. Rows
+// of a block stay together, so that it is one contiguous read as before.
 struct ByteKernels {
-  // A row of x.
-  void (*prepare)(const float* x, int64_t width, int8_t* bytes, float* scale, int32_t* sums);
+  // w [rows, width] as SparseUp and SparseDown multiply it: into memory of as many bytes. Blocks are multiples of kBytesBlock,
+  // the width of kBytesWidth.
+  void (*pack_up)(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to);
+  void (*pack_down)(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to);
 
-  // h of pairs first to last of a token and a block: [pairs, ceil(size / kChunk)].
-  void (*prepare_blocks)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t first, int64_t last,
-                         BlockBytes* bytes);
+  // A row of x: [limbs, byte_stride(width)], and of their groups scales and sums.
+  void (*prepare)(const float* x, int64_t width, int64_t limbs, int8_t* bytes, float* scale, int32_t* sums);
 
-  // As those of Kernels; `bytes`: of all pairs.
+  // h of pairs first to last of a token and a block: [pairs, limbs, ceil(size / kChunk)].
+  void (*prepare_blocks)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t limbs,
+                         int64_t first, int64_t last, BlockBytes* bytes);
+
+  // As those of Kernels, of whole blocks; `bytes`: of all pairs.
   void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
               float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers);
-  void (*sum_by_block)(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t tokens, int64_t first,
-                       int64_t last, float* y);
+  void (*sum_by_block)(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t limbs, int64_t tokens,
+                       int64_t first, int64_t last, float* y);
 };
 
 struct Kernels {

@@ -1,4 +1,4 @@
-// A constant weight, copied once into memory of large pages.
+// A constant weight, copied once into memory of large pages, and there packed as kernels want it.
 //
 // Sparse reads jump from row to row, and with pages of 4 KiB every row costs walks of the page table: on the machines this
 // was measured on a fifth of the bandwidth. ONNX Runtime maps weights from their file, where large pages cannot be had. The
@@ -10,12 +10,15 @@
 #include <memory>
 
 #include "custom_op.h"
+#include "kernels.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace trimtab {
+
+constexpr size_t kLargePage = 1 << 21;
 
 // Lets the system take the pages of a constant whose copy serves; they come again from the file if they are read.
 inline void give_back([[maybe_unused]] const void* data, [[maybe_unused]] size_t size) {
@@ -27,43 +30,64 @@ inline void give_back([[maybe_unused]] const void* data, [[maybe_unused]] size_t
 #endif
 }
 
+struct FreeMemory {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, FreeMemory>;
+
+// Of large pages, if it is large; nullptr if there is none.
+inline Memory large_memory(size_t size) {
+  const size_t unit = size < kLargePage ? 64 : kLargePage;
+  Memory memory(std::aligned_alloc(unit, (size + unit - 1) / unit * unit));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (memory != nullptr && unit == kLargePage && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr)
+    madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 class Resident {
  public:
-  // Takes the constant input `index` of a node, if it is one and large.
-  void take(const ort::Runtime& runtime, const ort::KernelInfo* info, size_t index) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Takes the constant input `index` of a node, if it is one: packed where it is int8 [rows, width] of blocks that `pack`, one
+  // of ByteKernels, takes; else as it is where it is large.
+  void take(const ort::Runtime& runtime, const ort::KernelInfo* info, size_t index, decltype(ByteKernels::pack_up) pack = nullptr,
+            int64_t block = 1) {
     const ort::Value* value = runtime.constant_input(info, index);
-    if (value == nullptr || std::getenv("TRIMTAB_SMALL_PAGES") != nullptr) return;
+    if (value == nullptr) return;
     Tensor tensor;
     tensor.rank = runtime.shape(value, &tensor.type, tensor.dims, Tensor::kMostDims);
+    packed_ = pack != nullptr && tensor.type == ort::Type::int8 && tensor.rank == 2 && block > 0 && block % kBytesBlock == 0 &&
+              tensor.dims[0] % block == 0 && tensor.dims[1] % kBytesWidth == 0;
     const size_t size = static_cast<size_t>(tensor.rows() * tensor.last()) * tensor.element_bytes();
-    if (size < kPage) return;
-    void* memory = std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage);
-    if (memory == nullptr) return;
-    copy_.reset(memory);
-    madvise(memory, size, MADV_HUGEPAGE);
+    const bool wanted = packed_ ? size > 0 : kCopies && size >= kLargePage && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr;
+    if (!wanted || (copy_ = large_memory(size)) == nullptr) return;
     source_ = runtime.data(value);
-    std::memcpy(memory, source_, size);
-    give_back(source_, size);
-#else
-    (void)runtime, (void)info, (void)index;
-#endif
+    if (packed_) pack(static_cast<const int8_t*>(source_), tensor.dims[0], tensor.dims[1], block, static_cast<char*>(copy_.get()));
+    else std::memcpy(copy_.get(), source_, size);
+    if (size >= kLargePage) give_back(source_, size);
   }
 
-  // The copy of `tensor`, where it is the constant that was taken.
+  // The copy of `tensor`, where it is the constant that was taken as it is.
   Tensor of(Tensor tensor) const {
-    if (copy_ != nullptr && tensor.data == source_) tensor.data = copy_.get();
+    if (took(tensor) && !packed_) tensor.data = copy_.get();
     return tensor;
   }
 
- private:
-  static constexpr size_t kPage = 1 << 21;
+  // Of `tensor` packed; nullptr if it is not.
+  const char* packed(const Tensor& tensor) const { return took(tensor) && packed_ ? static_cast<const char*>(copy_.get()) : nullptr; }
 
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<void, Free> copy_;
+ private:
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  static constexpr bool kCopies = true;
+#else
+  static constexpr bool kCopies = false;
+#endif
+
+  bool took(const Tensor& tensor) const { return copy_ != nullptr && tensor.data == source_; }
+
+  Memory copy_;
   const void* source_ = nullptr;
+  bool packed_ = false;
 };
 
 }  // namespace trimtab

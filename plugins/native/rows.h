@@ -30,7 +30,7 @@ inline int64_t bound(int64_t total, int64_t parts, int64_t i, int64_t unit) {
 // The weights that two inputs are; nullptr, or what is wrong with them.
 inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t width, Weights* out) {
   if (w.rank != 2) return "weights are not a matrix [neurons, width]";
-  *out = {Format::float32, w.data, scale.floats(), w.dims[0], w.dims[1]};
+  *out = {Format::float32, w.data, nullptr, scale.floats(), w.dims[0], w.dims[1]};
   switch (w.type) {
     case ort::Type::float32: out->format = Format::float32; break;
     case ort::Type::float16: out->format = Format::float16; break;
@@ -65,25 +65,27 @@ inline const char* check_blocks(const Tensor& blocks, int64_t tokens, int64_t ro
   return nullptr;
 }
 
-// Whether rows that so many tokens take are multiplied in bytes.
-inline bool by_bytes(Format format, int64_t together) {
-  return format == Format::int8 && together >= 2 && kernels().bytes != nullptr;
-}
+// Bytes of an activation that is multiplied with packed weights: one where several tokens take the same rows, since then it is
+// not memory alone that is waited for.
+inline int64_t limbs_of(int64_t together) { return together >= kSome ? 1 : 2; }
 
 // x as the kernels take it for weights of a format.
 class Prepared {
  public:
-  // `together`: how many tokens take the same rows; `bytes`: of int8, as bytes where that is faster.
-  Prepared(const float* x, int64_t tokens, int64_t together, bool bytes, int64_t width, Format format) {
+  // `together`: how many tokens take the same rows.
+  Prepared(const float* x, int64_t tokens, int64_t together, const Weights& w) {
     const Kernels& use = kernels();
-    if (bytes && by_bytes(format, together)) {
-      const int64_t groups = byte_groups(width), stride = byte_stride(width);
+    const int64_t width = w.width;
+    const Format format = w.format;
+    if (w.packed != nullptr) {
+      const int64_t limbs = limbs_of(together), groups = limbs * byte_groups(width), stride = limbs * byte_stride(width);
       bytes_.reset(new int8_t[tokens * stride]);
       sums_.reset(new int32_t[tokens * groups]);
       scale_.reset(new float[tokens * groups]);
       for (int64_t t = 0; t < tokens; t++)
-        use.bytes->prepare(x + t * width, width, bytes_.get() + t * stride, scale_.get() + t * groups, sums_.get() + t * groups);
-      view_.bytes = bytes_.get(), view_.sums = sums_.get(), view_.scale = scale_.get();
+        use.bytes->prepare(x + t * width, width, limbs, bytes_.get() + t * stride, scale_.get() + t * groups,
+                           sums_.get() + t * groups);
+      view_.bytes = bytes_.get(), view_.sums = sums_.get(), view_.scale = scale_.get(), view_.limbs = limbs;
       return;
     }
     if ((format != Format::int8 && format != Format::int4) || together >= kMany) {

@@ -23,6 +23,7 @@ constexpr int64_t bytes_of(Format format, int64_t weights) {
 struct Weights {
   Format format = Format::float32;
   const void* data = nullptr;    // int4: two to a byte, the first in the low half, as unsigned with zero point 8
+  const char* packed = nullptr;  // int8 of blocks, in place of `data`: in the order of its products, see ByteKernels
   const float* scale = nullptr;  // int8: [rows]; int4: [rows, width / 32]; else none
   int64_t rows = 0;
   int64_t width = 0;

@@ -67,7 +67,7 @@ struct SparseDown {
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "at_most", &at_most);
-    resident.take(runtime, info, 2);
+    resident.take(runtime, info, 2, kernels().bytes != nullptr ? kernels().bytes->pack_down : nullptr, block);
     return nullptr;
   }
 
@@ -80,6 +80,7 @@ struct SparseDown {
     const int64_t width = weight.last() * (weight.type == ort::Type::uint8 ? 2 : 1);
     Weights down;
     if (const char* error = read_weights(weight, scale, width, &down)) return error;
+    down.packed = resident.packed(weight);
     if (const char* error = check_blocks(blocks, tokens, down.rows, block, at_most != 0)) return error;
     if (count != blocks.last() * block) return "SparseDown: h has another number of neurons than blocks";
 
@@ -90,7 +91,7 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    if ((groups > 1 || tokens >= kSome) && block >= kRowsTogether) {
+    if (down.packed != nullptr || ((groups > 1 || tokens >= kSome) && block >= kRowsTogether)) {
       by_block(runtime, context, h.floats(), blocks, down, tokens, y);
       return nullptr;
     }
@@ -154,24 +155,25 @@ struct SparseDown {
       turned.emplace_back(blocks.ints() + first * stride, stride, std::min(kTogether, tokens - first), k, down.rows / block, nothing);
       together = std::max(together, turned.back().together());
     }
-    const bool bytes = by_bytes(down.format, together);
+    const bool bytes = down.packed != nullptr;
+    const int64_t limbs = limbs_of(together);
     const bool some = together >= (down.format == Format::int8 || down.format == Format::int4 ? kMany : kSome);
     const Kernels& use = kernels();
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, down.rows * width)), kMostParts);
     const int64_t chunks = (block + kChunk - 1) / kChunk;
     std::vector<std::unique_ptr<BlockBytes[]>> rounded;
     if (bytes) {
-      for (const ByBlock& one : turned) rounded.emplace_back(new BlockBytes[one.pairs() * chunks]);
+      for (const ByBlock& one : turned) rounded.emplace_back(new BlockBytes[one.pairs() * limbs * chunks]);
       auto round = [&](int64_t i) {
         const int64_t batch = i / parts, part = i % parts, pairs = turned[batch].pairs();
-        use.bytes->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count,
+        use.bytes->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count, limbs,
                                   bound(pairs, parts, part, 1), bound(pairs, parts, part + 1, 1), rounded[batch].get());
       };
       parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, round);
     }
     const auto sum = [&](const Takers& takers, int64_t batch, int64_t mine, int64_t first, int64_t last, float* to) {
       const float* from = h + batch * kTogether * count;
-      if (bytes) use.bytes->sum_by_block(down, takers, rounded[batch].get(), mine, first, last, to);
+      if (bytes) use.bytes->sum_by_block(down, takers, rounded[batch].get(), limbs, mine, first, last, to);
       else use.sum_by_block(down, takers, from, count, mine, some, first, last, to);
     };
     const int64_t partial = parts * tokens;  // rows of partial sums

@@ -29,8 +29,9 @@ struct SparseUp {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "keep", &keep);
     runtime.attribute(info, "at_most", &at_most);
-    resident_up.take(runtime, info, 2);
-    resident_gate.take(runtime, info, 5);
+    const auto pack = kernels().bytes != nullptr ? kernels().bytes->pack_up : nullptr;
+    resident_up.take(runtime, info, 2, pack, block);
+    resident_gate.take(runtime, info, 5, pack, block);
     return nullptr;
   }
 
@@ -46,6 +47,8 @@ struct SparseUp {
       if (const char* error = read_weights(resident_gate.of(in[5]), in[6], width, &gate)) return error;
       if (gate.format != up.format || gate.rows != up.rows) return "SparseUp: up and gate differ in type or neurons";
     }
+    up.packed = resident_up.packed(in[2]), gate.packed = resident_gate.packed(in[5]);
+    if (in[5] && (up.packed == nullptr || gate.packed == nullptr)) up.packed = gate.packed = nullptr;
     if (const char* error = check_blocks(blocks, tokens, up.rows, block, at_most != 0)) return error;
     if (in[8] && (in[8].type != ort::Type::float32 || in[8].rows() * in[8].last() != up.rows))
       return "SparseUp: importance is not float32 [neurons]";
@@ -60,7 +63,7 @@ struct SparseUp {
     // One selection for all tokens is one group; otherwise each token is one.
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
     const Call call{in, &up, in[5] ? &gate : nullptr, tokens, width, k, count, out};
-    if ((groups > 1 || tokens >= kSome) && block >= kRowsTogether) by_block(runtime, context, call);
+    if (up.packed != nullptr || ((groups > 1 || tokens >= kSome) && block >= kRowsTogether)) by_block(runtime, context, call);
     else by_group(runtime, context, call, groups, each);
     if (in[8] && keep > 0 && keep < k) {
       auto rest = [&](int64_t t) {
@@ -83,7 +86,7 @@ struct SparseUp {
 
   // Each group of tokens with its own choice.
   void by_group(const ort::Runtime& runtime, ort::KernelContext* context, const Call& call, int64_t groups, int64_t each) const {
-    const Prepared prepared(call.in[0].floats(), call.tokens, each, false, call.width, call.up->format);
+    const Prepared prepared(call.in[0].floats(), call.tokens, each, *call.up);
     const int64_t matrices = call.gate != nullptr ? 2 : 1;
     const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.count * call.width));
     auto task = [&](int64_t i) {
@@ -123,7 +126,7 @@ struct SparseUp {
                           [](int64_t, int64_t) { return false; });
       together = std::max(together, turned.back().together());
     }
-    const Prepared prepared(call.in[0].floats(), call.tokens, together, true, call.width, call.up->format);
+    const Prepared prepared(call.in[0].floats(), call.tokens, together, *call.up);
     const int64_t parts = task_count(matrices * bytes_of(call.up->format, call.up->rows * call.width));
     auto task = [&](int64_t i) {
       const int64_t first = i / parts * kTogether, part = i % parts, tokens = std::min(kTogether, call.tokens - first);
