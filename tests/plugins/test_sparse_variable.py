@@ -123,7 +123,7 @@ def test_blocks_are_read_once_for_many_tokens(form: str, threads: int) -> None:
 @pytest.mark.parametrize("width", [5, 64, 100, 1504])
 @pytest.mark.parametrize("block", [8, 16, 33, 40, 64])
 def test_what_bytes_hold_exactly_is_multiplied_exactly(block: int, width: int, few: bool) -> None:
-    """Integers, the largest of each group that shares a scale as large as one or two bytes': rounding changes nothing."""
+    """Integers, of each group with one scale the largest as large as one or two bytes': rounding changes nothing."""
     rng = seeded()
     tokens, count = int(rng.integers(1, 3) if few else rng.integers(3, 71)), 5
     most = LARGEST if few else LEVELS
