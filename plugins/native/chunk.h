@@ -97,7 +97,6 @@ inline Vector totals(Vector a, Vector b, Vector c, Vector d) {
 }
 
 typedef float four __attribute__((vector_size(16)));
-typedef int32_t four_integers __attribute__((vector_size(16)));
 
 // Writes, or adds, a tile's sums of one token to `count` outputs, of which the first four are its.
 inline void put_down(four made, bool fresh, int64_t count, float* to) {
