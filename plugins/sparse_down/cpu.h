@@ -67,7 +67,7 @@ struct SparseDown {
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "at_most", &at_most);
-    resident.take(runtime, info, 2, kernels().bytes != nullptr ? kernels().bytes->pack_down : nullptr, block);
+    resident.take(runtime, info, 2, &ByteKernels::pack_down, block);
     return nullptr;
   }
 

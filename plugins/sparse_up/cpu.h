@@ -29,9 +29,8 @@ struct SparseUp {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "keep", &keep);
     runtime.attribute(info, "at_most", &at_most);
-    const auto pack = kernels().bytes != nullptr ? kernels().bytes->pack_up : nullptr;
-    resident_up.take(runtime, info, 2, pack, block);
-    resident_gate.take(runtime, info, 5, pack, block);
+    resident_up.take(runtime, info, 2, &ByteKernels::pack_up, block);
+    resident_gate.take(runtime, info, 5, &ByteKernels::pack_up, block);
     return nullptr;
   }
 
