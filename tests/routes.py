@@ -1,14 +1,25 @@
-"""Random routers for the FFNs of a graph, and a Profile that holds them."""
+"""Random routers for the FFNs of a graph, a Profile that holds them, and what ffn-route makes of both."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from dialects import ACTIVATIONS
+from rewrite import session
 
+from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.ffn_route.route import FFNRoute
+from trimtab.passes.graph import save_graph
+from trimtab.passes.layer import FFNWeights
 from trimtab.passes.profile import Profile, ProfileInfo
+from trimtab.passes.sparse_ffn.rows import quantize_rows
+
+CLEAR = 1e-4
+"""How far scores are from the dial, where float32 has to decide as float64 does."""
 
 
 def groups_of(d_ff: int, rng: np.random.Generator) -> int:
@@ -60,3 +71,43 @@ def chosen(learned: dict[str, np.ndarray], layer: int, x: np.ndarray, dial: Any)
     gap = np.where(taken, scores, np.inf).min(1) - np.where(taken, -np.inf, scores).max(1)
     clear = np.where(gap > 1e-6, clear, 0)
     return taken, np.minimum(clear, ranked[:, -1] - ranked[:, -2])
+
+
+def routed(graph: gs.Graph, learned: dict[str, np.ndarray], *before: Any, **options: Any) -> list[PassResult]:
+    return run_passes(graph, [*before, FFNRoute.model_validate(options)], PassContext(profile_with(learned)))
+
+
+def run(path: Path, feeds: dict[str, np.ndarray], dial: Any = None) -> list[np.ndarray]:
+    engine = session(path)
+    if dial is not None:
+        feeds = feeds | {"route_threshold": np.full(len(next(iter(feeds.values()))), dial, np.float32)}
+    return engine.run(None, {i.name: feeds[i.name] for i in engine.get_inputs()})
+
+
+def watch(graph: gs.Graph, read: dict[int, gs.Tensor], path: Path) -> None:
+    """Save a model whose outputs are, of each FFN, what it reads and what the sparse ops make of it."""
+    tensors = graph.tensors()
+    made = {
+        layer: tensors.get(f"ffn-route/layer.{layer}/shift") or tensors[f"ffn-route/layer.{layer}/down.y"]
+        for layer in read
+    }
+    graph.outputs = [t for layer, x in read.items() for t in (x, made[layer])]
+    save_graph(graph, path)
+
+
+def ffn_of(
+    x: np.ndarray, w: FFNWeights, activation: str, gated: bool, groups: np.ndarray, integers: bool
+) -> np.ndarray:  # fmt: skip
+    """Of x [tokens, d_model] and the groups that each token computes, [tokens, groups]: y, in float64."""
+
+    def rows(weight: np.ndarray) -> np.ndarray:
+        q, scale = quantize_rows(weight)
+        return q * scale[:, None].astype(np.float64) if integers else weight.astype(np.float64)
+
+    pre = [
+        x.astype(np.float64) @ rows(np.ascontiguousarray(up.T)).T + (0 if b is None else b)
+        for up, b in zip(w.ups, w.up_biases, strict=True)
+    ]
+    h = ACTIVATIONS[activation](pre[0]) * (pre[1] if gated else 1)
+    mask = np.repeat(groups, h.shape[1] // groups.shape[1], 1)
+    return np.asarray((h * mask) @ rows(w.down) + w.down_bias)

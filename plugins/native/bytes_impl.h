@@ -15,11 +15,12 @@ template <int N, bool kHalf, int... T>
 constexpr std::array<DotBytes, sizeof...(T)> dot_bytes_tiles(std::integer_sequence<int, T...>) {
   return {dot_bytes<T + 1, N, kHalf>...};
 }
-template <int N, int... T>
+template <int N, int kLimbs, int... T>
 constexpr std::array<SumBytes, sizeof...(T)> sum_bytes_tiles(std::integer_sequence<int, T...>) {
-  return {sum_bytes<T + 1, N>...};
+  return {sum_bytes<(T + 1) * kLimbs, N, kLimbs>...};
 }
 constexpr auto kTiles = std::make_integer_sequence<int, kTileRows>();
+constexpr auto kPairs = std::make_integer_sequence<int, kTileRows / 2>();
 
 // Rows or columns of a panel: those of two vectors, one, or half of one, as they divide the block or the width.
 constexpr int64_t panel_of(int64_t size) { return size % (2 * V) == 0 ? 2 * V : size % V == 0 ? V : V / 2; }
@@ -73,9 +74,9 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
   const auto& kind = tiles[panel / V];
   const char* const data = w.packed + first * w.width;
   const bool more = next.weights != nullptr;
-  Stream ahead(kDotAhead, data, count * w.width, more ? next.weights->packed + next.chosen.row(next.begin) * w.width : nullptr,
-               (next.end - next.begin) * w.width);
   const int64_t passes = (tokens + most - 1) / most, lines = passes > 1 ? lines_in(panel * columns, passes) : 0;
+  Stream ahead(passes > 1 ? kDotAhead : kDotBegin, data, passes > 1 ? count * w.width : 0,
+               more ? next.weights->packed + next.chosen.row(next.begin) * w.width : nullptr, (next.end - next.begin) * w.width);
   for (int64_t r = 0; r < count; r += panel)
     in_tiles(tokens, most, [&](int64_t t, int64_t some) {
       float made[kTileRows][2 * V] = {};
@@ -87,6 +88,7 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
           const int64_t token = t + j / limbs, row = (numbers == nullptr ? token : numbers[token]) * limbs + j % limbs;
           from[j] = x.bytes + row * stride + at, scales[j] = row * groups + group;
         }
+        if (passes == 1 && r + panel >= count && group == groups - 1) ahead.ask<2>(lines_in(kDotBegin, 1));
         int32_t exact[kTileRows * 2 * V];
         kind[some * limbs - 1](data + r * w.width + at * panel, size / columns, from, exact, ahead, lines);
         for (int64_t j = 0; j < some * limbs; j++) {
@@ -120,10 +122,11 @@ void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int6
 
 void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t limbs, int64_t tokens, int64_t first,
                   int64_t last, float* y) {
-  static constexpr std::array<SumBytes, kTileRows> tiles[] = {sum_bytes_tiles<1>(kTiles), sum_bytes_tiles<2>(kTiles)};
+  static constexpr std::array<SumBytes, kTileRows> one[] = {sum_bytes_tiles<1, 1>(kTiles), sum_bytes_tiles<2, 1>(kTiles)};
+  static constexpr std::array<SumBytes, kTileRows / 2> two[] = {sum_bytes_tiles<1, 2>(kPairs), sum_bytes_tiles<2, 2>(kPairs)};
   const int64_t chunks = (takers.size + kChunk - 1) / kChunk, most = kTileRows / limbs, strip = sum_strip(tokens);
   const int64_t panel = panel_of(w.width);
-  const auto& kind = tiles[panel / V - 1];
+  const SumBytes* const kind = limbs == 1 ? one[panel / V - 1].data() : two[panel / V - 1].data();
   for (int64_t column = first; column < last; column += strip) {
     const int64_t end = std::min(column + strip, last);
     for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.width + column, y + t * w.width + end, 0.0f);
@@ -138,14 +141,14 @@ void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* byte
         const char *data = part(b, i, &size), *next = nullptr;
         if (i + kChunk < takers.size) next = part(b, i + kChunk, &next_size);
         else if (b + 1 < takers.count) next = part(b + 1, 0, &next_size);
-        Stream ahead(kSumAhead, data, size * (end - column), next, next_size * (end - column));
+        Stream ahead(limbs == 2 ? kFewAhead : kSumAhead, data, size * (end - column), next, next_size * (end - column));
         const int64_t begin = takers.starts[b], some_tokens = takers.starts[b + 1] - begin;
         const int64_t lines = lines_in(4 * panel, (some_tokens + most - 1) / most);
         for (int64_t c = column; c < end; c += panel)
           in_tiles(some_tokens, most, [&](int64_t t, int64_t some) {
             float* to[kTileRows];
-            for (int64_t j = 0; j < some * limbs; j++) to[j] = y + takers.tokens[begin + t + j / limbs] * w.width + c;
-            kind[some * limbs - 1](data + (c - column) * size, size / 4, bytes + (begin + t) * limbs * chunks + i / kChunk, chunks,
+            for (int64_t j = 0; j < some; j++) to[j] = y + takers.tokens[begin + t + j] * w.width + c;
+            kind[some - 1](data + (c - column) * size, size / 4, bytes + (begin + t) * limbs * chunks + i / kChunk, chunks,
                                    to, ahead, lines);
           });
       }

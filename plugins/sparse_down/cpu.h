@@ -17,6 +17,7 @@ struct SparseDown {
   static constexpr int64_t kMostPartialBlocks = 1 << 19;  // of several tokens, which read their weights once
   static constexpr int64_t kPartialRows = 16;             // of the weights that a row of partial sums has to save
   static constexpr int64_t kSlice = 1 << 12;              // sums that are worth a task of their own
+  static constexpr int64_t kRounded = 1 << 13;            // values of h that are
 
   // The blocks of each group of tokens. What of one token's is zero adds nothing, and its rows need not be read: those that
   // SparseUp did not keep, and many of ReLU's.
@@ -164,12 +165,13 @@ struct SparseDown {
     std::vector<std::unique_ptr<BlockBytes[]>> rounded;
     if (bytes) {
       for (const ByBlock& one : turned) rounded.emplace_back(new BlockBytes[one.pairs() * limbs * chunks]);
+      const int64_t shares = std::clamp<int64_t>(std::min(tokens, kTogether) * count / kRounded, 1, parts);
       auto round = [&](int64_t i) {
-        const int64_t batch = i / parts, part = i % parts, pairs = turned[batch].pairs();
+        const int64_t batch = i / shares, share = i % shares, pairs = turned[batch].pairs();
         use.bytes->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count, limbs,
-                                  bound(pairs, parts, part, 1), bound(pairs, parts, part + 1, 1), rounded[batch].get());
+                                  bound(pairs, shares, share, 1), bound(pairs, shares, share + 1, 1), rounded[batch].get());
       };
-      parallel(runtime, context, static_cast<int64_t>(turned.size()) * parts, round);
+      parallel(runtime, context, static_cast<int64_t>(turned.size()) * shares, round);
     }
     const auto sum = [&](const Takers& takers, int64_t batch, int64_t mine, int64_t first, int64_t last, float* to) {
       const float* from = h + batch * kTogether * count;

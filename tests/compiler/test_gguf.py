@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from seeds import seeded
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimtab.compiler import compile_model, load, open_source
@@ -22,12 +23,6 @@ from trimtab.compiler.sources.gguf_unpack import unpack  # noqa: E402
 
 KINDS = gguf.GGMLQuantizationType
 WIDTH, NEURONS, LAYERS, HEADS, SHARED, TOKENS = 64, 96, 2, 4, 2, 270
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import zoo
 from packed_encoder import exit_logits, exit_weights, stays
 from scipy.special import softmax
 from scipy.stats import entropy
+from seeds import seeded
 
 from trimtab.compiler import compile_model, load
 from trimtab.compiler.engine import Engine
@@ -26,12 +27,6 @@ from trimtab.passes.profile import Profile, ProfileInfo
 
 CLEAR = 1e-5
 """How far the least important token that stays is from the most important one that goes."""
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def vit_states(model: Any, pixels: np.ndarray, shares: list[float]) -> tuple[list[torch.Tensor], float]:

@@ -15,6 +15,7 @@ import zoo
 from packed_encoder import exit_weights
 from rewrite import canonical, profile_of, run_part
 from routes import random_routers
+from seeds import seeded
 
 from trimtab.compiler.recipe import load_recipe
 from trimtab.passes import Capability, PassContext, PassResult, pass_class, run_passes
@@ -108,12 +109,6 @@ class Built:
         given = feeds | {name: np.full(count, value, np.float32) for name, value in dials.items()}
         logits, *layers = self.session.run(None, {i.name: given[i.name] for i in self.session.get_inputs()})
         return logits, layers[0].tolist() if layers else []
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

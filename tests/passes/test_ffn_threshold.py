@@ -14,6 +14,7 @@ from dialects import ACTIVATIONS
 from packed_encoder import Encoder, exit_logits
 from rewrite import canonical, profile_of, session
 from scipy.special import softmax
+from seeds import seeded
 
 from trimtab.passes import Capability, PassContext, PassResult, pass_class, run_passes
 from trimtab.passes.anatomy import find_anatomy
@@ -32,12 +33,6 @@ CLEAR = 1e-5
 """How far sizes are from the threshold, relative to it, where float32 has to decide as float64 does."""
 INT8 = 2e-3
 """The same where kernels round x to 16 bits."""
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def left_out(graph: gs.Graph, profile: Profile, *before: Any, **options: Any) -> list[PassResult]:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from half import in_half, parsed
+from seeds import seeded
 
 from trimtab.passes.graph import save_graph
 
@@ -36,12 +37,6 @@ TAILS: dict[str, str] = {
     "read twice": "s = Mul (n, g)  a = Add (s, b)  y = Add (a, n)",
     "mean read": "s = Mul (n, g)  a = Add (s, b)  y = Add (a, u)",
 }
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def outputs_at_all_levels(path: Path, given: dict[str, np.ndarray], kind: str) -> list[np.ndarray]:

@@ -12,18 +12,13 @@ import pytest
 from half import in_half, parsed
 from positions import FAMILIES, long_feeds, positional_graph, positional_model
 from rewrite import profile_of, session
+from seeds import seeded
 
 from trimtab.passes import Capability, PassContext, pass_class, run_passes
 from trimtab.passes.graph import save_graph
 
 TYPES = ("float16", "bfloat16")
 FLOAT = np.float32
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(2**31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def distance(got: np.ndarray, want: np.ndarray) -> float:

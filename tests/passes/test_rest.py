@@ -13,6 +13,7 @@ import sharing
 import zoo
 from rewrite import canonical, profile_of, session
 from routes import chosen, profile_with, random_routers
+from seeds import seeded
 
 from trimtab.compiler.recipe import load_recipe
 from trimtab.passes import Capability, Pass, PassContext, pass_class, run_passes
@@ -32,12 +33,6 @@ from trimtab.passes.unpad import Unpad
 
 CLEAR = 1e-4
 """How far scores are from the dial, where float32 has to decide as float64 does."""
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def with_states(graph: gs.Graph, learned: dict[str, np.ndarray]) -> Profile:

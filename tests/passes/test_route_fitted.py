@@ -12,6 +12,7 @@ import zoo
 from dialects import ACTIVATIONS
 from pydantic import ValidationError
 from rewrite import canonical, profile_of, session
+from seeds import seeded
 
 from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
@@ -25,12 +26,6 @@ from trimtab.passes.profile import Profile
 
 CLEAR = 1e-4
 """How far scores are from the threshold, where float32 has to decide as float64 does."""
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def fitted(graph: gs.Graph, profile: Profile, **options: Any) -> PassResult:

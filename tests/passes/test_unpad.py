@@ -12,6 +12,7 @@ import pytest
 import zoo
 from positions import positional_graph
 from rewrite import canonical, session
+from seeds import seeded
 
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.dynamic_int8 import DynamicInt8
@@ -39,12 +40,6 @@ def refused(graph: gs.Graph) -> PassResult:
     assert result.changed == 0
     assert ([(node.op, [t.name for t in node.inputs]) for node in graph.nodes], graph.opset) == before
     return result
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def assert_same(

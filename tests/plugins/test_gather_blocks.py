@@ -9,16 +9,11 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from dialects import everywhere, finish, graph_of, native
+from seeds import seeded
 
 from trimtab.passes.graph import save_graph
 from trimtab.passes.lower import lower
 from trimtab.plugins import GATHER_BLOCKS, add_node
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 def model(neurons: int, block: int, at_most: int, lead: list[int | str]) -> gs.Graph:

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from dialects import everywhere, finish, graph_of, native
+from seeds import seeded
 
 from trimtab.plugins import PACKED_ATTENTION, add_multi_output_node, add_node
 
@@ -99,12 +100,6 @@ def close(found: np.ndarray, wanted: np.ndarray) -> None:
     """Equal up to the rounding of float32: values are about 1, and so is what weights sum up to."""
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from dialects import everywhere, finish, graph_of, native
+from seeds import seeded
 
 from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.select_blocks import local_k
@@ -119,9 +120,3 @@ def test_at_most_in_shards_and_in_large_calls() -> None:
     sharded = model(k=10, shards=4, slack=9, at_most=1, dense_above=5)
     check(everywhere(sharded, {"scores": scores}), np.array([reached(row, 10) for row in scores[0]]))
     check(everywhere(model(k=10, at_most=1, dense_above=4), {"scores": scores}), np.arange(48)[None])
-
-
-def seeded() -> np.random.Generator:
-    seed = int(np.random.default_rng().integers(1 << 30))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
