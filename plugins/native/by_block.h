@@ -21,12 +21,15 @@ class ByBlock {
     };
     std::vector<Pair> pairs;
     pairs.reserve(tokens * k);
-    std::vector<int32_t> counts(all + 1, 0);
+    std::vector<int32_t> counts(all + 1, 0), last(all, -1);
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t place = 0; place < k && chosen[t * stride + place] >= 0; place++) {
         if (skip(t, place)) continue;
         pairs.push_back({chosen[t * stride + place], static_cast<int32_t>(t), static_cast<int32_t>(place)});
-        counts[pairs.back().block + 1]++;
+        const Pair& pair = pairs.back();
+        counts[pair.block + 1]++;
+        repeats_ |= last[pair.block] == pair.token;
+        last[pair.block] = pair.token;
       }
     starts_.push_back(0);
     for (int64_t b = 0; b < all; b++) {
@@ -48,6 +51,9 @@ class ByBlock {
     return {block_size, static_cast<int64_t>(blocks_.size()), blocks_.data(), starts_.data(), tokens_.data(), places_.data()};
   }
 
+  // Whether a token has a block twice: tiles of several tokens, each with sums of its own, cannot hold it.
+  bool repeats() const { return repeats_; }
+
   int64_t pairs() const { return static_cast<int64_t>(tokens_.size()); }
 
   // How many tokens a block has on average, of those that have any; rounded up.
@@ -59,6 +65,7 @@ class ByBlock {
  private:
   std::vector<int32_t> blocks_, tokens_, places_;
   std::vector<int64_t> starts_;
+  bool repeats_ = false;
 };
 
 }  // namespace trimtab

@@ -27,6 +27,11 @@ inline int64_t bound(int64_t total, int64_t parts, int64_t i, int64_t unit) {
   return std::min(total, units * i / parts * unit);
 }
 
+// Whether `values`, if there are any, are one of float32 for each of `rows`.
+inline bool one_for_each(const Tensor& values, int64_t rows) {
+  return !values || (values.type == ort::Type::float32 && values.rank > 0 && values.rows() * values.last() == rows);
+}
+
 // The weights that two inputs are; nullptr, or what is wrong with them.
 inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t width, Weights* out) {
   if (w.rank != 2) return "weights are not a matrix [neurons, width]";
@@ -45,7 +50,7 @@ inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t wi
   if (!integer) return nullptr;
   if (out->format == Format::int4 && width % kInt4Block != 0) return "the width of int4 weights is no multiple of 32";
   const int64_t scales = out->format == Format::int8 ? out->rows : out->rows * (width / kInt4Block);
-  if (scale.type != ort::Type::float32 || scale.rows() * scale.last() != scales)
+  if (!one_for_each(scale, scales))
     return "scales are not float32 [neurons] (int8) or [neurons, width / 32] (int4)";
   return nullptr;
 }

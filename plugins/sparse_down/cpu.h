@@ -92,10 +92,9 @@ struct SparseDown {
     if (tokens == 0) return nullptr;
 
     const int64_t groups = blocks.dims[0] == 1 ? 1 : tokens, each = tokens / groups;
-    if (down.packed != nullptr || ((groups > 1 || tokens >= kSome) && block >= kRowsTogether)) {
-      by_block(runtime, context, h.floats(), blocks, down, tokens, y);
+    if ((down.packed != nullptr || ((groups > 1 || tokens >= kSome) && block >= kRowsTogether)) &&
+        by_block(runtime, context, h.floats(), blocks, down, tokens, y))
       return nullptr;
-    }
     const Used used(h.floats(), blocks, groups, each == 1, block);
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, used.most() * block * width)), kMostParts);
     if (groups == 1 && parts > 1 && parts * tokens * width <= kMostPartial) {
@@ -141,8 +140,9 @@ struct SparseDown {
     parallel(runtime, context, slices, add);
   }
 
-  // Each block is read once for all tokens that take it and have something in it.
-  void by_block(const ort::Runtime& runtime, ort::KernelContext* context, const float* h, const Tensor& blocks,
+  // Each block is read once for all tokens that take it and have something in it. False: some choice has a block twice, which
+  // kernels of weights that are not packed sum token by token alone.
+  bool by_block(const ort::Runtime& runtime, ort::KernelContext* context, const float* h, const Tensor& blocks,
                 const Weights& down, int64_t tokens, float* y) const {
     const int64_t k = blocks.last(), count = k * block, width = down.width;
     const int64_t stride = blocks.dims[0] == 1 ? 0 : k;
@@ -155,6 +155,7 @@ struct SparseDown {
       };
       turned.emplace_back(blocks.ints() + first * stride, stride, std::min(kTogether, tokens - first), k, down.rows / block, nothing);
       together = std::max(together, turned.back().together());
+      if (down.packed == nullptr && turned.back().repeats()) return false;
     }
     const bool bytes = down.packed != nullptr;
     const int64_t limbs = limbs_of(together);
@@ -185,7 +186,7 @@ struct SparseDown {
         const int64_t begin = bound(all.count, parts, part, 1), end = bound(all.count, parts, part + 1, 1);
         sum({block, end - begin, all.blocks + begin, all.starts + begin, all.tokens, all.places}, 0, tokens, 0, width, to);
       });
-      return;
+      return true;
     }
     const int64_t strips = std::min(parts, (width + kStrip - 1) / kStrip);
     auto task = [&](int64_t i) {
@@ -195,6 +196,7 @@ struct SparseDown {
       sum(turned[i / strips].takers(block), i / strips, std::min(kTogether, tokens - token), first, last, y + token * width);
     };
     parallel(runtime, context, static_cast<int64_t>(turned.size()) * strips, task);
+    return true;
   }
 };
 

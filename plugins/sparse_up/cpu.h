@@ -49,8 +49,8 @@ struct SparseUp {
     up.packed = resident_up.packed(in[2]), gate.packed = resident_gate.packed(in[5]);
     if (in[5] && (up.packed == nullptr || gate.packed == nullptr)) up.packed = gate.packed = nullptr;
     if (const char* error = check_blocks(blocks, tokens, up.rows, block, at_most != 0)) return error;
-    if (in[8] && (in[8].type != ort::Type::float32 || in[8].rows() * in[8].last() != up.rows))
-      return "SparseUp: importance is not float32 [neurons]";
+    if (!one_for_each(in[4], up.rows) || !one_for_each(in[7], up.rows)) return "biases are not float32 [neurons]";
+    if (!one_for_each(in[8], up.rows)) return "importance is not float32 [neurons]";
 
     const int64_t k = blocks.last(), count = k * block;
     int64_t shape[Tensor::kMostDims];

@@ -175,3 +175,35 @@ def test_kernels_refuse_other_numbers(blocks: list[list[int]]) -> None:
     case = Case("float32", 32, 8, 6, False, seeded())
     with pytest.raises(Exception, match="lies outside"):
         native(case.model).run(None, {"x": np.ones((1, 1, 32), np.float32), "blocks": np.array(blocks, np.int32)})
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_block_that_is_chosen_twice_adds_twice(form: str, tokens: int) -> None:
+    """No op makes such choices, but callers may: also where tokens are summed together."""
+    rng = seeded()
+    block, width = int(rng.choice([4, 8, 32])), 32 * int(rng.integers(1, 4))
+    graph = graph_of(h=(np.float32, ["tokens", 3 * block]), blocks=(np.int32, ["choices", 3]))
+    rows, down = weights("down", 5 * block, width, form, rng)
+    inputs = dict(zip(("h", "blocks"), graph.inputs, strict=True)) | rows
+    model = finish(graph, add_node(graph, SPARSE_DOWN, inputs, "y", block=block))
+    h = rng.standard_normal((tokens, 3 * block)).astype(np.float32)
+    chosen = rng.integers(0, 5, (tokens, 3)).astype(np.int32)
+    chosen[:, 2] = chosen[:, 0]
+    parts, each = h.reshape(tokens, 3, block).astype(np.float64), down.reshape(5, block, width)[chosen]
+    for (y,) in everywhere(model, {"h": h, "blocks": chosen}).values():
+        close(y, np.einsum("tkb,tkbw->tw", parts, each), form, summed(h, down[: 3 * block].T), together=True)
+
+
+@pytest.mark.parametrize("name", ["up_bias", "gate_bias"])
+@pytest.mark.parametrize(
+    "bias", [np.ones(48, np.float16), np.ones(8, np.float32), np.float32(1)], ids=["half", "few", "one"]
+)
+def test_kernels_refuse_other_biases(bias: np.ndarray, name: str) -> None:
+    graph = graph_of(x=(np.float32, ["tokens", 32]), blocks=(np.int32, ["choices", "k"]))
+    rows = [weights(label, 48, 32, "int8", seeded())[0] for label in ("up", "gate")]
+    inputs = dict(zip(("x", "blocks"), graph.inputs, strict=True)) | rows[0] | rows[1]
+    inputs[name] = gs.Constant("bias", np.asarray(bias))
+    session = native(finish(graph, add_node(graph, SPARSE_UP, inputs, "h", block=8, activation="relu")))
+    with pytest.raises(Exception, match="biases are not float32"):
+        session.run(None, {"x": np.ones((2, 32), np.float32), "blocks": np.zeros((1, 2), np.int32)})
