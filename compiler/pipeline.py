@@ -146,6 +146,7 @@ class _Compile:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
             positions = find_positions(graph)
             check_sizes("workload.tokens", self.recipe.workload.tokens[0], self.recipe.workload.past[0], positions)
+            max_tokens = _shorter(self.source.max_tokens, positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
@@ -168,7 +169,7 @@ class _Compile:
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
-                get_target(self.recipe.target).settle(graph)
+                get_target(self.recipe.target).settle(graph, max_tokens)
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]
                 check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
@@ -203,7 +204,7 @@ class _Compile:
             fingerprint=self.hashes.weights,
             family=family,
             labels=self.source.labels,
-            max_tokens=_shorter(self.source.max_tokens, positions),
+            max_tokens=max_tokens,
             task=find_task(inputs, outputs, self.source.head),
             inputs=tuple(inputs),
             outputs=tuple(outputs),

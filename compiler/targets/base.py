@@ -117,8 +117,12 @@ class Target(ABC):
         """
         return None
 
-    def settle(self, graph: gs.Graph) -> None:  # noqa: B027  (most take a graph as it is)
-        """Write what all passes have made, in place, as the runtime computes it best: same results, same layers."""
+    def settle(self, graph: gs.Graph, max_tokens: int | None) -> None:  # noqa: B027  (most take a graph as it is)
+        """Write what all passes have made, in place, as the runtime computes it best: same results, same layers.
+
+        Args:
+            max_tokens: the longest text that the model takes, a decoder's past included, where that is known.
+        """
 
     @abstractmethod
     def build(

@@ -22,7 +22,7 @@ from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
-from trimtab.passes.lower import fuse_bias_gelu, keep_integer_products
+from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products, tighten_decoder
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import library_path, register
 
@@ -42,9 +42,10 @@ class OnnxRuntime(Target):
     def crossover(self, threads: int | None = None) -> Measure | None:
         return lambda shape: measured_crossover(shape, lambda: session_options(threads))
 
-    def settle(self, graph: gs.Graph) -> None:
+    def settle(self, graph: gs.Graph, max_tokens: int | None) -> None:
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
+        tighten_decoder(graph, max_tokens)
 
     def build(
         self,

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph.weights import ExternalValues, Part, append, stored_bytes
+from trimtab.passes.graph.weights import Derived, ExternalValues, append, stored_bytes
 
 _LEAST = 1 << 20  # bytes of a weight that is worth a place in the file
 _NAME = "made.data"
@@ -48,6 +48,6 @@ def put_away(constant: gs.Constant) -> gs.Constant:
 def is_new(constant: gs.Constant) -> bool:
     """Whether the values of `constant` were made here, and do not lie in the source's files."""
     values, held = constant._values, _file.get()
-    if isinstance(values, Part):
+    if isinstance(values, Derived):
         return False
     return not isinstance(values, ExternalValues) or (held is not None and values.path == held[0] / _NAME)

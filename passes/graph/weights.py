@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -104,8 +105,26 @@ class ExternalValues(LazyValues):
                 left -= len(chunk)
 
 
-class Part(LazyValues):
-    """Some rows or columns of a constant's values, which stay where they are and are never held.
+class Derived(LazyValues):
+    """Values made of those of other constants, which stay where they are; never held.
+
+    Args:
+        like: other values of the same type.
+        shape: of these.
+    """
+
+    def __init__(self, like: LazyValues | np.ndarray, shape: Sequence[int]) -> None:
+        self.data_type, self.dtype, self.shape = _data_type(like), like.dtype, [int(n) for n in shape]
+        self.nbytes = byte_size(TensorProto(data_type=self.data_type, dims=self.shape))
+
+    @property
+    def tensor(self) -> TensorProto:
+        """Made anew each time, with the values inside: for whoever knows no such values."""
+        return numpy_helper.from_array(np.ascontiguousarray(self.load()))
+
+
+class Part(Derived):
+    """Some rows or columns of a constant's values.
 
     Args:
         whole: the values, as `gs.Constant` holds them.
@@ -114,24 +133,31 @@ class Part(LazyValues):
 
     def __init__(self, whole: LazyValues | np.ndarray, axis: int, index: slice) -> None:
         self.whole, self.axis, self.index = whole, axis, index
-        self.data_type = _data_type(whole)
-        self.shape = [len(range(n)[index]) if i == axis else int(n) for i, n in enumerate(whole.shape)]
-        self.dtype = whole.dtype
-        self.nbytes = byte_size(TensorProto(data_type=self.data_type, dims=self.shape))
-
-    @property
-    def tensor(self) -> TensorProto:
-        """Made anew each time, with the values inside: for whoever knows no parts."""
-        return numpy_helper.from_array(np.ascontiguousarray(self.load()))
+        super().__init__(whole, [len(range(n)[index]) if i == axis else n for i, n in enumerate(whole.shape)])
 
     def load(self) -> np.ndarray:
-        held = self.whole
-        if isinstance(held, ExternalValues | Part):
-            whole = held.load()
-        else:  # graphsurgeon's own `load` warns of types that numpy lacks
-            whole = numpy_helper.to_array(held.tensor) if isinstance(held, LazyValues) else held
-        part: np.ndarray = whole[(slice(None),) * self.axis + (self.index,)]
+        part: np.ndarray = _load(self.whole)[(slice(None),) * self.axis + (self.index,)]
         return part
+
+
+class Joined(Derived):
+    """The values of several constants of one type, side by side along `axis`."""
+
+    def __init__(self, parts: Sequence[LazyValues | np.ndarray], axis: int) -> None:
+        self.parts, self.axis = parts, axis
+        shape = [*parts[0].shape]
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        super().__init__(parts[0], shape)
+
+    def load(self) -> np.ndarray:
+        return np.concatenate([_load(part) for part in self.parts], self.axis)
+
+
+def _load(held: LazyValues | np.ndarray) -> np.ndarray:
+    if isinstance(held, ExternalValues | Derived):
+        return held.load()
+    # graphsurgeon's own `load` warns of types that numpy lacks
+    return numpy_helper.to_array(held.tensor) if isinstance(held, LazyValues) else held
 
 
 def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
@@ -140,7 +166,7 @@ def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
     start, held = file.tell(), constant._values
     if isinstance(held, ExternalValues):
         held.copy_to(file)
-    elif isinstance(held, Part):
+    elif isinstance(held, Derived):
         file.write(_stored(held.load()))
     elif isinstance(held, LazyValues):
         file.write(_raw(held.tensor))
@@ -201,7 +227,7 @@ def data_type(constant: gs.Constant) -> int:
 
 
 def _data_type(held: LazyValues | np.ndarray) -> int:
-    if isinstance(held, Part):
+    if isinstance(held, Derived):
         return held.data_type
     return int(
         held.tensor.data_type if isinstance(held, LazyValues) else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
@@ -211,7 +237,7 @@ def _data_type(held: LazyValues | np.ndarray) -> int:
 def stored_bytes(constant: gs.Constant) -> int:
     """Bytes that the values of `constant` take in the file, without reading them."""
     held = constant._values
-    if isinstance(held, Part):
+    if isinstance(held, Derived):
         return int(held.nbytes)
     if isinstance(held, LazyValues):
         return byte_size(held.tensor)

@@ -14,7 +14,7 @@ from rewrite import canonical, session
 
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph import save_graph
-from trimtab.passes.lower import fuse_bias_gelu
+from trimtab.passes.settle import fuse_bias_gelu
 from trimtab.passes.unpad import Unpad
 from trimtab.plugins.library import register
 

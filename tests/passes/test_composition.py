@@ -24,8 +24,8 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split import FFNSplit
 from trimtab.passes.graph import save_graph
 from trimtab.passes.layer import read_layer
-from trimtab.passes.lower import fuse_bias_gelu, keep_integer_products
 from trimtab.passes.profile import Profile
+from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.unpad import Unpad
 from trimtab.plugins.library import register

@@ -1,0 +1,140 @@
+"""Rotary embeddings inside the attention op, from tables of all positions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy.scan import only_producer
+from trimtab.passes.graph import constant
+from trimtab.passes.graph.part import run_part
+from trimtab.passes.settle.heads import GQA, divided, joined
+
+_BY_POSITION = frozenset(["Cast", "Concat", "Cos", "Mul", "Sin", "Slice", "Transpose", "Unsqueeze"])
+"""Ops that make of each position what they make of it alone."""
+
+_MOST_BYTES = 1 << 26  # of a table; the rotation of longer texts stays outside
+_UNIT = 16  # ONNX Runtime 1.31 rotates heads of multiples of this
+_GIVEN = slice(7, 10)  # inputs of the op that hold tables and positions
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """RotaryEmbedding in front of attention.
+
+    Attributes:
+        x: what it rotates, [B, T, heads, D].
+        cos, sin: [B, T, R / 2].
+        attrs: those of the op that say how.
+    """
+
+    x: gs.Tensor
+    cos: gs.Tensor
+    sin: gs.Tensor
+    interleaved: int
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Cosines and sines [positions, R / 2], and the tensor of positions [B, T] that they were made of."""
+
+    cos: gs.Constant
+    sin: gs.Constant
+    positions: gs.Tensor
+
+
+def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
+    """Let each GroupQueryAttention rotate queries and keys itself (`do_rotary`), in place.
+
+    Cosines and sines become constants, where they are made of the position alone.
+
+    Args:
+        most: positions that the model takes; None leaves everything as it is.
+
+    Returns:
+        how many.
+    """
+    known: dict[Hashable, _Tables | None] = {}
+    fused = 0
+    for node in [node for node in graph.nodes if (node.domain, node.op) == GQA]:
+        if most is None or node.attrs.get("do_rotary") or any(tensor.name for tensor in node.inputs[_GIVEN]):
+            continue
+        q, k = (_rotated(tensor) for tensor in node.inputs[:2])
+        if q is None or k is None or q.interleaved != k.interleaved:
+            continue
+        made_of = [_made_of(tensor) for tensor in (q.cos, q.sin, k.cos, k.sin)]
+        if None in made_of or made_of[:2] != made_of[2:]:
+            continue
+        key = tuple(made_of[:2])
+        if key not in known:
+            known[key] = _tables(graph, q, most, f"settle/rotation.{len(known)}")
+        tables = known[key]
+        if tables is None:
+            continue
+        rows = node.inputs[2]
+        name = f"settle/{node.outputs[0].name}"
+        q_in, k_in = joined(graph, q.x, node.inputs[0], f"{name}/q"), joined(graph, k.x, node.inputs[1], f"{name}/k")
+        node.inputs = [q_in, k_in, rows, *node.inputs[3:7], tables.cos, tables.sin, tables.positions, *node.inputs[10:]]
+        node.attrs |= {"do_rotary": 1, "rotary_interleaved": q.interleaved}
+        fused += 1
+    if fused:
+        graph.cleanup(remove_unused_graph_inputs=False)
+    return fused
+
+
+def _rotated(tensor: gs.Tensor) -> _Rotated | None:
+    """The rotation that gives `tensor` [B, T, heads · D], through Reshape and Transpose."""
+    node = only_producer(tensor)
+    heads = divided(node.inputs[0]) if node is not None and node.op == "Reshape" else None
+    rotation = only_producer(heads) if heads is not None else None
+    if rotation is None or rotation.op != "RotaryEmbedding" or rotation.domain or len(rotation.inputs) != 3:
+        return None
+    x = divided(rotation.inputs[0])
+    if x is None or x.dtype != np.float32 or x.shape is None or not isinstance(x.shape[-1], int) or x.shape[-1] % _UNIT:
+        return None
+    return _Rotated(x, rotation.inputs[1], rotation.inputs[2], int(rotation.attrs.get("interleaved", 0)))
+
+
+def _made_of(tensor: gs.Tensor) -> Hashable | None:
+    """What `tensor` is computed of and how, equal for equal computations; None if of anything but positions."""
+    if isinstance(tensor, gs.Constant):
+        return id(tensor)
+    if _is_positions(tensor):
+        return "positions", id(tensor)
+    node = only_producer(tensor)
+    if node is None or node.domain or node.op not in _BY_POSITION:
+        return None
+    befores = tuple(_made_of(before) for before in node.inputs)
+    return None if None in befores else (node.op, repr(sorted(node.attrs.items())), befores)
+
+
+def _is_positions(tensor: gs.Tensor) -> bool:
+    return tensor.dtype == np.int64 and tensor.shape is not None and len(tensor.shape) == 2
+
+
+def _positions_of(tensor: gs.Tensor) -> list[gs.Tensor]:
+    """The tensors of positions that `tensor` is made of, each once."""
+    if isinstance(tensor, gs.Constant):
+        return []
+    if _is_positions(tensor):
+        return [tensor]
+    node = only_producer(tensor)
+    found = [one for before in (node.inputs if node is not None else ()) for one in _positions_of(before)]
+    return list({id(one): one for one in found}.values())
+
+
+def _tables(graph: gs.Graph, rotated: _Rotated, most: int, name: str) -> _Tables | None:
+    """The angles of all positions; None if they are of several tensors of positions, or too large."""
+    found = {id(one): one for tensor in (rotated.cos, rotated.sin) for one in _positions_of(tensor)}
+    half = rotated.cos.shape[-1] if rotated.cos.shape else None
+    if len(found) != 1 or not isinstance(half, int) or 4 * most * half > _MOST_BYTES:
+        return None
+    (positions,) = found.values()
+    angles = run_part(graph, [positions], [rotated.cos, rotated.sin], {positions.name: np.arange(most)[None]})
+    if any(table.shape != (1, most, half) for table in angles):
+        return None
+    cos, sin = (constant(f"{name}.{what}", table[0]) for what, table in zip(("cos", "sin"), angles, strict=True))
+    return _Tables(cos, sin, positions)
