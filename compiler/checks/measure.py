@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+
+from trimtab.compiler.decoder_cache import PRESENT
+
+
+class _OfOutput(Protocol):
+    @property
+    def output(self) -> str: ...
+
+
+_Found = TypeVar("_Found", bound=_OfOutput)
 
 
 class OutputError(BaseModel):
@@ -49,6 +59,16 @@ class OutputError(BaseModel):
     @property
     def where(self) -> str:
         return describe(self.dims) + (", padded" if self.padded else "")
+
+
+def in_brief(found: Sequence[_Found], how_bad: Callable[[_Found], float]) -> list[tuple[str, _Found]]:
+    """(what it is called, what was found) of each output; of the many of a decoder's cache, the worst."""
+    cache = [each for each in found if each.output.startswith(PRESENT)]
+    if len(cache) < 2:
+        return [(each.output, each) for each in found]
+    worst = max(cache, key=how_bad)
+    others = [(each.output, each) for each in found if not each.output.startswith(PRESENT)]
+    return [*others, (f"{worst.output}, the worst of {len(cache)} of the cache", worst)]
 
 
 def describe(dims: Mapping[str, int]) -> str:

@@ -69,6 +69,7 @@ def command(
 
 def _show(build: Build, out: Path) -> None:
     from trimtab.compiler.builds.report import megabytes, share
+    from trimtab.compiler.checks.measure import in_brief
 
     manifest = build.manifest
     sizes = manifest.sizes
@@ -87,10 +88,8 @@ def _show(build: Build, out: Path) -> None:
         print(f"{report.name}: {report.changed} changed, {len(report.left)} left")
         for place in report.left:
             print(f"  left {place.where}: {place.why}")
-    for error in manifest.check.outputs:
-        print(
-            f"{error.output}: differs from dense by {error.relative_l2:.2g} (relative; on random inputs, unlike data)"
-        )
+    for what, error in in_brief(manifest.check.outputs, lambda error: error.severity):
+        print(f"{what}: differs from dense by {error.relative_l2:.2g} (relative; on random inputs, unlike data)")
     if manifest.check.why:
         print(f"not compared with the dense model: {manifest.check.why}")
     if manifest.profile_origin:

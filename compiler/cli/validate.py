@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.checks.measure import in_brief
 from trimtab.compiler.checks.peer_quality import quality_rows
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.checks.validate import Limits, Validation, validate
@@ -94,13 +95,19 @@ def as_json(found: Validation) -> dict[str, Any]:
 def _show(found: Validation) -> None:
     console.print_table(
         ("output", "worst at", "max abs", "mean abs", "relative L2", "cosine"),
-        [(e.output, e.where, *map(_number, (e.max_abs, e.mean_abs, e.relative_l2, e.cosine))) for e in found.outputs],
+        [
+            (what, e.where, *map(_number, (e.max_abs, e.mean_abs, e.relative_l2, e.cosine)))
+            for what, e in in_brief(found.outputs, lambda e: e.severity)
+        ],
     )
     if found.consistency:
         print()
         console.print_table(
             ("output", "in a batch against alone", "allowed"),
-            [(c.output, _number(c.difference), _number(c.allowed)) for c in found.consistency],
+            [
+                (what, _number(c.difference), _number(c.allowed))
+                for what, c in in_brief(found.consistency, lambda c: c.difference - c.allowed)
+            ],
         )
     if found.quality:
         print()

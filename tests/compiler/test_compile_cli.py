@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+import zoo
 from typer.testing import CliRunner, Result
 
 from trimtab import passes
@@ -59,6 +60,16 @@ def test_it_shows_what_was_done_and_what_comes_next() -> None:
     again = trimtab("model.onnx", "dampen.yaml", "-o", "build", "--data", "data.npz", "--set", "dampen.factor=0.5")
     assert "up to date" in again.stdout
     assert "build: built for onnxruntime in" in found.stdout and "built for" not in again.stdout
+
+
+def test_a_decoder_s_cache_is_one_line() -> None:
+    """And not one for keys and values of each layer."""
+    done = trimtab(str(zoo.exported("llama", "cached")), "plain.yaml", "-o", "decoder")
+    lines = [line for line in done.output.splitlines() if "differs from dense" in line]
+    assert [line.split(":")[0] for line in lines[:1]] == ["logits"] and len(lines) == 2
+    assert lines[1].startswith("present.") and "the worst of 4 of the cache" in lines[1]
+    shown = CliRunner().invoke(app, ["validate", "decoder"]).output
+    assert shown.count("present.") == shown.count("the worst of 4 of the cache") > 0
 
 
 def test_json_is_nothing_but_json() -> None:
