@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.settle.heads import GQA, drop_reshapes
-from trimtab.passes.settle.joined import join_projections
+from trimtab.passes.settle.joined import join_pairs, join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
 
 
@@ -31,4 +31,5 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None) -> int:
         if y.shape is None and node.inputs[1].name:  # nothing infers what ops of ONNX Runtime put out
             y.shape, y.dtype = q.shape, q.dtype
     infer_shapes(graph)
-    return fuse_rotation(graph, max_tokens) + drop_reshapes(graph) + join_projections(graph)
+    rotated = fuse_rotation(graph, max_tokens)
+    return rotated + drop_reshapes(graph) + join_projections(graph) + join_pairs(graph)

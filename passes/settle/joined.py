@@ -1,14 +1,15 @@
-"""Queries, keys and values of one product, side by side, as the attention op takes them."""
+"""Products of one tensor as one product: queries, keys and values, as the attention op takes them; gate and up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.scan import only_producer
-from trimtab.passes.graph import insert, topological
-from trimtab.passes.graph.weights import Joined
+from trimtab.passes.graph import constant, insert, topological
+from trimtab.passes.graph.weights import Joined, Part
 from trimtab.passes.settle.heads import GQA
 from trimtab.plugins import DOMAIN, INT8_LINEAR
 
@@ -21,6 +22,8 @@ _AXES: dict[tuple[str, str], tuple[int | None, ...]] = {
     (DOMAIN, INT8_LINEAR.name): (_SAME, 1, 0, 0),
 }
 """Op → of each input the axis of its outputs, or that it has to be the same for all."""
+
+_PRODUCTS = [("", "MatMul"), ("com.microsoft", "MatMulNBits"), (DOMAIN, INT8_LINEAR.name)]
 
 
 def join_projections(graph: gs.Graph) -> int:
@@ -37,6 +40,58 @@ def join_projections(graph: gs.Graph) -> int:
         if y is not None:
             node.inputs = [y, gs.Variable.empty(), gs.Variable.empty(), *node.inputs[3:]]
             joined += 1
+    return _tidied(graph, joined)
+
+
+def join_pairs(graph: gs.Graph) -> int:
+    """Let one product, and a Split, make what two products make of a tensor that nothing else reads, as gate and up.
+
+    A step of a decoder takes 5 to 9 per cent less (SmolLM2-135M, two threads of a Zen 4, fp32, int8, int4). Halves of
+    one weight are left to `repack`.
+
+    Returns:
+        how many pairs.
+    """
+    joined, outputs = 0, {id(tensor) for tensor in graph.outputs}
+    for parts in list(_pairs(graph)):
+        sizes = [_width(part) for part in parts]
+        if None in sizes or any(id(part) in outputs for part in parts):
+            continue
+        name = f"settle/{parts[0].name}"
+        y = _side_by_side(graph, parts, -1, name, whole=False)
+        if y is not None:
+            for part in parts:
+                part.inputs.clear()
+            widths = constant(f"{name}.sizes", np.array(sizes, np.int64))
+            insert(graph, "Split", [y, widths], f"{name}/Split", attrs={"axis": -1}, outputs=parts)
+            joined += 1
+    return _tidied(graph, joined)
+
+
+def _pairs(graph: gs.Graph) -> Iterator[list[gs.Variable]]:
+    """The outputs of two products, with their biases, that alone read a tensor."""
+    for tensor in graph.tensors().values():
+        readers = [node for node in tensor.outputs if isinstance(tensor, gs.Variable)]
+        if len(readers) == 2 and all(_kind(node) in _PRODUCTS and node.inputs[0] is tensor for node in readers):
+            yield [_with_bias(node.outputs[0]) for node in readers]
+
+
+def _with_bias(y: gs.Variable) -> gs.Variable:
+    add = y.outputs[0] if len(y.outputs) == 1 else None
+    biased = add is not None and _kind(add) == ("", "Add") and any(isinstance(t, gs.Constant) for t in add.inputs)
+    return add.outputs[0] if add is not None and biased else y
+
+
+def _width(tensor: gs.Tensor) -> int | None:
+    size = tensor.shape[-1] if tensor.shape else None
+    return size if isinstance(size, int) else None
+
+
+def _kind(node: gs.Node) -> tuple[str, str]:
+    return node.domain or "", node.op
+
+
+def _tidied(graph: gs.Graph, joined: int) -> int:
     if joined:
         graph.cleanup(remove_unused_graph_inputs=False)
         graph.nodes = topological(graph)
@@ -54,16 +109,23 @@ def _divided(parts: Sequence[gs.Tensor]) -> gs.Tensor | None:
     return split.inputs[0] if last and whole else None
 
 
-def _side_by_side(graph: gs.Graph, parts: Sequence[gs.Tensor], axis: int, name: str) -> gs.Tensor | None:
-    """What holds all of `parts` along `axis`, by the nodes that make each of them; None if these differ."""
+def _side_by_side(
+    graph: gs.Graph, parts: Sequence[gs.Tensor], axis: int, name: str, *, whole: bool = True
+) -> gs.Variable | gs.Constant | None:
+    """What holds all of `parts` along `axis`, by the nodes that make each of them; None if these differ.
+
+    Args:
+        whole: nothing else reads the parts, so that they need not be made.
+    """
     if any(isinstance(part, gs.Constant) for part in parts):
         return _constants(parts, axis, name)
-    nodes = [node for part in parts if (node := only_producer(part)) is not None and len(part.outputs) == 1]
+    made = [only_producer(part) for part in parts if len(part.outputs) == 1 or not whole]
+    nodes = [node for node in made if node is not None]
     if len(nodes) < len(parts) or not _alike(nodes):
         return None
     first, inputs = nodes[0], []
     for place, group in enumerate(zip(*(node.inputs for node in nodes), strict=True)):
-        along = _AXES[first.domain or "", first.op][place]
+        along = _AXES[_kind(first)][place]
         one = all(tensor is group[0] for tensor in group) or not any(tensor.name for tensor in group)
         if along is _SAME:
             found = group[0] if one else None
@@ -84,7 +146,7 @@ def _side_by_side(graph: gs.Graph, parts: Sequence[gs.Tensor], axis: int, name: 
 def _alike(nodes: Sequence[gs.Node]) -> bool:
     """Whether outputs of `nodes` are independent of each other, and all are computed in the same way."""
     first = nodes[0]
-    if (first.domain or "", first.op) not in _AXES or (first.op == "DequantizeLinear" and first.attrs.get("axis") != 0):
+    if _kind(first) not in _AXES or (first.op == "DequantizeLinear" and first.attrs.get("axis") != 0):
         return False
 
     def how(node: gs.Node) -> object:
@@ -95,7 +157,7 @@ def _alike(nodes: Sequence[gs.Node]) -> bool:
 
 def _constants(parts: Sequence[gs.Tensor], axis: int, name: str) -> gs.Constant | None:
     """Constants that differ in size along `axis` at most, side by side."""
-    if not all(isinstance(part, gs.Constant) and part.shape for part in parts):
+    if not all(isinstance(part, gs.Constant) and part.shape and not isinstance(part._values, Part) for part in parts):
         return None
     axis %= len(parts[0].shape)
     others = [([*part.shape[:axis], *part.shape[axis + 1 :]], part.dtype) for part in parts]

@@ -17,7 +17,10 @@ from seeds import seeded
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes import Capability, PassContext, pass_class, run_passes
+from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.graph import constant, insert, load_graph, save_graph
+from trimtab.passes.graph.weights import Part
+from trimtab.passes.settle import tighten_decoder
 from trimtab.passes.settle.heads import drop_reshapes
 from trimtab.passes.settle.joined import join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
@@ -105,7 +108,31 @@ def test_a_layer_is_few_nodes(family: str, form: str, tmp_path: Path) -> None:
             assert [bool(tensor.name) for tensor in node.inputs[:3]] == [True, False, False]
             assert node.inputs[7].shape[0] == node.inputs[8].shape[0] == zoo.TEXT
     assert layers == 2
-    assert ops["MatMul"] + ops["Int8Linear"] == 5 * layers + 1  # projections, out, gate, up, down; and the head
+    apart = (family, form) == ("gemma", "int8")  # whose gate has its GELU inside the product
+    # projections, out, gate and up, down; and the head
+    assert ops["MatMul"] + ops["Int8Linear"] == (5 if apart else 4) * layers + 1
+
+
+@pytest.mark.parametrize("spoil", [None, "read thrice", "an output", "another block", "halves of one weight"])
+def test_gate_and_up_are_one_product(spoil: str | None) -> None:
+    graph = compiled("llama", "fp32" if spoil == "halves of one weight" else "int4-blocks")
+    ffn = find_anatomy(graph).ffns[0]
+    gate, up = ffn.gate, ffn.up
+    assert gate is not None
+    if spoil == "read thrice":
+        graph.outputs.append(insert(graph, "Identity", [gate.x], "more", dtype=np.float32))
+    elif spoil == "an output":
+        up.y.dtype = np.dtype(np.float32)
+        graph.outputs.append(up.y)
+    elif spoil == "another block":
+        up.quantized.attrs["block_size"] = 8
+    elif spoil == "halves of one weight":
+        whole = np.concatenate([gate.w(), up.w()], 1)
+        for number, each in enumerate((gate, up)):
+            size = each.out_features
+            each.weight._values = Part(whole, 1, slice(number * size, (number + 1) * size))
+    tighten_decoder(graph, zoo.TEXT)
+    assert sum(node.op == "Split" for node in graph.nodes) == (2 if spoil is None else 1)
 
 
 def test_packed_projections_stay_packed(tmp_path: Path) -> None:
