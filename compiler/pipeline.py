@@ -169,7 +169,7 @@ class _Compile:
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
-                get_target(self.recipe.target).settle(graph, max_tokens)
+                get_target(self.recipe.target).settle(graph, max_tokens, self.recipe.shards)
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]
                 check_finite(made, hint="the calibration data drive a pass out of range; try milder options")

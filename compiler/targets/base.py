@@ -117,11 +117,12 @@ class Target(ABC):
         """
         return None
 
-    def settle(self, graph: gs.Graph, max_tokens: int | None) -> None:  # noqa: B027  (most take a graph as it is)
+    def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:  # noqa: B027  (most leave it as it is)
         """Write what all passes have made, in place, as the runtime computes it best: same results, same layers.
 
         Args:
             max_tokens: the longest text that the model takes, a decoder's past included, where that is known.
+            shards: ranks among which it will be divided.
         """
 
     @abstractmethod

@@ -42,10 +42,10 @@ class OnnxRuntime(Target):
     def crossover(self, threads: int | None = None) -> Measure | None:
         return lambda shape: measured_crossover(shape, lambda: session_options(threads))
 
-    def settle(self, graph: gs.Graph, max_tokens: int | None) -> None:
+    def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
-        tighten_decoder(graph, max_tokens)
+        tighten_decoder(graph, max_tokens, gates=shards == 1)  # ranks divide gate and up
 
     def build(
         self,

@@ -10,7 +10,7 @@ from trimtab.passes.settle.joined import join_pairs, join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
 
 
-def tighten_decoder(graph: gs.Graph, max_tokens: int | None) -> int:
+def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = True) -> int:
     """Make layers with GroupQueryAttention as few nodes as the op allows, in place; results are the same, bit by bit.
 
     Sums and norms stay apart: SkipSimplifiedLayerNormalization of ONNX Runtime 1.31 takes as long as both for a token,
@@ -18,6 +18,7 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None) -> int:
 
     Args:
         max_tokens: the longest text that the model takes, where that is known.
+        gates: gate and up may become one product.
 
     Returns:
         how many rewrites.
@@ -32,4 +33,5 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None) -> int:
             y.shape, y.dtype = q.shape, q.dtype
     infer_shapes(graph)
     rotated = fuse_rotation(graph, max_tokens)
-    return rotated + drop_reshapes(graph) + join_projections(graph) + join_pairs(graph)
+    tightened = rotated + drop_reshapes(graph) + join_projections(graph)
+    return tightened + (join_pairs(graph) if gates else 0)

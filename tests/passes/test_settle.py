@@ -44,7 +44,7 @@ def compiled(family: str, form: str) -> gs.Graph:
 
 def settled(graph: gs.Graph, path: Path, most: int | None = zoo.TEXT) -> gs.Graph:
     """What the target makes of `graph`, and saves."""
-    get_target("onnxruntime").settle(graph, most)
+    get_target("onnxruntime").settle(graph, most, 1)
     save_graph(graph, path)
     onnx.checker.check_model(path)
     return load_graph(path)
