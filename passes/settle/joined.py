@@ -16,8 +16,8 @@ from trimtab.plugins import DOMAIN, INT8_LINEAR
 _SAME = None
 _AXES: dict[tuple[str, str], tuple[int | None, ...]] = {
     ("", "Add"): (-1, -1),
-    ("", "DequantizeLinear"): (1, 1, 1),
-    ("", "MatMul"): (_SAME, 1),
+    ("", "DequantizeLinear"): (-1, -1, -1),
+    ("", "MatMul"): (_SAME, -1),
     ("com.microsoft", "MatMulNBits"): (_SAME, 0, 0, 0, _SAME, 0),
     (DOMAIN, INT8_LINEAR.name): (_SAME, 1, 0, 0),
 }
@@ -92,9 +92,8 @@ def _kind(node: gs.Node) -> tuple[str, str]:
 
 
 def _tidied(graph: gs.Graph, joined: int) -> int:
-    if joined:
-        graph.cleanup(remove_unused_graph_inputs=False)
-        graph.nodes = topological(graph)
+    graph.cleanup(remove_unused_graph_inputs=False)  # also what was begun in vain
+    graph.nodes = topological(graph)
     return joined
 
 
@@ -146,8 +145,9 @@ def _side_by_side(
 def _alike(nodes: Sequence[gs.Node]) -> bool:
     """Whether outputs of `nodes` are independent of each other, and all are computed in the same way."""
     first = nodes[0]
-    if _kind(first) not in _AXES or (first.op == "DequantizeLinear" and first.attrs.get("axis") != 0):
-        return False
+    blocks = first.attrs.get("axis") == 0 and first.attrs.get("block_size")
+    if _kind(first) not in _AXES or (first.op == "DequantizeLinear" and not blocks):
+        return False  # the scales of other forms are not one for each output
 
     def how(node: gs.Node) -> object:
         return node.op, node.domain, len(node.inputs), {key: value for key, value in node.attrs.items() if key != "N"}
@@ -156,11 +156,11 @@ def _alike(nodes: Sequence[gs.Node]) -> bool:
 
 
 def _constants(parts: Sequence[gs.Tensor], axis: int, name: str) -> gs.Constant | None:
-    """Constants that differ in size along `axis` at most, side by side."""
+    """Constants that differ in size along `axis` at most, side by side; None of a size of 1, which may be for all."""
     if not all(isinstance(part, gs.Constant) and part.shape and not isinstance(part._values, Part) for part in parts):
         return None
     axis %= len(parts[0].shape)
     others = [([*part.shape[:axis], *part.shape[axis + 1 :]], part.dtype) for part in parts]
-    if any(other != others[0] for other in others):
+    if any(other != others[0] for other in others) or any(part.shape[axis] == 1 for part in parts):
         return None
     return gs.Constant(name, Joined([part._values for part in parts], axis))

@@ -174,7 +174,7 @@ def test_queries_and_keys_of_other_angles_stay_outside() -> None:
     assert fuse_rotation(graph, zoo.TEXT) == 1
 
 
-@pytest.mark.parametrize("spoil", [None, "another x", "used elsewhere", "no bias", "another block"])
+@pytest.mark.parametrize("spoil", [None, "another x", "used elsewhere", "no bias", "one bias for all", "another block"])
 def test_products_that_differ_stay_apart(spoil: str | None) -> None:
     graph = compiled("llama", "int8-blocks")
     fuse_rotation(graph, zoo.TEXT)
@@ -184,7 +184,8 @@ def test_products_that_differ_stay_apart(spoil: str | None) -> None:
     for place, product in enumerate(products):
         if place == 1 and spoil == "no bias":
             continue
-        bias = np.ones(product.inputs[1].inputs[0].inputs[0].shape[1], np.float32)
+        size = 1 if spoil == "one bias for all" else product.inputs[1].inputs[0].inputs[0].shape[1]
+        bias = np.ones(size, np.float32)
         attention.inputs[place] = insert(
             graph, "Add", [product.outputs[0], constant(f"b{place}", bias)], f"biased{place}"
         )
@@ -195,4 +196,6 @@ def test_products_that_differ_stay_apart(spoil: str | None) -> None:
         graph.outputs.append(insert(graph, "Identity", [attention.inputs[1]], "more", dtype=np.float32))
     elif spoil == "another block":
         key.inputs[1].inputs[0].attrs["block_size"] = 8
+    nodes = len(graph.nodes)
     assert join_projections(graph) == (2 if spoil is None else 1)
+    assert len(graph.nodes) < nodes, "what was begun in vain is gone"
