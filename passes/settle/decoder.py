@@ -11,7 +11,7 @@ from trimtab.passes.settle.rotation import fuse_rotation
 
 
 def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = True) -> int:
-    """Make layers with GroupQueryAttention as few nodes as the op allows, in place; results are the same, bit by bit.
+    """Make layers with GroupQueryAttention as few nodes as the op allows, in place; results are the same.
 
     Sums and norms stay apart: SkipSimplifiedLayerNormalization of ONNX Runtime 1.31 takes as long as both for a token,
     for 64 twice as long, and its sums of squares are several times less exact.
