@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph import constant, insert, topological
+from trimtab.passes.graph import insert, split_last, topological
 from trimtab.passes.graph.linear import Linear, match_linear
 from trimtab.passes.graph.weights import Part
-
-_SIZES_ARE_INPUTS = 13  # opset from which Split takes them as an input
 
 
 def repack(graph: gs.Graph) -> int:
@@ -66,20 +63,8 @@ def _join(graph: gs.Graph, a: Linear, b: Linear, wholes: dict[int, gs.Constant])
     assert y is not None
     for linear in (a, b):
         linear.nodes[-1].outputs.clear()
-    _split(graph, y, [a, b], name)
+    split_last(graph, y, [a.y, b.y], [a.out_features, b.out_features], f"{name}/Split")
     return True
-
-
-def _split(graph: gs.Graph, y: gs.Variable, linears: list[Linear], name: str) -> None:
-    sizes = [linear.out_features for linear in linears]
-    inputs: list[gs.Tensor] = [y]
-    attrs: dict[str, object] = {"axis": -1}
-    if graph.opset < _SIZES_ARE_INPUTS:
-        attrs["split"] = sizes
-    else:
-        inputs.append(constant(f"{name}/sizes", np.array(sizes, np.int64)))
-    outputs = [linear.y for linear in linears]
-    insert(graph, "Split", inputs, f"{name}/Split", attrs=attrs, outputs=outputs)
 
 
 def _nodes(linear: Linear) -> list[gs.Node]:

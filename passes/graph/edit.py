@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.graph.scratch import put_away
+
+_SIZES_ARE_INPUTS = 13  # opset from which Split takes them as an input
 
 
 def constant(name: str, array: np.ndarray | onnx.TensorProto) -> gs.Constant:
@@ -39,6 +43,21 @@ def insert(
     outputs = outputs or [gs.Variable(name, dtype=dtype)]
     graph.nodes.append(gs.Node(op, name=name, inputs=inputs, outputs=outputs, attrs=attrs or {}, domain=domain))
     return outputs[0]
+
+
+def split_last(graph: gs.Graph, y: gs.Tensor, outputs: Sequence[gs.Variable], sizes: Sequence[int], name: str) -> None:
+    """Divide `y` along its last axis into `outputs`, which nothing else makes.
+
+    Args:
+        name: of the node; the sizes are "<name>.sizes".
+    """
+    inputs: list[gs.Tensor] = [y]
+    attrs: dict[str, object] = {"axis": -1}
+    if graph.opset < _SIZES_ARE_INPUTS:
+        attrs["split"] = list(sizes)
+    else:
+        inputs.append(constant(f"{name}.sizes", np.array(sizes, np.int64)))
+    insert(graph, "Split", inputs, name, attrs=attrs, outputs=list(outputs))
 
 
 def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.canonicalize.shapes import infer_shapes
-from trimtab.passes.settle.heads import GQA, drop_reshapes
+from trimtab.passes.settle.heads import attentions, drop_reshapes
 from trimtab.passes.settle.joined import join_pairs, join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
 
@@ -23,15 +23,15 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = Tr
     Returns:
         how many rewrites.
     """
-    attentions = [node for node in graph.nodes if (node.domain, node.op) == GQA]
-    if not attentions:
+    found = attentions(graph)
+    if not found:
         return 0
     infer_shapes(graph)  # passes do not tell all of them
-    for node in attentions:
-        q, y = node.inputs[0], node.outputs[0]
-        if y.shape is None and node.inputs[1].name:  # nothing infers what ops of ONNX Runtime put out
-            y.shape, y.dtype = q.shape, q.dtype
-    infer_shapes(graph)
+    unknown = [node for node in found if node.outputs[0].shape is None and node.inputs[1].name]
+    for node in unknown:  # nothing infers what ops of ONNX Runtime put out
+        node.outputs[0].shape, node.outputs[0].dtype = node.inputs[0].shape, node.inputs[0].dtype
+    if unknown:
+        infer_shapes(graph)
     rotated = fuse_rotation(graph, max_tokens)
     tightened = rotated + drop_reshapes(graph) + join_projections(graph)
     return tightened + (join_pairs(graph) if gates else 0)

@@ -8,8 +8,13 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy.scan import only_producer
 from trimtab.passes.graph import constant, insert
 
-GQA = ("com.microsoft", "GroupQueryAttention")
+_GQA = ("com.microsoft", "GroupQueryAttention")
 _HEADS_FIRST = [0, 2, 1, 3]
+
+
+def attentions(graph: gs.Graph) -> list[gs.Node]:
+    """The ops that attend with a cache."""
+    return [node for node in graph.nodes if (node.domain, node.op) == _GQA]
 
 
 def drop_reshapes(graph: gs.Graph) -> int:
@@ -19,7 +24,7 @@ def drop_reshapes(graph: gs.Graph) -> int:
         how many Reshapes fewer.
     """
     before = _reshapes(graph)
-    for node in [node for node in graph.nodes if (node.domain, node.op) == GQA]:
+    for node in attentions(graph):
         for place, tensor in enumerate(node.inputs[:3]):
             node.inputs[place] = _whole(tensor)
         behind = node.outputs[0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.scan import only_producer
-from trimtab.passes.graph import constant, insert, topological
+from trimtab.passes.graph import insert, split_last, topological
+from trimtab.passes.graph.linear import match_linear
 from trimtab.passes.graph.weights import Joined, Part
-from trimtab.passes.settle.heads import GQA
+from trimtab.passes.settle.heads import attentions
 from trimtab.plugins import DOMAIN, INT8_LINEAR
 
 _SAME = None
@@ -33,7 +33,7 @@ def join_projections(graph: gs.Graph) -> int:
         for how many of these ops.
     """
     joined = 0
-    for node in [node for node in graph.nodes if (node.domain, node.op) == GQA]:
+    for node in attentions(graph):
         if not all(tensor.name for tensor in node.inputs[:3]):
             continue
         y = _divided(node.inputs[:3]) or _side_by_side(graph, node.inputs[:3], -1, f"settle/{node.outputs[0].name}")
@@ -62,8 +62,7 @@ def join_pairs(graph: gs.Graph) -> int:
         if y is not None:
             for part in parts:
                 part.inputs.clear()
-            widths = constant(f"{name}.sizes", np.array(sizes, np.int64))
-            insert(graph, "Split", [y, widths], f"{name}/Split", attrs={"axis": -1}, outputs=parts)
+            split_last(graph, y, parts, [size for size in sizes if size is not None], f"{name}/Split")
             joined += 1
     return _tidied(graph, joined)
 
@@ -73,13 +72,13 @@ def _pairs(graph: gs.Graph) -> Iterator[list[gs.Variable]]:
     for tensor in graph.tensors().values():
         readers = [node for node in tensor.outputs if isinstance(tensor, gs.Variable)]
         if len(readers) == 2 and all(_kind(node) in _PRODUCTS and node.inputs[0] is tensor for node in readers):
-            yield [_with_bias(node.outputs[0]) for node in readers]
+            yield [_output(node) for node in readers]
 
 
-def _with_bias(y: gs.Variable) -> gs.Variable:
-    add = y.outputs[0] if len(y.outputs) == 1 else None
-    biased = add is not None and _kind(add) == ("", "Add") and any(isinstance(t, gs.Constant) for t in add.inputs)
-    return add.outputs[0] if add is not None and biased else y
+def _output(product: gs.Node) -> gs.Variable:
+    """Of a product, with the bias behind it."""
+    linear = match_linear(product)
+    return product.outputs[0] if linear is None else linear.y
 
 
 def _width(tensor: gs.Tensor) -> int | None:

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy.scan import only_producer
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.part import run_part
-from trimtab.passes.settle.heads import GQA, divided, joined
+from trimtab.passes.settle.heads import attentions, divided, joined
 
 _BY_POSITION = frozenset(["Cast", "Concat", "Cos", "Mul", "Sin", "Slice", "Transpose", "Unsqueeze"])
 """Ops that make of each position what they make of it alone."""
@@ -57,10 +57,12 @@ def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
     Returns:
         how many.
     """
+    if most is None:
+        return 0
     known: dict[Hashable, _Tables | None] = {}
     fused = 0
-    for node in [node for node in graph.nodes if (node.domain, node.op) == GQA]:
-        if most is None or node.attrs.get("do_rotary") or any(tensor.name for tensor in node.inputs[_GIVEN]):
+    for node in attentions(graph):
+        if node.attrs.get("do_rotary") or any(tensor.name for tensor in node.inputs[_GIVEN]):
             continue
         q, k = (_rotated(tensor) for tensor in node.inputs[:2])
         if q is None or k is None or q.interleaved != k.interleaved:
