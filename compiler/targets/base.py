@@ -121,7 +121,7 @@ class Target(ABC):
         """Write what all passes have made, in place, as the runtime computes it best: same results, same layers.
 
         Args:
-            max_tokens: the longest text that the model takes, a decoder's past included, where that is known.
+            max_tokens: of the longest text that may be run, a decoder's past included; None where no limit is known.
             shards: ranks among which it will be divided.
         """
 

@@ -65,7 +65,7 @@ def open_part(
     read = {tensor.name for node in nodes for tensor in node.inputs}
     inputs = [
         gs.Variable(tensor.name, tensor.dtype or np.float32, list(shapes[tensor.name]))
-        for tensor in (*given, *graph.inputs)
+        for tensor in {id(tensor): tensor for tensor in (*given, *graph.inputs)}.values()
         if tensor.name in read
     ]
     part = gs.Graph(

@@ -21,6 +21,7 @@ _INTEGERS = {
     getattr(TensorProto, name) for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 }
 _EMBED = {0: 2, 1: 4}  # com.microsoft EmbedLayerNormalization: ids → words, segments → segment table
+_ROTATE = {9: 7}  # com.microsoft GroupQueryAttention: positions → cosines
 _LENGTHS = {"GroupQueryAttention": 5, "Attention": 3, "MultiHeadAttention": 4}
 """com.microsoft attention → the input that may hold how many tokens of each row are real, counted from the first."""
 _DEPTH = 24  # most nodes from an input to what reads it
@@ -150,6 +151,9 @@ def table_rows(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
     elif node.op == "EmbedLayerNormalization" and node.domain == _MICROSOFT:
         places = [place for place in _EMBED if node.inputs[place] is indices]
         tables += [(node.inputs[_EMBED[place]], 0) for place in places]
+    elif node.op == "GroupQueryAttention" and node.domain == _MICROSOFT:
+        places = [place for place in _ROTATE if len(node.inputs) > place and node.inputs[place] is indices]
+        tables += [(node.inputs[_ROTATE[place]], 0) for place in places]
     for table, axis in tables:
         shape = _constant_shape(table, 8)
         if shape is not None and -len(shape) <= axis < len(shape):

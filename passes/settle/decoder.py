@@ -17,7 +17,7 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = Tr
     for 64 twice as long, and its sums of squares are several times less exact.
 
     Args:
-        max_tokens: the longest text that the model takes, where that is known.
+        max_tokens: of the longest text that may be run, its past included; None where no limit is known.
         gates: gate and up may become one product.
 
     Returns:

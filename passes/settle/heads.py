@@ -47,14 +47,14 @@ def same_rows(a: gs.Tensor, b: gs.Tensor) -> bool:
     return all(shape is not None and len(shape) == 3 for shape in shapes) and list(a.shape[:2]) == list(b.shape[:2])
 
 
-def divided(tensor: gs.Tensor) -> gs.Tensor | None:
+def before_transpose(tensor: gs.Tensor) -> gs.Tensor | None:
     """What a Transpose made [B, heads, T, D] of: [B, T, heads, D]; None if there is none."""
     node = only_producer(tensor)
     turned = node is not None and node.op == "Transpose" and list(node.attrs["perm"]) == _HEADS_FIRST
     return node.inputs[0] if node is not None and turned else None
 
 
-def joined(graph: gs.Graph, tensor: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Tensor:
+def heads_joined(graph: gs.Graph, tensor: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Tensor:
     """`tensor` [B, T, heads, D] as [B, T, heads · D]: the one that it was divided from, if such is there.
 
     Args:

@@ -1,4 +1,4 @@
-"""Products of integers with a bias, as ONNX Runtime keeps them: findings/qdq_matmul_add_rank_2.sh."""
+"""Products of integers with what is added to them, as ONNX Runtime keeps them: findings/qdq_matmul_add_rank_2.sh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trimtab.plugins import PACKED_ATTENTION
 
 
 def keep_integer_products(graph: gs.Graph) -> int:
-    """Let Sum add the biases of products whose factors come of DequantizeLinear, in place, where tokens are packed.
+    """Let Sum add to products whose factors come of DequantizeLinear, in place, where tokens are packed.
 
     With two axes ONNX Runtime 1.31 makes a Gemm of MatMul and Add, which dequantizes the weight in each run and
     multiplies in float. It does not look for Sum.

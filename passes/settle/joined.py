@@ -32,15 +32,15 @@ def join_projections(graph: gs.Graph) -> int:
     Returns:
         for how many of these ops.
     """
-    joined = 0
+    count, join = 0, _Join(graph)
     for node in attentions(graph):
         if not all(tensor.name for tensor in node.inputs[:3]):
             continue
-        y = _divided(node.inputs[:3]) or _side_by_side(graph, node.inputs[:3], -1, f"settle/{node.outputs[0].name}")
+        y = _split_source(node.inputs[:3]) or join.parts(node.inputs[:3], -1, f"settle/{node.outputs[0].name}")
         if y is not None:
             node.inputs = [y, gs.Variable.empty(), gs.Variable.empty(), *node.inputs[3:]]
-            joined += 1
-    return _tidied(graph, joined)
+            count += 1
+    return _tidied(graph, count)
 
 
 def join_pairs(graph: gs.Graph) -> int:
@@ -52,26 +52,28 @@ def join_pairs(graph: gs.Graph) -> int:
     Returns:
         how many pairs.
     """
-    joined, outputs = 0, {id(tensor) for tensor in graph.outputs}
+    count, join, outputs = 0, _Join(graph), {id(tensor) for tensor in graph.outputs}
     for parts in list(_pairs(graph)):
-        sizes = [_width(part) for part in parts]
-        if None in sizes or any(id(part) in outputs for part in parts):
+        sizes = _widths(parts)
+        if sizes is None or any(id(part) in outputs for part in parts):
             continue
         name = f"settle/{parts[0].name}"
-        y = _side_by_side(graph, parts, -1, name, whole=False)
+        y = join.parts(parts, -1, name, read_again=True)
         if y is not None:
             for part in parts:
                 part.inputs.clear()
-            split_last(graph, y, parts, [size for size in sizes if size is not None], f"{name}/Split")
-            joined += 1
-    return _tidied(graph, joined)
+            split_last(graph, y, parts, sizes, f"{name}/Split")
+            count += 1
+    return _tidied(graph, count)
 
 
 def _pairs(graph: gs.Graph) -> Iterator[list[gs.Variable]]:
     """The outputs of two products, with their biases, that alone read a tensor."""
     for tensor in graph.tensors().values():
-        readers = [node for node in tensor.outputs if isinstance(tensor, gs.Variable)]
-        if len(readers) == 2 and all(_kind(node) in _PRODUCTS and node.inputs[0] is tensor for node in readers):
+        readers = list(tensor.outputs) if isinstance(tensor, gs.Variable) else []
+        if len(readers) != 2 or readers[0] is readers[1]:
+            continue
+        if all(_kind(node) in _PRODUCTS and node.inputs[0] is tensor for node in readers):
             yield [_output(node) for node in readers]
 
 
@@ -81,22 +83,23 @@ def _output(product: gs.Node) -> gs.Variable:
     return product.outputs[0] if linear is None else linear.y
 
 
-def _width(tensor: gs.Tensor) -> int | None:
-    size = tensor.shape[-1] if tensor.shape else None
-    return size if isinstance(size, int) else None
+def _widths(parts: Sequence[gs.Tensor]) -> list[int] | None:
+    """The last size of each; None where one is not known."""
+    sizes = [part.shape[-1] for part in parts if part.shape and isinstance(part.shape[-1], int)]
+    return sizes if len(sizes) == len(parts) else None
 
 
 def _kind(node: gs.Node) -> tuple[str, str]:
     return node.domain or "", node.op
 
 
-def _tidied(graph: gs.Graph, joined: int) -> int:
+def _tidied(graph: gs.Graph, count: int) -> int:
     graph.cleanup(remove_unused_graph_inputs=False)  # also what was begun in vain
     graph.nodes = topological(graph)
-    return joined
+    return count
 
 
-def _divided(parts: Sequence[gs.Tensor]) -> gs.Tensor | None:
+def _split_source(parts: Sequence[gs.Tensor]) -> gs.Tensor | None:
     """What a Split divided into `parts`, along the last axis; None if there is none."""
     nodes = [only_producer(part) for part in parts]
     split = nodes[0]
@@ -107,38 +110,65 @@ def _divided(parts: Sequence[gs.Tensor]) -> gs.Tensor | None:
     return split.inputs[0] if last and whole else None
 
 
-def _side_by_side(
-    graph: gs.Graph, parts: Sequence[gs.Tensor], axis: int, name: str, *, whole: bool = True
-) -> gs.Variable | gs.Constant | None:
-    """What holds all of `parts` along `axis`, by the nodes that make each of them; None if these differ.
+class _Join:
+    """Puts tensors side by side. Constants that several layers share become one again."""
 
-    Args:
-        whole: nothing else reads the parts, so that they need not be made.
-    """
-    if any(isinstance(part, gs.Constant) for part in parts):
-        return _constants(parts, axis, name)
-    made = [only_producer(part) for part in parts if len(part.outputs) == 1 or not whole]
-    nodes = [node for node in made if node is not None]
-    if len(nodes) < len(parts) or not _alike(nodes):
-        return None
-    first, inputs = nodes[0], []
-    for place, group in enumerate(zip(*(node.inputs for node in nodes), strict=True)):
-        along = _AXES[_kind(first)][place]
-        one = all(tensor is group[0] for tensor in group) or not any(tensor.name for tensor in group)
-        if along is _SAME:
-            found = group[0] if one else None
-        else:
-            found = group[0] if not group[0].name and one else _side_by_side(graph, group, along, f"{name}/{place}")
-        if found is None:
+    def __init__(self, graph: gs.Graph) -> None:
+        self._graph = graph
+        self._made: dict[tuple[int, ...], gs.Constant] = {}
+
+    def parts(
+        self, parts: Sequence[gs.Tensor], axis: int, name: str, *, read_again: bool = False
+    ) -> gs.Variable | gs.Constant | None:
+        """What holds all of `parts` along `axis`, by the nodes that make each of them; None if these differ.
+
+        Args:
+            read_again: the parts may have other readers, which will be given them. Otherwise there must be none.
+        """
+        if any(isinstance(part, gs.Constant) for part in parts):
+            return self._constants(parts, axis, name)
+        made = [only_producer(part) for part in parts if read_again or len(part.outputs) == 1]
+        nodes = [node for node in made if node is not None]
+        if len(nodes) < len(parts) or not _alike(nodes):
             return None
-        inputs.append(found)
-    attrs = dict(first.attrs)
-    if "N" in attrs:
-        attrs["N"] = sum(int(node.attrs["N"]) for node in nodes)
-    y = insert(graph, first.op, inputs, f"{name}/{first.op}", attrs=attrs, domain=first.domain, dtype=parts[0].dtype)
-    if parts[0].shape is not None and all(part.shape is not None for part in parts):
-        y.shape = [*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)]
-    return y
+        first, inputs = nodes[0], []
+        for place, group in enumerate(zip(*(node.inputs for node in nodes), strict=True)):
+            along = _AXES[_kind(first)][place]
+            if not any(tensor.name for tensor in group):
+                inputs.append(group[0])  # what all of them leave out
+                continue
+            if along is _SAME:
+                found = group[0] if all(tensor is group[0] for tensor in group) else None
+            else:
+                found = self.parts(group, along, f"{name}/{place}")
+            if found is None:
+                return None
+            inputs.append(found)
+        attrs = dict(first.attrs)
+        if "N" in attrs:
+            attrs["N"] = sum(int(node.attrs["N"]) for node in nodes)
+        y = insert(
+            self._graph, first.op, inputs, f"{name}/{first.op}", attrs=attrs, domain=first.domain, dtype=parts[0].dtype
+        )
+        sizes = _widths(parts)
+        if sizes is not None:
+            y.shape = [*parts[0].shape[:-1], sum(sizes)]
+        return y
+
+    def _constants(self, parts: Sequence[gs.Tensor], axis: int, name: str) -> gs.Constant | None:
+        """Constants that differ in size along `axis` at most; None of a size of 1, which may be for all."""
+        if not all(
+            isinstance(part, gs.Constant) and part.shape and not isinstance(part._values, Part) for part in parts
+        ):
+            return None
+        axis %= len(parts[0].shape)
+        others = [([*part.shape[:axis], *part.shape[axis + 1 :]], part.dtype) for part in parts]
+        if any(other != others[0] for other in others) or any(part.shape[axis] == 1 for part in parts):
+            return None
+        key = (axis, *(id(part._values) for part in parts))
+        if key not in self._made:
+            self._made[key] = gs.Constant(name, Joined([part._values for part in parts], axis))
+        return self._made[key]
 
 
 def _alike(nodes: Sequence[gs.Node]) -> bool:
@@ -147,19 +177,10 @@ def _alike(nodes: Sequence[gs.Node]) -> bool:
     blocks = first.attrs.get("axis") == 0 and first.attrs.get("block_size")
     if _kind(first) not in _AXES or (first.op == "DequantizeLinear" and not blocks):
         return False  # the scales of other forms are not one for each output
+    if first.op == "MatMul" and any(len(node.inputs[1].shape or ()) == 1 for node in nodes):
+        return False  # the only axis of a vector is summed over
 
     def how(node: gs.Node) -> object:
         return node.op, node.domain, len(node.inputs), {key: value for key, value in node.attrs.items() if key != "N"}
 
     return all(how(node) == how(first) for node in nodes[1:])
-
-
-def _constants(parts: Sequence[gs.Tensor], axis: int, name: str) -> gs.Constant | None:
-    """Constants that differ in size along `axis` at most, side by side; None of a size of 1, which may be for all."""
-    if not all(isinstance(part, gs.Constant) and part.shape and not isinstance(part._values, Part) for part in parts):
-        return None
-    axis %= len(parts[0].shape)
-    others = [([*part.shape[:axis], *part.shape[axis + 1 :]], part.dtype) for part in parts]
-    if any(other != others[0] for other in others) or any(part.shape[axis] == 1 for part in parts):
-        return None
-    return gs.Constant(name, Joined([part._values for part in parts], axis))

@@ -10,15 +10,16 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.scan import only_producer
 from trimtab.passes.graph import constant
-from trimtab.passes.graph.part import run_part
-from trimtab.passes.settle.heads import attentions, divided, joined
+from trimtab.passes.graph.part import nodes_between, run_part
+from trimtab.passes.settle.heads import attentions, before_transpose, heads_joined
 
 _BY_POSITION = frozenset(["Cast", "Concat", "Cos", "Mul", "Sin", "Slice", "Transpose", "Unsqueeze"])
-"""Ops that make of each position what they make of it alone."""
+"""Ops that tables of angles are made with."""
 
 _MOST_BYTES = 1 << 26  # of a table; the rotation of longer texts stays outside
-_UNIT = 16  # ONNX Runtime 1.31 rotates heads of multiples of this
+_UNIT = 16  # ONNX Runtime 1.31 rotates heads of multiples of this, by halves of multiples of 8
 _GIVEN = slice(7, 10)  # inputs of the op that hold tables and positions
+_CALLS = ((2, 0, 5), (1, 3, 4))  # batch, past, tokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class _Rotated:
     Attributes:
         x: what it rotates, [B, T, heads, D].
         cos, sin: [B, T, R / 2].
-        attrs: those of the op that say how.
+        interleaved: whether neighbours are rotated, and not the halves of a head.
     """
 
     x: gs.Tensor
@@ -49,10 +50,11 @@ class _Tables:
 def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
     """Let each GroupQueryAttention rotate queries and keys itself (`do_rotary`), in place.
 
-    Cosines and sines become constants, where they are made of the position alone.
+    Cosines and sines become constants, where they are made of the position alone. Of positions the op sees the first of
+    a call, and counts on from there: others than those of a text and its past leave everything as it is.
 
     Args:
-        most: positions that the model takes; None leaves everything as it is.
+        most: tokens of the longest text, its past included; no other may be run. None leaves everything as it is.
 
     Returns:
         how many.
@@ -78,7 +80,8 @@ def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
             continue
         rows = node.inputs[2]
         name = f"settle/{node.outputs[0].name}"
-        q_in, k_in = joined(graph, q.x, node.inputs[0], f"{name}/q"), joined(graph, k.x, node.inputs[1], f"{name}/k")
+        q_in = heads_joined(graph, q.x, node.inputs[0], f"{name}/q")
+        k_in = heads_joined(graph, k.x, node.inputs[1], f"{name}/k")
         node.inputs = [q_in, k_in, rows, *node.inputs[3:7], tables.cos, tables.sin, tables.positions, *node.inputs[10:]]
         node.attrs |= {"do_rotary": 1, "rotary_interleaved": q.interleaved}
         fused += 1
@@ -90,11 +93,11 @@ def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
 def _rotated(tensor: gs.Tensor) -> _Rotated | None:
     """The rotation that gives `tensor` [B, T, heads · D], through Reshape and Transpose."""
     node = only_producer(tensor)
-    heads = divided(node.inputs[0]) if node is not None and node.op == "Reshape" else None
+    heads = before_transpose(node.inputs[0]) if node is not None and node.op == "Reshape" else None
     rotation = only_producer(heads) if heads is not None else None
     if rotation is None or rotation.op != "RotaryEmbedding" or rotation.domain or len(rotation.inputs) != 3:
         return None
-    x = divided(rotation.inputs[0])
+    x = before_transpose(rotation.inputs[0])
     if x is None or x.dtype != np.float32 or x.shape is None or not isinstance(x.shape[-1], int) or x.shape[-1] % _UNIT:
         return None
     return _Rotated(x, rotation.inputs[1], rotation.inputs[2], int(rotation.attrs.get("interleaved", 0)))
@@ -129,14 +132,50 @@ def _positions_of(tensor: gs.Tensor) -> list[gs.Tensor]:
 
 
 def _tables(graph: gs.Graph, rotated: _Rotated, most: int, name: str) -> _Tables | None:
-    """The angles of all positions; None if they are of several tensors of positions, or too large."""
+    """The angles of all positions; None if they are not made of each position of a text alone, or too large."""
     found = {id(one): one for tensor in (rotated.cos, rotated.sin) for one in _positions_of(tensor)}
     half = rotated.cos.shape[-1] if rotated.cos.shape else None
-    if len(found) != 1 or not isinstance(half, int) or 4 * most * half > _MOST_BYTES:
+    if len(found) != 1 or not isinstance(half, int) or half % (_UNIT // 2) or 4 * most * half > _MOST_BYTES:
         return None
     (positions,) = found.values()
-    angles = run_part(graph, [positions], [rotated.cos, rotated.sin], {positions.name: np.arange(most)[None]})
-    if any(table.shape != (1, most, half) for table in angles):
+    if not _counts_tokens(graph, positions):
         return None
+    forth = np.arange(most)
+    angles, mirrored = (
+        run_part(graph, [positions], [rotated.cos, rotated.sin], {positions.name: order[None]})
+        for order in (forth, forth[::-1].copy())
+    )
+    for table, other in zip(angles, mirrored, strict=True):
+        if table.shape != (1, most, half) or not np.array_equal(table[:, ::-1], other):
+            return None
     cos, sin = (constant(f"{name}.{what}", table[0]) for what, table in zip(("cos", "sin"), angles, strict=True))
     return _Tables(cos, sin, positions)
+
+
+def _counts_tokens(graph: gs.Graph, positions: gs.Tensor) -> bool:
+    """Whether `positions` [B, T] are, of real tokens, 0, 1, ... in every row, and go on behind a past; tried out."""
+    nodes = list(nodes_between([], [positions]))
+    read = {id(tensor) for node in nodes for tensor in node.inputs}
+    inputs = [tensor for tensor in graph.inputs if id(tensor) in read]
+    if not nodes or any(node.domain for node in nodes):
+        return False
+    for batch, past, tokens in _CALLS:
+        mask = np.ones((batch, past + tokens), np.int64)
+        mask[1:, -2:] = 0
+        feeds = {}
+        for tensor in inputs:
+            if tensor.name == "attention_mask":
+                feeds[tensor.name] = mask.astype(tensor.dtype)
+            elif tensor.name == "input_ids":
+                feeds[tensor.name] = np.full((batch, tokens), 3, tensor.dtype)
+            elif tensor.name.startswith("past") and len(tensor.shape) == 4:
+                shape = [batch, tensor.shape[1], past, tensor.shape[3]]
+                feeds[tensor.name] = np.zeros([n if isinstance(n, int) else 1 for n in shape], tensor.dtype)
+            else:
+                return False
+        (found,) = run_part(graph, [], [positions], feeds)
+        real = mask[:, past:] == 1
+        wanted = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+        if found.shape != (batch, tokens) or not np.array_equal(found[real], wanted[real]):
+            return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,145 @@ def test_angles_of_more_than_positions_stay_outside() -> None:
     for user in [user for user in scaled.outputs if user.op != "Div"]:
         user.inputs = [by]
     assert fuse_rotation(graph, zoo.TEXT) == 0
+
+
+def with_positions(move: Callable[[gs.Graph, gs.Tensor], gs.Tensor]) -> gs.Graph:
+    """LLaMA whose positions are what `move` makes of the exporter's."""
+    graph = compiled("llama", "fp32")
+    (unsqueezed,) = {
+        id(node): node for node in graph.nodes if node.op == "Unsqueeze" and node.inputs[0].dtype == np.int64
+        and len(node.inputs[0].shape or ()) == 2
+    }.values()  # fmt: skip
+    positions = unsqueezed.inputs[0]
+    readers = list(positions.outputs)
+    moved = move(graph, positions)
+    for node in readers:
+        node.inputs = [moved if tensor is positions else tensor for tensor in node.inputs]
+    return graph
+
+
+def _given(graph: gs.Graph, positions: gs.Tensor) -> gs.Tensor:
+    graph.inputs.append(gs.Variable("position_ids", np.int64, ["batch", "tokens"]))
+    return graph.inputs[-1]
+
+
+def _given_and_changed(graph: gs.Graph, positions: gs.Tensor) -> gs.Tensor:
+    y = insert(graph, "Mul", [_given(graph, positions), constant("one", np.int64(1))], "given", dtype=np.int64)
+    y.shape = ["batch", "tokens"]
+    return y
+
+
+def _offset(graph: gs.Graph, positions: gs.Tensor) -> gs.Tensor:
+    y = insert(graph, "Add", [positions, constant("two", np.int64(2))], "offset", dtype=np.int64)
+    y.shape = ["batch", "tokens"]
+    return y
+
+
+def _of_the_mask(graph: gs.Graph, positions: gs.Tensor) -> gs.Tensor:
+    """cumsum - 1, without the past's part."""
+    mask = next(tensor for tensor in graph.inputs if tensor.name == "attention_mask")
+    ids = next(tensor for tensor in graph.inputs if tensor.name == "input_ids")
+    counts = insert(graph, "CumSum", [mask, constant("axis", np.int64(1))], "counts", dtype=np.int64)
+    places = insert(graph, "Sub", [counts, constant("first", np.int64(1))], "places", dtype=np.int64)
+    shape = insert(graph, "Shape", [ids], "ids.shape", attrs={"start": 1, "end": 2}, dtype=np.int64)
+    start = insert(graph, "Neg", [shape], "start", dtype=np.int64)
+    last = constant("last", np.array([1 << 40]))
+    y = insert(graph, "Slice", [places, start, last, constant("axes", np.array([1]))], "of.mask", dtype=np.int64)
+    y.shape = ["batch", "tokens"]
+    return y
+
+
+@pytest.mark.parametrize(
+    ("move", "fused"),
+    [(lambda graph, positions: positions, 2), (_of_the_mask, 2), (_given, 0), (_given_and_changed, 0), (_offset, 0)],
+)
+def test_other_positions_than_those_of_a_text_stay_outside(
+    move: Callable[[gs.Graph, gs.Tensor], gs.Tensor], fused: int
+) -> None:
+    """The op counts on from the first one of a call, whatever the others are."""
+    assert fuse_rotation(with_positions(move), zoo.TEXT) == fused
+
+
+def test_a_part_of_a_head_is_rotated_outside_where_the_op_cannot() -> None:
+    for half, fused in ((4, 0), (8, 2)):
+        graph = compiled("llama", "fp32")
+        for node in graph.nodes:
+            if node.op == "RotaryEmbedding":
+                for tensor in node.inputs[1:3]:
+                    tensor.shape = [*tensor.shape[:-1], half]
+            if node.op == "Mul" and half == 4:
+                node.inputs = [_first(tensor, half) for tensor in node.inputs]
+        assert fuse_rotation(graph, zoo.TEXT) == fused
+
+
+def _first(tensor: gs.Tensor, count: int) -> gs.Tensor:
+    """A constant of frequencies, cut."""
+    if isinstance(tensor, gs.Constant) and tensor.shape and tensor.shape[-1] == 8:
+        return constant(f"{tensor.name}.cut", np.asarray(tensor.values)[..., :count].copy())
+    return tensor
+
+
+def test_angles_that_mix_positions_stay_outside() -> None:
+    """Made by the same ops: each cosine is the next position's."""
+    graph = compiled("llama", "fp32")
+    cut = {"later": (1, 1 << 40, 1), "first": (0, 1, 1)}
+    ends = {name: [constant(f"{name}.{end}", np.array([end])) for end in each] for name, each in cut.items()}
+    for number, cosine in enumerate([node for node in graph.nodes if node.op == "Cos"]):
+        x = cosine.inputs[0]
+        assert len(x.shape) == 3 and isinstance(x.shape[1], str)
+        later, first = (insert(graph, "Slice", [x, *ends[name]], f"{name}{number}") for name in cut)
+        turned = insert(graph, "Concat", [later, first], f"turned{number}", attrs={"axis": 1}, dtype=np.float32)
+        for tensor in (later, first, turned):
+            tensor.dtype, tensor.shape = np.dtype(np.float32), x.shape
+        cosine.inputs = [turned]
+    assert fuse_rotation(graph, zoo.TEXT) == 0
+
+
+def test_weights_that_layers_share_are_joined_once(tmp_path: Path) -> None:
+    graph = compiled("llama", "fp32")
+    first, second = find_anatomy(graph).ffns
+    for one, other in zip(first.linears, second.linears, strict=True):
+        for node in list(other.weight.outputs):
+            node.inputs = [one.weight if tensor is other.weight else tensor for tensor in node.inputs]
+    save_graph(graph, tmp_path / "plain.onnx")
+    graph = settled(graph, tmp_path / "settled.onnx")
+    splits = [node.inputs[0].inputs[0] for node in graph.nodes if node.op == "Split"]
+    assert len(splits) == 2
+    assert splits[0].inputs[1] is splits[1].inputs[1]
+    prompt = [seeded().integers(3, 109, 12)]
+    for want, got in zip(
+        *(steps_of(tmp_path / f"{name}.onnx", prompt, [7]) for name in ("plain", "settled")), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("other", ["a vector", "the same node twice"])
+def test_what_is_no_pair_of_projections_stays(other: str, tmp_path: Path) -> None:
+    rng, graph = seeded(), compiled("llama", "fp32")
+    x = next(node for node in graph.nodes if node.op == "GroupQueryAttention").outputs[0]
+    x = insert(graph, "Identity", [x], "x", dtype=np.float32)
+    x.shape = ["batch", "tokens", 64]
+    if other == "a vector":
+        rows = insert(graph, "Reshape", [x, constant("four", np.array([-1, 4, 64]))], "rows", dtype=np.float32)
+        made = [
+            insert(graph, "MatMul", [rows, constant(f"v{i}", rng.standard_normal(64).astype(np.float32))], f"p{i}")
+            for i in range(2)
+        ]
+        rows.shape = ["n", 4, 64]
+        for y in made:
+            y.dtype, y.shape = np.dtype(np.float32), ["n", 4]
+        end = insert(graph, "Sub", made, "difference", dtype=np.float32)
+        end.shape = ["n", 4]
+    else:
+        square = insert(graph, "Reshape", [x, constant("square", np.array([-1, 8, 8]))], "squares", dtype=np.float32)
+        square.shape = ["n", 8, 8]
+        end = insert(graph, "MatMul", [square, square], "squared", dtype=np.float32)
+        end.shape = ["n", 8, 8]
+    graph.outputs.append(end)
+    before = sum(node.op == "MatMul" for node in graph.nodes)
+    settled(graph, tmp_path / "model.onnx")
+    assert before - sum(node.op == "MatMul" for node in graph.nodes) == 2 * 2 + 2  # q, k, v and gate, up of two layers
+    OnnxRuntimeRunner(tmp_path / "model.onnx")
 
 
 def test_queries_and_keys_of_other_angles_stay_outside() -> None:
