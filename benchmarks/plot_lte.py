@@ -77,13 +77,13 @@ def draw_frontier(axis: Axes, name: str, found: dict[str, Any], score: str, shar
 
 
 def draw_shapes(axis: Axes, found: dict[str, Any], what: str) -> None:
-    """Times as fast as dense by batch, and what the bytes allow (dashed)."""
+    """Times as fast as dense by batch, and what the bytes allow (dashed); 1 where the compile leaves all FFNs dense."""
     for precision, color in PRECISIONS.items():
         rows = [row for row in found["rows"] if row["precision"] == precision]
         if rows:
             sizes = [row["batch"] for row in rows]
-            axis.plot(sizes, [row[f"{what}_ratio"] for row in rows], "o-", color=color, label=precision)
-            bound = [row[f"{what}_bound_ratio"] for row in rows]
+            axis.plot(sizes, [row.get(f"{what}_ratio", 1.0) for row in rows], "o-", color=color, label=precision)
+            bound = [row.get(f"{what}_bound_ratio", 1.0) for row in rows]
             axis.plot(sizes, bound, "--", color=color, linewidth=0.8, label=f"{precision}, by bytes")
     axis.axhline(1, color="0.7", linewidth=0.8, zorder=0)
     axis.axhline(found["wanted_at_batch_1"][f"{what}_ratio"], color="0.7", linewidth=0.8, linestyle=":", zorder=0)

@@ -22,6 +22,7 @@ from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, check_inputs, read_data
 from trimtab.compiler.data.preparation import read_preparation
+from trimtab.compiler.decoder_cache import pasts
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.learned import remedies
@@ -39,6 +40,7 @@ from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.contract import check_needs
+from trimtab.passes.crossover import MOST_TOKENS
 from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
@@ -148,6 +150,7 @@ class _Compile:
             check_sizes("workload.tokens", self.recipe.workload.tokens[0], self.recipe.workload.past[0], positions)
             max_tokens = _shorter(self.source.max_tokens, positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
+            cached = bool(pasts(tensor.name for tensor in graph.inputs))
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -166,13 +169,17 @@ class _Compile:
             with phases("run the passes", shown=False):
                 context = PassContext(
                     profile, self.capability, phases.progress, shards=self.recipe.shards,
+                    tokens=min(self.recipe.workload.tokens_of_call(cached=cached), MOST_TOKENS),
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
-                get_target(self.recipe.target).settle(graph, max_tokens, self.recipe.shards)
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]
                 check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
+                declared = self.recipe.workload.tokens[2] + self.recipe.workload.past[2]
+                most = None if max_tokens is None else max(max_tokens, declared)
+                get_target(self.recipe.target).settle(graph, most, self.recipe.shards)
+                positions = positions or find_positions(graph)  # tables of angles are limits, too
             with phases("write the model"), self.writer.writing():
                 models, divided = self._write(graph, profile)
                 results += divided

@@ -59,6 +59,18 @@ class Workload(BaseModel):
                 raise RecipeError(f"workload.dims: {reserved!r} has a key of its own", hint=f"set workload.{reserved}")
         return {name: _check(f"dims.{name}", sizes) for name, sizes in value.items()}
 
+    def tokens_of_call(self, *, cached: bool) -> int:
+        """Tokens, in all samples together, of the calls for which the engine is to be fastest.
+
+        Args:
+            cached: the model is a decoder with a cache. What is repeated then is its step, of a token of each sample;
+                or of one sample, where the workload declares prompts alone.
+        """
+        batch, tokens = self.batch[1], self.tokens[1]
+        if not cached:
+            return batch * tokens
+        return batch if self.past[2] > 0 or tokens == 1 else 1
+
     def axes(self, graph: gs.Graph) -> dict[str, tuple[int | str, ...]]:
         """Shape of every input, each dynamic axis by the name of its dimension: "batch", "tokens", "past", "total" or
         a key of `dims`.

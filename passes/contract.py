@@ -69,6 +69,8 @@ class PassContext:
     """Called with (what, done, total) by passes that take long."""
     crossover: Measure | None = None
     """Where the sparse form of a layer stops paying on the target, measured there; None where that is not known."""
+    tokens: int = 1
+    """Of a call, in all samples together, for which the engine is to be fastest."""
     shards: int = 1
     """Ranks among which the graph will be divided. What is chosen at run time, each has to choose of its own part."""
     done: list[Pass] = field(default_factory=list)

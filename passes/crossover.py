@@ -6,6 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+MOST_TOKENS = 64
+"""Of a call, that are timed: all weights are read by then, and what more tokens take grows with their number."""
+
+_PAYS = 0.95
+"""Time of the sparse form, of the dense form's, that is worth leaving rows out for: less than that is noise."""
 _WORTH = 0.8
 """Speed per byte of the sparse form, of the dense form's, where nothing was measured."""
 _MOST = 0.5
@@ -32,6 +39,7 @@ class SparseShape:
         block: neighbouring rows that are chosen together.
         layers: of this shape in the model, since what stays in the cache is read faster.
         dense: form of the layer if it stays dense.
+        tokens: of the calls that are to be fastest, up to `MOST_TOKENS`.
     """
 
     rows: int
@@ -41,6 +49,55 @@ class SparseShape:
     block: int = 1
     layers: int = 1
     dense: DenseForm = "fp32"
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the tokens of a call compute of a layer.
+
+    Attributes:
+        density: share of the rows that one token computes, on average.
+        union: share of the rows that any of them computes; each is read once.
+    """
+
+    density: float
+    union: float
+
+    @classmethod
+    def of_call(cls, often: np.ndarray, tokens: int, *, shared: bool = False, dense_above: int | None = None) -> Load:
+        """Where tokens are drawn from the text at random: a row that a token needs with probability p is needed by any
+        of n tokens with 1 - (1 - p)ⁿ. Neighbouring tokens need the same rows more often than that.
+
+        Args:
+            often: share of the tokens that compute each row, [rows].
+            tokens: n.
+            shared: all tokens of a call compute what any of them needs.
+            dense_above: calls with more tokens compute all rows.
+        """
+        if dense_above is not None and tokens > dense_above:
+            return cls(1.0, 1.0)
+        union = float(np.mean(1 - (1 - np.asarray(often, np.float64)) ** tokens))
+        return cls(union if shared else float(np.mean(often)), union)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Times of one layer in a call of several tokens, in milliseconds.
+
+    Attributes:
+        dense: of the call, in the form that the layer has if it stays dense.
+        fixed: of the sparse form for no rows; read: what all rows take beyond that, to be read once for all tokens;
+            each: what all rows take beyond both, for all tokens.
+    """
+
+    dense: float
+    fixed: float
+    read: float
+    each: float
+
+    def sparse(self, load: Load) -> float:
+        return self.fixed + self.read * load.union + self.each * load.density
 
 
 @dataclass(frozen=True)
@@ -52,6 +109,7 @@ class Crossover:
         fixed, full: of one token in the sparse form: what it takes for no rows, and what all rows take beyond that.
         together: (tokens, time) of several tokens that all take all rows, ascending.
         form: of the dense layer.
+        tokens: of the calls that are to be fastest; call: their times, where those are several.
     """
 
     dense: float
@@ -59,20 +117,48 @@ class Crossover:
     full: float
     together: tuple[tuple[int, float], ...]
     form: DenseForm = "fp32"
+    tokens: int = 1
+    call: Call | None = None
 
     def sparse(self, density: float, tokens: int = 1) -> float:
         """Of the sparse form, where each token takes the share `density` of the rows for itself."""
         return self.fixed + self.full * density * tokens
 
     def most(self, beside: float = 0.0) -> float:
-        """The largest share of rows at which one token is not slower than in the dense form; 0 where none is.
+        """The largest share of rows at which one token pays: it is clearly faster than in the dense form; or 0.
 
         Args:
             beside: bytes that what chooses the rows reads, for each weight of the layer: they take as long as bytes of
                 the dense form.
         """
-        choice = self.dense * beside / _WEIGHT_BYTES[self.form]
-        return min(1.0, max(0.0, (self.dense - choice - self.fixed) / self.full))
+        left = _PAYS * self.dense - self._choice(self.dense, beside) - self.fixed
+        return min(1.0, max(0.0, left / self.full))
+
+    def not_faster(self, what: str, load: Load, beside: float = 0.0) -> str | None:
+        """Why a layer had better stay dense in the calls that are to be fastest; None where sparse is clearly faster.
+
+        Args:
+            what: is computed of the layer.
+            load: of such a call.
+            beside: as for `most`.
+        """
+        call = self.call or Call(self.dense, self.fixed, self.full, 0.0)
+        sparse = call.sparse(load)
+        if sparse + self._choice(call.dense, beside) <= _PAYS * call.dense:
+            return None
+        share, calls = f"{load.density:.0%} of {what}", "one token"
+        if self.call is not None:
+            share += f" for each token, {load.union:.0%} for any of {self.tokens},"
+            calls = f"calls of {self.tokens} tokens (batch × tokens of the workload)"
+        kind = "" if self.form == "fp32" else f" in {self.form}"
+        return (
+            f"{share} and the choice of them are not faster than all: for {calls}, measured, "
+            f"{sparse:.3f} ms without the choice, beside {call.dense:.3f} ms{kind}"
+        )
+
+    def _choice(self, dense: float, beside: float) -> float:
+        """Time of what chooses the rows, in a call whose dense form takes `dense`."""
+        return dense * beside / _WEIGHT_BYTES[self.form]
 
     def dense_above(self, density: float) -> int:
         """The most tokens of a call for which each token's own rows are read faster than all rows for all tokens."""
@@ -102,12 +188,3 @@ def bounds(found: Crossover | None, most: float | None, beside: float) -> float:
 def limit(found: Crossover | None, density: float) -> int:
     """Tokens above which a call computes all rows."""
     return max(1, int(_WORTH / density)) if found is None else found.dense_above(density)
-
-
-def slower(what: str, density: float, found: Crossover) -> str:
-    """Why a layer stays dense, in the form that it has then."""
-    kind = "" if found.form == "fp32" else f" in {found.form}"
-    return (
-        f"{density:.0%} of {what} and the choice of them take longer than all: for one token, measured, "
-        f"{found.sparse(density):.3f} ms without the choice, beside {found.dense:.3f} ms{kind}"
-    )

@@ -6,6 +6,7 @@ model overlap more, as the decoder's part shows, whose perplexities say what suc
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,6 @@ from trimtab.compiler import compile_model, load, open_source
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.checks.peers.ort import quantized
 from trimtab.compiler.checks.timing import REST_S, Timing, interleave
-from trimtab.compiler.engine import Engine
-from trimtab.compiler.feeds import Run
 from trimtab.compiler.sources import Source
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.ffn_route.routers import Routers
@@ -82,40 +81,33 @@ def measure(
     given = {size: inputs(size, layers) for size in sizes}
     grown = {str(size): union(profile, xs) for size, xs in given.items()}
     rows: list[dict[str, Any]] = []
-    left: list[str] = []
     dense_part = ffn_part(source.onnx, work / "dense-ffn.onnx")
     for precision in precisions:
         say(f"shapes: compiling for {precision}")
         builds = {name: build(source, passes, work / f"{precision}-{name}", None)
                   for name, passes in DENSE[precision].items()}  # fmt: skip
-        routed = builds["routed"] = build(source, ROUTED[precision], work / f"{precision}-routed", profile)
         parts = {name: build(open_source(dense_part), passes, work / f"{precision}-{name}-ffn", None).model
                  for name, passes in DENSE[precision].items()}  # fmt: skip
         if precision == "int8":
             parts["dense, ONNX Runtime"] = quantized(dense_part)
-        parts["routed"] = ffn_part(routed.model, work / f"{precision}-routed-ffn.onnx")
-        report = routed.manifest.passes[0]
-        of_precision: dict[int, dict[str, Any]] = {
-            size: {"precision": precision, "batch": size, "routed_ffns": report.changed} for size in sizes
-        }
-        say(f"shapes: timing the FFNs in {precision}")
-        each = seconds / len(sizes) / 2
-        runs = {name: open_part(path) for name, path in parts.items()}
         for size in sizes:
-            of_precision[size] |= time_ffns(runs, given[size], at_dials(routed.manifest, size, {}), each)
-        say(f"shapes: timing the layers in {precision}")
-        runs.clear()
-        engines = {name: load(each.path, verify=False) for name, each in builds.items()}
-        for size in sizes:
-            of_precision[size] |= time_stack(engines, size, each)
-            read = bytes_read(source, report.details["layers"], BYTES[precision], grown[str(size)])
-            of_precision[size] |= bounds(read, bandwidth)
-        rows += of_precision.values()
-        left += [f"{precision}: {place.where}: {place.why}" for place in report.left]
+            say(f"shapes: {precision}, batch {size}")
+            routed = builds["routed"] = build(source, ROUTED[precision], work / "routed", profile, size)
+            report = routed.manifest.passes[0]
+            row = {"precision": precision, "batch": size, "routed_ffns": report.changed}
+            if report.changed:
+                parts["routed"] = ffn_part(routed.model, work / "routed-ffn.onnx")
+                row |= time_ffns(parts, given[size], at_dials(routed.manifest, size, {}), seconds / len(sizes) / 2)
+                row |= time_stack(builds, size, seconds / len(sizes) / 2)
+                read = bytes_read(source, report.details["layers"], BYTES[precision], grown[str(size)])
+                rows.append(row | bounds(read, bandwidth))
+            else:  # the same graph as the dense build's
+                rows.append(row | {"left_dense": report.left[0].why})
+            shutil.rmtree(routed.path)
     return {
         "layers": layers, "sizes": SIZES, "group": GROUP, "context": CONTEXT, "memory_gb_s": bandwidth,
         "union": grown, "wanted_at_batch_1": WANTED, "quality": "that of `decoder`: these weights are random",
-        "left": left, "rows": rows,
+        "rows": rows,
     }  # fmt: skip
 
 
@@ -136,25 +128,28 @@ def union(profile: Profile, given: Sequence[dict[str, np.ndarray]]) -> float:
     return float(np.mean(shares))
 
 
-def build(source: Source, passes: list[Any], out: Path, profile: Profile | None) -> Build:
+def build(source: Source, passes: list[Any], out: Path, profile: Profile | None, size: int = 1) -> Build:
+    """For batches of `size`, above all."""
     recipe = {
         "passes": passes, "threads": 2, "check": False,
-        "workload": {"batch": [1, 1, 16], "tokens": [1, 1, CONTEXT], "past": [0, CONTEXT, 2 * CONTEXT]},
+        "workload": {"batch": [1, size, 16], "tokens": [1, 1, CONTEXT], "past": [0, CONTEXT, 2 * CONTEXT]},
     }  # fmt: skip
     return compile_model(source, recipe, out, profile=profile)
 
 
 def time_ffns(
-    runs: dict[str, Run], given: Sequence[dict[str, np.ndarray]], dials: dict[str, np.ndarray], seconds: float
+    parts: dict[str, Path], given: Sequence[dict[str, np.ndarray]], dials: dict[str, np.ndarray], seconds: float
 ) -> dict[str, float]:
     """All FFNs alone, beside the fastest dense form."""
+    runs = {name: open_part(path) for name, path in parts.items()}
     feeds = [xs | dials for xs in given]
     return beside_dense("ffn", interleave({name: turns(run, feeds) for name, run in runs.items()},
                                           seconds=seconds, rest=REST_S))  # fmt: skip
 
 
-def time_stack(engines: dict[str, Engine], size: int, seconds: float) -> dict[str, Any]:
+def time_stack(builds: dict[str, Build], size: int, seconds: float) -> dict[str, Any]:
     """One step of decoding through all layers, beside the fastest dense form."""
+    engines = {name: load(each.path, verify=False) for name, each in builds.items()}
     ids = np.random.default_rng(size).integers(0, SIZES["vocab_size"], (size, CONTEXT + STEPS))
     taken = interleave({name: stepper(each, ids) for name, each in engines.items()}, seconds=seconds, rest=REST_S)
     return beside_dense("stack", taken) | {"tokens_per_s": 1000 * size / taken["routed"].median_ms}

@@ -83,9 +83,13 @@ def shapes(found: dict[str, Any]) -> str:
     """Ratios by precision and batch, beside what the bytes allow."""
     rows = []
     for row in found["rows"]:
+        first = [row["precision"], row["batch"], f"{found['union'][str(row['batch'])]:.0%}"]
+        if "left_dense" in row:
+            rows.append([*first, "left dense", "", "", ""])
+            continue
         cells = [f"{row[f'{what}_ratio']:.2f} ({row[f'{what}_bound_ratio']:.2f})" for what in ("ffn", "stack")]
         times = [f"{row[f'stack_{name}_ms']:.1f}" for name in ("dense", "routed")]
-        rows.append([row["precision"], row["batch"], f"{found['union'][str(row['batch'])]:.0%}", *cells, *times])
+        rows.append([*first, *cells, *times])
     head = [
         "weights",
         "batch",

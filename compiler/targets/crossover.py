@@ -19,7 +19,7 @@ from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.crossover import Crossover, SparseShape
+from trimtab.passes.crossover import Call, Crossover, Load, SparseShape
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.sparse_ffn.rows import RowForm
 from trimtab.plugins.library import instruction_set, library_path, register
@@ -52,7 +52,8 @@ def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
     if measured:
         return measured[0]
     kept = json.loads(path.read_text(encoding="utf-8"))
-    return Crossover(**kept | {"together": tuple((tokens, time) for tokens, time in kept["together"])})
+    together = tuple((tokens, time) for tokens, time in kept["together"])
+    return Crossover(**kept | {"together": together, "call": Call(**kept["call"]) if kept["call"] else None})
 
 
 def measure(shape: SparseShape, options: Options) -> Crossover:
@@ -62,14 +63,19 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
     layers = 1 if shape.matrices == 1 else max(1, min(shape.layers, _BYTES // bytes_of_one))
     made = random_layers(shape.rows, shape.width, shape.matrices, layers)
 
-    def inputs(tokens: int, k: int) -> list[dict[str, np.ndarray]]:
-        x = rng.standard_normal((1, tokens, shape.width), np.float32)
-        every = np.arange(blocks, dtype=np.int32)[None]
-        return [
-            {"x": x}
-            | {f"blocks{i}": every if k == blocks else random_blocks(rng, tokens, blocks, k) for i in range(layers)}
-            for _ in range(_CHOICES)
-        ]
+    def states(tokens: int) -> dict[str, np.ndarray]:
+        return {"x": rng.standard_normal((1, tokens, shape.width), np.float32)}
+
+    def inputs(tokens: int, k: int, *, same: bool = False) -> list[dict[str, np.ndarray]]:
+        """k blocks for each token; or the same k, chosen by each, if they are to be the same."""
+
+        def choice() -> np.ndarray:
+            if k == blocks:
+                return np.arange(blocks, dtype=np.int32)[None]
+            return random_blocks(rng, tokens, blocks, k)[np.arange(tokens) * (not same)]
+
+        x = states(tokens)
+        return [x | {f"blocks{i}": choice() for i in range(layers)} for _ in range(_CHOICES)]
 
     with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
         dense = _session(dense_model(made, Path(folder) / "dense.onnx", shape.dense), options)
@@ -78,16 +84,31 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         )
         del made
         few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
-        x = rng.standard_normal((1, 1, shape.width), np.float32)
-        runs = {"dense": _turns(dense, [{"x": x}])} | {str(k): _turns(sparse, inputs(1, k)) for k in (few, many)}
-        one = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}
-        runs = {str(tokens): _turns(sparse, inputs(tokens, blocks)) for tokens in _TOKENS}
-        together = {name: timing.median_ms / layers for name, timing in interleave(runs, seconds=_SECONDS).items()}
-    times = [one[str(k)] for k in (few, many)]
-    full = max((times[1] - times[0]) / max(many - few, 1) * blocks, 1e-6)
-    fixed = max(times[0] - full * few / blocks, 0.0)
+
+        def timed(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+            return {name: each.median_ms / layers for name, each in interleave(runs, seconds=_SECONDS).items()}
+
+        one = timed({"dense": _turns(dense, [states(1)])} | {str(k): _turns(sparse, inputs(1, k)) for k in (few, many)})
+        together = timed({str(tokens): _turns(sparse, inputs(tokens, blocks)) for tokens in _TOKENS})
+        call = None
+        if shape.tokens > 1:
+            several = timed(
+                {"dense": _turns(dense, [states(shape.tokens)]), "apart": _turns(sparse, inputs(shape.tokens, many))}
+                | {str(k): _turns(sparse, inputs(shape.tokens, k, same=True)) for k in (few, many)}
+            )
+            fixed, full = _line(few / blocks, several[str(few)], many / blocks, several[str(many)])
+            load = Load.of_call(np.full(blocks, many / blocks), shape.tokens)
+            more = max(several["apart"] - several[str(many)], 0.0) / max(load.union - load.density, 1e-6)
+            call = Call(several["dense"], fixed, min(more, full), full - min(more, full))
+    fixed, full = _line(few / blocks, one[str(few)], many / blocks, one[str(many)])
     points = tuple((tokens, together[str(tokens)]) for tokens in _TOKENS)
-    return Crossover(one["dense"], fixed, full, points, shape.dense)
+    return Crossover(one["dense"], fixed, full, points, shape.dense, shape.tokens, call)
+
+
+def _line(few: float, less: float, many: float, longer: float) -> tuple[float, float]:
+    """What no rows take, and all of them beyond that, by the times of two shares of them."""
+    full = max((longer - less) / max(many - few, 1e-6), 1e-6)
+    return max(less - full * few, 0.0), full
 
 
 def _session(path: Path, options: Options) -> ort.InferenceSession:

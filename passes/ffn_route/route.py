@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import Field, model_validator
 
 from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.crossover import Crossover, SparseShape, slower
+from trimtab.passes.crossover import Crossover, Load, SparseShape
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError
 from trimtab.passes.ffn_route.cumulative import shares_before
@@ -177,14 +178,14 @@ class FFNRoute(Pass):
                 if router is not None:
                     block = ffn.d_ff // router.groups
                     reason = unfit(ffn, block, self.weights) or router.unfit(ffn, context.capability)
-                density = None
+                often = None
                 if reason is None and router is not None:
-                    density = self._density(ffn, router, routers, profile, dial.default)
-                    reason = self._not_worth(ffn, router, density, len(wanted), context)
+                    often = self._often(ffn, router, routers, profile, dial.default)
+                    reason = self._not_worth(ffn, router, often, len(wanted), context)
                 made: dict[str, Any] | str | None = reason
                 if reason is None and router is not None:
                     rest = fitted[ffn.layer].rest if fitted else self._rest(ffn, router, routers, profile, dial.default)
-                    made = emit.replace(ffn, group[0], router, density, rest)
+                    made = emit.replace(ffn, group[0], router, None if often is None else float(often.mean()), rest)
                 if isinstance(made, dict):
                     rows.append(made)
                 else:
@@ -214,12 +215,13 @@ class FFNRoute(Pass):
                 context.progress("fit routers", len(found) + len(left), len(ffns))
         return found, left
 
-    def _density(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> float | None:
-        """Share of the groups that a token computes on average at `cut`, on states of the Profile; None without any."""
+    def _often(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> np.ndarray | None:
+        """Share of the states of the Profile that compute each group at `cut`, [groups]; None without any states."""
         states = profile.states(ffn.layer)
         if not len(states) or states.shape[1] != ffn.d_model:
             return None
-        return float(routers.chosen(router.scores(states), cut, self.taken(router)).mean())
+        often: np.ndarray = routers.chosen(router.scores(states), cut, self.taken(router)).mean(0)
+        return often
 
     def _rest(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> Rest | None:
         """What stands for the groups that are left out at `cut`; None if none is asked for, or it would win nothing.
@@ -241,17 +243,18 @@ class FFNRoute(Pass):
         return router.share(self.cap)
 
     def _not_worth(
-        self, ffn: FFN, router: Router, density: float | None, layers: int, context: PassContext
+        self, ffn: FFN, router: Router, often: np.ndarray | None, layers: int, context: PassContext
     ) -> str | None:
         """Why the FFN stays dense, or None; where its density is not known, nothing speaks against it."""
-        if density is None:
+        if often is None:
             return None
         if self.most is not None:
-            return too_dense(density, self.most)
+            return too_dense(float(often.mean()), self.most)
         found = self._crossover(ffn, router, layers, context)
-        if found is not None and density > found.most(router.nbytes / ffn.params):
-            return slower("its neurons", density, found)
-        return None
+        if found is None:
+            return None
+        load = Load.of_call(often, found.tokens, shared=self.shared, dense_above=self.dense_above)
+        return found.not_faster("its neurons", load, router.nbytes / ffn.params)
 
     def _crossover(self, ffn: FFN, router: Router, layers: int, context: PassContext) -> Crossover | None:
         if context.crossover is None:
@@ -259,7 +262,9 @@ class FFNRoute(Pass):
         block = ffn.d_ff // router.groups
         matrices: Literal[2, 3] = 3 if ffn.gated else 2
         form = context.dense_form("ffn")
-        return context.crossover(SparseShape(ffn.d_ff, ffn.d_model, matrices, self.weights, block, layers, form))
+        return context.crossover(
+            SparseShape(ffn.d_ff, ffn.d_model, matrices, self.weights, block, layers, form, context.tokens)
+        )
 
 
 class _Emit:

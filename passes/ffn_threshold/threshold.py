@@ -12,7 +12,7 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.crossover import Crossover, SparseShape, slower
+from trimtab.passes.crossover import Crossover, Load, SparseShape
 from trimtab.passes.dials import Dial
 from trimtab.passes.ffn_threshold.levels import Levels
 from trimtab.passes.ffn_threshold.quantiles import (
@@ -57,7 +57,7 @@ class Choice:
         sizes: of its blocks of neurons.
         table: thresholds, as `quantiles.thresholds` has them.
         threshold: that of the sparsity asked for.
-        sparsity: share of the neurons that is left out, on held-out states.
+        often: share of the held-out states that compute each block, [blocks].
         error: squared error of the outputs on held-out states, relative to their variance, without the rest.
         rest: what stands for the neurons that are left out.
     """
@@ -65,9 +65,14 @@ class Choice:
     sizes: Sizes
     table: np.ndarray
     threshold: float
-    sparsity: float
+    often: np.ndarray
     error: float
     rest: Rest | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of the neurons that a token computes, on average."""
+        return float(self.often.mean())
 
 
 class FFNThreshold(Pass):
@@ -170,7 +175,7 @@ class FFNThreshold(Pass):
         threshold, most = threshold_at(table, self.sparsity), self.taken(blocks)
         taken = chosen(sizes.of(first_activations(layer, layer.held)), threshold, most)
         y = (layer.h_held * np.repeat(taken, self.block, 1)) @ layer.down
-        return Choice(sizes, table, threshold, 1 - float(taken.mean()), layer.error(y))
+        return Choice(sizes, table, threshold, taken.mean(0), layer.error(y))
 
     def _rest(self, layer: Layer, choice: Choice) -> Rest | None:
         """What stands for the neurons that are left out; None if nothing is to, or it would win nothing."""
@@ -185,20 +190,22 @@ class FFNThreshold(Pass):
 
     def _not_worth(self, ffn: FFN, choice: Choice, layers: int, context: PassContext) -> str | None:
         """Why the FFN stays dense, or None."""
-        density = 1 - choice.sparsity
         if self.most is not None:
-            return too_dense(density, self.most)
+            return too_dense(choice.density, self.most)
         found = self._crossover(ffn, layers, context)
-        return slower("its neurons", density, found) if found is not None and density > found.most() else None
+        if found is None:
+            return None
+        load = Load.of_call(choice.often, found.tokens, shared=self.shared, dense_above=self.dense_above)
+        return found.not_faster("its neurons", load)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
         """Of the projections that the first one spares; its own time is the same in both forms."""
         if context.crossover is None:
             return None
         form = context.dense_form("ffn")
-        shape = SparseShape(ffn.d_ff, ffn.d_model, 2, self.weights, self.block, layers, form)
+        shape = SparseShape(ffn.d_ff, ffn.d_model, 2, self.weights, self.block, layers, form, context.tokens)
         if not ffn.gated:  # chosen rows of one matrix are measured as those of a head are, which are chosen one by one
-            shape = SparseShape(ffn.d_ff, ffn.d_model, 1, self.weights, dense=form)
+            shape = SparseShape(ffn.d_ff, ffn.d_model, 1, self.weights, dense=form, tokens=context.tokens)
         return context.crossover(shape)
 
     def _rewrite(
@@ -259,9 +266,9 @@ class _Emit:
         beside = rest.nbytes if rest is not None else 0
         row: dict[str, Any] = {
             "layer": ffn.layer, "neurons": ffn.d_ff, "of_each_block": step.block, "cap": k * step.block,
-            "threshold": float(f"{choice.threshold:.4g}"), "sparsity": round(choice.sparsity, 4),
-            "density": round(1 - choice.sparsity, 4), "error": round(choice.error, 4),
-            "read_bytes": round(beside + sparse.read_bytes((1 - choice.sparsity) * blocks)),
+            "threshold": float(f"{choice.threshold:.4g}"), "sparsity": round(1 - choice.density, 4),
+            "density": round(choice.density, 4), "error": round(choice.error, 4),
+            "read_bytes": round(beside + sparse.read_bytes(choice.density * blocks)),
             "bytes": once * round(beside + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
         }  # fmt: skip
         if step.rest is not None:

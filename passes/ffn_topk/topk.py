@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from trimtab.passes.anatomy import FFN, by_weights, find_anatomy, select_ffns
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.crossover import Crossover, SparseShape, bounds, limit, slower
+from trimtab.passes.crossover import Crossover, Load, SparseShape, bounds, limit
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.importance import importance, most_important, norms, places, recall_at, smallest
@@ -130,7 +130,7 @@ class FFNTopK(Pass):
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
                 best = max(best, choice.recall)
-                reason = self._not_worth(choice, crossover, group[0])
+                reason = self._not_worth(choice, crossover, layer)
                 if reason is None:
                     by_shards = choice.by_shards(group[0].d_ff, self.block) if context.shards > 1 else {}
                     rows += [row | by_shards for row in self._rewrite(graph, group, layer, choice, crossover, weights)]
@@ -153,23 +153,33 @@ class FFNTopK(Pass):
         matrices: Literal[2, 3] = 3 if ffn.gated else 2
         each = ffn.d_ff // context.shards if ffn.d_ff % (context.shards * self.block) == 0 else ffn.d_ff  # of a rank
         form = context.dense_form("ffn")
-        return context.crossover(SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers, form))
+        return context.crossover(
+            SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers, form, context.tokens)
+        )
 
     def _most(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
         """The largest share of the neurons that may be computed."""
         return bounds(crossover, self.most, predictor.nbytes / ffn.params)
 
-    def _not_worth(self, choice: Choice, crossover: Crossover | None, ffn: FFN) -> str | None:
+    def _not_worth(self, choice: Choice, crossover: Crossover | None, layer: Layer) -> str | None:
         """Why the FFN stays dense after all, or None."""
         if self.take is not None:
             return None
-        most = self._most(ffn, choice.predictor, crossover)
-        density = choice.take * self.block / ffn.d_ff
-        if crossover is not None and self.most is None and density > most:
-            return slower("its neurons", density, crossover)
+        if crossover is not None and self.most is None:
+            often = choice.computed(layer.held).mean(0)
+            above = self._dense_above(float(often.mean()), crossover)
+            load = Load.of_call(often, crossover.tokens, shared=self.shared, dense_above=above)
+            reason = crossover.not_faster("its neurons", load, choice.predictor.nbytes / layer.ffn.params)
+            if reason is not None:
+                return reason
+        most = self._most(layer.ffn, choice.predictor, crossover)
         if choice.recall < self.recall:
             return f"{most:.0%} of its neurons hold {choice.recall:.1%} of the wanted ones, not {self.recall:.0%}"
         return None
+
+    def _dense_above(self, density: float, crossover: Crossover | None) -> int:
+        """Tokens above which a call computes all neurons."""
+        return limit(crossover, density) if self.dense_above is None else self.dense_above
 
     def _choose(self, layer: Layer, crossover: Crossover | None = None, shards: int = 1) -> Choice:
         """Fit a predictor, and find how many blocks it takes; of each shard, where they divide into shards."""
@@ -224,7 +234,7 @@ class FFNTopK(Pass):
         """Put the sparse ops in the place of FFNs with the same weights; yields what the report says of each."""
         first = group[0]
         name, blocks = f"{self.name}/layer.{first.layer}", first.d_ff // self.block
-        above = self.dense_above if self.dense_above is not None else limit(crossover, choice.take / blocks)
+        above = self._dense_above(choice.take / blocks, crossover)
         keep = choice.k if self.exact else 0
         importance = constant(f"{name}/importance", norms(layer)) if self.exact else None
         sparse = SparseFFN(first, layer, weights, self.block, name)

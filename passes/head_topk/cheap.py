@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import beta
 
-from trimtab.passes.ffn_topk.importance import smallest
+from trimtab.passes.ffn_topk.importance import best_of_shards, smallest
 from trimtab.passes.ffn_topk.predictor import low_rank
 
 _ROWS = 64  # states worked on at a time: a row of logits is as long as the vocabulary
@@ -106,6 +106,12 @@ def look(head: Head, cheap: CheapHead, states: np.ndarray, shards: int = 1) -> F
         own = np.arange(guess.shape[1]) // (guess.shape[1] // shards) == best // (guess.shape[1] // shards)
         places.append((own & (guess > np.take_along_axis(guess, best, 1))).sum(-1) + 1)
     return Found(np.concatenate(places))
+
+
+def chosen_often(cheap: CheapHead, states: np.ndarray, take: int, shards: int = 1) -> np.ndarray:
+    """Share of the states that have each token among their `take` candidates, [vocabulary]; shards as for `look`."""
+    count = sum(best_of_shards(cheap(x), take // shards, shards).sum(0) for x in parts(states))
+    return count / len(states)
 
 
 def divergence(head: Head, cheap: CheapHead, states: np.ndarray, take: int, shards: int = 1) -> float:

@@ -10,13 +10,13 @@ from pydantic import Field
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.contract import Left, Pass, PassContext, PassResult
-from trimtab.passes.crossover import Crossover, SparseShape, limit, slower
+from trimtab.passes.crossover import Crossover, Load, SparseShape, limit
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Head, chosen_often, divergence, look
 from trimtab.passes.matrices.forms import OPSETS, LowRank
 from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.needs import HeadStates, Need
@@ -92,7 +92,9 @@ class HeadTopK(Pass):
         take = shards * local
         pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
         crossover = self._crossover(linear, context)
-        reason = self._not_worth(take / vocabulary, pair.nbytes / (linear.in_features * vocabulary), crossover)
+        above = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
+        often = chosen_often(cheap, states[held], take, shards)
+        reason = self._not_worth(often, above, pair.nbytes / (linear.in_features * vocabulary), crossover)
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
         told: dict[str, Any] = {
@@ -103,7 +105,7 @@ class HeadTopK(Pass):
             told |= {"shards": shards, "of_each_shard": local}
             if self.miss is None:
                 told["expected_recall"] = round(expected_recall(vocabulary, self.take, shards, local), 4)
-        told["dense_above"] = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
+        told["dense_above"] = above
         return self._result(graph, anatomy, linear, head, (pair, cheap.offset), take, told, shards)
 
     def _crossover(self, linear: Linear, context: PassContext) -> Crossover | None:
@@ -113,16 +115,24 @@ class HeadTopK(Pass):
         rows = linear.out_features
         each = rows // context.shards if rows % context.shards == 0 else rows  # of a rank
         form = context.dense_form("head")
-        return context.crossover(SparseShape(each, linear.in_features, 1, self.weights, dense=form))
+        return context.crossover(
+            SparseShape(each, linear.in_features, 1, self.weights, dense=form, tokens=context.tokens)
+        )
 
-    def _not_worth(self, density: float, beside: float, crossover: Crossover | None) -> str | None:
-        """Why the head stays dense after all, or None."""
+    def _not_worth(self, often: np.ndarray, above: int, beside: float, crossover: Crossover | None) -> str | None:
+        """Why the head stays dense after all, or None.
+
+        Args:
+            often: share of the states that have each token among their candidates, [vocabulary].
+            above: tokens above which a call computes all rows; beside: bytes of what chooses, for each weight.
+        """
+        density = float(often.mean())
         if self.most is not None:
             few = density <= self.most
             return None if few else f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
-        if crossover is not None and density > crossover.most(beside):
-            return slower("its rows", density, crossover)
-        return None
+        if crossover is None:
+            return None
+        return crossover.not_faster("its rows", Load.of_call(often, crossover.tokens, dense_above=above), beside)
 
     def _unfit(self, anatomy: Anatomy) -> str | None:
         """Why the head stays as it is, or None."""

@@ -13,7 +13,7 @@ from trimtab.compiler import compile_model
 from trimtab.compiler.targets import crossover, get_target
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.crossover import DenseForm, SparseShape
+from trimtab.passes.crossover import DenseForm, Load, SparseShape
 
 
 @pytest.fixture
@@ -34,6 +34,21 @@ def test_times_are_those_of_both_forms(matrices: int, form: str, cache: Path) ->
     assert found.full > 0
     assert [tokens for tokens, _ in found.together] == [1, 2, 4, 8, 16, 32]
     assert found.together[-1][1] > found.together[0][1] > 0
+
+
+@pytest.mark.parametrize(("matrices", "form", "tokens"), [(3, "fp32", 4), (2, "int8", 64), (1, "int8", 7)])
+def test_calls_of_several_tokens_are_timed_as_such(matrices: int, form: str, tokens: int, cache: Path) -> None:
+    shape = SparseShape(640, 96, matrices, form, 2 if matrices > 1 else 1, 3, tokens=tokens)  # type: ignore[arg-type]
+    measure = get_target("onnxruntime").crossover(1)
+    assert measure is not None
+    found = measure(shape)
+    assert found is not None
+    assert found.call is not None
+    assert found.tokens == tokens
+    assert found.call.dense > 0
+    assert min(found.call.fixed, found.call.read, found.call.each) >= 0
+    assert found.call.sparse(Load(1, 1)) > found.call.fixed
+    assert measure(shape) == found  # from the cache
 
 
 @pytest.mark.parametrize("dense", get_args(DenseForm))
@@ -115,3 +130,20 @@ def test_a_compile_says_where_dense_was_kept(tmp_path: Path, monkeypatch: pytest
     assert told.changed == 0
     assert len(told.left) == 2
     assert "measured" in (tmp_path / "build" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "workload", "tokens"),
+    [("bert", {"batch": [1, 2, 4], "tokens": [1, 3, 8]}, 6), ("llama", {"batch": [1, 3, 4], "past": [0, 4, 8]}, 3)],
+)
+def test_a_compile_measures_the_calls_of_its_workload(
+    family: str, workload: dict[str, list[int]], tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[SparseShape] = []
+    of_target = "trimtab.compiler.targets.onnxruntime.measured_crossover"
+    monkeypatch.setattr(of_target, lambda shape, _: shapes.append(shape))
+    folder = zoo.save_pretrained(family, tmp_path / "model")
+    (tmp_path / "data.txt").write_text("\n".join(f"w{5 + i} w9 w{7 + i % 50} w8" for i in range(80)))
+    plan = {"passes": [{"ffn-threshold": {"sparsity": 0.5}}], "threads": 1, "workload": workload, "check": False}
+    compile_model(folder, plan, tmp_path / "build", data=tmp_path / "data.txt")
+    assert {shape.tokens for shape in shapes} == {tokens}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_graphsurgeon as gs
 import pytest
 from pydantic import ValidationError
@@ -97,3 +99,17 @@ def test_what_is_no_workload_is_refused(bad: dict[str, object]) -> None:
 def test_an_input_without_a_shape_is_refused() -> None:
     with pytest.raises(RecipeError, match="'x' has no shape"):
         SIZES.axes(graph(x=None))
+
+
+@pytest.mark.parametrize(
+    ("workload", "cached", "tokens"),
+    [
+        ({"batch": 4, "tokens": [1, 16, 32]}, False, 64),
+        ({"batch": [1, 2, 4], "tokens": [1, 16, 32], "past": [0, 8, 16]}, True, 2),
+        ({"batch": [1, 2, 4], "tokens": [1, 1, 32]}, True, 2),
+        ({"batch": [1, 2, 4], "tokens": [8, 16, 32]}, True, 1),
+        ({}, True, 1),
+    ],
+)
+def test_a_decoder_is_to_be_fast_at_its_steps(workload: dict[str, Any], cached: bool, tokens: int) -> None:
+    assert Workload.model_validate(workload).tokens_of_call(cached=cached) == tokens

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import zoo
 from rewrite import canonical, profile_of
+from routes import profile_with, random_routers
+from seeds import seeded
 
 from trimtab.passes import Capability, Pass, PassContext, PassResult, run_passes
-from trimtab.passes.crossover import Crossover, SparseShape, limit
+from trimtab.passes.crossover import Call, Crossover, Load, SparseShape, limit
 from trimtab.passes.dynamic_int8 import DynamicInt8
+from trimtab.passes.ffn_route.route import FFNRoute
+from trimtab.passes.ffn_route.routers import Routers
+from trimtab.passes.ffn_threshold.threshold import FFNThreshold
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.head_topk.topk import HeadTopK
@@ -22,11 +27,12 @@ from trimtab.passes.weight_only import WeightOnly
 TIMES = Crossover(dense=1.0, fixed=0.1, full=2.0, together=((1, 2.1), (2, 2.2), (4, 2.4), (8, 2.8)))
 
 
-def test_one_token_pays_up_to_the_density_where_both_take_as_long() -> None:
-    assert TIMES.sparse(TIMES.most()) == pytest.approx(TIMES.dense)
-    assert TIMES.sparse(TIMES.most(1.0)) + 0.25 * TIMES.dense == pytest.approx(TIMES.dense)  # of four bytes a weight
+def test_one_token_pays_up_to_the_density_where_sparse_is_faster() -> None:
+    """By 5 % at least: less is lost in the noise of the measure."""
+    assert TIMES.sparse(TIMES.most()) == pytest.approx(0.95 * TIMES.dense)
+    assert TIMES.sparse(TIMES.most(1.0)) + 0.25 * TIMES.dense == pytest.approx(0.95 * TIMES.dense)  # 4 bytes
     int8 = replace(TIMES, form="int8-rows")
-    assert int8.sparse(int8.most(0.25)) + 0.25 * int8.dense == pytest.approx(int8.dense)
+    assert int8.sparse(int8.most(0.25)) + 0.25 * int8.dense == pytest.approx(0.95 * int8.dense)
     assert Crossover(1.0, 1.5, 2.0, TIMES.together).most() == 0
     assert Crossover(9.0, 0.1, 2.0, TIMES.together).most() == 1
 
@@ -45,18 +51,47 @@ def test_more_tokens_pay_until_all_rows_together_are_faster(density: float) -> N
     assert limit(None, density) == max(1, int(0.8 / density))
 
 
+def test_the_union_of_a_call_is_that_of_tokens_drawn_at_random() -> None:
+    rng = seeded()
+    chosen = rng.random((400, 50)) < rng.random(50) ** 3
+    tokens = int(rng.integers(2, 9))
+    drawn = chosen[rng.integers(0, len(chosen), (6000, tokens))].any(1).mean()
+    found = Load.of_call(chosen.mean(0), tokens)
+    assert found.union == pytest.approx(drawn, abs=0.02)
+    assert found.density == pytest.approx(chosen.mean())
+    assert Load.of_call(chosen.mean(0), tokens, shared=True) == Load(found.union, found.union)
+    assert Load.of_call(chosen.mean(0), tokens, dense_above=tokens) == found
+    assert Load.of_call(chosen.mean(0), tokens, dense_above=tokens - 1) == Load(1, 1)
+    one = Load.of_call(chosen.mean(0), 1)
+    assert one.union == pytest.approx(one.density)
+
+
+def test_a_call_is_judged_by_what_its_tokens_read_and_compute() -> None:
+    call = Call(dense=4.0, fixed=0.5, read=1.5, each=3.0)
+    found = replace(TIMES, tokens=8, call=call)
+    assert found.not_faster("its neurons", Load(0.5, 0.9)) is None  # 0.5 + 1.35 + 1.5
+    assert found.not_faster("its neurons", Load(0.62, 1.0)) is not None  # 3.86: as fast, but for noise
+    why = found.not_faster("its neurons", Load(0.5, 1.0), 0.4)  # 3.5, and 0.4 for the choice
+    assert why is not None
+    assert "50% of its neurons for each token, 100% for any of 8," in why
+    assert why.endswith("3.500 ms without the choice, beside 4.000 ms")
+    assert TIMES.not_faster("its neurons", Load(0.42, 0.42)) is None
+    assert "42% of its neurons and the choice" in str(TIMES.not_faster("its neurons", Load(0.42, 0.42), 0.1))
+
+
 def run(
-    step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path, shards: int = 1, behind: Sequence[Pass] = ()
-) -> PassResult:
+    step: Pass, shapes: list[SparseShape], found: Crossover, folder: Path, shards: int = 1, behind: Sequence[Pass] = (),
+    tokens: int = 1,
+) -> PassResult:  # fmt: skip
     graph = canonical(zoo.exported("llama"))
     profile = profile_of(graph)
     profile.set_head(np.random.default_rng(0).standard_normal((300, 64)).astype(np.float32))
 
     def measure(shape: SparseShape) -> Crossover:
         shapes.append(shape)
-        return replace(found, form=shape.dense)
+        return replace(found, form=shape.dense, tokens=shape.tokens)
 
-    context = PassContext(profile, Capability(row_scales=True), crossover=measure, shards=shards)
+    context = PassContext(profile, Capability(row_scales=True), crossover=measure, shards=shards, tokens=tokens)
     result = run_passes(graph, [step, *behind], context)[0]
     save_graph(graph, folder / "out.onnx")
     return result
@@ -72,7 +107,7 @@ def test_an_ffn_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
     result = run(FFNTopK(density=0.2, recall=0.5, rank=16), shapes, few, tmp_path)
     assert set(shapes) == {SparseShape(108, 64, 3, "fp32", 1, 2)}
     assert result.changed == 0
-    assert "take longer than all: for one token, measured" in result.left[0].why
+    assert "are not faster than all: for one token, measured" in result.left[0].why
     assert not nodes(tmp_path, "SelectBlocks")
 
 
@@ -112,11 +147,65 @@ def test_a_head_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
     result = run(HeadTopK(take=20, rank=16), shapes, Crossover(1.0, 0.9, 2.0, TIMES.together), tmp_path)
     assert shapes == [SparseShape(131, 64, 1, "fp32")]
     assert result.changed == 0
-    assert "take longer than all" in result.left[0].why
+    assert "are not faster than all" in result.left[0].why
     result = run(HeadTopK(take=20, rank=4, most=0.1), [], TIMES, tmp_path)
     assert "15% of its rows would be computed, more than 10%" in result.left[0].why
     assert run(HeadTopK(take=20, rank=4), [], TIMES, tmp_path).changed == 1
     assert nodes(tmp_path, "SelectBlocks") == [TIMES.dense_above(20 / 131)]
+
+
+@pytest.mark.parametrize(
+    ("step", "layers"),
+    [
+        (FFNTopK(density=0.2, recall=0.5, rank=16, dense_above=64), 2),
+        (FFNThreshold(sparsity=0.5), 2),
+        (HeadTopK(take=20, rank=16, dense_above=64), 1),
+    ],
+)
+def test_what_pays_for_a_token_may_not_for_several(step: Pass, layers: int, tmp_path: Path) -> None:
+    """A call of 16 tokens, each with rows of its own, reads nearly all."""
+    cheap = Crossover(1.0, 0.1, 0.5, TIMES.together)
+    reads = replace(cheap, call=Call(dense=1.0, fixed=0.3, read=1.0, each=0.0))
+    computes = replace(cheap, call=Call(dense=9.0, fixed=0.3, read=1.0, each=8.0))
+    shapes: list[SparseShape] = []
+    assert run(step, shapes, cheap, tmp_path).changed == layers
+    assert {shape.tokens for shape in shapes} == {1}
+    shapes.clear()
+    result = run(step, shapes, reads, tmp_path, tokens=16)
+    assert {shape.tokens for shape in shapes} == {16}
+    assert result.changed == 0
+    assert "for calls of 16 tokens" in result.left[0].why
+    assert not nodes(tmp_path, "SelectBlocks")
+    assert run(step, [], computes, tmp_path, tokens=16).changed == layers
+
+
+def test_calls_that_compute_everything_are_judged_so(tmp_path: Path) -> None:
+    step = FFNTopK(density=0.2, recall=0.5, rank=16, dense_above=8)
+    whole = replace(TIMES, call=Call(dense=1.0, fixed=0.1, read=0.6, each=0.4))
+    assert run(step, [], whole, tmp_path, tokens=8).changed == 2
+    assert "100% of its neurons for each token" in run(step, [], whole, tmp_path, tokens=9).left[0].why
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_routers_that_choose_alike_pay_for_more_tokens(alike: bool) -> None:
+    """By the states of the Profile: half of the groups, the same of each token, or others."""
+    rng, graph = seeded(), canonical(zoo.exported("llama"))
+    learned, states = random_routers(graph, rng, threshold=0.5), profile_of(graph).tensors
+    for layer in range(2):
+        weight, bias = (learned[f"router.{layer}.{part}"] for part in ("weight", "bias"))
+        if alike:
+            weight[:], bias[:] = 0, np.where(np.arange(len(bias)) % 2, 3, -3)
+        else:
+            bias[:] = -np.median(states[f"ffn.{layer}.states"] @ weight.T, 0)
+    profile = profile_with(learned, **states)
+    call = Call(dense=1.0, fixed=0.0, read=1.2, each=0.0)
+    context = PassContext(profile, tokens=32, crossover=lambda shape: replace(TIMES, tokens=shape.tokens, call=call))
+    (result,) = run_passes(graph, [FFNRoute()], context)
+    assert result.changed == (2 if alike else 0)
+    routers = Routers.of(profile.learned("lte"))
+    for layer, router in routers.by_layer.items():
+        share = routers.chosen(router.scores(states[f"ffn.{layer}.states"]), 0.5).mean()
+        assert share == pytest.approx(0.5, abs=0.26)
 
 
 INT8, BLOCKS = DynamicInt8(scales="auto"), WeightOnly(bits=4)
