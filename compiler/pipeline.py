@@ -40,7 +40,6 @@ from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import Anatomy, find_anatomy, require_ffns
 from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.contract import check_needs
-from trimtab.passes.crossover import MOST_TOKENS
 from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
@@ -151,6 +150,7 @@ class _Compile:
             max_tokens = _shorter(self.source.max_tokens, positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             cached = bool(pasts(tensor.name for tensor in graph.inputs))
+            tokens = self.recipe.workload.tokens_of_call(cached=cached, fixed=anatomy.fixed_tokens)
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -169,7 +169,7 @@ class _Compile:
             with phases("run the passes", shown=False):
                 context = PassContext(
                     profile, self.capability, phases.progress, shards=self.recipe.shards,
-                    tokens=min(self.recipe.workload.tokens_of_call(cached=cached), MOST_TOKENS),
+                    tokens=tokens,
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)

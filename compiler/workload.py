@@ -59,14 +59,15 @@ class Workload(BaseModel):
                 raise RecipeError(f"workload.dims: {reserved!r} has a key of its own", hint=f"set workload.{reserved}")
         return {name: _check(f"dims.{name}", sizes) for name, sizes in value.items()}
 
-    def tokens_of_call(self, *, cached: bool) -> int:
+    def tokens_of_call(self, *, cached: bool, fixed: int | None = None) -> int:
         """Tokens, in all samples together, of the calls for which the engine is to be fastest.
 
         Args:
             cached: the model is a decoder with a cache. What is repeated then is its step, of a token of each sample;
                 or of one sample, where the workload declares prompts alone.
+            fixed: tokens of each sample, where the model has no choice, as those of images.
         """
-        batch, tokens = self.batch[1], self.tokens[1]
+        batch, tokens = self.batch[1], fixed or self.tokens[1]
         if not cached:
             return batch * tokens
         return batch if self.past[2] > 0 or tokens == 1 else 1

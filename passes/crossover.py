@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 MOST_TOKENS = 64
-"""Of a call, that are timed: all weights are read by then, and what more tokens take grows with their number."""
+"""Of a call, that are timed: all weights are read by then, and both forms take as much longer for more tokens."""
 
 _PAYS = 0.95
 """Time of the sparse form, of the dense form's, that is worth leaving rows out for: less than that is noise."""
@@ -39,7 +39,7 @@ class SparseShape:
         block: neighbouring rows that are chosen together.
         layers: of this shape in the model, since what stays in the cache is read faster.
         dense: form of the layer if it stays dense.
-        tokens: of the calls that are to be fastest, up to `MOST_TOKENS`.
+        tokens: of the calls that are to be fastest.
     """
 
     rows: int
@@ -57,12 +57,16 @@ class Load:
     """What the tokens of a call compute of a layer.
 
     Attributes:
+        tokens: how many.
         density: share of the rows that one token computes, on average.
         union: share of the rows that any of them computes; each is read once.
+        whole: all rows are computed together, since there are so many tokens.
     """
 
+    tokens: int
     density: float
     union: float
+    whole: bool = False
 
     @classmethod
     def of_call(cls, often: np.ndarray, tokens: int, *, shared: bool = False, dense_above: int | None = None) -> Load:
@@ -76,9 +80,9 @@ class Load:
             dense_above: calls with more tokens compute all rows.
         """
         if dense_above is not None and tokens > dense_above:
-            return cls(1.0, 1.0)
+            return cls(tokens, 1.0, 1.0, whole=True)
         union = float(np.mean(1 - (1 - np.asarray(often, np.float64)) ** tokens))
-        return cls(union if shared else float(np.mean(often)), union)
+        return cls(tokens, union if shared else float(np.mean(often)), union)
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,22 @@ class Call:
     """Times of one layer in a call of several tokens, in milliseconds.
 
     Attributes:
+        tokens: up to `MOST_TOKENS`.
         dense: of the call, in the form that the layer has if it stays dense.
+        whole: of the sparse form, where all rows are computed together.
         fixed: of the sparse form for no rows; read: what all rows take beyond that, to be read once for all tokens;
             each: what all rows take beyond both, for all tokens.
     """
 
+    tokens: int
     dense: float
+    whole: float
     fixed: float
     read: float
     each: float
 
     def sparse(self, load: Load) -> float:
-        return self.fixed + self.read * load.union + self.each * load.density
+        return self.whole if load.whole else self.fixed + self.read * load.union + self.each * load.density
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Crossover:
         fixed, full: of one token in the sparse form: what it takes for no rows, and what all rows take beyond that.
         together: (tokens, time) of several tokens that all take all rows, ascending.
         form: of the dense layer.
-        tokens: of the calls that are to be fastest; call: their times, where those are several.
+        call: times of the calls that are to be fastest, where they have several tokens.
     """
 
     dense: float
@@ -117,7 +125,6 @@ class Crossover:
     full: float
     together: tuple[tuple[int, float], ...]
     form: DenseForm = "fp32"
-    tokens: int = 1
     call: Call | None = None
 
     def sparse(self, density: float, tokens: int = 1) -> float:
@@ -140,19 +147,23 @@ class Crossover:
         Args:
             what: is computed of the layer.
             load: of such a call.
-            beside: as for `most`.
+            beside: as for `most`, and of what stands for the rows that are left out.
         """
-        call = self.call or Call(self.dense, self.fixed, self.full, 0.0)
+        call = self.call or Call(1, self.dense, self.together[0][1], self.fixed, self.full, 0.0)
         sparse = call.sparse(load)
         if sparse + self._choice(call.dense, beside) <= _PAYS * call.dense:
             return None
         share, calls = f"{load.density:.0%} of {what}", "one token"
-        if self.call is not None:
-            share += f" for each token, {load.union:.0%} for any of {self.tokens},"
-            calls = f"calls of {self.tokens} tokens (batch × tokens of the workload)"
+        if load.tokens > 1:
+            share += f" for each token, {load.union:.0%} for any of {load.tokens},"
+            calls = f"calls of {load.tokens} tokens (batch × tokens of the workload)"
+        if load.whole:
+            share = f"all of {what}, which so many tokens compute (dense_above),"
+        if call.tokens < load.tokens:
+            calls += f", timed with {call.tokens}"
         kind = "" if self.form == "fp32" else f" in {self.form}"
         return (
-            f"{share} and the choice of them are not faster than all: for {calls}, measured, "
+            f"{share} and the choice of them are not faster than the dense form: for {calls}, measured, "
             f"{sparse:.3f} ms without the choice, beside {call.dense:.3f} ms{kind}"
         )
 

@@ -7,7 +7,7 @@ import logging
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.crossover import Call, Crossover, Load, SparseShape
+from trimtab.passes.crossover import MOST_TOKENS, Call, Crossover, Load, SparseShape
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.sparse_ffn.rows import RowForm
 from trimtab.plugins.library import instruction_set, library_path, register
@@ -41,7 +41,7 @@ def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
     Args:
         options: makes the options of each session, threads among them.
     """
-    measured: list[Crossover] = []
+    shape, measured = replace(shape, tokens=min(shape.tokens, MOST_TOKENS)), []
 
     def make(part: Path) -> None:
         measured.append(measure(shape, options))
@@ -92,17 +92,20 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         together = timed({str(tokens): _turns(sparse, inputs(tokens, blocks)) for tokens in _TOKENS})
         call = None
         if shape.tokens > 1:
+            choices = {"apart": inputs(shape.tokens, many), "whole": inputs(shape.tokens, blocks)}
+            choices |= {str(k): inputs(shape.tokens, k, same=True) for k in (few, many)}
             several = timed(
-                {"dense": _turns(dense, [states(shape.tokens)]), "apart": _turns(sparse, inputs(shape.tokens, many))}
-                | {str(k): _turns(sparse, inputs(shape.tokens, k, same=True)) for k in (few, many)}
+                {"dense": _turns(dense, [states(shape.tokens)])}
+                | {name: _turns(sparse, choice) for name, choice in choices.items()}
             )
             fixed, full = _line(few / blocks, several[str(few)], many / blocks, several[str(many)])
             load = Load.of_call(np.full(blocks, many / blocks), shape.tokens)
             more = max(several["apart"] - several[str(many)], 0.0) / max(load.union - load.density, 1e-6)
-            call = Call(several["dense"], fixed, min(more, full), full - min(more, full))
+            read = min(more, full)
+            call = Call(shape.tokens, several["dense"], several["whole"], fixed, read, full - read)
     fixed, full = _line(few / blocks, one[str(few)], many / blocks, one[str(many)])
     points = tuple((tokens, together[str(tokens)]) for tokens in _TOKENS)
-    return Crossover(one["dense"], fixed, full, points, shape.dense, shape.tokens, call)
+    return Crossover(one["dense"], fixed, full, points, shape.dense, call)
 
 
 def _line(few: float, less: float, many: float, longer: float) -> tuple[float, float]:

@@ -223,3 +223,9 @@ class Anatomy:
     @property
     def layers(self) -> int:
         return max(len(self.ffns), len(self.attentions))
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        """Tokens of each sample, where the graph leaves no choice, as for the patches of an image; None elsewhere."""
+        sizes = {ffn.x.shape[1] for ffn in self.ffns if ffn.x.shape is not None and len(ffn.x.shape) == 3}
+        return max((size for size in sizes if isinstance(size, int)), default=None)

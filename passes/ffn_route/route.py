@@ -34,6 +34,7 @@ from trimtab.passes.sparse_ffn import (
     bars_token_dial,
     fit_rest,
     report_rest,
+    rest_bytes,
     rewritten,
     too_dense,
     unfit,
@@ -253,8 +254,8 @@ class FFNRoute(Pass):
         found = self._crossover(ffn, router, layers, context)
         if found is None:
             return None
-        load = Load.of_call(often, found.tokens, shared=self.shared, dense_above=self.dense_above)
-        return found.not_faster("its neurons", load, router.nbytes / ffn.params)
+        load = Load.of_call(often, context.tokens, shared=self.shared, dense_above=self.dense_above)
+        return found.not_faster("its neurons", load, (router.nbytes + rest_bytes(ffn, self.rest)) / ffn.params)
 
     def _crossover(self, ffn: FFN, router: Router, layers: int, context: PassContext) -> Crossover | None:
         if context.crossover is None:

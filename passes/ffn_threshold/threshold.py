@@ -39,6 +39,7 @@ from trimtab.passes.sparse_ffn import (
     check_sparsity,
     fit_rest,
     report_rest,
+    rest_bytes,
     rewritten,
     too_dense,
     unfit,
@@ -195,8 +196,8 @@ class FFNThreshold(Pass):
         found = self._crossover(ffn, layers, context)
         if found is None:
             return None
-        load = Load.of_call(choice.often, found.tokens, shared=self.shared, dense_above=self.dense_above)
-        return found.not_faster("its neurons", load)
+        load = Load.of_call(choice.often, context.tokens, shared=self.shared, dense_above=self.dense_above)
+        return found.not_faster("its neurons", load, rest_bytes(ffn, self.rest) / ffn.params)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
         """Of the projections that the first one spares; its own time is the same in both forms."""

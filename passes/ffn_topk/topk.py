@@ -30,6 +30,7 @@ from trimtab.passes.sparse_ffn import (
     SparseFFN,
     fit_rest,
     report_rest,
+    rest_bytes,
     rewritten,
     unfit,
 )
@@ -130,7 +131,7 @@ class FFNTopK(Pass):
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
                 best = max(best, choice.recall)
-                reason = self._not_worth(choice, crossover, layer)
+                reason = self._not_worth(choice, crossover, layer, context.tokens)
                 if reason is None:
                     by_shards = choice.by_shards(group[0].d_ff, self.block) if context.shards > 1 else {}
                     rows += [row | by_shards for row in self._rewrite(graph, group, layer, choice, crossover, weights)]
@@ -161,15 +162,16 @@ class FFNTopK(Pass):
         """The largest share of the neurons that may be computed."""
         return bounds(crossover, self.most, predictor.nbytes / ffn.params)
 
-    def _not_worth(self, choice: Choice, crossover: Crossover | None, layer: Layer) -> str | None:
+    def _not_worth(self, choice: Choice, crossover: Crossover | None, layer: Layer, tokens: int) -> str | None:
         """Why the FFN stays dense after all, or None."""
         if self.take is not None:
             return None
         if crossover is not None and self.most is None:
             often = choice.computed(layer.held).mean(0)
             above = self._dense_above(float(often.mean()), crossover)
-            load = Load.of_call(often, crossover.tokens, shared=self.shared, dense_above=above)
-            reason = crossover.not_faster("its neurons", load, choice.predictor.nbytes / layer.ffn.params)
+            load = Load.of_call(often, tokens, shared=self.shared, dense_above=above)
+            beside = (choice.predictor.nbytes + rest_bytes(layer.ffn, self.rest)) / layer.ffn.params
+            reason = crossover.not_faster("its neurons", load, beside)
             if reason is not None:
                 return reason
         most = self._most(layer.ffn, choice.predictor, crossover)

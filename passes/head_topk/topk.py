@@ -94,7 +94,8 @@ class HeadTopK(Pass):
         crossover = self._crossover(linear, context)
         above = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
         often = chosen_often(cheap, states[held], take, shards)
-        reason = self._not_worth(often, above, pair.nbytes / (linear.in_features * vocabulary), crossover)
+        load = Load.of_call(often, context.tokens, dense_above=above)
+        reason = self._not_worth(load, take / vocabulary, pair.nbytes / (linear.in_features * vocabulary), crossover)
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
         told: dict[str, Any] = {
@@ -119,20 +120,12 @@ class HeadTopK(Pass):
             SparseShape(each, linear.in_features, 1, self.weights, dense=form, tokens=context.tokens)
         )
 
-    def _not_worth(self, often: np.ndarray, above: int, beside: float, crossover: Crossover | None) -> str | None:
-        """Why the head stays dense after all, or None.
-
-        Args:
-            often: share of the states that have each token among their candidates, [vocabulary].
-            above: tokens above which a call computes all rows; beside: bytes of what chooses, for each weight.
-        """
-        density = float(often.mean())
+    def _not_worth(self, load: Load, density: float, beside: float, crossover: Crossover | None) -> str | None:
+        """Why the head stays dense after all, or None; beside: bytes of what chooses its rows, for each weight."""
         if self.most is not None:
             few = density <= self.most
             return None if few else f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
-        if crossover is None:
-            return None
-        return crossover.not_faster("its rows", Load.of_call(often, crossover.tokens, dense_above=above), beside)
+        return None if crossover is None else crossover.not_faster("its rows", load, beside)
 
     def _unfit(self, anatomy: Anatomy) -> str | None:
         """Why the head stays as it is, or None."""

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
+from trimtab.passes.anatomy import FFN
 from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
 
@@ -67,6 +68,11 @@ class Rest:
         """What is added for states x, [tokens, d_model], that leave out `share` [tokens] of their blocks."""
         y: np.ndarray = share[:, None] * (x @ self.left @ self.right + self.shift)
         return y
+
+
+def rest_bytes(ffn: FFN, option: RestOption | None) -> int:
+    """Of the map that `option` asks for at `ffn`."""
+    return 0 if option is None else 4 * ffn.d_model * (2 * option.rank + 1)
 
 
 def report_rest(rest: Rest | None, once: int = 1) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 import pytest
+import zoo
 from pydantic import ValidationError
+from rewrite import canonical
 
 from trimtab.compiler.workload import Workload
+from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import RecipeError
 
 SIZES = Workload(batch=(1, 4, 16), tokens=(2, 32, 64))
@@ -113,3 +116,9 @@ def test_an_input_without_a_shape_is_refused() -> None:
 )
 def test_a_decoder_is_to_be_fast_at_its_steps(workload: dict[str, Any], cached: bool, tokens: int) -> None:
     assert Workload.model_validate(workload).tokens_of_call(cached=cached) == tokens
+
+
+def test_images_have_as_many_tokens_as_they_have() -> None:
+    assert Workload(batch=(1, 2, 4)).tokens_of_call(cached=False, fixed=197) == 394
+    assert find_anatomy(canonical(zoo.exported("vit"))).fixed_tokens == 10
+    assert find_anatomy(canonical(zoo.exported("bert"))).fixed_tokens is None

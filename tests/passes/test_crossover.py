@@ -22,6 +22,7 @@ from trimtab.passes.ffn_threshold.threshold import FFNThreshold
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.head_topk.topk import HeadTopK
+from trimtab.passes.sparse_ffn import RestOption
 from trimtab.passes.weight_only import WeightOnly
 
 TIMES = Crossover(dense=1.0, fixed=0.1, full=2.0, together=((1, 2.1), (2, 2.2), (4, 2.4), (8, 2.8)))
@@ -59,24 +60,27 @@ def test_the_union_of_a_call_is_that_of_tokens_drawn_at_random() -> None:
     found = Load.of_call(chosen.mean(0), tokens)
     assert found.union == pytest.approx(drawn, abs=0.02)
     assert found.density == pytest.approx(chosen.mean())
-    assert Load.of_call(chosen.mean(0), tokens, shared=True) == Load(found.union, found.union)
+    assert Load.of_call(chosen.mean(0), tokens, shared=True) == Load(tokens, found.union, found.union)
     assert Load.of_call(chosen.mean(0), tokens, dense_above=tokens) == found
-    assert Load.of_call(chosen.mean(0), tokens, dense_above=tokens - 1) == Load(1, 1)
+    assert Load.of_call(chosen.mean(0), tokens, dense_above=tokens - 1) == Load(tokens, 1, 1, whole=True)
     one = Load.of_call(chosen.mean(0), 1)
     assert one.union == pytest.approx(one.density)
 
 
 def test_a_call_is_judged_by_what_its_tokens_read_and_compute() -> None:
-    call = Call(dense=4.0, fixed=0.5, read=1.5, each=3.0)
-    found = replace(TIMES, tokens=8, call=call)
-    assert found.not_faster("its neurons", Load(0.5, 0.9)) is None  # 0.5 + 1.35 + 1.5
-    assert found.not_faster("its neurons", Load(0.62, 1.0)) is not None  # 3.86: as fast, but for noise
-    why = found.not_faster("its neurons", Load(0.5, 1.0), 0.4)  # 3.5, and 0.4 for the choice
+    call = Call(8, dense=4.0, whole=3.5, fixed=0.5, read=1.5, each=3.0)
+    found = replace(TIMES, call=call)
+    assert found.not_faster("its neurons", Load(8, 0.5, 0.9)) is None  # 0.5 + 1.35 + 1.5
+    assert found.not_faster("its neurons", Load(8, 0.62, 1.0)) is not None  # 3.86: as fast, but for noise
+    why = found.not_faster("its neurons", Load(20, 0.5, 1.0), 0.4)  # 3.5, and 0.4 for the choice
     assert why is not None
-    assert "50% of its neurons for each token, 100% for any of 8," in why
+    assert "50% of its neurons for each token, 100% for any of 20," in why
+    assert "calls of 20 tokens (batch × tokens of the workload), timed with 8" in why
     assert why.endswith("3.500 ms without the choice, beside 4.000 ms")
-    assert TIMES.not_faster("its neurons", Load(0.42, 0.42)) is None
-    assert "42% of its neurons and the choice" in str(TIMES.not_faster("its neurons", Load(0.42, 0.42), 0.1))
+    assert found.not_faster("its neurons", Load(8, 1, 1, whole=True)) is None
+    assert "all of its neurons, which" in str(found.not_faster("its neurons", Load(8, 1, 1, whole=True), 0.4))
+    assert TIMES.not_faster("its neurons", Load(1, 0.42, 0.42)) is None
+    assert "42% of its neurons and the choice" in str(TIMES.not_faster("its neurons", Load(1, 0.42, 0.42), 0.1))
 
 
 def run(
@@ -89,7 +93,7 @@ def run(
 
     def measure(shape: SparseShape) -> Crossover:
         shapes.append(shape)
-        return replace(found, form=shape.dense, tokens=shape.tokens)
+        return replace(found, form=shape.dense)
 
     context = PassContext(profile, Capability(row_scales=True), crossover=measure, shards=shards, tokens=tokens)
     result = run_passes(graph, [step, *behind], context)[0]
@@ -107,7 +111,7 @@ def test_an_ffn_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
     result = run(FFNTopK(density=0.2, recall=0.5, rank=16), shapes, few, tmp_path)
     assert set(shapes) == {SparseShape(108, 64, 3, "fp32", 1, 2)}
     assert result.changed == 0
-    assert "are not faster than all: for one token, measured" in result.left[0].why
+    assert "are not faster than the dense form: for one token, measured" in result.left[0].why
     assert not nodes(tmp_path, "SelectBlocks")
 
 
@@ -147,7 +151,7 @@ def test_a_head_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
     result = run(HeadTopK(take=20, rank=16), shapes, Crossover(1.0, 0.9, 2.0, TIMES.together), tmp_path)
     assert shapes == [SparseShape(131, 64, 1, "fp32")]
     assert result.changed == 0
-    assert "are not faster than all" in result.left[0].why
+    assert "are not faster than the dense form" in result.left[0].why
     result = run(HeadTopK(take=20, rank=4, most=0.1), [], TIMES, tmp_path)
     assert "15% of its rows would be computed, more than 10%" in result.left[0].why
     assert run(HeadTopK(take=20, rank=4), [], TIMES, tmp_path).changed == 1
@@ -165,8 +169,8 @@ def test_a_head_that_would_be_slower_stays_dense(tmp_path: Path) -> None:
 def test_what_pays_for_a_token_may_not_for_several(step: Pass, layers: int, tmp_path: Path) -> None:
     """A call of 16 tokens, each with rows of its own, reads nearly all."""
     cheap = Crossover(1.0, 0.1, 0.5, TIMES.together)
-    reads = replace(cheap, call=Call(dense=1.0, fixed=0.3, read=1.0, each=0.0))
-    computes = replace(cheap, call=Call(dense=9.0, fixed=0.3, read=1.0, each=8.0))
+    reads = replace(cheap, call=Call(16, dense=1.0, whole=0.1, fixed=0.3, read=1.0, each=0.0))
+    computes = replace(cheap, call=Call(16, dense=9.0, whole=99.0, fixed=0.3, read=1.0, each=8.0))
     shapes: list[SparseShape] = []
     assert run(step, shapes, cheap, tmp_path).changed == layers
     assert {shape.tokens for shape in shapes} == {1}
@@ -181,9 +185,23 @@ def test_what_pays_for_a_token_may_not_for_several(step: Pass, layers: int, tmp_
 
 def test_calls_that_compute_everything_are_judged_so(tmp_path: Path) -> None:
     step = FFNTopK(density=0.2, recall=0.5, rank=16, dense_above=8)
-    whole = replace(TIMES, call=Call(dense=1.0, fixed=0.1, read=0.6, each=0.4))
-    assert run(step, [], whole, tmp_path, tokens=8).changed == 2
-    assert "100% of its neurons for each token" in run(step, [], whole, tmp_path, tokens=9).left[0].why
+    slow = replace(TIMES, call=Call(8, dense=1.0, whole=1.2, fixed=0.1, read=0.2, each=0.4))
+    assert run(step, [], slow, tmp_path, tokens=8).changed == 2
+    assert "all of its neurons, which so many tokens compute" in run(step, [], slow, tmp_path, tokens=9).left[0].why
+    assert run(step, [], replace(slow, call=replace(slow.call, whole=0.3)), tmp_path, tokens=9).changed == 2
+
+
+@pytest.mark.parametrize(
+    "step", [FFNTopK(density=0.2, recall=0.5, rank=8), FFNThreshold(sparsity=0.5), FFNRoute(router="fitted", group=4)]
+)
+def test_what_stands_for_the_rest_is_counted(step: Pass, tmp_path: Path) -> None:
+    """A map of rank 64 has two fifths of the weights of such an FFN."""
+    cheap = Crossover(1.0, 0.45, 0.4, TIMES.together)
+    assert run(step, [], cheap, tmp_path).changed == 2
+    with_rest = step.model_copy(update={"rest": RestOption(rank=64)})
+    slow = run(with_rest, [], cheap, tmp_path)
+    assert slow.changed == 0
+    assert "measured" in slow.left[0].why
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -198,8 +216,8 @@ def test_routers_that_choose_alike_pay_for_more_tokens(alike: bool) -> None:
         else:
             bias[:] = -np.median(states[f"ffn.{layer}.states"] @ weight.T, 0)
     profile = profile_with(learned, **states)
-    call = Call(dense=1.0, fixed=0.0, read=1.2, each=0.0)
-    context = PassContext(profile, tokens=32, crossover=lambda shape: replace(TIMES, tokens=shape.tokens, call=call))
+    call = Call(32, dense=1.0, whole=9.0, fixed=0.0, read=1.2, each=0.0)
+    context = PassContext(profile, tokens=32, crossover=lambda shape: replace(TIMES, call=call))
     (result,) = run_passes(graph, [FFNRoute()], context)
     assert result.changed == (2 if alike else 0)
     routers = Routers.of(profile.learned("lte"))
