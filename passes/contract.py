@@ -29,6 +29,7 @@ class Capability:
 
     Attributes:
         weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
+        negative_scales: it multiplies with such weights of 4 bits whose scales may be negative.
         float16: it computes in half precision without falling back to float32.
         saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
         integer_products: it multiplies activations as integers, whose scales are found as they come.
@@ -37,6 +38,7 @@ class Capability:
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})
+    negative_scales: bool = False
     float16: bool = False
     saturates: bool = False
     integer_products: bool = True

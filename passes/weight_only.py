@@ -67,7 +67,8 @@ class WeightOnly(Pass):
         for done, (where, linear, size) in enumerate(wanted, 1):
             name, key = f"{self.name}/{where.replace(' ', '.')}", _matrix_of(linear)
             if key not in products:
-                matrix = round_to_nearest(linear.w().astype(np.float32), self.bits, size)
+                by_largest = self.bits == 4 and context.capability.negative_scales
+                matrix = round_to_nearest(linear.w().astype(np.float32), self.bits, size, by_largest=by_largest)
                 products[key] = matrix.store(name, np.dtype(np.float32), uses[key])
                 after += matrix.nbytes
                 ffn_bytes += matrix.nbytes if key in of_ffns_too else 0

@@ -34,5 +34,6 @@ def _probe(name: str) -> dict[str, Any]:
         "available": True,
         "reason": None,
         "weight_bits": sorted(capability.weight_bits),
+        "negative_scales": capability.negative_scales,
         "float16": capability.float16,
     }

@@ -78,8 +78,9 @@ class OnnxRuntime(Target):
 def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
     capability = Capability(
-        weight_bits=bits, float16=_computes_half(), saturates=_saturates(), row_scales=_has_row_kernel()
-    )
+        weight_bits=bits, negative_scales=_multiplies_blocks(4, signed=True), float16=_computes_half(),
+        saturates=_saturates(), row_scales=_has_row_kernel(),
+    )  # fmt: skip
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
 
@@ -108,18 +109,21 @@ def _has_row_kernel() -> bool:
     return found is not None and found[1] == {"Int8Linear"} and not np.any(found[0] != want)
 
 
-def _multiplies_blocks(bits: int) -> bool:
+def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:
     """Whether MatMul(x, DequantizeLinear(w)) becomes one MatMulNBits, and computes what it should.
 
     That kernel may round x to int8 by blocks, hence the tolerance.
+
+    Args:
+        signed: half of the scales are negative.
     """
-    model, w = trials.blockwise(bits)
+    model, w = trials.blockwise(bits, signed=signed)
     x = np.random.default_rng(0).normal(size=(3, trials.K)).astype(np.float32)
     found = _optimised(model, x)
     return (
         found is not None
         and found[1] == {"MatMulNBits"}
-        and np.abs(found[0] - x @ w).max() < 0.03 * np.abs(x @ w).max()
+        and bool(np.abs(found[0] - x @ w).max() < 0.03 * np.abs(x @ w).max())
     )
 
 

@@ -17,11 +17,16 @@ _OPSET = {2: 25, 4: 21, 8: 21}
 _IR = {2: 13, 4: 10, 8: 10}
 
 
-def blockwise(bits: int) -> tuple[onnx.ModelProto, np.ndarray]:
-    """y = x · DequantizeLinear(w), w of signed `bits`-bit integers in blocks; and the dense w, [K, N] float32."""
+def blockwise(bits: int, *, signed: bool = False) -> tuple[onnx.ModelProto, np.ndarray]:
+    """y = x · DequantizeLinear(w), w of signed `bits`-bit integers in blocks; and the dense w, [K, N] float32.
+
+    Args:
+        signed: half of the scales are negative.
+    """
     rng = np.random.default_rng(bits)
     q = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (K, N))
     scale = rng.uniform(0.5, 1.0, (K // BLOCK, N)).astype(np.float32)
+    scale[:, ::2] *= -1 if signed else 1
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], axis=0, block_size=BLOCK),
         helper.make_node("MatMul", ["x", "w"], ["y"]),

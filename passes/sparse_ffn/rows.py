@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.linear import Linear
+from trimtab.passes.matrices.quantize import scale_by_largest
 
 RowForm = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
@@ -81,14 +82,12 @@ def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int4, two to a byte with zero at 8, uint8 [neurons, width / 2], and scales [neurons, width / 32].
 
-    The value of largest size of a block becomes -8, as in GGML's Q4_0: so all sixteen levels are used.
+    The value of largest size of a block becomes -8.
     """
     blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
-    scale = (largest / -8).astype(np.float32)
-    safe = np.where(scale != 0, scale, 1)
-    q = (np.clip(np.rint(blocks / safe[..., None]), -8, 7) + 8).astype(np.uint8).reshape(weight.shape)
-    return q[:, 0::2] | (q[:, 1::2] << 4), scale
+    scale = scale_by_largest(blocks, 4, axis=-1)
+    q = (np.clip(np.rint(blocks / scale), -8, 7) + 8).astype(np.uint8).reshape(weight.shape)
+    return q[:, 0::2] | (q[:, 1::2] << 4), scale[..., 0]
 
 
 def _bfloat16(weight: np.ndarray) -> onnx.TensorProto:

@@ -37,7 +37,8 @@ class Packed {
       pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), weight.dims[0], weight.dims[1],
                                             int8_kernels());
       known = pack;
-      if (weight.dims[0] * weight.dims[1] >= static_cast<int64_t>(kLargePage)) give_back(weight.data, weight.dims[0] * weight.dims[1]);
+      const size_t size = static_cast<size_t>(weight.dims[0] * weight.dims[1]);
+      if (size >= kWorthCopying) give_back(weight.data, size);
     }
     return pack;
   }

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 
 #include "custom_op.h"
 #include "kernels.h"
@@ -19,6 +20,7 @@
 namespace trimtab {
 
 constexpr size_t kLargePage = 1 << 21;
+constexpr size_t kWorthCopying = 1 << 16;  // bytes
 
 // Lets the system take the pages of a constant whose copy serves; they come again from the file if they are read.
 inline void give_back([[maybe_unused]] const void* data, [[maybe_unused]] size_t size) {
@@ -30,20 +32,36 @@ inline void give_back([[maybe_unused]] const void* data, [[maybe_unused]] size_t
 #endif
 }
 
-struct FreeMemory {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, FreeMemory>;
+using Memory = std::shared_ptr<void>;
 
-// Of large pages, if it is large; nullptr if there is none.
-inline Memory large_memory(size_t size) {
-  const size_t unit = size < kLargePage ? 64 : kLargePage;
-  Memory memory(std::aligned_alloc(unit, (size + unit - 1) / unit * unit));
+// Whole large pages; nullptr if there is no memory.
+inline Memory large_pages(size_t size) {
+  Memory memory(std::aligned_alloc(kLargePage, (size + kLargePage - 1) / kLargePage * kLargePage), std::free);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (memory != nullptr && unit == kLargePage && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr)
-    madvise(memory.get(), size, MADV_HUGEPAGE);
+  if (memory != nullptr && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr) madvise(memory.get(), size, MADV_HUGEPAGE);
 #endif
   return memory;
+}
+
+// For one weight. Those smaller than a large page share some: a step of a decoder reads many of them, one after the other, and
+// each in small pages of its own begins slowly. nullptr if there is no memory.
+inline Memory large_memory(size_t size) {
+  constexpr size_t kLine = 64, kShared = 4 * kLargePage;
+  size = (size + kLine - 1) / kLine * kLine;
+  if (size >= kLargePage) return large_pages(size);
+  if (size < kWorthCopying) return Memory(std::aligned_alloc(kLine, size), std::free);
+  static std::mutex mutex;
+  static std::weak_ptr<void> shared;
+  static size_t used = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Memory pages = shared.lock();
+  if (pages == nullptr || used + size > kShared) {
+    if ((pages = large_pages(kShared)) == nullptr) return nullptr;
+    shared = pages, used = 0;
+  }
+  Memory piece(pages, static_cast<char*>(pages.get()) + used);
+  used += size;
+  return piece;
 }
 
 class Resident {
@@ -61,13 +79,13 @@ class Resident {
     packed_ = pack != nullptr && bytes != nullptr && tensor.type == ort::Type::int8 && tensor.rank == 2 && block > 0 && block % kBytesBlock == 0 &&
               tensor.dims[0] % block == 0 && tensor.dims[1] % kBytesWidth == 0;
     const size_t size = static_cast<size_t>(tensor.rows() * tensor.last()) * tensor.element_bytes();
-    const bool wanted = packed_ ? size > 0 : kCopies && size >= kLargePage && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr;
+    const bool wanted = packed_ ? size > 0 : kCopies && size >= kWorthCopying && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr;
     if (!wanted || (copy_ = large_memory(size)) == nullptr) return;
     source_ = runtime.data(value);
     if (packed_)
       (bytes->*pack)(static_cast<const int8_t*>(source_), tensor.dims[0], tensor.dims[1], block, static_cast<char*>(copy_.get()));
     else std::memcpy(copy_.get(), source_, size);
-    if (size >= kLargePage) give_back(source_, size);
+    if (size >= kWorthCopying) give_back(source_, size);
   }
 
   // The copy of `tensor`, where it is the constant that was taken as it is.

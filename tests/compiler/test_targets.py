@@ -161,8 +161,9 @@ def test_the_probe_tells_what_trial_models_really_do(monkeypatch: pytest.MonkeyP
     capability = get_target("onnxruntime").probe()
     assert 4 in capability.weight_bits
     x = np.random.default_rng().normal(size=(5, trials.K)).astype(np.float32)
-    for bits in capability.weight_bits:
-        model, w = trials.blockwise(bits)
+    assert capability.negative_scales
+    for bits, signed in [*((bits, False) for bits in capability.weight_bits), (4, True)]:
+        model, w = trials.blockwise(bits, signed=signed)
         session = onnxruntime.ort.InferenceSession(model.SerializeToString(), session_options(1))
         assert np.abs(session.run(None, {"x": x})[0] - x @ w).max() < 0.03 * np.abs(x @ w).max()
 
@@ -172,17 +173,22 @@ def test_the_probe_tells_what_trial_models_really_do(monkeypatch: pytest.MonkeyP
         return options
 
     monkeypatch.setattr(onnxruntime, "session_options", plain)
-    assert onnxruntime._probe.__wrapped__().weight_bits == frozenset()
+    without = onnxruntime._probe.__wrapped__()
+    assert without.weight_bits == frozenset()
+    assert not without.negative_scales
 
 
-def test_the_probe_sees_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    def negated(bits: int) -> tuple[onnx.ModelProto, np.ndarray]:
-        model, w = blockwise(bits)
-        return model, -w
+@pytest.mark.parametrize("wrong", ["all", "negative"])
+def test_the_probe_sees_wrong_results(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def negated(bits: int, *, signed: bool = False) -> tuple[onnx.ModelProto, np.ndarray]:
+        model, w = blockwise(bits, signed=signed)
+        return model, -w if wrong == "all" or signed else w
 
     blockwise = trials.blockwise
     monkeypatch.setattr(trials, "blockwise", negated)
-    assert onnxruntime._probe.__wrapped__().weight_bits == frozenset()
+    found = onnxruntime._probe.__wrapped__()
+    assert (found.weight_bits == frozenset()) == (wrong == "all")
+    assert not found.negative_scales
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads x86 flags")

@@ -17,11 +17,12 @@ from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import save_graph
 from trimtab.passes.weight_only import WeightOnly
 
-EVERYTHING = Capability(weight_bits=frozenset({4, 8}))
+EVERYTHING = Capability(weight_bits=frozenset({4, 8}), negative_scales=True)
+POSITIVE = Capability(weight_bits=frozenset({4, 8}))
 
 
-def rewrite(graph: gs.Graph, **options: object) -> PassResult:
-    return run_passes(graph, [WeightOnly.model_validate(options)], PassContext(None, EVERYTHING))[0]
+def rewrite(graph: gs.Graph, capability: Capability = EVERYTHING, **options: object) -> PassResult:
+    return run_passes(graph, [WeightOnly.model_validate(options)], PassContext(None, capability))[0]
 
 
 def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -30,11 +31,15 @@ def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "opt", "qwen2", "gpt_neox"])
-@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.35)])
-def test_is_near_the_dense_model(family: str, bits: int, tolerance: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "capability", "tolerance"), [(8, EVERYTHING, 0.02), (4, EVERYTHING, 0.35), (4, POSITIVE, 0.35)]
+)
+def test_is_near_the_dense_model(
+    family: str, bits: int, capability: Capability, tolerance: float, tmp_path: Path
+) -> None:
     path = zoo.exported(family)
     graph = canonical(path)
-    result = rewrite(graph, bits=bits, block=16)
+    result = rewrite(graph, capability, bits=bits, block=16)
     assert result.changed > 0
     save_graph(graph, tmp_path / "int.onnx")
     feeds = zoo.feeds(family, 24, 11, np.random.default_rng())  # of a few alone, outputs may happen to be small
@@ -61,6 +66,25 @@ def test_integers_are_those_of_the_weights(tmp_path: Path) -> None:
         assert after[name].quantized is not None
         step = np.abs(dense).reshape(-1, 32, dense.shape[1]).max(1).repeat(32, axis=0) / 127
         assert np.all(np.abs(after[name].w() - dense) <= 1.2 * step)
+
+
+@pytest.mark.parametrize("capability", [EVERYTHING, POSITIVE])
+def test_the_largest_of_a_block_of_int4_is_kept_where_scales_may_be_negative(capability: Capability) -> None:
+    graph = canonical(zoo.exported("llama"))
+    before = [linear.w() for a in find_anatomy(graph).attentions for linear in a.linears]
+    rewrite(graph, capability, bits=4, parts=("attention",))
+    after = [linear for a in find_anatomy(graph).attentions for linear in a.linears]
+    negative = 0
+    for dense, linear in zip(before, after, strict=True):
+        blocks, rounded = (w.reshape(-1, 32, dense.shape[1]) for w in (dense, linear.w()))
+        top = np.abs(blocks).argmax(1)[:, None]
+        kept = np.isclose(*(np.take_along_axis(w, top, 1) for w in (rounded, blocks)), rtol=1e-6)
+        assert kept.all() == capability.negative_scales
+        scale = linear.quantized.inputs[1].values
+        negative += int((scale < 0).sum())
+        if capability.negative_scales:
+            assert (np.abs(rounded - blocks) <= np.abs(scale)[:, None] * 1.001).all()  # +8 itself does not exist
+    assert bool(negative) == capability.negative_scales
 
 
 @pytest.mark.parametrize("parts", [("attention",), ("ffn",), ("head",)])
