@@ -1,4 +1,4 @@
-"""A decoder in a process of its own, which takes one step when it is told to."""
+"""A decoder in a process of its own, which takes a step, or reads a prompt, when it is told to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ class Children:
 
     Attributes:
         about: name → what each said of itself.
-        steps: name → a call that lets it take one step, and waits.
+        steps, prompts: name → a call that lets it do that once, and waits.
     """
 
     def __init__(self) -> None:
         self.about: dict[str, dict[str, Any]] = {}
         self.steps: dict[str, Callable[[], object]] = {}
+        self.prompts: dict[str, Callable[[], object]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Children:
@@ -41,12 +43,12 @@ class Children:
         if line is None:
             raise SystemExit(f"{' '.join(command)} ended before its first step")
         self.about[name] = json.loads(line)
-        self.steps[name] = lambda: _step(name, child)
+        self.steps[name], self.prompts[name] = (partial(_ask, name, child, what) for what in ("step", "prompt"))
 
 
-def _step(name: str, child: subprocess.Popen[str]) -> None:
+def _ask(name: str, child: subprocess.Popen[str], what: str) -> None:
     assert child.stdin is not None and child.stdout is not None
-    child.stdin.write("\n")
+    child.stdin.write(f"{what}\n")
     child.stdin.flush()
     if not child.stdout.readline():
         raise SystemExit(f"{name} ended in the middle")

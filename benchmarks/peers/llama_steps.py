@@ -1,4 +1,4 @@
-"""One token behind `context` others, by llama.cpp: llama_steps.py MODEL.gguf THREADS CONTEXT VOCABULARY
+"""One token behind `context` others, by llama.cpp: llama_steps.py MODEL.gguf THREADS CONTEXT VOCABULARY [TEXT.npy]
 
 Runs in an interpreter that has llama-cpp-python; the calls are those of llama.h.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import random
 import sys
+from collections.abc import Sequence
+from itertools import cycle
 
 import llama_cpp as api
+import numpy as np
+import text
 from serve import serve
 
 
@@ -19,30 +22,45 @@ def quiet(level: int, text: bytes, data: object) -> None:
     """llama.cpp tells every tensor otherwise."""
 
 
-def main(path: str, threads: int, context: int, vocabulary: int) -> None:
+def main(path: str, threads: int, context: int, vocabulary: int, *words: str) -> None:
     api.llama_log_set(quiet, ctypes.c_void_p(0))
     api.llama_backend_init()
+    blocks, row = text.read([*words], vocabulary, 2 * context)
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     options = api.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = 2 * context, context, context
+    options.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
+    options.n_batch = options.n_ubatch = context
     options.n_threads = options.n_threads_batch = threads
     session = api.llama_init_from_model(model, options)
 
-    def decode(count: int) -> None:
-        tokens = (api.llama_token * count)(*(random.randrange(3, vocabulary) for _ in range(count)))
-        code = api.llama_decode(session, api.llama_batch_get_one(tokens, count))
+    def decode(tokens: Sequence[int]) -> np.ndarray:
+        given = (api.llama_token * len(tokens))(*map(int, tokens))
+        code = api.llama_decode(session, api.llama_batch_get_one(given, len(tokens)))
         assert code == 0, f"llama_decode: {code}"
-        assert api.llama_get_logits(session)
+        return np.ctypeslib.as_array(api.llama_get_logits(session), (vocabulary,))
+
+    def cut(length: int) -> None:
+        api.llama_memory_seq_rm(api.llama_get_memory(session), 0, length, -1)
 
     def step() -> None:
-        decode(1)
-        api.llama_memory_seq_rm(api.llama_get_memory(session), 0, context, -1)
+        decode([next(tokens)])
+        cut(context)
 
-    decode(context)
+    def prompt() -> None:
+        cut(0)
+        decode(row[:context])
+
+    about = {
+        "version": importlib.metadata.version("llama-cpp-python"),
+        "system": ctypes.string_at(api.llama_print_system_info()).decode(),
+    }
+    if blocks is not None:
+        about["perplexity"] = text.perplexity(blocks, lambda: cut(0), lambda token: decode([token]))
+    tokens = cycle(row[context:])
+    prompt()
     step()
-    system = ctypes.string_at(api.llama_print_system_info()).decode()
-    serve(step, {"version": importlib.metadata.version("llama-cpp-python"), "system": system})
+    serve(about, step=step, prompt=prompt)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])

@@ -14,7 +14,7 @@ from serve import serve
 def main(size: int, threads: int) -> None:
     torch.set_num_threads(threads)
     array = torch.ones(size // 4)
-    serve(lambda: array.sum(), {})
+    serve({}, step=array.sum)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ def genai_model(checkpoint: Path, sizes: Mapping[str, int], folder: Path) -> int
     """
     from tokenizers import Tokenizer, models
 
-    given = folder / "given"  # the checkpoint, and a tokenizer without which the builder does not finish
+    given = folder / "given"  # the checkpoint, and a tokenizer, without which the builder does not finish
     given.mkdir(parents=True)
     for path in checkpoint.iterdir():
         (given / path.name).symlink_to(path)
-    words = {f"w{i}": i for i in range(sizes["vocab_size"])}
-    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(given / "tokenizer.json"))
-    (given / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    if not (given / "tokenizer.json").exists():
+        words = {f"w{i}": i for i in range(sizes["vocab_size"])}
+        Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(given / "tokenizer.json"))
+        (given / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     command = [
         sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given, "-o", folder / "model", "-p", "int4",
         "-e", "cpu", "-c", folder / "cache", "--extra_options", "int4_block_size=32", "int4_accuracy_level=4",
@@ -33,8 +34,9 @@ def genai_model(checkpoint: Path, sizes: Mapping[str, int], folder: Path) -> int
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"onnxruntime-genai's builder: {run.stderr}")
-    table = 4 * sizes["vocab_size"] * sizes["hidden_size"]
-    return (folder / "model" / "model.onnx.data").stat().st_size - table
+    size = (folder / "model" / "model.onnx.data").stat().st_size
+    shared = b"GatherBlockQuantized" in (folder / "model" / "model.onnx").read_bytes()  # table and head are one
+    return size if shared else size - 4 * sizes["vocab_size"] * sizes["hidden_size"]
 
 
 def llama_model(python: Path, form: str, sizes: Mapping[str, int], out: Path) -> int:

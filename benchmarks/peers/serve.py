@@ -1,4 +1,4 @@
-"""The side of a timed child: says what it is, then takes one step for every line that it is sent.
+"""The side of a timed child: says what it is, then does what each line that it is sent asks for.
 
 Standard library alone, since peers have interpreters of their own. A child that waits for its next line blocks on it,
 and takes no time from the one whose turn it is.
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 
 
-def serve(step: Callable[[], object], about: dict[str, object]) -> None:
-    """Print `about` as one line of JSON, then answer every line of input after one `step`."""
+def serve(about: dict[str, object], **calls: Callable[[], object]) -> None:
+    """Print `about` as one line of JSON, then answer every line of input after the call of that name."""
     print(json.dumps(about), flush=True)
-    for _ in sys.stdin:
-        step()
+    for line in sys.stdin:
+        calls[line.strip()]()
         print(flush=True)
