@@ -36,7 +36,7 @@ def join_projections(graph: gs.Graph) -> int:
     for node in attentions(graph):
         if not all(tensor.name for tensor in node.inputs[:3]):
             continue
-        y = _split_source(node.inputs[:3]) or join.parts(node.inputs[:3], -1, f"settle/{node.outputs[0].name}")
+        y = _split_source(node.inputs[:3]) or join.side_by_side(node.inputs[:3], -1, f"settle/{node.outputs[0].name}")
         if y is not None:
             node.inputs = [y, gs.Variable.empty(), gs.Variable.empty(), *node.inputs[3:]]
             count += 1
@@ -58,7 +58,7 @@ def join_pairs(graph: gs.Graph) -> int:
         if sizes is None or any(id(part) in outputs for part in parts):
             continue
         name = f"settle/{parts[0].name}"
-        y = join.parts(parts, -1, name, read_again=True)
+        y = join.side_by_side(parts, -1, name, read_again=True)
         if y is not None:
             for part in parts:
                 part.inputs.clear()
@@ -117,7 +117,7 @@ class _Join:
         self._graph = graph
         self._made: dict[tuple[int, ...], gs.Constant] = {}
 
-    def parts(
+    def side_by_side(
         self, parts: Sequence[gs.Tensor], axis: int, name: str, *, read_again: bool = False
     ) -> gs.Variable | gs.Constant | None:
         """What holds all of `parts` along `axis`, by the nodes that make each of them; None if these differ.
@@ -140,7 +140,7 @@ class _Join:
             if along is _SAME:
                 found = group[0] if all(tensor is group[0] for tensor in group) else None
             else:
-                found = self.parts(group, along, f"{name}/{place}")
+                found = self.side_by_side(group, along, f"{name}/{place}")
             if found is None:
                 return None
             inputs.append(found)
