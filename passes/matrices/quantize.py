@@ -42,9 +42,10 @@ def round_to_nearest(
 def scale_by_largest(blocks: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """Scales by which the value of largest size becomes the least integer, as in GGML's Q4_0; 1 where all are 0.
 
-    All levels are in use, nothing is clipped, and the largest value keeps its size. Whole models keep more of what they
-    know so than with scales of least squared error, although weights are further off (SmolLM2-135M in int4, WikiText-2:
-    perplexity 38.8, where these have 42.3 to 47.1).
+    All levels are in use, and the largest value keeps its size. SmolLM2-135M in int4, read from Q4_1, has a perplexity
+    of 38.8 so, and 42.3 to 47.1 with scales of least squared error, although those leave its weights nearer. MiniLM,
+    whose weights were never rounded, moves as far as with positive scales that are searched; signed ones, searched,
+    would move it 14 % less.
 
     Args:
         blocks: values that share a scale lie along `axis`, which the result keeps.
