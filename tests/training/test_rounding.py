@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import zoo
+from seeds import seeded
 
 from trimtab.compiler.targets import get_target
 from trimtab.passes import Capability, PassContext, run_passes
@@ -76,16 +77,15 @@ def test_a_whole_model_as_the_pass_rounds_it(family: str, scales: str, tmp_path:
     run_passes(graph, [step], PassContext(capability=capability))
     save_graph(graph, tmp_path / "int8.onnx")
     session = ort.InferenceSession(str(tmp_path / "int8.onnx"), providers=["CPUExecutionProvider"])
-    away = []
-    for _ in range(5):
-        feeds = {n: v for n, v in zoo.feeds(family, 3, 11, np.random.default_rng()).items() if n in exact.inputs}
+    away, rng = [], seeded()
+    for _ in range(25):
+        feeds = {n: v for n, v in zoo.feeds(family, 3, 11, rng).items() if n in exact.inputs}
         want = session.run(exact.outputs[:1], feeds)[0]
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         rounded, dense = (module(tensors)[module.outputs[0]].numpy() for module in (ours, exact))
         away.append(np.linalg.norm(rounded - want) / np.linalg.norm(dense - want))
-    assert (
-        np.median(away) < 0.3
-    )  # a value in the middle of two levels goes the other way now and then, and all behind it
+    # In one text of twelve a value in the middle of two levels goes the other way, and all behind it.
+    assert np.median(away) < 1e-3
 
 
 @pytest.mark.parametrize("product", ["w = Transpose<perm = [1, 0]>(stored)", "w = Cast<to = 1>(stored)"])
