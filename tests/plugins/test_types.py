@@ -61,7 +61,10 @@ def test_an_ffn_in_half_precision(kind: str, form: str, beside: str) -> None:
     keep, neurons = int(rng.integers(0, k + 1)), block * count
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
     x, blocks = cast(graph, graph.inputs[0], dtype, "x16"), graph.inputs[1]
-    bias, importance = rng.standard_normal(neurons).astype(np.float32), rng.random(neurons).astype(np.float32)
+    bias, importance = (
+        rng.standard_normal(neurons).astype(np.float32),
+        rng.uniform(0.5, 1.5, neurons).astype(np.float32),
+    )
     small = dtype if beside == "half" else np.dtype(np.float32)
     parts = {name: weights(name, neurons, width, form, rng) for name in ("up", "gate", "down")}
     ups, up = in_half(*parts["up"], small)
