@@ -93,9 +93,10 @@ class HeadTopK(Pass):
         pair = LowRank(*(in_form(m, self.form, 32) for m in (cheap.left, cheap.right)))
         crossover = self._crossover(linear, context)
         above = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
-        often = chosen_often(cheap, states[held], take, shards)
-        load = Load.of_call(often, context.tokens, dense_above=above)
-        reason = self._not_worth(load, take / vocabulary, pair.nbytes / (linear.in_features * vocabulary), crossover)
+        reason = self._too_many(take / vocabulary)
+        if crossover is not None and self.most is None:
+            load = Load.of_call(chosen_often(cheap, states[held], take, shards), context.tokens, dense_above=above)
+            reason = crossover.not_faster("its rows", load, pair.nbytes / (linear.in_features * vocabulary))
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
         told: dict[str, Any] = {
@@ -120,12 +121,11 @@ class HeadTopK(Pass):
             SparseShape(each, linear.in_features, 1, self.weights, dense=form, tokens=context.tokens)
         )
 
-    def _not_worth(self, load: Load, density: float, beside: float, crossover: Crossover | None) -> str | None:
-        """Why the head stays dense after all, or None; beside: bytes of what chooses its rows, for each weight."""
-        if self.most is not None:
-            few = density <= self.most
-            return None if few else f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
-        return None if crossover is None else crossover.not_faster("its rows", load, beside)
+    def _too_many(self, density: float) -> str | None:
+        """Why the head stays dense that computes more of its rows than `most`, or None."""
+        if self.most is None or density <= self.most:
+            return None
+        return f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
 
     def _unfit(self, anatomy: Anatomy) -> str | None:
         """Why the head stays as it is, or None."""
