@@ -120,7 +120,8 @@ def process(*args: str, before: str = "", **options: Any) -> subprocess.Popen[st
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-STALL = "tiny.Dampen.run = lambda *_: print('stalled', flush=True) or time.sleep(60)"
+NAPS = "[time.sleep(0.05) for _ in range(1200)]"  # CPython sleeps on after a signal that comes just before the call
+STALL = f"tiny.Dampen.run = lambda *_: print('stalled', flush=True) or {NAPS}"
 SLOW = ("model.onnx", "dampen.yaml", "-o", "deep/build", "--data", "data.npz")
 
 
