@@ -183,6 +183,11 @@ def _blocks(node: gs.Node, sizes: _Sizes) -> Count:
     return lambda s: 2 * _elements(x(s)) * int(node.attrs["N"])
 
 
+def _rows_of_int4(node: gs.Node, sizes: _Sizes) -> Count:
+    x = sizes.shape(node.inputs[0])
+    return lambda s: 2 * _elements(x(s)) * int(node.inputs[1].shape[0])
+
+
 def _attention(node: gs.Node, sizes: _Sizes) -> Count:
     """Two products of n queries with n keys, for each sample of n tokens."""
     offsets, context = sizes.value(offsets_of(node)), sizes.shape(node.outputs[0])
@@ -233,7 +238,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 _COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
     "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "GroupQueryAttention": _grouped_query,
-    "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul, "MatMulNBits": _blocks,
+    "Int4Linear": _rows_of_int4, "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul, "MatMulNBits": _blocks,
     "PackedAttention": _attention, "QLinearMatMul": _matmul, "SparseDown": _sum_of_chosen, "SparseHead": _chosen,
     "SparseUp": _chosen,
 }  # fmt: skip

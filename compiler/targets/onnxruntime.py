@@ -6,6 +6,7 @@ import logging
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
-from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products, tighten_decoder
+from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products, tighten_decoder, use_int4_linear
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import library_path, register
 
@@ -46,6 +47,8 @@ class OnnxRuntime(Target):
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
         tighten_decoder(graph, max_tokens, gates=shards == 1)  # ranks divide gate and up
+        if shards == 1 and _has_kernel("Int4Linear"):
+            use_int4_linear(graph)
 
     def build(
         self,
@@ -79,7 +82,7 @@ def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
     capability = Capability(
         weight_bits=bits, negative_scales=_multiplies_blocks(4, signed=True), float16=_computes_half(),
-        saturates=_saturates(), row_scales=_has_row_kernel(),
+        saturates=_saturates(), row_scales=_has_kernel("Int8Linear"),
     )  # fmt: skip
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
@@ -100,13 +103,14 @@ def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[s
         return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
 
 
-def _has_row_kernel() -> bool:
-    """Whether Int8Linear stays one op, which is the native kernel's: the CPU has it, and the library is there."""
+@lru_cache
+def _has_kernel(op: Literal["Int4Linear", "Int8Linear"]) -> bool:
+    """Whether `op` stays one op, which is the native kernel's: the CPU has it, and the library is there."""
     if providers() != ["CPUExecutionProvider"]:
         return False
-    model, want = trials.int8_row()
-    found = _optimised(model, np.full((1, trials.K), 255, np.float32))
-    return found is not None and found[1] == {"Int8Linear"} and not np.any(found[0] != want)
+    (model, want), largest = (trials.int4_linear(), 127) if op == "Int4Linear" else (trials.int8_linear(), 255)
+    found = _optimised(model, np.full((1, trials.K), largest, np.float32))
+    return found is not None and found[1] == {op} and not np.any(found[0] != want)
 
 
 def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:

@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
-from trimtab.plugins import INT8_LINEAR, add_node
+from trimtab.plugins import INT4_LINEAR, INT8_LINEAR, Op, add_node
 
 K, N, BLOCK = 64, 32, 32
 """Of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
@@ -52,13 +52,16 @@ def largest() -> tuple[onnx.ModelProto, int]:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), 255 * 127 * K
 
 
-def int8_row() -> tuple[onnx.ModelProto, int]:
+def int8_linear() -> tuple[onnx.ModelProto, int]:
     """y = Int8Linear(x, w) with the largest weights; and what each y is for x of 255, which is its own integer."""
-    graph = gs.Graph(inputs=[gs.Variable("x", np.float32, ["rows", K])], opset=21, ir_version=10)
     parts = {"weight": np.full((K, N), 127, np.int8), "weight_scale": np.ones(N, np.float32)}
-    constants = {name: gs.Constant(name, array) for name, array in (parts | {"bias": np.zeros(N, np.float32)}).items()}
-    graph.outputs = [add_node(graph, INT8_LINEAR, {"x": graph.inputs[0], **constants}, "y")]
-    return gs.export_onnx(graph), 255 * 127 * K
+    return _linear(INT8_LINEAR, parts), 255 * 127 * K
+
+
+def int4_linear() -> tuple[onnx.ModelProto, int]:
+    """y = Int4Linear(x, w) with the largest weights; and what each y is for x of 127, which is its own integer."""
+    parts = {"weight": np.full((N, K // 2), 0xFF, np.uint8), "weight_scale": np.ones((N, K // BLOCK), np.float32)}
+    return _linear(INT4_LINEAR, parts), 127 * 7 * K
 
 
 def counted() -> onnx.ModelProto:
@@ -70,6 +73,13 @@ def counted() -> onnx.ModelProto:
     ]
     first = numpy_helper.from_array(np.array(0), "first")
     return _model(nodes, [first], TensorProto.FLOAT, [("", 21)], 10, columns=K)
+
+
+def _linear(op: Op, parts: dict[str, np.ndarray]) -> onnx.ModelProto:
+    graph = gs.Graph(inputs=[gs.Variable("x", np.float32, ["rows", K])], opset=21, ir_version=10)
+    constants = {name: gs.Constant(name, array) for name, array in (parts | {"bias": np.zeros(N, np.float32)}).items()}
+    graph.outputs = [add_node(graph, op, {"x": graph.inputs[0], **constants}, "y")]
+    return gs.export_onnx(graph)
 
 
 def _model(

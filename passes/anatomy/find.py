@@ -18,7 +18,7 @@ from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
 
 _INTEGER_PRODUCTS = frozenset(
-    ["DynamicQuantizeMatMul", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
+    ["DynamicQuantizeMatMul", "Int4Linear", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
 )
 
 

@@ -18,7 +18,7 @@ Product = Callable[[gs.Graph, gs.Tensor, str], gs.Variable]
 OPSETS = {"int8": 21, "int4": 21, "int2": 25}
 """Form → the first opset whose DequantizeLinear takes such weights in blocks."""
 
-_INTEGER_ACTIVATIONS = 4  # `accuracy_level` of MatMulNBits that ONNX Runtime takes where it fuses DequantizeLinear
+INTEGER_ACTIVATIONS = 4  # `accuracy_level` of MatMulNBits that ONNX Runtime takes where it fuses DequantizeLinear
 
 
 class Matrix(ABC):
@@ -184,7 +184,7 @@ class Quantized(Matrix):
         """
         k, n = self.q.shape
         attrs: dict[str, object] = {
-            "K": k, "N": n, "bits": self.bits, "block_size": self.block, "accuracy_level": _INTEGER_ACTIVATIONS,
+            "K": k, "N": n, "bits": self.bits, "block_size": self.block, "accuracy_level": INTEGER_ACTIVATIONS,
         }  # fmt: skip
         centre = 1 << (self.bits - 1)  # where zero lies in unsigned integers
         q = (np.ascontiguousarray(self.q.T).view(np.uint8) + np.uint8(centre)) & np.uint8(2 * centre - 1)

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
+#include "../native/grid.h"
+#include "../native/scratch.h"
 #include "packed.h"
 
 namespace trimtab {
@@ -23,11 +24,9 @@ struct Int8Linear {
     runtime.attribute(info, "activation", &number);
     if (number < 0 || number >= static_cast<int64_t>(Activation::unknown)) return "Int8Linear: unknown activation";
     activation = static_cast<Activation>(number);
-    if (const ort::Value* value = runtime.constant_input(info, 1)) {
-      Tensor weight;
-      weight.rank = runtime.shape(value, &weight.type, weight.dims, Tensor::kMostDims);
-      weight.data = source = runtime.data(value);
+    if (const Tensor weight = tensor_of(runtime, runtime.constant_input(info, 1))) {
       if (const char* error = check(weight)) return error;
+      source = weight.data;
       packed = Packed::of(weight);
     }
     return nullptr;
@@ -58,12 +57,8 @@ struct Int8Linear {
     if (w.panels == nullptr) return "Int8Linear: no memory for the packed weight";
 
     const int64_t row_bytes = use.row_bytes(in_features);
-    thread_local std::vector<char> integers;
-    thread_local std::vector<RowScale> scales;
-    if (static_cast<int64_t>(integers.size()) < rows * row_bytes + kLine) integers.resize(rows * row_bytes + kLine);
-    if (static_cast<int64_t>(scales.size()) < rows) scales.resize(rows);
-    char* q = integers.data() + (kLine - reinterpret_cast<uintptr_t>(integers.data()) % kLine) % kLine;
-    RowScale* row_scales = scales.data();
+    char* const q = scratch(rows * (row_bytes + static_cast<int64_t>(sizeof(RowScale))));
+    auto* const row_scales = reinterpret_cast<RowScale*>(q + rows * row_bytes);
     const int64_t shares = std::clamp<int64_t>(rows * in_features / kRounded, 1, rows);
     auto round = [&](int64_t i) {
       for (int64_t row = rows * i / shares; row < rows * (i + 1) / shares; row++)
@@ -72,39 +67,22 @@ struct Int8Linear {
     parallel(runtime, context, shares, round);
 
     const Int8Product product{&w, q, row_bytes, row_scales, scale.floats(), bias.floats(), activation, y};
-    const Grid grid(rows, in_features, out_features, use);
+    const Grid grid(rows, in_features, out_features, use.panel);
     auto multiply = [&](int64_t i) {
       const int64_t a = i / grid.columns, b = i % grid.columns;
-      use.multiply(product, rows * a / grid.rows, rows * (a + 1) / grid.rows, grid.panel(b), grid.panel(b + 1));
+      use.multiply(product, rows * a / grid.rows, rows * (a + 1) / grid.rows, grid.first(b), grid.first(b + 1));
     };
     parallel(runtime, context, grid.rows * grid.columns, multiply);
     return nullptr;
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   static constexpr int64_t kRounded = 1 << 15;  // values of x that are worth a task of their own
-  static constexpr int64_t kProducts = 1 << 17;  // products that are
-  static constexpr int64_t kRows = 48;           // that read a panel while it is in the first cache
 
   static const char* check(const Tensor& weight) {
     if (weight.type != ort::Type::int8 || weight.rank != 2) return "Int8Linear: weight is not int8 [in_features, out_features]";
     return weight.dims[0] > 1 << 16 ? "Int8Linear: sums of more than 65536 products may overflow" : nullptr;
   }
-
-  // Tasks: parts of the rows times parts of the panels, all of about the same size.
-  struct Grid {
-    int64_t panels, rows, columns;
-
-    Grid(int64_t count, int64_t in_features, int64_t out_features, const Int8Kernels& use)
-        : panels((out_features + use.panel - 1) / use.panel), rows((count + kRows - 1) / kRows) {
-      const int64_t products = (count + rows - 1) / rows * in_features * out_features;
-      columns = std::clamp<int64_t>(products / kProducts, 1, std::max<int64_t>(1, std::min<int64_t>(panels / 2, 16)));
-    }
-
-    // The first panel of part i; pairs of them stay together.
-    int64_t panel(int64_t i) const { return i == columns ? panels : panels / 2 * i / columns * 2; }
-  };
 };
 
 inline const Registered<Int8Linear> kInt8Linear;

@@ -1,11 +1,10 @@
-// A weight matrix of Int8Linear, packed once; nodes that share the matrix share the pack.
+// A weight matrix of Int8Linear, packed once.
 #pragma once
 
-#include <map>
 #include <memory>
-#include <mutex>
 
 #include "../native/resident.h"
+#include "../native/shared_packs.h"
 #include "kernels.h"
 
 namespace trimtab {
@@ -26,21 +25,18 @@ class Packed {
 
   const PackedWeight& view() const { return view_; }
 
-  // Of a constant, the pack that there is while any node of the process uses it.
+  // Of a constant.
   static std::shared_ptr<const Packed> of(const Tensor& weight) {
-    static std::mutex mutex;
-    static std::map<const void*, std::weak_ptr<const Packed>> packs;
-    const std::lock_guard<std::mutex> lock(mutex);
-    std::weak_ptr<const Packed>& known = packs[weight.data];
-    std::shared_ptr<const Packed> pack = known.lock();
-    if (pack == nullptr || pack->view_.in_features != weight.dims[0] || pack->view_.out_features != weight.dims[1]) {
-      pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), weight.dims[0], weight.dims[1],
-                                            int8_kernels());
-      known = pack;
-      const size_t size = static_cast<size_t>(weight.dims[0] * weight.dims[1]);
+    const int64_t in_features = weight.dims[0], out_features = weight.dims[1];
+    const auto fits = [&](const Packed& pack) {
+      return pack.view_.in_features == in_features && pack.view_.out_features == out_features;
+    };
+    return shared_pack<Packed>(weight.data, fits, [&] {
+      auto pack = std::make_shared<const Packed>(static_cast<const int8_t*>(weight.data), in_features, out_features, int8_kernels());
+      const size_t size = static_cast<size_t>(in_features * out_features);
       if (size >= kWorthCopying) give_back(weight.data, size);
-    }
-    return pack;
+      return pack;
+    });
   }
 
  private:

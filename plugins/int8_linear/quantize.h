@@ -4,11 +4,9 @@
 // are exact; of four, the even ones first, since shifts alone make even and odd weights of bytes.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 
-#include "../native/vectors.h"
+#include "../native/rounding.h"
 #include "kernels.h"
 
 namespace trimtab {
@@ -27,8 +25,6 @@ inline int64_t row_bytes(int64_t in_features) {
   const int64_t lines = ((in_features + 3) / 4 * 4 * static_cast<int64_t>(sizeof(Integer)) + 63) / 64;
   return (lines | 1) * 64;
 }
-
-inline vf lesser(vf a, vf b) { return a < b ? a : b; }
 
 // V integers from `v` [0, 255] on, as they lie in a row; `to` is a multiple of four.
 inline void write(vi v, Integer* to) {
@@ -50,41 +46,10 @@ inline void write(vi v, Integer* to) {
 #endif
 }
 
-// Half to even, of the product as it is in float32: one fused with the rounding would differ where it is nearly half.
-inline vi nearest(vf v) {
-#if TRIMTAB_WIDTH == 16 && defined(__AVX512F__)
-  return (vi)_mm512_cvtps_epi32((__m512)v);
-#elif TRIMTAB_WIDTH == 8 && defined(__AVX2__)
-  return (vi)_mm256_cvtps_epi32((__m256)v);
-#elif TRIMTAB_WIDTH == 4 && defined(__SSE2__)
-  return (vi)_mm_cvtps_epi32((__m128)v);
-#else
-  vi q;
-  for (int i = 0; i < V; i++) q[i] = static_cast<int32_t>(std::nearbyint(v[i]));
-  return q;
-#endif
-}
-
 inline vi rounded(vf x, float inverse, int32_t zero) {
   const vi q = nearest(x * inverse) + zero;
   const vi most = vi{} + 255;
   return q > most ? most : q;
-}
-
-// `count` < V values, zeros behind them.
-inline vf load_part(const float* x, int64_t count) {
-  float all[V] = {};
-  std::copy_n(x, count, all);
-  return load<vf>(all);
-}
-
-template <typename Pick>
-inline float across(vf v, const Pick& pick) {
-  float parts[V];
-  std::memcpy(parts, &v, sizeof v);
-  for (int half = V / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) parts[i] = pick(parts[i], parts[i + half]);
-  return parts[0];
 }
 
 RowScale quantize(const float* x, int64_t in_features, char* integers) {

@@ -96,14 +96,18 @@ struct Tensor {
   const int32_t* ints() const { return static_cast<const int32_t*>(data); }
 };
 
-inline Tensor read_input(const ort::Runtime& runtime, ort::KernelContext* context, size_t index) {
+// Not given where `value` is nullptr.
+inline Tensor tensor_of(const ort::Runtime& runtime, const ort::Value* value) {
   Tensor tensor;
-  const ort::Value* value = index < runtime.input_count(context) ? runtime.input(context, index) : nullptr;
   if (value == nullptr) return tensor;
   tensor.given = true;
   tensor.rank = runtime.shape(value, &tensor.type, tensor.dims, Tensor::kMostDims);
   tensor.data = runtime.data(value);
   return tensor;
+}
+
+inline Tensor read_input(const ort::Runtime& runtime, ort::KernelContext* context, size_t index) {
+  return tensor_of(runtime, index < runtime.input_count(context) ? runtime.input(context, index) : nullptr);
 }
 
 // The memory of output `index`, which gets this shape; nullptr where the node leaves it unnamed. To be called once, and not

@@ -71,17 +71,15 @@ class Resident {
   // Takes the constant input `index` of a node, if it is one: packed where it is int8 [rows, width] of blocks that the processor's
   // kernels pack; else as it is where it is large.
   void take(const ort::Runtime& runtime, const ort::KernelInfo* info, size_t index, Pack pack = nullptr, int64_t block = 1) {
-    const ort::Value* value = runtime.constant_input(info, index);
-    if (value == nullptr) return;
-    Tensor tensor;
-    tensor.rank = runtime.shape(value, &tensor.type, tensor.dims, Tensor::kMostDims);
+    const Tensor tensor = tensor_of(runtime, runtime.constant_input(info, index));
+    if (!tensor) return;
     const ByteKernels* bytes = kernels().bytes;
     packed_ = pack != nullptr && bytes != nullptr && tensor.type == ort::Type::int8 && tensor.rank == 2 && block > 0 && block % kBytesBlock == 0 &&
               tensor.dims[0] % block == 0 && tensor.dims[1] % kBytesWidth == 0;
     const size_t size = static_cast<size_t>(tensor.rows() * tensor.last()) * tensor.element_bytes();
     const bool wanted = packed_ ? size > 0 : kCopies && size >= kWorthCopying && std::getenv("TRIMTAB_SMALL_PAGES") == nullptr;
     if (!wanted || (copy_ = large_memory(size)) == nullptr) return;
-    source_ = runtime.data(value);
+    source_ = tensor.data;
     if (packed_)
       (bytes->*pack)(static_cast<const int8_t*>(source_), tensor.dims[0], tensor.dims[1], block, static_cast<char*>(copy_.get()));
     else std::memcpy(copy_.get(), source_, size);
