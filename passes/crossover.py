@@ -24,7 +24,7 @@ DenseForm = Literal["fp32", "int8", "int8-rows", "int8-blocks", "int4-blocks"]
 or by the rows of Int8Linear, or integers in blocks of inputs."""
 
 _WEIGHT_BYTES: dict[DenseForm, float] = {
-    "fp32": 4, "int8": 1, "int8-rows": 1, "int8-blocks": 1.125, "int4-blocks": 0.625,
+    "fp32": 4, "int8": 1, "int8-rows": 1, "int8-blocks": 1.125, "int4-blocks": 0.5625,
 }  # fmt: skip
 
 

@@ -238,8 +238,8 @@ def _elements(shape: Sequence[int]) -> int:
 
 _COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
     "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "GroupQueryAttention": _grouped_query,
-    "Int4Linear": _rows_of_int4, "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul, "MatMulNBits": _blocks,
-    "PackedAttention": _attention, "QLinearMatMul": _matmul, "SparseDown": _sum_of_chosen, "SparseHead": _chosen,
-    "SparseUp": _chosen,
+    "Int4Linear": _rows_of_int4, "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul,
+    "MatMulNBits": _blocks, "PackedAttention": _attention, "QLinearMatMul": _matmul, "SparseDown": _sum_of_chosen,
+    "SparseHead": _chosen, "SparseUp": _chosen,
 }  # fmt: skip
 _UNKNOWN = frozenset(["Attention", "ConvInteger", "ConvTranspose", "Einsum", "MultiHeadAttention", "QAttention"])

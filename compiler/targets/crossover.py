@@ -18,6 +18,7 @@ import onnxruntime as ort
 from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
+from trimtab.compiler.targets.kernels import has_kernel
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
 from trimtab.passes.crossover import MOST_TOKENS, Call, Crossover, Load, SparseShape
 from trimtab.passes.hashing import hash_bytes
@@ -78,7 +79,9 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         return [x | {f"blocks{i}": choice() for i in range(layers)} for _ in range(_CHOICES)]
 
     with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
-        dense = _session(dense_model(made, Path(folder) / "dense.onnx", shape.dense), options)
+        dense = _session(
+            dense_model(made, Path(folder) / "dense.onnx", shape.dense, native=has_kernel("Int4Linear")), options
+        )
         sparse = _session(
             sparse_model(made, Path(folder) / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
         )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
@@ -17,15 +14,13 @@ from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.base import MODEL, Runner, Target
 from trimtab.compiler.targets.crossover import measured_crossover
-from trimtab.compiler.targets.session_segment import REFUSALS
-from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, open_session, providers, session_options
+from trimtab.compiler.targets.kernels import has_kernel, optimised
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, open_session, session_options
 from trimtab.compiler.targets.sharded.runner import ShardedRunner
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.crossover import Measure
 from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products, tighten_decoder, use_int4_linear
-from trimtab.plugins import DOMAIN
-from trimtab.plugins.library import library_path, register
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +42,7 @@ class OnnxRuntime(Target):
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
         tighten_decoder(graph, max_tokens, gates=shards == 1)  # ranks divide gate and up
-        if shards == 1 and _has_kernel("Int4Linear"):
+        if shards == 1 and has_kernel("Int4Linear"):
             use_int4_linear(graph)
 
     def build(
@@ -82,35 +77,10 @@ def _probe() -> Capability:
     bits = frozenset(bits for bits in (2, 4, 8) if _multiplies_blocks(bits))
     capability = Capability(
         weight_bits=bits, negative_scales=_multiplies_blocks(4, signed=True), float16=_computes_half(),
-        saturates=_saturates(), row_scales=_has_kernel("Int8Linear"),
+        saturates=_saturates(), row_scales=has_kernel("Int8Linear"),
     )  # fmt: skip
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability
-
-
-def _optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[str]] | None:
-    """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
-        if any(domain.domain == DOMAIN for domain in model.opset_import) and library_path() is not None:
-            register(options)
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        try:
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
-            (y,) = session.run(None, {"x": x})
-        except REFUSALS:
-            return None
-        return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
-
-
-@lru_cache
-def _has_kernel(op: Literal["Int4Linear", "Int8Linear"]) -> bool:
-    """Whether `op` stays one op, which is the native kernel's: the CPU has it, and the library is there."""
-    if providers() != ["CPUExecutionProvider"]:
-        return False
-    (model, want), largest = (trials.int4_linear(), 127) if op == "Int4Linear" else (trials.int8_linear(), 255)
-    found = _optimised(model, np.full((1, trials.K), largest, np.float32))
-    return found is not None and found[1] == {op} and not np.any(found[0] != want)
 
 
 def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:
@@ -123,7 +93,7 @@ def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:
     """
     model, w = trials.blockwise(bits, signed=signed)
     x = np.random.default_rng(0).normal(size=(3, trials.K)).astype(np.float32)
-    found = _optimised(model, x)
+    found = optimised(model, x)
     return (
         found is not None
         and found[1] == {"MatMulNBits"}
@@ -133,12 +103,12 @@ def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:
 
 def _computes_half() -> bool:
     """Whether float16 stays float16; without such kernels, ONNX Runtime casts to float32 and back."""
-    found = _optimised(trials.half(), np.ones((3, trials.K), np.float16))
+    found = optimised(trials.half(), np.ones((3, trials.K), np.float16))
     return found is not None and "Cast" not in found[1]
 
 
 def _saturates() -> bool:
     """Whether sums of integer products overflow on the way, as they do on x86 without VNNI."""
     model, want = trials.largest()
-    found = _optimised(model, np.full((1, trials.K), 255, np.uint8))
+    found = optimised(model, np.full((1, trials.K), 255, np.uint8))
     return found is not None and bool(np.any(found[0] != want))

@@ -13,6 +13,7 @@ from trimtab.passes.dynamic_int8 import quantize_file
 from trimtab.passes.graph import insert, save_graph
 from trimtab.passes.int8_rows import to_int8_rows
 from trimtab.passes.matrices.quantize import in_form
+from trimtab.passes.settle import use_int4_linear
 from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
@@ -35,8 +36,12 @@ def random_blocks(rng: np.random.Generator, tokens: int, blocks: int, k: int) ->
     return np.stack([np.sort(rng.choice(blocks, k, replace=False)) for _ in range(tokens)]).astype(np.int32)
 
 
-def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -> Path:
-    """x → y by products, one layer behind the other."""
+def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32", *, native: bool = False) -> Path:
+    """x → y by products, one layer behind the other.
+
+    Args:
+        native: those of int4 are the dialect's own.
+    """
     graph, width = _new(layers), layers[0][0].shape[1]
     x: gs.Tensor = graph.inputs[0]
 
@@ -45,7 +50,7 @@ def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -
 
     for i, (*ups, last) in enumerate(layers):
         if not ups:
-            return _rounded(graph, product(x, last.T, f"{i}/head"), len(last), path, form)
+            return _rounded(graph, product(x, last.T, f"{i}/head"), len(last), path, form, native)
         pre = [product(x, up.T, f"{i}/up.{j}") for j, up in enumerate(ups)]
         if len(ups) == 2:
             s = insert(graph, "Sigmoid", pre[:1], f"{i}/sigmoid", dtype=np.float32)
@@ -54,7 +59,7 @@ def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32") -
         else:
             h = insert(graph, "Relu", pre, f"{i}/relu", dtype=np.float32)
         x = insert(graph, "Add", [x, product(h, last, f"{i}/down")], f"{i}/residual", dtype=np.float32)
-    return _rounded(graph, x, width, path, form)
+    return _rounded(graph, x, width, path, form, native)
 
 
 def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm, *, at_most: bool = False) -> Path:
@@ -83,7 +88,7 @@ def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm,
     return _finish(graph, x, width, path)
 
 
-def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseForm) -> Path:
+def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseForm, native: bool) -> Path:
     """Write the graph that makes y, with its products by dynamic quantization if they are to be."""
     path = _finish(graph, y, width, path)
     if form == "int8":
@@ -92,6 +97,8 @@ def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseF
     if form == "int8-rows":
         to_int8_rows(graph, "trial", per_channel=True)
         graph.cleanup()
+        save_graph(graph, path)
+    if native and use_int4_linear(graph):
         save_graph(graph, path)
     return path
 

@@ -107,7 +107,7 @@ def _scale(block: np.ndarray, bits: int, shrinks: np.ndarray) -> np.ndarray:
 
 
 def _short(scale: np.ndarray, bits: int) -> np.ndarray:
-    """Scales of int4 as bfloat16 has them, at most 0.2 % off; others as they are. float32.
+    """Scales of int4 as bfloat16 has them, at most 0.4 % off; others as they are. float32.
 
     Int4Linear stores them so: 4.5 bits a weight in blocks of 32, instead of 5.
     """

@@ -66,7 +66,9 @@ def _fits(linear: Linear) -> bool:
     """Whether its weights are symmetric int4 in blocks of 32, 64, ... inputs, with scales and x in float32."""
     node = linear.quantized
     block = 0 if node is None else int(node.attrs.get("block_size", 0))
-    if node is None or not block or block % BLOCK or linear.in_features % block or _scale_of(linear).dtype != np.float32:
+    if node is None or not block or block % BLOCK or linear.in_features % block:
+        return False
+    if _scale_of(linear).dtype != np.float32:
         return False
     if node.op == "MatMulNBits":
         zeros = len(node.inputs) > 3 and node.inputs[3].name

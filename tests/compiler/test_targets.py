@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from trimtab.compiler.checks.cost import Counter
-from trimtab.compiler.targets import TARGET_NAMES, Target, get_target, onnxruntime, trials
+from trimtab.compiler.targets import TARGET_NAMES, Target, get_target, kernels, onnxruntime, sessions, trials
 from trimtab.compiler.targets.base import MODEL
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options, uses_dialect
 from trimtab.compiler.workload import Workload
@@ -94,7 +94,7 @@ def test_kernels_of_another_version(tmp_path: Path) -> None:
 
 
 def test_sums_and_norms_stay_apart_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(sessions, "providers", lambda: ["CPUExecutionProvider"])
     model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
         agraph (float[B, T, 8] x, float[B, T, 8] z) => (float[B, T, 8] y)
         <float[8] g = {1, 1, 1, 1, 1, 1, 1, 1}, float[8] b = {0, 0, 0, 0, 0, 0, 0, 0}> {
@@ -102,13 +102,13 @@ def test_sums_and_norms_stay_apart_on_the_cpu(tmp_path: Path, monkeypatch: pytes
             y = LayerNormalization <axis = -1> (s, g, b)
         }""")
 
-    def kernels(options: ort.SessionOptions) -> list[str]:
+    def made(options: ort.SessionOptions) -> list[str]:
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
 
-    assert kernels(ort.SessionOptions()) == ["SkipLayerNormalization"]  # what a session would do by itself
-    assert kernels(session_options()) == ["Add", "LayerNormalization"]
+    assert made(ort.SessionOptions()) == ["SkipLayerNormalization"]  # what a session would do by itself
+    assert made(session_options()) == ["Add", "LayerNormalization"]
 
 
 def test_threads_and_spinning_reach_the_session(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_probe_tells_what_trial_models_really_do(monkeypatch: pytest.MonkeyP
         options.graph_optimization_level = onnxruntime.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return options
 
-    monkeypatch.setattr(onnxruntime, "session_options", plain)
+    monkeypatch.setattr(kernels, "session_options", plain)
     without = onnxruntime._probe.__wrapped__()
     assert without.weight_bits == frozenset()
     assert not without.negative_scales

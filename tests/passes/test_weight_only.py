@@ -78,7 +78,8 @@ def test_the_largest_of_a_block_of_int4_is_kept_where_scales_may_be_negative(cap
     for dense, linear in zip(before, after, strict=True):
         blocks, rounded = (w.reshape(-1, 32, dense.shape[1]) for w in (dense, linear.w()))
         top = np.abs(blocks).argmax(1)[:, None]
-        kept = np.isclose(*(np.take_along_axis(w, top, 1) for w in (rounded, blocks)), rtol=1e-6)
+        largest = (np.take_along_axis(w, top, 1) for w in (rounded, blocks))
+        kept = np.isclose(*largest, rtol=1.001 * 2**-8)  # which is how far off a scale in bfloat16 is
         assert kept.all() == capability.negative_scales
         scale = linear.quantized.inputs[1].values
         negative += int((scale < 0).sum())

@@ -22,7 +22,7 @@ Weight = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def weight_of(width: int, columns: int, rng: np.random.Generator, dtype: np.dtype[Any] = FLOAT) -> Weight:
-    """Integers [columns, width] in [0, 15], scales of both signs [columns, blocks], bias; some integers are all least."""
+    """Integers [columns, width] in [0, 15], scales of both signs [columns, blocks], bias; a row of the least."""
     integers = rng.integers(0, 16, (columns, width)).astype(np.uint8)
     integers[0] = 0
     scale = rng.uniform(0.5, 1, (columns, width // BLOCK)) * rng.choice([-1, 1], (columns, width // BLOCK))
@@ -129,7 +129,7 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
 
 
 def test_sums_of_a_block_are_exact_where_all_is_largest() -> None:
-    """The largest weight and the least, with the largest x of both signs: sums that no 16 bits would hold with a sign."""
+    """The largest weight and the least, with the largest x of both signs."""
     integers = np.full((35, 96), 15, np.uint8)
     integers[1], integers[2, ::2] = 0, 0
     weight = (integers, np.ones((35, 3), np.float32), np.zeros(35, np.float32))

@@ -1,0 +1,44 @@
+"""What ONNX Runtime makes of tiny models here, and which of the dialect's products its session runs natively."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from trimtab.compiler.targets import trials
+from trimtab.compiler.targets.session_segment import REFUSALS
+from trimtab.compiler.targets.sessions import providers, session_options
+from trimtab.plugins import DOMAIN
+from trimtab.plugins.library import instruction_set, library_path, register
+
+
+def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[str]] | None:
+    """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        if any(domain.domain == DOMAIN for domain in model.opset_import) and library_path() is not None:
+            register(options)
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
+            (y,) = session.run(None, {"x": x})
+        except REFUSALS:
+            return None
+        return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
+def has_kernel(op: Literal["Int4Linear", "Int8Linear"]) -> bool:
+    """Whether `op` stays one op, which is the native kernel's: the CPU has it, and the library is there.
+
+    Of int4 it has to be one of the processor's vector units: portable code is slower than MatMulNBits.
+    """
+    if providers() != ["CPUExecutionProvider"] or (op == "Int4Linear" and instruction_set() == "portable"):
+        return False
+    (model, want), largest = (trials.int4_linear(), 127) if op == "Int4Linear" else (trials.int8_linear(), 255)
+    found = optimised(model, np.full((1, trials.K), largest, np.float32))
+    return found is not None and found[1] == {op} and not np.any(found[0] != want)
