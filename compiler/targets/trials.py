@@ -54,13 +54,16 @@ def largest() -> tuple[onnx.ModelProto, int]:
 
 def int8_linear() -> tuple[onnx.ModelProto, int]:
     """y = Int8Linear(x, w) with the largest weights; and what each y is for x of 255, which is its own integer."""
-    parts = {"weight": np.full((K, N), 127, np.int8), "weight_scale": np.ones(N, np.float32)}
+    parts: dict[str, np.ndarray] = {"weight": np.full((K, N), 127, np.int8), "weight_scale": np.ones(N, np.float32)}
     return _linear(INT8_LINEAR, parts), 255 * 127 * K
 
 
 def int4_linear() -> tuple[onnx.ModelProto, int]:
     """y = Int4Linear(x, w) with the largest weights; and what each y is for x of 127, which is its own integer."""
-    parts = {"weight": np.full((N, K // 2), 0xFF, np.uint8), "weight_scale": np.ones((N, K // BLOCK), np.float32)}
+    parts: dict[str, np.ndarray] = {
+        "weight": np.full((N, K // 2), 0xFF, np.uint8),
+        "weight_scale": np.ones((N, K // BLOCK), np.float32),
+    }
     return _linear(INT4_LINEAR, parts), 127 * 7 * K
 
 

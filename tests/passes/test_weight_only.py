@@ -84,7 +84,7 @@ def test_the_largest_of_a_block_of_int4_is_kept_where_scales_may_be_negative(cap
         scale = linear.quantized.inputs[1].values
         negative += int((scale < 0).sum())
         if capability.negative_scales:
-            assert (np.abs(rounded - blocks) <= np.abs(scale)[:, None] * 1.001).all()  # +8 itself does not exist
+            assert (np.abs(rounded - blocks) <= np.abs(scale)[:, None] * 1.04).all()  # +8 itself does not exist
     assert bool(negative) == capability.negative_scales
 
 
