@@ -24,9 +24,9 @@ from pyramid import HERE, Batches, Run, Task, add_times, choose, executed, judge
 
 from trimtab.compiler import compile_model, load, open_source
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.checks.bench import this_machine
 from trimtab.compiler.checks.cost import Counter
 from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.speed import this_machine
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import get_target

@@ -25,11 +25,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from peers.child import Children
-from peers.models import genai_model, llama_model
+from peers.models import HERE as PEERS
+from peers.models import genai_bytes, llama_model, with_tokenizer
 
 from trimtab.compiler import open_source
 from trimtab.compiler.builds.manifest import package_versions
+from trimtab.compiler.checks.decoders.children import Children
+from trimtab.compiler.checks.decoders.genai import build_genai
 from trimtab.compiler.checks.timing import interleave
 from trimtab.plugins.library import instruction_set
 
@@ -129,7 +131,7 @@ def main(
     d, kv = SIZES["hidden_size"], SIZES["hidden_size"] // SIZES["num_attention_heads"] * SIZES["num_key_value_heads"]
     engines: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
-    rest = (threads, CONTEXT, SIZES["vocab_size"])
+    rest = {"threads": threads, "context": CONTEXT, "vocabulary": SIZES["vocab_size"]}
     with tempfile.TemporaryDirectory(prefix="trimtab-1b-") as work, Children() as children:
         folder = Path(work)
         os.environ["TRIMTAB_CACHE"] = str(folder / "cache")
@@ -141,7 +143,8 @@ def main(
             engines[form] = compiled(model, form, folder / form, data, layers * (2 * d * d + 2 * d * kv))
         if importlib.util.find_spec("onnxruntime_genai"):
             say("building the peer of onnxruntime-genai")
-            engines["onnxruntime-genai int4"] = {"bytes_per_token": genai_model(model, SIZES, folder / "genai")}
+            build_genai(with_tokenizer(model, SIZES["vocab_size"], folder / "given"), folder / "genai")
+            engines["onnxruntime-genai int4"] = {"bytes_per_token": genai_bytes(folder / "genai", SIZES)}
         else:
             missing.append("onnxruntime-genai")
         if llama_python is not None:
@@ -152,14 +155,15 @@ def main(
         else:
             missing.append("llama.cpp (--llama-python)")
         say("timing")
-        children.start("memory", sys.executable, "memory_steps.py", MEMORY, threads)
+        children.start("memory", sys.executable, PEERS / "memory_steps.py", size=MEMORY, threads=threads)
         for name in engines:
             if name.startswith("llama.cpp"):
-                children.start(name, llama_python or "", "llama_steps.py", folder / f"{name[-4:]}.gguf", *rest)
+                path = folder / f"{name[-4:]}.gguf"
+                children.start(name, llama_python or "", "llama_steps.py", path=path, **rest)
             elif name.startswith("onnxruntime-genai"):
-                children.start(name, sys.executable, "genai_steps.py", folder / "genai" / "model", *rest)
+                children.start(name, sys.executable, "genai_steps.py", path=folder / "genai", **rest)
             else:
-                children.start(name, sys.executable, "trimtab_steps.py", folder / name, *rest)
+                children.start(name, sys.executable, "trimtab_steps.py", path=folder / name, **rest)
         taken = interleave(children.steps, seconds=seconds)
     bandwidth = MEMORY / taken.pop("memory").median_ms / 1e6
     for name, timing in taken.items():

@@ -26,14 +26,15 @@ from typing import Annotated, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 import typer
-from peers.child import HERE as PEERS
-from peers.child import Children
-from peers.models import genai_model
+from peers.models import HERE as PEERS
+from peers.models import genai_bytes
 from routing.decoder import articles
 
 from trimtab.compiler import compile_model
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.checks.bench import this_machine
+from trimtab.compiler.checks.decoders.children import Children
+from trimtab.compiler.checks.decoders.genai import build_genai
+from trimtab.compiler.checks.speed import this_machine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.sources.gguf import unpacked
@@ -139,8 +140,9 @@ def main(
             paths[name] = sys.executable, "trimtab_steps.py", folder / name
         if importlib.util.find_spec("onnxruntime_genai"):
             say("building the peer of onnxruntime-genai")
-            engines[GENAI] = {"bytes_per_token": genai_model(checkpoint, config, folder / "genai")}
-            paths[GENAI] = sys.executable, "genai_steps.py", folder / "genai" / "model"
+            build_genai(checkpoint, folder / "genai")
+            engines[GENAI] = {"bytes_per_token": genai_bytes(folder / "genai", config)}
+            paths[GENAI] = sys.executable, "genai_steps.py", folder / "genai"
         else:
             missing.append("onnxruntime-genai")
         for name, form in LLAMA.items() if llama_python is not None else ():
@@ -153,10 +155,13 @@ def main(
             paths[name] = llama_python, "llama_steps.py", path
         if llama_python is None:
             missing.append("llama.cpp (--llama-python)")
-        children.start("memory", sys.executable, "memory_steps.py", MEMORY, threads)
+        children.start("memory", sys.executable, PEERS / "memory_steps.py", size=MEMORY, threads=threads)
         for name, (python, script, path) in paths.items():
             say(f"perplexity of {name}")
-            children.start(name, python, script, path, threads, CONTEXT, config["vocab_size"], text)
+            children.start(
+                name, python, script, path=path, threads=threads, context=CONTEXT, vocabulary=config["vocab_size"],
+                text=text,
+            )  # fmt: skip
         say("timing")
         steps = interleave(children.steps, seconds=seconds, block=10, rest=REST_S)
         del children.prompts["memory"]

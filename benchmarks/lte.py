@@ -29,7 +29,7 @@ from routing import shapes as of_shapes
 from routing.curves import CURVES
 
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.checks.bench import this_machine
+from trimtab.compiler.checks.speed import this_machine
 from trimtab.plugins.library import instruction_set
 
 HERE = Path(__file__).resolve().parent

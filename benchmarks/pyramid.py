@@ -25,11 +25,11 @@ import typer
 
 from trimtab.compiler import compile_model, load, open_source
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.checks.bench import this_machine
 from trimtab.compiler.checks.cost import Cost, Counter
 from trimtab.compiler.checks.executed import total
 from trimtab.compiler.checks.frontier import cheapest, grid, walk
 from trimtab.compiler.checks.peers import open_peer
+from trimtab.compiler.checks.speed import this_machine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.data import batches, read_data
 from trimtab.compiler.engine import Engine

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.checks.bench import Machine
 from trimtab.compiler.checks.peers import ort, ort_default, peer_model
+from trimtab.compiler.checks.speed import Machine
 from trimtab.compiler.cli.bench import describe as describe_machine
 
 COMPILED, DENSE, DEFAULT, OURS = "compiled", "dense-fp32", "ort-int8-default", "dense-int8"

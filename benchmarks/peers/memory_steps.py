@@ -1,14 +1,13 @@
 """Reading memory: the sum of an array far larger than the caches, as STREAM's kernels without a store.
 
-memory_steps.py BYTES THREADS
+Options: size (bytes), threads.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
-from serve import serve
+
+from trimtab.compiler.checks.decoders.steps.serve import options, serve
 
 
 def main(size: int, threads: int) -> None:
@@ -18,4 +17,4 @@ def main(size: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(**options())

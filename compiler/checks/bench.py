@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import psutil
-from pydantic import BaseModel, ConfigDict
-from scipy.stats import gmean
 
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.builds.writer import record
+from trimtab.compiler.checks.decoders.bench import decodes, other_engines, time_decoder, usual_prompt
+from trimtab.compiler.checks.decoders.engines import DECODER_PEERS
 from trimtab.compiler.checks.peers import DENSE, INT8, check_peers, open_peer, peer_model
 from trimtab.compiler.checks.peers.same_target import dense_engine
+from trimtab.compiler.checks.speed import COMPILED, KEYS, Bench, TimedRun, speedups, this_machine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, random_feeds
@@ -28,74 +28,6 @@ from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.positions import find_positions
-
-COMPILED = "compiled"
-_INSTRUCTIONS = {
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm",
-    "bf16", "sve",
-}  # fmt: skip
-"""As Linux names them."""
-
-_KEYS = {DENSE: "vs_dense", INT8: "vs_int8"}
-"""Peer → its key among the speedups; another peer's is its own name after "vs_"."""
-
-
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class TimedRun(_Result):
-    """One engine at one shape.
-
-    Attributes:
-        name: "compiled", or the peer's.
-        tokens: None for a model without them.
-        median_ms, p95_ms: of one call, in milliseconds.
-        samples: calls timed.
-        ratio: its median over that of the compiled engine at this shape: above 1, compiled is faster.
-    """
-
-    name: str
-    batch: int
-    tokens: int | None
-    median_ms: float
-    p95_ms: float
-    samples: int
-    ratio: float
-
-
-class Machine(_Result):
-    """Where it was measured.
-
-    Attributes:
-        instructions: the vector instruction sets of the processor that decide how fast matrix products are.
-    """
-
-    cpu: str
-    cores: int
-    threads: int
-    instructions: tuple[str, ...] = ()
-
-
-class Bench(_Result):
-    """What was measured.
-
-    Attributes:
-        speedup: how many times as fast as each peer the compiled engine is, at the workload's opt shape, or at the
-            last shape where that was not timed. `vs_int8` is None where that peer was not run.
-        geomean: the same, as the geometric mean over all shapes.
-        like_for_like: the key of the dense peer of the same precision.
-        setting: dial → its value, for builds that have dials.
-    """
-
-    target: str
-    machine: Machine
-    versions: dict[str, str]
-    runs: tuple[TimedRun, ...]
-    speedup: dict[str, float | None]
-    geomean: dict[str, float | None]
-    like_for_like: str
-    setting: dict[str, float] = {}
 
 
 @of_one_build
@@ -110,24 +42,34 @@ def bench(
     data: Path | None = None,
     dials: Mapping[str, float] | None = None,
     speed: float | None = None,
+    gguf: Path | None = None,
+    llama_python: Path | None = None,
     progress: Progress | None = None,
 ) -> Bench:
     """Time the engine of `build` and its peers, and record the result beside it.
 
+    Of a decoder for ONNX Runtime, prompts and steps behind them are timed apart, each engine in a process of its own.
+
     Args:
         peers: beside the dense model on the engine's own target, and dynamic int8 where that is ONNX Runtime.
-        shapes: (batch, tokens) to time; by default the least and the opt batch, at opt tokens.
+        shapes: (batch, tokens) to time, of a decoder those of prompts; by default the least and the opt batch, at opt
+            tokens; of a decoder the opt batch, behind as many tokens as the workload's opt past.
         threads: of every engine, which shards share; by default those of the recipe, else one per physical core.
         seconds: for each shape, all engines together.
         dense: the dense ONNX file; by default the one that the build was compiled from.
         data: what peers that are calibrated statically are calibrated on, as the build's recipe says.
         dials, speed: the setting at which the build runs, as `Engine.run` takes them.
+        gguf, llama_python: what the peer llama.cpp runs, and the interpreter that has it; see `OtherEngines`.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, or a peer
             cannot run.
     """
-    check_peers(peers)  # before minutes of work
+    decoder = decodes(build)
+    check_peers(peers, DECODER_PEERS)  # all this before minutes of work
+    if decoder:
+        shapes = shapes or [usual_prompt(build)]
+    others = other_engines(build, peers, shapes or (), gguf, llama_python)
     setting = build.manifest.all_dials.values(dials, speed)
     workload = Workload.model_validate(build.manifest.workload)
     shards = build.manifest.shards
@@ -135,9 +77,14 @@ def bench(
     shapes = shapes or list(dict.fromkeys((size, workload.tokens[1]) for size in workload.batch[:2]))
     model = peer_model(build, dense=dense, data=data)
     graph = load_graph(model.canonical)
-    positions = find_positions(graph)
+    positions = build.manifest.positions or find_positions(graph)
     for batch, tokens in shapes:
-        check_sizes(f"shape {batch}x{tokens}", tokens, 0, positions)
+        check_sizes(f"shape {batch}x{tokens}", tokens, 1 if decoder else 0, positions)
+    if decoder:
+        timed, memory = time_decoder(
+            build, model, others, peers, shapes, threads=threads, seconds=seconds, setting=setting, progress=progress
+        )
+        return _found(build, threads, timed, workload, setting, memory)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
     runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
     if build.manifest.target == "onnxruntime":
@@ -146,16 +93,30 @@ def bench(
         runs[DENSE] = dense_engine(build.manifest.target, model.canonical, workload, threads)
     runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
     timed = time_runs(runs, graph, workload, shapes, seconds=seconds, progress=progress)
+    return _found(build, threads, timed, workload, setting, {})
+
+
+def _found(
+    build: Build,
+    threads: int,
+    timed: Mapping[tuple[int, int], Sequence[TimedRun]],
+    workload: Workload,
+    setting: dict[str, float],
+    memory: dict[str, float],
+) -> Bench:
+    """The result of `build`, recorded."""
     opt = (workload.batch[1], workload.tokens[1])
+    headline = timed[opt] if opt in timed else list(timed.values())[-1]
     found = Bench(
         target=build.manifest.target,
         machine=this_machine(threads),
         versions=package_versions(),
         runs=tuple(run for each in timed.values() for run in each),
-        speedup=speedups(timed[opt] if opt in timed else list(timed.values())[-1]),
+        speedup=speedups([run for run in headline if run.past or not memory]),
         geomean=speedups([run for each in timed.values() for run in each]),
         setting=setting,
-        like_for_like=_KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
+        memory_mb=memory,
+        like_for_like=KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
     )
     record(build, speed=_summary(found))
     return found
@@ -199,18 +160,6 @@ def time_runs(
     return found
 
 
-def speedups(runs: Sequence[TimedRun]) -> dict[str, float | None]:
-    """Peer's key → how many times as fast compiled is, as the geometric mean over `runs`."""
-    names = list(dict.fromkeys(run.name for run in runs if run.name != COMPILED))
-    means = {key(name): float(gmean([run.ratio for run in runs if run.name == name])) for name in names}
-    return dict.fromkeys(_KEYS.values()) | means
-
-
-def key(peer: str) -> str:
-    """The peer's key among the speedups: "dense-fp32" → "vs_dense", "openvino-bf16" → "vs_openvino_bf16"."""
-    return _KEYS.get(peer, "vs_" + peer.replace("-", "_"))
-
-
 def parse_shapes(text: str) -> list[tuple[int, int]]:
     """ "1x48,8x48" → [(1, 48), (8, 48)].
 
@@ -229,23 +178,12 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def _summary(found: Bench) -> dict[str, object]:
     """What measured.json keeps: flat, so that the report shows it as tables."""
     single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
+    held = [{"name": name, "mb": round(mb)} for name, mb in found.memory_mb.items()]
     turned = {"setting": ", ".join(f"{k} {v:g}" for k, v in found.setting.items())} if found.setting else {}
     return {
         **single,
         **turned,
         **found.machine.model_dump(mode="json"),
         "runs": [run.model_dump() for run in found.runs],
+        **({"memory": held} if held else {}),
     }
-
-
-def this_machine(threads: int) -> Machine:
-    """The processor of this machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    cpu = fields.get("model name") or platform.processor() or platform.machine()
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    instructions = tuple(sorted(_INSTRUCTIONS.intersection(flags)))
-    return Machine(cpu=cpu, cores=os.cpu_count() or 1, threads=threads, instructions=instructions)

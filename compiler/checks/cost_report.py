@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from trimtab.compiler.checks.bench import Machine
 from trimtab.compiler.checks.quality import Quality
+from trimtab.compiler.checks.speed import Machine
 from trimtab.passes.dials import SpeedPoint
 
 

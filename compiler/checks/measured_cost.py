@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.compiler.builds.build import Build, of_one_build
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.builds.writer import record, store_path
-from trimtab.compiler.checks.bench import default_threads, this_machine
+from trimtab.compiler.checks.bench import default_threads
 from trimtab.compiler.checks.cost import Counter, Passage
 from trimtab.compiler.checks.cost_report import CostReport, Kept, SettingCost
 from trimtab.compiler.checks.dense import dense_model, dense_source
@@ -18,6 +18,7 @@ from trimtab.compiler.checks.executed import Executed, Execution, Feeds
 from trimtab.compiler.checks.frontier import grid, measured_path, walk
 from trimtab.compiler.checks.peers import DENSE, open_peer
 from trimtab.compiler.checks.peers.same_target import dense_engine
+from trimtab.compiler.checks.speed import this_machine
 from trimtab.compiler.checks.task import Samples, check_labels
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.data import read_data

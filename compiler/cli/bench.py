@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.checks.bench import COMPILED, Bench, Machine, TimedRun, bench, key, parse_shapes
+from trimtab.compiler.checks.bench import bench, parse_shapes
+from trimtab.compiler.checks.decoders.engines import DECODER_PEERS
 from trimtab.compiler.checks.peers import PEER_NAMES
+from trimtab.compiler.checks.speed import COMPILED, Bench, Machine, TimedRun, key
 from trimtab.compiler.checks.timing import LONGEST_S
 from trimtab.compiler.cli import console
 from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
@@ -20,10 +22,18 @@ _BAR = 30  # characters of the longest bar
 def command(
     build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
     peer: Annotated[
-        list[str] | None, typer.Option(help=f"Time this one too; may be given again. Known: {', '.join(PEER_NAMES)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Time this one too; may be given again. Known: {', '.join(PEER_NAMES)}; for decoders "
+            f"{', '.join(DECODER_PEERS)}."
+        ),
     ] = None,
     shapes: Annotated[
-        str | None, typer.Option(help="BATCHxTOKENS, with commas. Default: least and opt batch, at opt tokens.")
+        str | None,
+        typer.Option(
+            help="BATCHxTOKENS, with commas; of a decoder, of prompts. Default: least and opt batch, at opt tokens; of "
+            "a decoder opt batch, at opt past."
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
@@ -38,12 +48,19 @@ def command(
     data: Annotated[
         Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
     ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="What llama.cpp runs. Default: the file that the build was compiled from.")
+    ] = None,
+    llama_python: Annotated[
+        Path | None, typer.Option(help="An interpreter that has llama-cpp-python, for the peer llama.cpp.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Time a build against its dense model in one run.
 
     The engines take turns in short blocks, with the same threads and inputs: compiled, dense float32, dense with
-    dynamic int8 weights, and the peers asked for. The numbers are recorded in the build's measured.json and report.md.
+    dynamic int8 weights, and the peers asked for. Of a decoder, prompts and steps are timed apart, each engine in a
+    process of its own. The numbers are recorded in the build's measured.json and report.md.
     """
     wanted = parse_shapes(shapes) if shapes else None
     with console.progress() as progress:
@@ -57,12 +74,24 @@ def command(
             dials=parse_dials(dial),
             speed=speed,
             data=data,
+            gguf=gguf,
+            llama_python=llama_python,
             progress=progress,
         )
     if json:
         console.emit_json(found.model_dump(mode="json"))
+        return
+    print(describe(found.machine))
+    if found.memory_mb:
+        _show_decoder(found)
     else:
         _show(found)
+    print()
+    for name in dict.fromkeys(run.name for run in found.runs if run.name != COMPILED):
+        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
+        mark = " (like for like)" if key(name) == found.like_for_like else ""
+        over = "in steps; {:.2f} with prompts" if found.memory_mb else "; {:.2f} over all shapes"
+        print(f"{faster:.2f} times as fast as {name}{mark} {over.format(overall)}".replace(" ;", ";"))
 
 
 def describe(machine: Machine) -> str:
@@ -72,7 +101,6 @@ def describe(machine: Machine) -> str:
 
 
 def _show(found: Bench) -> None:
-    print(describe(found.machine))
     longest = {_shape(run): max(r.median_ms for r in found.runs if _shape(r) == _shape(run)) for run in found.runs}
     rows = [
         (
@@ -82,11 +110,23 @@ def _show(found: Bench) -> None:
         for run in found.runs
     ]  # fmt: skip
     console.print_table(("shape", "engine", "median ms", "p95 ms", "ratio", ""), rows)
-    print()
-    for name in dict.fromkeys(run.name for run in found.runs if run.name != COMPILED):
-        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
-        mark = " (like for like)" if key(name) == found.like_for_like else ""
-        print(f"{faster:.2f} times as fast as {name}{mark}; {overall:.2f} over all shapes")
+
+
+def _show_decoder(found: Bench) -> None:
+    """A row for each engine and prompt: the first token, then each one more."""
+    prompts = {(run.name, run.batch, run.tokens): run for run in found.runs if not run.past}
+    rows = []
+    for step in (run for run in found.runs if run.past):
+        prompt = prompts[step.name, step.batch, step.past]
+        rows.append(
+            (
+                f"{step.batch}x{step.past}", step.name, f"{prompt.median_ms:8.1f}", f"{step.median_ms:8.2f}",
+                f"{step.p95_ms:8.2f}", f"{1000 * step.batch / step.median_ms:8.1f}", f"{step.ratio:5.2f}x",
+                f"{found.memory_mb[step.name]:6.0f}",
+            )
+        )  # fmt: skip
+    columns = ("prompt", "engine", "first token ms", "then ms a step", "p95 ms", "tokens/s", "ratio", "memory MB")
+    console.print_table(columns, rows)
 
 
 def _shape(run: TimedRun) -> str:

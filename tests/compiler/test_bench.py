@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.checks import timing
-from trimtab.compiler.checks.bench import Bench, TimedRun, bench, key, parse_shapes, speedups, time_runs
+from trimtab.compiler.checks.bench import bench, parse_shapes, time_runs
 from trimtab.compiler.checks.measure import relative_l2
 from trimtab.compiler.checks.peers import open_peer
 from trimtab.compiler.checks.peers.ort import quantized
+from trimtab.compiler.checks.speed import Bench, TimedRun, key, speedups
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.feeds import random_feeds

@@ -24,10 +24,10 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 
 
 KERNELS = (
-    "test_sparse.py", "test_select_blocks.py", "test_packed_attention.py", "test_int8_linear.py",
-    "test_sparse_variable.py",
+    "test_sparse.py", "test_select_blocks.py", "test_packed_attention.py", "test_int4_linear.py",
+    "test_int8_linear.py", "test_sparse_variable.py",
 )  # fmt: skip
-WITH_BYTES = KERNELS[-2:]
+WITH_BYTES = KERNELS[-3:]
 """Those of kernels that multiply bytes, which VNNI makes others of."""
 
 
@@ -67,7 +67,6 @@ def test_every_instruction_set_computes_the_same(wanted: str) -> None:
     ).stdout.strip()
     if got != wanted:
         pytest.skip(f"this processor has no {wanted}")
-    # Only Int8Linear has code of its own for VNNI.
     run_tests(*(WITH_BYTES if wanted.endswith("vnni") else KERNELS), TRIMTAB_ISA=wanted)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 from trimtab.compiler.checks.peers.model import CalibrationData, PeerModel, peer_model
 from trimtab.compiler.feeds import Run
+from trimtab.compiler.strict import suggest
 from trimtab.passes.errors import TargetError
 
 DENSE, INT8 = "dense-fp32", "dense-int8"
@@ -27,14 +27,19 @@ _PEERS = {
 PEER_NAMES = tuple(_PEERS)
 
 
-def check_peers(names: Iterable[str]) -> None:
+def check_peers(names: Iterable[str], more: Iterable[str] = ()) -> None:
     """Refuse names that are no peer's.
+
+    Args:
+        more: names that are good as well.
 
     Raises:
         TargetError: no such peer; names the nearest.
     """
+    known = (*PEER_NAMES, *more)
     for name in names:
-        _module(name)
+        if name not in known:
+            raise TargetError(f"unknown peer {name!r}", hint=suggest(name, known, "known peers"))
 
 
 def open_peer(name: str, dense: Path | PeerModel, threads: int) -> Run:
@@ -54,10 +59,7 @@ def open_peer(name: str, dense: Path | PeerModel, threads: int) -> Run:
 
 
 def _module(name: str) -> str:
-    if name not in _PEERS:
-        near = difflib.get_close_matches(name, PEER_NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known peers: {', '.join(PEER_NAMES)}"
-        raise TargetError(f"unknown peer {name!r}", hint=hint)
+    check_peers([name])
     return _PEERS[name]
 
 

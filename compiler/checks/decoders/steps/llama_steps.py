@@ -1,5 +1,6 @@
-"""One token behind `context` others, by llama.cpp: llama_steps.py MODEL.gguf THREADS CONTEXT VOCABULARY [TEXT.npy]
+"""One token behind `context` others, by llama.cpp.
 
+Options: path (a GGUF file), threads, context, vocabulary; text (a .npy file of blocks, for their perplexity).
 Runs in an interpreter that has llama-cpp-python; the calls are those of llama.h.
 """
 
@@ -7,31 +8,32 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import sys
 from collections.abc import Sequence
 from itertools import cycle
 
 import llama_cpp as api
 import numpy as np
-import text
-from serve import serve
+from serve import options, serve
+from text import perplexity, read
 
 
 @api.llama_log_callback
-def quiet(level: int, text: bytes, data: object) -> None:
+def quiet(level: int, message: bytes, data: object) -> None:
     """llama.cpp tells every tensor otherwise."""
 
 
-def main(path: str, threads: int, context: int, vocabulary: int, *words: str) -> None:
+def main(path: str, threads: int, context: int, vocabulary: int, text: str | None = None) -> None:
     api.llama_log_set(quiet, ctypes.c_void_p(0))
     api.llama_backend_init()
-    blocks, row = text.read([*words], vocabulary, 2 * context)
+    blocks, (row,) = read(text, vocabulary, 2 * context)
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
-    options = api.llama_context_default_params()
-    options.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
-    options.n_batch = options.n_ubatch = context
-    options.n_threads = options.n_threads_batch = threads
-    session = api.llama_init_from_model(model, options)
+    if not model:
+        raise SystemExit(f"llama.cpp does not load {path}")
+    wanted = api.llama_context_default_params()
+    wanted.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
+    wanted.n_batch = wanted.n_ubatch = context
+    wanted.n_threads = wanted.n_threads_batch = threads
+    session = api.llama_init_from_model(model, wanted)
 
     def decode(tokens: Sequence[int]) -> np.ndarray:
         given = (api.llama_token * len(tokens))(*map(int, tokens))
@@ -55,7 +57,7 @@ def main(path: str, threads: int, context: int, vocabulary: int, *words: str) ->
         "system": ctypes.string_at(api.llama_print_system_info()).decode(),
     }
     if blocks is not None:
-        about["perplexity"] = text.perplexity(blocks, lambda: cut(0), lambda token: decode([token]))
+        about["perplexity"] = perplexity(blocks, lambda: cut(0), lambda token: decode([token]))
     tokens = cycle(row[context:])
     prompt()
     step()
@@ -63,4 +65,4 @@ def main(path: str, threads: int, context: int, vocabulary: int, *words: str) ->
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])
+    main(**options())

@@ -1,7 +1,7 @@
 """The side of a timed child: says what it is, then does what each line that it is sent asks for.
 
-Standard library alone, since peers have interpreters of their own. A child that waits for its next line blocks on it,
-and takes no time from the one whose turn it is.
+Needs the standard library and numpy alone, since peers have interpreters of their own. A child that waits for its next
+line blocks on it, and takes no time from the one whose turn it is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
+
+
+def options() -> dict[str, Any]:
+    """What the process was started with, by name."""
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    return given
 
 
 def serve(about: dict[str, object], **calls: Callable[[], object]) -> None:

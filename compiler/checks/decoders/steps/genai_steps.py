@@ -1,6 +1,7 @@
-"""One token behind `context` others, by ONNX Runtime GenAI: genai_steps.py FOLDER THREADS CONTEXT VOCABULARY [TEXT.npy]
+"""One token behind `context` others, by ONNX Runtime GenAI.
 
-FOLDER is what its model builder wrote. Every step goes back to the same length and appends one token, which is the
+Options: path (the folder that its model builder wrote), threads, context, vocabulary; text (a .npy file of blocks, for
+their perplexity). Every step goes back to the same length and appends one token, which is the
 generator's own loop without the choice of the token.
 """
 
@@ -8,26 +9,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as genai
-import text
-from serve import serve
+from serve import options, serve
+from text import perplexity, read
 
 
-def main(folder: str, threads: int, context: int, vocabulary: int, *words: str) -> None:
-    path = Path(folder) / "genai_config.json"
-    config = json.loads(path.read_text())
+def main(path: str, threads: int, context: int, vocabulary: int, text: str | None = None) -> None:
     # Stopped spinning: or its idle threads would slow the engine whose turn comes next.
-    options = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
-    config["model"]["decoder"]["session_options"] |= options
-    path.write_text(json.dumps(config))
-
-    model = genai.Model(folder)
-    blocks, row = text.read([*words], vocabulary, 2 * context)
+    wanted = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
+    config = genai.Config(path)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": wanted}}}))
+    model = genai.Model(config)
+    blocks, (row,) = read(text, vocabulary, 2 * context)
     about: dict[str, object] = {"version": importlib.metadata.version("onnxruntime-genai")}
 
     def generator(length: int) -> genai.Generator:
@@ -49,7 +45,7 @@ def main(folder: str, threads: int, context: int, vocabulary: int, *words: str) 
             append(reading, np.array([token]))
             return np.asarray(reading.get_logits())[0, -1]
 
-        about["perplexity"] = text.perplexity(blocks, begin, following)
+        about["perplexity"] = perplexity(blocks, begin, following)
     stepping, tokens = generator(2 * context), cycle(row[context:])
     append(stepping, row[:context])
 
@@ -62,4 +58,4 @@ def main(folder: str, threads: int, context: int, vocabulary: int, *words: str) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:])
+    main(**options())

@@ -27,12 +27,12 @@ def perplexity(blocks: np.ndarray, begin: Callable[[], object], step: Callable[[
     return float(np.exp(total / blocks[:, 1:].size))
 
 
-def read(words: list[str], vocabulary: int, tokens: int) -> tuple[np.ndarray | None, np.ndarray]:
-    """Blocks of real text, [n, tokens], of the file that `words` begins with, and one row to time with.
+def read(text: str | None, vocabulary: int, tokens: int, batch: int = 1) -> tuple[np.ndarray | None, np.ndarray]:
+    """Blocks of real text, [n, tokens], of the .npy file `text`, and rows to time with, [batch, tokens].
 
-    Without a file the row is of random tokens.
+    Without a file rows are of random tokens.
     """
-    if words:
-        blocks = np.load(Path(words[0]))
-        return blocks, blocks[0]
-    return None, np.random.default_rng(0).integers(3, vocabulary, tokens)
+    if text is not None:
+        blocks = np.load(Path(text))
+        return blocks, np.resize(blocks, (batch, blocks.shape[1]))
+    return None, np.random.default_rng(0).integers(min(3, vocabulary - 1), vocabulary, (batch, tokens))

@@ -1,0 +1,100 @@
+"""A decoder in a process of its own, which takes a step, or reads a prompt, when it is told to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trimtab.passes.errors import TargetError
+
+STEPS = Path(__file__).resolve().parent / "steps"
+"""The scripts that such processes run."""
+
+_LINES = 3  # of what a process said last, that an error repeats
+
+
+class Children:
+    """Child processes that wait for their turns; they end with the context.
+
+    Attributes:
+        about: name → what each said of itself.
+        steps, prompts: name → a call that lets it do that once, and waits.
+    """
+
+    def __init__(self) -> None:
+        self.about: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, Callable[[], object]] = {}
+        self.prompts: dict[str, Callable[[], object]] = {}
+        self._stack = ExitStack()
+        self._logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-decoders-")))
+        self._running: dict[str, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def start(self, name: str, python: Path | str, script: Path | str, **options: object) -> None:
+        """Run `script`, one of STEPS or a path, with `options` as JSON; wait until it is ready.
+
+        Raises:
+            TargetError: it ended before; says what it said last.
+        """
+        said = self._logs / f"{len(self._running)}.txt"
+        try:
+            with open(said, "wb") as log:
+                child = subprocess.Popen(
+                    [str(python), str(STEPS / script), json.dumps(options, default=str)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                )  # fmt: skip
+        except OSError as error:
+            raise TargetError(f"{name}: {python} cannot be run ({error.strerror})") from error
+        self._stack.callback(_end, child)
+        # Libraries may print before their first step; `about` is the first line of JSON.
+        line = next((line for line in child.stdout or () if line.startswith("{")), None)
+        if line is None:
+            raise TargetError(f"{name}: its process ended before the first step{_last(said)}")
+        self.about[name] = json.loads(line)
+        self._running[name] = child
+        self.steps[name], self.prompts[name] = (partial(_ask, name, child, what, said) for what in ("step", "prompt"))
+
+    def resident_bytes(self, name: str) -> int:
+        """Memory that the process holds now: weights, cache, runtime and interpreter."""
+        return int(psutil.Process(self._running[name].pid).memory_info().rss)
+
+
+def _ask(name: str, child: subprocess.Popen[str], what: str, said: Path) -> None:
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(f"{what}\n")
+        child.stdin.flush()
+        answered = child.stdout.readline()
+    except BrokenPipeError:
+        answered = ""
+    if not answered:
+        raise TargetError(f"{name}: its process ended in the middle of a {what}{_last(said)}")
+
+
+def _last(said: Path) -> str:
+    lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    return f": {' '.join(lines[-_LINES:])[-300:]}" if lines else ""
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.stdin is not None:
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+    try:
+        child.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

@@ -1,0 +1,84 @@
+"""The engines that a decoder is timed beside, by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.compiler.checks.decoders.genai import PACKAGE, genai_model
+from trimtab.compiler.sources.gguf import is_gguf
+from trimtab.passes.errors import TargetError
+
+GENAI, LLAMA = "genai-int4", "llama.cpp"
+
+_IMPORT_S = 60.0  # that an import may take
+
+DECODER_PEERS = (GENAI, LLAMA)
+"""Names of peers that time decoders alone."""
+
+
+@dataclass(frozen=True)
+class OtherEngines:
+    """What peers that are no form of the dense ONNX file start from.
+
+    Attributes:
+        origin: the model that was compiled: a Hugging Face directory, a GGUF file, or another.
+        gguf: the file for llama.cpp; None takes `origin`, if that is one.
+        llama_python: an interpreter that has llama-cpp-python; None takes this one, if it has.
+    """
+
+    origin: Path
+    gguf: Path | None = None
+    llama_python: Path | None = None
+
+    def check(self, names: Sequence[str], batch: int) -> None:
+        """Refuse what cannot be started, before minutes of work.
+
+        Raises:
+            TargetError: a package, the file or the interpreter is missing, or the batch is not 1.
+        """
+        if names and batch != 1:
+            raise TargetError(
+                f"peer {names[0]!r} is timed one text at a time, not {batch}", hint="give --shapes, such as 1x128"
+            )
+        if GENAI in names and importlib.util.find_spec(PACKAGE) is None:
+            raise TargetError(f"peer {GENAI!r} needs onnxruntime-genai", hint="pip install onnxruntime-genai")
+        if LLAMA in names:
+            self._llama_file()
+            python = self.llama_python or Path(sys.executable)
+            if not _imports(python, "llama_cpp"):
+                raise TargetError(
+                    f"peer {LLAMA!r}: {python} does not import llama_cpp",
+                    hint="python -m venv llama && llama/bin/pip install llama-cpp-python, "
+                    "then --llama-python llama/bin/python",
+                )
+
+    def child(self, name: str) -> tuple[Path | str, str, Path]:
+        """Interpreter, script and model of the peer."""
+        if name == GENAI:
+            return sys.executable, "genai_steps.py", genai_model(self.origin)
+        return self.llama_python or sys.executable, "llama_steps.py", self._llama_file()
+
+    def _llama_file(self) -> Path:
+        if self.gguf is not None:
+            if not is_gguf(self.gguf):
+                raise TargetError(f"--gguf: {self.gguf} is no GGUF file", hint="give a file that ends in .gguf")
+            return self.gguf
+        if not is_gguf(self.origin):
+            raise TargetError(
+                f"peer {LLAMA!r} starts from a GGUF file, and this build was made of {self.origin}",
+                hint="give the same model as a file: --gguf FILE",
+            )
+        return self.origin
+
+
+def _imports(python: Path, module: str) -> bool:
+    command = [str(python), "-c", f"import {module}"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_IMPORT_S, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False

@@ -1,0 +1,55 @@
+"""The folder that ONNX Runtime GenAI's own model builder makes of a checkpoint, in int4."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from trimtab.compiler.cache import entry
+from trimtab.compiler.caching.remembered import file_hash
+from trimtab.compiler.sources.gguf import is_gguf, unpacked
+from trimtab.passes.errors import TargetError
+from trimtab.passes.hashing import hash_bytes
+
+PACKAGE = "onnxruntime_genai"
+_OPTIONS = ("int4_block_size=32", "int4_accuracy_level=4")
+_HINT = "leave the peer 'genai-int4' out"
+
+
+def genai_model(origin: Path) -> Path:
+    """The folder of `origin`, made once and kept in the cache: weights in blocks of 32, activations as bytes.
+
+    Args:
+        origin: a Hugging Face directory, or a GGUF file.
+
+    Raises:
+        TargetError: the package is missing, or does not take the model.
+        ModelError: the GGUF file cannot be read.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise TargetError("peer 'genai-int4' needs onnxruntime-genai", hint="pip install onnxruntime-genai")
+    checkpoint = unpacked(origin) if is_gguf(origin) else origin
+    if not (checkpoint / "config.json").is_file():
+        raise TargetError(f"peer 'genai-int4' starts from a Hugging Face directory, not from {origin}", hint=_HINT)
+    version = importlib.metadata.version("onnxruntime-genai")
+    hashes = [file_hash(path) for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    return entry("genai-int4", hash_bytes(version, *hashes), lambda folder: build_genai(checkpoint, folder))
+
+
+def build_genai(checkpoint: Path, folder: Path) -> None:
+    """Write `folder`.
+
+    Raises:
+        TargetError: the builder failed; says what it said last.
+    """
+    command = [
+        sys.executable, "-m", f"{PACKAGE}.models.builder", "-i", checkpoint, "-o", folder, "-p", "int4", "-e", "cpu",
+        "-c", folder / "cache", "--extra_options", *_OPTIONS,
+    ]  # fmt: skip
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if run.returncode:
+        last = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise TargetError(f"{checkpoint}: onnxruntime-genai's builder does not take it ({last[0][:200]})", hint=_HINT)

@@ -1,0 +1,140 @@
+"""`trimtab bench` of decoders: prompts and steps apart, each engine in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+from typer.testing import CliRunner
+
+from trimtab.compiler import compile_model
+from trimtab.compiler.builds.build import Build, open_build
+from trimtab.compiler.checks.bench import bench
+from trimtab.compiler.checks.decoders.children import Children
+from trimtab.compiler.checks.decoders.engines import GENAI, LLAMA
+from trimtab.compiler.cli.app import app
+from trimtab.passes.errors import TargetError
+
+WORKLOAD = {"batch": [1, 1, 4], "tokens": [1, 1, 24], "past": [0, 10, 39]}
+NAMES = ["compiled", "dense-fp32", "dense-int8"]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("decoder")
+    zoo.save_pretrained("llama", folder / "llama")
+    recipe = {"passes": [{"weight-only": {"bits": 4}}], "workload": WORKLOAD, "threads": 1}
+    return compile_model(folder / "llama", recipe, folder / "build")
+
+
+def cli(*words: object) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, words), "--seconds", "0"])
+
+
+def interpreter(path: Path, body: str) -> Path:
+    """What stands in for one with llama-cpp-python."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_prompts_and_steps_are_timed_apart(build: Build) -> None:
+    found = bench(build, seconds=0)
+    assert [(run.name, run.tokens, run.past) for run in found.runs] == [
+        (name, tokens, past) for name in NAMES for tokens, past in ((10, 0), (1, 10))
+    ]
+    assert all(run.batch == 1 and run.median_ms > 0 and run.samples >= 6 for run in found.runs)
+    assert all(run.ratio == 1 for run in found.runs if run.name == "compiled")
+    assert list(found.memory_mb) == NAMES and min(found.memory_mb.values()) > 10
+    steps = {run.name: run.ratio for run in found.runs if run.past}
+    assert found.speedup["vs_dense"] == pytest.approx(steps["dense-fp32"])
+    recorded = open_build(build.path).measured.speed
+    assert recorded["runs"] == [run.model_dump() for run in found.runs]
+    assert [row["name"] for row in recorded["memory"]] == NAMES
+
+
+def test_of_several_prompts(build: Build) -> None:
+    found = bench(build, shapes=[(1, 3), (4, 6)], seconds=0)
+    assert [(run.batch, run.tokens, run.past) for run in found.runs if run.name == "compiled"] == [
+        (1, 3, 0), (1, 1, 3), (4, 6, 0), (4, 1, 6),
+    ]  # fmt: skip
+
+
+def test_shows_first_token_pace_and_memory(build: Build) -> None:
+    shown = cli(build.path)
+    assert shown.exit_code == 0, shown.output
+    for column in ("first token ms", "tokens/s", "memory MB"):
+        assert column in shown.stdout
+    assert "times as fast as dense-fp32" in shown.stdout and "in steps" in shown.stdout
+    told = json.loads(cli(build.path, "--json").stdout)
+    assert {run["past"] for run in told["runs"]} == {0, 10} and set(told["memory_mb"]) == set(NAMES)
+
+
+def test_llama_cpp_by_the_interpreter_given(build: Build, tmp_path: Path) -> None:
+    """It is started with the file, the threads and the prompt, and takes its turns."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    body = (
+        f'[ "$1" = -c ] && exit 0\necho "$2" > {tmp_path}/given\necho a line of its own\n'
+        'echo \'{"version": "a stand-in"}\'\nwhile read line; do echo; done'
+    )
+    python = interpreter(tmp_path / "python", body)
+    found = bench(build, peers=[LLAMA], gguf=file, llama_python=python, seconds=0)
+    assert [run.name for run in found.runs if run.past] == [*NAMES, LLAMA]
+    assert found.speedup["vs_llama.cpp"] is not None
+    given = json.loads((tmp_path / "given").read_text())
+    assert given == {"path": str(file), "threads": 1, "context": 10, "vocabulary": 131}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("exit 1", "does not import llama_cpp"),
+        ('[ "$1" = -c ] && exit 0\necho no such model >&2; exit 1', "ended before the first step: no such model"),
+        ('[ "$1" = -c ] && exit 0\necho "{}"; read line; echo lost >&2; exit 1', "ended in the middle of a step: lost"),
+    ],
+)
+def test_an_interpreter_that_does_not_do_it(body: str, says: str, build: Build, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    python = interpreter(tmp_path / "python", body)
+    with pytest.raises(TargetError, match=says):
+        bench(build, peers=[LLAMA], gguf=tmp_path / "model.gguf", llama_python=python, seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--peer", "llama"], "did you mean 'llama.cpp'"),
+        (["--peer", LLAMA], "starts from a GGUF file"),
+        (["--peer", LLAMA, "--gguf", "README.md"], "is no GGUF file"),
+        (["--peer", "openvino-fp32"], "does not time a decoder's steps"),
+        (["--peer", GENAI, "--shapes", "2x4"], "one text at a time"),
+        (["--shapes", "1x64"], "more than the 64"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_at_once(words: list[str], says: str, build: Build) -> None:
+    refused = cli(build.path, *words)
+    assert refused.exit_code == 1
+    assert says in " ".join(refused.stderr.split()) and "Traceback" not in refused.output
+
+
+def test_peers_of_decoders_do_not_time_encoders(tmp_path: Path) -> None:
+    recipe = {"passes": [], "workload": {"batch": 1, "tokens": [1, 4, 8]}, "threads": 1}
+    encoder = compile_model(zoo.exported("bert"), recipe, tmp_path / "bert")
+    with pytest.raises(TargetError, match="times the steps of decoders"):
+        bench(encoder, peers=[LLAMA], seconds=0)
+
+
+def test_a_process_that_does_not_start() -> None:
+    with Children() as children, pytest.raises(TargetError, match="cannot be run"):
+        children.start("peer", "/no/such/python", "llama_steps.py")
+
+
+@pytest.mark.slow
+def test_genai_builds_and_runs_the_same_checkpoint(build: Build) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    found = bench(build, peers=[GENAI], seconds=0)
+    assert [run.name for run in found.runs if run.past] == [*NAMES, GENAI]
