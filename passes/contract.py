@@ -34,6 +34,7 @@ class Capability:
         saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
         integer_products: it multiplies activations as integers, whose scales are found as they come.
         row_scales: it does so with a scale for each row, by the dialect's own kernel.
+        int4_kernel: its int4 products in blocks are the dialect's own.
         counted_sizes: it runs nodes whose outputs have sizes that are counted at run time (NonZero, Compress).
     """
 
@@ -43,6 +44,7 @@ class Capability:
     saturates: bool = False
     integer_products: bool = True
     row_scales: bool = False
+    int4_kernel: bool = False
     counted_sizes: bool = True
 
 

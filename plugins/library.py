@@ -80,4 +80,4 @@ def register(options: ort.SessionOptions) -> bool:
 
 @lru_cache
 def _warn(what: str) -> None:
-    log.warning("%s: sparse ops run as standard ops, several times slower than they could", what)
+    log.warning("%s: the dialect's ops run as standard ops, several times slower than they could", what)

@@ -183,9 +183,9 @@ def _blocks(node: gs.Node, sizes: _Sizes) -> Count:
     return lambda s: 2 * _elements(x(s)) * int(node.attrs["N"])
 
 
-def _rows_of_int4(node: gs.Node, sizes: _Sizes) -> Count:
-    x = sizes.shape(node.inputs[0])
-    return lambda s: 2 * _elements(x(s)) * int(node.inputs[1].shape[0])
+def _int4(node: gs.Node, sizes: _Sizes) -> Count:
+    x, y = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
+    return lambda s: 2 * _elements(y(s)) * x(s)[-1]
 
 
 def _attention(node: gs.Node, sizes: _Sizes) -> Count:
@@ -238,7 +238,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 _COUNTERS: dict[str, Callable[[gs.Node, _Sizes], Count]] = {
     "Conv": _conv, "FusedMatMul": _matmul, "Gemm": _gemm, "GroupQueryAttention": _grouped_query,
-    "Int4Linear": _rows_of_int4, "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul,
+    "Int4Linear": _int4, "Int8Linear": _matmul, "MatMul": _matmul, "MatMulInteger": _matmul,
     "MatMulNBits": _blocks, "PackedAttention": _attention, "QLinearMatMul": _matmul, "SparseDown": _sum_of_chosen,
     "SparseHead": _chosen, "SparseUp": _chosen,
 }  # fmt: skip

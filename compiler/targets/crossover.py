@@ -79,9 +79,8 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         return [x | {f"blocks{i}": choice() for i in range(layers)} for _ in range(_CHOICES)]
 
     with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
-        dense = _session(
-            dense_model(made, Path(folder) / "dense.onnx", shape.dense, native=has_kernel("Int4Linear")), options
-        )
+        native = shape.dense == "int4-blocks" and has_kernel("Int4Linear")
+        dense = _session(dense_model(made, Path(folder) / "dense.onnx", shape.dense, native=native), options)
         sparse = _session(
             sparse_model(made, Path(folder) / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
         )

@@ -42,7 +42,7 @@ class OnnxRuntime(Target):
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
         tighten_decoder(graph, max_tokens, gates=shards == 1)  # ranks divide gate and up
-        if shards == 1 and has_kernel("Int4Linear"):
+        if shards == 1 and self.probe().int4_kernel:
             use_int4_linear(graph)
 
     def build(
@@ -78,6 +78,7 @@ def _probe() -> Capability:
     capability = Capability(
         weight_bits=bits, negative_scales=_multiplies_blocks(4, signed=True), float16=_computes_half(),
         saturates=_saturates(), row_scales=has_kernel("Int8Linear"),
+        int4_kernel=has_kernel("Int4Linear"),
     )  # fmt: skip
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability

@@ -17,10 +17,9 @@ from trimtab.passes.errors import ModelError, RecipeError
 from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
 
-_INTEGER_PRODUCTS = frozenset([
-    "DynamicQuantizeMatMul", "Int4Linear", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
-    "QLinearMatMul",
-])  # fmt: skip
+_INTEGER_PRODUCTS = frozenset(
+    ["DynamicQuantizeMatMul", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
+)
 
 
 def find_anatomy(graph: gs.Graph) -> Anatomy:

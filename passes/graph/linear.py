@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.graph.packed import dequantize_blocks, dequantize_linear
+from trimtab.passes.graph.packed import dequantize_blocks, dequantize_int4, dequantize_linear
 from trimtab.passes.graph.weights import stored_bytes, values
+from trimtab.plugins import DOMAIN, INT4_LINEAR
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Linear:
         weight: the constant that holds W, or its integers where `quantized` is set.
         transposed: True if `weight` lies as [out_features, in_features].
         bias: the constant that holds b, [out_features], or None.
-        quantized: the node that turns integers into W, a DequantizeLinear or com.microsoft MatMulNBits; or None.
+        quantized: the node that turns integers into W, a DequantizeLinear, com.microsoft MatMulNBits or the dialect's
+            Int4Linear; or None.
     """
 
     nodes: tuple[gs.Node, ...]
@@ -39,6 +41,8 @@ class Linear:
     def in_features(self) -> int:
         if self.quantized is not None and self.quantized.op == "MatMulNBits":
             return int(self.quantized.attrs["K"])
+        if self.quantized is not None and self.quantized.op == INT4_LINEAR.name:
+            return 2 * int(self.weight.shape[1])  # two to a byte
         return int(self.weight.shape[1 if self.transposed else 0])
 
     @property
@@ -66,6 +70,8 @@ class Linear:
             weight = values(self.weight)
         elif self.quantized.op == "MatMulNBits":
             weight = dequantize_blocks(self.quantized)
+        elif self.quantized.op == INT4_LINEAR.name:
+            weight = dequantize_int4(self.quantized)
         else:
             weight = dequantize_linear(self.quantized)
         return weight.T if self.transposed else weight
@@ -91,7 +97,7 @@ def distinct_params(linears: Iterable[Linear]) -> int:
 
 
 def match_linear(node: gs.Node) -> Linear | None:
-    """The Linear whose product is `node` (MatMul, Gemm or MatMulNBits with a constant 2-D weight), or None.
+    """The Linear whose product is `node` (MatMul, Gemm, MatMulNBits or Int4Linear with a constant weight), or None.
 
     Takes in a following Add of a constant of length out_features, where the product has no other use.
     """
@@ -182,8 +188,16 @@ def _match_blocks(node: gs.Node) -> Linear | None:
     return Linear(nodes, node.inputs[0], y, node.inputs[1], True, bias, node)
 
 
+def _match_int4(node: gs.Node) -> Linear | None:
+    """The dialect's Int4Linear: x, weight [N, K / 2], scales [N, K / 32], bias."""
+    if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:]):
+        return None
+    return Linear((node,), node.inputs[0], node.outputs[0], node.inputs[1], True, node.inputs[3], node)
+
+
 _MATCHERS = {
     ("", "MatMul"): _match_matmul,
     ("", "Gemm"): _match_gemm,
     ("com.microsoft", "MatMulNBits"): _match_blocks,
+    (DOMAIN, INT4_LINEAR.name): _match_int4,
 }

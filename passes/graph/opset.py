@@ -14,13 +14,16 @@ _REDUCTIONS = {
     "ReduceSumSquare",
 }  # fmt: skip
 _AXES_ARE_INPUT = 18  # the opset from which that is so
+_SOFT = {"Hardmax", "LogSoftmax", "Softmax"}
+_ONE_AXIS = 13  # the opset from which these are of one axis, by default the last; before, of all from `axis` = 1 on
 
 
 def raise_opset(graph: gs.Graph, opset: int) -> None:
     """Declare at least `opset` for the standard domain.
 
-    Most operators only gained types between opsets, and mean the same under the newer number; reductions, whose axes
-    became an input in opset 18, are rewritten. onnx.version_converter would do it too, but loads every weight.
+    Most operators only gained types between opsets, and mean the same under the newer number. Rewritten are reductions,
+    whose axes became an input in opset 18, and softmax of the last axis, which became its default in opset 13.
+    onnx.version_converter would do it too, but loads every weight.
     Functions of the model whose nodes all mean the same follow; others keep the opset that they declare.
 
     Raises:
@@ -39,6 +42,8 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
                 hint=f"export the model with opset {opset} or newer",
             )
     for node in nodes:
+        if node.op in _SOFT and graph.opset < _ONE_AXIS <= opset:
+            node.attrs["axis"] = -1  # which all of them mean, or there would be a reason
         if node.op in _REDUCTIONS and graph.opset < _AXES_ARE_INPUT <= opset and "axes" in node.attrs:
             axes = np.array(node.attrs.pop("axes"), np.int64)
             node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
@@ -59,7 +64,14 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
 
 def _is_same(node: gs.Node, old: int, new: int) -> bool:
     """Whether a function may hold `node` as it is under both opsets."""
+    if node.domain in (None, "", "ai.onnx") and node.op in _SOFT and node.attrs.get("axis") != -1:
+        return old >= _ONE_AXIS or new < _ONE_AXIS
     return node.domain not in (None, "", "ai.onnx") or _change(node, old, new) is None
+
+
+def _is_of_last_axis(node: gs.Node) -> bool:
+    axis, shape = int(node.attrs.get("axis", 1)), node.inputs[0].shape
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
 
 
 def _change(node: gs.Node, old: int, new: int) -> str | None:
@@ -70,6 +82,8 @@ def _change(node: gs.Node, old: int, new: int) -> str | None:
         return "is no operator of that opset"
     if before.since_version == after.since_version:
         return None
+    if node.op in _SOFT and old < _ONE_AXIS <= new and not _is_of_last_axis(node):
+        return "is one of several axes together, which is not so there"
     lost = set(node.attrs) - set(after.attributes)
     if lost:
         return f"has attribute {min(lost)}, which is gone there"

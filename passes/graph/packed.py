@@ -1,4 +1,4 @@
-"""Quantized weights as floats: what a DequantizeLinear or a com.microsoft MatMulNBits makes of its constants."""
+"""Quantized weights as floats: what DequantizeLinear, MatMulNBits of com.microsoft or Int4Linear make of constants."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph.weights import values
+from trimtab.plugins.int4_linear import BLOCK as INT4_BLOCK
 
 
 def dequantize_linear(node: gs.Node) -> np.ndarray:
@@ -48,6 +49,14 @@ def dequantize_blocks(node: gs.Node) -> np.ndarray:
         zero = (_unpack(stored.reshape(n, -1), bits)[:, :blocks] if packed else stored).reshape(n, blocks, 1)
     weight = (q.astype(np.float32) - zero) * scale
     return weight.reshape(n, blocks * block)[:, :k].astype(np.float32)
+
+
+def dequantize_int4(node: gs.Node) -> np.ndarray:
+    """W of an Int4Linear as [out_features, in_features], float32."""
+    q = _unpack(values(node.inputs[1]), 4)
+    scale = values(node.inputs[2]).astype(np.float32)
+    weight: np.ndarray = (q.astype(np.float32) - 8) * np.repeat(scale, INT4_BLOCK, axis=1)
+    return weight
 
 
 def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:

@@ -2,116 +2,155 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from trimtab.passes.graph import constant, output_name_of, topological, values
-from trimtab.passes.graph.linear import Linear, match_linear
-from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.graph.weights import Derived, data_type
 from trimtab.passes.matrices.forms import INTEGER_ACTIVATIONS
-from trimtab.plugins import INT4_LINEAR, add_node
+from trimtab.plugins import DOMAIN, INT4_LINEAR, add_node
 from trimtab.plugins.dialect import OPSET
 from trimtab.plugins.int4_linear import BLOCK
 
 
-def use_int4_linear(graph: gs.Graph) -> int:
-    """Make an Int4Linear of each product whose int4 weights ONNX Runtime would multiply with bytes, in place.
+@dataclass(frozen=True)
+class _Product:
+    """A product that may become Int4Linear.
 
-    Integers and scales stay as they are; x is rounded by blocks of 32, which are ONNX Runtime's where it rounds by
-    those of the weights. Scales are stored in bfloat16 where that holds all of them exactly. Reads scales, and leaves
-    integers to whoever writes the model.
+    Attributes:
+        node: MatMul behind a DequantizeLinear, or MatMulNBits.
+        weight, scale: its integers and their scales, as they are stored.
+        in_features, out_features, block: its sizes; `block` inputs share a scale.
+        packed: rows of two integers to a byte, as MatMulNBits has them.
+    """
+
+    node: gs.Node
+    weight: gs.Constant
+    scale: gs.Constant
+    in_features: int
+    out_features: int
+    block: int
+    packed: bool
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The same for products whose constants are the same for Int4Linear, too."""
+        return id(self.weight), id(self.scale), self.out_features, self.block, self.packed
+
+    @property
+    def scales(self) -> np.ndarray:
+        """Of every 32 inputs of each output, [out_features, in_features / 32]."""
+        scale = values(self.scale)
+        scale = scale.reshape(self.out_features, -1) if self.packed else scale.T
+        return np.ascontiguousarray(np.repeat(scale, self.block // BLOCK, axis=1))
+
+
+def use_int4_linear(graph: gs.Graph) -> int:
+    """Make an Int4Linear of each product with int4 weights of which ONNX Runtime makes one of integers, in place.
+
+    That is MatMulNBits, of accuracy_level 4, and MatMul behind a DequantizeLinear that nothing else reads. Integers and
+    scales stay as they are. As there, x is rounded to bytes by blocks; these are of 32 also where those of the weights
+    are larger. Scales are stored in bfloat16 where that holds all of them exactly. Reads scales, and leaves integers to
+    whoever writes the model.
 
     Returns:
         how many.
     """
-    found = [linear for node in graph.nodes if (linear := match_linear(node)) is not None and _fits(linear)]
-    if not found:
+    outputs = {id(tensor) for tensor in graph.outputs}
+    found = [product for node in graph.nodes if (product := _match(node, outputs)) is not None]
+    if not found or graph.opset < OPSET:
         return 0
-    raise_opset(graph, OPSET)
-    scales = {id(_scale_of(linear)): _scales(linear) for linear in found}
+    scales = {product.key: product.scales for product in found}
     short = all(np.array_equal(scale.astype(ml_dtypes.bfloat16).astype(np.float32), scale) for scale in scales.values())
-    made: dict[tuple[int, int], tuple[gs.Constant, gs.Constant]] = {}
-    for linear in found:
-        label = f"settle/{output_name_of(linear.nodes[-1])}"
-        key = id(linear.weight), id(_scale_of(linear))
+    present = [node.inputs[2] for node in graph.nodes if (node.domain, node.op) == (DOMAIN, INT4_LINEAR.name)]
+    if present:  # a model has one form of an op
+        was_short = present[0].dtype != np.float32
+        if was_short and not short:
+            return 0
+        short = was_short
+    made: dict[tuple[int, ...], tuple[gs.Constant, gs.Constant]] = {}
+    own = {id(node) for node in graph.nodes}
+    for product in found:
+        label, key = f"settle/{output_name_of(product.node)}", product.key
         if key not in made:
-            scale = scales[key[1]]
-            stored = scale.astype(ml_dtypes.bfloat16) if short else scale
-            weight = gs.Constant(f"{label}/weight", _Rows(linear))
-            made[key] = weight, constant(f"{label}/scale", stored)
-        weight, scale_of = made[key]
-        bias = linear.b()
-        bias = np.zeros(linear.out_features, np.float32) if bias is None else bias.astype(np.float32)
-        given = {"x": linear.x, "weight": weight, "weight_scale": scale_of, "bias": constant(f"{label}/bias", bias)}
-        y = add_node(graph, INT4_LINEAR, given, f"{label}/y")
-        linear.y.inputs[0].outputs.clear()
-        y.inputs[0].outputs = [linear.y]
+            stored = scales[key].astype(ml_dtypes.bfloat16) if short else scales[key]
+            made[key] = gs.Constant(f"{label}/weight", _Rows(product)), constant(f"{label}/scale", stored)
+        y, bias = _with_bias(product, own, outputs)
+        given = {"x": product.node.inputs[0], "weight": made[key][0], "weight_scale": made[key][1]}
+        new = add_node(graph, INT4_LINEAR, given | {"bias": constant(f"{label}/bias", bias)}, f"{label}/y")
+        y.inputs[0].outputs.clear()
+        new.inputs[0].outputs = [y]
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
     return len(found)
 
 
-def _scale_of(linear: Linear) -> gs.Constant:
-    node = linear.quantized
-    assert node is not None
-    scale = node.inputs[2 if node.op == "MatMulNBits" else 1]
-    assert isinstance(scale, gs.Constant)
-    return scale
+def _match(node: gs.Node, outputs: set[int]) -> _Product | None:
+    if (node.domain, node.op) == ("com.microsoft", "MatMulNBits"):
+        found = _match_blocks(node)
+    elif node.op == "MatMul" and not node.domain:
+        found = _match_dequantized(node, outputs)
+    else:
+        return None
+    if found is None or found.scale.dtype != np.float32 or not found.in_features or not found.out_features:
+        return None
+    return found if found.block and not found.block % BLOCK and not found.in_features % found.block else None
 
 
-def _fits(linear: Linear) -> bool:
-    """Whether its weights are symmetric int4 in blocks of 32, 64, ... inputs, with scales and x in float32."""
-    node = linear.quantized
-    block = 0 if node is None else int(node.attrs.get("block_size", 0))
-    if node is None or not block or block % BLOCK or linear.in_features % block:
-        return False
-    if _scale_of(linear).dtype != np.float32:
-        return False
-    if node.op == "MatMulNBits":
-        zeros = len(node.inputs) > 3 and node.inputs[3].name
-        return node.attrs["bits"] == 4 and not zeros and node.attrs.get("accuracy_level") == INTEGER_ACTIVATIONS
-    zeros = len(node.inputs) > 2 and node.inputs[2].name
-    along = int(node.attrs.get("axis", 1)) % 2 == (1 if linear.transposed else 0)
-    return data_type(linear.weight) == TensorProto.INT4 and not zeros and along and not _is_cast(linear)
+def _match_blocks(node: gs.Node) -> _Product | None:
+    _, weight, scale, *optional = node.inputs
+    whole = isinstance(weight, gs.Constant) and isinstance(scale, gs.Constant)
+    if not whole or any(tensor.name for tensor in optional):  # zero points, an order of groups, a bias
+        return None
+    attrs = node.attrs
+    if attrs.get("bits", 4) != 4 or attrs.get("accuracy_level", 0) != INTEGER_ACTIVATIONS:
+        return None
+    return _Product(node, weight, scale, int(attrs["K"]), int(attrs["N"]), int(attrs["block_size"]), True)
 
 
-def _is_cast(linear: Linear) -> bool:
-    """Whether what is dequantized is multiplied in another type."""
-    tensor = next(node for node in linear.nodes if node.op in ("MatMul", "Gemm")).inputs[1]
-    while tensor.inputs:
-        if tensor.inputs[0].op == "Cast":
-            return True
-        tensor = tensor.inputs[0].inputs[0]
-    return False
+def _match_dequantized(node: gs.Node, outputs: set[int]) -> _Product | None:
+    x, w = node.inputs
+    source = w.inputs[0] if len(w.inputs) == 1 else None
+    if source is None or source.op != "DequantizeLinear" or len(w.outputs) > 1 or id(w) in outputs:
+        return None
+    weight, scale, *zeros = source.inputs
+    if any(tensor.name for tensor in zeros) or "output_dtype" in source.attrs or isinstance(x, gs.Constant):
+        return None
+    if not isinstance(weight, gs.Constant) or not isinstance(scale, gs.Constant) or source.attrs.get("axis", 1) != 0:
+        return None
+    if data_type(weight) != TensorProto.INT4 or len(weight.shape) != 2 or len(scale.shape) != 2:
+        return None
+    if len(weight.outputs) > 1 or len(scale.outputs) > 1:
+        return None  # ONNX Runtime 1.31 fuses none of these
+    size = int(source.attrs.get("block_size", 0))
+    return _Product(node, weight, scale, int(weight.shape[0]), int(weight.shape[1]), size, False)
 
 
-def _scales(linear: Linear) -> np.ndarray:
-    """Of every 32 inputs of each output, [out_features, in_features / 32]."""
-    node = linear.quantized
-    assert node is not None
-    scale = values(_scale_of(linear))
-    if node.op == "MatMulNBits":
-        scale = scale.reshape(linear.out_features, -1)
-    elif not linear.transposed:
-        scale = scale.T
-    return np.ascontiguousarray(np.repeat(scale, int(node.attrs["block_size"]) // BLOCK, axis=1))
+def _with_bias(product: _Product, own: set[int], outputs: set[int]) -> tuple[gs.Tensor, np.ndarray]:
+    """What the new node makes, and its bias: that of an Add behind the product, or zeros."""
+    y, size = product.node.outputs[0], product.out_features
+    after = y.outputs[0] if len(y.outputs) == 1 and id(y) not in outputs else None
+    if after is not None and after.op == "Add" and not after.domain and id(after) in own:
+        other = after.inputs[1] if after.inputs[0] is y else after.inputs[0]
+        if isinstance(other, gs.Constant) and tuple(other.shape) == (size,) and other.dtype == np.float32:
+            return after.outputs[0], values(other)
+    return y, np.zeros(size, np.float32)
 
 
 class _Rows(Derived):
     """The integers of a product as the op takes them, [out_features, in_features / 2], two to a byte."""
 
-    def __init__(self, linear: Linear) -> None:
-        self._weight, self._by_inputs = linear.weight, not linear.transposed
-        self._packed = linear.quantized is not None and linear.quantized.op == "MatMulNBits"
-        super().__init__(np.empty(0, np.uint8), [linear.out_features, linear.in_features // 2])
+    def __init__(self, product: _Product) -> None:
+        self._weight, self._packed = product.weight, product.packed
+        super().__init__(np.empty(0, np.uint8), [product.out_features, product.in_features // 2])
 
     def load(self) -> np.ndarray:
         q = values(self._weight)
         if self._packed:
             return q.reshape(self.shape)
-        q = q.astype(np.int8).view(np.uint8) + np.uint8(8)  # from -8 to 7, with the zero at 8
-        q = q.T if self._by_inputs else q
+        q = (q.astype(np.int8).view(np.uint8) + np.uint8(8)).T  # from -8 to 7, with the zero at 8
         return np.asarray(q[:, 0::2] | q[:, 1::2] << 4)

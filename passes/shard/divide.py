@@ -184,7 +184,7 @@ def _vocabulary(node: gs.Node, linear: Linear | None) -> int:
 
 
 def _product(linear: Linear) -> gs.Node:
-    return next(node for node in linear.nodes if node.op in ("MatMul", "Gemm", "MatMulNBits"))
+    return next(node for node in linear.nodes if node.op in ("MatMul", "Gemm", "MatMulNBits", "Int4Linear"))
 
 
 def _around(node: gs.Node) -> bool:

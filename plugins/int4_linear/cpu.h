@@ -52,29 +52,22 @@ struct Int4Linear {
 
     const int64_t row_bytes = use.row_bytes(in_features);
     char* const q = scratch(rows * row_bytes);
-    const int64_t shares = std::clamp<int64_t>(rows * in_features / kRounded, 1, rows);
-    auto round = [&](int64_t i) {
-      for (int64_t row = rows * i / shares; row < rows * (i + 1) / shares; row++)
-        use.quantize(x.floats() + row * in_features, in_features, q + row * row_bytes);
-    };
-    parallel(runtime, context, shares, round);
+    each_row(runtime, context, rows, in_features, [&](int64_t row) {
+      use.quantize(x.floats() + row * in_features, in_features, q + row * row_bytes);
+    });
 
     const Int4Product product{&w, q, row_bytes, bias.floats(), y};
     const Grid grid(rows, in_features, out_features, use.panel);
-    auto multiply = [&](int64_t i) {
-      const int64_t a = i / grid.columns, b = i % grid.columns;
-      use.multiply(product, rows * a / grid.rows, rows * (a + 1) / grid.rows, grid.first(b), grid.first(b + 1));
-    };
-    parallel(runtime, context, grid.rows * grid.columns, multiply);
+    grid.each(runtime, context, [&](int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel) {
+      use.multiply(product, first_row, last_row, first_panel, last_panel);
+    });
     return nullptr;
   }
 
  private:
-  static constexpr int64_t kRounded = 1 << 15;  // values of x that are worth a task of their own
-
   static const char* check(const Tensor& weight, const Tensor& scale) {
     if (weight.type != ort::Type::uint8 || weight.rank != 2) return "Int4Linear: weight is not uint8 [out_features, in_features / 2]";
-    if (weight.dims[1] % (kInt4LinearBlock / 2) != 0) return "Int4Linear: in_features is not a multiple of 32";
+    if (weight.dims[1] == 0 || weight.dims[1] % (kInt4LinearBlock / 2) != 0) return "Int4Linear: in_features is not a multiple of 32";
     const bool known = scale.type == ort::Type::float32 || scale.type == ort::Type::bfloat16;
     if (!known || scale.rank != 2 || scale.dims[0] != weight.dims[0] || scale.dims[1] * (kInt4LinearBlock / 2) != weight.dims[1])
       return "Int4Linear: weight_scale is not float32 or bfloat16 [out_features, in_features / 32]";

@@ -11,15 +11,15 @@ namespace trimtab {
 namespace {
 
 constexpr int64_t kBlock = kInt4LinearBlock;
-constexpr int32_t kZero = 8;  // of the weights
+constexpr uint32_t kZero = 8;  // of the weights
 
 struct BlockScale {
   float scale;
   int32_t less;
 };
 
-// Integers, and the scales of all blocks behind them. Rows start at odd multiples of a cache line: multiples of 4 KiB would all
-// want the same lines of the first cache.
+// Integers, and the scales of all blocks behind them. From row to row it is an odd number of cache lines: rows at multiples of
+// 4 KiB would all want the same lines of the first cache.
 inline int64_t row_bytes(int64_t in_features) {
   const int64_t lines = (in_features + in_features / kBlock * static_cast<int64_t>(sizeof(BlockScale)) + 63) / 64;
   return (lines | 1) * 64;
@@ -50,15 +50,15 @@ void quantize(const float* x, int64_t in_features, char* row) {
     }
     const float reach = std::max(across(most, [](float a, float b) { return a > b ? a : b; }), 0x1p-100f);
     const float inverse = 127.0f / reach;  // of zeros alone, too, or of numbers so small that they have none
-    vi sum = {};
+    vu sum = {};  // of what is not finite it may be anything
     for (int64_t i = 0; i < kBlock; i += V) {
       const vi q = nearest(load<vf>(x + i) * inverse);
       write(q, row + i);
-      sum += q;
+      sum += (vu)q;
     }
-    int32_t all = 0;
+    uint32_t all = 0;
     for (int i = 0; i < V; i++) all += sum[i];
-    scales[b] = {reach / 127.0f, -kZero * all};
+    scales[b] = {reach / 127.0f, static_cast<int32_t>(0u - kZero * all)};
   }
   if (std::isnan(total(spoilt)))
     for (int64_t b = 0; b < blocks; b++) scales[b] = {std::numeric_limits<float>::quiet_NaN(), 0};

@@ -88,7 +88,7 @@ void multiply_tile(const Int4Product& product, int64_t row, const char* panel, i
       const auto of_block = load<BlockScale>(scales + m * product.row_bytes);
       Sums exact(of_block.less);
       TRIMTAB_ALL for (int k = 0; k < kQuads; k++) exact.add(quads[k], vi{} + load<int32_t>(from + 4 * k));
-      sums[m] += __builtin_convertvector(exact.total(), vf) * (scale * of_block.scale);
+      sums[m] += __builtin_convertvector(exact.total(), vf) * scale * of_block.scale;  // in this order 0 stays 0
     }
   }
   const float* biases = product.bias + first;

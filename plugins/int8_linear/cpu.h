@@ -59,26 +59,19 @@ struct Int8Linear {
     const int64_t row_bytes = use.row_bytes(in_features);
     char* const q = scratch(rows * (row_bytes + static_cast<int64_t>(sizeof(RowScale))));
     auto* const row_scales = reinterpret_cast<RowScale*>(q + rows * row_bytes);
-    const int64_t shares = std::clamp<int64_t>(rows * in_features / kRounded, 1, rows);
-    auto round = [&](int64_t i) {
-      for (int64_t row = rows * i / shares; row < rows * (i + 1) / shares; row++)
-        row_scales[row] = use.quantize(x.floats() + row * in_features, in_features, q + row * row_bytes);
-    };
-    parallel(runtime, context, shares, round);
+    each_row(runtime, context, rows, in_features, [&](int64_t row) {
+      row_scales[row] = use.quantize(x.floats() + row * in_features, in_features, q + row * row_bytes);
+    });
 
     const Int8Product product{&w, q, row_bytes, row_scales, scale.floats(), bias.floats(), activation, y};
     const Grid grid(rows, in_features, out_features, use.panel);
-    auto multiply = [&](int64_t i) {
-      const int64_t a = i / grid.columns, b = i % grid.columns;
-      use.multiply(product, rows * a / grid.rows, rows * (a + 1) / grid.rows, grid.first(b), grid.first(b + 1));
-    };
-    parallel(runtime, context, grid.rows * grid.columns, multiply);
+    grid.each(runtime, context, [&](int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel) {
+      use.multiply(product, first_row, last_row, first_panel, last_panel);
+    });
     return nullptr;
   }
 
  private:
-  static constexpr int64_t kRounded = 1 << 15;  // values of x that are worth a task of their own
-
   static const char* check(const Tensor& weight) {
     if (weight.type != ort::Type::int8 || weight.rank != 2) return "Int8Linear: weight is not int8 [in_features, out_features]";
     return weight.dims[0] > 1 << 16 ? "Int8Linear: sums of more than 65536 products may overflow" : nullptr;

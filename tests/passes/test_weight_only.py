@@ -15,6 +15,7 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import PassError
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import save_graph
+from trimtab.passes.matrices.quantize import round_to_nearest
 from trimtab.passes.weight_only import WeightOnly
 
 EVERYTHING = Capability(weight_bits=frozenset({4, 8}), negative_scales=True)
@@ -127,3 +128,14 @@ def test_a_target_without_integer_weights_refuses() -> None:
         run_passes(
             canonical(zoo.exported("llama")), [WeightOnly(bits=4)], PassContext(None, Capability(frozenset({8})))
         )
+
+
+@pytest.mark.parametrize("by_largest", [False, True])
+def test_weights_too_small_for_a_scale_become_zeros(by_largest: bool) -> None:
+    """Of int4 a scale fits bfloat16, which has no number below 9e-41."""
+    weight = np.full((32, 3), 3e-40, np.float32)
+    weight[:, 1], weight[0, 2] = 0, 1
+    with np.errstate(divide="raise", invalid="raise"):
+        matrix = round_to_nearest(weight, 4, 32, by_largest=by_largest)
+    assert np.isfinite(matrix.array).all() and np.all(matrix.scale != 0)
+    np.testing.assert_allclose(matrix.array[:, :2], 0, atol=1e-12)

@@ -156,6 +156,14 @@ def test_zeros_and_what_is_tiny_give_the_bias() -> None:
         np.testing.assert_allclose(y, np.stack([weight[2]] * 3), rtol=0, atol=1e-28, err_msg=name)
 
 
+def test_scales_beyond_float32_together_leave_zeros() -> None:
+    """The product of two scales may be infinite; that of nothing with it is nothing."""
+    integers = np.full((17, 32), 8, np.uint8)
+    weight = (integers, np.full((17, 1), 1e30, np.float32), np.zeros(17, np.float32))
+    for name, (y,) in everywhere(model_of(weight, [2]), {"x": np.full((2, 32), 1e12, np.float32)}).items():
+        np.testing.assert_array_equal(y, 0, name)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_row_alone(value: float) -> None:
     rng = seeded()
@@ -191,6 +199,7 @@ def test_weights_may_be_computed_and_shared() -> None:
     [
         ({"x": 96}, "x is not float32"),
         ({"weight": [17, 24]}, "not a multiple of 32"),
+        ({"x": 0, "weight": [17, 0], "weight_scale": [17, 0]}, "not a multiple of 32"),
         ({"weight_scale": [17, 1]}, r"\[out_features, in_features / 32\]"),
         ({"weight_scale": [16, 2]}, r"\[out_features, in_features / 32\]"),
         ({"bias": [16]}, "bias is not float32"),
