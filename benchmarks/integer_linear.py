@@ -153,7 +153,7 @@ def main(
     """Measure, and print."""
     rng = np.random.default_rng(0)
     found: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory(prefix="trimtab-int8-") as folder:
+    with tempfile.TemporaryDirectory(prefix="trimtab-linear-") as folder:
         for shape in (shapes or SHAPES[form]).split(","):
             width, outputs = map(int, shape.split("x"))
             matrices = 1 + 2 * size // (width * outputs)
