@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,9 @@ from trimtab.compiler.cli import console
 
 if TYPE_CHECKING:
     from trimtab.compiler.builds.build import Build
+    from trimtab.compiler.builds.manifest import LeftPlace
+
+_MANY = 3  # places of one reason beside the first, that are counted and no longer named
 
 
 def command(
@@ -67,6 +71,18 @@ def command(
         _show(build, out)
 
 
+def _left(places: Sequence[LeftPlace]) -> Iterator[str]:
+    """A line for each place that a pass left, or for all of one reason where those are many; the report has each."""
+    reasons: dict[str, list[str]] = {}
+    for place in places:
+        reasons.setdefault(place.why, []).append(place.where)
+    for why, (first, *others) in reasons.items():
+        if len(others) >= _MANY:
+            yield f"{first} and {len(others)} more: {why}"
+        else:
+            yield from (f"{where}: {why}" for where in (first, *others))
+
+
 def _show(build: Build, out: Path) -> None:
     from trimtab.compiler.builds.report import megabytes, share
     from trimtab.compiler.checks.measure import in_brief
@@ -86,8 +102,8 @@ def _show(build: Build, out: Path) -> None:
     print()
     for report in manifest.passes:
         print(f"{report.name}: {report.changed} changed, {len(report.left)} left")
-        for place in report.left:
-            print(f"  left {place.where}: {place.why}")
+        for line in _left(report.left):
+            print(f"  left {line}")
     for what, error in in_brief(manifest.check.outputs, lambda error: error.severity):
         print(f"{what}: differs from dense by {error.relative_l2:.2g} (relative; on random inputs, unlike data)")
     if manifest.check.why:

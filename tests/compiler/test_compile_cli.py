@@ -20,7 +20,9 @@ from typer.testing import CliRunner, Result
 
 from trimtab import passes
 from trimtab.compiler.builds.build import open_build
+from trimtab.compiler.builds.manifest import LeftPlace
 from trimtab.compiler.cli.app import app
+from trimtab.compiler.cli.compile import _left
 
 PLAIN = "passes: [canonicalize]\nthreads: 1\n"
 DAMPEN = "passes: [dampen]\ncalibration: {samples: 16, states: 64}\nthreads: 1\n"
@@ -121,6 +123,18 @@ def process(*args: str, before: str = "", **options: Any) -> subprocess.Popen[st
 
 
 NAPS = "[time.sleep(0.05) for _ in range(1200)]"  # CPython sleeps on after a signal that comes just before the call
+
+
+def test_places_left_for_one_reason_are_counted() -> None:
+    """A line for each of 30 layers says no more than one."""
+    few = [LeftPlace(where=f"layer {i}", why="it is small") for i in range(3)]
+    many = [LeftPlace(where=f"layer {i}", why="it is new") for i in range(30)]
+    assert list(_left([many[0], *few, *many[1:]])) == [
+        "layer 0 and 29 more: it is new", "layer 0: it is small", "layer 1: it is small", "layer 2: it is small",
+    ]  # fmt: skip
+    assert list(_left([])) == []
+
+
 STALL = f"tiny.Dampen.run = lambda *_: print('stalled', flush=True) or {NAPS}"
 SLOW = ("model.onnx", "dampen.yaml", "-o", "deep/build", "--data", "data.npz")
 
