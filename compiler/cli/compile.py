@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +13,9 @@ from trimtab.compiler.cli import console
 
 if TYPE_CHECKING:
     from trimtab.compiler.builds.build import Build
-    from trimtab.compiler.builds.manifest import LeftPlace
+    from trimtab.compiler.builds.manifest import LeftPlace, PassReport
 
+_LOSS = 0.01  # nats a token, from which a loss is worth a line
 _MANY = 3  # places of one reason beside the first, that are counted and no longer named
 
 
@@ -83,6 +85,20 @@ def _left(places: Sequence[LeftPlace]) -> Iterator[str]:
             yield from (f"{where}: {why}" for where in (first, *others))
 
 
+def _losses(passes: Sequence[PassReport]) -> list[str]:
+    """A line for each pass whose own measure on held-out states says that quality goes.
+
+    A divergence of d nats a token from the dense distribution makes text of that distribution e^d times as perplexing.
+    """
+    measured = [(report.name, float(report.details.get("divergence", 0))) for report in passes]
+    return [
+        f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about {math.expm1(nats):.0%} of "
+        "perplexity"
+        for name, nats in measured
+        if nats >= _LOSS
+    ]
+
+
 def _show(build: Build, out: Path) -> None:
     from trimtab.compiler.builds.report import megabytes, share
     from trimtab.compiler.checks.measure import in_brief
@@ -98,6 +114,9 @@ def _show(build: Build, out: Path) -> None:
             ("FFN weights", sizes.dense_ffn_bytes, sizes.compiled_ffn_bytes),
         )
     ]
+    losses = _losses(manifest.passes)  # first and last, where they are seen
+    for line in losses:
+        print(f"note: {line}")
     console.print_table(("", "dense", "compiled", "of dense"), rows)
     print()
     for report in manifest.passes:
@@ -114,4 +133,6 @@ def _show(build: Build, out: Path) -> None:
     done = f"built for {manifest.target} in {seconds:.1f} s" if not build.reused else f"a build for {manifest.target}"
     print(f"\n{out}: {done}; see {out / 'report.md'}")
     print(f"sha256 of its manifest, for --trusted-hash: {build.hash}")
+    for line in losses:
+        print(f"note: {line}")
     print(f"next: trimtab validate {out} --data HELD_OUT    trimtab bench {out}")

@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from trimtab import passes
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.builds.manifest import LeftPlace
+from trimtab.compiler.builds.manifest import LeftPlace, PassReport
 from trimtab.compiler.cli.app import app
-from trimtab.compiler.cli.compile import _left
+from trimtab.compiler.cli.compile import _left, _losses
 
 PLAIN = "passes: [canonicalize]\nthreads: 1\n"
 DAMPEN = "passes: [dampen]\ncalibration: {samples: 16, states: 64}\nthreads: 1\n"
@@ -133,6 +133,16 @@ def test_places_left_for_one_reason_are_counted() -> None:
         "layer 0 and 29 more: it is new", "layer 0: it is small", "layer 1: it is small", "layer 2: it is small",
     ]  # fmt: skip
     assert list(_left([])) == []
+
+
+def test_a_loss_that_a_pass_measured_is_told() -> None:
+    """0.21 nats, as a head of too few candidates once had, are 23 % of perplexity."""
+    reports = [
+        PassReport(name=name, changed=1, details=details)
+        for name, details in (("head-topk", {"divergence": 0.21}), ("mild", {"divergence": 0.009}), ("other", {}))
+    ]
+    (line,) = _losses(reports)
+    assert line.startswith("head-topk: 0.210 nats a token") and "23% of perplexity" in line
 
 
 STALL = f"tiny.Dampen.run = lambda *_: print('stalled', flush=True) or {NAPS}"
