@@ -53,6 +53,11 @@ class HeadTopK(Pass):
         description="a head that would compute more stays dense; where that is slower, if not given",
     )
     dense_above: int | None = Field(None, ge=0, description="calls with more tokens are exact; chosen if not given")
+    max_divergence: float | None = Field(
+        0.5,
+        gt=0,
+        description="from the dense distribution, nats a token on held-out states; more is refused, null: none",
+    )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the head of `graph`. Reads the states before it from the Profile."""
@@ -99,9 +104,16 @@ class HeadTopK(Pass):
             reason = crossover.not_faster("its rows", load, pair.nbytes / (linear.in_features * vocabulary))
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
+        nats = divergence(head, cheap, states[held], take, shards)
+        if self.max_divergence is not None and nats > self.max_divergence:
+            raise RecipeError(
+                f"{self.name}: {take} candidates by a cheap head of rank {self.rank} are {nats:.2f} nats a token from "
+                f"the dense distribution on held-out states, more than {self.max_divergence:g}",
+                hint="give a larger `take` or `rank` or more calibration.states; `max_divergence: null` takes any",
+            )
         told: dict[str, Any] = {
             "agreement": round(found.agreement(local), 4), "miss_bound": round(found.miss_bound(local), 4),
-            "divergence": round(divergence(head, cheap, states[held], take, shards), 6),
+            "divergence": round(nats, 6),
         }  # fmt: skip
         if context.shards > 1:
             told |= {"shards": shards, "of_each_shard": local}
