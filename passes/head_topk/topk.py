@@ -107,7 +107,7 @@ class HeadTopK(Pass):
         nats = divergence(head, cheap, states[held], take, shards)
         if self.max_divergence is not None and nats > self.max_divergence:
             raise RecipeError(
-                f"{self.name}: {take} candidates by a cheap head of rank {self.rank} are {nats:.2f} nats a token from "
+                f"{take} candidates by a cheap head of rank {self.rank} are {nats:.2f} nats a token from "
                 f"the dense distribution on held-out states, more than {self.max_divergence:g}",
                 hint="give a larger `take` or `rank` or more calibration.states; `max_divergence: null` takes any",
             )
