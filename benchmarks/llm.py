@@ -127,6 +127,9 @@ def main(
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun:5.0f} s  {text}", file=sys.stderr, flush=True)
 
+    unknown = [name for name in only.split(",") if name not in OURS]
+    if unknown:
+        raise typer.BadParameter(f"no build {unknown[0]!r}; there are {', '.join(OURS)}", param_hint="--only")
     begun, missing, engines = time.monotonic(), [], {}
     checkpoint = unpacked(model)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

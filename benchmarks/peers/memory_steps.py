@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.compiler.checks.decoders.steps.serve import options, serve
+from trimtab.compiler.checks.decoders.steps.serve import serve, start
 
 
 def main(size: int, threads: int) -> None:
@@ -17,4 +17,4 @@ def main(size: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(**options())
+    start(main)

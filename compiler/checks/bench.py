@@ -79,12 +79,12 @@ def bench(
     graph = load_graph(model.canonical)
     positions = build.manifest.positions or find_positions(graph)
     for batch, tokens in shapes:
-        check_sizes(f"shape {batch}x{tokens}", tokens, 1 if decoder else 0, positions)
+        check_sizes(f"shape {batch}x{tokens}", tokens, 0, positions)
     if decoder:
-        timed, memory = time_decoder(
+        timed = time_decoder(
             build, model, others, peers, shapes, threads=threads, seconds=seconds, setting=setting, progress=progress
         )
-        return _found(build, threads, timed, workload, setting, memory)
+        return _found(build, threads, timed, usual_prompt(build), setting)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
     runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
     if build.manifest.target == "onnxruntime":
@@ -93,29 +93,26 @@ def bench(
         runs[DENSE] = dense_engine(build.manifest.target, model.canonical, workload, threads)
     runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
     timed = time_runs(runs, graph, workload, shapes, seconds=seconds, progress=progress)
-    return _found(build, threads, timed, workload, setting, {})
+    return _found(build, threads, timed, (workload.batch[1], workload.tokens[1]), setting)
 
 
 def _found(
     build: Build,
     threads: int,
     timed: Mapping[tuple[int, int], Sequence[TimedRun]],
-    workload: Workload,
+    opt: tuple[int, int],
     setting: dict[str, float],
-    memory: dict[str, float],
 ) -> Bench:
-    """The result of `build`, recorded."""
-    opt = (workload.batch[1], workload.tokens[1])
+    """The result of `build`, recorded; what its speedup tells of is `opt`, or the last shape."""
     headline = timed[opt] if opt in timed else list(timed.values())[-1]
     found = Bench(
         target=build.manifest.target,
         machine=this_machine(threads),
         versions=package_versions(),
         runs=tuple(run for each in timed.values() for run in each),
-        speedup=speedups([run for run in headline if run.past or not memory]),
+        speedup=speedups([run for run in headline if run.past] or headline),
         geomean=speedups([run for each in timed.values() for run in each]),
         setting=setting,
-        memory_mb=memory,
         like_for_like=KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
     )
     record(build, speed=_summary(found))
@@ -178,12 +175,10 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def _summary(found: Bench) -> dict[str, object]:
     """What measured.json keeps: flat, so that the report shows it as tables."""
     single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
-    held = [{"name": name, "mb": round(mb)} for name, mb in found.memory_mb.items()]
     turned = {"setting": ", ".join(f"{k} {v:g}" for k, v in found.setting.items())} if found.setting else {}
     return {
         **single,
         **turned,
         **found.machine.model_dump(mode="json"),
-        "runs": [run.model_dump() for run in found.runs],
-        **({"memory": held} if held else {}),
+        "runs": [run.model_dump(exclude=None if found.steps else {"past", "memory_mb"}) for run in found.runs],
     }

@@ -32,10 +32,11 @@ class TimedRun(_Result):
 
     Attributes:
         name: "compiled", or the peer's.
-        tokens: None for a model without them. Of a decoder 1 is a step, and more are a prompt.
-        past: tokens in a decoder's cache.
+        tokens: None for a model without them.
+        past: of a decoder's step, the tokens in the cache; 0 is a prompt.
         median_ms, p95_ms: of one call, in milliseconds.
         samples: calls timed.
+        memory_mb: of a decoder, what its process holds: weights, cache, runtime and interpreter, in 10⁶ bytes.
         ratio: its median over that of the compiled engine at this shape: above 1, compiled is faster.
     """
 
@@ -47,6 +48,7 @@ class TimedRun(_Result):
     samples: int
     ratio: float
     past: int = 0
+    memory_mb: float | None = None
 
 
 class Machine(_Result):
@@ -67,11 +69,11 @@ class Bench(_Result):
 
     Attributes:
         speedup: how many times as fast as each peer the compiled engine is, at the workload's opt shape, or at the
-            last shape where that was not timed; of a decoder, in steps. `vs_int8` is None where that peer was not run.
-        geomean: the same, as the geometric mean over all shapes.
+            last shape where that was not timed; of a decoder, in steps behind the usual prompt, or the last one.
+            `vs_int8` is None where that peer was not run.
+        geomean: the geometric mean over all runs, of a decoder those of prompts and of steps.
         like_for_like: the key of the dense peer of the same precision.
         setting: dial → its value, for builds that have dials.
-        memory_mb: of a decoder, engine → what its process holds: weights, cache, runtime and interpreter, in 10⁶ bytes.
     """
 
     target: str
@@ -82,7 +84,11 @@ class Bench(_Result):
     geomean: dict[str, float | None]
     like_for_like: str
     setting: dict[str, float] = {}
-    memory_mb: dict[str, float] = {}
+
+    @property
+    def steps(self) -> tuple[TimedRun, ...]:
+        """Of a decoder; empty for another model."""
+        return tuple(run for run in self.runs if run.past)
 
 
 def speedups(runs: Sequence[TimedRun]) -> dict[str, float | None]:

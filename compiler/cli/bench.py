@@ -82,16 +82,10 @@ def command(
         console.emit_json(found.model_dump(mode="json"))
         return
     print(describe(found.machine))
-    if found.memory_mb:
+    if found.steps:
         _show_decoder(found)
     else:
         _show(found)
-    print()
-    for name in dict.fromkeys(run.name for run in found.runs if run.name != COMPILED):
-        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
-        mark = " (like for like)" if key(name) == found.like_for_like else ""
-        over = "in steps; {:.2f} with prompts" if found.memory_mb else "; {:.2f} over all shapes"
-        print(f"{faster:.2f} times as fast as {name}{mark} {over.format(overall)}".replace(" ;", ";"))
 
 
 def describe(machine: Machine) -> str:
@@ -111,22 +105,38 @@ def _show(found: Bench) -> None:
     ]  # fmt: skip
     console.print_table(("shape", "engine", "median ms", "p95 ms", "ratio", ""), rows)
 
+    print()
+    for name in _peers(found):
+        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
+        print(f"{faster:.2f} times as fast as {name}{_mark(found, name)}; {overall:.2f} over all shapes")
+
 
 def _show_decoder(found: Bench) -> None:
     """A row for each engine and prompt: the first token, then each one more."""
     prompts = {(run.name, run.batch, run.tokens): run for run in found.runs if not run.past}
     rows = []
-    for step in (run for run in found.runs if run.past):
+    for step in found.steps:
         prompt = prompts[step.name, step.batch, step.past]
         rows.append(
             (
-                f"{step.batch}x{step.past}", step.name, f"{prompt.median_ms:8.1f}", f"{step.median_ms:8.2f}",
-                f"{step.p95_ms:8.2f}", f"{1000 * step.batch / step.median_ms:8.1f}", f"{step.ratio:5.2f}x",
-                f"{found.memory_mb[step.name]:6.0f}",
+                f"{step.batch}x{step.past}", step.name, f"{prompt.median_ms:8.1f}", f"{prompt.ratio:5.2f}x",
+                f"{step.median_ms:8.2f}", f"{step.p95_ms:8.2f}", f"{1000 * step.batch / step.median_ms:8.1f}",
+                f"{step.ratio:5.2f}x", f"{step.memory_mb:6.0f}",
             )
         )  # fmt: skip
-    columns = ("prompt", "engine", "first token ms", "then ms a step", "p95 ms", "tokens/s", "ratio", "memory MB")
+    columns = ("prompt", "engine", "first token ms", "ratio", "ms a step", "p95 ms", "tokens/s", "ratio", "memory MB")
     console.print_table(columns, rows)
+    print()
+    for name in _peers(found):
+        print(f"{found.speedup[key(name)]:.2f} times as fast a step as {name}{_mark(found, name)}")
+
+
+def _peers(found: Bench) -> list[str]:
+    return list(dict.fromkeys(run.name for run in found.runs if run.name != COMPILED))
+
+
+def _mark(found: Bench, name: str) -> str:
+    return " (like for like)" if key(name) == found.like_for_like else ""
 
 
 def _shape(run: TimedRun) -> str:

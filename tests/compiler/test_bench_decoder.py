@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from trimtab.compiler import compile_model
 from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.checks.bench import bench
+from trimtab.compiler.checks.decoders import children
 from trimtab.compiler.checks.decoders.children import Children
 from trimtab.compiler.checks.decoders.engines import GENAI, LLAMA
 from trimtab.compiler.cli.app import app
@@ -48,19 +50,20 @@ def test_prompts_and_steps_are_timed_apart(build: Build) -> None:
     ]
     assert all(run.batch == 1 and run.median_ms > 0 and run.samples >= 6 for run in found.runs)
     assert all(run.ratio == 1 for run in found.runs if run.name == "compiled")
-    assert list(found.memory_mb) == NAMES and min(found.memory_mb.values()) > 10
+    assert all(run.memory_mb is not None and run.memory_mb > 10 for run in found.runs)
     steps = {run.name: run.ratio for run in found.runs if run.past}
     assert found.speedup["vs_dense"] == pytest.approx(steps["dense-fp32"])
     recorded = open_build(build.path).measured.speed
     assert recorded["runs"] == [run.model_dump() for run in found.runs]
-    assert [row["name"] for row in recorded["memory"]] == NAMES
 
 
 def test_of_several_prompts(build: Build) -> None:
-    found = bench(build, shapes=[(1, 3), (4, 6)], seconds=0)
+    found = bench(build, shapes=[(1, 10), (4, 6)], seconds=0)
     assert [(run.batch, run.tokens, run.past) for run in found.runs if run.name == "compiled"] == [
-        (1, 3, 0), (1, 1, 3), (4, 6, 0), (4, 1, 6),
+        (1, 10, 0), (1, 1, 10), (4, 6, 0), (4, 1, 6),
     ]  # fmt: skip
+    usual = next(run for run in found.steps if run.name == "dense-fp32" and run.past == 10)
+    assert found.speedup["vs_dense"] == pytest.approx(usual.ratio)
 
 
 def test_shows_first_token_pace_and_memory(build: Build) -> None:
@@ -68,9 +71,9 @@ def test_shows_first_token_pace_and_memory(build: Build) -> None:
     assert shown.exit_code == 0, shown.output
     for column in ("first token ms", "tokens/s", "memory MB"):
         assert column in shown.stdout
-    assert "times as fast as dense-fp32" in shown.stdout and "in steps" in shown.stdout
+    assert "times as fast a step as dense-fp32" in shown.stdout
     told = json.loads(cli(build.path, "--json").stdout)
-    assert {run["past"] for run in told["runs"]} == {0, 10} and set(told["memory_mb"]) == set(NAMES)
+    assert {run["past"] for run in told["runs"]} == {0, 10} and all(run["memory_mb"] > 10 for run in told["runs"])
 
 
 def test_llama_cpp_by_the_interpreter_given(build: Build, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_llama_cpp_by_the_interpreter_given(build: Build, tmp_path: Path) -> Non
     file.write_bytes(b"GGUF")
     body = (
         f'[ "$1" = -c ] && exit 0\necho "$2" > {tmp_path}/given\necho a line of its own\n'
-        'echo \'{"version": "a stand-in"}\'\nwhile read line; do echo; done'
+        'echo \'{"version": "a stand-in"}\'\nwhile read line; do echo a line of its own; echo done; done'
     )
     python = interpreter(tmp_path / "python", body)
     found = bench(build, peers=[LLAMA], gguf=file, llama_python=python, seconds=0)
@@ -112,10 +115,18 @@ def test_an_interpreter_that_does_not_do_it(body: str, says: str, build: Build, 
         (["--peer", LLAMA, "--gguf", "README.md"], "is no GGUF file"),
         (["--peer", "openvino-fp32"], "does not time a decoder's steps"),
         (["--peer", GENAI, "--shapes", "2x4"], "one text at a time"),
-        (["--shapes", "1x64"], "more than the 64"),
+        (["--shapes", "1x64"], "ask for at most 63"),
+        (["--peer", LLAMA, "--gguf", "no/such.gguf"], "there is no file no/such.gguf"),
+        (["--peer", LLAMA, "--gguf", "m.gguf", "--llama-python", "no/python"], "there is no file no/python"),
+        (["--gguf", "m.gguf"], "are of the peer llama.cpp"),
     ],
 )
-def test_what_cannot_be_timed_is_refused_at_once(words: list[str], says: str, build: Build) -> None:
+def test_what_cannot_be_timed_is_refused_at_once(
+    words: list[str], says: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("no model")
+    Path("m.gguf").write_bytes(b"GGUF")
     refused = cli(build.path, *words)
     assert refused.exit_code == 1
     assert says in " ".join(refused.stderr.split()) and "Traceback" not in refused.output
@@ -126,6 +137,33 @@ def test_peers_of_decoders_do_not_time_encoders(tmp_path: Path) -> None:
     encoder = compile_model(zoo.exported("bert"), recipe, tmp_path / "bert")
     with pytest.raises(TargetError, match="times the steps of decoders"):
         bench(encoder, peers=[LLAMA], seconds=0)
+
+
+def test_near_the_end_of_the_positions_and_in_a_folder_called_like_a_file(build: Build, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(build.path, tmp_path / "model.onnx"))
+    found = bench(open_build(moved), shapes=[(1, 63)], seconds=0)
+    assert {run.past for run in found.steps} == {63}
+
+
+def test_a_process_that_hangs_is_given_up(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_PATIENCE_S", 1.0)
+    python = interpreter(tmp_path / "python", "exec sleep 100")
+    with Children() as waiting, pytest.raises(TargetError, match="ended before the first step"):
+        waiting.start("peer", python, "llama_steps.py")
+
+
+def test_its_neighbours_are_found_wherever_python_looks(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    assert bench(build, seconds=0).steps
+
+
+def test_shards_share_the_threads_and_count_their_memory_together(tmp_path: Path) -> None:
+    zoo.save_pretrained("llama", tmp_path / "llama")
+    one = {"passes": [], "workload": WORKLOAD, "threads": 1}
+    whole = bench(compile_model(tmp_path / "llama", one, tmp_path / "whole"), seconds=0)
+    divided = bench(compile_model(tmp_path / "llama", one, tmp_path / "divided", shards=2), seconds=0)
+    assert divided.machine.threads == 2
+    assert divided.steps[0].memory_mb > 1.5 * whole.steps[0].memory_mb  # two processes, each with its runtime
 
 
 def test_a_process_that_does_not_start() -> None:

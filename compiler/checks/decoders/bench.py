@@ -7,21 +7,26 @@ from pathlib import Path
 
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.checks.decoders.engines import DECODER_PEERS, OtherEngines
-from trimtab.compiler.checks.decoders.timing import own, time_decoders
+from trimtab.compiler.checks.decoders.timing import Start, time_decoders
 from trimtab.compiler.checks.peers import DENSE, INT8, PeerModel
 from trimtab.compiler.checks.peers.ort import quantized
 from trimtab.compiler.checks.speed import COMPILED, TimedRun
 from trimtab.compiler.decoder_cache import pasts
 from trimtab.compiler.phases import Progress
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import TargetError
+from trimtab.passes.errors import RecipeError, TargetError
 
 _PROMPT = 128  # tokens of a prompt where the workload tells of no past
 
 
 def decodes(build: Build) -> bool:
-    """Whether its engine goes on from a cache, step by step, in ONNX Runtime."""
-    return build.manifest.target == "onnxruntime" and bool(pasts(tensor.name for tensor in build.manifest.inputs))
+    """Whether its engine takes steps in ONNX Runtime, in a cache that stays where it is.
+
+    Where the cache grows by concatenation, a step behind so many tokens cannot be taken again and again.
+    """
+    manifest = build.manifest
+    in_place = {mask.past for mask in manifest.packed} & set(pasts(tensor.name for tensor in manifest.inputs))
+    return manifest.target == "onnxruntime" and bool(in_place)
 
 
 def usual_prompt(build: Build) -> tuple[int, int]:
@@ -45,7 +50,8 @@ def other_engines(
         if name in DECODER_PEERS:
             if not decodes(build):
                 raise TargetError(
-                    f"peer {name!r} times the steps of decoders, and this build has none for ONNX Runtime",
+                    f"peer {name!r} times the steps of decoders for ONNX Runtime whose cache stays in place "
+                    "(GroupQueryAttention), which this build is not",
                     hint="leave it out",
                 )
             wanted.append(name)
@@ -68,29 +74,45 @@ def time_decoder(
     seconds: float,
     setting: Mapping[str, float],
     progress: Progress | None,
-) -> tuple[dict[tuple[int, int], list[TimedRun]], dict[str, float]]:
-    """Prompts and steps by shape, and the memory of each engine at the last one."""
-    engines = {COMPILED: own(build.path), DENSE: own(model.canonical), INT8: own(quantized(model.canonical))}
-    for name in peers:
-        if name in DECODER_PEERS:
-            engines[name] = others.child(name)
-    bounds = next(tensor.bounds for tensor in build.manifest.inputs if tensor.name == "input_ids")
-    found, memory = {}, {}
+) -> dict[tuple[int, int], list[TimedRun]]:
+    """Prompts and steps behind them by shape, (batch, tokens).
+
+    Raises:
+        RecipeError: the model has no position for a step behind so many tokens.
+        TargetError: an engine does not come up, or fails.
+    """
+    positions = build.manifest.positions
     for batch, tokens in shapes:
+        if positions is not None and tokens >= positions.most:
+            raise RecipeError(
+                f"shape {batch}x{tokens}: a step behind {tokens} tokens needs {tokens + 1} positions, and the model "
+                f"has {positions.most}",
+                hint=f"ask for at most {positions.most - 1}",
+            )
+    bounds = next(tensor.bounds for tensor in build.manifest.inputs if tensor.name == "input_ids")
+    starts = {name: others.start(name) for name in peers if name in DECODER_PEERS}
+    integers = quantized(model.canonical)
+    of_rank = max(1, threads // build.manifest.shards)
+    found = {}
+    for batch, tokens in shapes:
+        engines = {
+            COMPILED: Start.own(build.path, batch=batch, dials=dict(setting), threads=of_rank),
+            DENSE: Start.own(model.canonical, batch=batch, dense=True),
+            INT8: Start.own(integers, batch=batch, dense=True),
+            **starts,
+        }
         timings = time_decoders(
-            engines, context=tokens, vocabulary=bounds[1] + 1 if bounds else 2, batch=batch, threads=threads,
-            seconds=seconds, options={COMPILED: {"dials": dict(setting)}}, progress=progress,
+            engines, context=tokens, vocabulary=bounds[1] + 1 if bounds else 2, threads=threads, seconds=seconds,
+            progress=progress,
         )  # fmt: skip
-        ours = timings[COMPILED]
         found[batch, tokens] = [
             TimedRun(
                 name=name, batch=batch, tokens=count, past=past, median_ms=timing.median_ms, p95_ms=timing.p95_ms,
-                samples=timing.samples, ratio=timing.median_ms / one.median_ms,
+                samples=timing.samples, ratio=timing.median_ms / ours.median_ms, memory_mb=each.resident_bytes / 1e6,
             )
             for name, each in timings.items()
-            for count, past, timing, one in (
-                (tokens, 0, each.prompt, ours.prompt), (1, tokens, each.step, ours.step)
+            for count, past, timing, ours in (
+                (tokens, 0, each.prompt, timings[COMPILED].prompt), (1, tokens, each.step, timings[COMPILED].step)
             )
         ]  # fmt: skip
-        memory = {name: each.resident_bytes / 1e6 for name, each in timings.items()}
-    return found, memory
+    return found

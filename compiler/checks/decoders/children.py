@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from trimtab.compiler.checks.decoders.steps.serve import DONE
 from trimtab.passes.errors import TargetError
 
 STEPS = Path(__file__).resolve().parent / "steps"
 """The scripts that such processes run."""
 
+_PATIENCE_S = 900.0  # that a process has to come up, or to answer
 _LINES = 3  # of what a process said last, that an error repeats
 
 
@@ -54,34 +58,59 @@ class Children:
             with open(said, "wb") as log:
                 child = subprocess.Popen(
                     [str(python), str(STEPS / script), json.dumps(options, default=str)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_surroundings(),
                 )  # fmt: skip
         except OSError as error:
             raise TargetError(f"{name}: {python} cannot be run ({error.strerror})") from error
         self._stack.callback(_end, child)
-        # Libraries may print before their first step; `about` is the first line of JSON.
-        line = next((line for line in child.stdout or () if line.startswith("{")), None)
-        if line is None:
+        with _patience(child):
+            about = next((found for line in child.stdout or () if (found := _told(line)) is not None), None)
+        if about is None:
             raise TargetError(f"{name}: its process ended before the first step{_last(said)}")
-        self.about[name] = json.loads(line)
+        self.about[name] = about
         self._running[name] = child
         self.steps[name], self.prompts[name] = (partial(_ask, name, child, what, said) for what in ("step", "prompt"))
 
     def resident_bytes(self, name: str) -> int:
-        """Memory that the process holds now: weights, cache, runtime and interpreter."""
-        return int(psutil.Process(self._running[name].pid).memory_info().rss)
+        """Memory that the process holds now, and those that it has started: weights, cache, runtime, interpreter."""
+        process = psutil.Process(self._running[name].pid)
+        return sum(int(each.memory_info().rss) for each in (process, *process.children(recursive=True)))
 
 
 def _ask(name: str, child: subprocess.Popen[str], what: str, said: Path) -> None:
     assert child.stdin is not None and child.stdout is not None
-    try:
+    with _patience(child), suppress(BrokenPipeError):
         child.stdin.write(f"{what}\n")
         child.stdin.flush()
-        answered = child.stdout.readline()
-    except BrokenPipeError:
-        answered = ""
-    if not answered:
-        raise TargetError(f"{name}: its process ended in the middle of a {what}{_last(said)}")
+        if any(line.strip() == DONE for line in child.stdout):
+            return
+    raise TargetError(f"{name}: its process ended in the middle of a {what}{_last(said)}")
+
+
+@contextmanager
+def _patience(child: subprocess.Popen[str]) -> Iterator[None]:
+    """End a process that does not answer, so that nobody waits for it for ever."""
+    timer = threading.Timer(_PATIENCE_S, child.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _told(line: str) -> dict[str, Any] | None:
+    """What a process says of itself, a line of JSON; libraries may print others before."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _surroundings() -> dict[str, str]:
+    """Those in which a script finds its neighbours."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
 
 
 def _last(said: Path) -> str:

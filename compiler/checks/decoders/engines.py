@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.compiler.checks.decoders.genai import PACKAGE, genai_model
+from trimtab.compiler.checks.decoders.timing import Start
 from trimtab.compiler.sources.gguf import is_gguf
 from trimtab.passes.errors import TargetError
 
@@ -45,29 +46,43 @@ class OtherEngines:
             raise TargetError(
                 f"peer {names[0]!r} is timed one text at a time, not {batch}", hint="give --shapes, such as 1x128"
             )
-        if GENAI in names and importlib.util.find_spec(PACKAGE) is None:
-            raise TargetError(f"peer {GENAI!r} needs onnxruntime-genai", hint="pip install onnxruntime-genai")
+        if LLAMA not in names and (self.gguf is not None or self.llama_python is not None):
+            raise TargetError("--gguf and --llama-python are of the peer llama.cpp", hint=f"add --peer {LLAMA}")
+        if GENAI in names:
+            if importlib.util.find_spec(PACKAGE) is None:
+                raise TargetError(f"peer {GENAI!r} needs onnxruntime-genai", hint="pip install onnxruntime-genai")
+            if not self.origin.exists():
+                raise TargetError(f"peer {GENAI!r} starts from {self.origin}, which is gone", hint="put it back")
         if LLAMA in names:
             self._llama_file()
-            python = self.llama_python or Path(sys.executable)
-            if not _imports(python, "llama_cpp"):
+            if not self._python.is_file():
+                raise TargetError(f"--llama-python: there is no file {self.llama_python}", hint="give an interpreter")
+            if not _imports(self._python, "llama_cpp"):
                 raise TargetError(
-                    f"peer {LLAMA!r}: {python} does not import llama_cpp",
+                    f"peer {LLAMA!r}: {self._python} does not import llama_cpp",
                     hint="python -m venv llama && llama/bin/pip install llama-cpp-python, "
                     "then --llama-python llama/bin/python",
                 )
 
-    def child(self, name: str) -> tuple[Path | str, str, Path]:
-        """Interpreter, script and model of the peer."""
+    def start(self, name: str) -> Start:
+        """How the peer is started."""
         if name == GENAI:
-            return sys.executable, "genai_steps.py", genai_model(self.origin)
-        return self.llama_python or sys.executable, "llama_steps.py", self._llama_file()
+            return Start(sys.executable, "genai_steps.py", genai_model(self.origin))
+        return Start(self._python, "llama_steps.py", self._llama_file())
+
+    @property
+    def _python(self) -> Path:
+        return Path(sys.executable) if self.llama_python is None else self.llama_python.absolute()
 
     def _llama_file(self) -> Path:
         if self.gguf is not None:
+            if not self.gguf.is_file():
+                raise TargetError(f"--gguf: there is no file {self.gguf}", hint="give a GGUF file of the same model")
             if not is_gguf(self.gguf):
                 raise TargetError(f"--gguf: {self.gguf} is no GGUF file", hint="give a file that ends in .gguf")
             return self.gguf
+        if self.origin.suffix == ".gguf" and not self.origin.exists():
+            raise TargetError(f"peer {LLAMA!r} starts from {self.origin}, which is gone", hint="give it: --gguf FILE")
         if not is_gguf(self.origin):
             raise TargetError(
                 f"peer {LLAMA!r} starts from a GGUF file, and this build was made of {self.origin}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +25,9 @@ def genai_model(origin: Path) -> Path:
         origin: a Hugging Face directory, or a GGUF file.
 
     Raises:
-        TargetError: the package is missing, or does not take the model.
+        TargetError: the package does not take the model.
         ModelError: the GGUF file cannot be read.
     """
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise TargetError("peer 'genai-int4' needs onnxruntime-genai", hint="pip install onnxruntime-genai")
     checkpoint = unpacked(origin) if is_gguf(origin) else origin
     if not (checkpoint / "config.json").is_file():
         raise TargetError(f"peer 'genai-int4' starts from a Hugging Face directory, not from {origin}", hint=_HINT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.compiler.checks.decoders.children import Children
@@ -29,47 +29,52 @@ class DecoderTiming:
     resident_bytes: int
 
 
-Engine = tuple[Path | str, str, Path]
-"""Interpreter, script, and what it opens."""
+@dataclass(frozen=True)
+class Start:
+    """How an engine is started.
 
+    Attributes:
+        python, script: the interpreter, and one of the scripts in `steps`.
+        path: what it opens.
+        options: of the script, beside those that all have.
+    """
 
-def own(path: Path) -> Engine:
-    """A build, or a dense ONNX file."""
-    return sys.executable, "trimtab_steps.py", path
+    python: Path | str
+    script: str
+    path: Path
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def own(cls, path: Path, **options: object) -> Start:
+        """A build, or with dense=True an ONNX file."""
+        return cls(sys.executable, "trimtab_steps.py", path, options)
 
 
 def time_decoders(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Start],
     *,
     context: int,
     vocabulary: int,
-    batch: int,
     threads: int,
     seconds: float,
-    options: Mapping[str, Mapping[str, object]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, DecoderTiming]:
     """Time all `engines`, each in a process of its own, on the same random tokens.
 
     Args:
         context: tokens of a prompt, and in the cache when a step is timed.
-        batch: texts that are continued together.
-        threads: of each engine.
+        threads: of each engine that has no other option.
         seconds: for all engines together.
-        options: of an engine's script, by its name.
 
     Raises:
         TargetError: an engine does not come up, or fails.
     """
     with Children() as children:
-        for done, (name, (python, script, path)) in enumerate(engines.items()):
+        for done, (name, start) in enumerate(engines.items()):
             if progress:
                 progress("start engines", done, len(engines))
-            more = dict((options or {}).get(name, {}))
-            more |= {"batch": batch} if script == "trimtab_steps.py" else {}
-            children.start(
-                name, python, script, path=path, threads=threads, context=context, vocabulary=vocabulary, **more
-            )
+            options = {"threads": threads, "context": context, "vocabulary": vocabulary, **start.options}
+            children.start(name, start.python, start.script, path=start.path, **options)
         if progress:
             progress("start engines", len(engines), len(engines))
         steps = interleave(children.steps, seconds=(1 - _PROMPTS) * seconds, block=10, rest=REST_S)

@@ -13,7 +13,7 @@ from itertools import cycle
 
 import numpy as np
 import onnxruntime_genai as genai
-from serve import options, serve
+from serve import serve, start
 from text import perplexity, read
 
 
@@ -46,7 +46,7 @@ def main(path: str, threads: int, context: int, vocabulary: int, text: str | Non
             return np.asarray(reading.get_logits())[0, -1]
 
         about["perplexity"] = perplexity(blocks, begin, following)
-    stepping, tokens = generator(2 * context), cycle(row[context:])
+    stepping, tokens = generator(context + 1), cycle(row[context:])
     append(stepping, row[:context])
 
     def step() -> None:
@@ -54,8 +54,8 @@ def main(path: str, threads: int, context: int, vocabulary: int, text: str | Non
         stepping.rewind_to(context)
 
     step()
-    serve(about, step=step, prompt=lambda: append(generator(2 * context), row[:context]))
+    serve(about, step=step, prompt=lambda: append(generator(context + 1), row[:context]))
 
 
 if __name__ == "__main__":
-    main(**options())
+    start(main)

@@ -13,7 +13,7 @@ from itertools import cycle
 
 import llama_cpp as api
 import numpy as np
-from serve import options, serve
+from serve import serve, start
 from text import perplexity, read
 
 
@@ -29,11 +29,16 @@ def main(path: str, threads: int, context: int, vocabulary: int, text: str | Non
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp does not load {path}")
+    known = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    if known != vocabulary:
+        raise SystemExit(f"{path} has {known} tokens, and the build {vocabulary}: it is another model")
     wanted = api.llama_context_default_params()
     wanted.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
     wanted.n_batch = wanted.n_ubatch = context
     wanted.n_threads = wanted.n_threads_batch = threads
     session = api.llama_init_from_model(model, wanted)
+    if not session:
+        raise SystemExit(f"llama.cpp has no room for {wanted.n_ctx} tokens of {path}")
 
     def decode(tokens: Sequence[int]) -> np.ndarray:
         given = (api.llama_token * len(tokens))(*map(int, tokens))
@@ -65,4 +70,4 @@ def main(path: str, threads: int, context: int, vocabulary: int, text: str | Non
 
 
 if __name__ == "__main__":
-    main(**options())
+    start(main)

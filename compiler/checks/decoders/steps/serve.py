@@ -11,11 +11,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+DONE = "done"
+"""The line that answers each one that was sent; libraries may print others."""
 
-def options() -> dict[str, Any]:
-    """What the process was started with, by name."""
-    given: dict[str, Any] = json.loads(sys.argv[1])
-    return given
+
+def start(main: Callable[..., object]) -> None:
+    """Call `main` with what the process was started with, by name. What goes wrong is said in a line."""
+    options: dict[str, Any] = json.loads(sys.argv[1])
+    try:
+        main(**options)
+    except Exception as error:
+        sys.exit(str(error) or type(error).__name__)
 
 
 def serve(about: dict[str, object], **calls: Callable[[], object]) -> None:
@@ -23,4 +29,4 @@ def serve(about: dict[str, object], **calls: Callable[[], object]) -> None:
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         calls[line.strip()]()
-        print(flush=True)
+        print(DONE, flush=True)

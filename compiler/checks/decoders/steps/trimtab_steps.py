@@ -1,6 +1,7 @@
 """One token behind `context` others, by a build of trimtab, or by ONNX Runtime of a dense ONNX file.
 
-Options: path, threads, context, vocabulary; batch, dials, text (a .npy file of blocks, for their perplexity).
+Options: path, threads, context, vocabulary; dense (whether the path is an ONNX file), batch, dials, text (a .npy file
+of blocks, for their perplexity).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from serve import options, serve
+from serve import serve, start
 from text import perplexity, read
 
 from trimtab.compiler import load
@@ -24,11 +25,12 @@ def main(
     threads: int,
     context: int,
     vocabulary: int,
+    dense: bool = False,
     batch: int = 1,
     dials: dict[str, float] | None = None,
     text: str | None = None,
 ) -> None:
-    runner, feeds = opened(path, threads, batch, dials or {})
+    runner, feeds = opened(path, dense, threads, batch, dials or {})
     blocks, rows = read(text, vocabulary, 2 * context, batch)
     about: dict[str, object] = {}
     if blocks is not None:
@@ -43,8 +45,8 @@ def main(
     )
 
 
-def opened(path: str, threads: int, batch: int, dials: dict[str, float]) -> tuple[Runner, Dials]:
-    if path.endswith(".onnx"):
+def opened(path: str, dense: bool, threads: int, batch: int, dials: dict[str, float]) -> tuple[Runner, Dials]:
+    if dense:
         return OnnxRuntimeRunner(Path(path), session_options(threads, spinning=True)), {}
     engine = load(path, threads=threads, verify=False)
     return engine.runner, engine.manifest.all_dials.feeds(batch, dials)
@@ -66,4 +68,4 @@ def perplexity_of(runner: Runner, blocks: np.ndarray, feeds: Dials) -> float:
 
 
 if __name__ == "__main__":
-    main(**options())
+    start(main)
