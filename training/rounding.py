@@ -63,11 +63,12 @@ def rounded_weight(weight: Tensor, axis: int, rounding: Rounding) -> Tensor:
 def rounded_blocks(weight: Tensor, block: int) -> Tensor:
     """`weight` [out_features, in_features] as int4, a scale for `block` inputs of each output; without a gradient.
 
-    As `trimtab.passes.matrices.quantize.round_to_nearest` rounds without a search.
+    As `trimtab.passes.matrices.quantize.round_to_nearest` rounds without a search, scales to bfloat16.
     """
     with torch.no_grad():
         blocks = weight.detach().float().unflatten(1, (-1, block))
         scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7 * TYPICAL
+        scale = scale.bfloat16().float()
         rounded: Tensor = (blocks / scale).round_().clamp_(-8, 7).mul_(scale).flatten(1)
     return rounded
 

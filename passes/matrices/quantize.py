@@ -100,7 +100,7 @@ def _scale(block: np.ndarray, bits: int, shrinks: np.ndarray) -> np.ndarray:
     top = np.maximum(np.abs(block).max(0), 1e-12) / (2 ** (bits - 1) - (0.5 if bits == 2 else 1))
     best, least = _short(top, bits), np.full(top.shape, np.inf, np.float32)
     for shrink in shrinks if bits < 8 else (1.0,):
-        tried = _short(top * shrink, bits)
+        tried = _short(top * np.float32(shrink), bits)
         error = np.square(_round(block, tried, bits) * tried - block).sum(0)
         best, least = np.where(error < least, tried, best), np.minimum(error, least)
     return best
@@ -111,7 +111,9 @@ def _short(scale: np.ndarray, bits: int) -> np.ndarray:
 
     Int4Linear stores them so: 4.5 bits a weight in blocks of 32, instead of 5.
     """
-    kept = scale.astype(ml_dtypes.bfloat16 if bits == 4 else np.float32).astype(np.float32)
+    kept = scale.astype(np.float32)
+    if bits == 4:
+        kept = kept.astype(ml_dtypes.bfloat16).astype(np.float32)
     return np.where(kept != 0, kept, np.float32(1))
 
 

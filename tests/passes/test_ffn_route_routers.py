@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -24,9 +25,13 @@ from trimtab.passes.layer import FFNWeights
 
 
 def _int4(w: np.ndarray) -> np.ndarray:
-    """[d_model, d_ff] to the nearest of the levels -8 .. 7, whose steps are those of 64, 32 or 16 inputs; float64."""
-    blocks = w.astype(np.float64).reshape(-1, next(n for n in (64, 32, 16) if len(w) % n == 0), w.shape[1])
-    step = np.maximum(np.abs(blocks).max(1, keepdims=True), 1e-12) / 7 * 0.9
+    """[d_model, d_ff] to the nearest of the levels -8 .. 7, whose steps are those of 64, 32 or 16 inputs; float64.
+
+    Steps are numbers of bfloat16.
+    """
+    blocks = w.astype(np.float32).reshape(-1, next(n for n in (64, 32, 16) if len(w) % n == 0), w.shape[1])
+    step = np.maximum(np.abs(blocks).max(1, keepdims=True), np.float32(1e-12)) / np.float32(7) * np.float32(0.9)
+    step, blocks = step.astype(ml_dtypes.bfloat16).astype(np.float64), blocks.astype(np.float64)
     return np.asarray((np.clip(np.rint(blocks / step), -8, 7) * step).reshape(w.shape))
 
 
