@@ -74,8 +74,10 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
   const auto& kind = tiles[panel / V];
   const char* const data = w.packed + first * w.width;
   const bool more = next.weights != nullptr;
-  const int64_t passes = (tokens + most - 1) / most, lines = passes > 1 ? lines_in(panel * columns, passes) : 0;
-  Stream ahead(passes > 1 ? kDotAhead : kDotBegin, data, passes > 1 ? count * w.width : 0,
+  const int64_t passes = (tokens + most - 1) / most;
+  const bool evenly = passes > 1 || count * w.width <= kShort;
+  const int64_t lines = evenly ? lines_in(panel * columns, passes) : 0;
+  Stream ahead(passes > 1 ? kPassesAhead : evenly ? kAhead : kBeginning, false, data, evenly ? count * w.width : 0,
                more ? next.weights->packed + next.chosen.row(next.begin) * w.width : nullptr, (next.end - next.begin) * w.width);
   for (int64_t r = 0; r < count; r += panel)
     in_tiles(tokens, most, [&](int64_t t, int64_t some) {
@@ -88,7 +90,7 @@ void dot_by_bytes(const Weights& w, const Chosen& chosen, int64_t begin, int64_t
           const int64_t token = t + j / limbs, row = (numbers == nullptr ? token : numbers[token]) * limbs + j % limbs;
           from[j] = x.bytes + row * stride + at, scales[j] = row * groups + group;
         }
-        if (passes == 1 && r + panel >= count && group == groups - 1) ahead.ask<2>(lines_in(kDotBegin, 1));
+        if (!evenly && r + panel >= count && group == groups - 1) ahead.ask(lines_in(kBeginning, 1));
         int32_t exact[kTileRows * 2 * V];
         kind[some * limbs - 1](data + r * w.width + at * panel, size / columns, from, exact, ahead, lines);
         for (int64_t j = 0; j < some * limbs; j++) {
@@ -141,7 +143,8 @@ void sum_by_bytes(const Weights& w, const Takers& takers, const BlockBytes* byte
         const char *data = part(b, i, &size), *next = nullptr;
         if (i + kChunk < takers.size) next = part(b, i + kChunk, &next_size);
         else if (b + 1 < takers.count) next = part(b + 1, 0, &next_size);
-        Stream ahead(limbs == 2 ? kFewAhead : kSumAhead, data, size * (end - column), next, next_size * (end - column));
+        const bool near = limbs == 2 && size * (end - column) > kShort;
+        Stream ahead(kAhead, near, data, size * (end - column), next, next_size * (end - column));
         const int64_t begin = takers.starts[b], some_tokens = takers.starts[b + 1] - begin;
         const int64_t lines = lines_in(4 * panel, (some_tokens + most - 1) / most);
         for (int64_t c = column; c < end; c += panel)

@@ -33,11 +33,12 @@ constexpr int kTileRows = 4;
 
 constexpr int64_t kVectorBytes = 4 * V;
 
-// How far ahead memory is asked for: by sums of a token or two for the first cache, by all others for the second, which holds for
-// products what they pass several times. A block of products that is passed once is read so evenly that the hardware foresees it
-// better, but where the next one begins. (GB/s of two threads of a Zen 4: 45 of 51 beside 37, and 57 beside 53 with the beginning;
-// a token's sums have 52 by the first cache, 41 by the second, 45 by none.)
-constexpr int64_t kFewAhead = 1 << 12, kSumAhead = 1 << 13, kDotAhead = 1 << 17, kDotBegin = 1 << 11;
+// How far ahead memory is asked for, in bytes. Blocks of up to kShort bytes are over before the hardware foresees them: they are
+// asked for by software, across the ends of blocks, for the second cache. (Blocks of 16 KB, two threads of a Zen 4: sums at 32
+// GB/s, 25 for the first cache; products at 28, 23 without.) Of longer ones a token's sums are asked for in the first cache (52
+// GB/s, 41 for the second, 45 without), and products only where the next block begins (57, 53 without, 37 for all of it). What
+// is passed several times is asked for in the second cache, which holds it.
+constexpr int64_t kShort = 1 << 16, kAhead = 1 << 13, kPassesAhead = 1 << 17, kBeginning = 1 << 11;
 
 typedef int64_t vl __attribute__((vector_size(4 * V)));
 
@@ -111,27 +112,27 @@ inline float round_bytes(const float* x, const float* by, int64_t count, int64_t
 }
 
 // Asks for memory that is read from front to back, line by line and `ahead` bytes in front; at its end for the beginning of what
-// is read next.
+// is read next. `near`: for the first cache, else for the second.
 class Stream {
  public:
-  Stream(int64_t ahead, const char* now, int64_t size, const char* next, int64_t next_size)
-      : here_(now + std::min(size, ahead)), end_(now + size), next_(next), next_end_(next + std::min(next_size, ahead)) {}
+  Stream(int64_t ahead, bool near, const char* now, int64_t size, const char* next, int64_t next_size)
+      : here_(now + std::min(size, ahead)), end_(now + size), next_(next), next_end_(next + std::min(next_size, ahead)), near_(near) {}
 
-  // `lines` more, for the first or the second cache. Inlined at once: GCC takes a function that only prefetches for one without
-  // effect, and drops it.
-  template <int kCache>
+  // `lines` more. Inlined at once: GCC takes a function that only prefetches for one without effect, and drops it.
   __attribute__((always_inline)) void ask(int64_t lines) {
     for (; lines > 0; lines--, here_ += 64) {
       if (here_ >= end_) {
         if (next_ == nullptr) return;
         here_ = next_, end_ = next_end_, next_ = nullptr;
       }
-      __builtin_prefetch(here_, 0, 4 - kCache);
+      if (near_) __builtin_prefetch(here_, 0, 3);
+      else __builtin_prefetch(here_, 0, 2);
     }
   }
 
  private:
   const char *here_, *end_, *next_, *next_end_;
+  const bool near_;
 };
 
 // sums[t][n V + r] = sum of x[t] times row r of vector n, over `steps` steps, each of which is N vectors of V rows and four
@@ -140,7 +141,7 @@ template <int T, int N, bool kHalf>
 void dot_bytes(const char* panel, int64_t steps, const int8_t* const* x, int32_t* sums, Stream& next, int64_t lines) {
   vi sum[T][N] = {};
   for (int64_t i = 0; i < steps; i++, panel += N * kVectorBytes) {
-    next.ask<2>(lines);
+    next.ask(lines);
     vi w[N];
     TRIMTAB_UNROLL for (int n = 0; n < N; n++) w[n] = load<vi>(panel + n * kVectorBytes);
     TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
@@ -165,7 +166,7 @@ void sum_bytes(const char* panel, int64_t quads, const BlockBytes* h, int64_t st
   TRIMTAB_UNROLL for (int t = 0; t < T; t++)
     TRIMTAB_UNROLL for (int n = 0; n < N; n++) sum[t][n] = vi{} - h[t * stride].sum;
   for (int64_t q = 0; q < quads; q++, panel += N * kVectorBytes) {
-    next.ask<kLimbs == 2 ? 1 : 2>(lines);
+    next.ask(lines);
     vi w[N];
     TRIMTAB_UNROLL for (int n = 0; n < N; n++) w[n] = load<vi>(panel + n * kVectorBytes);
     TRIMTAB_UNROLL for (int t = 0; t < T; t++) {
