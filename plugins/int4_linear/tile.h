@@ -4,6 +4,7 @@
 #include <array>
 #include <utility>
 
+#include "../native/int4_sums.h"
 #include "quantize.h"
 
 namespace trimtab {
@@ -18,48 +19,6 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kQuads = kBlock / 4, kLoads = kQuads / 2;  // of a block: fours of inputs, vectors of weights
 constexpr int64_t kAhead = 4096;  // bytes that a row asks for before it reads them
-
-// Sums of products of bytes, unsigned weights with signed x, four to a 32-bit integer.
-struct Sums {
-#if defined(TRIMTAB_VNNI)
-  vi sum;
-  explicit Sums(int32_t start) : sum(vi{} + start) {}
-  void add(vi w, vi x) {
-#if TRIMTAB_WIDTH == 16
-    sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-#else
-    sum = (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
-#endif
-  }
-  vi total() const { return sum; }
-#elif TRIMTAB_WIDTH == 16 || (TRIMTAB_WIDTH == 8 && defined(__AVX2__))
-  // Sums of two products of at most 15 * 127 each, and of the eight such pairs of a block, fit into 16 bits.
-  static_assert(2 * kQuads * 15 * 127 < 1 << 15);
-  vs pairs = {};
-  int32_t start;
-  explicit Sums(int32_t start) : start(start) {}
-#if TRIMTAB_WIDTH == 16
-  void add(vi w, vi x) { pairs += (vs)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
-  vi total() const { return (vi)_mm512_madd_epi16((__m512i)pairs, _mm512_set1_epi16(1)) + start; }
-#else
-  void add(vi w, vi x) { pairs += (vs)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
-  vi total() const { return (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)) + start; }
-#endif
-#else
-  vi sum;
-  explicit Sums(int32_t start) : sum(vi{} + start) {}
-  void add(vi w, vi x) {
-    TRIMTAB_ALL for (int shift = 0; shift < 32; shift += 8) sum += ((w >> shift) & 0xff) * ((x << (24 - shift)) >> 24);
-  }
-  vi total() const { return sum; }
-#endif
-};
-
-template <bool kHalf>
-inline vf load_scale(const char* scales, int64_t b) {
-  if (kHalf) return (vf)(__builtin_convertvector(load<vh>(scales + b * 2 * V), vi) << 16);
-  return load<vf>(scales + b * 4 * V);
-}
 
 // y[m][j] = sum over the inputs of x[m] times W's output j of the panel, plus bias, for j in [0, outputs).
 template <int M, bool kHalf>
@@ -82,11 +41,11 @@ void multiply_tile(const Int4Product& product, int64_t row, const char* panel, i
       quads[v] = both & 0x0f0f0f0f;
       quads[kLoads + v] = (both >> 4) & 0x0f0f0f0f;
     }
-    const vf scale = load_scale<kHalf>(panel, b);
+    const vf scale = load_scales<kHalf>(panel + b * V * (kHalf ? 2 : 4));
     TRIMTAB_ALL for (int m = 0; m < M; m++) {
       const char* from = x + m * product.row_bytes;
       const auto of_block = load<BlockScale>(scales + m * product.row_bytes);
-      Sums exact(of_block.less);
+      Int4Sums exact(of_block.less);
       TRIMTAB_ALL for (int k = 0; k < kQuads; k++) exact.add(quads[k], vi{} + load<int32_t>(from + 4 * k));
       sums[m] += __builtin_convertvector(exact.total(), vf) * scale * of_block.scale;  // in this order 0 stays 0
     }

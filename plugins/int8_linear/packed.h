@@ -3,7 +3,8 @@
 
 #include <memory>
 
-#include "../native/resident.h"
+#include "../native/custom_op.h"
+#include "../native/large_memory.h"
 #include "../native/shared_packs.h"
 #include "kernels.h"
 

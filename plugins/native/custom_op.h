@@ -110,6 +110,21 @@ inline Tensor read_input(const ort::Runtime& runtime, ort::KernelContext* contex
   return tensor_of(runtime, index < runtime.input_count(context) ? runtime.input(context, index) : nullptr);
 }
 
+// The inputs of a node, of which constants are looked at once: each look is some calls into the runtime.
+class Inputs {
+ public:
+  void take(const ort::Runtime& runtime, const ort::KernelInfo* info, size_t count) {
+    for (size_t i = 0; i < count; i++) constants_.push_back(tensor_of(runtime, runtime.constant_input(info, i)));
+  }
+
+  Tensor read(const ort::Runtime& runtime, ort::KernelContext* context, size_t index) const {
+    return index < constants_.size() && constants_[index] ? constants_[index] : read_input(runtime, context, index);
+  }
+
+ private:
+  std::vector<Tensor> constants_;
+};
+
 // The memory of output `index`, which gets this shape; nullptr where the node leaves it unnamed. To be called once, and not
 // before the kernel has counted what its sizes hang on.
 template <typename T>

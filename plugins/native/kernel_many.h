@@ -43,7 +43,6 @@ void with_tiles(Format format, const Use& use) {
   }
 }
 
-inline bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
 
 // out[t][r] = (or +=) x[t] . row[r] for places `first` to first + size.
 void dot_piece(const Chunk& now, const Chunk& next, int64_t next_first, const Activations& x, const int64_t* numbers,

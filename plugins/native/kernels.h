@@ -14,6 +14,7 @@ struct Chosen {
   const int32_t* blocks;
   int64_t size;
 
+  int64_t block(int64_t row) const { return blocks[row / size]; }
   int64_t row(int64_t i) const { return size == 1 ? blocks[i] : blocks[i / size] * size + i % size; }
 };
 
@@ -30,25 +31,23 @@ constexpr int64_t kChunk = 32;  // rows that are
 
 constexpr int64_t groups_of(int64_t width) { return (width + kGroup - 1) / kGroup; }
 
-constexpr int64_t kByteGroup = 1024;  // of x that share a scale where it is multiplied in bytes
+constexpr int64_t kPackedBlock = 8, kPackedWidth = 16;  // what blocks and widths of packed weights are multiples of
 
-constexpr int64_t kBytesBlock = 8, kBytesWidth = 16;  // what blocks and widths of packed weights are multiples of
+constexpr int64_t kLine = 64;  // bytes of a line of the cache
 
-constexpr int64_t byte_groups(int64_t width) { return (width + kByteGroup - 1) / kByteGroup; }
-
-constexpr int64_t byte_stride(int64_t width) { return (width + 63) / 64 * 64; }
+constexpr int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // x [tokens, width]: as floats for weights in floating point. For integer weights as 16-bit integers, whose products with them
 // are exact, with a scale for every kGroup of a row; in the order that the kernels want, see `prepare`, and filled up with
-// zeros to whole groups. For packed weights as bytes, see ByteKernels. Where many tokens take the same rows, as floats.
+// zeros to whole groups. For packed weights as bytes, see PackedKernels. Where many tokens take the same rows, as floats.
 struct Activations {
   const float* floats = nullptr;
   const int16_t* integers = nullptr;  // [tokens, groups_of(width) * kGroup]
-  const int8_t* bytes = nullptr;      // [tokens, limbs, byte_stride(width)], zeros at the end
-  const float* scale = nullptr;       // [tokens, groups_of(width)], or of bytes [tokens, limbs, byte_groups(width)]
+  const char* bytes = nullptr;        // [tokens, row_bytes], as PackedKernels write them
+  const float* scale = nullptr;       // [tokens, groups_of(width)]
   const float* less = nullptr;        // int4: what the zero point takes off, of each block
-  const int32_t* sums = nullptr;      // bytes: of each group, 128 times
-  int64_t limbs = 1;                  // bytes of an activation, the high ones first
+  int64_t row_bytes = 0;
+  int64_t limbs = 1;                  // bytes of an activation
   int64_t step = 1;                   // tokens from one that is taken to the next
 
   Activations from(int64_t token, int64_t width) const {
@@ -58,10 +57,7 @@ struct Activations {
       const int64_t group = token * groups_of(width);
       later.integers += group * kGroup, later.scale += group, later.less += group * (kGroup / kInt4Block);
     }
-    if (bytes != nullptr) {
-      const int64_t group = token * limbs * byte_groups(width);
-      later.bytes += token * limbs * byte_stride(width), later.scale += group, later.sums += group;
-    }
+    if (bytes != nullptr) later.bytes += token * row_bytes;
     return later;
   }
 
@@ -96,26 +92,31 @@ struct BlockBytes {
   float scale;
 };
 
-// int8 weights of blocks that are packed in the order in which they are multiplied, with activations of one or two bytes. Rows
-// of a block stay together, so that it is one contiguous read as before.
-struct ByteKernels {
-  // w [rows, width] as SparseUp and SparseDown multiply it: into memory of as many bytes. Blocks are multiples of kBytesBlock,
-  // the width of kBytesWidth.
-  void (*pack_up)(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to);
-  void (*pack_down)(const int8_t* w, int64_t rows, int64_t width, int64_t block, char* to);
+// How weights of a kind are packed: w, of which `packed_block` and `short_scales` are unknown as yet, in blocks.
+struct Packing {
+  int64_t (*block_bytes)(const Weights& w, int64_t block);
+  void (*pack)(const Weights& w, int64_t block, char* to);
+};
 
-  // A row of x: [limbs, byte_stride(width)], and of their groups scales and sums.
-  void (*prepare)(const float* x, int64_t width, int64_t limbs, int8_t* bytes, float* scale, int32_t* sums);
+// Weights of int8 or int4, of blocks that are packed in the order in which they are multiplied: the scales of a block, filled up
+// to whole lines of the cache, and behind them its integers; so a block is one contiguous read as before. Activations have one or
+// two bytes. Blocks are multiples of kPackedBlock, the width of kPackedWidth.
+struct PackedKernels {
+  Packing up, down;  // w [rows, width] as SparseUp and SparseDown multiply it
 
-  // h of pairs first to last of a token and a block: [pairs, limbs, ceil(size / kChunk)].
+  // A row of x as bytes.
+  int64_t (*row_bytes)(int64_t width, int64_t limbs);
+  void (*prepare)(const float* x, int64_t width, int64_t limbs, char* row);
+
+  // h of pairs first to last of a token and a block: [pairs, limbs, ceil(size / kChunk)]. nullptr: the sums round h themselves.
   void (*prepare_blocks)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t limbs,
                          int64_t first, int64_t last, BlockBytes* bytes);
 
-  // As those of Kernels, of whole blocks; `bytes`: of all pairs.
+  // As those of Kernels, of whole blocks; `bytes`: of all pairs, where they are rounded before.
   void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
               float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers);
-  void (*sum_by_block)(const Weights& w, const Takers& takers, const BlockBytes* bytes, int64_t limbs, int64_t tokens,
-                       int64_t first, int64_t last, float* y);
+  void (*sum_by_block)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, const BlockBytes* bytes,
+                       int64_t limbs, int64_t tokens, int64_t first, int64_t last, float* y);
 };
 
 struct Kernels {
@@ -141,19 +142,25 @@ struct Kernels {
 
   // A row of x, for integer weights.
   void (*prepare)(Format format, const float* x, int64_t width, int16_t* integers, float* scale, float* less);
-  const ByteKernels* bytes;  // nullptr: this processor does not multiply them
+  const PackedKernels* packed;  // of int8, and of int4; nullptr: this processor does not multiply bytes
 };
 
 extern const Kernels kPortable;
 #if defined(TRIMTAB_X86)
 extern const Kernels kAvx2, kAvx512;
-extern const ByteKernels kBytesAvx2, kBytesAvx512, kBytesAvx512Vnni;
+extern const PackedKernels kPackedAvx2[2], kPackedAvx512[2], kPackedAvx512Vnni[2];
 #if defined(TRIMTAB_AVX_VNNI)
-extern const ByteKernels kBytesAvxVnni;
+extern const PackedKernels kPackedAvxVnni[2];
 #endif
 #endif
 
 // Those of the best instruction set, see isa.h.
 const Kernels& kernels();
+
+// Those of packed weights of a format; nullptr where it is never packed.
+inline const PackedKernels* packed_kernels(Format format) {
+  const PackedKernels* all = kernels().packed;
+  return all == nullptr || !is_integer(format) ? nullptr : all + (format == Format::int4);
+}
 
 }  // namespace trimtab

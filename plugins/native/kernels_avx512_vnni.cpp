@@ -1,4 +1,4 @@
 #define TRIMTAB_VNNI
 #define TRIMTAB_WIDTH 16
-#define TRIMTAB_BYTES kBytesAvx512Vnni
-#include "bytes_impl.h"
+#define TRIMTAB_PACKED kPackedAvx512Vnni
+#include "packed_impl.h"

@@ -1,4 +1,4 @@
 #define TRIMTAB_VNNI
 #define TRIMTAB_WIDTH 8
-#define TRIMTAB_BYTES kBytesAvxVnni
-#include "bytes_impl.h"
+#define TRIMTAB_PACKED kPackedAvxVnni
+#include "packed_impl.h"

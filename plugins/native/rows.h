@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #include "custom_op.h"
 #include "kernels.h"
-#include "resident.h"
 
 namespace trimtab {
 
@@ -35,7 +35,7 @@ inline bool one_for_each(const Tensor& values, int64_t rows) {
 // The weights that two inputs are; nullptr, or what is wrong with them.
 inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t width, Weights* out) {
   if (w.rank != 2) return "weights are not a matrix [neurons, width]";
-  *out = {Format::float32, w.data, nullptr, scale.floats(), w.dims[0], w.dims[1]};
+  *out = {Format::float32, w.data, scale.floats(), w.dims[0], w.dims[1]};
   switch (w.type) {
     case ort::Type::float32: out->format = Format::float32; break;
     case ort::Type::float16: out->format = Format::float16; break;
@@ -45,7 +45,7 @@ inline const char* read_weights(const Tensor& w, const Tensor& scale, int64_t wi
     default: return "weights are of a type that this op does not take";
   }
   if (out->width != width) return "weights and activations have different widths";
-  const bool integer = out->format == Format::int8 || out->format == Format::int4;
+  const bool integer = is_integer(out->format);
   if (integer != static_cast<bool>(scale)) return "integer weights need scales, others take none";
   if (!integer) return nullptr;
   if (out->format == Format::int4 && width % kInt4Block != 0) return "the width of int4 weights is no multiple of 32";
@@ -83,17 +83,14 @@ class Prepared {
     const int64_t width = w.width;
     const Format format = w.format;
     if (w.packed != nullptr) {
-      const int64_t limbs = limbs_of(together), groups = limbs * byte_groups(width), stride = limbs * byte_stride(width);
-      bytes_.reset(new int8_t[tokens * stride]);
-      sums_.reset(new int32_t[tokens * groups]);
-      scale_.reset(new float[tokens * groups]);
-      for (int64_t t = 0; t < tokens; t++)
-        use.bytes->prepare(x + t * width, width, limbs, bytes_.get() + t * stride, scale_.get() + t * groups,
-                           sums_.get() + t * groups);
-      view_.bytes = bytes_.get(), view_.sums = sums_.get(), view_.scale = scale_.get(), view_.limbs = limbs;
+      const PackedKernels& packed = *packed_kernels(format);
+      view_.limbs = limbs_of(together), view_.row_bytes = packed.row_bytes(width, view_.limbs);
+      bytes_.reset(new char[tokens * view_.row_bytes]);
+      for (int64_t t = 0; t < tokens; t++) packed.prepare(x + t * width, width, view_.limbs, bytes_.get() + t * view_.row_bytes);
+      view_.bytes = bytes_.get(), dot_ = packed.dot;
       return;
     }
-    if ((format != Format::int8 && format != Format::int4) || together >= kMany) {
+    if (!is_integer(format) || together >= kMany) {
       view_.floats = x;
       return;
     }
@@ -110,14 +107,14 @@ class Prepared {
   const Activations& view() const { return view_; }
 
   // The kernel that multiplies them.
-  auto dot() const { return view_.bytes != nullptr ? kernels().bytes->dot : kernels().dot; }
+  auto dot() const { return dot_; }
 
  private:
   std::unique_ptr<int16_t[]> integers_;
-  std::unique_ptr<int8_t[]> bytes_;
-  std::unique_ptr<int32_t[]> sums_;
+  std::unique_ptr<char[]> bytes_;
   std::unique_ptr<float[]> scale_;
   Activations view_;
+  decltype(Kernels::dot) dot_ = kernels().dot;
 };
 
 }  // namespace trimtab

@@ -10,6 +10,8 @@ enum class Format : int32_t { float32, float16, bfloat16, int8, int4 };
 
 constexpr int64_t kInt4Block = 32;  // inputs that share a scale
 
+constexpr bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
+
 constexpr int64_t bytes_of(Format format, int64_t weights) {
   switch (format) {
     case Format::float32: return 4 * weights;
@@ -22,11 +24,17 @@ constexpr int64_t bytes_of(Format format, int64_t weights) {
 // W [rows, width].
 struct Weights {
   Format format = Format::float32;
-  const void* data = nullptr;    // int4: two to a byte, the first in the low half, as unsigned with zero point 8
-  const char* packed = nullptr;  // int8 of blocks, in place of `data`: in the order of its products, see ByteKernels
-  const float* scale = nullptr;  // int8: [rows]; int4: [rows, width / 32]; else none
+  const void* data = nullptr;   // int4: two to a byte, the first in the low half, as unsigned with zero point 8
+  const float* scale = nullptr; // int8: [rows]; int4: [rows, width / 32]; else none
   int64_t rows = 0;
   int64_t width = 0;
+
+  // Integers of blocks with their scales, in place of both: see PackedKernels.
+  const char* packed = nullptr;
+  int64_t packed_block = 0;  // bytes of a block
+  bool short_scales = false;  // these are bfloat16, in int4
+
+  const char* block(int64_t number) const { return packed + number * packed_block; }
 };
 
 }  // namespace trimtab

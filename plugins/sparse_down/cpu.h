@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../native/by_block.h"
-#include "../native/rows.h"
+#include "../native/resident.h"
 
 namespace trimtab {
 
@@ -63,25 +63,27 @@ struct SparseDown {
 
   int64_t block = 1;
   int64_t at_most = 0;  // blocks may be -1
+  Inputs inputs;
   Resident resident;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "at_most", &at_most);
-    resident.take(runtime, info, 2, &ByteKernels::pack_down, block);
+    inputs.take(runtime, info, 4);
+    resident.take(runtime, info, 2, &PackedKernels::down, block);
     return nullptr;
   }
 
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
-    const Tensor h = read_input(runtime, context, 0), blocks = read_input(runtime, context, 1);
-    const Tensor weight = resident.of(read_input(runtime, context, 2)), scale = read_input(runtime, context, 3);
+    const Tensor h = inputs.read(runtime, context, 0), blocks = inputs.read(runtime, context, 1);
+    const Tensor weight = resident.of(inputs.read(runtime, context, 2)), scale = inputs.read(runtime, context, 3);
     if (h.type != ort::Type::float32 || h.rank < 1 || h.rank > Tensor::kMostDims) return "SparseDown: h is not float32 [..., neurons]";
     if (weight.rank != 2) return "SparseDown: weights are not a matrix [neurons, width]";
     const int64_t tokens = h.rows(), count = h.last();
     const int64_t width = weight.last() * (weight.type == ort::Type::uint8 ? 2 : 1);
     Weights down;
     if (const char* error = read_weights(weight, scale, width, &down)) return error;
-    down.packed = resident.packed(weight);
+    resident.add_packed(&down);
     if (const char* error = check_blocks(blocks, tokens, down.rows, block, at_most != 0)) return error;
     if (count != blocks.last() * block) return "SparseDown: h has another number of neurons than blocks";
 
@@ -157,30 +159,31 @@ struct SparseDown {
       together = std::max(together, turned.back().together());
       if (down.packed == nullptr && turned.back().repeats()) return false;
     }
-    const bool bytes = down.packed != nullptr;
+    const PackedKernels* const packed = down.packed != nullptr ? packed_kernels(down.format) : nullptr;
     const int64_t limbs = limbs_of(together);
-    const bool some = together >= (down.format == Format::int8 || down.format == Format::int4 ? kMany : kSome);
-    const Kernels& use = kernels();
+    const bool some = together >= (is_integer(down.format) ? kMany : kSome);
     const int64_t parts = std::min<int64_t>(task_count(bytes_of(down.format, down.rows * width)), kMostParts);
+    const int64_t partial = parts * tokens;  // rows of partial sums
+    const bool adds = parts > 1 && tokens <= kTogether && partial * width <= kMostPartialBlocks && partial * kPartialRows <= down.rows;
+
     const int64_t chunks = (block + kChunk - 1) / kChunk;
     std::vector<std::unique_ptr<BlockBytes[]>> rounded;
-    if (bytes) {
+    const auto round = [&](int64_t batch, int64_t share, int64_t shares) {
+      const int64_t pairs = turned[batch].pairs(), first = bound(pairs, shares, share, 1), last = bound(pairs, shares, share + 1, 1);
+      packed->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count, limbs, first, last, rounded[batch].get());
+    };
+    if (packed != nullptr && packed->prepare_blocks != nullptr) {
       for (const ByBlock& one : turned) rounded.emplace_back(new BlockBytes[one.pairs() * limbs * chunks]);
       const int64_t shares = std::clamp<int64_t>(std::min(tokens, kTogether) * count / kRounded, 1, parts);
-      auto round = [&](int64_t i) {
-        const int64_t batch = i / shares, share = i % shares, pairs = turned[batch].pairs();
-        use.bytes->prepare_blocks(down, turned[batch].takers(block), h + batch * kTogether * count, count, limbs,
-                                  bound(pairs, shares, share, 1), bound(pairs, shares, share + 1, 1), rounded[batch].get());
-      };
-      parallel(runtime, context, static_cast<int64_t>(turned.size()) * shares, round);
+      auto task = [&](int64_t i) { round(i / shares, i % shares, shares); };
+      parallel(runtime, context, static_cast<int64_t>(turned.size()) * shares, task);
     }
     const auto sum = [&](const Takers& takers, int64_t batch, int64_t mine, int64_t first, int64_t last, float* to) {
       const float* from = h + batch * kTogether * count;
-      if (bytes) use.bytes->sum_by_block(down, takers, rounded[batch].get(), limbs, mine, first, last, to);
-      else use.sum_by_block(down, takers, from, count, mine, some, first, last, to);
+      if (packed == nullptr) return kernels().sum_by_block(down, takers, from, count, mine, some, first, last, to);
+      packed->sum_by_block(down, takers, from, count, rounded.empty() ? nullptr : rounded[batch].get(), limbs, mine, first, last, to);
     };
-    const int64_t partial = parts * tokens;  // rows of partial sums
-    if (parts > 1 && tokens <= kTogether && partial * width <= kMostPartialBlocks && partial * kPartialRows <= down.rows) {
+    if (adds) {
       const Takers all = turned[0].takers(block);
       add_up(runtime, context, parts, tokens * width, y, [&](int64_t part, float* to) {
         const int64_t begin = bound(all.count, parts, part, 1), end = bound(all.count, parts, part + 1, 1);

@@ -10,6 +10,7 @@ struct SparseHead : SparseUp {
   static constexpr ort::Argument kInputs[] = {{}, {}, {}, kOptional, kOptional};  // x, rows, weight, scale, bias
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
+    inputs.take(runtime, info, 5);
     resident_up.take(runtime, info, 2);
     return nullptr;
   }

@@ -4,7 +4,7 @@
 #include "../native/activation.h"
 #include "../native/by_block.h"
 #include "../native/highest.h"
-#include "../native/rows.h"
+#include "../native/resident.h"
 
 namespace trimtab {
 
@@ -19,6 +19,7 @@ struct SparseUp {
   int64_t block = 1;
   int64_t keep = 0;     // of the chosen blocks, those that add most; 0: all
   int64_t at_most = 0;  // blocks may be -1
+  Inputs inputs;
   Resident resident_up, resident_gate;
 
   const char* read(const ort::Runtime& runtime, const ort::KernelInfo* info) {
@@ -29,14 +30,15 @@ struct SparseUp {
     runtime.attribute(info, "block", &block);
     runtime.attribute(info, "keep", &keep);
     runtime.attribute(info, "at_most", &at_most);
-    resident_up.take(runtime, info, 2, &ByteKernels::pack_up, block);
-    resident_gate.take(runtime, info, 5, &ByteKernels::pack_up, block);
+    inputs.take(runtime, info, 9);
+    resident_up.take(runtime, info, 2, &PackedKernels::up, block);
+    resident_gate.take(runtime, info, 5, &PackedKernels::up, block);
     return nullptr;
   }
 
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
     Tensor in[9];
-    for (size_t i = 0; i < 9; i++) in[i] = read_input(runtime, context, i);
+    for (size_t i = 0; i < 9; i++) in[i] = inputs.read(runtime, context, i);
     const Tensor &x = in[0], &blocks = in[1];
     if (x.type != ort::Type::float32 || x.rank < 1 || x.rank > Tensor::kMostDims) return "SparseUp: x is not float32 [..., width]";
     const int64_t tokens = x.rows(), width = x.last();
@@ -46,7 +48,7 @@ struct SparseUp {
       if (const char* error = read_weights(resident_gate.of(in[5]), in[6], width, &gate)) return error;
       if (gate.format != up.format || gate.rows != up.rows) return "SparseUp: up and gate differ in type or neurons";
     }
-    up.packed = resident_up.packed(in[2]), gate.packed = resident_gate.packed(in[5]);
+    resident_up.add_packed(&up), resident_gate.add_packed(&gate);
     if (in[5] && (up.packed == nullptr || gate.packed == nullptr)) up.packed = gate.packed = nullptr;
     if (const char* error = check_blocks(blocks, tokens, up.rows, block, at_most != 0)) return error;
     if (!one_for_each(in[4], up.rows) || !one_for_each(in[7], up.rows)) return "biases are not float32 [neurons]";
