@@ -57,15 +57,18 @@ print(json.dumps({"phases": made.seconds, "peak_bytes": made.peak_memory_bytes, 
 
 
 def recipe(form: str) -> list[Any]:
-    """5 % of the neurons, 128 candidates; what is left dense in the same form."""
+    """5 % of the neurons, 128 candidates; what is left dense in the same form, int8 with a scale for each row."""
     if form == "dense fp32":
         return []
+    sizes = {"form": form, "weights": form}
     passes: list[Any] = [
-        {"ffn-topk": {"density": DENSITY, "take": DENSITY, "rank": 128, "block": 8, "form": form, "weights": form}},
-        {"head-topk": {"take": 128, "rank": 128, "form": form, "weights": form}},
+        {"ffn-topk": {"density": DENSITY, "take": DENSITY, "rank": 128, "block": 8, "max_error": None} | sizes},
+        {"head-topk": {"take": 128, "rank": 128} | sizes},
     ]
-    if form != "fp32":
-        passes.append({"weight-only": {"bits": int(form.removeprefix("int")), "parts": ["attention"]}})
+    if form == "int8":
+        passes.append({"dynamic-int8": {"scales": "auto"}})
+    if form == "int4":
+        passes.append({"weight-only": {"bits": 4, "parts": ["attention"]}})
     return passes
 
 
@@ -107,7 +110,7 @@ def compiled(model: Path, form: str, out: Path, data: Path, attention: int) -> d
     passes = found.pop("passes")
     if passes:
         ffn, head = (each["details"] for each in passes[:2])
-        per = {"fp32": 4.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}[form]
+        per = {"fp32": 4.0, "int8": 1.0, "int4": 0.5 + 2 / 32}[form]
         read = sum(row["read_bytes"] for row in ffn["layers"]) + head["read_bytes"] + attention * per
     else:
         read = found["dense_bytes"] - 4 * SIZES["vocab_size"] * SIZES["hidden_size"]  # of the table one row is read

@@ -95,15 +95,19 @@ def bytes_read(model: Path) -> int:
     )  # fmt: skip
 
 
-def compiled(model: Path, passes: list[Any], out: Path, data: Path) -> dict[str, Any]:
-    """Compile; what a step reads, and how long the compile took."""
-    recipe = {
-        "passes": passes, "threads": 2, "check": False,
+def recipe_of(passes: list[Any], threads: int) -> dict[str, Any]:
+    """For steps of one text, prompts and perplexities."""
+    return {
+        "passes": passes, "threads": threads, "check": False,
         "calibration": {"samples": 64, "max_tokens": TOKENS, "states": 8192},
         "workload": {"batch": 1, "tokens": [1, 1, TOKENS], "past": [0, CONTEXT, 2 * TOKENS]},
     }  # fmt: skip
+
+
+def compiled(model: Path, passes: list[Any], out: Path, data: Path, threads: int) -> dict[str, Any]:
+    """Compile; what a step reads, and how long the compile took."""
     start = time.perf_counter()
-    build = compile_model(model, recipe, out, data=data if passes else None)
+    build = compile_model(model, recipe_of(passes, threads), out, data=data if passes else None)
     read = bytes_read(build.model)
     for each in build.manifest.passes:
         for row in [*each.details.get("layers", []), *([each.details] if "read_bytes" in each.details else [])]:
@@ -139,7 +143,7 @@ def main(
         paths: dict[str, tuple[Path | str, str, Path]] = {}
         for name in only.split(","):
             say(f"compiling {name}")
-            engines[name] = compiled(model, OURS[name], folder / name, data)
+            engines[name] = compiled(model, OURS[name], folder / name, data, threads)
             paths[name] = sys.executable, "trimtab_steps.py", folder / name
         if importlib.util.find_spec("onnxruntime_genai"):
             say("building the peer of onnxruntime-genai")

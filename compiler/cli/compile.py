@@ -90,13 +90,16 @@ def _losses(passes: Sequence[PassReport]) -> list[str]:
 
     A divergence of d nats a token from the dense distribution makes text of that distribution e^d times as perplexing.
     """
-    measured = [(report.name, float(report.details.get("divergence", 0))) for report in passes]
-    return [
-        f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about {math.expm1(nats):.0%} of "
-        "perplexity"
-        for name, nats in measured
-        if nats >= _LOSS
-    ]
+    found = []
+    for name, details in ((report.name, report.details) for report in passes):
+        nats, error = float(details.get("divergence", 0)), float(details.get("error", 0))
+        if nats >= _LOSS:
+            found.append(f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about "
+                         f"{math.expm1(nats):.0%} of perplexity")  # fmt: skip
+        if error >= _LOSS:
+            found.append(f"{name}: {error:.1%} of the FFNs' outputs are lost on held-out states (squared, relative "
+                         "to variance, mean over all layers)")  # fmt: skip
+    return found
 
 
 def _show(build: Build, out: Path) -> None:

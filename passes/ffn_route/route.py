@@ -32,6 +32,7 @@ from trimtab.passes.sparse_ffn import (
     SparseFFN,
     TokenDial,
     bars_token_dial,
+    error_bound,
     fit_rest,
     report_rest,
     rest_bytes,
@@ -106,6 +107,7 @@ class FFNRoute(Pass):
     rest: RestOption | None = Field(
         None, description="{rank: r}: a low-rank affine map of the input in place of the groups that are left out"
     )
+    max_error: float | None = error_bound()
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
     @model_validator(mode="after")
@@ -194,7 +196,7 @@ class FFNRoute(Pass):
                 done += 1
                 if context.progress is not None:
                     context.progress("route neurons", done, len(wanted))
-        return rewritten(self.name, anatomy.ffns, rows, left)
+        return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def _fit(self, ffns: Sequence[FFN], profile: Profile, context: PassContext) -> tuple[dict[int, Fitted], list[Left]]:
         """Routers for FFNs, by number; and those that stay dense. Layers that share weights share all of it."""

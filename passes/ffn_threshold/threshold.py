@@ -37,6 +37,7 @@ from trimtab.passes.sparse_ffn import (
     TokenDial,
     bars_token_dial,
     check_sparsity,
+    error_bound,
     fit_rest,
     report_rest,
     rest_bytes,
@@ -120,6 +121,7 @@ class FFNThreshold(Pass):
     rest: RestOption | None = Field(
         None, description="{rank: r}: a low-rank affine map of the input in place of the neurons that are left out"
     )
+    max_error: float | None = error_bound()
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
     def dials(self) -> tuple[Dial, ...]:
@@ -156,7 +158,7 @@ class FFNThreshold(Pass):
             if context.progress is not None:
                 context.progress("find thresholds", done, len(wanted))
         rows = self._rewrite(graph, plans, left, context) if plans else []
-        return rewritten(self.name, anatomy.ffns, rows, left)
+        return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def taken(self, blocks: int) -> int:
         """The most blocks of one token."""

@@ -10,6 +10,7 @@ import numpy as np
 from trimtab.passes.ffn_topk.importance import best_of_shards
 from trimtab.passes.ffn_topk.predictor import Predictor
 from trimtab.passes.ffn_topk.shards import expected_recall
+from trimtab.passes.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Choice:
     def computed(self, x: np.ndarray) -> np.ndarray:
         """Which blocks the states x [tokens, d_model] compute, bool [tokens, blocks]."""
         return best_of_shards(self.predictor.scores(x), self.take // self.shards, self.shards)
+
+    def error(self, layer: Layer) -> float:
+        """Squared error of the FFN's outputs on held-out states, relative to their variance, without a rest."""
+        taken = np.repeat(self.computed(layer.held), self.predictor.block, 1)
+        return layer.error((layer.h_held * taken) @ layer.down)
 
     def by_shards(self, neurons: int, block: int) -> dict[str, Any]:
         """For the report: neurons that each shard takes, and the recall if the wanted ones fell at random."""

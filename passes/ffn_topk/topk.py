@@ -28,6 +28,7 @@ from trimtab.passes.sparse_ffn import (
     RowForm,
     Rows,
     SparseFFN,
+    error_bound,
     fit_rest,
     report_rest,
     rest_bytes,
@@ -89,6 +90,7 @@ class FFNTopK(Pass):
         None,
         description="{rank: r}: a low-rank affine map of the input in place of the neurons that are left out",
     )
+    max_error: float | None = error_bound()
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 
     @model_validator(mode="after")
@@ -144,7 +146,7 @@ class FFNTopK(Pass):
                 f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
                 hint="allow more neurons (most), a better predictor (rank, signal), or less recall",
             )
-        return rewritten(self.name, anatomy.ffns, rows, left)
+        return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
         """What the target measures for this shape, if anything hangs on it."""
@@ -246,6 +248,7 @@ class FFNTopK(Pass):
             rest = fit_rest(layer, choice.computed, self.rest.rank)
         if rest is not None:
             stand_in = RestNodes(rest, f"{name}/rest", blocks=blocks, taken=choice.take, dense_above=above)
+        lost = {} if self.exact else {"error": 0.0 if everything else round(choice.error(layer), 4)}
         every = constant(f"{name}/all", np.arange(blocks, dtype=np.int32)[None])
         predict = None if everything else choice.predictor.store(f"{name}/predict", len(group))
         predictor = 0 if everything else choice.predictor.nbytes
@@ -268,4 +271,4 @@ class FFNTopK(Pass):
                 "read_bytes": round(beside + sparse.read_bytes(choice.take, keep or None)),
                 "bytes": once * round(beside + sparse.nbytes), "dense_bytes": once * 4 * ffn.params,
                 "dense_above": above,
-            } | of_rest | ({} if once else {"weights_of": first.layer})  # fmt: skip
+            } | lost | of_rest | ({} if once else {"weights_of": first.layer})  # fmt: skip

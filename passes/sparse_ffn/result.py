@@ -5,24 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pydantic import Field
+
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.contract import Left, PassResult
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph.linear import distinct_bytes
 
+MAX_ERROR = 0.25
+"""Of SmolLM2-135M, whose perplexity is four times the dense one there (benchmarks/results/rest.json)."""
 
-def rewritten(name: str, ffns: Sequence[FFN], rows: list[dict[str, Any]], left: Sequence[Left]) -> PassResult:
+
+def error_bound() -> Any:
+    """The option `max_error` of a pass."""
+    return Field(
+        MAX_ERROR,
+        gt=0,
+        description="of the FFNs' outputs on held-out states, squared and relative to their variance, mean over all "
+        "FFNs of the model; more is refused, null: none",
+    )
+
+
+def rewritten(
+    name: str, ffns: Sequence[FFN], rows: list[dict[str, Any]], left: Sequence[Left], max_error: float | None = None
+) -> PassResult:
     """The result of the pass `name`.
 
     Args:
         ffns: all of the graph.
-        rows: what the report says of each FFN that was rewritten; "layer" and "bytes" among it.
+        rows: what the report says of each FFN that was rewritten; "layer" and "bytes" among it, and "error" where the
+            pass measured what leaving neurons out costs.
         left: those that were not, of the ones that were wanted.
+        max_error: the option of that name.
+
+    Raises:
+        RecipeError: more is lost than that.
     """
     layers = {row["layer"] for row in rows}
     untouched = [linear for ffn in ffns if ffn.layer not in layers for linear in ffn.linears]
     rows = sorted(rows, key=lambda row: row["layer"])
-    details = {"layers": rows, "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows)}
+    details: dict[str, Any] = {
+        "layers": rows,
+        "ffn_bytes": distinct_bytes(untouched) + sum(row["bytes"] for row in rows),
+    }
+    if rows and all("error" in row for row in rows):
+        details["error"] = round(sum(row["error"] for row in rows) / len(ffns), 4)
+        if max_error is not None and details["error"] > max_error:
+            raise RecipeError(
+                f"the neurons that are left out are {details['error']:.0%} of the FFNs' outputs on held-out states "
+                f"(squared error relative to variance), more than {max_error:.0%}",
+                hint="compute more of them, add a `rest`, or learn routers (ffn-route); `max_error: null` takes any",
+            )
     return PassResult(name, len(rows), tuple(left), details)
 
 

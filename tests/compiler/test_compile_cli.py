@@ -139,10 +139,14 @@ def test_a_loss_that_a_pass_measured_is_told() -> None:
     """0.21 nats, as a head of too few candidates once had, are 23 % of perplexity."""
     reports = [
         PassReport(name=name, changed=1, details=details)
-        for name, details in (("head-topk", {"divergence": 0.21}), ("mild", {"divergence": 0.009}), ("other", {}))
-    ]
-    (line,) = _losses(reports)
-    assert line.startswith("head-topk: 0.210 nats a token") and "23% of perplexity" in line
+        for name, details in (
+            ("head-topk", {"divergence": 0.21}), ("mild", {"divergence": 0.009, "error": 0.009}),
+            ("ffn-topk", {"error": 0.178}), ("other", {}),
+        )
+    ]  # fmt: skip
+    head, ffn = _losses(reports)
+    assert head.startswith("head-topk: 0.210 nats a token") and "23% of perplexity" in head
+    assert ffn.startswith("ffn-topk: 17.8% of the FFNs' outputs are lost")
 
 
 STALL = f"tiny.Dampen.run = lambda *_: print('stalled', flush=True) or {NAPS}"

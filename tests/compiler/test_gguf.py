@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_logits
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -169,6 +170,27 @@ def test_it_compiles_with_its_tokenizer_and_files_beside_it_are_not_read(tmp_pat
     folder = source.tokenizer
     assert folder is not None
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == TOKENS - 1
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("F32", 2e-3), ("Q8_0", 0.02), ("Q4_1", 0.02)])
+def test_logits_are_as_llama_cpp_has_them(kind: str, rounds: float, tmp_path: Path) -> None:
+    """Up to its own rounding: of keys and values to half precision, and of what Q8_0 and Q4_1 multiply to 8 bits."""
+    model = model_of("llama", np.random.default_rng(llama_logits.SEED), tied=False)
+    source = open_source(write(tmp_path / f"{kind}.gguf", model, "llama", kind, add_tokenizer))
+    runner, ids = OnnxRuntimeRunner(source.onnx), np.array([llama_logits.IDS])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    empty = np.zeros((1, SHARED, 0, WIDTH // HEADS), np.float32)
+    feeds |= {name: empty for name in runner.inputs if name.startswith("past")}
+    found = runner.run(feeds)["logits"][0, -1]
+    theirs = json.loads(Path(llama_logits.__file__).with_suffix(".json").read_text())
+    assert theirs["ids"] == llama_logits.IDS
+    errors = {
+        other: float(np.linalg.norm(found - np.array(theirs[other])) / np.linalg.norm(theirs[other]))
+        for other in ("F32", "Q8_0", "Q4_1")
+    }
+    print(errors)
+    assert errors[kind] <= rounds
+    assert all(error > 0.05 for other, error in errors.items() if "Q4_1" in (kind, other) and other != kind)
 
 
 def flipped(path: Path, at: int, value: bytes) -> Path:

@@ -37,6 +37,26 @@ def test_each_token_takes_its_own(distinct: int) -> None:
     check(everywhere(model(k=k), {"scores": scores}), np.stack([highest(row, k) for row in scores.reshape(6, 40)]))
 
 
+@pytest.mark.parametrize("kind", ["normal", "few values", "one value", "of either sign and zero", "infinite"])
+def test_of_many_as_of_few(kind: str) -> None:
+    """From 4096 on, those are looked at closely that share the first bits of the least one that is taken."""
+    rng = seeded()
+    count = int(rng.integers(4096, 60000))
+    scores = rng.standard_normal((2, 1, count)).astype(np.float32)
+    if kind == "few values":
+        scores = np.round(scores)
+    elif kind == "one value":
+        scores[:] = -1.5
+    elif kind == "of either sign and zero":
+        scores = rng.choice(np.array([0.0, -0.0, 1e-42, -1e-42, 3.0], np.float32), scores.shape)
+    elif kind == "infinite":
+        scores[rng.random(scores.shape) < 0.1] = np.inf
+        scores[rng.random(scores.shape) < 0.5] = -np.inf
+    for k in (1, int(rng.integers(2, 300)), int(rng.integers(300, count)), count):
+        (found,) = native(model(k=k)).run(None, {"scores": scores})
+        np.testing.assert_array_equal(found, np.stack([highest(row, k) for row in scores.reshape(2, count)]))
+
+
 def test_shared_takes_what_any_token_wants_most() -> None:
     rng = np.random.default_rng()
     scores = rng.standard_normal((2, 3, 40)).astype(np.float32)
