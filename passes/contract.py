@@ -35,6 +35,7 @@ class Capability:
         integer_products: it multiplies activations as integers, whose scales are found as they come.
         row_scales: it does so with a scale for each row, by the dialect's own kernel.
         int4_kernel: its int4 products in blocks are the dialect's own.
+        glu_kernel: it computes act(gate) * up by the dialect's own op.
         counted_sizes: it runs nodes whose outputs have sizes that are counted at run time (NonZero, Compress).
     """
 
@@ -45,6 +46,7 @@ class Capability:
     integer_products: bool = True
     row_scales: bool = False
     int4_kernel: bool = False
+    glu_kernel: bool = False
     counted_sizes: bool = True
 
 

@@ -32,13 +32,15 @@ def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[st
         return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
 
 
-def has_kernel(op: Literal["Int4Linear", "Int8Linear"]) -> bool:
+def has_kernel(op: Literal["Glu", "Int4Linear", "Int8Linear"]) -> bool:
     """Whether `op` stays one op, which is the native kernel's: the CPU has it, and the library is there.
 
     Of int4 it has to be one of the processor's vector units: portable code is slower than MatMulNBits.
     """
     if providers() != ["CPUExecutionProvider"] or (op == "Int4Linear" and instruction_set() == "portable"):
         return False
-    (model, want), largest = (trials.int4_linear(), 127) if op == "Int4Linear" else (trials.int8_linear(), 255)
-    found = optimised(model, np.full((1, trials.K), largest, np.float32))
+    made = {"Glu": (trials.glu, 2), "Int4Linear": (trials.int4_linear, 127), "Int8Linear": (trials.int8_linear, 255)}
+    trial, x = made[op]
+    model, want = trial()
+    found = optimised(model, np.full((1, trials.K), x, np.float32))
     return found is not None and found[1] == {op} and not np.any(found[0] != want)

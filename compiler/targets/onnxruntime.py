@@ -41,7 +41,8 @@ class OnnxRuntime(Target):
     def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
-        tighten_decoder(graph, max_tokens, gates=shards == 1)  # ranks divide gate and up
+        # Ranks divide gate and up.
+        tighten_decoder(graph, max_tokens, gates=shards == 1, glu=self.probe().glu_kernel)
         if shards == 1 and self.probe().int4_kernel:
             use_int4_linear(graph)
 
@@ -78,7 +79,7 @@ def _probe() -> Capability:
     capability = Capability(
         weight_bits=bits, negative_scales=_multiplies_blocks(4, signed=True), float16=_computes_half(),
         saturates=_saturates(), row_scales=has_kernel("Int8Linear"),
-        int4_kernel=has_kernel("Int4Linear"),
+        int4_kernel=has_kernel("Int4Linear"), glu_kernel=has_kernel("Glu"),
     )  # fmt: skip
     log.debug("onnxruntime %s: %s", ort.__version__, capability)
     return capability

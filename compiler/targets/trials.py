@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
-from trimtab.plugins import INT4_LINEAR, INT8_LINEAR, Op, add_node
+from trimtab.plugins import GLU, INT4_LINEAR, INT8_LINEAR, Op, add_node
 
 K, N, BLOCK = 64, 32, 32
 """Of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
@@ -65,6 +65,13 @@ def int4_linear() -> tuple[onnx.ModelProto, int]:
         "weight_scale": np.ones((N, K // BLOCK), np.float32),
     }
     return _linear(INT4_LINEAR, parts), 127 * 7 * K
+
+
+def glu() -> tuple[onnx.ModelProto, int]:
+    """y = Glu(x) of ReLU; and what each y is for x of 2."""
+    graph = gs.Graph(inputs=[gs.Variable("x", np.float32, ["rows", K])], opset=21, ir_version=10)
+    graph.outputs = [add_node(graph, GLU, {"x": graph.inputs[0]}, "y", activation="relu")]
+    return gs.export_onnx(graph), 4
 
 
 def counted() -> onnx.ModelProto:

@@ -10,7 +10,7 @@ from trimtab.passes.settle.joined import join_pairs, join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
 
 
-def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = True) -> int:
+def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = True, glu: bool = False) -> int:
     """Make layers with GroupQueryAttention as few nodes as the op allows, in place; results are the same.
 
     Sums and norms stay apart: SkipSimplifiedLayerNormalization of ONNX Runtime 1.31 takes as long as both for a token,
@@ -19,6 +19,7 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = Tr
     Args:
         max_tokens: of the longest text that may be run, its past included; None where no limit is known.
         gates: gate and up may become one product.
+        glu: and what is made of both the op Glu: a kernel of it is there.
 
     Returns:
         how many rewrites.
@@ -34,4 +35,4 @@ def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = Tr
         infer_shapes(graph)
     rotated = fuse_rotation(graph, max_tokens)
     tightened = rotated + drop_reshapes(graph) + join_projections(graph)
-    return tightened + (join_pairs(graph) if gates else 0)
+    return tightened + (join_pairs(graph, glu=glu) if gates else 0)

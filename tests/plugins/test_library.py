@@ -24,10 +24,10 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 
 
 KERNELS = (
-    "test_sparse.py", "test_select_blocks.py", "test_packed_attention.py", "test_int4_linear.py",
-    "test_int8_linear.py", "test_sparse_variable.py",
+    "test_sparse.py", "test_select_blocks.py", "test_packed_attention.py", "test_glu.py", "test_int4_blocks.py",
+    "test_int4_linear.py", "test_int8_linear.py", "test_sparse_variable.py",
 )  # fmt: skip
-WITH_BYTES = KERNELS[-3:]
+WITH_BYTES = KERNELS[-4:]
 """Those of kernels that multiply bytes, which VNNI makes others of."""
 
 

@@ -1,0 +1,95 @@
+"""act(gate) * up as one op, where one product makes both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy.activation import evaluate, is_elementwise, name_of
+from trimtab.passes.anatomy.scan import only_producer
+from trimtab.passes.graph import replace_uses
+from trimtab.plugins import GLU, add_node
+from trimtab.plugins.dialect import OPSET
+from trimtab.plugins.sparse_up import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """act(gate) * up: which of two tensors is the gate, and what is made of both."""
+
+    gate: int
+    activation: str
+    hidden: gs.Variable
+
+
+@dataclass
+class Glus:
+    """Puts Glu in place of activations and products. A model has one body of an op, so the first one decides its form."""
+
+    graph: gs.Graph
+    wanted: bool
+    _form: tuple[int, str] | None = field(default=None, init=False)
+
+    def fits(self, parts: Sequence[gs.Tensor]) -> _Gated | None:
+        """What Glu would compute of two tensors of float32 that nothing else reads; None where it is not that."""
+        if not self.wanted or self.graph.opset < OPSET or len(parts) != 2:
+            return None
+        outputs = {id(tensor) for tensor in self.graph.outputs}
+        for gate in (0, 1):
+            found = _gated(parts, gate, outputs)
+            if found is not None and (found.gate, found.activation) == (self._form or (found.gate, found.activation)):
+                return found
+        return None
+
+    def put(self, y: gs.Variable, gated: _Gated) -> None:
+        """Let what reads act(gate) * up read Glu of `y`, which is both side by side."""
+        self._form = gated.gate, gated.activation
+        name = f"settle/{gated.hidden.name}"
+        h = add_node(self.graph, GLU, {"x": y}, name, activation=gated.activation, gate=gated.gate)
+        h.shape = gated.hidden.shape
+        replace_uses(self.graph, gated.hidden, h)
+
+
+def _gated(parts: Sequence[gs.Tensor], gate: int, outputs: set[int]) -> _Gated | None:
+    x, up = parts[gate], parts[1 - gate]
+    product = up.outputs[0] if len(up.outputs) == 1 else None
+    if product is None or product.op != "Mul" or product.domain or up.dtype not in (None, np.float32):
+        return None
+    act = next((tensor for tensor in product.inputs if tensor is not up), None)
+    nodes = None if act is None else _between(x, act)
+    if act is None or nodes is None:
+        return None
+    inner = [x, *(node.outputs[0] for node in nodes)]
+    readers = {id(node) for node in (*nodes, product)}
+    if any(id(tensor) in outputs or any(id(node) not in readers for node in tensor.outputs) for tensor in [up, *inner]):
+        return None
+    name = name_of(lambda values: evaluate(nodes, {id(x): values}, act))
+    return _Gated(gate, name, product.outputs[0]) if name in ACTIVATIONS else None
+
+
+def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
+    """The nodes that make y of x and numbers alone, element by element, in order; None if others do."""
+    found: dict[int, gs.Node] = {}
+
+    def visit(tensor: gs.Tensor) -> bool:
+        if tensor is x:
+            return True
+        if isinstance(tensor, gs.Constant):
+            return int(np.prod(tensor.shape, dtype=np.int64)) == 1
+        node = only_producer(tensor)
+        if node is None or not is_elementwise(node) or len(found) > _MOST:
+            return False
+        if id(node) not in found:
+            if not all(visit(each) for each in node.inputs if each.name):
+                return False
+            found[id(node)] = node
+        return True
+
+    return list(found.values()) if visit(y) else None
+
+
+_MOST = 32
+"""Nodes of an activation, at most."""
