@@ -96,9 +96,9 @@ def _losses(passes: Sequence[PassReport]) -> list[str]:
         if nats >= _LOSS:
             found.append(f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about "
                          f"{math.expm1(nats):.0%} of perplexity")  # fmt: skip
-        if error >= _LOSS:
-            found.append(f"{name}: {error:.1%} of the FFNs' outputs are lost on held-out states (squared, relative "
-                         "to variance, mean over all layers)")  # fmt: skip
+        if not error < _LOSS:
+            found.append(f"{name}: the FFNs' outputs on held-out states have a squared error of {error:.3f} of their "
+                         "variance, the mean over all layers")  # fmt: skip
     return found
 
 

@@ -27,7 +27,7 @@ class _Gated:
 
 @dataclass
 class Glus:
-    """Puts Glu in place of activations and products. A model has one body of an op, so the first one decides its form."""
+    """Puts Glu in place of activations and products. A model has one body of an op: the first one decides its form."""
 
     graph: gs.Graph
     wanted: bool
@@ -37,6 +37,8 @@ class Glus:
         """What Glu would compute of two tensors of float32 that nothing else reads; None where it is not that."""
         if not self.wanted or self.graph.opset < OPSET or len(parts) != 2:
             return None
+        if self._form is None and any(function.name == GLU.name for function in self.graph.functions):
+            return None  # of a model that has been compiled before
         outputs = {id(tensor) for tensor in self.graph.outputs}
         for gate in (0, 1):
             found = _gated(parts, gate, outputs)
@@ -56,11 +58,11 @@ class Glus:
 def _gated(parts: Sequence[gs.Tensor], gate: int, outputs: set[int]) -> _Gated | None:
     x, up = parts[gate], parts[1 - gate]
     product = up.outputs[0] if len(up.outputs) == 1 else None
-    if product is None or product.op != "Mul" or product.domain or up.dtype not in (None, np.float32):
+    if product is None or product.op != "Mul" or product.domain or (up.dtype is not None and up.dtype != np.float32):
         return None
     act = next((tensor for tensor in product.inputs if tensor is not up), None)
     nodes = None if act is None else _between(x, act)
-    if act is None or nodes is None:
+    if act is None or nodes is None or (act is not x and not nodes):
         return None
     inner = [x, *(node.outputs[0] for node in nodes)]
     readers = {id(node) for node in (*nodes, product)}
@@ -78,9 +80,9 @@ def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
         if tensor is x:
             return True
         if isinstance(tensor, gs.Constant):
-            return int(np.prod(tensor.shape, dtype=np.int64)) == 1
+            return len(tensor.shape) <= 1 and int(np.prod(tensor.shape, dtype=np.int64)) == 1
         node = only_producer(tensor)
-        if node is None or not is_elementwise(node) or len(found) > _MOST:
+        if node is None or not is_elementwise(node) or not _is_smooth(node) or len(found) > _MOST:
             return False
         if id(node) not in found:
             if not all(visit(each) for each in node.inputs if each.name):
@@ -93,3 +95,11 @@ def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
 
 _MOST = 32
 """Nodes of an activation, at most."""
+
+_SMOOTH = ("Add", "Div", "Erf", "Gelu", "Identity", "Mul", "Pow", "Relu", "Sigmoid", "Sub", "Swish", "Tanh")
+"""Ops of activations that are what they are near 0 for all numbers. Casts to integers and bounds are not: they show far
+from where a function is looked at."""
+
+
+def _is_smooth(node: gs.Node) -> bool:
+    return node.op in (_SMOOTH if not node.domain else ("FastGelu", "Gelu", "QuickGelu"))

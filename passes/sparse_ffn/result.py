@@ -50,10 +50,10 @@ def rewritten(
     }
     if rows and all("error" in row for row in rows):
         details["error"] = round(sum(row["error"] for row in rows) / len(ffns), 4)
-        if max_error is not None and details["error"] > max_error:
+        if max_error is not None and not details["error"] <= max_error:
             raise RecipeError(
-                f"the neurons that are left out are {details['error']:.0%} of the FFNs' outputs on held-out states "
-                f"(squared error relative to variance), more than {max_error:.0%}",
+                f"without the neurons that are left out, the FFNs' outputs on held-out states have a squared error of "
+                f"{details['error']:.4g} of their variance, more than {max_error:g}",
                 hint="compute more of them, add a `rest`, or learn routers (ffn-route); `max_error: null` takes any",
             )
     return PassResult(name, len(rows), tuple(left), details)

@@ -20,7 +20,6 @@ class ByBlock {
       starts_.push_back(0);
       for (int64_t place = 0; place < k && chosen[place] >= 0; place++) {
         if (skip(0, place)) continue;
-        repeats_ |= !blocks_.empty() && chosen[place] <= blocks_.back();
         blocks_.push_back(chosen[place]), places_.push_back(static_cast<int32_t>(place));
         starts_.push_back(static_cast<int64_t>(blocks_.size()));
       }
@@ -62,7 +61,7 @@ class ByBlock {
     return {block_size, static_cast<int64_t>(blocks_.size()), blocks_.data(), starts_.data(), tokens_.data(), places_.data()};
   }
 
-  // Whether a token has a block twice, or may have where it is alone and its blocks do not ascend: tiles of several tokens, each with sums of its own, cannot hold it.
+  // Whether one of several tokens has a block twice: tiles of several tokens, each with sums of its own, cannot hold it.
   bool repeats() const { return repeats_; }
 
   int64_t pairs() const { return static_cast<int64_t>(tokens_.size()); }

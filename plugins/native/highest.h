@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -14,7 +15,7 @@ namespace trimtab {
 // Of many, those are looked at closely that share the least one's first bits: a histogram of the bits that order floats is
 // three times as fast as sorting in parts.
 inline void highest_values(const float* scores, int64_t count, int64_t take, std::vector<float>* out) {
-  constexpr int64_t kMany = 1 << 12;
+  constexpr int64_t kClosely = 1 << 12;
   constexpr int kBins = 1 << 11, kShift = 32 - 11;
   const auto bin_of = [](float score) {
     uint32_t bits;
@@ -22,7 +23,7 @@ inline void highest_values(const float* scores, int64_t count, int64_t take, std
     return (bits & 0x80000000u ? ~bits : bits | 0x80000000u) >> kShift;  // ascending as the scores do
   };
   out->clear();
-  if (count < kMany) {
+  if (count < kClosely) {
     out->assign(scores, scores + count);
   } else {
     thread_local std::vector<uint32_t> bins;
@@ -39,7 +40,12 @@ inline void highest_values(const float* scores, int64_t count, int64_t take, std
 
 // Places of the `take` highest of `count` scores, plus `offset`, ascending; of equal ones the first.
 inline void highest(const float* scores, int64_t offset, int64_t count, int64_t take, int32_t* out) {
-  thread_local std::vector<float> best;
+  thread_local std::vector<float> best, numbers;
+  if (std::any_of(scores, scores + count, [](float score) { return score != score; })) {  // no number is the least of all
+    numbers.assign(scores, scores + count);
+    std::replace_if(numbers.begin(), numbers.end(), [](float score) { return score != score; }, -INFINITY);
+    scores = numbers.data();
+  }
   highest_values(scores, count, take, &best);
   const float cut = best[take - 1];
   int64_t above = 0;

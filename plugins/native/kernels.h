@@ -112,7 +112,7 @@ struct PackedKernels {
   void (*prepare_blocks)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t limbs,
                          int64_t first, int64_t last, BlockBytes* bytes);
 
-  // As those of Kernels, of whole blocks; `bytes`: of all pairs, where they are rounded before.
+  // As those of Kernels, `dot` of the one whole block that begins at `begin`; `bytes`: of all pairs, where they are rounded before.
   void (*dot)(const Weights& w, const Chosen& chosen, int64_t begin, int64_t end, const Activations& x, int64_t tokens,
               float* out, int64_t out_stride, const Wanted& next, const int32_t* numbers);
   void (*sum_by_block)(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, const BlockBytes* bytes,

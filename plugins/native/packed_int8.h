@@ -136,6 +136,7 @@ struct PackedInt8 {
 
   static void prepare_blocks(const Weights& w, const Takers& takers, const float* h, int64_t h_stride, int64_t limbs, int64_t first,
                              int64_t last, BlockBytes* bytes) {
+    if (first == last) return;
     const int64_t chunks = (takers.size + kChunk - 1) / kChunk;
     const auto block_of = [&](int64_t pair) {
       return std::upper_bound(takers.starts, takers.starts + takers.count, pair) - takers.starts - 1;

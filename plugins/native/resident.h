@@ -47,7 +47,9 @@ class Resident {
 
   bool pack(const Tensor& weight, const Tensor& scale, Packed packed, int64_t block) {
     Weights w;
-    if (!scale || weight.rank != 2 || read_weights(weight, scale, weight.last() * (weight.type == ort::Type::uint8 ? 2 : 1), &w) != nullptr || packed_kernels(w.format) == nullptr) return false;
+    if (!scale || weight.rank != 2) return false;
+    const int64_t width = weight.last() * (weight.type == ort::Type::uint8 ? 2 : 1);
+    if (read_weights(weight, scale, width, &w) != nullptr || packed_kernels(w.format) == nullptr) return false;
     if (w.rows == 0 || block <= 0 || block % kPackedBlock != 0 || w.rows % block != 0 || w.width % kPackedWidth != 0) return false;
     const Packing& use = packed_kernels(w.format)->*packed;
     w.short_scales = w.format == Format::int4 && all_short(w.scale, scale.rows() * scale.last());

@@ -102,17 +102,17 @@ struct Int4Factors {
       most = larger(most, magnitude(factors[r])), spoilt += factors[r] * 0.0f;
     }
     const vf inverse = most < 0x1p-100f ? vf{} : kInt4Largest / most;
-    vi all = {};
+    vu all = {};  // behind the end of a row factors are anything, and nothing reads what comes of them
     for (int64_t r = 0; r < chunk.rows; r += 4) {
       vi highs = {}, lows = {};
       TRIMTAB_UNROLL for (int i = 0; i < 4; i++) {
-        const vi v = round_to_integers(factors[r + i] * inverse);
+        const vu v = (vu)round_to_integers(factors[r + i] * inverse);
         all += v;
-        highs |= (((v + 128) >> 8) & 255) << 8 * i, lows |= (v & 255) << 8 * i;
+        highs |= (((vi)(v + 128) >> 8) & 255) << 8 * i, lows |= ((vi)v & 255) << 8 * i;
       }
       std::memcpy(high[r / 4], &highs, sizeof highs), std::memcpy(low[r / 4], &lows, sizeof lows);
     }
-    all *= -8;
+    all *= -8u;
     const vf steps = most / kInt4Largest + spoilt;
     std::memcpy(less, &all, sizeof all), std::memcpy(step, &steps, sizeof steps);
   }

@@ -49,7 +49,7 @@ inline void settle([[maybe_unused]] vi& v) {
 }
 
 // The nearest integers of numbers below 2^22: what is added leaves no bits for a fraction.
-inline vi round_to_integers(vf v) { return (vi)(v + 0x1.8p23f) - 0x4b400000; }
+inline vi round_to_integers(vf v) { return (vi)((vu)(v + 0x1.8p23f) - 0x4b400000u); }
 
 template <int N>
 struct Number {

@@ -13,7 +13,8 @@ from rewrite import canonical, profile_of
 
 from trimtab.passes import PassContext, PassResult, pass_class, run_passes
 from trimtab.passes.anatomy import find_anatomy
-from trimtab.passes.errors import PassError
+from trimtab.passes.errors import PassError, RecipeError
+from trimtab.passes.sparse_ffn import rewritten
 
 LOSSY: dict[str, dict[str, Any]] = {
     "ffn-topk": {"density": 0.25, "take": 0.25, "rank": 8, "block": 4},
@@ -65,6 +66,14 @@ def test_layers_that_stay_dense_lose_nothing() -> None:
 def test_models_that_learned_a_top_k_are_not_judged_by_the_dense_one() -> None:
     details = rewrite("ffn-topk", "llama", exact=True, max_error=0.001).details
     assert "error" not in details and all("error" not in row for row in details["layers"])
+
+
+def test_an_error_that_is_no_number_is_refused() -> None:
+    row = {"layer": 0, "bytes": 1, "error": float("nan")}
+    ffns = find_anatomy(canonical(zoo.exported("llama"))).ffns[:1]
+    assert rewritten("ffn-topk", ffns, [row], []).changed == 1
+    with pytest.raises(RecipeError, match="error of nan"):
+        rewritten("ffn-topk", ffns, [row], [], 0.25)
 
 
 def test_the_usual_bound() -> None:

@@ -22,9 +22,11 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.graph import constant, insert, load_graph, save_graph
 from trimtab.passes.graph.weights import Part
 from trimtab.passes.settle import tighten_decoder
+from trimtab.passes.settle.glu import Glus
 from trimtab.passes.settle.heads import drop_reshapes
 from trimtab.passes.settle.joined import join_projections
 from trimtab.passes.settle.rotation import fuse_rotation
+from trimtab.plugins import GLU, add_node
 
 ROTATED = ("llama", "gemma")
 """Whose heads have a size that the op rotates: a multiple of 16, and all of it is rotated."""
@@ -146,7 +148,13 @@ def test_gate_and_up_are_one_product(spoil: str | None) -> None:
     assert sum(node.op == "Split" for node in graph.nodes) == (2 if spoil is None else 1)
 
 
-@pytest.mark.parametrize("spoil", [None, "read again", "an output", "another activation", "a vector", "older opset"])
+SPOILT = (
+    "read again", "an output", "another activation", "a vector", "older opset", "integers", "a far bound",
+    "one more axis", "compiled before",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", [None, *SPOILT])
 def test_a_gate_and_its_product_are_one_op(spoil: str | None, tmp_path: Path) -> None:
     """Or stay what they were, where something else reads them, or the op cannot say what they do."""
     graph = compiled("llama", "fp32")
@@ -172,12 +180,45 @@ def test_a_gate_and_its_product_are_one_op(spoil: str | None, tmp_path: Path) ->
             node.inputs = [scaled if tensor is act.inputs[0] else tensor for tensor in node.inputs]
     elif spoil == "older opset":
         graph.opset = 17
+    elif spoil in ("integers", "a far bound", "one more axis"):
+        changed = _changed(graph, spoil, act.inputs[0])
+        for node in act.nodes:
+            node.inputs = [changed if tensor is act.inputs[0] else tensor for tensor in node.inputs]
+    elif spoil == "compiled before":
+        both = gs.Variable("both", np.float32, ["batch", "tokens", 8])
+        graph.outputs.append(add_node(graph, GLU, {"x": both}, "other", activation="tanh"))
+        graph.inputs.append(both)
     tighten_decoder(graph, zoo.TEXT, glu=True)
     glus = [node for node in graph.nodes if node.op == "Glu"]
-    assert len(glus) == {None: 2, "older opset": 0}.get(spoil, 1)
+    assert len(glus) == {None: 2, "older opset": 0}.get(spoil, 1)  # of the other layer; or the one that was there
     if spoil is None:
         assert [node.attrs["activation"] for node in glus] == ["silu", "silu"]
         assert not any(node.op in ("Split", "Sigmoid") for node in graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_the_op_is_of_float32(dtype: type) -> None:
+    graph = compiled("llama", "fp32")
+    parts = find_anatomy(graph).ffns[0].activation.inputs
+    for part in parts:
+        part.dtype = np.dtype(dtype)
+    assert (Glus(graph, True).fits(parts) is not None) == (dtype is np.float32)
+
+
+def _changed(graph: gs.Graph, how: str, x: gs.Tensor) -> gs.Variable:
+    """What an activation that is looked at near 0 does not tell apart from x."""
+    if how == "integers":
+        y = insert(graph, "Cast", [x], "whole", attrs={"to": 6}, dtype=np.int32)
+        y = insert(graph, "Cast", [y], "again", attrs={"to": 1}, dtype=np.float32)
+    elif how == "a far bound":
+        bounds = [constant(name, np.float32(value)) for name, value in (("low", -1e3), ("high", 1e3))]
+        y = insert(graph, "Clip", [x, *bounds], "bounded", dtype=np.float32)
+    else:
+        y = insert(
+            graph, "Add", [x, constant("nothing", np.zeros((1, 1, 1, 1), np.float32))], "wider", dtype=np.float32
+        )
+    y.shape = x.shape
+    return y
 
 
 def test_a_gate_that_is_the_second_half() -> None:

@@ -57,6 +57,16 @@ def test_of_many_as_of_few(kind: str) -> None:
         np.testing.assert_array_equal(found, np.stack([highest(row, k) for row in scores.reshape(2, count)]))
 
 
+@pytest.mark.parametrize("count", [50, 5000])
+def test_no_number_is_the_least(count: int) -> None:
+    rng = seeded()
+    scores = rng.standard_normal((1, 1, count)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.5] = np.nan
+    for k in (1, count // 4, count - 1):
+        (found,) = native(model(k=k)).run(None, {"scores": scores})
+        np.testing.assert_array_equal(found[0], highest(np.where(np.isnan(scores), -np.inf, scores)[0, 0], k))
+
+
 def test_shared_takes_what_any_token_wants_most() -> None:
     rng = np.random.default_rng()
     scores = rng.standard_normal((2, 3, 40)).astype(np.float32)

@@ -170,6 +170,17 @@ def test_what_is_no_number_stays_with_its_token(form: str, block: int, tokens: i
         assert what == np.inf or not np.isfinite(y[0, spoilt]).any(), name
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 100])
+@pytest.mark.parametrize("form", FORMATS)
+def test_nothing_to_sum(form: str, tokens: int) -> None:
+    """Blocks that nobody takes, and activations that are all 0."""
+    case = Case(form, 64, 8, 6, True, seeded())  # up is 0 without a bias
+    x = np.zeros((1, tokens, 64), np.float32)
+    for blocks in (np.full((tokens, 2), -1, np.int32), np.zeros((1, 1), np.int32)):
+        for name, (_, y) in everywhere(case.model, {"x": x, "blocks": blocks}).items():
+            assert not y.any(), name
+
+
 @pytest.mark.parametrize("blocks", [[[0, 6]], [[-1, 0]], [[0, -2]]])
 def test_kernels_refuse_other_numbers(blocks: list[list[int]]) -> None:
     case = Case("float32", 32, 8, 6, False, seeded())
