@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from llm import CONTEXT, HERE, MEMORY, PEERS, TOKENS, recipe_of, write_text
+from llm import CONTEXT, HERE, MEMORY, PEERS, TOKENS, recipe_of, some_of, write_text
 
 from trimtab.compiler import compile_model
 from trimtab.compiler.builds.build import Build
@@ -30,29 +30,30 @@ from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.sources.gguf import unpacked
 from trimtab.plugins.library import instruction_set
 
-ALWAYS: dict[str, Any] = {"weights": "int8", "most": 1.0}
+ALWAYS: dict[str, Any] = {"weights": "int8", "most": 1.0, "max_error": None}
+DEFAULT = 0.5  # of a dial, at which the pass measures
 SPARSITIES = (0.2, 0.35, 0.5, 0.65, 0.8)
 REST = {"rest": {"rank": 64}}
 
 
 def threshold(**more: Any) -> list[Any]:
-    return [{"ffn-threshold": {"sparsity": 0.5} | ALWAYS | more}]
+    return [{"ffn-threshold": {"sparsity": DEFAULT} | ALWAYS | more}]
 
 
 def topk(density: float, **more: Any) -> list[Any]:
     chosen = {"density": density, "take": density, "block": 8, "form": "int8"} | ALWAYS | more
-    return [{"ffn-topk": chosen | {"max_error": None}}]
+    return [{"ffn-topk": chosen}]
 
 
 def fitted(sparsity: float, **more: Any) -> list[Any]:
-    return [{"ffn-route": {"router": "fitted", "sparsity": sparsity, "group": 8} | ALWAYS | more | {"max_error": None}}]
+    return [{"ffn-route": {"router": "fitted", "sparsity": sparsity, "group": 8} | ALWAYS | more}]
 
 
 WAYS: dict[str, list[tuple[list[Any], str, tuple[float, ...]]]] = {
     "dense": [([], "", (0.0,))],
-    "threshold": [(threshold(max_error=None), "ffn_sparsity", SPARSITIES)],
-    "threshold, with a rest": [(threshold(max_error=None, **REST), "ffn_sparsity", SPARSITIES)],
-    "threshold, blocks of 8": [(threshold(max_error=None, block=8), "ffn_sparsity", (0.2, 0.35, 0.5))],
+    "threshold": [(threshold(), "ffn_sparsity", SPARSITIES)],
+    "threshold, with a rest": [(threshold(**REST), "ffn_sparsity", SPARSITIES)],
+    "threshold, blocks of 8": [(threshold(block=8), "ffn_sparsity", (0.2, 0.35, 0.5))],
     "top-k, rank 64": [(topk(density), "", (1 - density,)) for density in (0.75, 0.5, 0.25)],
     "top-k, rank 64, with a rest": [(topk(density, **REST), "", (1 - density,)) for density in (0.75, 0.5, 0.25)],
     "top-k of int4 copies": [
@@ -90,27 +91,27 @@ def main(
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun:5.0f} s  {text}", file=sys.stderr, flush=True)
 
+    ways = some_of(WAYS, only, ";")
     begun, points = time.monotonic(), {}
     checkpoint = unpacked(model)
     vocabulary = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="trimtab-frontier-") as work, Children() as children:
         folder = Path(work)
         text, data = write_text(checkpoint, shared, blocks, folder)
-        common = {"path": None, "threads": threads, "context": CONTEXT, "vocabulary": vocabulary, "text": text}
-        for way in only.split(";"):
+        common = {"threads": threads, "context": CONTEXT, "vocabulary": vocabulary, "text": text}
+        for way in ways:
             for i, (passes, dial, sparsities) in enumerate(WAYS[way]):
                 say(f"compiling {way}, {sparsities}")
                 recipe = recipe_of([*passes, {"dynamic-int8": {"scales": "auto"}}], threads)
                 build = compile_model(model, recipe, folder / f"{way}.{i}", data=data if passes else None)
                 rows = ffn_layers(build)
                 for sparsity in sparsities:
-                    name, made = f"{way}, {sparsity:.0%} left out", 0.5 if dial else sparsity
+                    name, made = f"{way}, {sparsity:.0%} left out", DEFAULT if dial else sparsity
                     points[name] = {
                         "way": way, "left_out": sparsity, "bytes": share_read(rows, made, sparsity) if rows else 1.0,
-                        "error": sum(row.get("error", 0) for row in rows) / max(1, len(rows)),
                     }  # fmt: skip
-                    if dial and sparsity != made:
-                        del points[name]["error"]  # measured at the dial's default
+                    if sparsity == made:
+                        points[name]["error"] = sum(row["error"] for row in rows) / max(1, len(rows))
                     options = common | {"path": folder / f"{way}.{i}", "dials": {dial: sparsity} if dial else None}
                     children.start(name, sys.executable, "trimtab_steps.py", **options)
                     points[name] |= children.about[name]

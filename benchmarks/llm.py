@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +105,19 @@ def recipe_of(passes: list[Any], threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def some_of(known: Iterable[str], only: str, separator: str) -> list[str]:
+    """The names that the option --only gives.
+
+    Raises:
+        typer.BadParameter: there is none of that name.
+    """
+    names = only.split(separator)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"no {unknown[0]!r}; there are {separator.join(known)}", param_hint="--only")
+    return names
+
+
 def compiled(model: Path, passes: list[Any], out: Path, data: Path, threads: int) -> dict[str, Any]:
     """Compile; what a step reads, and how long the compile took."""
     start = time.perf_counter()
@@ -131,9 +145,7 @@ def main(
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun:5.0f} s  {text}", file=sys.stderr, flush=True)
 
-    unknown = [name for name in only.split(",") if name not in OURS]
-    if unknown:
-        raise typer.BadParameter(f"no build {unknown[0]!r}; there are {', '.join(OURS)}", param_hint="--only")
+    builds = some_of(OURS, only, ",")
     begun, missing, engines = time.monotonic(), [], {}
     checkpoint = unpacked(model)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -141,7 +153,7 @@ def main(
         folder = Path(work)
         text, data = write_text(checkpoint, shared, blocks, folder)
         paths: dict[str, tuple[Path | str, str, Path]] = {}
-        for name in only.split(","):
+        for name in builds:
             say(f"compiling {name}")
             engines[name] = compiled(model, OURS[name], folder / name, data, threads)
             paths[name] = sys.executable, "trimtab_steps.py", folder / name
