@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.data import read_data
-from trimtab.compiler.profiling import measured_profile
+from trimtab.compiler.profile_cache import measured_profile
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
 from trimtab.passes.anatomy import FFN, find_anatomy
 from trimtab.passes.ffn_topk.choice import Choice
 from trimtab.passes.ffn_topk.topk import FFNTopK
-from trimtab.passes.layer import read_layer
 from trimtab.passes.matrices.forms import LowRank
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import sample_ffn
 from trimtab.passes.sparse_ffn import Rest, fit_rest
 
 DENSITIES = (0.5, 0.25)
@@ -103,7 +103,7 @@ def fit(ffns: Sequence[FFN], profile: Profile, densities: Sequence[float]) -> li
     """All settings, fitted layer by layer, since the activations of one layer serve all of them."""
     variants = [Variant(density, *pair, [], [], []) for density in densities for pair in PAIRS]
     for number, ffn in enumerate(ffns, 1):
-        start, layer, choices = time.monotonic(), read_layer(ffn, profile), dict[tuple[float, int], Choice]()
+        start, layer, choices = time.monotonic(), sample_ffn(ffn, profile), dict[tuple[float, int], Choice]()
         for variant in variants:
             key = variant.density, variant.predictor
             if key not in choices:

@@ -30,7 +30,7 @@ from trimtab.compiler.builds.manifest import package_versions
 from trimtab.compiler.checks.decoded import as_decoded
 from trimtab.compiler.checks.perplexity import measure_perplexity
 from trimtab.compiler.data import batches, read_data
-from trimtab.compiler.profiling import measured_profile
+from trimtab.compiler.profile_cache import measured_profile
 from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.export import load_model

@@ -17,8 +17,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.memory import give_back, resident_bytes
 from trimtab.compiler.meters import Meter, meters_for
-from trimtab.compiler.phases import give_back, resident_bytes
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.canonicalize.repack import repack

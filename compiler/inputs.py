@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trimtab.compiler.builds.manifest import TensorInfo
-from trimtab.compiler.strict import suggest
+from trimtab.compiler.schema.explain import suggest
 from trimtab.passes.errors import InputError, RecipeError
 from trimtab.passes.graph.positions import Positions
 from trimtab.passes.graph.ranges import Packed

@@ -26,9 +26,11 @@ from trimtab.compiler.decoder_cache import pasts
 from trimtab.compiler.engine_options import EngineOptions
 from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.learned import remedies
-from trimtab.compiler.phases import Phases, Progress, peak_memory_bytes
+from trimtab.compiler.memory import peak_memory_bytes
+from trimtab.compiler.phase_timer import PhaseTimer
+from trimtab.compiler.profile_cache import measured_profile, profile_digest
 from trimtab.compiler.profile_choice import ProfileChoice, choose_profile
-from trimtab.compiler.profiling import measured_profile, profile_digest
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.recipe import Recipe, load_recipe
 from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.sources.folder import TOKENIZER_FILES
@@ -109,7 +111,7 @@ def compile_model(
     capability = get_target(recipe.target).probe()
     check_fit(recipe, capability)
     dataset = read_data(data) if data is not None and given is None and recipe.needs_profile else None
-    phases = Phases(progress)
+    phases = PhaseTimer(progress)
     with BuildWriter(out) as writer:
         with phases("open the model"):
             source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
@@ -132,7 +134,7 @@ class _Compile:
     recipe: Recipe
     capability: Capability
     key: str
-    phases: Phases
+    phases: PhaseTimer
     force: bool
 
     def run(self, dataset: Dataset | None, choice: ProfileChoice) -> Build:

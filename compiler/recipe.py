@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
 
 from trimtab.compiler.engine_options import EngineOptions
-from trimtab.compiler.strict import explain, parse_yaml, read_yaml, shown, suggest
+from trimtab.compiler.schema.explain import explain, shown, suggest
+from trimtab.compiler.schema.yaml_text import parse_yaml, read_yaml
 from trimtab.compiler.workload import Workload
 from trimtab.passes import Pass, pass_class
 from trimtab.passes.errors import RecipeError

@@ -16,9 +16,9 @@ from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.graph.part import nodes_between, run_part
-from trimtab.passes.layer import read_layer
 from trimtab.passes.needs import FFNStates, Need
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import sample_ffn
 
 _OPSET = 19  # in which QuantizeLinear takes half precision too
 _LARGEST = 127
@@ -128,7 +128,7 @@ def _labels(ffn: FFN | Rewritten) -> list[str]:
 def _inputs(graph: gs.Graph, ffn: FFN | Rewritten, profile: Profile) -> list[np.ndarray]:
     """What each projection of `ffn` reads where the dense FFN has read the states of the Profile."""
     if isinstance(ffn, FFN):
-        layer = read_layer(ffn, profile)
+        layer = sample_ffn(ffn, profile)
         return [layer.fit] * (len(ffn.linears) - 1) + [layer.h_fit]
     states = profile.states(ffn.layer)
     if len(ffn.x.shape or ()) == 3:

@@ -14,8 +14,8 @@ from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import FFNWeights
 from trimtab.passes.profile import Profile, ProfileInfo
+from trimtab.passes.sampled_ffn import FFNWeights
 from trimtab.passes.sparse_ffn.rows import quantize_rows
 
 CLEAR = 1e-4

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trimtab.compiler.phases import Progress
-from trimtab.compiler.strict import explain
+from trimtab.compiler.progress import Progress
+from trimtab.compiler.schema.explain import explain
 
 if TYPE_CHECKING:
     from trimtab.compiler.data import Dataset

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.utils.logging import disable_progress_bar
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.passes.errors import TrimtabError
 from trimtab.training.clock import Clock, schedule
 from trimtab.training.contract import Settings

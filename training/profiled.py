@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.compiler.profiling import measured_profile
+from trimtab.compiler.profile_cache import measured_profile
 from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.sources import open_source
 from trimtab.passes.needs import DEFAULT

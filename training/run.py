@@ -8,8 +8,8 @@ from typing import Any
 
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.learned import remedies
-from trimtab.compiler.phases import Progress
 from trimtab.compiler.profile_choice import choose_profile
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.recipe import Recipe, load_recipe, override
 from trimtab.compiler.sources.checkpoint import is_checkpoint
 from trimtab.compiler.sources.gguf import is_gguf, unpacked

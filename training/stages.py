@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, set_seed
 
 from trimtab.compiler.builds.manifest import package_versions
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.sources.checkpoint import Checkpoint
 from trimtab.training.clock import Clock
 from trimtab.training.contract import Job, Settings

@@ -23,7 +23,7 @@ from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.compiler.inputs import check_sizes
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph

@@ -24,7 +24,7 @@ from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.data import read_data
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run, within
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.dials import Dials, SpeedPoint
 from trimtab.passes.errors import InputError, TargetError

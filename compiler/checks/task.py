@@ -11,7 +11,7 @@ from trimtab.compiler.checks.perplexity import measure_perplexity
 from trimtab.compiler.checks.quality import Quality, measure_quality
 from trimtab.compiler.data import Dataset, Label, Text, batches, label_values, with_labels
 from trimtab.compiler.feeds import Run, within
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task, find_task
 from trimtab.compiler.workload import Workload

@@ -28,7 +28,7 @@ from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.inputs import check_sizes
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.sources import Source
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import DataError

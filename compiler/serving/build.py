@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trimtab.compiler.builds.build import Build
 from trimtab.compiler.packaging.triton import Package, check_backend, check_package, package_triton
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.serving.example import Example, first_answer
 from trimtab.compiler.serving.find import TritonServer, find_server
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trimtab.compiler.cache import cache_dir, entry, is_sound
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.targets.child import tail
 from trimtab.passes.errors import TargetError
 

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.serving import environment
 from trimtab.passes.errors import TargetError
 

@@ -14,9 +14,9 @@ from trimtab.passes.errors import ProfileError
 from trimtab.passes.ffn_route.router import HINT, Router
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.layer import FFNWeights
 from trimtab.passes.matrices.forms import OPSETS
 from trimtab.passes.matrices.quantize import fit_block, in_form
+from trimtab.passes.sampled_ffn import FFNWeights
 
 FORM, BITS, BLOCK = "int4", 4, 64
 """Of the copies: rounded to nearest, with a scale for so many inputs of a neuron, or for fewer that divide them."""

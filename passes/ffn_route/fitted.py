@@ -11,8 +11,8 @@ from trimtab.passes.ffn_route.grouping import group_neurons
 from trimtab.passes.ffn_route.router import LinearRouter
 from trimtab.passes.ffn_route.routers import Routers
 from trimtab.passes.ffn_topk.importance import most_important, norms
-from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments
+from trimtab.passes.sampled_ffn import SampledFFN
 from trimtab.passes.sparse_ffn import Rest, check_sparsity, fit_rest
 from trimtab.passes.sparse_ffn.shares import cuts
 
@@ -47,7 +47,7 @@ class Fitted:
 
 
 def fit(
-    layer: Layer, group: int, sparsity: float, by: GroupBy, *, cut: float = THRESHOLD, cap: float = 1.0,
+    layer: SampledFFN, group: int, sparsity: float, by: GroupBy, *, cut: float = THRESHOLD, cap: float = 1.0,
     rank: int | None = None,
 ) -> Fitted:  # fmt: skip
     """Groups, a router and perhaps a rest for `layer`, whose neurons are put in the order of their groups.
@@ -77,7 +77,7 @@ def fit(
     return Fitted(router, order, 1 - float(taken.mean()), layer.error(y), rest)
 
 
-def order_neurons(layer: Layer, group: int, sparsity: float, by: GroupBy) -> np.ndarray:
+def order_neurons(layer: SampledFFN, group: int, sparsity: float, by: GroupBy) -> np.ndarray:
     """An order in which groups are neighbours, [d_ff].
 
     Args:
@@ -105,7 +105,7 @@ def contributions(h: np.ndarray, down: np.ndarray, group: int) -> np.ndarray:
     return np.maximum(found, 0)
 
 
-def fit_router(layer: Layer, group: int, sparsity: float) -> LinearRouter:
+def fit_router(layer: SampledFFN, group: int, sparsity: float) -> LinearRouter:
     """A router whose scores are c / (c + c₀): c what a group is expected to add to the output, c₀ the threshold.
 
     log c is a linear function of the FFN's input, by least squares with a ridge penalty. Scores of 0.5 and more leave

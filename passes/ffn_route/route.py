@@ -20,9 +20,9 @@ from trimtab.passes.ffn_route.grouping import check_groups
 from trimtab.passes.ffn_route.router import BITS, Router
 from trimtab.passes.ffn_route.routers import METHOD, Routers
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import FFNWeights, read_layer
 from trimtab.passes.needs import FFNStates, Learned, Need
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import FFNWeights, sample_ffn
 from trimtab.passes.sparse_ffn import (
     Rest,
     RestNodes,
@@ -208,7 +208,7 @@ class FFNRoute(Pass):
             reason = unfit(same[0], group, self.weights)
             if reason is None:
                 one = fit(
-                    read_layer(same[0], profile, same[1:]), group, self.sparsity or _SPARSITY, self.group_by or "need",
+                    sample_ffn(same[0], profile, same[1:]), group, self.sparsity or _SPARSITY, self.group_by or "need",
                     cut=self._dial(THRESHOLD).default, cap=self.cap, rank=self.rest.rank if self.rest else None,
                 )  # fmt: skip
                 found |= {ffn.layer: one for ffn in same}
@@ -238,7 +238,7 @@ class FFNRoute(Pass):
             return None
         taken = self.taken(router)
         return fit_rest(
-            read_layer(ffn, profile), lambda x: routers.chosen(router.scores(x), cut, taken), self.rest.rank
+            sample_ffn(ffn, profile), lambda x: routers.chosen(router.scores(x), cut, taken), self.rest.rank
         )
 
     def taken(self, router: Router) -> int:

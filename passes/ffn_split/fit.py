@@ -9,9 +9,9 @@ import numpy as np
 from trimtab.passes.ffn_split.neurons import OrderedNeurons
 from trimtab.passes.ffn_split.plan import BITS, Neurons, Plan, Split
 from trimtab.passes.ffn_split.score import Score
-from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.forms import Dense, LowRank
 from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
+from trimtab.passes.sampled_ffn import SampledFFN
 
 
 class Fitter:
@@ -23,7 +23,7 @@ class Fitter:
         precise: round integers with error feedback; without it, fits are cheap estimates for a search.
     """
 
-    def __init__(self, layer: Layer, kind: Score, plans: Sequence[Plan], *, precise: bool = True) -> None:
+    def __init__(self, layer: SampledFFN, kind: Score, plans: Sequence[Plan], *, precise: bool = True) -> None:
         self.layer = layer
         self._rank = max(plan.rank for plan in plans)
         self.ordered = OrderedNeurons(layer, kind, reach=max(plan.heavy for plan in plans), precise=precise)

@@ -10,10 +10,10 @@ import numpy as np
 
 from trimtab.passes.ffn_split.plan import BITS, Neurons
 from trimtab.passes.ffn_split.score import Score, score
-from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.forms import Dense, Half, Matrix, Quantized
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest, with_feedback
 from trimtab.passes.matrices.regress import Moments, cross_covariance
+from trimtab.passes.sampled_ffn import SampledFFN
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class OrderedNeurons:
         precise: round integers with error feedback; without it, rounding is a cheap estimate for a search.
     """
 
-    def __init__(self, layer: Layer, kind: Score, *, reach: int, precise: bool) -> None:
+    def __init__(self, layer: SampledFFN, kind: Score, *, reach: int, precise: bool) -> None:
         self.layer = layer
         self.reach = reach
         self.precise = precise

@@ -6,13 +6,13 @@ from typing import Literal
 
 import numpy as np
 
-from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments
+from trimtab.passes.sampled_ffn import SampledFFN
 
 Score = Literal["contribution", "activation", "energy", "deviation", "residual"]
 
 
-def score(layer: Layer, kind: Score) -> np.ndarray:
+def score(layer: SampledFFN, kind: Score) -> np.ndarray:
     """The score of each neuron, [d_ff]; larger is heavier.
 
     With h_j the activation of neuron j over the calibration tokens and v_j its row of W_down:

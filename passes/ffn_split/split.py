@@ -19,10 +19,10 @@ from trimtab.passes.ffn_split.plan import BITS, HeavyForm, Plan, RestForm, Split
 from trimtab.passes.ffn_split.score import Score
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import read_layer
 from trimtab.passes.matrices.forms import OPSETS
 from trimtab.passes.matrices.quantize import fit_block
 from trimtab.passes.needs import FFNStates, Need
+from trimtab.passes.sampled_ffn import sample_ffn
 
 _CHOICE = TypeAdapter(list[tuple[int, int, int, Plan]])
 """Layer, d_ff, d_model and plan of each FFN: what a budget chose, as the Profile keeps it."""
@@ -93,7 +93,7 @@ class FFNSplit(Pass):
         raise_opset(graph, max((OPSETS.get(form, 0) for form in forms), default=0))
         rows = []
         for group, plan in zip(groups, plans, strict=True):
-            split = Fitter(read_layer(group[0], profile, group[1:]), self.score, [plan]).split(plan)
+            split = Fitter(sample_ffn(group[0], profile, group[1:]), self.score, [plan]).split(plan)
             emit(graph, group, split)
             rows += [_row(ffn, split, group[0]) for ffn in group]
             _tell(context, "split FFNs", len(rows), sum(map(len, groups)))
@@ -146,7 +146,7 @@ class FFNSplit(Pass):
         candidates = []
         for group in groups:
             plans = list(self._candidates(group[0], context))
-            fitter = Fitter(read_layer(group[0], profile, group[1:]), self.score, plans, precise=False)
+            fitter = Fitter(sample_ffn(group[0], profile, group[1:]), self.score, plans, precise=False)
             candidates.append([Candidate.of(fitter.split(plan), len(group)) for plan in plans])
             _tell(context, "search the budget", len(candidates), len(groups))
         dense = [4 * group[0].params for group in groups]

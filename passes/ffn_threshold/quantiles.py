@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab.passes.ffn_topk.importance import norms, pool
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 from trimtab.passes.sparse_ffn.shares import cuts
 
 STEPS = 100
@@ -38,14 +38,14 @@ class Sizes:
         return pool(sizes, self.block)
 
 
-def first_activations(layer: Layer, x: np.ndarray) -> np.ndarray:
+def first_activations(layer: SampledFFN, x: np.ndarray) -> np.ndarray:
     """a = act(x W_gate), or act(x W_up) of FFNs without a gate, [n, d_ff], of states x [n, d_model]."""
     w, bias = layer.ups[0], layer.up_biases[0]
     y = x @ w if bias is None else x @ w + bias
     return layer.act((y, np.ones_like(y)) if layer.ffn.gated else (y,))
 
 
-def contributions(layer: Layer) -> np.ndarray:
+def contributions(layer: SampledFFN) -> np.ndarray:
     """What one unit of a neuron's activation a_j adds to the output, on average, [d_ff].
 
     ‖v_j‖, its row of W_down; of gated FFNs times the root mean square of what a_j is multiplied with.

@@ -25,8 +25,8 @@ from trimtab.passes.ffn_threshold.quantiles import (
 )
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import FFNWeights, Layer, read_layer
 from trimtab.passes.needs import FFNStates, Need
+from trimtab.passes.sampled_ffn import FFNWeights, SampledFFN, sample_ffn
 from trimtab.passes.sparse_ffn import (
     Rest,
     RestNodes,
@@ -147,7 +147,7 @@ class FFNThreshold(Pass):
         for group in by_weights(wanted):
             reason = unfit(group[0], self.block, self.weights)
             if reason is None:
-                layer = read_layer(group[0], profile, group[1:])
+                layer = sample_ffn(group[0], profile, group[1:])
                 choice = self._choose(layer)
                 reason = self._not_worth(group[0], choice, len(wanted), context)
                 if reason is None:
@@ -164,7 +164,7 @@ class FFNThreshold(Pass):
         """The most blocks of one token."""
         return max(1, round(self.cap * blocks))
 
-    def _choose(self, layer: Layer) -> Choice:
+    def _choose(self, layer: SampledFFN) -> Choice:
         """Thresholds of one FFN, and what comes of them.
 
         Raises:
@@ -180,7 +180,7 @@ class FFNThreshold(Pass):
         y = (layer.h_held * np.repeat(taken, self.block, 1)) @ layer.down
         return Choice(sizes, table, threshold, taken.mean(0), layer.error(y))
 
-    def _rest(self, layer: Layer, choice: Choice) -> Rest | None:
+    def _rest(self, layer: SampledFFN, choice: Choice) -> Rest | None:
         """What stands for the neurons that are left out; None if nothing is to, or it would win nothing."""
         if self.rest is None:
             return None

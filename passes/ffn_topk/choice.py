@@ -10,7 +10,7 @@ import numpy as np
 from trimtab.passes.ffn_topk.importance import best_of_shards
 from trimtab.passes.ffn_topk.predictor import Predictor
 from trimtab.passes.ffn_topk.shards import expected_recall
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Choice:
         """Which blocks the states x [tokens, d_model] compute, bool [tokens, blocks]."""
         return best_of_shards(self.predictor.scores(x), self.take // self.shards, self.shards)
 
-    def error(self, layer: Layer) -> float:
+    def error(self, layer: SampledFFN) -> float:
         """Squared error of the FFN's outputs on held-out states, relative to their variance, without a rest."""
         taken = np.repeat(self.computed(layer.held), self.predictor.block, 1)
         return layer.error((layer.h_held * taken) @ layer.down)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 
 
-def norms(layer: Layer) -> np.ndarray:
+def norms(layer: SampledFFN) -> np.ndarray:
     """‖v_j‖ of each neuron's row of W_down, [d_ff]: what one unit of its activation adds to the output."""
     found: np.ndarray = np.linalg.norm(layer.down, axis=1)
     return found

@@ -12,8 +12,8 @@ from scipy.linalg import cholesky, solve_triangular, svd
 from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_topk.importance import pool
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.layer import FFNWeights
 from trimtab.passes.matrices.forms import Matrix, Product
+from trimtab.passes.sampled_ffn import FFNWeights
 
 _DAMP = 1e-3  # of the mean variance of the inputs
 _PROBES = 16  # directions beyond the rank that the subspace iteration follows

@@ -18,10 +18,10 @@ from trimtab.passes.ffn_topk.importance import importance, most_important, norms
 from trimtab.passes.ffn_topk.predictor import Guess, Predictor, low_rank
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.matrices.forms import OPSETS, LowRank
 from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.needs import FFNStates, Need
+from trimtab.passes.sampled_ffn import SampledFFN, sample_ffn
 from trimtab.passes.sparse_ffn import (
     RestNodes,
     RestOption,
@@ -128,7 +128,7 @@ class FFNTopK(Pass):
         for group in by_weights(wanted):
             reason = unfit(group[0], self.block, self.weights)
             if reason is None:
-                layer = read_layer(group[0], profile, group[1:])
+                layer = sample_ffn(group[0], profile, group[1:])
                 crossover = self._crossover(group[0], len(wanted), context)
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
@@ -164,7 +164,7 @@ class FFNTopK(Pass):
         """The largest share of the neurons that may be computed."""
         return bounds(crossover, self.most, predictor.nbytes / ffn.params)
 
-    def _not_worth(self, choice: Choice, crossover: Crossover | None, layer: Layer, tokens: int) -> str | None:
+    def _not_worth(self, choice: Choice, crossover: Crossover | None, layer: SampledFFN, tokens: int) -> str | None:
         """Why the FFN stays dense after all, or None."""
         if self.take is not None:
             return None
@@ -185,7 +185,7 @@ class FFNTopK(Pass):
         """Tokens above which a call computes all neurons."""
         return limit(crossover, density) if self.dense_above is None else self.dense_above
 
-    def _choose(self, layer: Layer, crossover: Crossover | None = None, shards: int = 1) -> Choice:
+    def _choose(self, layer: SampledFFN, crossover: Crossover | None = None, shards: int = 1) -> Choice:
         """Fit a predictor, and find how many blocks it takes; of each shard, where they divide into shards."""
         blocks, norm = layer.ffn.d_ff // self.block, norms(layer)
         shards = shards if blocks % shards == 0 else 1
@@ -212,7 +212,7 @@ class FFNTopK(Pass):
         often = np.bincount(most_important(truth, k).reshape(-1), minlength=truth.shape[1])
         return np.sort(np.argsort(-often, kind="stable")[:count])
 
-    def _fit(self, layer: Layer, norm: np.ndarray, common: np.ndarray | None) -> Predictor:
+    def _fit(self, layer: SampledFFN, norm: np.ndarray, common: np.ndarray | None) -> Predictor:
         gated = layer.ffn.gated
         alone = gated and self.signal == "gate"
         projections = list(zip(layer.ups, layer.up_biases, strict=True))[: 1 if alone or not gated else 2]
@@ -232,7 +232,7 @@ class FFNTopK(Pass):
         return Predictor(layer, guesses, norm, self.block, typical=typical, common=common)
 
     def _rewrite(
-        self, graph: gs.Graph, group: Sequence[FFN], layer: Layer, choice: Choice, crossover: Crossover | None,
+        self, graph: gs.Graph, group: Sequence[FFN], layer: SampledFFN, choice: Choice, crossover: Crossover | None,
         weights: Rows,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Put the sparse ops in the place of FFNs with the same weights; yields what the report says of each."""

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.graph import constant, insert, replace_uses
-from trimtab.passes.layer import FFNWeights
+from trimtab.passes.sampled_ffn import FFNWeights
 from trimtab.passes.sparse_ffn.first import FirstProjection
 from trimtab.passes.sparse_ffn.rest_nodes import RestNodes
 from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, Rows, row_bytes

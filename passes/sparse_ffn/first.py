@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.graph import constant, insert
-from trimtab.passes.layer import FFNWeights
+from trimtab.passes.sampled_ffn import FFNWeights
 from trimtab.passes.sparse_ffn.rows import Rows
 from trimtab.plugins import SPARSE_UP, add_node
 

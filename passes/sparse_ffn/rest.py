@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
 from trimtab.passes.anatomy import FFN
-from trimtab.passes.layer import Layer
 from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_rank
+from trimtab.passes.sampled_ffn import SampledFFN
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties of a fit, relative to the variance of each feature, among which held-out states choose."""
@@ -90,7 +90,7 @@ def report_rest(rest: Rest | None, once: int = 1) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit_rest(layer: Layer, choose: Choose, rank: int) -> Rest | None:
+def fit_rest(layer: SampledFFN, choose: Choose, rank: int) -> Rest | None:
     """The map of `rank` of least error on the layer's states, in closed form; None where there is nothing to win.
 
     With m_t what token t lacks and s_t its share of blocks left out, A, B and c minimise Σ ‖m_t − s_t (x_t A B + c)‖²
@@ -140,7 +140,7 @@ def _least(fitted: Callable[[float], Rest]) -> Rest:
     return best
 
 
-def _left_out(layer: Layer, choose: Choose, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _left_out(layer: SampledFFN, choose: Choose, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Share of its blocks that each state leaves out, [tokens]; and what they would add, [tokens, d_model].
 
     Args:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import zoo
 
-from trimtab.compiler import profiling
+from trimtab.compiler import profile_cache
 from trimtab.compiler.cache import is_sound
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.checks.peers import same_target
@@ -88,7 +88,7 @@ def use(request: pytest.FixtureRequest, tmp_path: Path, root: Path, monkeypatch:
         data = read_data(tiny.data(tmp_path / "data.npz"))
 
         def profile() -> Path:
-            used = profiling.measured_profile(onnx_source(model), data, Calibration(samples=8, states=16))
+            used = profile_cache.measured_profile(onnx_source(model), data, Calibration(samples=8, states=16))
             (path,) = (root / "profiles").glob("*.safetensors")
             assert all(np.isfinite(tensor).all() for tensor in used.tensors.values())
             return path

@@ -13,7 +13,7 @@ import tiny
 from typer.testing import CliRunner, Result
 
 from trimtab import passes
-from trimtab.compiler import pipeline, profiling
+from trimtab.compiler import pipeline, profile_cache
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.sources import open_source
 from trimtab.passes import Pass, PassContext, PassResult
@@ -56,7 +56,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in (
         (pipeline, "open_source"), (pipeline, "read_data"), (pipeline, "measured_profile"), (pipeline, "BuildWriter"),
-        (profiling, "calibrate"),
+        (profile_cache, "calibrate"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, begun)
 

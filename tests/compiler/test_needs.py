@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 
-from trimtab.compiler import compile_model, pipeline, profiling
+from trimtab.compiler import compile_model, pipeline, profile_cache
 from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.recipe import Calibration, Recipe
@@ -129,8 +129,8 @@ def test_a_compile_measures_what_its_passes_need(tmp_path: Path) -> None:
 def test_a_profile_in_the_cache_is_of_the_same_needs(tmp_path: Path) -> None:
     dataset, _ = data("bert", tmp_path)
     source, options = open_source(str(zoo.exported("bert"))), Calibration(samples=8)
-    without = profiling.measured_profile(source, dataset, options)
-    with_it = profiling.measured_profile(source, dataset, options, needs=DEFAULT | {AttentionReceived()})
+    without = profile_cache.measured_profile(source, dataset, options)
+    with_it = profile_cache.measured_profile(source, dataset, options, needs=DEFAULT | {AttentionReceived()})
     assert with_it.tensors.keys() > without.tensors.keys()
 
 

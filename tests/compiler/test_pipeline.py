@@ -15,7 +15,7 @@ import tiny
 from onnx import numpy_helper
 
 from trimtab import passes
-from trimtab.compiler import load, pipeline, profiling
+from trimtab.compiler import load, pipeline, profile_cache
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.recipe import load_recipe
@@ -160,14 +160,14 @@ def test_data_that_change_while_they_are_read_are_refused(
     texts = tmp_path / "texts.txt"
     texts.write_text("w1 w2 w3\nw4 w5\n")
     source = Source("m", model, word_tokenizer, None, None, "onnx")
-    calibrate = profiling.calibrate
+    calibrate = profile_cache.calibrate
 
     def calibrated(*args: Any, **options: Any) -> Profile:
         texts.write_text("w1 w2 w3\nw4 w6\n")
         return calibrate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(profiling, "calibrate", calibrated)
+        patch.setattr(profile_cache, "calibrate", calibrated)
         with pytest.raises(DataError, match=r"texts.txt: changed while"):
             compile_model(source, RECIPE, tmp_path / "build", data=texts)
     assert not (tmp_path / "build").exists()
@@ -207,8 +207,8 @@ def test_an_interrupted_compile_need_not_calibrate_again(
         calls.append(options)
         return calibrate(*args, **options)
 
-    calibrate = profiling.calibrate
-    monkeypatch.setattr(profiling, "calibrate", counting)
+    calibrate = profile_cache.calibrate
+    monkeypatch.setattr(profile_cache, "calibrate", counting)
     with monkeypatch.context() as broken:
         broken.setattr(tiny.Dampen, "run", _interrupt)
         with pytest.raises(KeyboardInterrupt):

@@ -23,8 +23,8 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_split import FFNSplit
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import read_layer
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import sample_ffn
 from trimtab.passes.settle import fuse_bias_gelu, keep_integer_products
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.unpad import Unpad
@@ -249,7 +249,7 @@ def test_ffns_keep_their_numbers_where_others_are_rewritten(family: str) -> None
     assert [ffn.layer for ffn in find_anatomy(graph).ffns][:1] == [1]
     (result,) = run_passes(graph, [StaticInt8(layers=(1,))], PassContext(made))
     (row,) = result.details["layers"]
-    wanted = np.quantile(np.abs(read_layer(find_anatomy(canonical(zoo.exported(family))).ffns[1], made).fit), 0.9999)
+    wanted = np.quantile(np.abs(sample_ffn(find_anatomy(canonical(zoo.exported(family))).ffns[1], made).fit), 0.9999)
     assert row["layer"] == 1 and row["x_scale"] == pytest.approx(wanted / 127)
 
 
@@ -259,7 +259,7 @@ def test_static_int8_of_ffns_that_are_split(family: str, tmp_path: Path) -> None
     graph = canonical(zoo.exported(family))
     made = profile_of(graph)
     ffn = find_anatomy(graph).ffns[-1]
-    states = read_layer(ffn, made).held[None, :40]
+    states = sample_ffn(ffn, made).held[None, :40]
     x, reader = ffn.x.name, ffn.y.outputs[0]
     run_passes(graph, [FFNSplit(rank=8)], PassContext(made))
     y = next(t.name for t in reader.inputs if t.name.startswith("ffn-split"))

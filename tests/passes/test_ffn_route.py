@@ -21,8 +21,8 @@ from trimtab.passes.early_exit import EarlyExit
 from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.ffn_route.routers import Routers
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import FFNWeights
 from trimtab.passes.lower import lower
+from trimtab.passes.sampled_ffn import FFNWeights
 from trimtab.passes.sparse_ffn import Rest
 from trimtab.passes.token_prune import TokenPrune
 from trimtab.passes.unpad import Unpad

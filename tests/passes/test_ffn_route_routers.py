@@ -21,7 +21,7 @@ from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
 from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.ffn_route.routers import Routers
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import FFNWeights
+from trimtab.passes.sampled_ffn import FFNWeights
 
 
 def _int4(w: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import PassError
 from trimtab.passes.ffn_split import FFNSplit
 from trimtab.passes.graph import save_graph, stored_bytes
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 
 EVERYTHING = Capability(weight_bits=frozenset({2, 4, 8}))
 
@@ -82,7 +82,7 @@ def test_graph_computes_what_the_fit_says(family: str, options: dict[str, object
     before = find_anatomy(graph).ffns
     dense = {f.layer: (f.x.name, f.y.name) for f in before}
     x = {f.layer: profile.ffn(f.layer, f.d_ff, f.d_model).states[4::5] for f in before}
-    gain = {f.layer: Layer(f, profile.ffn(f.layer, f.d_ff, f.d_model)).yardstick for f in before}
+    gain = {f.layer: SampledFFN(f, profile.ffn(f.layer, f.d_ff, f.d_model)).yardstick for f in before}
     want = {layer: run_part(canonical(path), *names, x[layer][None], tmp_path)[0] for layer, names in dense.items()}
     context = PassContext(profile, EVERYTHING)
     result = run_passes(graph, [FFNSplit.model_validate({"multiple": 16, **options})], context)[0]

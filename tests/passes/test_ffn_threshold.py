@@ -22,9 +22,9 @@ from trimtab.passes.early_exit import EarlyExit
 from trimtab.passes.errors import PassError
 from trimtab.passes.ffn_threshold.threshold import FFNThreshold
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import Layer, read_layer
 from trimtab.passes.lower import lower
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import SampledFFN, sample_ffn
 from trimtab.passes.sparse_ffn.rows import quantize_rows
 from trimtab.passes.token_prune import TokenPrune
 from trimtab.passes.unpad import Unpad
@@ -49,7 +49,7 @@ def run(path: Path, feeds: dict[str, np.ndarray], dial: Any = None) -> list[np.n
 class Reference:
     """One FFN in float64, by the numbers of its layer."""
 
-    def __init__(self, layer: Layer, block: int, by: str, integers: bool = False) -> None:
+    def __init__(self, layer: SampledFFN, block: int, by: str, integers: bool = False) -> None:
         self.block, self.gated, self.act = block, layer.ffn.gated, ACTIVATIONS[layer.ffn.activation.name]
         self.true = [w.astype(np.float64) for w in layer.ups]
         self.ups = [self._rows(w.T, integers).T for w in layer.ups]
@@ -133,7 +133,7 @@ def test_each_sample_by_its_own_dial(family: str, weights: str, tmp_path: Path) 
     by = str(rng.choice(["magnitude", "contribution"]))
     profile = profile_of(graph, seed=int(rng.integers(1 << 30)))
     block = block_of(graph, rng, 8 if weights == "int8" else 9)  # int8 in blocks of 8: bytes, other choices
-    layers = {ffn.layer: read_layer(ffn, profile) for ffn in find_anatomy(graph).ffns}
+    layers = {ffn.layer: sample_ffn(ffn, profile) for ffn in find_anatomy(graph).ffns}
     dense = {number: (layer.ffn.x, Reference(layer, block, by, weights == "int8")) for number, layer in layers.items()}
     left_out(graph, profile, weights=weights, by=by, block=block, sparsity=0.6)
     tensors = graph.tensors()
@@ -164,7 +164,7 @@ def test_calibration_data_meet_the_sparsity(family: str) -> None:
     rng, graph = seeded(), canonical(zoo.exported(family))
     profile, block = profile_of(graph, states=2000, seed=int(rng.integers(1 << 30))), int(rng.choice([1, 4]))
     sparsity = float(rng.choice([0.3, 0.6, 0.85]))
-    layers = [read_layer(ffn, profile) for ffn in find_anatomy(graph).ffns]
+    layers = [sample_ffn(ffn, profile) for ffn in find_anatomy(graph).ffns]
     references = [Reference(layer, block, "contribution") for layer in layers]
     assert all(layer.h_held.size and np.size(layer.yardstick) for layer in layers)  # read before the graph changes
     (result,) = left_out(graph, profile, sparsity=sparsity, block=block)
@@ -205,7 +205,7 @@ def test_contributions_beat_magnitudes() -> None:
 def test_a_cap_takes_the_best_and_shared_what_any_token_needs(shared: bool, tmp_path: Path) -> None:
     rng, graph = seeded(), canonical(zoo.exported("llama"))
     profile = profile_of(graph)
-    layer = read_layer(find_anatomy(graph).ffns[0], profile)
+    layer = sample_ffn(find_anatomy(graph).ffns[0], profile)
     x, reference = layer.ffn.x, Reference(layer, 1, "contribution")
     left_out(graph, profile, shared=shared, cap=0.25 if not shared else 1.0)
     graph.outputs = [x, graph.tensors()["ffn-threshold/layer.0/down.y"]]
@@ -268,7 +268,7 @@ def test_with_pruning_and_exits(tmp_path: Path) -> None:
     graph = encoder.graph()
     profile = profile_of(graph, seed=int(rng.integers(1 << 30)))
     encoder.references = {
-        ffn.layer: Reference(read_layer(ffn, profile), 2, "contribution") for ffn in find_anatomy(graph).ffns
+        ffn.layer: Reference(sample_ffn(ffn, profile), 2, "contribution") for ffn in find_anatomy(graph).ffns
     }
     encoder.near, exits = [], encoder.exit(2, "light")
     learned = {"thresholds": np.zeros(encoder.layers, np.float32)} | exits

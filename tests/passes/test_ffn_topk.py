@@ -19,7 +19,7 @@ from trimtab.passes.ffn_topk.importance import importance, most_important, norms
 from trimtab.passes.ffn_topk.predictor import low_rank
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 
 TEXT = [family for family in zoo.FAMILIES if family != "vit"]
 
@@ -29,9 +29,9 @@ def rewrite(graph: gs.Graph, **options: object) -> PassResult:
     return run_passes(graph, [FFNTopK.model_validate({"most": 1.0, **options})], context)[0]
 
 
-def layers_of(graph: gs.Graph) -> list[Layer]:
+def layers_of(graph: gs.Graph) -> list[SampledFFN]:
     profile = profile_of(graph)
-    return [Layer(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
+    return [SampledFFN(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
 
 
 def outputs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

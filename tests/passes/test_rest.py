@@ -23,10 +23,10 @@ from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.ffn_threshold.threshold import FFNThreshold
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import Layer
 from trimtab.passes.lower import lower
 from trimtab.passes.matrices.regress import Moments
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import SampledFFN
 from trimtab.passes.sparse_ffn import Rest, fit_rest
 from trimtab.passes.sparse_ffn.rest import RIDGES
 from trimtab.passes.unpad import Unpad
@@ -44,9 +44,9 @@ def with_states(graph: gs.Graph, learned: dict[str, np.ndarray]) -> Profile:
     return profile
 
 
-def layers_of(graph: gs.Graph) -> list[Layer]:
+def layers_of(graph: gs.Graph) -> list[SampledFFN]:
     profile = with_states(graph, {})
-    return [Layer(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
+    return [SampledFFN(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
 
 
 def run(path: Path, feeds: dict[str, np.ndarray], dial: Any = None) -> list[np.ndarray]:
@@ -63,7 +63,7 @@ def same(path: Path, other: Path, feeds: dict[str, np.ndarray], dial: Any = None
     return all(np.allclose(ours, dense, rtol=1e-4, atol=2e-4 * np.abs(dense).max()) for dense, ours in pairs)
 
 
-def missing(layer: Layer, x: np.ndarray, computed: np.ndarray) -> np.ndarray:
+def missing(layer: SampledFFN, x: np.ndarray, computed: np.ndarray) -> np.ndarray:
     """What the blocks that are not computed add to the output, float64."""
     h = layer.hidden(x, layer.ups, layer.up_biases).astype(np.float64)
     return np.asarray((h * np.repeat(~computed, h.shape[1] // computed.shape[1], 1)) @ layer.down)

@@ -20,9 +20,9 @@ from trimtab.passes.errors import PassError
 from trimtab.passes.ffn_route.fitted import contributions, fit
 from trimtab.passes.ffn_route.route import FFNRoute
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import FFNWeights, read_layer
 from trimtab.passes.needs import FFNStates, Learned
 from trimtab.passes.profile import Profile
+from trimtab.passes.sampled_ffn import FFNWeights, sample_ffn
 
 CLEAR = 1e-4
 """How far scores are from the threshold, where float32 has to decide as float64 does."""
@@ -68,7 +68,7 @@ def test_groups_are_neurons_of_the_model(family: str, tmp_path: Path) -> None:
     ffns = find_anatomy(graph).ffns
     weights = {ffn.layer: FFNWeights(ffn) for ffn in ffns}
     assert all(w.down.size and w.ups and w.up_biases and w.down_bias.size for w in weights.values())  # read in time
-    found = {ffn.layer: fit(read_layer(ffn, profile), group, 0.5, "need") for ffn in ffns}
+    found = {ffn.layer: fit(sample_ffn(ffn, profile), group, 0.5, "need") for ffn in ffns}
     dense = {ffn.layer: (ffn.x, ffn.gated, ACTIVATIONS[ffn.activation.name]) for ffn in ffns}
     fitted(graph, profile, group=group)
     tensors = graph.tensors()
@@ -107,7 +107,7 @@ def test_new_states_meet_the_sparsity_with_less_error_than_chance(family: str) -
         mixing = rng.standard_normal((ffn.d_model, ffn.d_model)) * 3 / np.arange(1, ffn.d_model + 1)
         states = profile.tensors[f"ffn.{ffn.layer}.states"] @ mixing.astype(np.float32)
         profile.tensors[f"ffn.{ffn.layer}.states"] = states
-        layer = read_layer(ffn, profile)
+        layer = sample_ffn(ffn, profile)
         found = fit(layer, group, sparsity, "need")
         assert found.sparsity == pytest.approx(sparsity, abs=0.04)
         groups = ffn.d_ff // group

@@ -17,12 +17,12 @@ from trimtab.passes.ffn_topk.shards import expected_recall, smallest_slack
 from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
 from trimtab.passes.head_topk.topk import HeadTopK
-from trimtab.passes.layer import Layer
+from trimtab.passes.sampled_ffn import SampledFFN
 
 
-def layers_of(graph: gs.Graph) -> list[Layer]:
+def layers_of(graph: gs.Graph) -> list[SampledFFN]:
     profile = profile_of(graph)
-    return [Layer(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
+    return [SampledFFN(ffn, profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model)) for ffn in find_anatomy(graph).ffns]
 
 
 def rewrite(graph: gs.Graph, shards: int, **options: object) -> PassResult:

@@ -27,7 +27,7 @@ from trimtab.passes.ffn_topk.topk import FFNTopK
 from trimtab.passes.graph import load_graph, save_graph, stored_bytes, values
 from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.head_topk.topk import HeadTopK
-from trimtab.passes.layer import read_layer
+from trimtab.passes.sampled_ffn import sample_ffn
 from trimtab.passes.static_int8 import StaticInt8
 from trimtab.passes.weight_only import WeightOnly
 from trimtab.plugins.library import register
@@ -172,11 +172,11 @@ def test_layers_that_share_weights_are_fitted_as_one(seed: int, tmp_path: Path) 
     graph = canonical(write(tmp_path / "source.onnx", shape, seed))
     profile = profile_of(graph, seed=seed)
     first, *others = find_anatomy(graph).ffns
-    layer = read_layer(first, profile, others)
+    layer = sample_ffn(first, profile, others)
     each = [profile.ffn(ffn.layer, ffn.d_ff, ffn.d_model) for ffn in (first, *others)]
     np.testing.assert_allclose(layer.stats.square_sum, sum(stats.square_sum for stats in each))
     assert layer.stats.tokens == sum(stats.tokens for stats in each)
-    alone = [read_layer(ffn, profile) for ffn in (first, *others)]
+    alone = [sample_ffn(ffn, profile) for ffn in (first, *others)]
     np.testing.assert_array_equal(layer.fit, np.concatenate([one.fit for one in alone]))
     np.testing.assert_array_equal(layer.held, np.concatenate([one.held for one in alone]))
     wrong = [0.1 * (i + 1) * np.ones_like(one.y_held) for i, one in enumerate(alone)]

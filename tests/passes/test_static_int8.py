@@ -15,7 +15,7 @@ from trimtab.passes import PassContext, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import PassError
 from trimtab.passes.graph import save_graph
-from trimtab.passes.layer import read_layer
+from trimtab.passes.sampled_ffn import sample_ffn
 from trimtab.passes.static_int8 import StaticInt8
 
 
@@ -29,7 +29,7 @@ def test_an_ffn_computes_with_the_error_of_eight_bits(tmp_path: Path, family: st
     graph = canonical(exported(family))
     profile = profile_of(graph)
     ffn = find_anatomy(graph).ffns[-1]
-    layer = read_layer(ffn, profile)
+    layer = sample_ffn(ffn, profile)
     x, y = ffn.x.name, ffn.y.name
     states = layer.held[None, :40]
     want = run_part(graph, x, y, states, tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.passes.ffn_route.grouping import group_neurons
 from trimtab.training.huggingface import is_first_process
 from trimtab.training.linears import FFNModules, permute_neurons, rows

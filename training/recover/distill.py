@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor, nn
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.passes.contract import Rounding
 from trimtab.passes.errors import TrimtabError
 from trimtab.training.clock import Clock, schedule

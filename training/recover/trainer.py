@@ -38,7 +38,7 @@ class Recover(contract.Trainer):
 
     def run(self, job: contract.Job) -> contract.Trained:
         """Distil; the Profile is the given one, or one that is measured on the data, with the learned weights added."""
-        from trimtab.compiler.profiling import measured_profile
+        from trimtab.compiler.profile_cache import measured_profile
         from trimtab.compiler.sources import open_source
         from trimtab.compiler.targets import get_target
         from trimtab.passes.needs import DEFAULT

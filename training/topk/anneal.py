@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.training.clock import Clock
 from trimtab.training.huggingface import Follow
 from trimtab.training.topk.sparse import SparseFFNs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.sources import Source, open_source
 from trimtab.compiler.sources.checkpoint import read_checkpoint
 from trimtab.compiler.sources.export import load_model

@@ -12,7 +12,7 @@ from trimtab.compiler.checks.peers import DENSE, INT8, PeerModel
 from trimtab.compiler.checks.peers.ort import quantized
 from trimtab.compiler.checks.speed import COMPILED, TimedRun
 from trimtab.compiler.decoder_cache import pasts
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trimtab.compiler.checks.decoders.children import Children
 from trimtab.compiler.checks.timing import REST_S, Timing, interleave
-from trimtab.compiler.phases import Progress
+from trimtab.compiler.progress import Progress
 
 _PROMPTS = 0.3  # of the time: a prompt takes longer than a step, and fewer say enough
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trimtab.compiler.checks.peers.model import CalibrationData, PeerModel, peer_model
 from trimtab.compiler.feeds import Run
-from trimtab.compiler.strict import suggest
+from trimtab.compiler.schema.explain import suggest
 from trimtab.passes.errors import TargetError
 
 DENSE, INT8 = "dense-fp32", "dense-int8"

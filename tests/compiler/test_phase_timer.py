@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.compiler.phases import Phases, peak_memory_bytes
+from trimtab.compiler.memory import peak_memory_bytes
+from trimtab.compiler.phase_timer import PhaseTimer
 
 pytestmark = pytest.mark.skipif(peak_memory_bytes() is None, reason="the system does not tell what a process holds")
 MIB = 1 << 20
@@ -40,7 +41,7 @@ def full_collections() -> Iterator[list[int]]:
 
 
 def test_what_a_phase_left_is_given_back(full_collections: list[int]) -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     with phases("large"):
         alive = weakref.ref(Cycle(128))
     assert alive() is None and full_collections == [1]
@@ -48,7 +49,7 @@ def test_what_a_phase_left_is_given_back(full_collections: list[int]) -> None:
 
 
 def test_a_small_phase_does_not_look_through_the_process(full_collections: list[int]) -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     for number in range(3):
         with phases(str(number)):
             Cycle(1)
@@ -60,7 +61,7 @@ def test_a_small_phase_does_not_look_through_the_process(full_collections: list[
 
 
 def test_what_is_held_is_not_looked_for_again(full_collections: list[int]) -> None:
-    phases, held = Phases(), []
+    phases, held = PhaseTimer(), []
     with phases("first"):
         held.append(Cycle(128))
     with phases("second"):

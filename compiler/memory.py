@@ -1,50 +1,15 @@
-"""What a compile costs: time for each phase, and the most memory that the process held."""
+"""The memory of this process: how much it holds, the most it held, and how to return what was freed."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total) as work advances."""
-
-_WORTH = 8 << 20
-"""Bytes that a process has to grow by before it is looked through."""
-
-
-class Phases:
-    """Times phases and announces them.
-
-    Attributes:
-        seconds: phase → how long it took.
-        progress: for work that can tell how far it is.
-    """
-
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.progress: Progress = progress or (lambda what, done, total: None)
-        self.seconds: dict[str, float] = {}
-        self._resident = resident_bytes()
-
-    @contextmanager
-    def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
-        """Time the body, and give the memory it freed back. Not `shown`: the body shows its own progress."""
-        start = time.perf_counter()
-        if shown:
-            self.progress(name, 0, 1)
-        yield
-        self.give_back()
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        if shown:
-            self.progress(name, 1, 1)
-
-    def give_back(self) -> None:
-        """Return what was freed since this was last done."""
-        self._resident = give_back(self._resident)
+_MIN_GROWTH = 8 << 20
+"""Minimum growth of the resident memory, in bytes, before `gc.collect()` runs."""
 
 
 def give_back(since: int | None) -> int | None:
@@ -60,7 +25,7 @@ def give_back(since: int | None) -> int | None:
         what to compare with the next time.
     """
     resident = resident_bytes()
-    if resident is not None and since is not None and resident - since < _WORTH:
+    if resident is not None and since is not None and resident - since < _MIN_GROWTH:
         return min(since, resident)
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another C library or system

@@ -72,7 +72,7 @@ class FFNWeights:
         self.down = self.down[order]
 
 
-class Layer(FFNWeights):
+class SampledFFN(FFNWeights):
     """An FFN, and the states it was calibrated on; or several FFNs with the same weights, as one.
 
     Layers that share weights see different states. What is fitted to the states of all of them is right for each as far
@@ -170,13 +170,13 @@ class Layer(FFNWeights):
             start += size
 
 
-def read_layer(ffn: FFN, profile: Profile, others: Sequence[FFN] = ()) -> Layer:
+def sample_ffn(ffn: FFN, profile: Profile, others: Sequence[FFN] = ()) -> SampledFFN:
     """The layer of `ffn`, and of `others` that have the same weights, with what the Profile knows of them.
 
     Raises:
         ProfileError: it knows nothing, or nothing that can be fitted to.
     """
-    return Layer(ffn, _stats(ffn, profile), [(other, _stats(other, profile)) for other in others])
+    return SampledFFN(ffn, _stats(ffn, profile), [(other, _stats(other, profile)) for other in others])
 
 
 def _stats(ffn: FFN, profile: Profile) -> FFNStats:

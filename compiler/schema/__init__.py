@@ -1,0 +1,1 @@
+"""The border: files that trimtab did not write, read by schema and within limits."""
