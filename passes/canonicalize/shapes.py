@@ -8,7 +8,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype, get_onnx_tensor_shape
+from onnx_graphsurgeon.importers.onnx_importer import (
+    get_onnx_tensor_dtype,
+    get_onnx_tensor_shape,
+    get_onnx_tensor_type,
+)
 
 from trimtab.passes.graph import topological, values
 from trimtab.passes.graph.shapes import dim, entries
@@ -58,10 +62,18 @@ def infer_shapes(graph: gs.Graph) -> None:
     outputs = {id(t) for t in graph.outputs}
     for node in nodes:
         for tensor in node.outputs:
-            if id(tensor) not in outputs and tensor.type == "tensor_type":
-                info = known.get(tensor.name)
-                tensor.dtype = tensor.dtype if info is None else get_onnx_tensor_dtype(info)
-                tensor.shape = None if info is None else get_onnx_tensor_shape(info)
+            if id(tensor) not in outputs:
+                _take_over(tensor, known.get(tensor.name))
+
+
+def _take_over(tensor: gs.Tensor, info: onnx.ValueInfoProto | None) -> None:
+    """Give `tensor` the type and shape of `info`. A sequence has neither: only its kind is kept."""
+    tensor.type = "tensor_type" if info is None else get_onnx_tensor_type(info) or "tensor_type"
+    if tensor.type != "tensor_type":
+        tensor.dtype = tensor.shape = None
+        return
+    tensor.dtype = tensor.dtype if info is None else get_onnx_tensor_dtype(info)
+    tensor.shape = None if info is None else get_onnx_tensor_shape(info)
 
 
 def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:

@@ -15,6 +15,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.importable import ModelInfo, make_importable
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
 from trimtab.passes.hashing import hash_bytes
@@ -43,6 +44,7 @@ def load_graph(path: Path | str) -> gs.Graph:
         raise ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=hint) from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model: it has no nodes or no opset", hint=hint)
+    make_importable(model, str(path))
     try:
         graph = gs.import_onnx(model)
     except Exception as error:  # graphsurgeon raises what its parser trips over: keys, indices, types
@@ -52,6 +54,7 @@ def load_graph(path: Path | str) -> gs.Graph:
         if isinstance(tensor, gs.Variable) and not tensor.inputs and id(tensor) not in known:
             raise ModelError(f"{path}: nothing gives the tensor {tensor.name!r} that a node uses", hint=hint)
     attach(graph, path.parent)
+    graph.model_info = ModelInfo.of(model)
     return graph
 
 
@@ -135,6 +138,9 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
             constant._values = values
     if graph.ir_version is None:  # made here, not loaded: graphsurgeon would take a version newer than runtimes know
         model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
+    info: ModelInfo | None = getattr(graph, "model_info", None)
+    if info is not None:
+        info.write(model)
     path.write_bytes(model.SerializeToString())
 
 

@@ -13,7 +13,15 @@ from trimtab.passes.graph import topological, values
 from trimtab.passes.graph.cut import reads
 from trimtab.passes.precision.masks import MASK, biased_softmaxes, mask_tensors
 from trimtab.passes.precision.origins import counted_nodes
-from trimtab.passes.precision.tensors import MOVES, QUANTIZERS, has_subgraphs, has_weights, is_float, is_integer
+from trimtab.passes.precision.tensors import (
+    MOVES,
+    QUANTIZERS,
+    has_subgraphs,
+    has_weights,
+    is_float,
+    is_integer,
+    is_sequence,
+)
 from trimtab.plugins import DOMAIN, OPS
 
 STATISTICS = frozenset([
@@ -110,6 +118,8 @@ def _reason(node: gs.Node, extra: Collection[str], dialect: bool) -> str | None:
         return "asked for"
     if has_subgraphs(node):
         return "branch or loop"
+    if any(map(is_sequence, (*node.inputs, *node.outputs))):
+        return "sequence"
     if node.domain == DOMAIN and node.op in OPS:
         return None if dialect and "tensor(float16)" in OPS[node.op].inputs[0].types else "kernels"
     if node.domain == "com.microsoft":

@@ -16,7 +16,7 @@ _SMALL = 1024  # elements of a constant that is no layer's weight
 
 def is_float(tensor: gs.Tensor) -> bool:
     """Whether `tensor` is float32. What has no type is: everything between the layers of a model is."""
-    if not tensor.name:
+    if not tensor.name or is_sequence(tensor):
         return False
     if tensor.dtype is None:
         return True
@@ -24,6 +24,11 @@ def is_float(tensor: gs.Tensor) -> bool:
         return bool(np.dtype(tensor.dtype) == np.float32)
     except TypeError:  # a type that numpy lacks, by ONNX's number
         return bool(tensor.dtype == onnx.TensorProto.FLOAT)
+
+
+def is_sequence(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is a sequence of tensors, or what else is no tensor itself."""
+    return isinstance(tensor, gs.Variable) and tensor.type != "tensor_type"
 
 
 def is_integer(tensor: gs.Tensor) -> bool:

@@ -1,0 +1,160 @@
+"""What an ONNX model may hold and onnx-graphsurgeon 0.6's Graph may not: rewritten, kept aside, or refused by name.
+
+graphsurgeon knows a function by domain and name alone, fails on sparse weights and optional types, skips attributes of
+some kinds without a word, and has no place for a model's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TypeProto
+
+from trimtab.passes.errors import ModelError
+
+_SKIPPED = frozenset([
+    AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS, AttributeProto.TENSORS,
+    AttributeProto.TYPE_PROTO, AttributeProto.TYPE_PROTOS,
+])  # fmt: skip
+"""Kinds of attributes that graphsurgeon leaves out."""
+
+_TENSOR = ("tensor_type", None)
+"""The kinds of a tensor's type; None: it is not in the file."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model says of itself beside its graph: sessions give `metadata` as `custom_metadata_map`."""
+
+    metadata: tuple[tuple[str, str], ...]
+    version: int
+    domain: str
+    doc: str
+
+    @classmethod
+    def of(cls, model: ModelProto) -> ModelInfo:
+        entries = tuple((entry.key, entry.value) for entry in model.metadata_props)
+        return cls(entries, model.model_version, model.domain, model.doc_string)
+
+    def write(self, model: ModelProto) -> None:
+        onnx.helper.set_model_props(model, dict(self.metadata))
+        model.model_version, model.domain, model.doc_string = self.version, self.domain, self.doc
+
+
+def make_importable(model: ModelProto, path: str) -> None:
+    """Rewrite `model` in place, so that graphsurgeon keeps all that it says.
+
+    Functions of one name get a name for each overload. Types of intermediate sequences go, since shape inference finds
+    them again.
+
+    Args:
+        path: of the model, for messages.
+
+    Raises:
+        ModelError: the model holds what has no form in the graph that passes rewrite; names it.
+    """
+    try:
+        _refuse(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error.message}", hint=error.hint) from None
+    for graph in _graphs(model):
+        tensors = [value for value in graph.value_info if value.type.WhichOneof("value") in _TENSOR]
+        del graph.value_info[:]
+        graph.value_info.extend(tensors)
+    _separate_overloads(model)
+
+
+def _refuse(model: ModelProto) -> None:
+    """Raise a ModelError for what has no form in the graph."""
+    _check_ends(model.graph)
+    for graph in _graphs(model):
+        _check_graph(graph)
+    for node in _nodes(model):
+        _check_attributes(node)
+
+
+def _check_ends(graph: GraphProto) -> None:
+    for what, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            if value.type.WhichOneof("value") not in _TENSOR:
+                raise ModelError(
+                    f"the {what} {value.name!r} is of {_kind(value.type)} type, and trimtab's engines take and give "
+                    "tensors alone",
+                    hint="export the model with tensors for its inputs and outputs",
+                )
+
+
+def _check_attributes(node: NodeProto) -> None:
+    for attribute in node.attribute:
+        if attribute.type in _SKIPPED:
+            raise ModelError(
+                f"the attribute {attribute.name!r} of node {node.name or node.op_type} ({node.op_type}) is of kind "
+                f"{AttributeProto.AttributeType.Name(attribute.type)}, which trimtab does not carry",
+                hint="export the model without this node",
+            )
+
+
+def _check_graph(graph: GraphProto) -> None:
+    if graph.sparse_initializer:
+        raise ModelError(
+            f"the weight {graph.sparse_initializer[0].values.name!r} is a sparse initializer, which trimtab does not "
+            "read",
+            hint="store it as a dense tensor: the same values, with its zeros",
+        )
+    for value in chain(graph.input, graph.output):
+        kind = value.type.WhichOneof("value")
+        of_tensors = kind == "sequence_type" and value.type.sequence_type.elem_type.HasField("tensor_type")
+        if kind not in _TENSOR and not of_tensors:
+            raise ModelError(
+                f"{value.name!r} in the branch or loop {graph.name!r} is of {_kind(value.type)} type, which trimtab "
+                "does not carry",
+                hint="export the model with tensors in its branches and loops",
+            )
+
+
+def _separate_overloads(model: ModelProto) -> None:
+    """Name each function of several with one name after its overload, and the nodes that call it."""
+    taken = {(function.domain, function.name) for function in model.functions}
+    names: dict[tuple[str, str, str], str] = {}
+    for function in model.functions:
+        if function.overload:
+            name = f"{function.name}_{function.overload}"
+            while (function.domain, name) in taken:
+                name += "_"
+            taken.add((function.domain, name))
+            names[function.domain, function.name, function.overload] = name
+    for node in _nodes(model):
+        if node.overload:
+            node.op_type = names.get((node.domain, node.op_type, node.overload), node.op_type)
+            node.ClearField("overload")
+    for function in model.functions:
+        if function.overload:
+            function.name = names[function.domain, function.name, function.overload]
+            function.ClearField("overload")
+
+
+def _graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The graph of `model`, and those in its nodes and its functions'."""
+    yield model.graph
+    pending: list[Sequence[NodeProto]] = [model.graph.node, *(function.node for function in model.functions)]
+    while pending:
+        for node in pending.pop():
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.GRAPH:
+                    yield attribute.g
+                    pending.append(attribute.g.node)
+
+
+def _nodes(model: ModelProto) -> Iterator[NodeProto]:
+    for graph in _graphs(model):
+        yield from graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _kind(type_: TypeProto) -> str:
+    """Such as "optional"."""
+    return str(type_.WhichOneof("value")).removesuffix("_type").replace("_", " ")
