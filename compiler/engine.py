@@ -13,6 +13,7 @@ from trimtab.compiler.builds.manifest import Manifest
 from trimtab.compiler.data.held_tokenizer import HeldTokenizer
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import Tokenizer
+from trimtab.compiler.engine_options import check_threads
 from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.targets import Runner, get_target
 from trimtab.passes.dials import Setting
@@ -131,7 +132,9 @@ def load(
     Raises:
         BuildError: not a build, damaged, or not the trusted one; names the damaged file.
         TargetError: its runtime or hardware is missing here.
+        InputError: `threads` is a count that no machine has.
     """
+    check_threads(threads)
     engine = read_build(
         folder, lambda build: _engine(build, threads), verify=verify, trusted_hash=trusted_hash, discard=Engine.close
     )

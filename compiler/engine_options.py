@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import InputError, RecipeError
+
+MAX_THREADS = 1024
+"""CPU threads of one run: more than any machine gains from. ONNX Runtime starts as many as it is asked for, and does
+not come back where the system has no room for them. A constant, so that a recipe is valid on every machine or on none.
+"""
+
+
+def check_threads(threads: int | None, name: str = "threads") -> None:
+    """Refuse a number of CPU threads that no run can have; None leaves it to the runtime.
+
+    Args:
+        name: of the argument or option, for the message.
+
+    Raises:
+        InputError: it is not an integer from 1 to `MAX_THREADS`.
+    """
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
+        raise InputError(
+            f"{name} is {threads!r}, not an integer from 1 to {MAX_THREADS}",
+            hint="give at most the number of cores, or leave it out: the runtime chooses",
+        )
 
 
 class EngineOptions(BaseModel):

@@ -19,8 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trimtab.compiler.cache import cache_dir, entry, is_sound
+from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.compiler.progress import Progress
-from trimtab.compiler.targets.child import tail
 from trimtab.passes.errors import TargetError
 
 log = logging.getLogger(__name__)
@@ -156,14 +156,16 @@ def _run(command: list[str], folder: Path) -> None:
             with output.open("wb") as file:
                 code = subprocess.run(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, check=False,
-                    timeout=_INSTALL_S,
+                    timeout=_INSTALL_S, preexec_fn=end_with_parent(),
                 ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise TargetError(f"gave up installing tritonserver after {_INSTALL_S:g} s{tail(output)}") from error
         log.debug("%s: %.1f s", " ".join(command), time.monotonic() - start)
         if code:
+            how = ending(code)
             raise TargetError(
-                f"tritonserver could not be installed (exit code {code}){tail(output)}",
-                hint="it comes from PyPI as nvidia-pytriton (Linux x86-64, aarch64); see that pip reaches it, or give "
+                f"tritonserver could not be installed: the installation {how.words}{tail(output)}",
+                hint=how.hint
+                or "it comes from PyPI as nvidia-pytriton (Linux x86-64, aarch64); see that pip reaches it, or give "
                 "a server of your own with TRIMTAB_TRITONSERVER",
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -13,16 +12,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import TritonServer
-from trimtab.compiler.targets.child import signal_name, tail
 from trimtab.passes.errors import InputError, TargetError
 
 _POLL_S = 0.05
 _HEALTH_S = 5.0  # seconds for an answer to whether it is ready
 _LEAVE_S = 15  # seconds for requests under way
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec, another thread's locks are never let go
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -61,8 +58,8 @@ class Served:
         Raises:
             TargetError: it did; shows the end of its log.
         """
-        code = self.process.wait()
-        raise TargetError(f"tritonserver ended ({_ending(code)}){tail(self.log)}")
+        how = ending(self.process.wait())
+        raise TargetError(f"tritonserver {how.words}{tail(self.log)}", hint=how.hint)
 
 
 @contextmanager
@@ -100,7 +97,7 @@ def serve(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | server.env,
             start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
-            preexec_fn=_end_with_us,
+            preexec_fn=end_with_parent(),
         )  # fmt: skip
     try:
         _await(process, f"http://{in_url(host)}:{ports.http}/v2/health/ready", start_s, log)
@@ -149,7 +146,8 @@ def _await(process: subprocess.Popen[bytes], url: str, start_s: float, log: Path
     deadline = time.monotonic() + start_s
     while True:
         if process.poll() is not None:
-            raise TargetError(f"tritonserver did not start ({_ending(process.returncode)}){_reason(log)}")
+            how = ending(process.returncode)
+            raise TargetError(f"tritonserver did not start: it {how.words}{_reason(log)}", hint=how.hint)
         left = deadline - time.monotonic()
         with suppress(TargetError):
             ask(url, timeout_s=min(max(left, _POLL_S), _HEALTH_S))
@@ -179,12 +177,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _end_with_us() -> None:
-    """In the child: let the system stop it where we end without a chance to (Linux alone, as is the server)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _ending(code: int) -> str:
-    return signal_name(-code) if code < 0 else f"exit code {code}"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trimtab.compiler.processes import end_with_parent, ending
 from trimtab.passes.errors import ModelError, TrimtabError
 
 _ERROR_FILE = "error.json"
@@ -62,6 +63,7 @@ def run_child(
         code = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
+            preexec_fn=end_with_parent(),
         ).returncode  # fmt: skip
     if code == 0 and (out / makes).is_file():
         return
@@ -69,8 +71,8 @@ def run_child(
         said = json.loads((out / _ERROR_FILE).read_text())
         raise ModelError(f"{origin}: {said['message']}", hint=said["hint"])
     lines = log_file.read_text(errors="replace").strip().splitlines()[-3:]
-    how = f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else "failed"
-    raise ModelError(f"{origin}: {what} {how}: {' | '.join(lines) or 'it said nothing'}", hint=hint)
+    how = ending(code)
+    raise ModelError(f"{origin}: {what} {how.words}: {' | '.join(lines) or 'it said nothing'}", hint=how.hint or hint)
 
 
 def report(out: Path, work: Callable[[], None]) -> int:

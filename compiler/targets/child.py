@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.passes.errors import TargetError
-
-_TAIL = 12  # lines of the log that go into an error
 
 
 def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str, str]) -> dict[str, Any]:
@@ -39,6 +37,7 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | env,
+                    preexec_fn=end_with_parent(),
                     timeout=timeout_s,
                     check=False,
                 ).returncode
@@ -47,10 +46,9 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
                     f"{name}: gave up building after {timeout_s:g} s{tail(log)}",
                     hint="allow more time, or narrow the workload",
                 ) from error
-        if code < 0:
-            raise TargetError(f"{name}: the builder crashed ({signal_name(-code)}){tail(log)}")
-        if code > 0 or not answer.is_file():
-            raise TargetError(f"{name}: the builder failed (exit code {code}){tail(log)}")
+        if code or not answer.is_file():
+            how = ending(code)
+            raise TargetError(f"{name}: the builder {how.words}{tail(log)}", hint=how.hint)
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
 
@@ -58,17 +56,3 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
 def command(job: Path, answer: Path) -> list[str]:
     """The command line of the child."""
     return [sys.executable, "-m", "trimtab.compiler.targets.tensorrt.build_engine", str(job), str(answer)]
-
-
-def signal_name(number: int) -> str:
-    """Such as SIGKILL."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def tail(log: Path) -> str:
-    """The end of a log, to go behind a message; nothing of an empty one."""
-    lines = log.read_text(errors="replace").strip().splitlines()[-_TAIL:]
-    return "\n  ".join(["; its last words:", *lines]) if lines else ""

@@ -9,6 +9,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 
 from trimtab.compiler.decoder_cache import Cache, pasts
+from trimtab.compiler.engine_options import check_threads
 from trimtab.compiler.targets.segmented.runner import SegmentedRunner
 from trimtab.compiler.targets.session_segment import REFUSALS, SessionSegment, brief
 from trimtab.passes.errors import TargetError
@@ -31,7 +32,11 @@ def session_options(threads: int | None = None, *, spinning: bool = False) -> or
         threads: of one run; None for one per physical core.
         spinning: threads wait for the next run awake for a moment, as ONNX Runtime lets them by default: calls that
             follow each other start sooner.
+
+    Raises:
+        InputError: `threads` is a count that no machine has.
     """
+    check_threads(threads or None)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1

@@ -96,8 +96,18 @@ def test_llama_cpp_by_the_interpreter_given(build: Build, tmp_path: Path) -> Non
     ("body", "says"),
     [
         ("exit 1", "does not import llama_cpp"),
-        ('[ "$1" = -c ] && exit 0\necho no such model >&2; exit 1', "ended before the first step: no such model"),
-        ('[ "$1" = -c ] && exit 0\necho "{}"; read line; echo lost >&2; exit 1', "ended in the middle of a step: lost"),
+        (
+            '[ "$1" = -c ] && exit 0\necho no such model >&2; exit 1',
+            r"failed \(exit code 1\) before the first step: no such model",
+        ),
+        (
+            '[ "$1" = -c ] && exit 0\necho "{}"; read line; kill -SEGV $$',
+            r"crashed \(SIGSEGV\) in the middle of a step",
+        ),
+        (
+            '[ "$1" = -c ] && exit 0\necho "{}"; read line; echo lost >&2; exit 1',
+            r"failed \(exit code 1\) in the middle of a step: lost",
+        ),
     ],
 )
 def test_an_interpreter_that_does_not_do_it(body: str, says: str, build: Build, tmp_path: Path) -> None:
@@ -148,7 +158,7 @@ def test_near_the_end_of_the_positions_and_in_a_folder_called_like_a_file(build:
 def test_a_process_that_hangs_is_given_up(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "_PATIENCE_S", 1.0)
     python = interpreter(tmp_path / "python", "exec sleep 100")
-    with Children() as waiting, pytest.raises(TargetError, match="ended before the first step"):
+    with Children() as waiting, pytest.raises(TargetError, match=r"gave no answer in 1 s before the first step"):
         waiting.start("peer", python, "llama_steps.py")
 
 

@@ -16,6 +16,7 @@ from trimtab.compiler import compile_model, load
 from trimtab.compiler.builds.build import Build, open_build
 from trimtab.compiler.checks.dense import dense_model
 from trimtab.compiler.engine import Engine
+from trimtab.compiler.engine_options import MAX_THREADS
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.errors import BuildError, InputError, ModelError, TargetError
 
@@ -72,6 +73,13 @@ def test_inputs_that_disagree() -> None:
         check_inputs(wanted, {"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 4), np.float32)})
     with pytest.raises(InputError, match=r"takes \[batch, 4\]"):
         check_inputs(wanted, {"a": np.zeros((2, 5), np.float32), "b": np.zeros((2, 4), np.float32)})
+
+
+@pytest.mark.parametrize("threads", [0, -1, MAX_THREADS + 1, 10**12, 1.5, "2", True])
+def test_counts_of_threads_that_no_machine_has(build: Build, threads: Any) -> None:
+    with pytest.raises(InputError, match=rf"threads is {threads!r}, not an integer from 1 to {MAX_THREADS}"):
+        load(build.path, threads=threads)
+    assert load(build.path, threads=np.int64(2)).run({"input_ids": tiny.ids(1, 8)})
 
 
 def test_texts_need_a_tokenizer(engine: Engine) -> None:

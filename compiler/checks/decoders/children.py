@@ -16,12 +16,14 @@ from typing import Any
 import psutil
 
 from trimtab.compiler.checks.decoders.steps.serve import DONE
+from trimtab.compiler.processes import ending
 from trimtab.passes.errors import TargetError
 
 STEPS = Path(__file__).resolve().parent / "steps"
 """The scripts that such processes run."""
 
 _PATIENCE_S = 900.0  # that a process has to come up, or to answer
+_LEAVE_S = 10.0  # that a process has to end by itself
 _LINES = 3  # of what a process said last, that an error repeats
 
 
@@ -63,10 +65,10 @@ class Children:
         except OSError as error:
             raise TargetError(f"{name}: {python} cannot be run ({error.strerror})") from error
         self._stack.callback(_end, child)
-        with _patience(child):
+        with _patience(child) as waited:
             about = next((found for line in child.stdout or () if (found := _told(line)) is not None), None)
         if about is None:
-            raise TargetError(f"{name}: its process ended before the first step{_last(said)}")
+            raise _ended(name, child, waited, "before the first step", said)
         self.about[name] = about
         self._running[name] = child
         self.steps[name], self.prompts[name] = (partial(_ask, name, child, what, said) for what in ("step", "prompt"))
@@ -79,22 +81,47 @@ class Children:
 
 def _ask(name: str, child: subprocess.Popen[str], what: str, said: Path) -> None:
     assert child.stdin is not None and child.stdout is not None
-    with _patience(child), suppress(BrokenPipeError):
+    with _patience(child) as waited, suppress(BrokenPipeError):
         child.stdin.write(f"{what}\n")
         child.stdin.flush()
         if any(line.strip() == DONE for line in child.stdout):
             return
-    raise TargetError(f"{name}: its process ended in the middle of a {what}{_last(said)}")
+    raise _ended(name, child, waited, f"in the middle of a {what}", said)
+
+
+def _ended(name: str, child: subprocess.Popen[str], waited: threading.Event, when: str, said: Path) -> TargetError:
+    """The error of a process that answers no more: how it has ended, and what it said last.
+
+    Args:
+        waited: set where it was ended because it did not answer.
+    """
+    try:
+        how = ending(child.wait(_LEAVE_S))
+    except subprocess.TimeoutExpired:
+        return TargetError(f"{name}: its process closed its output {when}{_last(said)}")
+    if waited.is_set():
+        return TargetError(f"{name}: its process gave no answer in {_PATIENCE_S:g} s {when}{_last(said)}")
+    return TargetError(f"{name}: its process {how.words} {when}{_last(said)}", hint=how.hint)
 
 
 @contextmanager
-def _patience(child: subprocess.Popen[str]) -> Iterator[None]:
-    """End a process that does not answer, so that nobody waits for it for ever."""
-    timer = threading.Timer(_PATIENCE_S, child.kill)
+def _patience(child: subprocess.Popen[str]) -> Iterator[threading.Event]:
+    """End a process that does not answer, so that nobody waits for it for ever.
+
+    Yields:
+        an event that is set when the process is ended.
+    """
+    waited = threading.Event()
+
+    def give_up() -> None:
+        waited.set()
+        child.kill()
+
+    timer = threading.Timer(_PATIENCE_S, give_up)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield waited
     finally:
         timer.cancel()
 
@@ -123,7 +150,7 @@ def _end(child: subprocess.Popen[str]) -> None:
         with suppress(BrokenPipeError):
             child.stdin.close()
     try:
-        child.wait(timeout=10)
+        child.wait(timeout=_LEAVE_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

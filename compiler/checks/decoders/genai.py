@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
+from trimtab.compiler.processes import end_with_parent, ending
 from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.passes.errors import TargetError
 from trimtab.passes.hashing import hash_bytes
@@ -46,7 +47,12 @@ def build_genai(checkpoint: Path, folder: Path) -> None:
         sys.executable, "-m", f"{PACKAGE}.models.builder", "-i", checkpoint, "-o", folder, "-p", "int4", "-e", "cpu",
         "-c", folder / "cache", "--extra_options", *_OPTIONS,
     ]  # fmt: skip
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, preexec_fn=end_with_parent()
+    )
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise TargetError(f"{checkpoint}: onnxruntime-genai's builder does not take it ({last[0][:200]})", hint=_HINT)
+        how = ending(run.returncode)
+        raise TargetError(
+            f"{checkpoint}: onnxruntime-genai's builder {how.words}: {last[0][:200]}", hint=how.hint or _HINT
+        )

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from trimtab.compiler.targets.child import signal_name, tail
+from trimtab.compiler.processes import ending, tail
 from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
 from trimtab.passes.errors import TargetError, TrimtabError
 
@@ -96,9 +96,9 @@ class Crew:
         _end(self._workers, None, at_once=True)
         if ended is not None:
             rank, code = ended
-            how = f"was ended by {signal_name(-code)}" if code < 0 else f"failed (exit code {code})"
-            hint = "the next call starts it again" if code < 0 else None
-            return TargetError(f"the process of rank {rank} {how}{tail(self._log_of(rank))}", hint=hint)
+            how = ending(code)
+            hint = f"the next call starts it again; {how.hint}" if how.hint else None
+            return TargetError(f"the process of rank {rank} {how.words}{tail(self._log_of(rank))}", hint=hint)
         if isinstance(error, RuntimeError):  # of torch.distributed
             return TargetError(
                 f"the ranks lost each other ({' '.join(str(error).split())[:200]})",
