@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -9,50 +11,48 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.edit import constant
 
-_REDUCTIONS = {
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSumSquare",
+_AXES_ARE_INPUT = {
+    "ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13,
+    **dict.fromkeys([
+        "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+        "ReduceSumSquare",
+    ], 18),
 }  # fmt: skip
-_AXES_ARE_INPUT = 18  # the opset from which that is so
+"""Op → the opset from which its axes are an input. Before, they are an attribute."""
 _SOFT = {"Hardmax", "LogSoftmax", "Softmax"}
 _ONE_AXIS = 13  # the opset from which these are of one axis, by default the last; before, of all from `axis` = 1 on
 
 
 def raise_opset(graph: gs.Graph, opset: int) -> None:
-    """Declare at least `opset` for the standard domain.
+    """Declare at least `opset` for the standard domain, in the graph and the model's functions.
 
-    Most operators only gained types between opsets, and mean the same under the newer number. Rewritten are reductions,
-    whose axes became an input in opset 18, and softmax of the last axis, which became its default in opset 13.
-    onnx.version_converter would do it too, but loads every weight.
-    Functions of the model whose nodes all mean the same follow; others keep the opset that they declare.
+    Most operators only gained types between opsets, and mean the same under the newer number. Rewritten are nodes whose
+    axes became an input, and softmax of the last axis, which became its default in opset 13; in branches, loops and
+    functions too. No function may stay behind: ONNX Runtime 1.31 reads its nodes by the opset of the model, whatever
+    the function declares. onnx.version_converter would do it too, but loads every weight.
 
     Raises:
         ModelError: some node would mean something else; names it. The graph is then as it was.
     """
     if graph.opset >= opset:
         return
-    nodes = [node for node in graph.nodes if node.domain in (None, "", "ai.onnx")]
-    for node in nodes:
-        if node.op in _REDUCTIONS:
-            continue
-        reason = _change(node, graph.opset, opset)
-        if reason:
-            raise ModelError(
-                f"opset {graph.opset} has to become {opset}, but node {node.name or node.op} ({node.op}) {reason}",
-                hint=f"export the model with opset {opset} or newer",
-            )
-    for node in nodes:
-        if node.op in _SOFT and graph.opset < _ONE_AXIS <= opset:
-            node.attrs["axis"] = -1  # which all of them mean, or there would be a reason
-        if node.op in _REDUCTIONS and graph.opset < _AXES_ARE_INPUT <= opset and "axes" in node.attrs:
-            axes = np.array(node.attrs.pop("axes"), np.int64)
-            node.inputs.append(constant(f"{node.outputs[0].name}/axes", axes))
-    functions = [
-        function
-        for function in graph.functions
-        if function.opset < opset and all(_is_same(node, function.opset, opset) for node in function.nodes)
-    ]
+    functions = [function for function in graph.functions if function.opset < opset]
     for part in (graph, *functions):
+        for _, node in _nodes(part):
+            reason = _change(node, part.opset, opset)
+            if reason:
+                inside = f" of the function {part.name}" if part is not graph else ""
+                raise ModelError(
+                    f"opset {part.opset} has to become {opset}, but node {node.name or node.op} ({node.op}){inside} "
+                    f"{reason}",
+                    hint=f"export the model with opset {opset} or newer",
+                )
+    for part in (graph, *functions):
+        for within, node in list(_nodes(part)):
+            if node.op in _SOFT and part.opset < _ONE_AXIS <= opset:
+                node.attrs["axis"] = -1  # which all of them mean, or there would be a reason
+            if part.opset < _AXES_ARE_INPUT.get(node.op, 0) <= opset and "axes" in node.attrs:
+                node.inputs.append(_axes(within, node))
         part.opset = opset
         for entry in part.import_domains or ():  # what the exporter writes
             if entry.domain in ("", "ai.onnx"):
@@ -62,32 +62,56 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
     graph.ir_version = max(graph.ir_version or 0, least)
 
 
-def _is_same(node: gs.Node, old: int, new: int) -> bool:
-    """Whether a function may hold `node` as it is under both opsets."""
-    if node.domain in (None, "", "ai.onnx") and node.op in _SOFT and node.attrs.get("axis") != -1:
-        return old >= _ONE_AXIS or new < _ONE_AXIS
-    return node.domain not in (None, "", "ai.onnx") or _change(node, old, new) is None
+def _nodes(part: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
+    """The nodes of the standard domain, each with the graph it is in: `part`, or one in a node of it."""
+    for graph in (part, *part.subgraphs(recursive=True)):
+        yield from ((graph, node) for node in graph.nodes if node.domain in (None, "", "ai.onnx"))
+
+
+def _axes(graph: gs.Graph, node: gs.Node) -> gs.Tensor:
+    """The axes of `node`, which lose their attribute, as a tensor of `graph`."""
+    axes, name = node.attrs.pop("axes"), f"{node.outputs[0].name}/axes"
+    if not isinstance(axes, gs.Node.AttributeRef):
+        return constant(name, np.array(axes, np.int64))
+    made = gs.Variable(name, np.int64)  # an attribute of the function, of which a Constant makes a tensor
+    place = next(i for i, each in enumerate(graph.nodes) if each is node)
+    graph.nodes.insert(place, gs.Node("Constant", name, {"value_ints": axes}, outputs=[made]))
+    return made
 
 
 def _is_of_last_axis(node: gs.Node) -> bool:
-    axis, shape = int(node.attrs.get("axis", 1)), node.inputs[0].shape
-    return axis == -1 or (shape is not None and axis == len(shape) - 1)
+    axis, shape = node.attrs.get("axis", 1), node.inputs[0].shape
+    return bool(axis == -1 or (shape is not None and axis == len(shape) - 1))
 
 
 def _change(node: gs.Node, old: int, new: int) -> str | None:
-    """How `node` differs in meaning between two opsets, or None."""
-    try:
-        before, after = (onnx.defs.get_schema(node.op, v, "") for v in (old, new))
-    except onnx.defs.SchemaError:
+    """How `node` differs in meaning between two opsets, or None.
+
+    What ONNX does not have in the old one is ONNX Runtime's own, such as its LayerNormalization, which became ONNX's as
+    it was: the runtime has these in the standard domain whatever the opset.
+    """
+    before, after = (_schema(node.op, version) for version in (old, new))
+    if before is None:
+        return None
+    if after is None or (after.deprecated and not before.deprecated):
         return "is no operator of that opset"
     if before.since_version == after.since_version:
         return None
     if node.op in _SOFT and old < _ONE_AXIS <= new and not _is_of_last_axis(node):
         return "is one of several axes together, which is not so there"
-    lost = set(node.attrs) - set(after.attributes)
+    becomes_input = {"axes"} if old < _AXES_ARE_INPUT.get(node.op, 0) <= new else set()
+    lost = set(node.attrs) - set(after.attributes) - becomes_input
     if lost:
         return f"has attribute {min(lost)}, which is gone there"
     required = [name for name, a in after.attributes.items() if a.required and name not in node.attrs]
-    if required or not after.min_input <= len(node.inputs) <= after.max_input:
+    inputs = len(node.inputs) + len(becomes_input & set(node.attrs))
+    if required or not after.min_input <= inputs <= after.max_input:
         return "takes other attributes or inputs there"
     return None
+
+
+def _schema(op: str, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op, opset, "")
+    except onnx.defs.SchemaError:
+        return None
