@@ -40,9 +40,9 @@ def main() -> int:
     trimtab("inspect", model)
     recipe, profile = HERE / "minilm.yaml", learned.with_name("minilm.profile")
     trimtab("calibrate", model, "--data", learned, "-o", profile)
-    learn = ("--method", "recover", "--recipe", recipe, "--profile", profile, "--max-tokens", 48)
+    learn = ("--method", "recover", "--profile", profile, "--max-tokens", 48)
     how = ("--steps", STEPS, "--batch-size", 64, "--lr", 8e-4, "--minutes", 60)
-    trimtab("train", model, *learn, *how, "--data", learned, "-o", profile)
+    trimtab("train", model, recipe, *learn, *how, "--data", learned, "-o", profile)
     trimtab("compile", model, recipe, "-o", BUILD, "--profile", profile)
     peers = [word for name in summary.PEERS for word in ("--peer", name)]
     least = LEAST_COSINE[get_target("onnxruntime").probe().saturates]

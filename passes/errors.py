@@ -6,6 +6,14 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+_QUOTED = 80  # most characters of a name from a file in a message
+
+
+def quoted(name: object) -> str:
+    """A name or value from a file that trimtab did not write, as a message shows it: on one line, and short."""
+    text = repr(name if not isinstance(name, str) or len(name) <= _QUOTED else name[: _QUOTED - 3] + "...")
+    return text if len(text) <= 2 * _QUOTED else f"{text[: 2 * _QUOTED - 3]}..."
+
 
 class TrimtabError(Exception):
     """A fault in the input or the surroundings, not in trimtab: shown as one message, without a traceback.
@@ -68,7 +76,7 @@ def how_to_learn(
         settings: changes to the recipe, "pass.option=value".
         profile: to add to; None where the data shall be measured.
     """
-    words = ["trimtab", "train", model, "--method", method, "--recipe", recipe]
+    words = ["trimtab", "train", model, recipe, "--method", method]
     words += [word for setting in settings for word in ("--set", setting)]
     words += ["--data", data]
     if method in TUNED:

@@ -31,13 +31,17 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    minutes: float = Field(10.0, ge=0, description="Time limit, which the learning rate follows.")
-    steps: int | None = Field(None, ge=0, description="Follow a number of steps instead, repeatably; 0 runs none.")
+    minutes: float = Field(10.0, ge=0, description="Minutes to train; the learning rate decays over them.")
+    steps: int | None = Field(
+        None, ge=0, description="Number of steps, instead of minutes: a run that can be repeated; 0 trains nothing."
+    )
     lr: float = Field(5e-5, ge=0, description="Highest learning rate.")
     batch_size: int = Field(32, ge=1, description="Samples per step and process.")
-    max_tokens: int = Field(128, ge=1, description="Texts are cut there, or into blocks of so many.")
-    weight_decay: float = Field(0.01, ge=0, description="Of matrices; biases and norms do not decay.")
-    seed: int = Field(0, ge=0, description="Of the order of samples, and of weights that begin at random.")
+    max_tokens: int = Field(
+        128, ge=1, description="Length, in tokens, at which texts are cut, or of the blocks they are packed in."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of matrices; biases and norms have none.")
+    seed: int = Field(0, ge=0, description="Seed of the order of samples and of randomly initialised weights.")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from trimtab.training import trainer_class
 from trimtab.training.contract import Job, Settings, Trained, Trainer, read_settings
 from trimtab.training.folder import check_new_folder
 
+_RECIPE_HINT = "give the recipe behind the model: `trimtab train MODEL RECIPE ...`"
+
 
 def train(
     method: str, model: Path | str, data: Path | str | Dataset, out: Path | str, *,
@@ -73,10 +75,10 @@ def _recipe(
     if "recipe" in kind.needs:
         raise RecipeError(
             f"--method {kind.name} needs the recipe that the model will be compiled with",
-            hint="give it with --recipe",
+            hint=_RECIPE_HINT,
         )
     if changes:
-        raise RecipeError("--set changes a recipe, and none is given", hint="give one with --recipe")
+        raise RecipeError("--set changes a recipe, and none is given", hint=_RECIPE_HINT)
     return None
 
 

@@ -6,5 +6,7 @@ from __future__ import annotations
 def main() -> None:
     """Entry point of the `trimtab` script."""
     from trimtab.compiler.cli.app import app
+    from trimtab.compiler.cli.console import catch_sigterm
 
+    catch_sigterm()
     app(prog_name="trimtab")

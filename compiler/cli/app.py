@@ -3,13 +3,15 @@
 A command is a module of this package that defines one function `command`, plain, with typer annotations:
 
     def command(
-        model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
-        json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+        model: options.Model,
+        tokens: Annotated[int, typer.Option(min=1, help="Sequence length, in tokens.")] = 128,
+        json: options.Json = False,
     ) -> None:
         \"\"\"One line for its --help; more paragraphs may follow.\"\"\"
 
-It is listed in `COMMANDS` below. It need not catch errors: `console.reporting_errors` reports whatever it raises. It
-writes results to stdout (`console.emit_json` under --json), and all else to stderr (`console.progress`, `logging`).
+It is listed in `COMMANDS` below; options that several commands share are in options.py. It need not catch errors:
+`console.reporting_errors` reports whatever it raises. It writes results to stdout (`console.emit_json` under --json),
+and all else to stderr (`console.progress`, `logging`).
 """
 
 from __future__ import annotations
@@ -23,18 +25,19 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from trimtab.compiler.cli import console
+from trimtab.compiler.cli.renamed import with_new_names
 
 COMMANDS = {
-    "inspect": "Show what a model consists of, and where it spends its work.",
+    "inspect": "Show the parts of a model and what each of them costs.",
     "calibrate": "Measure a model on data and write its Profile.",
-    "train": "Learn what a pass needs: a Profile, or a new model.",
+    "train": "Learn weights that a pass needs: a Profile or a new model.",
     "compile": "Compile a model into a build directory.",
-    "validate": "Compare a build with its dense model, numerically and on a task.",
+    "validate": "Compare a build with its dense model: numbers and task quality.",
     "generate": "Generate text with a build of a causal language model.",
-    "package": "Write a build in the shape that another program expects.",
+    "package": "Write a build in the format of another program.",
     "serve": "Serve a build with Triton Inference Server.",
-    "bench": "Time a build against its dense model in one run.",
-    "cost": "Count what a build computes on data at each speed, beside quality and time.",
+    "bench": "Time a build beside its dense model in one run.",
+    "cost": "Measure FLOPs, quality and time of a build at each speed.",
     "passes": "List the passes and their options.",
     "methods": "List the methods of `trimtab train` and their options.",
     "targets": "List the targets and whether they work here.",
@@ -62,6 +65,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] in COMMANDS:
             self.commands[args[0]] = load(args[0])
+            args[1:] = with_new_names(args[0], args[1:])
             if "--json" in args:
                 ctx.with_resource(console.stdout_for_json())
         return super().resolve_command(ctx, args)
@@ -78,10 +82,10 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what each step does.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Say more, and show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what each step does.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Compile a dense transformer into an engine that does less work per token."""

@@ -13,54 +13,54 @@ from trimtab.compiler.checks.decoders.engines import DECODER_PEERS
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.checks.speed import COMPILED, Bench, Machine, TimedRun, key
 from trimtab.compiler.checks.timing import LONGEST_S
-from trimtab.compiler.cli import console
-from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
+from trimtab.compiler.cli import console, options
+from trimtab.compiler.cli.dials import parse_dials
 
 _BAR = 30  # characters of the longest bar
 
 
 def command(
-    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
+    build: options.BuildFolder,
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Time this one too; may be given again. Known: {', '.join(PEER_NAMES)}; for decoders "
-            f"{', '.join(DECODER_PEERS)}."
+            metavar="NAME",
+            help=f"Further engine to time; may be repeated. Encoders: {', '.join(PEER_NAMES)}. Decoders: "
+            f"{', '.join(DECODER_PEERS)}.",
         ),
     ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="BATCHxTOKENS, with commas; of a decoder, of prompts. Default: least and opt batch, at opt tokens; of "
-            "a decoder opt batch, at opt past."
+            help="Shapes to time, BATCHxTOKENS, separated by commas; of a decoder, shapes of prompts. Default: the "
+            "workload's smallest and typical batch with its typical tokens; of a decoder, typical batch and past."
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0, max=LONGEST_S, help="For each shape, all engines together.")] = 10.0,
-    dense: Annotated[
-        Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
-    ] = None,
-    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
-    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
-    ] = None,
+    threads: options.Threads = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=LONGEST_S, help="Seconds of timing for each shape, all engines together.")
+    ] = 10.0,
+    dense: options.Dense = None,
+    speed: options.Speed = None,
+    dial: options.Dial = None,
+    trusted_hash: options.TrustedHash = None,
+    peer_data: options.PeerData = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="What llama.cpp runs. Default: the file that the build was compiled from.")
+        Path | None,
+        typer.Option(
+            help="GGUF file that the peer llama.cpp runs. Default: the file that the build was compiled from."
+        ),
     ] = None,
     llama_python: Annotated[
-        Path | None, typer.Option(help="An interpreter that has llama-cpp-python, for the peer llama.cpp.")
+        Path | None, typer.Option(help="Python interpreter with llama-cpp-python, for the peer llama.cpp.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    json: options.Json = False,
 ) -> None:
-    """Time a build against its dense model in one run.
+    """Time a build beside its dense model in one run.
 
-    The engines take turns in short blocks, with the same threads and inputs: compiled, dense float32, dense with
-    dynamic int8 weights, and the peers asked for. Of a decoder, prompts and steps are timed apart, each engine in a
-    process of its own. The numbers are recorded in the build's measured.json and report.md.
+    The engines take turns in short blocks, with the same threads and inputs: the build, dense float32, dense with
+    dynamic int8 weights, and the given peers. For a decoder, prompts and steps are timed separately, each engine in its
+    own process. The numbers are stored in the build's measured.json and report.md.
     """
     wanted = parse_shapes(shapes) if shapes else None
     with console.progress() as progress:
@@ -73,7 +73,7 @@ def command(
             dense=dense,
             dials=parse_dials(dial),
             speed=speed,
-            data=data,
+            data=peer_data,
             gguf=gguf,
             llama_python=llama_python,
             progress=progress,

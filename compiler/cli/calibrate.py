@@ -8,28 +8,23 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option("--data", help="Texts (.txt, .jsonl, .tsv, plain or .gz) or tensors (.npz).", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option("--output", "-o", help="The Profile to write.", show_default=False)],
+    model: options.Model,
+    data: options.CalibrationData,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Profile to write (.safetensors).", show_default=False)],
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", help="Measure also what the passes of this recipe need.", show_default=False),
+        typer.Argument(help="Recipe (YAML) for whose passes to measure. Default: what most passes need."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to use, chosen at random.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples to run at a time.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Cut texts to so many tokens.")] = 128,
-    states: Annotated[int, typer.Option(min=1, help="Inputs of each FFN to keep, for fitting.")] = 4096,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random choices.")] = 0,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run code.")
-    ] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples, chosen at random.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length, in tokens, at which texts are cut.")] = 128,
+    states: Annotated[int, typer.Option(min=1, help="Number of inputs of each FFN that are kept, for fits.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random choices.")] = 0,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Measure a model on data and write its Profile."""
     from trimtab.compiler.calibrate import calibrate

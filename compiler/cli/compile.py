@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 
 if TYPE_CHECKING:
     from trimtab.compiler.builds.build import Build
@@ -20,37 +20,36 @@ _MANY = 3  # places of one reason beside the first, that are counted and no long
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Build directory.", show_default=False)],
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Build directory to write.", show_default=False)],
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML file; without one, ffn-split with its defaults.", show_default=False)
+        Path | None,
+        typer.Argument(help="Recipe: a YAML file. Default: ffn-split with its defaults.", show_default=False),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Runtime; overrides the recipe's.", show_default=False)
+        str | None,
+        typer.Option(help="Target, as `trimtab targets` lists them; overrides the recipe's.", show_default=False),
     ] = None,
     shards: Annotated[
         int | None,
-        typer.Option(
-            "--shards", help="Processes to divide the model among; overrides the recipe's.", show_default=False
-        ),
+        typer.Option(help="Number of processes that share the model; overrides the recipe's.", show_default=False),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Calibrate on this (.txt, .jsonl, .tsv, .npz).", show_default=False)
+        Path | None,
+        typer.Option(help="Calibration data: .txt, .jsonl, .tsv (plain or .gz) or .npz.", show_default=False),
     ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="Made by `trimtab calibrate` or `train`. Default: profile.safetensors in the model's folder."
+            help="Profile of `trimtab calibrate` or `train`. Default: profile.safetensors in the model's folder."
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="pass.option=value; may be repeated.", show_default=False)
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compile even if the build is up to date.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights, which can run their author's code.")
+    settings: options.RecipeChanges = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile even where the build is up to date.")] = False,
+    allow_pickle: options.AllowPickle = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest and its hash as JSON, and nothing else, on stdout.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest and its hash as JSON alone.")] = False,
 ) -> None:
     """Compile a model into a build directory, which appears whole or not at all."""
     from trimtab.compiler.learned import remedies

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,6 @@ log = logging.getLogger("trimtab")
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work advances."""
-
-TRUSTED_HELP = "sha256 of the build's manifest, as compile printed it: any other build is refused."
 
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
 _json_stream: TextIO | None = None  # stdout as it was, while a command that was asked for JSON runs
@@ -34,30 +32,51 @@ def set_up_logging(level: int) -> None:
 def reporting_errors() -> Iterator[None]:
     """End the process with one message, and no traceback, when the body fails. Also serves as a decorator.
 
-    Exit codes: 1 for any error, 130 when interrupted; usage errors are left to typer, which exits with 2.
+    Exit codes: 1 for any error, 130 when interrupted (Ctrl-C), 143 when ended by SIGTERM; usage errors are left to
+    typer, which exits with 2.
     """
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
+    except Terminated:
+        fail("terminated", label="", code=128 + signal.SIGTERM)
     except KeyboardInterrupt:
         fail("interrupted", label="", code=130)
     except MemoryError:
-        fail("not enough memory", hint="use a smaller --batch-size or --max-tokens, or a machine with more memory")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"{where}no space left on the disk", hint="free some space, or write to another disk")
-        fail(f"{where}{error.strerror or error}")
+        fail("not enough memory", hint="take smaller sizes and batches, end other programs, or use a machine with more memory")
     except Exception as error:
         _fail_with(error)
 
 
+def catch_sigterm() -> None:
+    """Let SIGTERM end the process as Ctrl-C does: what was begun is cleaned up on the way out.
+
+    For the process's own entry point: a program that calls trimtab decides itself what a signal does.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come; whoever handles Ctrl-C handles it alike."""
+
+
+def _terminate(number: int, _frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+    raise Terminated
+
+
 def _fail_with(error: Exception) -> NoReturn:
     from trimtab.passes.errors import TrimtabError  # here, because the package around it takes half a second to import
+    from trimtab.passes.os_errors import read_hint, reason, write_hint
 
     if isinstance(error, TrimtabError):
         fail(error.message, hint=error.hint)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        # An open file that cannot be written any more has no name.
+        fail(f"{where}{reason(error)}", hint=read_hint(error) if error.filename else write_hint(error))
     fail(
         f"unexpected {type(error).__name__}: {error}",
         hint="this is a fault in trimtab: please report it, with the output of `trimtab --debug ...`",

@@ -13,52 +13,52 @@ from trimtab.compiler.checks.cost_plot import check_plot, draw
 from trimtab.compiler.checks.cost_report import CostReport, named, setting_row
 from trimtab.compiler.checks.measured_cost import SPEEDS, cost
 from trimtab.compiler.checks.timing import LONGEST_S
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 from trimtab.compiler.cli.bench import describe
-from trimtab.compiler.cli.dials import DIAL_HELP, parse_dials, parse_grid, parse_speeds
+from trimtab.compiler.cli.dials import parse_dials, parse_grid, parse_speeds
 
 
 def command(
-    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data to run on: .txt, .jsonl, .tsv or .npz.", show_default=False)],
-    speed: Annotated[
+    build: options.BuildFolder,
+    data: Annotated[
+        Path, typer.Option(help="Data to run: .txt, .jsonl, .tsv (plain or .gz) or .npz.", show_default=False)
+    ],
+    speeds: Annotated[
         str | None,
-        typer.Option(help=f"Speeds, with commas. Default: {', '.join(f'{each:g}' for each in SPEEDS)}."),
+        typer.Option(help=f"Speeds to measure, separated by commas. Default: {','.join(f'{s:g}' for s in SPEEDS)}."),
     ] = None,
-    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples in a call. Default: the workload's least.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of the data, at most. Default: all.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of every engine. Default: the recipe's, else all cores.")
+    dial: options.Dial = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples per call. Default: the smallest batch of the workload.")
     ] = None,
+    samples: options.Samples = None,
+    threads: options.Threads = None,
     seconds: Annotated[
-        float, typer.Option(min=0, max=LONGEST_S, help="Of timing, all engines together; 0 times nothing.")
+        float, typer.Option(min=0, max=LONGEST_S, help="Seconds of timing, all engines together; 0 skips it.")
     ] = 10.0,
     store_path: Annotated[
         bool,
-        typer.Option("--store-path", help="Try a grid of the dials on the data, and keep the best path for `speed`."),
+        typer.Option("--store-path", help="Try a grid of dial values on the data and store the best path of `speed`."),
     ] = False,
     grid: Annotated[
         list[str] | None,
-        typer.Option(help="name=value,value,...: what --store-path tries of a dial; may be given again."),
+        typer.Option(metavar="NAME=V,V,...", help="Values of one dial that --store-path tries; may be repeated."),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(min=0, help="Points of quality that speed 1 of --store-path may lie below speed 0. Default: any."),
+        typer.Option(min=0, help="Largest loss of --store-path at speed 1, in points of quality. Default: no limit."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this file: .svg, .png or .pdf.")] = None,
-    dense: Annotated[
-        Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Chart file to write: .svg, .png or .pdf.")] = None,
+    dense: options.Dense = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of samples.")] = 0,
+    trusted_hash: options.TrustedHash = None,
+    json: options.Json = False,
 ) -> None:
-    """Count what a build computes on data at each speed, beside quality and time.
+    """Measure FLOPs, quality and time of a build at each speed.
 
-    FLOPs are counted as they are executed, from real lengths, tokens that stay and samples that leave. Quality is held
-    against labels, or against the dense model where there are none. The numbers are recorded in the build's
-    measured.json and report.md.
+    FLOPs are those executed: of real text lengths, of the tokens that are kept, until a sample exits. Quality is
+    measured against the labels, or against the dense model where the data has none. The numbers are stored in the
+    build's measured.json and report.md.
     """
     if plot is not None:
         check_plot(plot)
@@ -69,9 +69,9 @@ def command(
             open_build(build, trusted_hash=trusted_hash),
             data=data,
             save_path=store_path,
-            speeds=parse_speeds(speed),
+            speeds=parse_speeds(speeds),
             dials=parse_dials(dial),
-            batch=batch,
+            batch=batch_size,
             samples=samples,
             threads=threads,
             seconds=seconds,

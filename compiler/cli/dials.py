@@ -6,9 +6,6 @@ from collections.abc import Collection, Sequence
 
 from trimtab.passes.errors import InputError
 
-SPEED_HELP = "0: as exact as the build is, to 1: as fast as its dials go. Default: the dials' defaults."
-DIAL_HELP = "name=value, beside or instead of --speed; may be given again."
-
 
 def parse_dials(given: Sequence[str] | None) -> dict[str, float]:
     """["exit_threshold=0.2"] → {"exit_threshold": 0.2}.
@@ -34,7 +31,7 @@ def parse_speeds(text: str | None) -> list[float]:
     Raises:
         InputError: not numbers.
     """
-    return [] if text is None else _numbers(text, f"--speed {text}", "such as 0,0.5,1")
+    return [] if text is None else _numbers(text, f"--speeds {text}", "such as 0,0.5,1")
 
 
 def parse_grid(given: Sequence[str] | None) -> dict[str, list[float]]:

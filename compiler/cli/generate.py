@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
-from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
+from trimtab.compiler.cli import console, options
+from trimtab.compiler.cli.dials import parse_dials
 from trimtab.compiler.engine import load
 from trimtab.compiler.generation import Sampling
 from trimtab.compiler.generation.text import Answer, generate_text
@@ -18,22 +18,26 @@ from trimtab.compiler.generation.text import Answer, generate_text
 
 def command(
     build: Annotated[Path, typer.Argument(help="Build directory of a causal language model.", show_default=False)],
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; given again, all are answered together.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each answer, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many of the likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
-    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
-    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    prompt: Annotated[
+        list[str], typer.Option(help="Prompt to continue; may be repeated: all are answered in one batch.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of each answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    speed: options.Speed = None,
+    dial: options.Dial = None,
+    threads: options.Threads = None,
+    trusted_hash: options.TrustedHash = None,
+    json: options.Json = False,
 ) -> None:
-    """Generate text with a build, token by token.
+    """Generate text with a build of a causal language model.
 
-    One answer appears as it comes; several when all are done.
+    One answer is printed token by token; several are printed when all are complete.
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter("lies outside 0..1", param_hint="--top-p")
@@ -44,7 +48,7 @@ def command(
     answers: list[Answer] = []
     dials = parse_dials(dial)
     for answers in generate_text(
-        engine, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop or (), dials=dials, speed=speed
+        engine, prompt, max_tokens=max_new_tokens, sampling=sampling, stop=stop or (), dials=dials, speed=speed
     ):
         first = first or time.perf_counter() - start
         if streams:

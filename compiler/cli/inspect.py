@@ -6,20 +6,19 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Sequence length at which attention is counted.")] = 128,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights; they can run code.")
-    ] = False,
+    model: options.Model,
+    json: options.Json = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Sequence length, in tokens, for the cost of attention.")] = 128,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
-    """Show what a model consists of, and where it spends its work.
+    """Show the parts of a model and what each of them costs.
 
-    Reads structure alone: weights are not loaded. What was not recognised is named, with the node and the reason.
+    Only the structure is read: weights are not loaded. Each part that was not recognised is listed with its node and
+    the reason.
     """
     from trimtab.compiler import inspect
     from trimtab.compiler.sources import open_source

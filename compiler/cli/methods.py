@@ -6,13 +6,17 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 from trimtab.compiler.cli.schema import print_options
+from trimtab.compiler.cli.settings import flag
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Show the options of this method.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Method whose options are listed. Default: list the methods.", show_default=False),
+    ] = None,
+    json: options.Json = False,
 ) -> None:
     """List the methods of `trimtab train` and their options."""
     from trimtab.training import METHOD_NAMES, trainer_class
@@ -31,7 +35,7 @@ def command(
     elif name:
         (method,) = chosen
         print(f"{name}: {method.summary}\nneeds {', '.join(sorted(method.needs))}; makes a {method.makes}\n")
-        print_options(method.settings_class)
+        print_options(method.settings_class, spelled=flag)
     else:
         rows = [(each.name, each.makes, ", ".join(sorted(each.needs)), each.summary) for each in chosen]
         console.print_table(("method", "makes", "needs", "what it does"), rows)

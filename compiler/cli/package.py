@@ -8,38 +8,39 @@ from typing import Annotated
 import typer
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.cli import console
-
-BACKEND_HELP = "Triton backend that runs the build: auto, onnxruntime, python (ONNX Runtime in it) or tensorrt."
-BATCH_HELP = "Samples that Triton joins in one call, at most. Default: the most that the workload declares."
+from trimtab.compiler.cli import console, options
 
 
 def command(
-    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
+    build: options.BuildFolder,
     genai: Annotated[
-        Path | None, typer.Option(help="Folder to write for ONNX Runtime GenAI.", show_default=False)
+        Path | None, typer.Option(help="Folder to write, for ONNX Runtime GenAI.", show_default=False)
     ] = None,
     triton: Annotated[
-        Path | None, typer.Option(help="Model repository to write for Triton Inference Server.", show_default=False)
+        Path | None, typer.Option(help="Model repository to write, for Triton Inference Server.", show_default=False)
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the model in Triton. Default: that of the build's folder.")
+        str | None, typer.Option(help="Name of the model in Triton. Default: the name of the build directory.")
     ] = None,
-    backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "auto",
-    max_batch: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
+    backend: options.Backend = "auto",
+    max_batch: options.MaxBatch = None,
     gpu: Annotated[
-        bool | None, typer.Option("--gpu/--cpu", help="Where Triton runs the engine. Default: tensorrt on the GPU.")
+        bool | None,
+        typer.Option(
+            "--gpu/--cpu", help="Processor that Triton runs the engine on. Default: GPU for tensorrt, else CPU."
+        ),
     ] = None,
     mounted_at: Annotated[
-        str | None, typer.Option(help="Where the server will see the repository, such as /models in a container.")
+        str | None, typer.Option(help="Path of the repository on the server, such as /models in a container.")
     ] = None,
     environment: Annotated[
-        str | None, typer.Option(help="EXECUTION_ENV_PATH of Triton's Python models: an archive or a folder.")
+        str | None,
+        typer.Option(help="Python environment of Triton's Python models (EXECUTION_ENV_PATH): archive or folder."),
     ] = None,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    trusted_hash: options.TrustedHash = None,
+    json: options.Json = False,
 ) -> None:
-    """Write a build in the shape that another program expects: give one of --genai and --triton."""
+    """Write a build in the format of another program: --genai or --triton."""
     if (genai is None) == (triton is None):
         raise typer.BadParameter("give one of --genai and --triton")
     opened = open_build(build, trusted_hash=trusted_hash)

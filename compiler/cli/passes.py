@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 from trimtab.compiler.cli.schema import print_options
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Show the options of this pass.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(help="Pass whose options are listed. Default: list the passes.", show_default=False)
+    ] = None,
+    json: options.Json = False,
 ) -> None:
     """List the passes and their options."""
     from trimtab.passes import PASS_NAMES, pass_class

@@ -14,35 +14,38 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.compiler.builds.build import open_build
-from trimtab.compiler.cli import console
-from trimtab.compiler.cli.package import BACKEND_HELP, BATCH_HELP
+from trimtab.compiler.cli import console, options
 
 
 def command(
-    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of HTTP; 0 takes any that is free.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Of gRPC; 0 takes any.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Of the metrics; 0 takes any.")] = 8002,
+    build: options.BuildFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 picks a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 picks a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Metrics port; 0 picks a free one.")] = 8002,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Whoever reaches it may use the server.")
+        str, typer.Option(help="Address to listen on. Everyone who can reach it can use the server.")
     ] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: that of the build's folder.")] = None,
-    backend: Annotated[str, typer.Option(help=BACKEND_HELP)] = "auto",
-    max_batch: Annotated[int | None, typer.Option(min=1, help=BATCH_HELP)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in Triton. Default: the name of the build directory.")
+    ] = None,
+    backend: options.Backend = "auto",
+    max_batch: options.MaxBatch = None,
     repository: Annotated[
-        Path | None, typer.Option(help="Write the model repository there, and keep it.", show_default="temporary")
+        Path | None, typer.Option(help="Folder for the model repository, which is kept.", show_default="temporary")
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(help="Write the server's log there, and keep it.", show_default="temporary")
+        Path | None, typer.Option(help="File for the server's log, which is kept.", show_default="temporary")
     ] = None,
-    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds that loading may take.")] = 120.0,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone, once the server answers.")] = False,
+    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until the server is ready.")] = 120.0,
+    trusted_hash: options.TrustedHash = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout once the server is ready.")
+    ] = False,
 ) -> None:
     """Serve a build with Triton Inference Server, until Ctrl-C.
 
-    The server is $TRIMTAB_TRITONSERVER, else `tritonserver` on PATH, else one that trimtab installs once into its cache
-    (from PyPI; CPU only; some 400 MB).
+    The server is $TRIMTAB_TRITONSERVER, else `tritonserver` on PATH, else a copy that trimtab installs once into its
+    cache (from PyPI; CPU only; about 400 MB).
     """
     from trimtab.compiler.serving import Ports, serve_build
 

@@ -35,7 +35,10 @@ def parameters(methods: Mapping[str, type[BaseModel]]) -> Iterator[inspect.Param
         defaults = {method: each.default for method, each in having.items()}
         names_of = f"{flag(name)}/{flag(f'no-{name}')}" if field.annotation is bool else flag(name)
         option = typer.Option(
-            names_of, help=f"{of}{field.description} {_shown(defaults)}", show_default=False, **_bounds(field)
+            names_of,
+            help=" ".join(filter(None, (f"{of}{field.description}", _shown(defaults), _open(field)))),
+            show_default=False,
+            **_bounds(field),
         )
         annotation = Annotated[_kind(name, field.annotation) | None, option]  # type: ignore[valid-type]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -74,6 +77,13 @@ def _bounds(field: FieldInfo) -> dict[str, Any]:
     low = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
     high = next((each.le for each in field.metadata if hasattr(each, "le")), None)
     return {key: value for key, value in (("min", low), ("max", high)) if value is not None}
+
+
+def _open(field: FieldInfo) -> str:
+    """The bounds that are excluded, which typer cannot show."""
+    low = [f"x>{each.gt:g}" for each in field.metadata if hasattr(each, "gt")]
+    high = [f"x<{each.lt:g}" for each in field.metadata if hasattr(each, "lt")]
+    return f"[{', '.join(low + high)}]" if low or high else ""
 
 
 def _shown(defaults: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.compiler.cli import console
+from trimtab.compiler.cli import console, options
 from trimtab.compiler.cli.settings import chosen, parameters
 from trimtab.training import METHOD_NAMES, trainer_class
 
@@ -22,25 +22,26 @@ _FIRST = Method(METHOD_NAMES[0])
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, GGUF or ONNX file.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Data to learn from; not what you will judge by.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--output", "-o", help="The Profile or the model folder to write.", show_default=False)
+    model: options.Model,
+    data: Annotated[
+        Path, typer.Option(help="Training data, apart from the data that you will validate on.", show_default=False)
     ],
-    method: Annotated[Method, typer.Option(help="What to learn; `trimtab methods` lists them.")] = _FIRST,
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Profile (.safetensors) or model folder to write.", show_default=False),
+    ],
+    method: Annotated[Method, typer.Option(help="Method; `trimtab methods` describes them.")] = _FIRST,
     recipe: Annotated[
-        Path | None, typer.Option(help="The recipe the model will be compiled with.", show_default=False)
+        Path | None,
+        typer.Argument(help="Recipe (YAML) that the model will be compiled with.", show_default=False),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option(help=f"Profile to add to; else one is measured on the data. Not for {_NO_PROFILE}."),
+        typer.Option(help=f"Profile to extend. Default: one is measured on the data. Not for {_NO_PROFILE}."),
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="pass.option=value, as for compile; may be repeated.", show_default=False),
-    ] = None,
-    allow_pickle: Annotated[bool, typer.Option(help="Read pickled weights: they can run code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    changes: options.RecipeChanges = None,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
     **settings: Any,
 ) -> None:
     from trimtab.training.run import train
@@ -70,7 +71,7 @@ def _cell(value: Any) -> Any:
 
 def _help() -> str:
     methods = (f"{name}: {trainer.summary}\nMakes a {trainer.makes}." for name, trainer in _TRAINERS.items())
-    first = "Learn what a pass needs: weights that go into a Profile, or a model that it suits."
+    first = "Learn weights that a pass needs: a Profile, or a new model."
     return "\n\n".join([first, *methods])
 
 

@@ -13,54 +13,54 @@ from trimtab.compiler.checks.measure import in_brief
 from trimtab.compiler.checks.peer_quality import quality_rows
 from trimtab.compiler.checks.peers import PEER_NAMES
 from trimtab.compiler.checks.validate import Limits, Validation, validate
-from trimtab.compiler.cli import console
-from trimtab.compiler.cli.dials import DIAL_HELP, SPEED_HELP, parse_dials
+from trimtab.compiler.cli import console, options
+from trimtab.compiler.cli.dials import parse_dials
 
 
 def command(
-    build: Annotated[Path, typer.Argument(help="Build directory.", show_default=False)],
+    build: options.BuildFolder,
     data: Annotated[
-        Path | None, typer.Option(help="Held-out data to measure the task on: .txt, .jsonl, .tsv or .npz.")
+        Path | None, typer.Option(help="Held-out data of the task: .txt, .jsonl, .tsv (plain or .gz) or .npz.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of the data, at most. Default: all.")] = None,
+    samples: options.Samples = None,
     max_error: Annotated[
-        float | None, typer.Option(min=0, help="Largest relative error |y - dense| / |dense| of an output.")
+        float | None, typer.Option(min=0, help="Limit: largest relative error |y - dense| / |dense| of an output.")
     ] = None,
     min_quality: Annotated[
         float | None,
         typer.Option(
             min=-1,
             max=1,
-            help="Least accuracy, micro-F1, NDCG@10, rank correlation, mean cosine, agreement, or dense by compiled "
-            "perplexity: what the data and the task give.",
+            help="Limit: smallest quality. The task and the data decide the measure: accuracy, micro-F1, NDCG@10, rank "
+            "correlation, mean cosine, agreement, or dense perplexity divided by the build's.",
         ),
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Most points of accuracy, micro-F1, NDCG or rank correlation lost, by labels.")
+        float | None,
+        typer.Option(help="Limit: largest loss against the dense model, in points of the labels' measure."),
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help=f"Measure the task with this one too; may be given again. Known: {', '.join(PEER_NAMES)}."),
+        typer.Option(
+            metavar="NAME",
+            help=f"Further engine whose quality is measured; may be repeated. Known: {', '.join(PEER_NAMES)}.",
+        ),
     ] = None,
-    peer_data: Annotated[
-        Path | None, typer.Option(help="What openvino-int8 is calibrated on: the build's own calibration data.")
-    ] = None,
-    dense: Annotated[
-        Path | None, typer.Option(help="The dense ONNX file. Default: the one it was compiled from.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
-    speed: Annotated[float | None, typer.Option(help=SPEED_HELP, show_default=False)] = None,
-    dial: Annotated[list[str] | None, typer.Option(help=DIAL_HELP, show_default=False)] = None,
-    trusted_hash: Annotated[str | None, typer.Option(help=console.TRUSTED_HELP, show_default=False)] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on a warning, too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    peer_data: options.PeerData = None,
+    dense: options.Dense = None,
+    threads: options.Threads = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
+    speed: options.Speed = None,
+    dial: options.Dial = None,
+    trusted_hash: options.TrustedHash = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 on a warning, too.")] = False,
+    json: options.Json = False,
 ) -> None:
-    """Compare a build with its dense model, numerically and on a task.
+    """Compare a build with its dense model: numbers and task quality.
 
-    Runs both at every corner of the workload, with and without padding, and a batch against its samples alone. Exits
-    with 1 if an output is NaN or Inf, a batch changes its samples, or a given limit is broken. Where no limit is given,
-    a figure beyond default bounds is a warning, which exits with 0 unless `--strict` is given.
+    Both run at every corner of the workload, with and without padding, and each sample also runs alone. The exit status
+    is 1 where an output is NaN or Inf, where a sample's result depends on its batch, or where a given limit is broken.
+    Without a given limit, a figure beyond the default bounds is a warning: exit status 0, or 1 with `--strict`.
     """
     with console.progress() as progress:
         found = validate(

@@ -40,9 +40,11 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    size: float | None = Field(None, gt=0, le=1)
-    time: float | None = Field(None, gt=0, le=1)
-    error: float | None = Field(None, ge=0)
+    size: float | None = Field(None, gt=0, le=1, description="bytes of all FFNs' weights, as a share of fp32's")
+    time: float | None = Field(None, gt=0, le=1, description="multiply-adds of all FFNs, as a share of the dense ones")
+    error: float | None = Field(
+        None, ge=0, description="squared error of the FFNs' outputs on held-out states, relative to their variance"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Budget:

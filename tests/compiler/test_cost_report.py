@@ -75,7 +75,9 @@ def trimtab(*arguments: object) -> Any:
 
 
 def test_the_table_is_what_was_executed(build: Build, data: Path) -> None:
-    done = trimtab("cost", build.path, "--data", data, "--speed", "0,0.6,1", "--batch", 8, "--seconds", 0, "--json")
+    done = trimtab(
+        "cost", build.path, "--data", data, "--speeds", "0,0.6,1", "--batch-size", 8, "--seconds", 0, "--json"
+    )
     assert done.exit_code == 0, done.output
     found, feeds = json.loads(done.stdout), inputs(data)
     labels = np.load(data)["label"]
@@ -173,9 +175,9 @@ def test_the_exact_end_may_be_all_that_is_allowed(build: Build, data: Path) -> N
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--speed", "0,2"), 1, "speed is 2; give a number|speed is 2"),
-        (("--speed", "0;1"), 1, "--speed 0;1: not numbers"),
-        (("--speed", "nan"), 1, "speed is nan"),
+        (("--speeds", "0,2"), 1, "speed is 2; give a number|speed is 2"),
+        (("--speeds", "0;1"), 1, "--speeds 0;1: not numbers"),
+        (("--speeds", "nan"), 1, "speed is nan"),
         (("--dial", "prun=1"), 1, "did you mean 'prune'"),
         (("--dial", "prune=5"), 1, "dial 'prune' is 5"),
         (("--grid", "prune=1"), 2, "belong to --store-path"),

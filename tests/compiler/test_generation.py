@@ -181,10 +181,10 @@ def test_what_looked_like_a_stop_comes_out_at_the_end() -> None:
 
 
 def test_command_streams_one_answer_and_prints_several(build: Path) -> None:
-    one = cli("generate", build, "--prompt", "w5 w6", "--max-tokens", 4)
+    one = cli("generate", build, "--prompt", "w5 w6", "--max-new-tokens", 4)
     assert one.exit_code == 0, one.stderr
     assert "4 tokens" in one.stderr
-    both = cli("generate", build, "--prompt", "w5 w6", "--prompt", "w9", "--max-tokens", 4, "--json")
+    both = cli("generate", build, "--prompt", "w5 w6", "--prompt", "w9", "--max-new-tokens", 4, "--json")
     answers = json.loads(both.stdout)["answers"]
     assert [a["prompt"] for a in answers] == ["w5 w6", "w9"]
     assert answers[0]["text"] == one.stdout

@@ -91,9 +91,7 @@ def test_compile_says_so_first(given: Profile | None, says: str, data: str | Non
     with pytest.raises(NotLearnedError) as caught:
         pipeline.compile_model("model.onnx", "recipe.yaml", "build", data=data, profile=given)
     assert says in caught.value.message
-    assert f"trimtab train model.onnx --method recover --recipe recipe.yaml --data {data or 'DATA'} " in str(
-        caught.value
-    )
+    assert f"trimtab train model.onnx recipe.yaml --method recover --data {data or 'DATA'} " in str(caught.value)
     assert not Path("build").exists()
 
 
@@ -117,7 +115,7 @@ def test_the_command_has_the_paths_and_options_of_the_user() -> None:
     assert done.stderr.count("error: ") == done.stderr.count("hint: ") == 1
     command = shlex.split(done.stderr.split("`")[1])
     assert command == [
-        "trimtab", "train", "model.onnx", "--method", "recover", "--recipe", "recipe.yaml",
+        "trimtab", "train", "model.onnx", "recipe.yaml", "--method", "recover",
         "--set", "dampen.factor=0.5", "--set", "shards=1", "--data", "data.npz",
         "--profile", "my profile.safetensors", "-o", "learned.safetensors",
     ]  # fmt: skip
@@ -137,14 +135,14 @@ def test_the_command_that_the_hint_gives_works() -> None:
     known.save("learned.safetensors")
     late = trimtab(*given, *shlex.split(use))
     assert late.exit_code == 1 and "'down' is not the one that recover learned from" in late.stderr
-    assert "trimtab train model.onnx --method recover --recipe recipe.yaml --set dampen.factor=0.5 " in late.stderr
+    assert "trimtab train model.onnx recipe.yaml --method recover --set dampen.factor=0.5 " in late.stderr
 
 
 def test_train_looks_at_the_recipe_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.compiler import sources
 
     monkeypatch.setattr(sources, "open_source", lambda *_, **__: pytest.fail("it opened the model"))
-    common = ("train", "model.onnx", "--data", "data.npz", "-o", "out.safetensors", "--recipe", "recipe.yaml")
+    common = ("train", "model.onnx", "recipe.yaml", "--data", "data.npz", "-o", "out.safetensors")
     for recipe, says in (
         ("passes: [gate, recover]\n", "pass gate: there is no profile, and so no weights learned by lte"),
         ("passes: [recover, dynamic-int8]\ntarget: tensorrt-rtx\n", "cannot run what pass dynamic-int8 makes"),

@@ -118,7 +118,7 @@ def test_bench_shows_them_in_one_run_and_prints_json_alone(build, data):
     pytest.importorskip("nncf")
     peers = ("ort-fp32-default", "ort-int8-default", "openvino-int8")
     chosen = [word for peer in peers for word in ("--peer", peer)]
-    ran = cli("bench", build.path, "--seconds", 0, "--shapes", "2x12", "--json", "--data", data, *chosen)
+    ran = cli("bench", build.path, "--seconds", 0, "--shapes", "2x12", "--json", "--peer-data", data, *chosen)
     assert ran.exit_code == 0, ran.stderr
     timed = json.loads(ran.stdout)
     assert [run["name"] for run in timed["runs"]] == ["compiled", "dense-fp32", "dense-int8", *peers]
@@ -135,7 +135,7 @@ def test_an_unknown_peer_is_refused_before_anything_is_made(build, tmp_path, mon
 
 
 def test_data_that_cannot_be_read_are_refused(build, tmp_path):
-    ran = cli("bench", build.path, "--peer", "openvino-int8", "--data", tmp_path / "none.txt")
+    ran = cli("bench", build.path, "--peer", "openvino-int8", "--peer-data", tmp_path / "none.txt")
     assert ran.exit_code == 1
     assert "no such file" in ran.stderr
     assert open_build(build.path)

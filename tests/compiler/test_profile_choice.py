@@ -151,10 +151,10 @@ def test_what_was_learned_is_learned_again_and_not_calibrated(pyramid: Path, fau
     words = ["compile", "pyramid", "recipe.yaml", "-o", "build", *(["--profile", str(path)] if given else [])]
     done = CliRunner().invoke(app, words, env={"COLUMNS": "1000"})
     said = " ".join(done.stderr.split())
-    command = "trimtab train pyramid --method magic-pyramid --recipe recipe.yaml --data DATA -o tuned"
+    command = "trimtab train pyramid recipe.yaml --method magic-pyramid --data DATA -o tuned"
     assert done.exit_code == 1 and command in said and "calibrate" not in said, said
     assert ("the model and the profile that belong together, or run" in said) == (fault == "other model")
-    with pytest.raises(NotLearnedError, match="train pyramid --method magic-pyramid"):
+    with pytest.raises(NotLearnedError, match="train pyramid RECIPE --method magic-pyramid"):
         compile_model("pyramid", LEARNED, "build", profile=path if given else None)
 
 

@@ -249,8 +249,8 @@ def test_commands(folder: Path) -> None:
     made = cli("compile", folder / "llama", "-o", out, "--shards", 2, "--set", "passes=[]", "--set", "workload.batch=1")
     assert made.exit_code == 0, made.stderr
     assert "shard: 3 changed" in made.stdout
-    said = cli("generate", out, "--prompt", "w5 w6", "--max-tokens", 5, "--json")
-    one = cli("generate", compiled(folder, "llama", DENSE, 1).path, "--prompt", "w5 w6", "--max-tokens", 5, "--json")
+    said = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 5, "--json")
+    one = cli("generate", compiled(folder, "llama", DENSE, 1).path, "--prompt", "w5 w6", "--max-new-tokens", 5, "--json")
     assert json.loads(said.stdout)["answers"] == json.loads(one.stdout)["answers"]
     packed = cli("package", out, "--genai", folder / "genai")
     assert packed.exit_code == 1 and "divided into 2 shards" in packed.stderr and "without --shards" in packed.stderr

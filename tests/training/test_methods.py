@@ -38,7 +38,7 @@ def trimtab(*words: str) -> Result:
 
 
 def run(method: str, *words: str, recipe: bool = True) -> Result:
-    plan = ("--recipe", f"{method}.yaml") if recipe and method in PLANS else ()
+    plan = (f"{method}.yaml",) if recipe and method in PLANS else ()
     return trimtab("train", "model", "--method", method, "--data", "texts.txt", "-o", "out", *plan, *words)
 
 

@@ -229,7 +229,7 @@ def test_no_step_changes_no_weight(texts: Path, tmp_path: Path) -> None:
 def test_two_processes_learn_as_one_model(texts: Path, tmp_path: Path) -> None:
     zoo.save_pretrained("llama", tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text("passes:\n  - ffn-topk: {density: 0.1}\n", encoding="utf-8")
-    words = f"train model --method topk --recipe recipe.yaml --data {texts} -o new --lr 3e-3 --batch-size 4 --json"
+    words = f"train model recipe.yaml --method topk --data {texts} -o new --lr 3e-3 --batch-size 4 --json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "trimtab.compiler.cli", *words.split(), "--max-tokens", "16"]
     options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}

@@ -37,7 +37,7 @@ def trimtab(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def train(
     folder: Path, *more: str, recipe: str = "recipe.yaml", data: str = "data.txt", out: str = "out.safetensors"
 ) -> subprocess.CompletedProcess[str]:
-    given = ("--recipe", recipe, "--data", data, "-o", out, "--batch-size", "8", "--max-tokens", "16", "--lr", "1e-3")
+    given = (recipe, "--data", data, "-o", out, "--batch-size", "8", "--max-tokens", "16", "--lr", "1e-3")
     return trimtab(folder, "train", "model", *given, *more)
 
 

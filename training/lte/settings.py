@@ -21,40 +21,42 @@ class Settings(Common):
     sparsity: float = Field(
         0.5, ge=0, lt=1, description="Share of the FFNs' neurons that are left out, over all layers and tokens."
     )
-    group: int = Field(32, ge=1, description="Neurons that a router switches together; divides the width of the FFNs.")
+    group: int = Field(32, ge=1, description="Neurons per group; a divisor of the width of the FFNs.")
     group_by: Literal["need", "weights"] = Field(
-        "need", description="Neurons of a group are needed by the same tokens, or point the same way, as in the paper.",
+        "need", description="Neurons of one group: those that the same tokens need, or of similar weights (the paper).",
     )  # fmt: skip
     router: Literal["linear", "copy"] = Field(
-        "linear", description="A linear layer on the FFN's input, as in the paper; or int4 copies of up and gate, by "
-        "which it guesses what neurons add.",
+        "linear", description="Router: a linear layer on the FFN's input, as in the paper; or int4 copies of up and "
+        "gate, which estimate what each neuron adds.",
     )  # fmt: skip
     select: Literal["threshold", "cumulative"] = Field(
-        "threshold", description="Compute the groups whose score is 0.5 or more, or the best ones up to a share of the "
-        "sum of all scores.",
+        "threshold", description="Groups to compute: those whose score is 0.5 or more, or the best ones up to a share "
+        "of the sum of all scores.",
     )  # fmt: skip
     masks: Literal["straight", "scores"] = Field(
-        "straight", description="Of soft: the hard ones, past which gradients go straight to the scores; or the scores."
+        "straight", description="Masks of the stage soft: hard ones with straight-through gradients, or the scores."
     )
     fine_tune: float | None = Field(None, ge=0, description=_SHARED["fine_tune"])
     layerwise: float = Field(
-        1.0, ge=0, description="Share that fits routers and weights of each FFN to its own dense outputs, by itself."
+        1.0, ge=0, description="Share of the run that fits routers and weights of each FFN to its dense outputs."
     )
     soft: float = Field(2.0, ge=0, description=_SHARED["soft"])
     hard: float = Field(1.0, ge=0, description=_SHARED["hard"])
     efficiency: float = Field(
-        0.1, gt=0, description="Weight in the loss of the scores' mean square at first; then it is moved so that the "
-        "sparsity is reached.",
+        0.1, gt=0, description="Initial weight of the scores' mean square in the loss; training then adapts it to "
+        "reach the sparsity.",
     )  # fmt: skip
     separability: float = Field(
-        0.5, ge=0, description="With --masks scores: weight in the loss, at the end of soft, of what keeps scores away "
-        "from the threshold.",
+        0.5, ge=0, description="With --masks scores: final weight of the loss that keeps scores away from the "
+        "threshold.",
     )  # fmt: skip
-    router_lr: float = Field(1e-3, ge=0, description="Highest learning rate of the routers in soft.")
-    layer_lr: float = Field(5e-4, ge=0, description="Highest learning rate of the weights in layerwise.")
-    layer_tokens: int = Field(16384, ge=64, description="Tokens whose FFN inputs layerwise learns from.")
+    router_lr: float = Field(1e-3, ge=0, description="Highest learning rate of the routers in the stage soft.")
+    layer_lr: float = Field(5e-4, ge=0, description="Highest learning rate of the weights in the stage layerwise.")
+    layer_tokens: int = Field(
+        16384, ge=64, description="Number of tokens whose FFN inputs the stage layerwise learns from."
+    )
     lora_rank: int = Field(
-        0, ge=0, description="Learn adapters of this rank instead of weights, in all stages but layerwise; 0: none."
+        0, ge=0, description="Rank of LoRA adapters, trained instead of weights in all stages but layerwise; 0: none."
     )
     distil: float = Field(0.5, ge=0, le=1, description=_SHARED["distil"])
 

@@ -21,40 +21,40 @@ class Settings(Common):
         None, ge=0, description="Share of the run that fine-tunes the dense model; by default 0, and 3 for a model "
         "that gets a new classification head.",
     )  # fmt: skip
-    soft: float = Field(1.0, ge=0, description="Share that learns thresholds or routers, with soft masks.")
-    hard: float = Field(2.0, ge=0, description="Share that tunes the weights, with hard masks.")
+    soft: float = Field(1.0, ge=0, description="Share of the run that learns thresholds or routers, with soft masks.")
+    hard: float = Field(2.0, ge=0, description="Share of the run that tunes the weights, with hard masks.")
     exits: float = Field(
-        1.0, ge=0, description="Share that distils exits from the final classifier, with the model frozen."
+        1.0, ge=0, description="Share of the run that distils exits from the final classifier, the model frozen."
     )
     start: float = Field(
-        0.5, ge=0, description="The last layer's threshold at first, in multiples of the mean attention that a token "
-        "of a text of mean length receives; those of earlier layers rise to it in a line from 0.",
+        0.5, ge=0, description="Initial threshold of the last layer, in multiples of the mean attention that a token "
+        "of a text of mean length receives; earlier layers have a linear share of it.",
     )  # fmt: skip
-    sharpness: float = Field(0.1, gt=0, description="Temperature of the soft mask, in the same unit.")
-    threshold_lr: float = Field(0.01, ge=0, description="Highest learning rate of the thresholds, in the same unit.")
-    pressure: float = Field(0.5, ge=0, description="Weight in the loss of the share of tokens that stay.")
+    sharpness: float = Field(0.1, gt=0, description="Temperature of the soft mask, in the unit of --start.")
+    threshold_lr: float = Field(
+        0.01, ge=0, description="Highest learning rate of the thresholds, in the unit of --start."
+    )
+    pressure: float = Field(0.5, ge=0, description="Weight, in the loss, of the share of tokens that are kept.")
     keep: float = Field(
-        0.0, ge=0, le=1, description="Share of tokens, over all layers, at which pressure ends. Without soft, "
-        "thresholds are quantiles on the training texts by which this share stays.",
+        0.0, ge=0, le=1, description="Share of tokens, over all layers, below which --pressure has no effect. With "
+        "--soft 0, thresholds are the quantiles of the training texts that keep this share.",
     )  # fmt: skip
     mask: Literal["attention", "output"] = Field(
-        "attention", description="What the soft mask weighs: a token as later layers attend to it, or as in LTP the "
-        "output of its layer.",
+        "attention", description="Tensor that the soft mask multiplies: the attention that later layers pay to a "
+        "token, or the output of its layer (as in LTP).",
     )  # fmt: skip
     distil: float = Field(
-        0.5, ge=0, le=1, description="Weight of the dense model's answers in the loss of soft and hard, in place of "
-        "the labels.",
+        0.5, ge=0, le=1, description="Weight of the dense model's answers in the loss of the stages soft and hard; "
+        "the labels have the rest.",
     )  # fmt: skip
     joint: float = Field(
-        3.0, ge=0, description="Weight in the loss of soft and hard of the exits' mean loss, by which the layers learn "
-        "to serve their exits; at 0, as in the paper, exits only learn once the model is frozen.",
+        3.0, ge=0, description="Weight of the exits' mean loss in the stages soft and hard, where layers learn to "
+        "serve their exits; 0, as in the paper: exits learn after the model is frozen.",
     )  # fmt: skip
-    entrance: bool = Field(
-        True, description="Have an exit in front of the first layer, too: it reads embeddings alone."
-    )
+    entrance: bool = Field(True, description="Add an exit before the first layer, which reads the embeddings alone.")
     head: Literal["light", "first", "fastbert"] = Field(
-        "light", description="Exits read the first token and the mean (light), the first alone, or have FastBERT's "
-        "attention over all.",
+        "light", description="Input of an exit: the first token and the mean (light), the first token, or all tokens "
+        "by attention (fastbert).",
     )  # fmt: skip
     head_width: int = Field(128, ge=2, multiple_of=2, description="Hidden width of an exit.")
     exit_lr: float = Field(1e-3, ge=0, description="Highest learning rate of the exits.")

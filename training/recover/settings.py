@@ -12,9 +12,13 @@ from trimtab.training.contract import Settings as Common
 class Settings(Common):
     """How to distil a rewritten model from its dense self."""
 
-    train: Literal["all", "ffn"] = Field("all", description="All weights but embeddings, or those of the FFNs alone.")
-    temperature: float = Field(1.0, gt=0, description="τ of the softmax when logits are compared.")
-    states_weight: float = Field(1.0, ge=0, description="Of the blocks' outputs in the loss, beside the model's.")
+    train: Literal["all", "ffn"] = Field(
+        "all", description="Weights to train: all but embeddings, or those of the FFNs alone."
+    )
+    temperature: float = Field(1.0, gt=0, description="Temperature of the softmax when logits are compared.")
+    states_weight: float = Field(
+        1.0, ge=0, description="Weight of the layers' outputs in the loss; the model's outputs have 1."
+    )
     labels_weight: float = Field(
-        0.0, ge=0, description="Of the data's labels in the loss, beside the dense model's outputs."
+        0.0, ge=0, description="Weight of the data's labels in the loss; the dense model's outputs have 1."
     )

@@ -28,7 +28,7 @@ def int8(model: PeerModel, threads: int) -> Run:
     if data is None:
         raise DataError(
             "openvino-int8 is calibrated statically, and there are no data",
-            hint="give what the build was calibrated on: `bench --data FILE`, `validate --peer-data FILE`",
+            hint="give what the build was calibrated on: `--peer-data FILE`",
         )
     versions = f"{openvino.__version__} {nncf.__version__}"
     path = cached_model(
