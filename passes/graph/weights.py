@@ -21,6 +21,7 @@ _CHUNK = 1 << 24  # bytes copied at a time
 _ALIGN = 4096  # of each tensor in a data file, so that a runtime may map it
 _PACKED_BITS: dict[int, int] = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
+    TensorProto.FLOAT6E2M3: 6, TensorProto.FLOAT6E3M2: 6,
 }  # fmt: skip
 
 
@@ -199,15 +200,33 @@ def _stored(array: np.ndarray) -> memoryview:
 
 
 def contained(base: Path, location: str, name: str) -> Path:
-    """The file `location` below `base`; refuses absolute paths, `..` and links that lead outside."""
+    """The file `location` below `base`; refuses absolute paths, `..` and links that lead outside.
+
+    In the cache of Hugging Face's hub each file of a snapshot is a link to one of the repository's blobs, which are
+    inside, too.
+    """
     base = base.resolve()
-    path = (base / location).resolve() if "\0" not in location else base.parent
-    if not location or os.path.isabs(location) or not path.is_relative_to(base):
+    try:
+        path = (base / location).resolve()
+    except (OSError, RuntimeError, ValueError):  # a name that no file has; links that go round
+        path = base.parent
+    blobs = _blobs(base)
+    inside = path.is_relative_to(base) or (blobs is not None and path.parent == blobs)
+    if not location or os.path.isabs(location) or ".." in Path(location).parts or not inside:
         raise ModelError(
             f"weight {name!r}: its external data {location!r} lies outside the model's folder {base}",
             hint="external data must lie beside the model or below it",
         )
     return path
+
+
+def _blobs(folder: Path) -> Path | None:
+    """The blobs of the repository, if `folder` is in a snapshot of a hub's cache: REPOSITORY/snapshots/REVISION/..."""
+    for snapshot in (folder, *folder.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
 
 
 def is_external(constant: gs.Constant) -> bool:

@@ -1,0 +1,105 @@
+"""Nodes of an ONNX file against the definitions of their ops: attributes, and how many inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import onnx
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+
+from trimtab.passes.graph.wellformed.fault import MalformedError, name_of
+
+_FIELDS = {
+    AttributeProto.FLOAT: "f", AttributeProto.INT: "i", AttributeProto.STRING: "s", AttributeProto.TENSOR: "t",
+    AttributeProto.GRAPH: "g", AttributeProto.SPARSE_TENSOR: "sparse_tensor", AttributeProto.TYPE_PROTO: "tp",
+}  # fmt: skip
+"""Types of attributes with one value, and the field it is in; lists may be empty, and then their field is."""
+
+
+def check_node(node: NodeProto, opsets: Mapping[str, int], *, in_function: bool) -> None:
+    """That `node` is one its op's definition allows. An op that onnx does not know is taken as it is.
+
+    Args:
+        opsets: domain → version.
+        in_function: attributes may refer to those of the function.
+
+    Raises:
+        MalformedError: names the node and what is wrong with it.
+    """
+    if not node.op_type:
+        raise MalformedError(f"{where(node)} has no op")
+    schema = _schema(node.op_type, node.domain, opsets.get(node.domain, 0))
+    known = schema.attributes if schema is not None else {}
+    seen: set[str] = set()
+    for attribute in node.attribute:
+        label = f"attribute {name_of(attribute.name)} of {where(node)}"
+        if attribute.name in seen:
+            raise MalformedError(f"{label} is given twice")
+        seen.add(attribute.name)
+        if attribute.ref_attr_name:
+            if not in_function:
+                raise MalformedError(f"{label} refers to an attribute of a function, and this is none")
+        elif attribute.type == AttributeProto.UNDEFINED or not _has_value(attribute):
+            raise MalformedError(f"{label} has no value")
+        defined = known.get(attribute.name)
+        if defined is not None and attribute.type != defined.type:
+            raise MalformedError(f"{label} is of the wrong type")
+    if schema is None:
+        return
+    missing = [name for name, attribute in known.items() if attribute.required and name not in seen]
+    if missing:
+        raise MalformedError(f"{where(node)} has no attribute {missing[0]!r}, which {node.op_type} needs")
+    for what, names, least, most in (
+        ("inputs", node.input, schema.min_input, schema.max_input),
+        ("outputs", node.output, schema.min_output, schema.max_output),
+    ):
+        if not least <= len(names) <= most:
+            raise MalformedError(
+                f"{where(node)} has {len(names)} {what}, and {node.op_type} takes {_range(least, most)}"
+            )
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    for parameter, name in zip(schema.inputs, node.input, strict=False):
+        if not name and parameter.option != optional:
+            raise MalformedError(f"{where(node)} has no input {parameter.name!r}, which {node.op_type} needs")
+
+
+def where(node: NodeProto) -> str:
+    """The node in messages: its op, and its name or its first output."""
+    return f"{node.op_type[:60] or 'node'} {name_of(node.name or next(iter(node.output), ''))}"
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The graphs among the attributes of `node`."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def tensors(node: NodeProto) -> Iterator[TensorProto]:
+    """The tensors among the attributes of `node`."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.TENSOR:
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _has_value(attribute: AttributeProto) -> bool:
+    field = _FIELDS.get(attribute.type)
+    return field is None or attribute.HasField(field)
+
+
+def _range(least: int, most: int) -> str:
+    if least == most:
+        return str(least)
+    return f"{least} to {most}" if most < 1 << 20 else f"at least {least}"
+
+
+@lru_cache(maxsize=4096)
+def _schema(op: str, domain: str, version: int) -> onnx.defs.OpSchema | None:
+    try:
+        schema = onnx.defs.get_schema(op, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+    return None if schema.deprecated else schema
