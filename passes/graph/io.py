@@ -18,6 +18,7 @@ from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.importable import ModelInfo, make_importable
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
+from trimtab.passes.graph.wellformed import check_model
 from trimtab.passes.hashing import hash_bytes
 
 G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, go to where our answers go
@@ -32,7 +33,8 @@ def load_graph(path: Path | str) -> gs.Graph:
     """Read an ONNX file. Weights in external data stay there; their presence and size are checked now.
 
     Raises:
-        ModelError: not an ONNX file, truncated, or external data missing, too short or outside the model's folder.
+        ModelError: not an ONNX file, truncated, not well-formed (`wellformed`), or external data missing, too short or
+            outside the model's folder.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,15 +46,12 @@ def load_graph(path: Path | str) -> gs.Graph:
         raise ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=hint) from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model: it has no nodes or no opset", hint=hint)
+    check_model(model, str(path))
     make_importable(model, str(path))
     try:
         graph = gs.import_onnx(model)
     except Exception as error:  # graphsurgeon raises what its parser trips over: keys, indices, types
         raise ModelError(f"{path}: not a well-formed ONNX graph ({error})", hint=hint) from error
-    known = {id(tensor) for tensor in graph.inputs}
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and not tensor.inputs and id(tensor) not in known:
-            raise ModelError(f"{path}: nothing gives the tensor {tensor.name!r} that a node uses", hint=hint)
     attach(graph, path.parent)
     graph.model_info = ModelInfo.of(model)
     return graph
@@ -138,7 +137,7 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
             constant._values = values
     if graph.ir_version is None:  # made here, not loaded: graphsurgeon would take a version newer than runtimes know
         model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
-    info: ModelInfo | None = getattr(graph, "model_info", None)
+    info: ModelInfo | None = vars(graph).get("model_info")  # graphsurgeon takes an unknown attribute for an op
     if info is not None:
         info.write(model)
     path.write_bytes(model.SerializeToString())
