@@ -14,6 +14,7 @@ from onnx_graphsurgeon.importers.onnx_importer import (
     get_onnx_tensor_type,
 )
 
+from trimtab.passes.canonicalize.runtime_schemas import register_runtime_schemas
 from trimtab.passes.graph import topological, values
 from trimtab.passes.graph.shapes import dim, entries
 from trimtab.plugins import register_schemas
@@ -26,11 +27,12 @@ _READ = 64  # most elements of a constant that shape inference may look into
 def infer_shapes(graph: gs.Graph) -> None:
     """Replace types and shapes of all intermediate tensors by what ONNX shape inference finds, or by none.
 
-    Weights take part as typed inputs, so that none is read. Ops of the dialect have rules of their own; what an op of
-    another domain puts out is believed.
+    Weights take part as typed inputs, so that none is read. Ops of the dialect and of ONNX Runtime have rules of their
+    own; of what an op of another domain puts out, what the file says is believed.
     """
     register_schemas()
     nodes = topological(graph)
+    register_runtime_schemas({(n.domain or "", n.op, graph.opset if not n.domain else 1) for n in nodes})
     local = {(function.domain, function.name) for function in graph.functions}
     constants = {t.name: t for node in nodes for t in node.inputs if isinstance(t, gs.Constant) and t.dtype is not None}
     small = {name for name, t in constants.items() if int(np.prod(t.shape, dtype=np.int64)) <= _READ}
