@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
 
-from trimtab.compiler.engine_options import EngineOptions
+from trimtab.compiler.engine_options import MAX_THREADS, EngineOptions
 from trimtab.compiler.schema.explain import explain, shown, suggest
 from trimtab.compiler.schema.yaml_text import parse_yaml, read_yaml
-from trimtab.compiler.workload import Workload
+from trimtab.compiler.workload import MAX_SIZE, Workload
 from trimtab.passes import Pass, pass_class
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.needs import Need
@@ -32,11 +32,11 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    samples: int = Field(512, ge=1)
-    batch_size: int = Field(16, ge=1)
-    max_tokens: int = Field(128, ge=1)
-    states: int = Field(4096, ge=1)
-    seed: int = Field(0, ge=0)
+    samples: int = Field(512, ge=1, le=1 << 24)
+    batch_size: int = Field(16, ge=1, le=1 << 16)
+    max_tokens: int = Field(128, ge=1, le=MAX_SIZE)
+    states: int = Field(4096, ge=1, le=1 << 24)
+    seed: int = Field(0, ge=0, lt=1 << 63)
 
 
 class Recipe(BaseModel):
@@ -60,8 +60,8 @@ class Recipe(BaseModel):
     workload: Workload = Field(default_factory=Workload)
     calibration: Calibration = Calibration()
     engine: EngineOptions = EngineOptions()
-    threads: int | None = Field(None, ge=1)
-    shards: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS)
+    shards: int = Field(1, ge=1, le=64)
     check: bool = True
 
     @field_validator("passes", mode="before")

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trimtab.passes.errors import ProfileError
+from trimtab.passes.os_errors import check_readable
+from trimtab.passes.profile_schema import check_tensors
 
 FORMAT = 1
 PROFILE = "profile.safetensors"
@@ -166,7 +168,7 @@ class Profile:
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
     def check(self, fingerprint: str, where: str = "the profile") -> None:
-        """Refuse a Profile of another model, or with NaN or Inf.
+        """Refuse a Profile of another model, with tensors of the wrong type or shape, or with NaN or Inf.
 
         Args:
             fingerprint: `model_fingerprint` of the model.
@@ -175,12 +177,24 @@ class Profile:
         Raises:
             ProfileError: says which.
         """
-        self.check_finite(where)
+        self.check_values(where)
         if fingerprint != self.info.model:
             raise ProfileError(
                 f"{where} belongs to another model (weights {self.info.model[:12]}, this model {fingerprint[:12]})",
                 hint="calibrate this model, or give the profile that was made from it",
             )
+
+    def check_values(self, where: str = "the profile") -> None:
+        """Refuse tensors that are not what passes read, and NaN and Inf, out of which they would compute a model.
+
+        Args:
+            where: what the message calls the Profile.
+
+        Raises:
+            ProfileError: names the first such tensor.
+        """
+        self.check_finite(where)
+        check_tensors(self.tensors, where)
 
     def check_finite(self, where: str = "the profile") -> None:
         """Refuse NaN and Inf, out of which passes would compute a model.
@@ -225,11 +239,12 @@ class Profile:
         """Read a Profile.
 
         Raises:
-            ProfileError: missing, damaged, not a Profile, of a newer format, or with NaN or Inf.
+            ProfileError: missing, damaged, not a Profile, of a newer format, with tensors of the wrong type or shape,
+                or with NaN or Inf.
         """
         with _opened(Path(path)) as (info, file):
             profile = cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        profile.check_finite(str(path))
+        profile.check_values(str(path))
         return profile
 
 
@@ -248,6 +263,7 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
     """The file of a Profile, to read tensors from."""
     if not path.is_file():
         raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
+    check_readable(path, ProfileError)
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("trimtab")
@@ -257,5 +273,15 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
             if isinstance(made, dict) and made.get("format") != FORMAT:
                 raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
             yield ProfileInfo.model_validate_json(text), file
-    except (SafetensorError, ValidationError, ValueError, OSError) as error:
-        raise ProfileError(f"{path}: damaged, or not a profile ({error})", hint="calibrate this model again") from error
+    except (SafetensorError, ValidationError, ValueError, RecursionError, OSError) as error:
+        raise ProfileError(f"{path}: damaged, or not a profile ({_reason(error)})", hint="calibrate again") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without a library's own words for its types."""
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return "its metadata are no JSON"
+    return str(error)

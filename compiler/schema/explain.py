@@ -26,6 +26,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(float, _Dumper.represent_float)
 
 _SHOWN = 60  # most characters of a value in a message
+_LISTED = 10  # most faults in a message
 
 _WANTED = {
     "dict_type": "should be a mapping", "model_type": "should be a mapping",
@@ -42,9 +43,10 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") 
     """
     faults: dict[str, str] = {}
     given = error.errors(include_url=False)
+    parents = {fault["loc"][:-1] for fault in given}
     for fault in given:
         loc = fault["loc"]
-        if fault["type"] == "too_short" and any(each["loc"][:-1] == loc for each in given):
+        if fault["type"] == "too_short" and loc in parents:
             continue  # pydantic does not count items that are faults themselves
         path = dotted(where, loc)
         if fault["type"] == "extra_forbidden":
@@ -53,8 +55,11 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") 
         else:
             # A union reports one fault for each of its members, whose names end the path.
             faults.setdefault(path, _reason(fault))
-    lines = [f"{path}: {text}" for path, text in faults.items()]
-    return RecipeError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} faults", *lines]))
+    lines = [f"{short(path, 200)}: {text}" for path, text in list(faults.items())[:_LISTED]]
+    if len(faults) == 1:
+        return RecipeError(lines[0])
+    more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+    return RecipeError("\n  ".join([f"{len(faults)} faults", *lines, *more]))
 
 
 def _reason(fault: Any) -> str:
@@ -79,13 +84,17 @@ def shown(value: Any) -> str:
         ).removesuffix("\n...\n")
     except yaml.YAMLError:
         text = repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return short(" ".join(text.split()))
+
+
+def short(text: str, limit: int = _SHOWN) -> str:
+    """`text`, or its beginning."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def suggest(wrong: str, names: Sequence[str], what: str) -> str:
     """A question after the nearest of `names`, or the list of them all."""
-    near = difflib.get_close_matches(wrong, names, n=1)
+    near = difflib.get_close_matches(short(wrong), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(names) or 'none'}"
 
 

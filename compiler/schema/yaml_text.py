@@ -1,27 +1,53 @@
-"""YAML that a user wrote, read strictly: no key twice, and faults with their line."""
+"""YAML that a user wrote, read strictly and within limits: no key twice, faults with their line.
+
+PyYAML has no limits of its own: nesting is recursion, and aliases of aliases stand for any number of values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
+from trimtab.compiler.schema.explain import short
 from trimtab.passes.errors import RecipeError
+
+MAX_BYTES = 100_000
+"""Largest recipe. Those of the examples have 1 KB."""
+
+MAX_DEPTH = 32
+"""Deepest nesting of lists and mappings. Recipes have five."""
+
+MAX_VALUES = 10_000
+"""Most values and keys, those behind an alias counted at each use."""
+
+_TAGS = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+"""What a recipe may hold: the types of JSON. An unquoted date would be another."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass."""
+    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass, and values of other types."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag not in _TAGS:
+            what = f"{short(node.value)!r} is read as" if isinstance(node, yaml.ScalarNode) else "this is"
+            raise _fault(f"{what} a {short(node.tag.rsplit(':', 1)[-1])}; put text in quotes", node)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # of a scalar that its tag does not fit
+            raise _fault(f"{short(str(node.value))!r} is no {_TAGS[node.tag]}", node) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no string", key_node.start_mark)
+                raise _fault(f"key {short(str(key))} is no string", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise _fault(f"key {short(key)!r} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -30,29 +56,99 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        RecipeError: missing, not UTF-8, not YAML, a key twice, or not a mapping; with the line.
+        RecipeError: missing, over a limit, not UTF-8, not YAML, a key twice, or not a mapping; with the line.
     """
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe", hint="give a YAML file, or leave it out for the default recipe")
     try:
-        found = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if not isinstance(found, dict):
-        kind = "empty" if found is None else f"a {type(found).__name__}"
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        value = parse_yaml(content.decode(), str(path))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        if len(content) > MAX_BYTES:  # what was read may end inside a character
+            raise _too_large(str(path)) from error
+        raise RecipeError(
+            f"{path}: is not UTF-8 text, from byte {error.start} on",
+            hint="give a YAML file; `trimtab passes` lists passes",
+        ) from error
+    if not isinstance(value, dict):
+        kind = "empty" if value is None else f"a {type(value).__name__}"
         raise RecipeError(f"{path}: is {kind}, not a mapping", hint="begin with a key, such as `passes:`")
-    return found
+    return value
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value that YAML `text` stands for.
 
     Raises:
-        RecipeError: not YAML, or a key twice; names `where` and the line.
+        RecipeError: over a limit, not YAML, a key twice, or a value of another type than those of JSON; names `where`
+            and the line.
     """
+    if len(text) > MAX_BYTES:
+        raise _too_large(where)
     try:
-        return yaml.load(text, _Loader)
+        _check_nesting(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_aliases(node)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
+        raise RecipeError(f"{where}{line}: {short(getattr(error, 'problem', None) or str(error), 200)}") from error
+
+
+def _too_large(where: str) -> RecipeError:
+    return RecipeError(f"{where}: is larger than {MAX_BYTES} bytes", hint="a recipe is a short YAML file; is this one?")
+
+
+def _fault(problem: str, node: yaml.Node) -> ConstructorError:
+    return ConstructorError(None, None, problem, node.start_mark)
+
+
+def _check_nesting(text: str) -> None:
+    """Count what the parser finds, which reads on only as far as it is asked to; composing it would recurse."""
+    depth = values = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        values += isinstance(event, yaml.NodeEvent)
+        for count, limit, what in ((depth, MAX_DEPTH, "levels of nesting"), (values, MAX_VALUES, "values")):
+            if count > limit:
+                raise ConstructorError(None, None, f"there are more than {limit} {what}", event.start_mark)
+
+
+def _check_aliases(root: yaml.Node) -> None:
+    """Count values as often as aliases repeat them. A value that holds itself has no count."""
+    counts: dict[int, int | None] = {}  # None: being counted
+    stack: list[tuple[yaml.Node, Iterator[yaml.Node]]] = [(root, _parts(root))]
+    counts[id(root)] = None
+    while stack:
+        node, pending = stack[-1]
+        for part in pending:
+            if id(part) not in counts:
+                counts[id(part)] = None
+                stack.append((part, _parts(part)))
+                break
+            if counts[id(part)] is None:
+                raise _fault("this value holds itself, by an alias", part)
+        else:
+            stack.pop()
+            count = 1 + sum(counts[id(part)] or 0 for part in _parts(node))
+            if count > MAX_VALUES:
+                raise _fault(f"its aliases stand for more than {MAX_VALUES} values", node)
+            counts[id(node)] = count
+
+
+def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from (key, value)

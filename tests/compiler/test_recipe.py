@@ -9,8 +9,12 @@ import pytest
 import tiny
 
 from trimtab import passes
+from trimtab.compiler.engine_options import MAX_THREADS
 from trimtab.compiler.recipe import Recipe, load_recipe, override
-from trimtab.passes.errors import RecipeError
+from trimtab.compiler.schema import yaml_text
+from trimtab.compiler.targets import get_target
+from trimtab.compiler.workload import MAX_SIZE
+from trimtab.passes.errors import RecipeError, TargetError
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +151,15 @@ def test_a_wrong_value_is_shown_as_it_was_written_and_short(recipe: dict[str, An
         (b"threads: \xff\n", ["recipe.yaml", "UTF-8"]),
         (b"threads: !!python/object/apply:os.system [ls]\n", ["recipe.yaml, line 1"]),
         (b"treads: 2\n", ["recipe.yaml: treads", "'threads'"]),
+        (b"threads: 2024-13-01\n", ["recipe.yaml, line 1", "'2024-13-01' is read as a timestamp"]),
+        (b"threads: !!int four\n", ["recipe.yaml, line 1", "'four' is no int"]),
+        (b"check: !!bool perhaps\n", ["recipe.yaml, line 1", "'perhaps' is no bool"]),
+        (b"threads: !!float one\n", ["recipe.yaml, line 1", "'one' is no float"]),
+        (b"threads: " + b"7" * 5000, ["recipe.yaml, line 1", "is no int"]),
+        (b"passes: !!binary dGV4dA==\n", ["line 1", "is read as a binary"]),
+        (b"passes: !!set {a, b}\n", ["line 1", "this is a set"]),
+        (b"passes: &a [*a]\n", ["line 1", "holds itself"]),
+        (b"<<: {threads: 1}\n", ["line 1", "merge"]),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: bytes, said: list[str]) -> None:
@@ -155,6 +168,74 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: bytes, said: list[str]) 
     message = refused(path)
     for part in said:
         assert part in message
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("limit", ["bytes", "levels of nesting", "values", "values behind aliases"])
+def test_a_recipe_has_limits(tmp_path: Path, limit: str, inside: bool) -> None:
+    """Just inside them the value itself is refused, in a short message; just beyond, the limit."""
+    more = int(not inside)
+    text = {
+        "bytes": "threads: 'x'".ljust(yaml_text.MAX_BYTES + more),
+        "levels of nesting": "threads: "
+        + "[" * (yaml_text.MAX_DEPTH - 1 + more)
+        + "]" * (yaml_text.MAX_DEPTH - 1 + more),
+        "values": f"threads: [{'1,' * (yaml_text.MAX_VALUES - 3 + more)}]",
+        "values behind aliases": "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\nthreads: "
+        f"[{'*a,' * ((yaml_text.MAX_VALUES - 14) // 10 + more)}]",
+    }[limit]
+    (tmp_path / "recipe.yaml").write_text(text)
+    message = refused(tmp_path / "recipe.yaml")
+    assert len(message) < 300
+    if inside:
+        assert "threads: should be a valid integer" in message
+    else:
+        said = {
+            "bytes": "larger than 100000 bytes",
+            "values behind aliases": "aliases stand for more than 10000 values",
+        }
+        assert said.get(limit, f"more than {yaml_text.MAX_DEPTH if 'levels' in limit else 10000} {limit}") in message
+
+
+def test_many_faults_are_counted_and_ten_are_listed() -> None:
+    message = refused({f"key{i}": i for i in range(25)})
+    assert message.startswith("25 faults")
+    assert message.endswith("and 15 more")
+    assert message.count("unknown key") == 10
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "ffn-splid" + "d" * 3000])
+def test_long_names_are_cut(name: str) -> None:
+    for recipe in ({"passes": [name]}, {name: 1}, {"target": name}, {"workload": {"dims": {name: [1, 2]}}}):
+        if "target" in recipe:
+            with pytest.raises(TargetError) as caught:
+                get_target(name)
+            message = str(caught.value)
+        else:
+            message = refused(recipe)
+        assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"threads": MAX_THREADS + 1}, "threads"),
+        ({"shards": 65}, "shards"),
+        ({"calibration": {"seed": 1 << 63}}, "calibration.seed"),
+        ({"workload": {"batch": MAX_SIZE + 1}}, "workload.batch"),
+        ({"workload": {"dims": {"frames": [1, 1, MAX_SIZE + 1]}}}, "workload.dims.frames"),
+        ({"workload": {"batch": [1, 1, 1 << 14], "tokens": [1, 1, 1025]}}, "16793600 tokens in a call"),
+        ({"workload": {"past": [0, 0, 1 << 14], "tokens": 1, "batch": 1024}}, "16778240 tokens in a call"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_machine_has_are_refused(recipe: dict[str, Any], said: str) -> None:
+    assert said in refused(recipe)
+
+
+def test_the_largest_sizes_are_taken() -> None:
+    load_recipe({"threads": MAX_THREADS, "shards": 64, "calibration": {"seed": (1 << 63) - 1}})
+    load_recipe({"workload": {"batch": [1, 1, 1 << 14], "tokens": [1, 1, 1024], "dims": {"frames": MAX_SIZE}}})
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+from seeds import seeded
 
 from trimtab.passes import profile as profile_module
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.profile import FFNStats, Profile, ProfileInfo
+from trimtab.passes.profile import FFNStats, Profile, ProfileInfo, Received
 
 D_MODEL, D_FF = 6, 10
 
@@ -119,3 +121,49 @@ def test_nan_and_infinity_are_refused_wherever_they_come_from(tmp_path: Path, na
     save_file(profile.tensors, tmp_path / "q", metadata={"trimtab": profile.info.model_dump_json()})
     with pytest.raises(ProfileError, match=rf"q: 1 of .*'{name}'"):
         Profile.load(tmp_path / "q")
+
+
+FORMS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray | None], str]] = {
+    "a statistic is missing": ("ffn.0.sum", lambda value: None, "'ffn.0.sum' is missing, and 'ffn.0.abs_sum' is there"),
+    "states as one row": ("ffn.1.states", np.ravel, r"'ffn.1.states' has the shape \[48\], not \[n, d_model\]"),
+    "sums of fewer neurons": ("ffn.0.square_sum", lambda value: value[1:], "'ffn.0.square_sum' has 9 entries, and"),
+    "a number for sums": ("ffn.0.abs_sum", np.sum, r"'ffn.0.abs_sum' has the shape \[\], not \[d_ff\]"),
+    "two counts": ("ffn.1.tokens", lambda value: np.array([3, 4]), r"'ffn.1.tokens' has the shape \[2\], not \[\]"),
+    "a count that is no integer": ("ffn.1.tokens", np.float32, "'ffn.1.tokens' has values of type float32"),
+    "a negative count": ("ffn.1.tokens", np.negative, "'ffn.1.tokens' has a value of -17"),
+    "negative sizes": ("ffn.0.abs_sum", np.negative, "'ffn.0.abs_sum' has a value of"),
+    "states that are integers": ("ffn.0.states", lambda value: value.astype(np.int32), "has values of type int32"),
+    "states of the head as a cube": ("head.states", lambda value: value[None], "'head.states' has the shape"),
+    "attention of fewer lengths": (
+        "attention.1.lengths",
+        lambda value: value[1:],
+        "'attention.1.lengths' has 7 entries",
+    ),
+    "attention without positions": ("attention.1.positions", lambda value: None, "positions' is missing"),
+    "learned truth values are numbers": ("learned.recover.layer.0.w", lambda value: value > 0.5, ""),
+    "learned numbers that are complex": ("learned.recover.layer.0.w", np.complex64, "of type complex64, not numbers"),
+}
+
+
+@pytest.mark.parametrize("what", FORMS)
+def test_tensors_of_the_wrong_form_are_refused(tmp_path: Path, what: str) -> None:
+    name, change, reason = FORMS[what]
+    profile, rng = made(), seeded()
+    profile.set_head(rng.normal(size=(4, D_MODEL)).astype(np.float16))
+    lengths = rng.integers(1, 9, 8)
+    profile.set_received(1, Received(rng.random(8).astype(np.float32), lengths, lengths - 1))
+    profile.check("a" * 64)
+    value = change(profile.tensors.pop(name))
+    if value is not None:
+        profile.tensors[name] = value
+    save_file(
+        {key: np.asarray(value, order="C") for key, value in profile.tensors.items()},
+        tmp_path / "p",
+        metadata={"trimtab": profile.info.model_dump_json()},
+    )
+    for refuse in (lambda: profile.check("a" * 64), lambda: Profile.load(tmp_path / "p")):
+        if reason:
+            with pytest.raises(ProfileError, match=reason):
+                refuse()
+        else:
+            refuse()

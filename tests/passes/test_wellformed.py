@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from seeds import seeded
 
-from tests.seeds import seeded
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.io import load_graph
 from trimtab.passes.graph.wellformed import check, check_model
