@@ -7,6 +7,7 @@ activations of its FFNs; so any source will do, and torch is not needed.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.canonicalize.repack import repack
 from trimtab.passes.graph import is_external, save_graph, stored_bytes
 from trimtab.passes.graph.positions import find_positions
+from trimtab.passes.graph.weights import ExternalValues
 from trimtab.passes.needs import DEFAULT, Need
 from trimtab.passes.profile import Profile, ProfileInfo
 
@@ -137,10 +139,25 @@ def _runner(graph: gs.Graph, anatomy: Anatomy, meters: Sequence[Meter], base: Pa
     repack(graph)
     options = session_options()
     options.enable_cpu_mem_arena = False  # the arena would keep the room of the largest batch for good
-    weights = [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
+    graphs = (graph, *graph.subgraphs(recursive=True))
+    weights = [tensor for part in graphs for tensor in part.tensors().values() if isinstance(tensor, gs.Constant)]
     if sum(stored_bytes(weight) for weight in weights if not is_external(weight)) <= _INLINE_LIMIT:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.resolve()))
+        folder = str(_data_folder(weights, base.resolve()))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return OnnxRuntimeRunner(gs.export_onnx(graph).SerializeToString(), options)
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        save_graph(graph, Path(folder) / "model.onnx")
-        return OnnxRuntimeRunner(Path(folder) / "model.onnx", options)
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
+        save_graph(graph, Path(scratch) / "model.onnx")
+        return OnnxRuntimeRunner(Path(scratch) / "model.onnx", options)
+
+
+def _data_folder(weights: Sequence[gs.Constant], base: Path) -> Path:
+    """The folder below which all external data of `weights` are; they are named from there.
+
+    ONNX Runtime reads nothing outside the folder, not even what a link in it leads to, as those of a hub's cache do.
+    """
+    held = [weight._values for weight in weights if isinstance(weight._values, ExternalValues)]
+    folder = Path(os.path.commonpath([base, *(values.path.parent for values in held)]))
+    for values in held:
+        place = next(entry for entry in values.tensor.external_data if entry.key == "location")
+        place.value = values.path.relative_to(folder).as_posix()
+    return folder

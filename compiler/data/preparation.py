@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.schema.json_text import Schema, optional_json, read_json
 from trimtab.passes.errors import ModelError
 
 FILE = "texts.json"
@@ -18,6 +19,25 @@ TRANSFORMER_CONFIGS = tuple(
 )
 """Names that sentence-transformers gave to the configuration of its Transformer module; the first that says anything
 counts."""
+
+TOKENIZER_CONFIG: Schema = {
+    "model_max_length": float, "tokenizer_class": str, "truncation_side": str, "do_lower_case": bool,
+    "strip_accents": bool, "tokenize_chinese_chars": bool,
+}  # fmt: skip
+"""Of tokenizer_config.json, what trimtab reads."""
+
+MODULES: Schema = [{"type": str, "path": str}]
+"""Of modules.json."""
+
+SENTENCE_CONFIG: Schema = {"model_type": str, "default_prompt_name": str, "prompts": {}, "truncate_dim": int}
+"""Of config_sentence_transformers.json."""
+
+_TRANSFORMER: Schema = {
+    "do_lower_case": bool, "max_seq_length": float, "transformer_task": str, "processing_kwargs": {},
+    "modality_config": {}, "model_args": {}, "model_kwargs": {}, "tokenizer_args": {}, "processor_kwargs": {},
+    "config_args": {}, "config_kwargs": {},
+}  # fmt: skip
+_PREPARATION: Schema = {"lower_case": bool, "prompt": str}
 
 _ALWAYS = {"SentenceTransformer": ("query", "document")}
 """Prompts that a model has though its files do not name them; they are empty."""
@@ -47,9 +67,9 @@ def read_preparation(folder: Path) -> Preparation:
     Raises:
         ModelError: a file is damaged, or names a default prompt that it does not have.
     """
-    own = read_settings(folder / FILE)
+    own = read_settings(folder / FILE, _PREPARATION)
     if own:
-        return Preparation(own.get("lower_case") is True, str(own.get("prompt", "")))
+        return Preparation(own.get("lower_case") is True, own.get("prompt") or "")
     roots = (root for root in (folder, folder.parent) if (root / "modules.json").is_file())
     for root in roots:
         transformer = root / _transformer_path(root / "modules.json")
@@ -61,44 +81,34 @@ def read_preparation(folder: Path) -> Preparation:
 
 def transformer_config(folder: Path) -> dict[str, Any]:
     """The configuration of the Transformer module in `folder`; {} where there is none."""
-    return next((config for name in TRANSFORMER_CONFIGS if (config := read_settings(folder / name))), {})
+    return next((config for name in TRANSFORMER_CONFIGS if (config := read_settings(folder / name, _TRANSFORMER))), {})
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no such file.
+def read_settings(path: Path, schema: Schema) -> dict[str, Any]:
+    """The object in a JSON file beside the tokenizer; {} where there is no such file.
 
     Raises:
-        ModelError: not JSON.
+        ModelError: not JSON, or not of `schema`.
     """
-    content = _read(path)
-    return content if isinstance(content, dict) else {}
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})", hint="save the model with its tokenizer again") from error
+    settings: dict[str, Any] = optional_json(path, ModelError, schema, hint="save the model with its tokenizer again")
+    return settings
 
 
 def _transformer_path(modules: Path) -> str:
     """Where modules.json says that the transformer is, below its folder."""
-    listed = _read(modules)
-    for module in listed if isinstance(listed, list) else []:
-        if isinstance(module, dict) and str(module.get("type")).rpartition(".")[2] == "Transformer":
-            return str(module.get("path", ""))
+    for module in read_json(modules, ModelError, MODULES):
+        if (module.get("type") or "").rpartition(".")[2] == "Transformer":
+            return str(module.get("path") or "")
     return ""
 
 
 def _default_prompt(path: Path) -> str:
-    config = read_settings(path)
+    config = read_settings(path, SENTENCE_CONFIG)
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""
     always = _ALWAYS.get(config.get("model_type", "SentenceTransformer"), ())
-    prompt = prompts.get(name, "" if name in always else None) if isinstance(prompts, dict) else None
+    prompt = prompts.get(name, "" if name in always else None)
     if not isinstance(prompt, str) and not (prompt is None and name in prompts):
         raise ModelError(
             f"{path}: default_prompt_name is {name!r}, and there is no such prompt", hint="name one of its prompts"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.compiler.data.encoding import Encoder, FastEncoder, SlowEncoder
-from trimtab.compiler.data.preparation import Preparation, read_preparation, read_settings
+from trimtab.compiler.data.preparation import TOKENIZER_CONFIG, Preparation, read_preparation, read_settings
 from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
+from trimtab.compiler.schema.json_text import mismatch
 from trimtab.passes.errors import ModelError
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -118,7 +119,7 @@ def _load_json(folder: Path, max_tokens: int | None, preparation: Preparation) -
         raise ModelError(
             f"{path}: not a tokenizer ({error})", hint="save the model with its tokenizer again"
         ) from error
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _follow_settings(inner, settings)
     side = settings.get("truncation_side", (inner.truncation or {}).get("direction"))
     pad, ends = _pad_id(folder, inner.token_to_id), _end_ids(folder, inner.token_to_id)
@@ -134,31 +135,34 @@ def _follow_settings(inner: Any, settings: dict[str, Any]) -> None:
     if not isinstance(normalizer, normalizers.BertNormalizer) or settings.get("tokenizer_class") in _GENERIC:
         return
     for key, name in _BERT_SETTINGS.items():
-        if key in settings:
+        if settings.get(key) is not None or (key == "strip_accents" and key in settings):  # its null has a meaning
             setattr(normalizer, name, settings[key])
     inner.normalizer = normalizer
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
     """The padding token; else the end of text, as is usual for models without one; else 0. The mask hides it anyway."""
-    settings = read_settings(folder / "tokenizer_config.json")
+    settings = read_settings(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     for key in ("pad_token", "eos_token"):
         token = settings.get(key)
         text = token.get("content") if isinstance(token, dict) else token
         found = token_to_id(text) if isinstance(text, str) else None
         if found is not None:
             return found
-    found = read_settings(folder / "config.json").get("pad_token_id")
-    return found if isinstance(found, int) else 0
+    number = read_settings(folder / "config.json", {}).get("pad_token_id")
+    return number if isinstance(number, int) and 0 <= number < 1 << 31 else 0
 
 
 def _end_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozenset[int]:
     """Tokens that end what a model generates, by the first of the model's files that names any."""
     for name in ("generation_config.json", "config.json"):
-        found = read_settings(folder / name).get("eos_token_id")
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    token = read_settings(folder / "tokenizer_config.json").get("eos_token")
+        ends = read_settings(folder / name, {}).get("eos_token_id")
+        if ends is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            if (wrong := mismatch(ends, [int])) is not None:
+                raise ModelError(f"{folder / name}: eos_token_id{wrong}", hint="give the numbers of tokens")
+            return frozenset(ends)
+    token = read_settings(folder / "tokenizer_config.json", TOKENIZER_CONFIG).get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     number = token_to_id(text) if isinstance(text, str) else None
     return frozenset() if number is None else frozenset([number])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trimtab.compiler.caching.remembered import file_hash
-from trimtab.compiler.sources.folder import read_json
+from trimtab.compiler.schema.json_text import AGAIN, Schema, read_json
+from trimtab.compiler.sources.folder import read_config
 from trimtab.compiler.sources.sentence import WEIGHTED, SentenceConfig, sentence_parts
 from trimtab.passes.errors import ModelError
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.os_errors import check_readable
 
 BASE = "AutoModel"
 """The architecture of a model without the head that config.json names: sentence-transformers loads no other."""
 
+_INDEX: Schema = {"weight_map": {"*": str}}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,9 +54,16 @@ class Checkpoint:
 
 def is_checkpoint(folder: Path) -> bool:
     """True if `folder` is meant as a Hugging Face directory: it has a config and no ONNX file in place of weights."""
-    if (folder / "modules.json").is_file():
-        return True
-    return (folder / "config.json").is_file() and (_any_weights(folder) or not (folder / "model.onnx").is_file())
+    modules = (folder / "modules.json").is_file()
+    if not modules and not (folder / "config.json").is_file():
+        return False
+    places = [folder, *(place for place in folder.iterdir() if modules and place.is_dir())]
+    return any(map(_any_weights, places)) or onnx_file(folder) is None
+
+
+def onnx_file(folder: Path) -> Path | None:
+    """The ONNX model of a directory: model.onnx, or onnx/model.onnx as repositories of Hugging Face's hub have it."""
+    return next((path for name in ("model.onnx", "onnx/model.onnx") if (path := folder / name).is_file()), None)
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -62,17 +73,15 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         ModelError: its code, its weights' format, or damage forbids to export it; says which.
     """
     model, pooling = sentence_parts(folder)
-    config = read_json(model / "config.json")
-    if not isinstance(config, dict):
-        raise ModelError(f"{model / 'config.json'}: not a model's configuration")
-    if "auto_map" in config:
+    config = read_config(model / "config.json")
+    if config.get("auto_map"):
         raise ModelError(
             f"{folder}: the model brings its own code (auto_map in config.json), which trimtab never runs",
             hint="load it yourself and give the module to trimtab.compiler.from_torch, or export it to ONNX",
         )
-    if "quantization_config" in config:
+    if (quantization := config.get("quantization_config")) is not None:
         raise ModelError(
-            f"{folder}: the checkpoint is quantized ({config['quantization_config'].get('quant_method', 'unknown')})",
+            f"{folder}: the checkpoint is quantized ({str(quantization.get('quant_method', 'unknown'))[:40]})",
             hint="give the unquantized checkpoint; trimtab's passes quantize it",
         )
     if (model / "adapter_config.json").is_file():
@@ -103,11 +112,14 @@ def _weights(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
     if whole.is_file():
         return (_sound(whole),)
     if index.is_file():
-        named = sorted(set(read_json(index).get("weight_map", {}).values()))
+        named = sorted(set((read_json(index, ModelError, _INDEX).get("weight_map") or {}).values()))
+        if not named:
+            raise ModelError(f"{index}: names no weights", hint=AGAIN)
         for name in named:
-            if Path(name).name != name or not (folder / name).is_file():
+            if Path(name).name != name or not os.path.isfile(folder / name):
                 raise ModelError(
-                    f"{index}: names the weight file {name!r}, which is not in the folder", hint="download the rest"
+                    f"{index}: names the weight file {name[:80]!r}, which is not in the folder",
+                    hint="download the rest",
                 )
         return tuple(_sound(folder / name) for name in named)
     pickles = tuple(sorted(path for pattern in _PICKLES for path in folder.glob(pattern)))
@@ -122,6 +134,7 @@ def _weights(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
 
 
 def _sound(path: Path) -> Path:
+    check_readable(path, ModelError)
     try:
         with safe_open(path, framework="numpy"):  # reads the header, and compares it with the size of the file
             return path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from trimtab.compiler.data.preparation import transformer_config
+from trimtab.compiler.data.preparation import SENTENCE_CONFIG, TOKENIZER_CONFIG, transformer_config
+from trimtab.compiler.schema.json_text import AGAIN, Schema, optional_json, read_json
 from trimtab.compiler.task import Head, read_head
 from trimtab.passes.errors import ModelError
 
@@ -25,45 +26,63 @@ _VOCABULARIES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
+_BEHIND_PADDING = frozenset({
+    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+"""Types of models that count positions from pad_token_id + 1, so that as many rows of the table are never used. MPNet
+counts from 2 always."""
+
 _UNLIMITED = 1 << 20  # tokenizers say 1e30 for "no limit"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+_CONFIG: Schema = {
+    "architectures": [str], "auto_map": {}, "id2label": {}, "model_type": str, "quantization_config": {},
+}  # fmt: skip
+"""Of config.json what decides how a model is read."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The model's configuration in config.json.
 
     Raises:
-        ModelError: missing, or not JSON.
+        ModelError: missing, not JSON, or a key that trimtab reads has a value of another kind.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as JSON ({error})", hint="download or save the model again"
-        ) from error
+    config: dict[str, Any] = read_json(path, ModelError, _CONFIG)
+    for key in config.get("id2label") or {}:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise ModelError(f"{path}: id2label has the key {key[:40]!r}, which is no number of a class", hint=AGAIN)
+    return config
 
 
-def optional_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} where there is no such file."""
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+def optional_config(folder: Path) -> dict[str, Any]:
+    """The configuration in `folder`, or {} where there is none."""
+    path = folder / "config.json"
+    return read_config(path) if os.path.isfile(path) else {}
 
 
 def tokenizer_folder(*folders: Path) -> Path | None:
     """The first of `folders` that holds a tokenizer."""
-    return next((f for f in folders if any((f / name).is_file() for name in _VOCABULARIES)), None)
+    return next((f for f in folders if any(os.path.isfile(f / name) for name in _VOCABULARIES)), None)
+
+
+def architecture(config: dict[str, Any]) -> str:
+    """The class of transformers that `config` (a config.json) names first; "" where it names none."""
+    names = config.get("architectures") or [""]
+    return str(names[0])
 
 
 def class_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
     """Names of the classes, by index, if `config` (a config.json) is of a classifier that names them."""
     names = config.get("id2label")
-    if not isinstance(names, dict) or not str(*config.get("architectures") or [""]).endswith("Classification"):
+    if not names or not architecture(config).endswith("Classification"):
         return None
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
 def model_head(config: dict[str, Any], folder: Path) -> Head:
     """What `config` (a config.json), and the file of sentence-transformers in `folder`, say of the model's logits."""
-    return read_head(config, optional_json(folder / "config_sentence_transformers.json"))
+    return read_head(config, optional_json(folder / "config_sentence_transformers.json", ModelError, SENTENCE_CONFIG))
 
 
 def token_limit(folder: Path, config: dict[str, Any]) -> int | None:
@@ -76,10 +95,10 @@ def token_limit(folder: Path, config: dict[str, Any]) -> int | None:
     said = (
         options.get("model_max_length"),
         sentence.get("max_seq_length"),
-        optional_json(folder / "tokenizer_config.json").get("model_max_length"),
+        optional_json(folder / "tokenizer_config.json", ModelError, TOKENIZER_CONFIG).get("model_max_length"),
     )
     limits = [next((limit for limit in said if limit is not None), None), _positions(config)]
-    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < _UNLIMITED]
+    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 1 <= limit < _UNLIMITED]
     return min(known, default=None)
 
 
@@ -87,6 +106,9 @@ def _positions(config: dict[str, Any]) -> int | None:
     limit = config.get("max_position_embeddings", config.get("n_positions"))
     if not isinstance(limit, int):
         return None
-    # RoBERTa and its kin count positions from pad_token_id + 1, so that many rows of the table are never used.
-    offset = config.get("pad_token_id", 1) + 1 if "roberta" in str(config.get("model_type")) else 0
-    return limit - offset
+    kind, padding = config.get("model_type"), config.get("pad_token_id")
+    if kind == "mpnet":
+        return limit - 2
+    if kind in _BEHIND_PADDING:
+        return limit - (padding if isinstance(padding, int) else 1) - 1
+    return limit

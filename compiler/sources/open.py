@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from trimtab.compiler.sources.checkpoint import is_checkpoint, read_checkpoint
-from trimtab.compiler.sources.folder import class_labels, model_head, optional_json, token_limit, tokenizer_folder
+from trimtab.compiler.sources.checkpoint import is_checkpoint, onnx_file, read_checkpoint
+from trimtab.compiler.sources.folder import class_labels, model_head, optional_config, token_limit, tokenizer_folder
 from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.compiler.sources.huggingface import exported
 from trimtab.compiler.sources.source import Source
@@ -35,8 +35,8 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
     if path.is_dir():
         if is_checkpoint(path):
             return _open_checkpoint(path, allow_pickle)
-        if (path / "model.onnx").is_file():
-            return _open_onnx(path / "model.onnx", path)
+        if (file := onnx_file(path)) is not None:
+            return _open_onnx(file, path)
         raise ModelError(f"{path}: no model in this directory", hint=_ACCEPTED)
     if not path.is_file():
         raise ModelError(f"{path}: no such file or directory", hint=_ACCEPTED)
@@ -49,27 +49,31 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
 
 def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
     checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+    limit = token_limit(checkpoint.model, checkpoint.config)  # refuses damaged files before the long export
+    head = UNKNOWN if checkpoint.pooling else model_head(checkpoint.config, folder)
     return Source(
         origin=str(folder),
         onnx=exported(checkpoint, allow_pickle=allow_pickle),
         tokenizer=tokenizer_folder(checkpoint.model, folder),
         labels=None if checkpoint.pooling else class_labels(checkpoint.config),
-        max_tokens=token_limit(checkpoint.model, checkpoint.config),
+        max_tokens=limit,
         kind="huggingface",
-        head=UNKNOWN if checkpoint.pooling else model_head(checkpoint.config, folder),
+        head=head,
     )
 
 
 def _open_onnx(path: Path, origin: Path) -> Source:
     load_graph(path)  # refuses what is not a model before anything else begins
-    folder = path.parent
-    config = optional_json(folder / "config.json")
+    # Repositories of the hub have their ONNX files in a folder of this name, and all else at their root.
+    places = (path.parent, path.parent.parent) if path.parent.name == "onnx" else (path.parent,)
+    home = next((place for place in places if (place / "config.json").is_file()), path.parent)
+    config, tokenizer = optional_config(home), tokenizer_folder(*places)
     return Source(
         origin=str(origin),
         onnx=path,
-        tokenizer=tokenizer_folder(folder),
+        tokenizer=tokenizer,
         labels=class_labels(config),
-        max_tokens=token_limit(folder, config),
+        max_tokens=token_limit(tokenizer or home, config),
         kind="onnx",
-        head=model_head(config, folder),
+        head=model_head(config, home),
     )

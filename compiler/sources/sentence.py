@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from trimtab.compiler.data.preparation import read_preparation, transformer_config
+from trimtab.compiler.data.preparation import (
+    MODULES,
+    SENTENCE_CONFIG,
+    TOKENIZER_CONFIG,
+    read_preparation,
+    transformer_config,
+)
 from trimtab.compiler.data.tokenizer import load_tokenizer
-from trimtab.compiler.sources.folder import optional_json, read_json, tokenizer_folder
+from trimtab.compiler.schema.json_text import AGAIN, Schema, mismatch, optional_json, read_json
+from trimtab.compiler.sources.folder import architecture, optional_config, tokenizer_folder
 from trimtab.passes.errors import ModelError
 
 MODES = {
@@ -27,6 +35,13 @@ _HARMLESS = {
     "config": {"trust_remote_code"},
 }
 """Options of the Transformer module that change no number, or that are read elsewhere."""
+
+
+_MODULE: Schema = {
+    "in_features": int, "out_features": int, "dimension": int, "bias": bool, "use_residual": bool,
+    "activation_function": str, "module_input_name": str, "module_output_name": str,
+}  # fmt: skip
+"""Of the config.json of a module behind the pooling."""
 
 
 class Layer(NamedTuple):
@@ -62,13 +77,17 @@ def sentence_parts(folder: Path) -> tuple[Path, SentenceConfig | None]:
     if not (folder / "modules.json").is_file():
         return folder, _without_modules(folder)
     modules = _modules(folder)
-    config = optional_json(folder / "config_sentence_transformers.json")
+    config = optional_json(folder / "config_sentence_transformers.json", ModelError, SENTENCE_CONFIG)
     model_type = config.get("model_type", "SentenceTransformer")
     if model_type not in ("SentenceTransformer", "CrossEncoder"):
         raise ModelError(f"{folder}: a {model_type} of sentence-transformers is not supported", hint=_EXPORT)
     first, *rest = modules
     if first.kind != "Transformer":
         raise _unsupported(folder, first.kind)
+    if not os.path.isdir(folder / first.path):
+        raise ModelError(
+            f"{folder / 'modules.json'}: the transformer's folder {first.path[:80]!r} is missing", hint=AGAIN
+        )
     if model_type == "CrossEncoder":  # a classifier like any other
         if rest:
             raise _unsupported(folder, rest[0].kind)
@@ -89,6 +108,8 @@ def sentence_parts(folder: Path) -> tuple[Path, SentenceConfig | None]:
             raise _unsupported(folder, module.kind)
         _check_names(folder / module.path / "config.json", module)
     width = config.get("truncate_dim")
+    if width is not None and width < 0:
+        raise ModelError(f"{folder}: truncate_dim of its sentence-transformers configuration is {width}", hint=AGAIN)
     return folder / first.path, SentenceConfig(
         modes,
         0 if with_prompt else _prompt_tokens(folder / first.path, folder),
@@ -99,18 +120,20 @@ def sentence_parts(folder: Path) -> tuple[Path, SentenceConfig | None]:
 
 def _modules(folder: Path) -> list[Layer]:
     path = folder / "modules.json"
-    listed = read_json(path)
-    if not isinstance(listed, list) or not listed or not all(isinstance(module, dict) for module in listed):
-        raise ModelError(f"{path}: not a list of modules", hint="download or save the model again")
+    listed = read_json(path, ModelError, MODULES)
+    if not listed:
+        raise ModelError(f"{path}: names no module", hint=AGAIN)
     modules = []
     for module in listed:
-        kind, place = str(module.get("type")), str(module.get("path"))
+        kind, place = module.get("type"), module.get("path") or ""
+        if kind is None:
+            raise ModelError(f"{path}: a module has no type", hint=AGAIN)
         if not kind.startswith("sentence_transformers."):
             raise ModelError(f"{path}: module {kind} brings its own code, which trimtab never runs", hint=_EXPORT)
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
             raise ModelError(f"{path}: module {kind} lies outside the folder ({place})", hint="save the model again")
         name = kind.rpartition(".")[2]
-        config = optional_json(folder / place / "config.json") if name in _BEHIND else {}
+        config = optional_json(folder / place / "config.json", ModelError, _MODULE) if name in _BEHIND else {}
         modules.append(Layer(name, place, config))
     return modules
 
@@ -130,8 +153,7 @@ def _without_modules(folder: Path) -> SentenceConfig | None:
     if not pooling.is_file():
         return None
     modes, with_prompt = _pooling(pooling)
-    architectures = optional_json(folder / "config.json").get("architectures") or [""]
-    usual = "lasttoken" if str(architectures[0]).endswith("ForCausalLM") else "mean"
+    usual = "lasttoken" if architecture(optional_config(folder)).endswith("ForCausalLM") else "mean"
     if modes != (usual,) or not with_prompt:
         raise ModelError(
             f"{pooling}: pools by {' + '.join(modes)}, but there is no modules.json that says so, and without one "
@@ -143,12 +165,12 @@ def _without_modules(folder: Path) -> SentenceConfig | None:
 
 def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     """The modes in a Pooling's config.json, and whether they see the prompt's tokens."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a module's configuration", hint="download or save the model again")
-    if "pooling_mode" in config:
-        named = config["pooling_mode"]
-        modes = [named] if isinstance(named, str) else list(named)
+    config = read_json(path, ModelError, {"include_prompt": bool})
+    named = config.get("pooling_mode")
+    if named is not None:
+        modes = [named] if isinstance(named, str) else named
+        if (wrong := mismatch(modes, [str])) is not None:
+            raise ModelError(f"{path}: pooling_mode {wrong}", hint=AGAIN)
     else:
         modes = [mode for mode, flag in MODES.items() if config.get(f"pooling_mode_{flag}")] or ["mean"]
     unknown = [mode for mode in modes if mode not in MODES]
@@ -189,7 +211,7 @@ def _check_transformer(folder: Path, root: Path) -> None:
 def _has_chat_template(folder: Path) -> bool:
     names = ("chat_template.jinja", "chat_template.json")
     return any((folder / name).is_file() for name in names) or bool(
-        optional_json(folder / "tokenizer_config.json").get("chat_template")
+        optional_json(folder / "tokenizer_config.json", ModelError, TOKENIZER_CONFIG).get("chat_template")
     )
 
 

@@ -16,6 +16,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.hashing import hash_bytes, hash_data, hash_file
+from trimtab.passes.os_errors import reason, remedy
 
 _CHUNK = 1 << 24  # bytes copied at a time
 _ALIGN = 4096  # of each tensor in a data file, so that a runtime may map it
@@ -84,7 +85,9 @@ class ExternalValues(LazyValues):
         try:
             return hash_file(self.path, self.offset, self.bytes)
         except OSError as error:
-            raise ModelError(f"weight {self.tensor.name!r}: {self.path} cannot be read ({error})") from error
+            raise ModelError(
+                f"weight {self.tensor.name!r}: {self.path} cannot be read ({reason(error)})", hint=remedy(error)
+            ) from error
 
     def inline(self) -> TensorProto:
         """The same tensor with its values inside."""

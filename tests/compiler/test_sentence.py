@@ -337,7 +337,7 @@ _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
         (_transformer_config(processing_kwargs={"text": {"max_length": 4}}), "processing_kwargs"),
         (_transformer_config(model_args={"num_hidden_layers": 1}), "sets 'num_hidden_layers'"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter of another model"),
-        (lambda f: (f / "modules.json").write_text('{"a": 1}'), "not a list of modules"),
+        (lambda f: (f / "modules.json").write_text('{"a": 1}'), r"modules\.json: should be a list"),
         (_only("Transformer", "../x"), "outside"),
         (_only("WordEmbeddings"), "module WordEmbeddings is not supported"),
         (_only("Transformer"), "has no Pooling"),
@@ -358,7 +358,7 @@ def test_refusals(spoil: Callable[[Path], object], says: str, tmp_path: Path) ->
         ({"activation_function": "os.system"}, "activation os.system is not supported"),
         ({"activation_function": "torch.nn.modules.activation.MultiheadAttention"}, "MultiheadAttention is not"),
         ({"out_features": 9}, "do not fit"),
-        ({"in_features": "many"}, "do not fit"),
+        ({"in_features": "many"}, "in_features: should be a whole number"),
     ],
 )  # fmt: skip
 def test_dense_that_does_not_fit(changes: dict[str, Any], says: str, tmp_path: Path) -> None:

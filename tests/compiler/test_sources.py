@@ -10,11 +10,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import seeded
 from zoo import exported, feeds, save_pretrained, tiny_model
 
 from trimtab.compiler.cache import cache_dir
+from trimtab.compiler.schema.json_text import MAX_BYTES, MAX_DEPTH
 from trimtab.compiler.sources import checkpoint, from_torch, huggingface, open_source
 from trimtab.compiler.sources.export import load_model
+from trimtab.compiler.sources.folder import token_limit
 from trimtab.passes.errors import BuildError, ModelError
 from trimtab.passes.graph import load_graph, values
 
@@ -414,3 +417,148 @@ def test_minilm_equals_sentence_transformers():
     inputs = model.tokenizer(texts, padding=True, return_tensors="np")
     (embedding,) = run(source.onnx, dict(inputs), ["sentence_embedding"])
     np.testing.assert_allclose(embedding, model.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model_int8.onnx"])
+def test_an_onnx_folder_has_its_tokenizer_above(tmp_path, word_tokenizer, name):
+    """As repositories of the hub are: all but the ONNX files is at the root."""
+    path = tmp_path / "repository" / "onnx" / name
+    save_external(path, "w.bin")
+    for file in word_tokenizer.iterdir():
+        file.rename(path.parent.parent / file.name)
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {"1": "b", "0": "a"}, "n_positions": 21}
+    (path.parent.parent / "config.json").write_text(json.dumps(config))
+    given = (path, path.parent.parent) if name == "model.onnx" else (path,)
+    for source in map(open_source, given):
+        assert (source.onnx, source.tokenizer, source.labels) == (path, path.parent.parent, ("a", "b"))
+        assert source.max_tokens == 21
+    (path.parent / "config.json").write_text('{"n_positions": 9}')  # what is beside the file counts first
+    assert (open_source(path).max_tokens, open_source(path).labels) == (9, None)
+
+
+def test_files_above_other_folders_are_not_read(tmp_path):
+    path = tmp_path / "exports" / "model.onnx"
+    save_external(path, "w.bin")
+    (tmp_path / "config.json").write_text("[]")
+    assert open_source(path).max_tokens is None
+
+
+OFFSETS = {  # family: (class, options)
+    "camembert": ("CamembertModel", {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRobertaModel", {"pad_token_id": 1}),
+    "roberta": ("RobertaModel", {"pad_token_id": 3}),
+    "data2vec-text": ("Data2VecTextModel", {"pad_token_id": 1}),
+    "roberta-prelayernorm": ("RobertaPreLayerNormModel", {"pad_token_id": 0}),
+    "mpnet": ("MPNetModel", {"pad_token_id": 0}),
+    "bert": ("BertModel", {"pad_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("family", OFFSETS)
+def test_the_longest_text_by_the_config_is_the_models(tmp_path, family):
+    """One more token than `token_limit` has no position in torch."""
+    import transformers
+
+    name, options = OFFSETS[family]
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rows = int(seeded().integers(9, 25))
+    config = kind.config_class(**sizes, intermediate_size=16, max_position_embeddings=rows, **options)
+    config.save_pretrained(tmp_path)
+    limit = token_limit(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    model = kind(config).eval()
+    with torch.no_grad():
+        assert model(torch.full((1, limit), 7)).last_hidden_state.shape[1] == limit
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 7))
+
+
+def edited(name, content):
+    """Puts `content` into a file of the folder: bytes, or what JSON shall stand for."""
+
+    def change(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    return change
+
+
+def config(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def index(content):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        edited("model.safetensors.index.json", content)(folder)
+
+    return change
+
+
+DEEP = b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1)
+MODULES = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (edited("config.json", b"\xff{}"), r"config\.json: not JSON \(not UTF-8 at byte 0"),
+        (edited("config.json", b'{"a": 1' + b"0" * 5000 + b"}"), r"config\.json: holds an integer of thousands"),
+        (edited("config.json", b'{"a": ' + DEEP + b"}"), r"config\.json: nested deeper than 64"),
+        (edited("config.json", b"[" * 100_000), r"config\.json: nested deeper than 64"),
+        (edited("config.json", b'{"a": "\\ud83d"}'), r"config\.json: holds half a surrogate"),
+        (edited("config.json", [1]), r"config\.json: should be an object, not \[1\]"),
+        (edited("config.json", b" " * (MAX_BYTES + 1)), r"config\.json: has \d+ bytes, over the limit of \d+"),
+        (config(architectures="BertModel"), r'config\.json: architectures: should be a list, not "BertModel"'),
+        (config(architectures=[{}]), r"config\.json: architectures\[0\]: should be a string"),
+        (config(model_type=["bert"]), r"config\.json: model_type: should be a string"),
+        (config(quantization_config=8), r"config\.json: quantization_config: should be an object, not 8"),
+        (config(auto_map="x"), r"config\.json: auto_map: should be an object"),
+        (config(id2label=["a"]), r"config\.json: id2label: should be an object"),
+        (config(id2label={"one": "a"}), r"config\.json: id2label has the key 'one'"),
+        (index({"weight_map": ["a"]}), r"index\.json: weight_map: should be an object"),
+        (index({"weight_map": {"a": None}}), r"index\.json: weight_map\.a: should be a string, not null"),
+        (index({"weight_map": {}}), r"index\.json: names no weights"),
+        (index({"weight_map": {"a": "b" * 300}}), r"names the weight file 'b+', which is not in the folder"),
+        (index({"weight_map": {"a": "\0"}}), "which is not in the folder"),
+        (edited("modules.json", [None]), r"modules\.json: \[0\]: should be an object"),
+        (edited("modules.json", []), r"modules\.json: names no module"),
+        (edited("modules.json", [{"path": ""}]), r"modules\.json: a module has no type"),
+        (edited("modules.json", [{"type": MODULES[0]["type"], "path": 3}]), r"\[0\]\.path: should be a string"),
+        (
+            edited("modules.json", [{"type": MODULES[0]["type"], "path": "a" * 300}]),
+            "transformer's folder 'a+' is missing",
+        ),
+        (edited("tokenizer_config.json", ["a"]), r"tokenizer_config\.json: should be an object"),
+    ],
+)
+def test_json_of_another_kind_is_refused(tmp_path, no_export, spoil, message):
+    folder = save_pretrained("bert", tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(folder)
+    assert caught.value.hint and str(folder) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("1_Pooling/config.json", [], r"1_Pooling/config\.json: should be an object"),
+        ("1_Pooling/config.json", {"pooling_mode": 3}, r"pooling_mode should be a list, not 3"),
+        ("1_Pooling/config.json", {"pooling_mode": [["mean"]]}, r"pooling_mode \[0\]: should be a string"),
+        ("sentence_bert_config.json", {"tokenizer_args": [1]}, r"tokenizer_args: should be an object"),
+        ("sentence_bert_config.json", {"max_seq_length": "9"}, r"max_seq_length: should be a number"),
+        ("config_sentence_transformers.json", {"prompts": "a"}, r"prompts: should be an object"),
+        ("config_sentence_transformers.json", {"truncate_dim": -2}, r"truncate_dim .* is -2"),
+        ("config_sentence_transformers.json", {"default_prompt_name": {}}, r"default_prompt_name: should be a string"),
+    ],
+)
+def test_json_of_sentence_transformers(tmp_path, no_export, name, content, message):
+    folder = save_pretrained("bert", tmp_path / "model")
+    edited("modules.json", [*MODULES, POOLING])(folder)
+    edited("1_Pooling/config.json", {"pooling_mode": "mean"})(folder)
+    edited(name, content)(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_source(folder)
+    assert caught.value.hint
