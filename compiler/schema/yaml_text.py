@@ -113,15 +113,18 @@ def _fault(problem: str, node: yaml.Node) -> ConstructorError:
 def _check_nesting(text: str) -> None:
     """Count what the parser finds, which reads on only as far as it is asked to; composing it would recurse."""
     depth = values = 0
+    section = ""  # the recipe's own key, under which the parser is
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and depth == 1:
+            section = f"{short(event.value)}: "
         values += isinstance(event, yaml.NodeEvent)
         for count, limit, what in ((depth, MAX_DEPTH, "levels of nesting"), (values, MAX_VALUES, "values")):
             if count > limit:
-                raise ConstructorError(None, None, f"there are more than {limit} {what}", event.start_mark)
+                raise ConstructorError(None, None, f"{section}there are more than {limit} {what}", event.start_mark)
 
 
 def _check_aliases(root: yaml.Node) -> None:
