@@ -18,12 +18,16 @@ from trimtab.passes.crossover import DenseForm
 from trimtab.passes.graph import is_external, load_graph, output_name_of, save_graph, stored_bytes, topological
 from trimtab.passes.graph.choosing import choosing_nodes
 from trimtab.passes.graph.products import expose_weights, float_products
+from trimtab.passes.graph.widen import widen
 from trimtab.passes.hush import hushed
 from trimtab.passes.int8_rows import to_int8_rows
 from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 
 _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR.name, "MatMulInteger", "QAttention"])
 """What becomes of products."""
+
+_INT8_OPS = ("Attention", "Conv", "EmbedLayerNormalization", "Gather", "LSTM", "MatMul")
+"""Ops of which the quantizer rounds the weights; it writes scales of float32 for activations, whatever their type."""
 
 _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
 """Ops of which the quantizer makes products with one scale for the whole tensor."""
@@ -71,6 +75,10 @@ class DynamicInt8(Pass):
             to_int8_rows(graph, self.name, per_channel=self.per_channel, leave=choosing)
             graph.cleanup(remove_unused_graph_inputs=False)
             graph.nodes = topological(graph)
+        leave = (*_WHOLE_TENSOR, "MatMul") if rows else ()
+        kept = {id(node) for node in choosing}
+        taken = [n for n in graph.nodes if n.op in _INT8_OPS and n.op not in leave and id(n) not in kept]
+        widen(graph, taken, self.name)
         reasons = {y: _CHOOSES if why and y in exact else why for y, why in float_products(graph)}
         whole = [
             output_name_of(node) for node in graph.nodes if rows and not node.domain and node.op in ("Conv", "LSTM")
@@ -83,7 +91,7 @@ class DynamicInt8(Pass):
                 result,
                 per_channel=self.per_channel,
                 reduce_range=context.capability.saturates,
-                leave=(*_WHOLE_TENSOR, "MatMul") if rows else (),
+                leave=leave,
                 leave_nodes=[node.name for node in choosing],
             )
             quantized = load_graph(result)

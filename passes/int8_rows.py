@@ -11,9 +11,11 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.graph import constant, insert, output_name_of, values
 from trimtab.passes.graph.linear import Linear, match_linear
 from trimtab.passes.graph.opset import raise_opset
+from trimtab.passes.graph.widen import HALF
 from trimtab.plugins import INT8_LINEAR, add_node
 from trimtab.plugins.dialect import OPSET
 from trimtab.plugins.int8_linear import LARGEST, NUMBERS, WIDEST
+from trimtab.plugins.lowering import onnx_type, type_of
 
 __all__ = ["to_int8_rows"]
 
@@ -63,7 +65,7 @@ def _fits(linear: Linear) -> bool:
         linear.quantized is None
         and not linear.transposed
         and linear.nodes[0].op == "MatMul"
-        and linear.weight.dtype in (np.float32, np.float16)
+        and type_of(linear.weight) in (np.float32, *HALF)
         and 0 < linear.in_features <= WIDEST
         and linear.out_features > 0
     )
@@ -93,12 +95,13 @@ def _replace(
 ) -> None:  # fmt: skip
     """`y` of the new node in place of what `linear`, and the activation behind it, made."""
     label = f"{name}/{output_name_of(linear.nodes[-1])}"
-    half = linear.weight.dtype == np.float16
+    dtype = type_of(linear.weight)
+    half = dtype in HALF
     x = insert(graph, "Cast", [linear.x], f"{label}/x", attrs={"to": 1}, dtype=np.float32) if half else linear.x
     given = {"x": x, "weight": weight[0], "weight_scale": weight[1], "bias": bias}
     made = add_node(graph, INT8_LINEAR, given, label, activation=activation)
     if half:
-        made = insert(graph, "Cast", [made], f"{label}/y", attrs={"to": 10}, dtype=np.float16)
+        made = insert(graph, "Cast", [made], f"{label}/y", attrs={"to": onnx_type(dtype)}, dtype=dtype)
     y.inputs[0].outputs.clear()
     made.inputs[0].outputs = [y]
 

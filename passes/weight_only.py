@@ -19,8 +19,12 @@ from trimtab.passes.graph.linear import Linear, distinct_bytes
 from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.matrices.forms import OPSETS, Product
 from trimtab.passes.matrices.quantize import fit_block, round_to_nearest
+from trimtab.plugins.lowering import type_of
 
 Part = Literal["attention", "ffn", "head"]
+
+_COMPUTED = (np.float32, np.float16)
+"""Types in which products with integer weights run, whatever type the weights are stored in."""
 
 
 class WeightOnly(Pass):
@@ -62,19 +66,19 @@ class WeightOnly(Pass):
         uses = Counter(_matrix_of(linear) for _, linear, _ in wanted)
         of_ffns = [linear for ffn in anatomy.ffns for linear in ffn.linears]
         of_ffns_too = {_matrix_of(linear) for linear in of_ffns}
-        products: dict[tuple[int, bool], Product] = {}
+        products: dict[tuple[int, bool, np.dtype], Product] = {}
         after = ffn_bytes = 0
         for done, (where, linear, size) in enumerate(wanted, 1):
             name, key = f"{self.name}/{where.replace(' ', '.')}", _matrix_of(linear)
             if key not in products:
                 by_largest = self.bits == 4 and context.capability.negative_scales
                 matrix = round_to_nearest(linear.w().astype(np.float32), self.bits, size, by_largest=by_largest)
-                products[key] = matrix.store(name, np.dtype(np.float32), uses[key])
+                products[key] = matrix.store(name, type_of(linear.x), uses[key])
                 after += matrix.nbytes
                 ffn_bytes += matrix.nbytes if key in of_ffns_too else 0
             y = products[key](graph, linear.x, name)
             if linear.bias is not None:
-                y = insert(graph, "Add", [y, linear.bias], f"{name}/shift", dtype=np.float32)
+                y = insert(graph, "Add", [y, linear.bias], f"{name}/shift", dtype=type_of(linear.x))
             y.shape = linear.y.shape
             replace_uses(graph, linear.y, y)
             if context.progress is not None:
@@ -118,15 +122,15 @@ class WeightOnly(Pass):
                 yield f"head {number}", linear
 
 
-def _matrix_of(linear: Linear) -> tuple[int, bool]:
-    """What projections have in common that multiply with the same matrix."""
-    return id(linear.weight), linear.transposed
+def _matrix_of(linear: Linear) -> tuple[int, bool, np.dtype]:
+    """What projections have in common that multiply with the same matrix, in the same type."""
+    return id(linear.weight), linear.transposed, type_of(linear.x)
 
 
 def _unfit(linear: Linear, block: int | None) -> str | None:
     """Why this projection stays as it is, or None."""
     if linear.quantized is not None:
         return "its weights are quantized already"
-    if linear.weight.dtype != np.float32:
-        return "its weights are not float32"
+    if type_of(linear.x) not in _COMPUTED:
+        return f"it computes in {type_of(linear.x).name}"
     return None if block else f"no block of 16 or more divides its {linear.in_features} inputs"

@@ -91,7 +91,7 @@ def _why_float(node: gs.Node, fixed: set[int]) -> str | None:
             if isinstance(second.dtype, int)
             else np.dtype(second.dtype).name
         )
-        return f"its weights are {kind.lower()}; the quantizer takes float32 and float16"
+        return f"its weights are {kind.lower()}; the quantizer takes float32 and half precision"
     return f"ONNX Runtime's quantizer does not take this {node.op}"
 
 

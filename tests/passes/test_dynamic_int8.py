@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
+from seeds import seeded
 
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
@@ -162,3 +163,54 @@ def test_only_products_with_weights_are_left(scales: str, tmp_path: Path) -> Non
         "scaled": "its weights are computed", "turned": "a Gemm with alpha, beta or transA",
     }  # fmt: skip
     assert result.details["float_products"] == 4
+
+
+@pytest.mark.parametrize("scales", PRODUCTS)
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+def test_a_model_in_half_precision(kind: int, scales: str, tmp_path: Path) -> None:
+    """Its products become integer products, and between them it keeps its type."""
+    rng = seeded()
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (int64[B, S] ids) => (float[B, S, 8] y) {
+        e = Gather(table, ids)  p = MatMul(e, up)  h = Add(p, bias)  a = Relu(h)  z = MatMul(a, down)
+        y = Cast<to = 1>(z)
+    }"""
+    model = onnx.parser.parse_model(text)
+    shapes = {"table": (40, 24), "up": (24, 32), "bias": (32,), "down": (32, 8)}
+    for key, shape in shapes.items():
+        array = rng.standard_normal(shape).astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+    onnx.save(model, tmp_path / "half.onnx")
+    graph, result = quantized(tmp_path / "half.onnx", tmp_path / "int8.onnx", scales)
+    assert result.changed == [node.op for node in graph.nodes].count(PRODUCTS[scales]) == 2
+    onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "int8.onnx"), check_type=True)
+    assert {node.attrs["to"] for node in graph.nodes if node.op == "Cast"} >= {kind}
+    wide = onnx.parser.parse_model(text)
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        wide.graph.initializer.append(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(wide, tmp_path / "wide.onnx")
+    ids = {"ids": rng.integers(0, 40, (3, 5))}
+    if kind == onnx.TensorProto.BFLOAT16:
+        return  # ONNX Runtime's CPU provider has no Relu of it
+    dense, ours = answers(tmp_path / "wide.onnx", ids), answers(tmp_path / "int8.onnx", ids)
+    assert np.linalg.norm(ours - dense) < 0.05 * np.linalg.norm(dense)
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_onnx_s_own_attention_stays_as_it_is(causal: int, tmp_path: Path) -> None:
+    """The quantizer goes by names, and holds it for com.microsoft's, which has weights."""
+    rng = seeded()
+    text = f"""<ir_version: 11, opset_import: ["" : 23]> g (float[B, S, 12] x) => (float[B, S, 12] y) {{
+        q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+        a = Attention<q_num_heads = 3, kv_num_heads = 3, is_causal = {causal}>(q, k, v)  y = MatMul(a, wo)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    for key in ("wq", "wk", "wv", "wo"):
+        array = rng.standard_normal((12, 12)).astype(np.float32) / 3
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+    onnx.save(model, tmp_path / "dense.onnx")
+    graph, result = quantized(tmp_path / "dense.onnx", tmp_path / "int8.onnx", "tensor")
+    assert result.changed == 4 and "Attention" in {node.op for node in graph.nodes}
+    x = {"x": rng.standard_normal((2, 6, 12)).astype(np.float32)}
+    dense, ours = answers(tmp_path / "dense.onnx", x), answers(tmp_path / "int8.onnx", x)
+    assert np.linalg.norm(ours - dense) < 0.05 * np.linalg.norm(dense)

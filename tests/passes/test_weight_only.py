@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import zoo
 from rewrite import canonical, profile_of, session
+from seeds import seeded
 
 from trimtab.passes import Capability, PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
@@ -139,3 +141,35 @@ def test_weights_too_small_for_a_scale_become_zeros(by_largest: bool) -> None:
         matrix = round_to_nearest(weight, 4, 32, by_largest=by_largest)
     assert np.isfinite(matrix.array).all() and np.all(matrix.scale != 0)
     np.testing.assert_allclose(matrix.array[:, :2], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [("float16", "float16"), ("float16", "float"), ("bfloat16", "float"), ("bfloat16", "bfloat16")],
+)
+def test_weights_in_half_precision(bits: int, stored: str, computed: str, tmp_path: Path) -> None:
+    """Behind a Cast to float32 or not: the product stays in the type that it had; ONNX Runtime has none of bfloat16."""
+    number = onnx.TensorProto.DataType.Value
+    cast, rng = f"Cast <to = {number(computed.upper())}>", seeded()
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": 21]> g ({computed}[B, S, 32] x) => ({computed}[B, S, 32] y) {{ '
+        f"u = {cast} (up) h = MatMul (x, u) a = Relu (h) d = {cast} (down) z = MatMul (a, d) y = Add (x, z) }}"
+    )
+    for name, shape in (("up", (32, 64)), ("down", (64, 32))):
+        array = rng.standard_normal(shape).astype(np.float32) / 6
+        array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(number(stored.upper())))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "dense.onnx")
+    graph = canonical(tmp_path / "dense.onnx")
+    result = rewrite(graph, bits=bits)
+    if computed == "bfloat16":
+        assert {left.why for left in result.left} == {"it computes in bfloat16"} and not result.changed
+        return
+    assert result.changed == 2 and not result.left
+    save_graph(graph, tmp_path / "int.onnx")
+    x = {"x": rng.standard_normal((2, 5, 32)).astype(np.float16 if computed == "float16" else np.float32)}
+    (dense,), (ours,) = (outputs(tmp_path / f"{name}.onnx", x) for name in ("dense", "int"))
+    assert ours.dtype == x["x"].dtype
+    error = np.linalg.norm((ours - dense).astype(np.float32)) / np.linalg.norm((dense - x["x"]).astype(np.float32))
+    assert 0 < error < {8: 0.02, 4: 0.2}[bits]
