@@ -16,10 +16,12 @@ from filelock import FileLock
 from trimtab.compiler.caching.record import describe, fault, record_path
 from trimtab.compiler.caching.sealed import write_sealed
 from trimtab.passes.errors import BuildError
+from trimtab.passes.os_errors import blames, reason, remedy
 
 log = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ELSEWHERE = "set TRIMTAB_CACHE to a folder that can be written"
 _PART = ".part"
 
 
@@ -31,13 +33,18 @@ def cache_dir() -> Path:
     """
     named = os.environ.get("TRIMTAB_CACHE")
     path = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
-    hint = "set TRIMTAB_CACHE to a folder that can be written"
+    in_the_way = next((each for each in (path, *path.parents) if each.exists()), path)
+    if in_the_way.exists() and not in_the_way.is_dir():
+        raise BuildError(
+            f"cache folder {path}: {in_the_way} is a file, not a folder",
+            hint="set TRIMTAB_CACHE to a folder, or remove that file",
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildError(f"cache folder {path}: cannot be made ({error.strerror})", hint=hint) from error
-    if not os.access(path, os.W_OK):
-        raise BuildError(f"cache folder {path}: cannot be written", hint=hint)
+        raise BuildError(f"cache folder {path}: cannot be made ({reason(error)})", hint=_hint(error, path)) from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise BuildError(f"cache folder {path}: cannot be read and written", hint=_ELSEWHERE)
     return path.resolve()
 
 
@@ -171,10 +178,14 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        ours = str(error.filename or "").startswith(str(path.parent)) or error.errno in _FULL
-        if not ours:
+        nameless = error.filename is None and error.errno in _FULL
+        if not nameless and (error.filename is None or not blames(error, path.parent)):
             raise
-        hint = "make room there, or set TRIMTAB_CACHE to another folder"
         raise BuildError(
-            f"cache folder {path.parent}: cannot be written ({error.strerror or error})", hint=hint
+            f"cache folder {path.parent}: cannot be written ({reason(error)})", hint=_hint(error, path.parent)
         ) from error
+
+
+def _hint(error: OSError, folder: Path) -> str:
+    """What to do about an error of writing to the cache."""
+    return f"{remedy(error, folder)} (TRIMTAB_CACHE)" if error.errno in _FULL else _ELSEWHERE

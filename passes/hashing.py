@@ -25,7 +25,7 @@ def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
         while left:
             count = file.readinto(buffer[: min(left, _CHUNK)])
             if not count:
-                raise OSError(errno.EIO, f"ends {left} bytes early", str(path))
+                raise OSError(errno.ENODATA, f"ends {left} bytes early", str(path))
             digest.update(buffer[:count])
             left -= count
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from trimtab.compiler.builds.manifest import NAME, FileInfo, Manifest, is_build,
 from trimtab.compiler.builds.measured import Measured, read_measured
 from trimtab.compiler.targets.base import MODEL
 from trimtab.passes.errors import BuildError
+from trimtab.passes.os_errors import unreadable
 
 log = logging.getLogger(__name__)
 
@@ -219,15 +220,15 @@ def _open(folder: Path, verify: bool, trusted_hash: str | None) -> tuple[Build, 
 
 def _check_file(path: Path, info: FileInfo, verify: bool) -> _Mark:
     """That the file at `path` is the one that `info` describes."""
-    if not path.is_file():
-        raise BuildError(f"{path}: missing from the build", hint="compile it again")
     try:
+        if not path.is_file():
+            raise BuildError(f"{path}: missing from the build", hint="compile it again")
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if status.st_size != info.bytes or (verify and _hash(file.readinto) != info.sha256):
                 raise BuildError(f"{path}: damaged: it is not the file that was compiled", hint="compile it again")
     except OSError as error:
-        raise BuildError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error, BuildError) from error
     return _mark(status)
 
 
@@ -290,7 +291,7 @@ def _handle(folder: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BuildError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise unreadable(folder, error, BuildError) from error
 
 
 def _is_being_replaced(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import BuildError
 from trimtab.passes.graph.positions import Positions
 from trimtab.passes.graph.ranges import Packed, index_bounds
+from trimtab.passes.os_errors import unreadable
 
 NAME = "manifest.json"
 HASH = "manifest.sha256"
@@ -237,7 +238,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except UnicodeDecodeError as error:
         raise BuildError(f"{folder / HASH}: damaged", hint=again) from error
     except OSError as error:
-        raise BuildError(f"{error.filename or path}: cannot be read ({error.strerror})") from error
+        raise unreadable(error.filename or path, error, BuildError) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> str:

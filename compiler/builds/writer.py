@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ from trimtab.compiler.builds.measured import MEASURED, Measured
 from trimtab.compiler.builds.report import render
 from trimtab.passes.dials import SpeedPoint
 from trimtab.passes.errors import BuildError
+from trimtab.passes.os_errors import blames, reason, remedy
 
 REPORT = Path("report.md")
 _UPDATE_WAIT_S = 30.0  # for another process that records what it measured
@@ -58,13 +58,17 @@ class BuildWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn failures of the file system in the body, which writes the build, into one clear error."""
+        """Turn failures of the file system in the body, which writes the build, into one clear error.
+
+        Files that the body only reads, such as the model's, are named for themselves.
+        """
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "free some space, or choose another disk" if full else "choose a directory that you may write to"
-            raise BuildError(f"{self.out}: cannot write the build ({error.strerror or error})", hint=hint) from error
+            if blames(error, self.out) or os.fsdecode(error.filename).startswith(str(sibling(self.out, ""))):
+                message = f"{self.out}: cannot write the build ({reason(error)})"
+                raise BuildError(message, hint=remedy(error, self.out)) from error
+            raise BuildError(f"{error.filename}: cannot be read ({reason(error)})", hint=remedy(error)) from error
 
     def commit(self, manifest: Manifest, measured: Measured | None = None) -> Build:
         """Hash the files, add manifest and report, and put the whole in its place.

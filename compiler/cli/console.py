@@ -44,7 +44,10 @@ def reporting_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", label="", code=130)
     except MemoryError:
-        fail("not enough memory", hint="take smaller sizes and batches, end other programs, or use a machine with more memory")
+        fail(
+            "not enough memory",
+            hint="take smaller sizes and batches, end other programs, or use a machine with more memory",
+        )
     except Exception as error:
         _fail_with(error)
 
@@ -69,14 +72,13 @@ def _terminate(number: int, _frame: Any) -> None:
 
 def _fail_with(error: Exception) -> NoReturn:
     from trimtab.passes.errors import TrimtabError  # here, because the package around it takes half a second to import
-    from trimtab.passes.os_errors import read_hint, reason, write_hint
+    from trimtab.passes.os_errors import reason, remedy
 
     if isinstance(error, TrimtabError):
         fail(error.message, hint=error.hint)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        # An open file that cannot be written any more has no name.
-        fail(f"{where}{reason(error)}", hint=read_hint(error) if error.filename else write_hint(error))
+        fail(f"{where}{reason(error)}", hint=remedy(error))
     fail(
         f"unexpected {type(error).__name__}: {error}",
         hint="this is a fault in trimtab: please report it, with the output of `trimtab --debug ...`",

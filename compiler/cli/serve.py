@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import time
@@ -50,8 +49,8 @@ def command(
     from trimtab.compiler.serving import Ports, serve_build
 
     start = time.perf_counter()
-    signal.signal(signal.SIGTERM, _interrupt)
     opened = open_build(build, trusted_hash=trusted_hash)
+    ready = False
     try:
         with ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-serve-")))
@@ -64,13 +63,12 @@ def command(
                 )
             )  # fmt: skip
             _show(serving, time.perf_counter() - start, json)
+            ready = True
             serving.server.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how a server is stopped, and no failure
+        if not ready:
+            raise
         print("stopped", file=sys.stderr)
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _show(serving: Any, seconds: float, json: bool) -> None:

@@ -17,6 +17,7 @@ from trimtab.compiler.targets.sessions import uses_dialect
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.errors import BuildError, ModelError
 from trimtab.passes.graph import load_graph
+from trimtab.passes.os_errors import blames, reason, remedy, unreadable
 from trimtab.plugins.library import library_path
 
 CONFIG = "genai_config.json"
@@ -61,7 +62,9 @@ def package_genai(build: Build, out: Path | str) -> Path:
             (part / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
             part.rename(out)
     except OSError as error:
-        raise BuildError(f"{out}: cannot be written ({error})") from error
+        if not blames(error, out.parent):
+            raise unreadable(error.filename, error, BuildError) from error
+        raise BuildError(f"{out}: cannot be written ({reason(error)})", hint=remedy(error, out.parent)) from error
     return out
 
 

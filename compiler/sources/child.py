@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trimtab.compiler.processes import end_with_parent, ending
 from trimtab.passes.errors import ModelError, TrimtabError
+from trimtab.passes.os_errors import reason, remedy
 
 _ERROR_FILE = "error.json"
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
@@ -45,8 +46,9 @@ def content_key(content: str, modules: Sequence[str], packages: Sequence[str]) -
 
 
 def run_child(
-    module: str, arguments: Sequence[str], out: Path, *, makes: str, origin: Path, what: str, hint: str
-) -> None:
+    module: str, arguments: Sequence[str], out: Path, *, makes: str, origin: Path, what: str, hint: str,
+    timeout_s: float | None = None,
+) -> None:  # fmt: skip
     """Run `python -m module arguments`, which makes the file `out`/`makes`.
 
     Args:
@@ -54,17 +56,21 @@ def run_child(
         origin: what the user gave, for messages.
         what: is done, for messages.
         hint: what else the user can do if the child ends without saying why.
+        timeout_s: seconds after which the child is killed.
 
     Raises:
-        ModelError: what the child has said, or how it ended.
+        ModelError: what the child has said, how it ended, or that it took too long.
     """
     log_file = out / "export.log"
     with open(log_file, "wb") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
-            preexec_fn=end_with_parent(),
-        ).returncode  # fmt: skip
+        try:
+            code = subprocess.run(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
+                preexec_fn=end_with_parent(), timeout=timeout_s,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise ModelError(f"{origin}: {what} took longer than {timeout_s:g} s", hint=hint) from error
     if code == 0 and (out / makes).is_file():
         return
     if (out / _ERROR_FILE).is_file():
@@ -80,6 +86,14 @@ def report(out: Path, work: Callable[[], None]) -> int:
     try:
         work()
     except TrimtabError as error:
-        (out / _ERROR_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
-        return 1
-    return 0
+        message, hint = error.message, error.hint
+    except OSError as error:
+        if error.errno is None:  # transformers raises some of its own as such
+            raise
+        message, hint = f"{error.filename or out}: {reason(error)}", remedy(error, error.filename or out)
+    except MemoryError:
+        message, hint = "not enough memory", "end other programs, or use a machine with more memory"
+    else:
+        return 0
+    (out / _ERROR_FILE).write_text(json.dumps({"message": message, "hint": hint}))
+    return 1

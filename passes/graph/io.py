@@ -20,6 +20,7 @@ from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
 from trimtab.passes.graph.wellformed import check_model
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.os_errors import check_readable
 
 G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, go to where our answers go
 _INLINE = (
@@ -39,6 +40,7 @@ def load_graph(path: Path | str) -> gs.Graph:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
+    check_readable(path, ModelError)
     hint = "export the model again"
     try:
         model = onnx.load(str(path), format="protobuf", load_external_data=False)

@@ -149,6 +149,18 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert text_of(open_build(tmp_path / "build")) == "old"
 
 
+def test_a_file_that_is_only_read_is_not_blamed_on_the_build(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "build"
+    with BuildWriter(out) as writer:
+        for path in (tmp_path / "model.onnx", tmp_path / "deep" / "model.onnx"):
+            with pytest.raises(BuildError, match=rf"{path}: cannot be read \(No such file") as caught, writer.writing():
+                path.read_bytes()
+            assert "path is right" in str(caught.value.hint)
+        for path in (writer.folder / "no" / "model.onnx", out / "model.onnx"):
+            with pytest.raises(BuildError, match=r"build: cannot write the build"), writer.writing():
+                path.read_bytes()
+
+
 def other_process(code: str, out: Path) -> subprocess.Popen[str]:
     """A process that enters a BuildWriter of `out`, says so, and then runs `code`."""
     script = f"""

@@ -174,6 +174,16 @@ def test_a_cache_that_is_full_or_cannot_be_written_says_so(root: Path) -> None:
         entry("kind", "name", Maker(False, 6))
 
 
+@pytest.mark.parametrize("below", ["", "cache", "deep/cache"])
+def test_a_cache_that_is_a_file_is_named(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(BuildError, match=r"file is a file, not a folder") as caught:
+        entry("kind", "name", Maker(False, 6))
+    assert "remove that file" in str(caught.value.hint) and "written" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_errors_of_files_elsewhere_are_not_blamed_on_the_cache(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         entry("kind", "name", lambda path: (tmp_path / "model.onnx").read_bytes())

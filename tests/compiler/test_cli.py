@@ -84,8 +84,13 @@ def with_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
     (DataError("d line 3: empty"), 1, "error: d line 3: empty\n"),
     (PassError("split", ["a"], TrimtabError("no", hint="yes")), 1, "error: pass split (after a): no\nhint: yes\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
-    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "error: /x/y: no space left on the disk\nhint: "),
-    (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+    (console.Terminated(), 143, "terminated\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1,
+     "error: /x/y: No space left on device\nhint: free some space in /, or"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device\nhint: free some space"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), 1,
+     "error: /x: Permission denied\nhint: change its permissions"),
+    (OSError(errno.EMFILE, "Too many open files", "/x"), 1, "error: /x: Too many open files\nhint: too many files"),
     (MemoryError(), 1, "error: not enough memory\nhint: "),
     (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd\nhint: this is a fault in trimtab: please report"),
 ])  # fmt: skip
@@ -172,7 +177,10 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert b"32/32" in shown and b"\x1b[" in shown
 
 
-def test_interrupting_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_interrupting_leaves_nothing(number: int, code: int, says: str, tmp_path: Path) -> None:
     model = tiny.model(tmp_path / "m.onnx")
     np.savez(tmp_path / "d.npz", input_ids=tiny.ids(300_000, 12))
     command = [*PROGRAM, "calibrate", model, "--data", tmp_path / "d.npz", "-o", tmp_path / "p"]
@@ -181,10 +189,10 @@ def test_interrupting_leaves_nothing(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("calibrate: ")
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest = process.stderr.read()
-    assert process.returncode == 130
-    assert rest.splitlines()[-1] == "interrupted" and "Traceback" not in rest
+    assert process.returncode == code
+    assert rest.splitlines()[-1] == says and "Traceback" not in rest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["d.npz", "m.onnx"]
 
 

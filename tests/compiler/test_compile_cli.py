@@ -161,13 +161,16 @@ def stalled() -> subprocess.Popen[str]:
     return running
 
 
-def test_ctrl_c_leaves_nothing() -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "says"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_what_ends_it_leaves_nothing(number: int, code: int, says: str) -> None:
     running = stalled()
     assert leftovers() == ["deep"]
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, said = running.communicate(timeout=30)
-    assert running.returncode == 130
-    assert "interrupted" in said
+    assert running.returncode == code
+    assert said.splitlines()[-1] == says
     assert "Traceback" not in said
     assert leftovers() == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import signal
 import subprocess
 import sys
@@ -51,6 +53,24 @@ def test_an_exporter_that_a_signal_ends(
             "exporter", [], tmp_path, makes="model.onnx", origin=Path("model"), what="the export", hint="other means"
         )
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/proc/model.onnx"), "/proc/model.onnx: No space", "/proc"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied", "permissions"),
+        (MemoryError(), "not enough memory", "more memory"),
+    ],
+)
+def test_an_exporter_says_what_the_system_refuses(error: Exception, says: str, hint: str, tmp_path: Path) -> None:
+    def work() -> None:
+        raise error
+
+    assert child.report(tmp_path, work) == 1
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert told["message"].startswith(says)
+    assert hint in told["hint"]
 
 
 def test_an_exporter_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

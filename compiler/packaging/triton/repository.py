@@ -17,6 +17,7 @@ from trimtab.compiler.packaging.triton.models import Models
 from trimtab.compiler.targets.base import ENGINE
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import BuildError, ModelError, TargetError
+from trimtab.passes.os_errors import blames, reason, remedy, unreadable
 
 BACKENDS = ("auto", "onnxruntime", "python", "tensorrt")
 
@@ -90,7 +91,9 @@ def package_triton(
                 kind, why, names = models.write(part)
             part.rename(out)
     except OSError as error:
-        raise BuildError(f"{out}: cannot be written ({error.strerror or error})") from error
+        if not blames(error, out.parent):
+            raise unreadable(error.filename, error, BuildError) from error
+        raise BuildError(f"{out}: cannot be written ({reason(error)})", hint=remedy(error, out.parent)) from error
     return Package(out, models.name, "python" if kind == "text" else chosen, kind, why, names)
 
 
