@@ -1,14 +1,17 @@
-"""Inputs that a model accepts: random ones, with ids inside their tables; and real ones brought to the least size."""
+"""Inputs that a model accepts: random ones, with ids inside their tables; real ones brought to the least size; those
+of one model in the types of another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph.ranges import safe_values
+from trimtab.passes.graph.shapes import token_outputs
 
 Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """One call of a model: inputs → outputs, both by name."""
@@ -31,26 +34,28 @@ def random_feeds(
         dims: sizes of the dimensions as `Workload` names them, such as {"batch": 8, "tokens": 48}.
         rng: where the randomness comes from.
         padded: end some rows of `attention_mask` early, as a tokenizer does with texts of unequal length. Row 0 of
-            several stays full, since a batch is as long as its longest text.
+            several stays full, since a batch is as long as its longest text. Behind a past, rows of the past end
+            early: a decoder has filled up its prompts, and every new token is a real one.
         ids: token ids of real text, one after the other; rows of `input_ids` are then runs of them from random places.
             Without, ids are drawn evenly, which is far from any text: a model compressed for text errs more on them.
 
     Returns:
         input name → array of the input's type and shape. Integers lie inside the smallest table they look up, and
         are 0 or 1 where none was found; floats that are cast to indices lie there, too. `attention_mask` is 1 (0 where
-        padded); `position_ids` counts along the last axis; `token_type_ids` is 0; other floats are standard normal.
+        padded); `position_ids` counts along the last axis, from the past on; `token_type_ids` is 0; other floats are
+        standard normal.
 
     Raises:
         RecipeError: `dims` lacks a dimension of the model.
     """
-    shapes, feeds = _shapes(graph, dims), {}
+    shapes, feeds, past = _shapes(graph, dims), {}, dims.get("past", 0)
     for tensor in graph.inputs:
         shape = shapes[tensor.name]
         dtype = np.dtype(tensor.dtype)
         if tensor.name == "attention_mask" and len(shape) == 2:
-            feeds[tensor.name] = _mask(shape, rng, padded).astype(dtype)
+            feeds[tensor.name] = _mask(shape, rng, padded, past).astype(dtype)
         elif tensor.name == "position_ids":
-            feeds[tensor.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+            feeds[tensor.name] = np.broadcast_to(past + np.arange(shape[-1]), shape).astype(dtype)
         elif tensor.name == "token_type_ids":
             feeds[tensor.name] = np.zeros(shape, dtype)
         elif dtype.kind == "b" or "mask" in tensor.name:
@@ -72,39 +77,61 @@ def _shapes(graph: gs.Graph, dims: Mapping[str, int]) -> dict[str, tuple[int, ..
     return {name: opt for name, (_, opt, _) in fixed.shapes(graph).items()}
 
 
-def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool) -> np.ndarray:
-    """Ones, [rows, tokens]; where `padded`, zeros from a random place in the second half of a row on."""
-    rows, tokens = shape
-    lengths = np.full(rows, tokens)
+def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool, past: int) -> np.ndarray:
+    """Ones, [rows, columns]; where `padded`, zeros from a random place in the second half of a row (or its past) on."""
+    rows, columns = shape
+    filled = min(past, columns) or columns  # the part that may end in padding
+    lengths = np.full(rows, filled)
     if padded:
-        lengths = rng.integers((tokens + 1) // 2, tokens + 1, rows)
-        lengths[-1] = (tokens + 1) // 2  # so that at least one row is padded
+        lengths = rng.integers((filled + 1) // 2, filled + 1, rows)
+        lengths[-1] = (filled + 1) // 2  # so that at least one row is padded
         if rows > 1:
-            lengths[0] = tokens
-    return np.arange(tokens) < lengths[:, None]
+            lengths[0] = filled
+    places = np.arange(columns)
+    return (places < lengths[:, None]) | (places >= filled)
 
 
-def within(run: Run, inputs: set[str], workload: Workload) -> Run:
-    """`run`, given only the `inputs` it knows, and never less than the least of `workload`, which engines refuse.
+def converted(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorInfo | gs.Tensor]) -> dict[str, np.ndarray]:
+    """`feeds` with their floats in the types of `inputs`: a build may take others than its dense model does."""
+    types = {tensor.name: np.dtype(tensor.dtype) for tensor in inputs}
+    floats = {name for name, kind in types.items() if kind.kind == "f"}
+    return {
+        name: value.astype(types[name], copy=False) if name in floats and value.dtype.kind == "f" else value
+        for name, value in feeds.items()
+    }
 
-    Rows are repeated, and columns added as padding where `attention_mask` can mark it; what comes out is cut again.
+
+def converting(run: Run, inputs: Sequence[TensorInfo]) -> Run:
+    """`run` of a build with these `inputs`, taking the feeds of its dense model."""
+    return lambda feeds: run(converted(feeds, inputs))
+
+
+def within(run: Run, graph: gs.Graph, workload: Workload) -> Run:
+    """`run`, given only the inputs that `graph` has, and never less than the least of `workload`, which engines refuse.
+
+    Rows are repeated, and columns added as padding where `attention_mask` can mark it; rows and tokens of the outputs
+    are cut again.
     """
+    axes, by_token = workload.axes(graph), token_outputs(graph)
 
     def fitted(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        fed = {name: value for name, value in feeds.items() if name in inputs}
-        rows, tokens = len(next(iter(fed.values()))), None
-        mask = fed.get("attention_mask")
-        if mask is not None and mask.shape[1] < workload.tokens[0]:
-            tokens = mask.shape[1]
-            fed = {name: np.pad(value, ((0, 0), (0, workload.tokens[0] - tokens))) for name, value in fed.items()}
-        if rows < workload.batch[0]:
-            fed = {name: np.resize(value, (workload.batch[0], *value.shape[1:])) for name, value in fed.items()}
-        return {name: _cut(value, rows, tokens, workload.tokens[0]) for name, value in run(fed).items()}
+        fed = {name: value for name, value in feeds.items() if name in axes}
+        sizes = {axis: size for name, value in fed.items() for axis, size in zip(axes[name], value.shape, strict=True)}
+        rows, tokens = sizes.get("batch", workload.batch[0]), sizes.get("tokens", workload.tokens[0])
+        padding = max(0, workload.tokens[0] - tokens) if "attention_mask" in fed else 0
+        copies = np.arange(max(rows, workload.batch[0])) % max(rows, 1)
+        outputs = run({name: _grown(value, axes[name], copies, padding) for name, value in fed.items()})
+        if padding:
+            outputs = {**outputs} | {name: outputs[name][:, :tokens] for name in by_token}
+        return {name: value[:rows] if len(copies) > rows else value for name, value in outputs.items()}
 
     return fitted
 
 
-def _cut(value: np.ndarray, rows: int, tokens: int | None, padded: int) -> np.ndarray:
-    if tokens is not None and value.ndim > 2 and value.shape[1] == padded:
-        value = value[:, :tokens]
-    return value[:rows]
+def _grown(value: np.ndarray, axes: Sequence[int | str], rows: np.ndarray, padding: int) -> np.ndarray:
+    """An input with these `rows` of its batch, and `padding` more columns wherever tokens are counted."""
+    if "batch" in axes and value.shape[axes.index("batch")] != len(rows):
+        value = value.take(rows, axes.index("batch"))
+    if not padding:
+        return value
+    return np.pad(value, [(0, padding if axis in ("tokens", "total") else 0) for axis in axes])

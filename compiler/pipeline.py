@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ from trimtab.compiler.builds.build import Build, find_build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import FORMAT, Manifest, PassReport, Sizes, TensorInfo, package_versions
 from trimtab.compiler.builds.writer import BuildWriter
+from trimtab.compiler.checks.corners import corners
 from trimtab.compiler.checks.finite import check_finite
 from trimtab.compiler.checks.selfcheck import self_check
 from trimtab.compiler.data import Dataset, check_inputs, read_data
@@ -148,11 +150,14 @@ class _Compile:
             if dataset is not None:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
             positions = find_positions(graph)
-            check_sizes("workload.tokens", self.recipe.workload.tokens[0], self.recipe.workload.past[0], positions)
+            workload = self.recipe.workload.fitting(positions.most if positions else None)
+            check_sizes("workload.tokens", workload.tokens[0], workload.past[0], positions)
+            if self.recipe.check:
+                corners(graph, workload)  # refuses a workload without a call that the model takes
             max_tokens = _shorter(self.source.max_tokens, positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             cached = bool(pasts(tensor.name for tensor in graph.inputs))
-            tokens = self.recipe.workload.tokens_of_call(cached=cached, fixed=anatomy.fixed_tokens)
+            tokens = workload.tokens_of_call(cached=cached, fixed=anatomy.fixed_tokens)
             before = _sizes(graph, anatomy)
         with phases("look for NaN in the weights"):
             check_finite(_constants(graph), hint="the model is damaged, or its training diverged; use a sound one")
@@ -178,7 +183,7 @@ class _Compile:
                 # What passes computed; everything else was looked at above.
                 made = [constant for constant in _constants(graph) if is_new(constant)]
                 check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
-                declared = self.recipe.workload.tokens[2] + self.recipe.workload.past[2]
+                declared = workload.tokens[2] + workload.past[2]
                 most = None if max_tokens is None else max(max_tokens, declared)
                 get_target(self.recipe.target).settle(graph, most, self.recipe.shards)
                 positions = positions or find_positions(graph)  # tables of angles are limits, too
@@ -198,17 +203,18 @@ class _Compile:
             for model in models:
                 wishes = self.recipe.engine
                 get_target(self.recipe.target).build(
-                    model, self.recipe.workload, folder / ENGINE, timeout_s=wishes.timeout_s, options=wishes
+                    model, workload, folder / ENGINE, timeout_s=wishes.timeout_s, options=wishes
                 )
+        recipe = self.recipe.model_copy(update={"workload": workload})
         with phases("check the engine"):
-            check = self_check(self.source, sizes.dense_bytes, folder, self.recipe, dials_and_path)
+            check = self_check(self.source, sizes.dense_bytes, folder, recipe, inputs, dials_and_path)
         if self.source.hashes != self.hashes:
             raise ModelError(f"{self.source.origin}: its files changed while it was compiled", hint="compile it again")
         manifest = Manifest(
             key=self.key,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             origin=_origin(self.source),
-            source=str(self.source.onnx.resolve()),
+            source=os.path.abspath(self.source.onnx),  # links stay: what is beside them is the model's
             graph=self.hashes.graph,
             fingerprint=self.hashes.weights,
             family=family,
@@ -224,7 +230,7 @@ class _Compile:
             target=self.recipe.target,
             shards=self.recipe.shards,
             capability=_plain(self.capability),
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json"),
             data=profile.info.data if profile else None,
             profile=profile_digest(profile) if profile else None,
             profile_origin=profile_origin,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated
 
 import onnx_graphsurgeon as gs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
-from trimtab.passes.errors import RecipeError
+from trimtab.compiler.decoder_cache import pasts
+from trimtab.passes.errors import RecipeError, quoted
 
 Shape = tuple[int, ...]
+
+MAX_SIZE = 1 << 20
+"""Of one dimension. The longest contexts of models have as many tokens."""
+
+MAX_TOKENS = 1 << 24
+"""Of one call: samples times tokens, those of the cache among them. No machine runs more at once."""
 
 _ALIASES = {
     "batch_size": "batch", "sequence": "tokens", "sequence_length": "tokens", "seq": "tokens", "seq_len": "tokens",
@@ -57,7 +65,28 @@ class Workload(BaseModel):
         for reserved in ("batch", "tokens", "past"):
             if reserved in value:
                 raise RecipeError(f"workload.dims: {reserved!r} has a key of its own", hint=f"set workload.{reserved}")
+        if "total" in value:
+            raise RecipeError(
+                "workload.dims: 'total' is past and tokens together", hint="set workload.past and .tokens"
+            )
         return {name: _check(f"dims.{name}", sizes) for name, sizes in value.items()}
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Workload:
+        tokens = self.batch[2] * (self.tokens[2] + self.past[2])
+        if tokens > MAX_TOKENS:
+            raise RecipeError(
+                f"workload: batch {self.batch[2]} with {self.tokens[2] + self.past[2]} tokens each are {tokens} tokens "
+                f"in a call, more than {MAX_TOKENS}",
+                hint="give sizes of real calls",
+            )
+        return self
+
+    def fitting(self, longest: int | None) -> Workload:
+        """This workload for a model of at most `longest` tokens: the default range ends there, a declared one stays."""
+        if longest is None or self.tokens != type(self).model_fields["tokens"].default:
+            return self
+        return self.model_copy(update={"tokens": tuple(min(size, longest) for size in self.tokens)})
 
     def tokens_of_call(self, *, cached: bool, fixed: int | None = None) -> int:
         """Tokens, in all samples together, of the calls for which the engine is to be fastest.
@@ -76,37 +105,46 @@ class Workload(BaseModel):
         """Shape of every input, each dynamic axis by the name of its dimension: "batch", "tokens", "past", "total" or
         a key of `dims`.
 
-        An axis is known by its name in the ONNX file. Where that says nothing, an input's first dynamic axis is the
-        batch and its second the tokens. An axis without a name is called "<input>.<position>".
+        An axis is known by its key in `dims`; else by its role in a decoder's cache, [batch, heads, past, width], and
+        mask, [batch, total]; else by its name in the ONNX file. Where that says nothing, an input's first dynamic axis
+        is the batch and its second the tokens. An axis without a name is called "<input>.<position>".
 
         Raises:
             RecipeError: a dynamic axis has no range in this workload.
         """
-        found: dict[str, str] = {}
         inputs = {tensor.name: _symbols(tensor) for tensor in graph.inputs}
+        roles = _cache_roles(inputs)
         for name, shape in sorted(inputs.items(), key=lambda item: -_dynamic(item[1])):
             order = iter(("batch", "tokens"))
             for axis in (axis for axis in shape if isinstance(axis, str)):
                 place = next(order, None)
-                dim = self._named(axis) or found.get(axis) or place
-                if dim is None:
+                role = axis if axis in self.dims else roles.get(axis) or _named(axis) or place
+                if role is None:
+                    key = json.dumps(axis)  # YAML, whatever characters the exporter has put into the name
                     raise RecipeError(
                         f"input {name!r}: its dynamic axis {axis!r} has no range in the workload",
-                        hint=f"add `dims: {{{axis}: [min, opt, max]}}` to the recipe's workload",
+                        hint=f"add `dims: {{{key}: [min, opt, max]}}` to the recipe's workload",
                     )
-                found[axis] = dim
+                roles[axis] = role
         return {
-            name: tuple(found[axis] if isinstance(axis, str) else axis for axis in shape)
+            name: tuple(roles[axis] if isinstance(axis, str) else axis for axis in shape)
             for name, shape in inputs.items()
         }
 
+    def dimensions(self, graph: gs.Graph) -> set[str]:
+        """Names of the dimensions on which a shape of an input depends: of "batch", "tokens", "past" and `dims`."""
+        used = {axis for axes in self.axes(graph).values() for axis in axes if isinstance(axis, str)}
+        return used - {"total"}
+
     def shapes_at(self, graph: gs.Graph, sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Shape of every input where the dimensions have `sizes`, such as one of `corners()`."""
-        past = sizes.get("past", 0)
-        known = {"past": past, "total": past + sizes["tokens"], **sizes}
+        axes, past = self.axes(graph), sizes.get("past", 0)
+        new = axes.get("input_ids", ())[1:2]  # a file for steps alone has a fixed size there
+        tokens = new[0] if new and isinstance(new[0], int) else sizes["tokens"]
+        known = {**sizes, "past": past, "total": past + tokens}
         return {
-            name: tuple(known[axis] if isinstance(axis, str) else axis for axis in axes)
-            for name, axes in self.axes(graph).items()
+            name: tuple(known[axis] if isinstance(axis, str) else axis for axis in shape)
+            for name, shape in axes.items()
         }
 
     def shapes(self, graph: gs.Graph) -> dict[str, tuple[Shape, Shape, Shape]]:
@@ -121,11 +159,6 @@ class Workload(BaseModel):
         unique = {tuple(sizes.items()): sizes for sizes in (low, opt, high, *mixed)}
         return list(unique.values())
 
-    def _named(self, axis: str) -> str | None:
-        if axis in self.dims or axis in ("batch", "tokens", "past", "total"):
-            return axis
-        return _ALIASES.get(axis.lower())
-
     def _sizes(self, level: int) -> dict[str, int]:
         past = {"past": self.past} if any(self.past) else {}
         ranges = {"batch": self.batch, "tokens": self.tokens, **past, **self.dims}
@@ -134,6 +167,10 @@ class Workload(BaseModel):
 
 def _check(name: str, value: tuple[int, int, int], least: int = 1) -> tuple[int, int, int]:
     low, opt, high = value
+    if high > MAX_SIZE:
+        raise RecipeError(
+            f"workload.{name}: {quoted(high)} is more than the largest size, {MAX_SIZE}", hint="give sizes of calls"
+        )
     if not least <= low <= opt <= high:
         raise RecipeError(
             f"workload.{name}: {list(value)} is not [min, opt, max] with {least} <= min <= opt <= max",
@@ -150,6 +187,23 @@ def _symbols(tensor: gs.Tensor) -> tuple[int | str, ...]:
         axis if isinstance(axis, str) or (isinstance(axis, int) and axis >= 0) else f"{tensor.name}.{position}"
         for position, axis in enumerate(tensor.shape)
     )
+
+
+def _named(axis: str) -> str | None:
+    """The dimension that exporters mean by the name of an axis."""
+    return axis if axis in ("batch", "tokens", "past", "total") else _ALIASES.get(axis.lower())
+
+
+def _cache_roles(inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, str]:
+    """Dynamic axis → its role, of a decoder's cache and of the mask over it, whatever the exporter calls them."""
+    caches = [inputs[name] for name in pasts(inputs) if len(inputs[name]) == 4]
+    if not caches:
+        return {}
+    roles = {shape[axis]: role for shape in caches for axis, role in ((0, "batch"), (2, "past"))}
+    mask, ids = (inputs.get(name, ()) for name in ("attention_mask", "input_ids"))
+    if len(mask) == len(ids) == 2 and mask[1] != ids[1]:
+        roles[mask[1]] = "total"
+    return {axis: role for axis, role in roles.items() if isinstance(axis, str)}
 
 
 def _dynamic(shape: tuple[int | str, ...]) -> int:

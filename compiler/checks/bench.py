@@ -21,7 +21,7 @@ from trimtab.compiler.checks.peers.same_target import dense_engine
 from trimtab.compiler.checks.speed import COMPILED, KEYS, Bench, TimedRun, speedups, this_machine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
-from trimtab.compiler.feeds import Run, random_feeds
+from trimtab.compiler.feeds import Run, converting, random_feeds
 from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
@@ -86,7 +86,7 @@ def bench(
         )
         return _found(build, threads, timed, usual_prompt(build), setting)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
-    runs: dict[str, Run] = {COMPILED: partial(engine.run, dials=dials, speed=speed)}
+    runs: dict[str, Run] = {COMPILED: converting(partial(engine.run, dials=dials, speed=speed), engine.inputs)}
     if build.manifest.target == "onnxruntime":
         peers = [DENSE, INT8, *peers]
     else:

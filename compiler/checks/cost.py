@@ -14,6 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
+from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.feeds import converted
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options, uses_dialect
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import insert, load_graph, output_name_of, save_graph
@@ -82,6 +84,7 @@ class Counter:
         uses_dialect(model)  # refuses another version's by the name of this file, not by that of the copy
         graph = load_graph(model)
         self.inputs = [tensor.name for tensor in graph.inputs]
+        self._inputs = [TensorInfo.of(tensor) for tensor in graph.inputs]
         self._outputs = [tensor.name for tensor in graph.outputs]
         sizes = _Sizes(graph)
         self._products = [count for node in list(graph.nodes) if (count := _product(node, sizes)) is not None]
@@ -96,7 +99,7 @@ class Counter:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> tuple[Cost, dict[str, np.ndarray]]:
         """Run once on `feeds`, dials among them; what it costs, and the model's outputs."""
-        sizes = self._runner.run(feeds)
+        sizes = self._runner.run(converted(feeds, self._inputs))
         cost = Cost(
             flops=sum(count(sizes) for count in self._products),
             passages=tuple(

@@ -23,7 +23,7 @@ from trimtab.compiler.checks.task import Samples, check_labels
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.data import read_data
 from trimtab.compiler.engine import load
-from trimtab.compiler.feeds import Run, within
+from trimtab.compiler.feeds import Run, converting, within
 from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.dials import Dials, SpeedPoint
@@ -121,7 +121,7 @@ def measure_cost(
     threads = threads or default_threads(build)
     peer = open_peer(DENSE, model, threads)
     names = {tensor.name for tensor in graph.inputs}
-    execution = Execution(Counter(build.model, threads), given, feeds, within(peer, names, workload))
+    execution = Execution(Counter(build.model, threads), given, feeds, within(peer, graph, workload))
     path: tuple[SpeedPoint, ...] = ()
     if walk_dials:
         path = measured_path(walk(tried, partial(execution.point, turned), progress), max_drop)
@@ -179,9 +179,10 @@ def _times(
     engine = load(build.path, threads=threads, verify=False)
     target = build.manifest.target
     dense = peer if target == "onnxruntime" else dense_engine(target, model, workload, threads)
-    names = {tensor.name for tensor in load_graph(model).inputs}
-    runs: list[Run] = [dense, *(partial(engine.run, dials=setting) for setting in settings)]
-    fitted = [within(run, names, workload) for run in runs]
+    runs: list[Run] = [dense]
+    runs += [converting(partial(engine.run, dials=setting), engine.inputs) for setting in settings]
+    graph = load_graph(model)
+    fitted = [within(run, graph, workload) for run in runs]
     alone = interleave({"dense": partial(_all, fitted[0], feeds[:1])}, seconds=0, block=1, warmup=1)["dense"].median_ms
     calls = max(1, int(min(len(feeds), 1000 * seconds / (_ROUNDS * len(runs) * alone))))
     _report(progress, "time", 0, 1)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.compiler.builds.manifest import SelfCheck
+from trimtab.compiler.builds.manifest import SelfCheck, TensorInfo
+from trimtab.compiler.checks.corners import calls_at
 from trimtab.compiler.checks.measure import measure
-from trimtab.compiler.feeds import random_feeds
+from trimtab.compiler.feeds import converted, random_feeds
 from trimtab.compiler.recipe import Recipe
 from trimtab.compiler.sources import Source
 from trimtab.compiler.targets import Target, get_target
@@ -33,11 +34,13 @@ def self_check(
     dense_bytes: int,
     folder: Path,
     recipe: Recipe,
+    inputs: Sequence[TensorInfo],
     dials: Dials = Dials(),  # noqa: B008  (frozen)
 ) -> SelfCheck:
     """Compare the engine in `folder` with the dense model at one small shape.
 
     Args:
+        inputs: of the engine, whose floats may be of other types than the dense model's.
         dials: of the engine. The errors are those at their exact end; at their defaults and at full speed, the outputs
             have to be there, and finite.
 
@@ -60,7 +63,7 @@ def self_check(
     batch = len(next(iter(feeds.values())))
     turned = [dials.exact(batch)] + ([dials.feeds(batch), dials.feeds(batch, speed=1.0)] if dials.dials else [])
     with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
-        answers = [runner.run(feeds | setting) for setting in turned]
+        answers = [runner.run(converted(feeds, inputs) | setting) for setting in turned]
     # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
     compared = [
         measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask"), by_token=token_outputs(graph))
@@ -89,12 +92,12 @@ def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:
 
 
 def _dims(graph: gs.Graph, workload: Workload) -> dict[str, int]:
-    """Size of each dynamic dimension, by the graph's name: the declared optimum, or less where that will do."""
+    """Size of each dimension of the model: the declared optimum, or less where that will do; the shortest past."""
     ranges = {"batch": workload.batch, "tokens": workload.tokens, **workload.dims}
     sizes = {name: max(low, min(opt, _SMALL.get(name, opt))) for name, (low, opt, _) in ranges.items()}
-    shapes = workload.shapes_at(graph, sizes)
-    pairs = (pair for tensor in graph.inputs for pair in zip(tensor.shape, shapes[tensor.name], strict=True))
-    return {name: size for name, size in pairs if isinstance(name, str)}
+    used = workload.dimensions(graph)
+    call = calls_at(graph, workload, sizes | {"past": workload.past[0]})[0]
+    return {name: size for name, size in call.items() if name in used}
 
 
 def _run_dense(dense: Path, threads: int | None, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -115,8 +115,7 @@ def check_quality(
         ModelError: no output that can be judged.
     """
     given = Samples(graph, workload, source, dataset, samples=samples, seed=seed, task=task)
-    names = {tensor.name for tensor in graph.inputs}
-    both = within(dense, names, workload), within(compiled, names, workload)
+    both = within(dense, graph, workload), within(compiled, graph, workload)
     return given.quality(given.feeds(progress), *both)
 
 

@@ -16,6 +16,7 @@ from trimtab.compiler.builds.writer import record
 from trimtab.compiler.checks.bounds import large_errors, poor_quality
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import Consistency, batch_consistency
+from trimtab.compiler.checks.corners import corners
 from trimtab.compiler.checks.decoded import as_decoded
 from trimtab.compiler.checks.dense import dense_source
 from trimtab.compiler.checks.measure import OutputError, describe
@@ -26,7 +27,7 @@ from trimtab.compiler.checks.task import check_labels, check_quality
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
-from trimtab.compiler.feeds import Run
+from trimtab.compiler.feeds import Run, converting
 from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.progress import Progress
 from trimtab.compiler.sources import Source
@@ -165,21 +166,22 @@ def validate(
     source = dense_source(build, model)
     warnings = check_labels(dataset, task, source, graph, limits.max_drop is not None) if dataset else []
     engine = load(build.path, threads=threads, verify=False)
-    run = partial(engine.run, dials=dials, speed=speed)
+    run = converting(partial(engine.run, dials=dials, speed=speed), engine.inputs)
+    exact = converting(partial(engine.run, speed=0.0), engine.inputs)
     as_asked = not engine.dials or dials or speed is not None
     reference = open_peer("dense-fp32", model, threads or 0)
     ids = real_ids(dataset, source, seed) if dataset else None
     comparisons, consistency = check_numbers(
-        reference, run if as_asked else partial(engine.run, speed=0.0), graph, workload, ids=ids, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+        reference, run if as_asked else exact, graph, workload, ids=ids, seed=seed, progress=progress
+    )
     quality, beside = None, {}
     if dataset and all(comparison for comparison in comparisons if task is None or comparison.output == task.output):
         judge = partial(
             check_quality, reference, graph=graph, workload=workload, source=source, dataset=dataset, samples=samples,
             seed=seed, progress=progress, task=task,
         )  # fmt: skip
-        quality = judge(as_decoded(build, threads) or run)
+        decoded = as_decoded(build, threads)
+        quality = judge(run if decoded is None else converting(decoded, engine.inputs))
         beside = peer_qualities(peers, forms, threads or 0, judge)
     if quality and dataset and limits.min_quality is None and limits.max_drop is None:
         count = min(samples or dataset.count, dataset.count)
@@ -242,17 +244,6 @@ def check_numbers(
         return comparisons, []
     dims = min(crowds, key=lambda dims: dims["batch"])
     return comparisons, batch_consistency(dense, compiled, graph, workload, dims, rng, ids)
-
-
-def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
-    """The corners of `workload`, in the dimensions that the model has; each once."""
-    used = {axis for axes in workload.axes(graph).values() for axis in axes if isinstance(axis, str)}
-    found: list[dict[str, int]] = []
-    for corner in workload.corners():
-        dims = {name: size for name, size in corner.items() if name in used}
-        if dims not in found:
-            found.append(dims)
-    return found
 
 
 def worst(comparisons: list[OutputError]) -> tuple[OutputError, ...]:

@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.canonicalize.fold import fold_constants, hoist_constants
 from trimtab.passes.canonicalize.grids import unfold_grids
+from trimtab.passes.canonicalize.heads import size_caches
 from trimtab.passes.canonicalize.products import lift_gemms, split_fused_bias
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.canonicalize.simplify import remove_copies, remove_reshapes
@@ -27,8 +28,9 @@ class Canonicalize(Pass):
     * A product that gate and up of an FFN are packed into becomes two, whose weights are parts of the one.
     * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
       tools such as onnxruntime.quantization refuse those.
+    * Heads of a decoder's cache, whose number or width the inputs leave open, get those of the attention behind.
 
-    Inputs and outputs keep names, types and shapes; model-local functions and other domains' nodes stay.
+    Inputs and outputs keep names, types and all other sizes; model-local functions and other domains' nodes stay.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -48,5 +50,6 @@ class Canonicalize(Pass):
         details["grids"] = unfold_grids(graph)
         details["shared"] = merge_copies(graph)
         details["gates"] = unpack_gates(graph)
+        details["caches"] = size_caches(graph)
         graph.cleanup(remove_unused_graph_inputs=False)
         return PassResult(self.name, sum(details.values()), details=details)

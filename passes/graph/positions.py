@@ -57,7 +57,16 @@ def find_positions(graph: gs.Graph) -> Positions | None:
     if ids is None or ids.shape is None or len(ids.shape) != 2:
         return None
     found = [positions for point in _points(graph) if (positions := point.positions()) is not None]
+    found += [Positions(rows, padding=True) for node in graph.nodes if (rows := _rotary_rows(node)) is not None]
     return min(found, key=lambda each: (each.most, not each.padding), default=None)
+
+
+def _rotary_rows(node: gs.Node) -> int | None:
+    """Positions of an attention that counts them itself, past and padding included, and looks up their cosines."""
+    cosines = node.inputs[7] if node.op == "GroupQueryAttention" and len(node.inputs) > 7 else None
+    if not node.attrs.get("do_rotary") or not isinstance(cosines, gs.Constant):
+        return None
+    return int(cosines.shape[0])
 
 
 def _points(graph: gs.Graph) -> Iterator[_Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeAlias
 
 import numpy as np
@@ -58,10 +59,20 @@ def _picked(node: gs.Node, whole: list[Dim] | None) -> list[Dim] | None:
 
 
 def token_outputs(graph: gs.Graph) -> list[str]:
-    """Names of the outputs of `graph` that have a row for each token: [batch, tokens], or [batch, tokens, ...]."""
+    """Names of the outputs of `graph` that have a row for each token: [batch, tokens], or [batch, tokens, ...].
+
+    A fixed size is no number of tokens where the inputs leave that open, as the heads of a decoder's cache.
+    """
     places = [list(tensor.shape) for tensor in graph.inputs if tensor.shape is not None and len(tensor.shape) == 2]
+    tokens = {shape[1] for shape in places}
     return [
         tensor.name
         for tensor in graph.outputs
-        if tensor.shape is not None and (len(tensor.shape) > 2 or list(tensor.shape) in places)
+        if tensor.shape is not None
+        and (list(tensor.shape) in places or (len(tensor.shape) > 2 and _may_count(tensor.shape[1], tokens)))
     ]
+
+
+def _may_count(size: int | str | None, tokens: Collection[int | str | None]) -> bool:
+    """Whether `size` may be the number of `tokens`, as inputs declare them."""
+    return not isinstance(size, int) or not tokens or size in tokens

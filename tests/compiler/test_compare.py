@@ -6,9 +6,10 @@ import zoo
 
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import batch_consistency
+from trimtab.compiler.checks.corners import corners
 from trimtab.compiler.checks.measure import OutputError
 from trimtab.compiler.checks.peers import open_peer
-from trimtab.compiler.checks.validate import Limits, broken, check_numbers, corners, worst
+from trimtab.compiler.checks.validate import Limits, broken, check_numbers, worst
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph import load_graph
 

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import zoo
+from seeds import seeded
 
+from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.checks.peers import open_peer
-from trimtab.compiler.feeds import random_feeds, within
+from trimtab.compiler.feeds import converted, converting, random_feeds, within
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph import load_graph
@@ -69,9 +72,52 @@ def test_within_brings_a_small_batch_to_the_least_size_and_back():
         return run(fed)
 
     workload = Workload(batch=(4, 4, 4), tokens=(8, 8, 8))
-    out = within(recording, set(feeds), workload)(feeds | {"unknown": np.zeros((1, 5))})["last_hidden_state"]
+    out = within(recording, load_graph(model), workload)(feeds | {"unknown": np.zeros((1, 5))})["last_hidden_state"]
     assert seen == [{"input_ids": (4, 8), "attention_mask": (4, 8)}]
     np.testing.assert_allclose(out, run(feeds)["last_hidden_state"], atol=1e-5)
+
+
+@pytest.mark.parametrize("heads_like_tokens", [False, True])
+def test_within_fills_up_prompts_of_a_decoder(heads_like_tokens: bool) -> None:
+    """Columns go behind ids and mask, none into the cache; a cache with as many heads as tokens stays whole."""
+    model = zoo.exported("qwen2", "cached")  # 2 heads of keys
+    run, graph, rng = open_peer("dense-fp32", model, 1), load_graph(model), seeded()
+    tokens, least = (2, 2) if heads_like_tokens else (3, 7)
+    feeds = random_feeds(graph, {"batch": 2, "tokens": tokens}, rng, padded=True)
+    out = within(run, graph, Workload(batch=(5, 5, 5), tokens=(least, least, least)))(feeds)
+    wanted = run(feeds)
+    real = feeds["attention_mask"] != 0
+    assert out["logits"].shape == wanted["logits"].shape
+    np.testing.assert_allclose(out["logits"][real], wanted["logits"][real], atol=1e-5)
+    present = out["present.0.key"]
+    assert present.shape[:2] == wanted["present.0.key"].shape[:2]
+
+
+def test_padding_behind_a_past_is_in_the_past() -> None:
+    graph = load_graph(zoo.exported("llama", "cached"))
+    run = open_peer("dense-fp32", zoo.exported("llama", "cached"), 1)
+    for batch, tokens, past in ((1, 6, 9), (4, 1, 9)):
+        feeds = random_feeds(graph, {"batch": batch, "tokens": tokens, "past": past}, seeded(), padded=True)
+        mask = feeds["attention_mask"]
+        assert mask.shape == (batch, past + tokens) and mask[:, past:].all() and not mask[-1, :past].all()
+        assert (np.diff(mask[:, :past], axis=1) <= 0).all()
+        assert np.isfinite(run(feeds)["logits"]).all()
+
+
+def test_positions_count_from_the_past_on() -> None:
+    shapes = {"input_ids": ["N", "T"], "position_ids": ["N", "T"], "past_key_values.0.key": ["N", 1, "P", 4]}
+    kinds = {"past_key_values.0.key": np.float32}
+    graph = gs.Graph(inputs=[gs.Variable(n, kinds.get(n, np.int64), shape) for n, shape in shapes.items()])
+    feeds = random_feeds(graph, {"batch": 2, "tokens": 3, "past": 5}, seeded())
+    assert feeds["position_ids"].tolist() == [[5, 6, 7]] * 2
+
+
+def test_floats_are_converted_to_the_types_of_a_build() -> None:
+    inputs = [gs.Variable("half", np.float16, [None]), gs.Variable("ids", np.int32, [None])]
+    feeds = {"half": np.ones(3, np.float32), "ids": np.ones(3, np.int64), "other": np.ones(3)}
+    kinds = {name: value.dtype for name, value in converted(feeds, inputs).items()}
+    assert kinds == {"half": np.float16, "ids": np.int64, "other": np.float64}
+    assert converting(lambda fed: fed, [TensorInfo.of(inputs[0])])(feeds)["half"].dtype == np.float16
 
 
 def test_real_ids_come_in_runs_of_the_text():

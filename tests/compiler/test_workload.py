@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import onnx_graphsurgeon as gs
 import pytest
+import yaml
 import zoo
 from pydantic import ValidationError
 from rewrite import canonical
@@ -77,6 +79,59 @@ def test_a_cache_and_its_new_tokens_make_the_total() -> None:
     assert [corner["past"] for corner in steps.corners()] == [0, 5, 9]
 
 
+CACHES = {
+    "GenAI's builder": ["batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"],
+    "optimum": ["batch_size", "sequence_length", "past_sequence_length + sequence_length", "past_sequence_length"],
+    "optimum, one more": ["batch_size", "sequence_length", "past_sequence_length + 1", "past_sequence_length"],
+    "letters": ["N", "T", "S", "P"],
+    "misleading": ["rows", "tokens", "sequence_length", "seq_len"],
+    "none": [None, None, None, None],
+}
+
+
+@pytest.mark.parametrize("names", CACHES.values(), ids=CACHES)
+def test_axes_of_a_cache_are_known_by_their_role(names: list[str | None]) -> None:
+    batch, tokens, total, past = names
+    caches = {f"past_key_values.{i}.{part}": [batch, 2, past, 16] for i in range(2) for part in ("key", "value")}
+    model = graph(attention_mask=[batch, total], **caches, position_ids=[batch, tokens], input_ids=[batch, tokens])
+    axes = SIZES.axes(model)
+    assert axes["attention_mask"] == ("batch", "total")
+    assert axes["input_ids"] == axes["position_ids"] == ("batch", "tokens")
+    assert {axes[name] for name in caches} == {("batch", 2, "past", 16)}
+    assert SIZES.dimensions(model) == {"batch", "tokens", "past"}
+
+
+def test_a_mask_of_the_new_tokens_alone() -> None:
+    model = graph(input_ids=["N", "T"], attention_mask=["N", "T"], **{"past_key_values.0.key": ["N", 1, "P", 4]})
+    assert SIZES.axes(model)["attention_mask"] == ("batch", "tokens")
+
+
+def test_a_file_for_single_steps() -> None:
+    model = graph(input_ids=["N", 1], attention_mask=["N", "P + 1"], **{"past_key_values.0.key": ["N", 1, "P", 4]})
+    shapes = SIZES.shapes_at(model, {"batch": 3, "tokens": 9, "past": 5})
+    assert shapes == {"input_ids": (3, 1), "attention_mask": (3, 6), "past_key_values.0.key": (3, 1, 5, 4)}
+
+
+@pytest.mark.parametrize("name", ["head_width", "heads * 2", "a: b, {c}", "past_key_values.0.key.3", None])
+def test_the_hint_for_a_dimension_can_be_followed(name: str | None) -> None:
+    """It is YAML whatever the name holds, and with it the dimension has a range."""
+    model = graph(input_ids=["N", "T"], **{"past_key_values.0.key": ["N", 2, "P", name]})
+    with pytest.raises(RecipeError, match="no range") as caught:
+        SIZES.axes(model)
+    text = re.search("`(.*)`", str(caught.value.hint)).group(1).replace("[min, opt, max]", "[4, 4, 8]")
+    dims = yaml.safe_load(text)["dims"]
+    assert list(dims) == [name or "past_key_values.0.key.3"]
+    shapes = Workload.model_validate({"dims": dims}).shapes(model)
+    assert [shape[3] for shape in shapes["past_key_values.0.key"]] == [4, 4, 8]
+
+
+def test_the_default_range_ends_where_the_model_does() -> None:
+    declared = Workload(tokens=(4, 8, 99))
+    assert declared.fitting(50) == declared
+    assert Workload().fitting(None) == Workload().fitting(1000) == Workload()
+    assert [Workload().fitting(longest).tokens for longest in (60, 20, 5)] == [(8, 48, 60), (8, 20, 20), (5, 5, 5)]
+
+
 @pytest.mark.parametrize("sizes", [(8, 4, 16), (1, 20, 16), (0, 1, 2), (-1, -1, -1), 0])
 @pytest.mark.parametrize("field", ["batch", "tokens"])
 def test_impossible_sizes_are_refused_by_name(field: str, sizes: object) -> None:
@@ -89,6 +144,8 @@ def test_impossible_dims_are_refused() -> None:
         Workload(dims={"boxes": (3, 2, 1)})
     with pytest.raises(RecipeError, match="key of its own"):
         Workload(dims={"batch": (1, 2, 3)})
+    with pytest.raises(RecipeError, match="past and tokens together"):
+        Workload(dims={"total": (1, 2, 3)})
     with pytest.raises(RecipeError, match="0 <= min"):
         Workload(past=(-1, 2, 3))
 

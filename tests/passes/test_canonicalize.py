@@ -82,6 +82,34 @@ def test_genai_keeps_its_ops(tmp_path: Path) -> None:
     session(tmp_path / "after.onnx")
 
 
+@pytest.mark.parametrize("symbol", ["kv_cache_dim", "width", None])
+def test_heads_of_a_cache_get_their_sizes(symbol: str | None) -> None:
+    """The attention that reads them fixes number and width; other axes and names stay."""
+    graph = load_graph(zoo.exported("llama", "genai"))
+    for tensor in [*graph.inputs, *graph.outputs]:
+        if tensor.name.startswith(("past", "present")):
+            tensor.shape = [tensor.shape[0], "kv_heads", tensor.shape[2], symbol]
+    canonical(graph)
+    shapes = {tensor.name: list(tensor.shape) for tensor in [*graph.inputs, *graph.outputs]}
+    for layer in range(2):
+        for part in ("key", "value"):
+            assert shapes[f"past_key_values.{layer}.{part}"] == ["batch_size", 2, "past_sequence_length", 16]
+            last = 16 if symbol else None
+            assert shapes[f"present.{layer}.{part}"] == ["batch_size", 2, "total_sequence_length", last]
+
+
+def test_a_mask_of_four_axes_is_no_cache() -> None:
+    """It is read by attention, too, but neither heads nor their width are its sizes."""
+    graph = load_graph(zoo.exported("llama", "genai"))
+    bias = gs.Variable("bias", np.float32, ["batch_size", "one", "sequence_length", "total_sequence_length"])
+    graph.inputs.append(bias)
+    for node in graph.nodes:
+        if node.op == "GroupQueryAttention":
+            node.inputs[10] = bias
+    canonical(graph)
+    assert bias.shape == ["batch_size", "one", "sequence_length", "total_sequence_length"]
+
+
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 def test_gpt2_has_no_gemm_and_no_reshape_around_products(exporter: str) -> None:
     graph = load_graph(zoo.exported("gpt2", exporter))
@@ -119,7 +147,7 @@ def test_constants_and_copies(tmp_path: Path) -> None:
         }""")  # fmt: skip
     graph, result = check_same(path, tmp_path, {"x": np.random.default_rng().standard_normal((3, 4), np.float32)})
     assert sorted(ops(graph)) == ["Mul", "Relu"]
-    nothing = {"biases": 0, "gemms": 0, "reshapes": 0, "grids": 0, "shared": 0, "gates": 0}
+    nothing = dict.fromkeys(("biases", "gemms", "reshapes", "grids", "shared", "gates", "caches"), 0)
     assert result.details == {"constants": 2, "copies": 5, "folded": 1, **nothing}
     assert result.changed == 8
 

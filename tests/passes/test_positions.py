@@ -55,6 +55,23 @@ def test_a_text_of_all_positions_runs_and_a_longer_one_does_not(family: str, exp
         answer(found.most + 9, found.most)
 
 
+def test_attention_that_looks_up_the_angles_itself() -> None:
+    """A file of GenAI's builder: past and new tokens together have as many positions as the table has rows."""
+    path = zoo.exported("llama", "genai")
+    assert positions(path) == Positions(zoo.TEXT, padding=True)
+    run, rng = OnnxRuntimeRunner(path), np.random.default_rng()
+
+    def answer(tokens: int, past: int) -> None:
+        cache = {name: np.zeros((1, 2, past, 16), np.float32) for name in run.inputs if name.startswith("past")}
+        ids, mask = rng.integers(5, 40, (1, tokens)), np.ones((1, past + tokens), np.int64)
+        run.run({"input_ids": ids, "attention_mask": mask, **cache})
+
+    for past in (0, 20):
+        answer(zoo.TEXT - past, past)
+        with pytest.raises(TargetError):
+            answer(zoo.TEXT + 1 - past, past)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "t5", "vit"])
 def test_other_models_have_no_limit(family: str) -> None:
     assert positions(zoo.exported(family)) is None
