@@ -10,9 +10,9 @@ from trimtab.compiler.sources.folder import class_labels, model_head, optional_c
 from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.compiler.sources.huggingface import exported
 from trimtab.compiler.sources.source import Source
+from trimtab.compiler.sources.trial import try_out
 from trimtab.compiler.task import UNKNOWN
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph.io import load_graph
 
 _ACCEPTED = (
     "give a Hugging Face directory (config.json and *.safetensors), an ONNX or GGUF file, or a directory with "
@@ -63,7 +63,7 @@ def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
 
 
 def _open_onnx(path: Path, origin: Path) -> Source:
-    load_graph(path)  # refuses what is not a model before anything else begins
+    try_out(path, origin)  # refuses what is not a model before anything else begins
     # Repositories of the hub have their ONNX files in a folder of this name, and all else at their root.
     places = (path.parent, path.parent.parent) if path.parent.name == "onnx" else (path.parent,)
     home = next((place for place in places if (place / "config.json").is_file()), path.parent)
