@@ -15,12 +15,14 @@ from trimtab.passes.graph.opset import raise_opset
 from trimtab.passes.lower import counted
 from trimtab.passes.lower.attention import Masks, group_query_attention, rotary_embedding
 from trimtab.passes.lower.contrib import RULES
+from trimtab.passes.lower.onnx_attention import attention, is_wide
 from trimtab.passes.lower.topk import in_rounds, needs_rounds
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.lowering import Nodes, Range, rules
 
 _OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
 _MICROSOFT = "com.microsoft"
+_ONNX_ATTENTION = "ai.onnx Attention"
 
 
 def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
@@ -91,6 +93,8 @@ def _rule(node: gs.Node) -> str | None:
         return node.op if node.op in rules() else None
     if node.domain == _MICROSOFT and node.op in ("GroupQueryAttention", "RotaryEmbedding", *RULES):
         return node.op
+    if is_wide(node):
+        return _ONNX_ATTENTION
     if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
         return node.op
     if node.domain:
@@ -108,6 +112,7 @@ class _Lowering:
         self._rules: dict[str, Callable[[Nodes, gs.Node], list[gs.Tensor | None]]] = {
             **dict.fromkeys(rules(), _of_dialect),
             "GroupQueryAttention": self._attention,
+            _ONNX_ATTENTION: attention,
             "RotaryEmbedding": lambda nodes, node: list(rotary_embedding(nodes, node)),
             "TopK": lambda nodes, node: list(in_rounds(nodes, node)),
             **RULES,
