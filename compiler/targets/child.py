@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,19 @@ from typing import Any
 
 from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.passes.errors import TargetError
+
+_ERROR = re.compile(r"\[E\] (.*\S)")
+"""TensorRT's errors, as Polygraphy's logger writes them."""
+
+_EXCEPTION = re.compile(r"[\w.]+(?:Error|Exception): (.*\S)")
+"""The last line of a traceback."""
+
+_REASONS = 3  # errors shown: the first is the cause
+_WIDTH = 600  # characters shown of one
+_HINT = (
+    "the reason is the builder's: change what it names in the model (precision, opset, sizes), or choose "
+    "--target onnxruntime"
+)
 
 
 def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str, str]) -> dict[str, Any]:
@@ -24,7 +38,7 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
         env: environment variables it gets besides ours.
 
     Raises:
-        TargetError: it crashed, failed or took too long; shows the end of its log.
+        TargetError: it crashed, failed or took too long; shows its errors, or the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
         job_file, answer, log = (Path(scratch) / file for file in ("job.json", "answer.json", "log.txt"))
@@ -48,9 +62,21 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
                 ) from error
         if code or not answer.is_file():
             how = ending(code)
-            raise TargetError(f"{name}: the builder {how.words}{tail(log)}", hint=how.hint)
+            reason = "\n  ".join(["", *reasons(log)]) or tail(log)
+            raise TargetError(f"{name}: the builder {how.words}{reason}", hint=how.hint or _HINT)
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
+
+
+def reasons(log: Path) -> list[str]:
+    """The builder's own errors in its log, without what Python says of where they were met; [] if there are none.
+
+    TensorRT writes `[E] IBuilder::...: Error Code 4: ...`; whatever went wrong before it was asked is an exception.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    exceptions = [match[1] for line in lines if (match := _EXCEPTION.match(line))]
+    found = [match[1] for line in lines if (match := _ERROR.match(line))] or exceptions[-1:]
+    return [line[:_WIDTH] for line in dict.fromkeys(found)][:_REASONS]
 
 
 def command(job: Path, answer: Path) -> list[str]:

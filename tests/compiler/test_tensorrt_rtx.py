@@ -161,6 +161,22 @@ def test_a_failure_of_the_builder_is_an_error_with_its_last_words(
     assert_nothing_left(tmp_path / "engine")
 
 
+def test_a_refusal_of_the_builder_is_shown_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much Python says behind it; a fault before the builder was asked is the exception's message."""
+    model = relu(tmp_path / "m.onnx")
+    fail = "try: raise {}\nexcept Exception:\n import traceback; traceback.print_exc(); raise SystemExit(1)"
+    refusal = "[E] IBuilder: Error Code 4: layer 7 has no kernel"
+    swap_child(monkeypatch, f"print('{refusal}\\n' * 2, flush=True)\n" + fail.format("RuntimeError('Invalid Engine')"))
+    with pytest.raises(TargetError) as first:
+        get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
+    assert first.value.message.splitlines()[1:] == ["  IBuilder: Error Code 4: layer 7 has no kernel"]
+    assert "precision" in (first.value.hint or "")
+    swap_child(monkeypatch, fail.format("OSError('no such plugin')"))
+    with pytest.raises(TargetError) as second:
+        get_target("tensorrt-rtx").build(model, SIZES, tmp_path / "engine")
+    assert second.value.message.splitlines()[1:] == ["  no such plugin"]
+
+
 def test_a_builder_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = relu(tmp_path / "m.onnx")
     swap_child(monkeypatch, "import time; print('timing tactics', flush=True); time.sleep(60)")
