@@ -14,9 +14,8 @@ files have integers [samples], floats [samples] or [samples, scores], or ones an
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.data.arrays import read_npz
 from trimtab.compiler.data.textfile import Example, Label, read_texts
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
@@ -110,8 +110,8 @@ def read_data(path: Path | str) -> Dataset:
         DataError: missing, empty, not UTF-8, malformed, or of an unknown kind; names the file and the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file", hint="give a .txt, .jsonl, .tsv or .npz file")
     if path.suffix.lower() == ".npz":
         return _read_arrays(path)
     digest = hashlib.sha256()
@@ -232,19 +232,18 @@ def _select(items: Iterable[T], count: int, samples: int, seed: int) -> Iterator
 
 
 def _read_arrays(path: Path) -> Dataset:
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not an .npz file of plain arrays ({error})") from error
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    arrays = read_npz(path)
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{path}: its arrays differ in the number of samples ({counts})")
     for name, array in arrays.items():
+        if array.ndim == 2 and len(array) and not array.size:  # of more axes it may be a cache without a past
+            raise DataError(f"{path}: array {name!r} has the shape {list(array.shape)}, so its samples are empty")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(f"{path}: array {name!r} holds NaN or Inf")
     count = next(iter(counts.values()), 0)

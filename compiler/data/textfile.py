@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import re
 import zlib
@@ -11,7 +10,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from trimtab.compiler.data.limits import MAX_LINE, MAX_NAME, MAX_UNPACKED
 from trimtab.compiler.data.texts import Text
+from trimtab.compiler.schema.json_text import parse_json
 from trimtab.passes.errors import DataError
 
 
@@ -144,6 +145,13 @@ def _checked_text(text: Any, where: str) -> Text:
 
 
 def _checked_label(label: Any, where: str) -> Label:
+    names = label if isinstance(label, list) else [label]
+    longest = max((len(name) for name in names if isinstance(name, str)), default=0)
+    if longest > MAX_NAME:
+        raise DataError(
+            f"{where}: label {_cut(label)} has {longest} characters, over the limit of {MAX_NAME}",
+            hint="give the name or the number of a class",
+        )
     if isinstance(label, list) and all(isinstance(name, str) for name in label):
         if len(set(label)) < len(label):
             raise DataError(f"{where}: label {_cut(label)} names a class twice")
@@ -169,11 +177,19 @@ def _cut(value: Any) -> str:
 
 def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple[int, str]]:
     """(number from 1, text without its end) of each line."""
-    number = 0
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    number = unpacked = 0
+    packed = path.suffix.lower() == ".gz"
     try:
-        with opened(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number, unpacked = number + 1, unpacked + len(line)
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{path} line {number}: over the limit of {MAX_LINE} bytes", hint="split the text")
+                if packed and unpacked > MAX_UNPACKED:
+                    raise DataError(
+                        f"{path} line {number}: unpacks to more than the limit of {MAX_UNPACKED} bytes",
+                        hint="unpack it yourself with gunzip: files that are not packed may have any size",
+                    )
                 if seen is not None:
                     seen(line)
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -181,7 +197,8 @@ def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple
         hint = "convert it, for example with `iconv -f latin1 -t utf-8`"
         raise DataError(f"{path} line {number}: not UTF-8 ({error.reason})", hint=hint) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number} ({error})") from error
+        reason = getattr(error, "strerror", None) or ("truncated or damaged" if packed else "read error")
+        raise DataError(f"{path}: cannot be read after line {number} ({reason})", hint="write it again") from error
 
 
 def _keys(names: Collection[str]) -> tuple[str | None, str | None, str]:
@@ -198,10 +215,7 @@ def _parse_txt(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
 
 def _parse_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
     for number, line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number}: not JSON ({error})") from error
+        record = parse_json(line, f"{path} line {number}", DataError)
         if not isinstance(record, dict):
             raise DataError(f"{path} line {number}: not a JSON object", hint='write {"text": "..."} on each line')
         first, second, label = _keys([key for key, value in record.items() if value is not None or key in _TEXT_KEYS])

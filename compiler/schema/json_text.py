@@ -73,7 +73,8 @@ def parse_json(content: bytes | str, where: str, error: type[TrimtabError], *, h
         value = json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
         reason = _unfit(value, deep)
     except json.JSONDecodeError as fault:
-        reason = f"not JSON ({fault.msg} at line {fault.lineno}, column {fault.colno})"
+        line = f"line {fault.lineno}, " if fault.lineno > 1 else ""
+        reason = f"not JSON ({fault.msg} at {line}column {fault.colno})"
     except UnicodeDecodeError as fault:
         reason = f"not JSON (not UTF-8 at byte {fault.start})"
     except RecursionError:
@@ -128,6 +129,8 @@ def _unfit(value: Any, deep: str) -> str | None:
         texts += [key for part in containers if isinstance(part, dict) for key in part]
         if any("\ud800" <= char <= "\udfff" for text in texts if not text.isascii() for char in text):
             return "holds half a surrogate pair, which is no character"
+        if not containers:
+            break
         layer = [inner for part in containers for inner in _inner(part)]
     return None
 

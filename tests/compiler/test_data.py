@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from trimtab.compiler.data import batches, class_number, label_values, read_data
+from trimtab.compiler.data.limits import MAX_LINE, MAX_NAME
 from trimtab.compiler.data.textfile import PAIRS
 from trimtab.compiler.sources import Source
 from trimtab.compiler.task import Task
@@ -127,7 +128,7 @@ def test_names_that_look_like_numbers_mean_the_same_in_every_file(tmp_path: Path
     assert [class_number(label, ("1", "2")) for label in cells("-1")] == [-1]
     with pytest.raises(DataError, match="label '0' is no class of the model; the model's are 1, 2, 3"):
         label_values(cells("1", "0"), classes, ("1", "2", "3"), 3)
-    names = ["007", "\u0661", "+1", "9" * 20, "9" * 5000, "1e999", "0x1", "1_0", "--1"]
+    names = ["007", "\u0661", "+1", "9" * 20, "9" * MAX_NAME, "1e999", "0x1", "1_0", "--1"]
     assert cells(*names) == names
     assert cells("-0", str((1 << 63) - 1), str(1 << 63)) == [0, (1 << 63) - 1, str(1 << 63)]
     assert [float(cell) for cell in cells(".5", "5.", "+0.25", "1E-2", "3")] == [0.5, 5, 0.25, 0.01, 3]
@@ -171,6 +172,13 @@ def test_names_that_look_like_numbers_mean_the_same_in_every_file(tmp_path: Path
     ("d.csv", b"a", "unknown kind '.csv'"),
     ("d", b"a", "unknown kind"),
     ("d.npz", b"PK\x03\x04 no", "not an .npz"),
+    ("d.npz", b"\x93NUMPY\x01\x00", "not an .npz"),
+    ("d.tsv", b"text\tlabel\na\t" + b"9" * (MAX_NAME + 1), "line 2: label '9+.* over the limit of 1000"),
+    ("d.jsonl", b'{"text": "a", "label": ["' + b"b" * (MAX_NAME + 1) + b'"]}', "line 1: label .* over the limit of 1000"),
+    ("d.jsonl", b'{"text": "a", "label": 1' + b"0" * 5000 + b"}", "line 1: holds an integer of thousands of digits"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": "a", "more": ' + b"[" * 70 + b"]" * 70 + b"}", "line 2: nested deeper than 64"),
+    ("d.txt", b"a\n" + b"b " * (MAX_LINE // 2 + 1), f"line 2: over the limit of {MAX_LINE} bytes"),
+    ("d.jsonl.gz", b'{"text": "' + b"b " * (MAX_LINE // 2) + b'"}', f"line 1: over the limit of {MAX_LINE} bytes"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
@@ -280,7 +288,10 @@ def test_batches_of_tensors(tmp_path: Path) -> None:
     ({"ids": np.int64(3)}, "no samples"),
     ({"ids": np.zeros((2, 2)), "x": np.zeros((3, 2))}, "differ in the number"),
     ({"ids": np.array([[1.0, np.nan]])}, "NaN or Inf"),
-    ({"ids": np.array([{}, {}])}, "not an .npz file of plain"),
+    ({"ids": np.array([{}, {}])}, "'ids.npy' is not an array of plain numbers"),
+    ({"ids": np.array(["w0", "w1"])}, "'ids.npy' is not an array of plain numbers"),
+    ({"ids": np.zeros((3, 2), np.complex64)}, "'ids.npy' is not an array of plain numbers"),
+    ({"ids": np.zeros((3, 0), np.int64)}, r"'ids' has the shape \[3, 0\], so its samples are empty"),
 ])  # fmt: skip
 def test_tensors_that_cannot_be_used(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "d.npz", **arrays)
