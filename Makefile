@@ -23,7 +23,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp  ## Compile MiniLM, check it and time it against its dense self
-	$(PY) examples/demo.py $(ARGS)
+	$(PY) examples/demo/demo.py $(ARGS)
 
 test: $(VENV)/dev.stamp  ## Run the tests (ARGS="-k workload" passes options to pytest)
 	$(PY) -m pytest $(ARGS)

@@ -100,7 +100,7 @@ def write_texts(source: Path, folder: Path) -> None:
 
 def stories260k(shared: Path, folder: Path, steps: int) -> Path:
     files = [shared / "data" / "llama2c" / name for name in ("stories260K.bin", "tok512.bin")]
-    command = [sys.executable, HERE.parent / "examples" / "llama2c.py", *files, folder / "llama"]
+    command = [sys.executable, HERE.parent / "examples" / "language-model" / "llama2c.py", *files, folder / "llama"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "llama"
 

@@ -134,8 +134,8 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """A recipe with some values replaced.
 
     Args:
-        settings: "ffn-split.heavy=0.25" sets an option of a pass of the recipe; "workload.batch=[1, 8, 8]" and
-            "target=tensorrt-rtx" set the recipe's own keys. Values are YAML.
+        settings: "ffn-split.heavy=0.25" sets an option of a pass of the recipe, "ffn-split.budget.time=0.5" a key of an
+            option; "workload.batch=[1, 8, 8]" and "target=tensorrt-rtx" set the recipe's own keys. Values are YAML.
 
     Raises:
         RecipeError: no "=", no such pass or key, or an impossible value.
@@ -144,11 +144,11 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     for setting in settings:
         path, equals, text = setting.partition("=")
         *sections, key = path.strip().split(".")
-        if not equals or not key or len(sections) > 1:
+        if not equals or not key or not all(sections):
             raise RecipeError(f"--set {setting}: not of the form pass.option=value")
         value = parse_yaml(text, f"--set {setting}")
-        for place in _places(data, sections):
-            place[key] = value
+        for place in _places(data, sections[:1]):
+            _nested(place, sections[1:])[key] = value
     return _validate(data)
 
 
@@ -165,6 +165,15 @@ def _places(data: dict[str, Any], sections: list[str]) -> list[dict[str, Any]]:
         names = [*(key for item in data["passes"] for key in item), *parts]
         raise RecipeError(f"--set {name}: the recipe has no such pass or section; {suggest(name, names, 'it has')}")
     return found
+
+
+def _nested(place: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The mapping under `keys` in `place`; a new one where there is none."""
+    for key in keys:
+        inner = place.get(key)
+        place[key] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[key]
+    return place
 
 
 def _validate(data: Mapping[str, Any]) -> Recipe:

@@ -16,8 +16,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 @pytest.fixture
 def examples(monkeypatch):
-    """Imports a module of the folder examples, as running demo.py does."""
+    """Imports a module of the examples, as running its script does."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
     yield importlib.import_module
     for name in ("demo", "summary", "texts"):
         sys.modules.pop(name, None)
@@ -74,7 +75,7 @@ def test_the_demo_fails_where_the_build_misses_its_quality(examples, monkeypatch
     demo = examples("demo")
     given = results(cosine, np.random.default_rng())
     ran = []
-    monkeypatch.setattr(demo.texts, "write", lambda folder: (tmp_path / "texts.txt", tmp_path / "unseen.txt"))
+    monkeypatch.setattr(demo, "write_texts", lambda folder: (tmp_path / "texts.txt", tmp_path / "unseen.txt"))
     monkeypatch.setattr(demo, "trimtab", lambda *words: ran.append(words[0]))
     monkeypatch.setattr(demo, "measured", lambda *words, **_: given["quality" if words[0] == "validate" else "speed"])
     monkeypatch.setattr(demo.summary, "sizes", lambda build: given["size"])

@@ -13,7 +13,7 @@ from trimtab.compiler import compile_model, load
 from trimtab.compiler.checks.validate import validate
 from trimtab.compiler.generation.text import generate_text
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "llama2c.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "language-model" / "llama2c.py"
 
 
 @pytest.mark.shared

@@ -251,11 +251,21 @@ def test_settings_replace_values() -> None:
     assert override(recipe, []) == recipe
 
 
+def test_settings_replace_keys_of_an_option() -> None:
+    recipe = load_recipe({"passes": ["dampen", {"dampen": {"budget": {"size": 0.5}}}]})
+    changed = override(recipe, ["dampen.budget.size=0.125"])
+    assert [getattr(step, "budget", None) for step in changed.passes] == [tiny.Budget(size=0.125)] * 2
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
         ("dampen.factor", "pass.option=value"),
-        ("dampen.budget.size=1", "pass.option=value"),
+        ("dampen.budget.size", "pass.option=value"),
+        ("dampen..size=1", "pass.option=value"),
+        ("dampen.budget.size=2", "less than or equal to 1"),
+        ("dampen.budget.seize=1", "'size'"),
+        ("dampen.factor.size=1", "factor"),
         ("dampn.factor=1", "'dampen'"),
         ("dampen.factr=1", "'factor'"),
         ("dampen.factor=9", "less than or equal to 2"),

