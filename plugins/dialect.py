@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,8 +178,7 @@ class Op:
             f"{{\n{self.body(form)}\n}}"
         )
         made: onnx.FunctionProto = onnx.parser.parse_function(text)
-        for node in made.node:
-            _constant_as_tensor(node)
+        _constants_as_tensors(made.node)
         return made
 
     def infer(self, shapes: Shapes, attributes: Mapping[str, Value]) -> dict[str, list[Any] | None]:
@@ -220,13 +219,20 @@ class Op:
             context.set_output_type(number, onnx.helper.make_tensor_type_proto(kind, inferred[output.name]))
 
 
-def _constant_as_tensor(node: onnx.NodeProto) -> None:
-    """`Constant <value_ints = [1]>` as a tensor: older ONNX Runtimes look into no others when they infer shapes."""
+def _constants_as_tensors(nodes: Iterable[onnx.NodeProto]) -> None:
+    """`Constant <value_ints = [1]>` as a tensor, in branches too.
+
+    Older ONNX Runtimes look into no others when they infer shapes, and graphsurgeon's constant folding makes float64 of
+    `value_float`.
+    """
     dtypes = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-    for attribute in node.attribute:
-        if node.op_type == "Constant" and attribute.name in dtypes and not attribute.ref_attr_name:
-            array = np.array(onnx.helper.get_attribute_value(attribute), dtypes[attribute.name])
-            attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _constants_as_tensors(attribute.g.node)
+            elif node.op_type == "Constant" and attribute.name in dtypes and not attribute.ref_attr_name:
+                array = np.array(onnx.helper.get_attribute_value(attribute), dtypes[attribute.name])
+                attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
 
 
 def onnx_type(name: str) -> int:

@@ -6,6 +6,8 @@ in float32 a build ends with "not supported by a dedicated kernel". In half prec
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -31,9 +33,9 @@ def attention(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         )
     opset = nodes.graph.opset
     types = [_type(tensor) for tensor in node.inputs]
-    body = onnx.defs.get_schema(node.op, opset, "").get_context_dependent_function_with_opset_version(
-        opset, OnnxExporter.export_node(node).SerializeToString(), types
-    )
+    schema: Any = onnx.defs.get_schema(node.op, opset, "")  # onnx's stubs leave the method out
+    proto = OnnxExporter.export_node(node).SerializeToString()
+    body = schema.get_context_dependent_function_with_opset_version(opset, proto, types)
     function = OnnxImporter.import_function(onnx.FunctionProto.FromString(body), model_opset=opset)
     given = {id(own): tensor for own, tensor in zip(function.inputs, node.inputs, strict=False)}
     made: dict[int, gs.Tensor] = {}
