@@ -22,6 +22,7 @@ from trimtab.compiler.targets.kernels import has_kernel
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
 from trimtab.passes.crossover import MOST_TOKENS, Call, Crossover, Load, SparseShape
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.ort_errors import opening, running
 from trimtab.passes.sparse_ffn.rows import RowForm
 from trimtab.plugins.library import instruction_set, library_path, register
 
@@ -119,13 +120,19 @@ def _line(few: float, less: float, many: float, longer: float) -> tuple[float, f
 def _session(path: Path, options: Options) -> ort.InferenceSession:
     given = options()
     register(given)
-    return ort.InferenceSession(str(path), given, providers=["CPUExecutionProvider"])
+    with opening("a trial of sparse layers"):
+        return ort.InferenceSession(str(path), given, providers=["CPUExecutionProvider"])
 
 
 def _turns(session: ort.InferenceSession, feeds: list[dict[str, np.ndarray]]) -> Callable[[], object]:
     """A call that runs the model on one of `feeds` after the other."""
     turn = count()
-    return lambda: session.run(None, feeds[next(turn) % len(feeds)])
+
+    def run() -> None:
+        with running("a trial of sparse layers"):
+            session.run(None, feeds[next(turn) % len(feeds)])
+
+    return run
 
 
 def _key(shape: SparseShape, threads: int) -> str:

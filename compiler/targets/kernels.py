@@ -11,8 +11,8 @@ import onnx
 import onnxruntime as ort
 
 from trimtab.compiler.targets import trials
-from trimtab.compiler.targets.session_segment import REFUSALS
 from trimtab.compiler.targets.sessions import providers, session_options
+from trimtab.passes.ort_errors import exceptions
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import instruction_set, library_path, register
 
@@ -27,7 +27,7 @@ def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[st
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
             (y,) = session.run(None, {"x": x})
-        except REFUSALS:
+        except exceptions():
             return None
         return y, {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
 

@@ -6,25 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from trimtab.compiler.decoder_cache import Cache, pasts, present_of
 from trimtab.compiler.targets.segmented.segment import Segment, Values
 from trimtab.passes.errors import TargetError
+from trimtab.passes.ort_errors import running
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-REFUSALS: tuple[type[Exception], ...] = (
-    ValueError,
-    RuntimeError,
-    *(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
-)
-"""ONNX Runtime's own exceptions have no common base."""
-
-
-def brief(error: Exception) -> str:
-    """The error without the runtime's prefix and source locations' line breaks."""
-    return " ".join(str(error).split(" : ", 2)[-1].split())
 
 
 class SessionSegment(Segment):
@@ -45,10 +33,8 @@ class SessionSegment(Segment):
         self.outputs = tuple(tensor.name for tensor in session.get_outputs())
 
     def run(self, feeds: Values) -> Values:
-        try:
+        with running(self.name):
             outputs = self.session.run(None, feeds)
-        except REFUSALS as error:
-            raise self._failed(error) from error
         return dict(zip(self.outputs, outputs, strict=True))
 
     def host(self, value: Any) -> np.ndarray:
@@ -71,9 +57,6 @@ class SessionSegment(Segment):
                 f"input {tensor.name!r} is {tensor.type} {tensor.shape}: not [batch, heads, past, width] of floats"
             )
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _TYPES[tensor.type]))
-
-    def _failed(self, error: Exception) -> TargetError:
-        return TargetError(f"ONNX Runtime could not run {self.name} ({brief(error)})")
 
 
 class BoundSession(SessionSegment):
@@ -107,7 +90,7 @@ class BoundSession(SessionSegment):
     def run(self, feeds: Values) -> Values:
         binding = self._binding or self.session.io_binding()
         held = []  # until the run: arrays are bound where they lie
-        try:
+        with running(self.name):
             for name, value in feeds.items():
                 if isinstance(value, np.ndarray):
                     held.append(value if value.flags.c_contiguous else np.ascontiguousarray(value))
@@ -117,6 +100,4 @@ class BoundSession(SessionSegment):
             for name, place in self._places.items():  # anew, or the runtime keeps to the shapes of the last run
                 binding.bind_output(name, *place)
             self.session.run_with_iobinding(binding)
-        except REFUSALS as error:
-            raise self._failed(error) from error
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))

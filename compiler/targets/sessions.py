@@ -11,16 +11,15 @@ from google.protobuf.message import DecodeError
 from trimtab.compiler.decoder_cache import Cache, pasts
 from trimtab.compiler.engine_options import check_threads
 from trimtab.compiler.targets.segmented.runner import SegmentedRunner
-from trimtab.compiler.targets.session_segment import REFUSALS, SessionSegment, brief
+from trimtab.compiler.targets.session_segment import SessionSegment
 from trimtab.passes.errors import TargetError
+from trimtab.passes.ort_errors import opening
 from trimtab.plugins import DOMAIN, redeclared
 from trimtab.plugins.driver import gpu_present
 from trimtab.plugins.library import register
 
 _SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
 """One op for a sum and its norm takes the CPU longer than two in 1.31: findings/skip_layer_norm_slower.sh."""
-
-_KERNELS = "the native kernels are of another version of trimtab: install it again, or run `make native` in a checkout"
 
 _FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
 
@@ -78,11 +77,8 @@ def open_session(
     if uses_dialect(model):
         register(options)
     given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
-    try:
+    with opening(name):
         return ort.InferenceSession(given, options, providers=_on(device))
-    except REFUSALS as error:
-        hint = _KERNELS if f"schema({DOMAIN}::" in str(error) else None
-        raise TargetError(f"{name}: ONNX Runtime does not take this graph ({brief(error)})", hint=hint) from error
 
 
 def _on(device: int) -> list[str | tuple[str, dict[str, int]]]:

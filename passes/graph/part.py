@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.passes.errors import quoted
 from trimtab.passes.graph.io import save_graph
+from trimtab.passes.ort_errors import opening, running
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -42,7 +44,10 @@ def run_part(
         feeds: name → values, of all that is `given` and of those inputs of the graph that `outputs` depend on.
     """
     session = open_part(graph, given, outputs, {name: list(array.shape) for name, array in feeds.items()})
-    results: list[np.ndarray] = session.run(None, {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()})
+    with running(_part_name(outputs)):
+        results: list[np.ndarray] = session.run(
+            None, {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()}
+        )
     return results
 
 
@@ -78,4 +83,10 @@ def open_part(
     with TemporaryDirectory(prefix="trimtab-part-") as folder:
         path = Path(folder) / "part.onnx"
         save_graph(part, path)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with opening(_part_name(outputs)):
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _part_name(outputs: Sequence[gs.Tensor]) -> str:
+    """What errors call the nodes that make `outputs`."""
+    return f"the part of the graph that makes {quoted(outputs[0].name)}"
