@@ -11,15 +11,12 @@ from trimtab.passes.anatomy.attention import find_attentions
 from trimtab.passes.anatomy.blocks import find_blocks
 from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
 from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Block, Unrecognized
+from trimtab.passes.anatomy.opaque import find_opaque
 from trimtab.passes.anatomy.parts import count_params, find_embeddings, find_norms, guess_family, make_head
 from trimtab.passes.anatomy.scan import Scan
 from trimtab.passes.errors import ModelError, RecipeError
 from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
-
-_INTEGER_PRODUCTS = frozenset(
-    ["DynamicQuantizeMatMul", "Int8Linear", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"]
-)
 
 
 def find_anatomy(graph: gs.Graph) -> Anatomy:
@@ -116,7 +113,7 @@ def _leftovers(
     head = [linear for linear in head if id(linear.nodes[-1]) not in in_layers]
     explained = {id(linear.y) for miss in misses for linear in miss.linears}
     unknown = [linear for linear in middle if id(linear.y) not in explained]
-    return head, [*_unrecognized(misses, unknown), *_integer_products(scan), *_without_projections(attentions)]
+    return head, [*find_opaque(scan), *_unrecognized(misses, unknown), *_without_projections(attentions)]
 
 
 def _unrecognized(misses: Sequence[Miss], unknown: Sequence[Linear]) -> list[Unrecognized]:
@@ -129,16 +126,6 @@ def _unrecognized(misses: Sequence[Miss], unknown: Sequence[Linear]) -> list[Unr
         )
         for linear in unknown
     ]
-
-
-def _integer_products(scan: Scan) -> list[Unrecognized]:
-    """One entry for each op that multiplies quantized activations."""
-    nodes: dict[str, list[gs.Node]] = {}
-    for node in scan.nodes:
-        if node.op in _INTEGER_PRODUCTS:
-            nodes.setdefault(node.op, []).append(node)
-    why = "products of quantized activations; give the model as it was before quantization"
-    return [Unrecognized(op, output_name_of(found[0]), f"{len(found)} {why}") for op, found in nodes.items()]
 
 
 def _without_projections(attentions: Sequence[Attention]) -> list[Unrecognized]:

@@ -88,6 +88,33 @@ def test_quantized_products_are_named() -> None:
     assert "before quantization" in anatomy.unrecognized[0].why
 
 
+def test_activations_between_quantize_and_dequantize_are_named() -> None:
+    """Not weights in integers, whose DequantizeLinear reads a constant: those products are as good as dense."""
+    half = "i8 = QuantizeLinear (n, eps, zero_) f8 = DequantizeLinear (i8, eps, zero_) "
+    body = "u = MatMul ({0}, up) h = Relu (u) d = MatMul (h, down) y = Add (x, d)"
+    zero = "zero_ = Constant <value = uint8 {128}> () "
+    anatomy = anatomy_of(zero + NORM + half + body.format("f8"))
+    assert (anatomy.unrecognized[0].what, anatomy.unrecognized[0].where) == ("MatMul", "MatMul.4")
+    assert "1 products whose activations are quantized" in anatomy.unrecognized[0].why
+    assert anatomy_of(NORM + body.format("n")).unrecognized == ()
+
+
+@pytest.mark.parametrize("op", ["If", "Loop"])
+def test_layers_in_branches_and_loops_are_named(op: str) -> None:
+    layers = "u{0} = MatMul (x, up) h{0} = Relu (u{0}) d{0} = MatMul (h{0}, down) y{0} = Add (x, d{0})"
+    outer = "p = Identity (up) r = Identity (down) keep = Constant <value = bool {1}> () twice = Constant <value = int64 {2}> () "
+    if op == "If":
+        a, b = (f"b{i} () => (float[B, T, {D}] y{i}) {{ {layers.format(i)} }}" for i in (0, 1))
+        body = outer + f"y = If (keep) <then_branch = {a}, else_branch = {b}>"
+    else:
+        inside = layers.format(0) + " on = Identity (c)"
+        loop = f"l (int64 i, bool c, float[B, T, {D}] x) => (bool on, float[B, T, {D}] y0) {{ {inside} }}"
+        body = outer + f"y = Loop (twice, keep, x) <body = {loop}>"
+    (found,) = anatomy_of(body).unrecognized
+    count, where = (4, "branches") if op == "If" else (2, "body")
+    assert found.what == op and found.why.startswith(f"{count} products with weights are in its {where}")
+
+
 BLOCK = (
     "n = LayerNormalization (x, g) u = MatMul (n, up) h = Relu (u) d = MatMul (h, down) z = Add (x, d) "
     "m = LayerNormalization (z, g) "
