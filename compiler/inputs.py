@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trimtab.compiler.builds.manifest import TensorInfo
-from trimtab.compiler.schema.explain import suggest
 from trimtab.passes.errors import InputError, RecipeError
-from trimtab.passes.graph.positions import Positions
-from trimtab.passes.graph.ranges import Packed
+from trimtab.passes.graph.limits import Packed, Positions
+
+if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+    from trimtab.compiler.builds.manifest import TensorInfo
 
 _MASKS = {"attention_mask", "encoder_attention_mask", "decoder_attention_mask", "input_mask", "mask"}
 _PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
@@ -36,6 +37,8 @@ def check_inputs(
     names = [tensor.name for tensor in wanted]
     for name in given:
         if name not in names:
+            from trimtab.compiler.schema.explain import suggest
+
             raise InputError(f"unknown input {name!r}", hint=suggest(name, names, "the engine takes"))
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in wanted:

@@ -48,7 +48,8 @@ from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
 from trimtab.passes.graph.linear import distinct_bytes
-from trimtab.passes.graph.positions import Positions, find_positions
+from trimtab.passes.graph.limits import Positions
+from trimtab.passes.graph.positions import find_positions
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.needs import FFNStates, to_measure
 from trimtab.passes.precision import Precision

@@ -15,12 +15,15 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trimtab.compiler.checks.measure import OutputError
+from trimtab.compiler.engine_options import MAX_THREADS
+from trimtab.compiler.schema.explain import explain
 from trimtab.compiler.task import Task
+from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import PassResult
 from trimtab.passes.dials import Dial, Dials, SpeedPoint
-from trimtab.passes.errors import BuildError
-from trimtab.passes.graph.positions import Positions
-from trimtab.passes.graph.ranges import Packed, index_bounds
+from trimtab.passes.errors import BuildError, RecipeError
+from trimtab.passes.graph.limits import Packed, Positions
+from trimtab.passes.graph.ranges import index_bounds
 from trimtab.passes.os_errors import unreadable
 
 NAME = "manifest.json"
@@ -107,6 +110,17 @@ class SelfCheck(_Model):
     outputs: tuple[OutputError, ...] = ()
 
 
+class _Recorded(BaseModel):
+    """What is read of a manifest's recipe when its build is used; the rest is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    passes: tuple[dict[str, Any], ...]
+    workload: Workload
+    threads: int | None = Field(ge=1, le=MAX_THREADS)
+    calibration: dict[str, Any] | None = None
+
+
 class Manifest(_Model):
     """What a build says of itself.
 
@@ -171,6 +185,12 @@ class Manifest(_Model):
     peak_memory_bytes: int | None = None
     check: SelfCheck
 
+    @field_validator("recipe")
+    @classmethod
+    def _usable(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        _Recorded.model_validate(recipe)
+        return recipe
+
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
@@ -232,9 +252,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         if path.is_file():
             raise BuildError(f"{folder / HASH}: missing from the build", hint=again) from error
         raise BuildError(f"{folder}: not a build: it has no {NAME}", hint="make one with `trimtab compile`") from error
-    except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise BuildError(f"{path}: damaged, or not of trimtab ({said})", hint=again) from error
+    except (ValidationError, RecipeError) as error:
+        why = explain(error, Manifest).message if isinstance(error, ValidationError) else error.message
+        raise BuildError(f"{path}: damaged, or not of trimtab: {why}", hint=again) from error
     except UnicodeDecodeError as error:
         raise BuildError(f"{folder / HASH}: damaged", hint=again) from error
     except OSError as error:

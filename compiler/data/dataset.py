@@ -31,10 +31,11 @@ from trimtab.compiler.data.arrays import read_npz
 from trimtab.compiler.data.textfile import Example, Label, read_texts
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.fixed_shapes import fixed_batch, fixed_tokens
 from trimtab.compiler.inputs import check_length, check_values
 from trimtab.passes.errors import DataError, InputError, ModelError
 from trimtab.passes.graph import load_graph
-from trimtab.passes.graph.positions import Positions
+from trimtab.passes.graph.limits import Positions
 from trimtab.passes.graph.ranges import packed_mask
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def batches(
         positions: of the model: texts are cut there, and longer tensors refused.
 
     Yields:
-        input name → array whose first axis has at most `batch_size` samples. Text gives `attention_mask`
+        input name → array whose first axis has at most `batch_size` samples, or as many as the model's one size. Texts
+        are cut and filled up to the one length that a model may have. Text gives `attention_mask`
         [batch, tokens] even to a graph without that input, since padding must be known.
 
     Raises:
@@ -147,6 +149,7 @@ def batches(
         ModelError: the model has no tokenizer.
     """
     inputs = load_graph(source.onnx).inputs if inputs is None else inputs
+    batch_size = fixed_batch(inputs) or batch_size
     if dataset.arrays is not None:
         arrays = fit_arrays(dataset, inputs)
         rows = list(_select(range(dataset.count), dataset.count, samples, seed))
@@ -189,9 +192,10 @@ def text_feeds(
         )
     tokenizer = load_tokenizer(source.tokenizer, source.max_tokens)
     wanted = {tensor.name: tensor for tensor in inputs}
+    width = fixed_tokens(inputs)
 
     def feeds_of(texts: Sequence[Text]) -> dict[str, np.ndarray]:
-        feeds = tokenizer.encode(texts, max_tokens)
+        feeds = tokenizer.encode(texts, max_tokens, width=width)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         feeds |= {name: _no_past(tensor, len(texts)) for name, tensor in wanted.items() if name.startswith("past")}
         missing = [name for name in wanted if name not in feeds]
@@ -202,6 +206,13 @@ def text_feeds(
         }
 
     return feeds_of
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    """Whether samples of an array's `shape` are of the model's; the first axis is that of all samples."""
+    return len(shape) == len(wanted) and all(
+        have == want for have, want in zip(shape[1:], wanted[1:], strict=True) if isinstance(want, int) and want >= 0
+    )
 
 
 def _shortened(text: str) -> str:
@@ -279,7 +290,7 @@ def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.nd
         array = arrays[tensor.name]
         if not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
             raise DataError(f"{dataset.path}: array {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}")
-        if tensor.shape is not None and len(tensor.shape) != array.ndim:
+        if tensor.shape is not None and not _fits(array.shape, tensor.shape):
             raise DataError(
                 f"{dataset.path}: array {tensor.name!r} has shape {array.shape}, the model wants {list(tensor.shape)}"
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.passes.graph.limits import Positions
 from trimtab.passes.graph.part import nodes_between, open_part
 from trimtab.passes.graph.ranges import table_rows
 from trimtab.passes.graph.weights import stored_bytes
@@ -19,32 +19,6 @@ _NODES = 64
 """Most nodes between inputs and an index. Those of positions are fewer."""
 _BYTES = 1 << 26
 """Most bytes of the constants among them."""
-
-
-@dataclass(frozen=True)
-class Positions:
-    """How long a text may be.
-
-    Attributes:
-        most: tokens of a row, those of a decoder's past included.
-        padding: padding has positions, too, so that it counts.
-    """
-
-    most: int
-    padding: bool
-
-    def longest(self, feeds: Mapping[str, np.ndarray]) -> int:
-        """Tokens of the longest row of a model's inputs, as `most` counts them; 0 without `input_ids`."""
-        ids, mask = feeds.get("input_ids"), feeds.get("attention_mask")
-        if ids is None or ids.ndim != 2:
-            return 0
-        if mask is not None and mask.ndim == 2 and not self.padding:
-            return int(mask.sum(1).max(initial=0))
-        pasts = (each.shape[2] for name, each in feeds.items() if name.startswith("past") and each.ndim == 4)
-        past = max(pasts, default=0)
-        if mask is not None and mask.ndim == 2 and past:
-            past = int(mask[:, : -ids.shape[1]].sum(1).max(initial=0))
-        return ids.shape[1] + past
 
 
 def find_positions(graph: gs.Graph) -> Positions | None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from trimtab.passes.graph.limits import Packed
 from trimtab.passes.graph.weights import values
 
 _MICROSOFT = "com.microsoft"
@@ -25,21 +26,6 @@ _ROTATE = {9: 7}  # com.microsoft GroupQueryAttention: positions → cosines
 _LENGTHS = {"GroupQueryAttention": 5, "Attention": 3, "MultiHeadAttention": 4}
 """com.microsoft attention → the input that may hold how many tokens of each row are real, counted from the first."""
 _DEPTH = 24  # most nodes from an input to what reads it
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A mask [batch, past + tokens] of which attention sees the sum alone: each row's tokens have to come first.
-
-    Attributes:
-        mask: name of the graph's input.
-        past: name of an input [batch, heads, past, width] with earlier keys, or None where attention has none.
-        tokens: names of the integer inputs that each attention which counts the mask takes its keys from.
-    """
-
-    mask: str
-    past: str | None
-    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
+from seeds import seeded
 
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes import PassContext
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph
-from trimtab.passes.graph.positions import Positions, find_positions
+from trimtab.passes.graph.limits import Positions
+from trimtab.passes.graph.positions import find_positions
 
 
 def positions(path: Path) -> Positions | None:
@@ -43,7 +45,7 @@ def test_a_text_of_all_positions_runs_and_a_longer_one_does_not(family: str, exp
         assert found.longest(feeds) == (tokens if padding else real)
         run.run(feeds)
 
-    rng = np.random.default_rng()
+    rng = seeded()
     answer(found.most, found.most)
     for tokens, real in [(found.most + 1, found.most + 1), (2 * found.most, 2 * found.most)]:
         with pytest.raises(TargetError):
@@ -59,7 +61,7 @@ def test_attention_that_looks_up_the_angles_itself() -> None:
     """A file of GenAI's builder: past and new tokens together have as many positions as the table has rows."""
     path = zoo.exported("llama", "genai")
     assert positions(path) == Positions(zoo.TEXT, padding=True)
-    run, rng = OnnxRuntimeRunner(path), np.random.default_rng()
+    run, rng = OnnxRuntimeRunner(path), seeded()
 
     def answer(tokens: int, past: int) -> None:
         cache = {name: np.zeros((1, 2, past, 16), np.float32) for name in run.inputs if name.startswith("past")}

@@ -13,7 +13,8 @@ from onnx import numpy_helper
 from rewrite import canonical
 
 from trimtab.passes.graph import load_graph
-from trimtab.passes.graph.ranges import Packed, index_bounds, packed_mask, safe_values
+from trimtab.passes.graph.limits import Packed
+from trimtab.passes.graph.ranges import index_bounds, packed_mask, safe_values
 
 CACHED = Packed("attention_mask", "past_key_values.0.key", ("input_ids",))
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 _SERVED = "trimtab.compiler.packaging.triton.served"
 _ERRORS = tuple(f"trimtab.passes.{name}" for name in ("errors", "os_errors", "ort_errors"))
-_COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", *_ERRORS)
+_COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", "trimtab.passes.graph.limits", *_ERRORS)
 _TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "preparation", "texts"))
 _TOKENIZER += ("trimtab.compiler.schema.json_text",)
 _SESSION = f"{_SERVED}.session"
 
 CARRIED = {
-    "engine": (*_COMMON, _SESSION),
+    "engine": (*_COMMON, _SESSION, "trimtab.compiler.inputs"),
     "front": (*_COMMON, _SESSION, *_TOKENIZER, "trimtab.compiler.task"),
     "generate": (
         *_COMMON,

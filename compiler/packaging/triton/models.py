@@ -91,7 +91,8 @@ class Models:
         batch = self.batch if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
         self._copy_model(version)
         if self.backend == "python":
-            self._write_python("engine", version, self._session() | {"batched": batch > 0, "dials": self._dials()})
+            told = {"batched": batch > 0, "dials": self._dials(), "limits": self._limits()}
+            self._write_python("engine", version, self._session() | told)
             parameters = self._python_parameters()
         else:
             threads = str(manifest.recipe["threads"] or 0)
@@ -167,6 +168,15 @@ class Models:
     def _dials(self) -> dict[str, Any]:
         """As `served.common.read_dials` takes them."""
         return asdict(self.build.manifest.all_dials)
+
+    def _limits(self) -> dict[str, Any]:
+        """What the inputs of a request are checked by, as `served.common.read_limits` takes it."""
+        manifest = self.build.manifest
+        return {
+            "inputs": [tensor.model_dump(mode="json") for tensor in manifest.inputs],
+            "packed": [asdict(mask) for mask in manifest.packed],
+            "positions": asdict(manifest.positions) if manifest.positions else None,
+        }
 
     def _generator(self, folder: Path) -> None:
         version = folder / self.name / VERSION

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb
 
 from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import InputError, TrimtabError
+from trimtab.passes.graph.limits import Packed, Positions
+from trimtab.passes.ort_errors import exceptions, explain
 
 SETTINGS = "served.json"
 """What the packager tells the model; it lies beside its code."""
@@ -31,6 +34,21 @@ def settings(args: Mapping[str, str]) -> dict[str, Any]:
 def read_dials(told: Mapping[str, Any]) -> Dials:
     """The dials of `told`, which is `Dials` as JSON."""
     return Dials(tuple(Dial(**dial) for dial in told["dials"]), tuple(SpeedPoint(**point) for point in told["path"]))
+
+
+class Limits(NamedTuple):
+    """What the inputs of an engine are checked by, as `compiler.inputs.check_inputs` takes it."""
+
+    inputs: list[Any]
+    packed: list[Packed]
+    positions: Positions | None
+
+
+def read_limits(told: Mapping[str, Any]) -> Limits:
+    """The limits of `told`, which the packager writes as JSON."""
+    inputs = [SimpleNamespace(**tensor) for tensor in told["inputs"]]
+    positions = told["positions"]
+    return Limits(inputs, [Packed(**mask) for mask in told["packed"]], Positions(**positions) if positions else None)
 
 
 def turned(request: Any, dials: Dials, batch: int, spell: Callable[[str], str] = str) -> dict[str, np.ndarray]:
@@ -73,6 +91,16 @@ def strings(name: str, values: list[str]) -> Any:
 
 
 def refusal(error: Exception) -> Any:
-    """The response to a request that failed: one line, and the hint where there is one."""
-    said = str(error) if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
-    return pb.InferenceResponse(error=pb.TritonError(" ".join(said.split())))
+    """The response to a request that failed: one line, and the hint where there is one.
+
+    A request at fault gets the status of one (HTTP 400, gRPC INVALID_ARGUMENT), anything else that of a server's fault
+    (500, INTERNAL), so that clients and balancers know whether to send it again.
+    """
+    said, by_client = str(error), isinstance(error, InputError)
+    if not isinstance(error, TrimtabError):
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, exceptions()):
+            found = explain(error)
+            said, by_client = f"the engine could not run: {found.words}", found.by_inputs
+    code = pb.TritonError.INVALID_ARG if by_client else pb.TritonError.INTERNAL
+    return pb.InferenceResponse(error=pb.TritonError(" ".join(said.split()), code))

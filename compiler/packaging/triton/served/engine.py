@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from trimtab.compiler.packaging.triton.served.common import read_dials, refusal, settings, version_folder
+from trimtab.compiler.inputs import check_inputs
+from trimtab.compiler.packaging.triton.served.common import (
+    read_dials,
+    read_limits,
+    refusal,
+    settings,
+    version_folder,
+)
 from trimtab.compiler.packaging.triton.served.session import open_session
 from trimtab.passes.errors import InputError
 
@@ -21,7 +28,7 @@ class TritonPythonModel:
         self._batched: bool = told["batched"]
         self._session = open_session(version_folder(args), told, args["model_instance_device_id"])
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
-        self._dials = read_dials(told["dials"])
+        self._dials, self._limits = read_dials(told["dials"]), read_limits(told["limits"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
@@ -35,11 +42,7 @@ class TritonPythonModel:
                 continue
             groups.setdefault(self._key(place, feeds[place], request), []).append(place)
         for places in groups.values():
-            names = requests[places[0]].requested_output_names()
-            try:
-                answers = self._run([feeds[place] for place in places], names)
-            except Exception as error:  # ONNX Runtime's exceptions have no common base
-                answers = [refusal(error) for _ in places]
+            answers = self._answers([feeds[place] for place in places], requests[places[0]].requested_output_names())
             for place, answer in zip(places, answers, strict=True):
                 responses[place] = answer
         return responses
@@ -50,6 +53,7 @@ class TritonPythonModel:
         feeds = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
         names = [dial.name for dial in self._dials.dials if dial.name in feeds]
         turned = {name: feeds.pop(name).reshape(-1) for name in names}
+        check_inputs(self._limits.inputs, feeds, self._limits.packed, self._limits.positions)
         return feeds | self._dials.feeds(len(next(iter(feeds.values()))), turned)
 
     def _key(self, place: int, feed: Mapping[str, np.ndarray], request: Any) -> Any:
@@ -57,6 +61,15 @@ class TritonPythonModel:
         if not self._batched:
             return place
         return tuple(request.requested_output_names()), tuple(array.shape[1:] for array in feed.values())
+
+    def _answers(self, feeds: list[dict[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
+        """A response to each of the requests; where they fail together, each is run alone, so that others' faults
+        touch none.
+        """
+        try:
+            return self._run(feeds, names)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            return [refusal(error)] if len(feeds) == 1 else [self._answers([feed], names)[0] for feed in feeds]
 
     def _run(self, feeds: list[dict[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
         if len(feeds) == 1:
