@@ -18,6 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.data import Dataset, batches
+from trimtab.compiler.fixed_shapes import in_whole_batches
 from trimtab.compiler.memory import give_back, resident_bytes
 from trimtab.compiler.meters import Meter, meters_for
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
@@ -71,7 +72,7 @@ def calibrate(
     anatomy, positions = find_anatomy(graph), find_positions(graph)
     meters = meters_for(needs, anatomy, source.origin, states, seed)
     inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
-    runner = _runner(graph, anatomy, meters, source.onnx.parent)
+    run = in_whole_batches(_runner(graph, anatomy, meters, source.onnx.parent).run, inputs)
     for meter in meters:
         meter.tensors = ()
     del graph, anatomy
@@ -83,7 +84,7 @@ def calibrate(
         length = 0 if mask is None else mask.shape[-1]
         room = _ROOM // max(sum(meter.token_bytes(length) for meter in meters), 1)
         for feeds in _split(batch, room):
-            found = feeds | runner.run({tensor.name: feeds[tensor.name] for tensor in inputs})
+            found = {**feeds, **run({tensor.name: feeds[tensor.name] for tensor in inputs})}
             counts = [meter.add(found, feeds.get("attention_mask")) for meter in meters]
             tokens += counts[0] if counts else 0
         used += len(batch[inputs[0].name])

@@ -90,7 +90,8 @@ class Engine:
         return self._tokenizer.get()
 
     def tokenize(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
-        """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest.
+        """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest, or to the one length
+        that the engine takes.
 
         Args:
             texts: strings; or pairs of strings, where the model reads two texts together. Of a pair, the longer one is
@@ -102,7 +103,9 @@ class Engine:
             InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
         """
         limit = self.manifest.workload["tokens"][-1] if max_tokens is None else max_tokens
-        feeds = self.tokenizer.encode(texts, limit)
+        shape = next((tensor.shape for tensor in self.inputs if tensor.name == "input_ids"), None) or ()
+        width = shape[1] if len(shape) > 1 and isinstance(shape[1], int) else None
+        feeds = self.tokenizer.encode(texts, limit, width=width)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
         if missing:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.builds.manifest import TensorInfo
+from trimtab.compiler.fixed_shapes import in_whole_batches
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph.ranges import safe_values
 from trimtab.passes.graph.shapes import token_outputs
@@ -113,6 +114,7 @@ def within(run: Run, graph: gs.Graph, workload: Workload) -> Run:
     are cut again.
     """
     axes, by_token = workload.axes(graph), token_outputs(graph)
+    run = in_whole_batches(run, graph.inputs)
 
     def fitted(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         fed = {name: value for name, value in feeds.items() if name in axes}

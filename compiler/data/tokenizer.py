@@ -41,12 +41,15 @@ class Tokenizer:
     _encoder: Encoder
     prompt: str = ""
 
-    def encode(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
+    def encode(
+        self, texts: Sequence[Text], max_tokens: int | None = None, *, width: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
 
         Args:
             texts: strings, or pairs of strings; of a pair, the longer text is cut first.
             max_tokens: the most tokens of a row, special tokens included.
+            width: of each row, whatever the texts: they are cut there, and filled up to it.
 
         Returns:
             input_ids, attention_mask and token_type_ids, each [len(texts), longest], int64. A model may use only some.
@@ -55,14 +58,14 @@ class Tokenizer:
             InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
         """
         checked = [self._with_prompt(text) for text in checked_texts(texts)]
-        limits = [limit for limit in (max_tokens, self.max_tokens) if limit is not None]
+        limits = [limit for limit in (max_tokens, self.max_tokens, width) if limit is not None]
         special = self._encoder.special_tokens(any(isinstance(text, tuple) for text in checked))
         rows = self._encoder.encode(checked, min((checked_limit(limit, special) for limit in limits), default=None))
-        shape = (len(rows), max((len(row.ids) for row in rows), default=0))
+        shape = (len(rows), width or max((len(row.ids) for row in rows), default=0))
         ids, mask, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for i, row in enumerate(rows):
-            width = len(row.ids)
-            ids[i, :width], mask[i, :width], types[i, :width] = row.ids, 1, row.types
+            filled = slice(len(row.ids))
+            ids[i, filled], mask[i, filled], types[i, filled] = row.ids, 1, row.types
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def _with_prompt(self, text: Text) -> Text:

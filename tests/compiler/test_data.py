@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from seeds import seeded
 
 from trimtab.compiler.data import batches, class_number, label_values, read_data
 from trimtab.compiler.data.limits import MAX_LINE, MAX_NAME
@@ -79,7 +80,7 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_texts_of_like_length_come_together_as_pairs_too(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     sizes = rng.integers(1, 60, (40, 2))
     lines = "".join(json.dumps({"query": "q" * a, "passage": "p" * b}) + "\n" for a, b in sizes.tolist())
     lengths = [sum(map(len, text)) for text, _ in read_data(write(tmp_path / "d.jsonl", lines)).sample(40)]
@@ -174,9 +175,9 @@ def test_names_that_look_like_numbers_mean_the_same_in_every_file(tmp_path: Path
     ("d.npz", b"PK\x03\x04 no", "not an .npz"),
     ("d.npz", b"\x93NUMPY\x01\x00", "not an .npz"),
     ("d.tsv", b"text\tlabel\na\t" + b"9" * (MAX_NAME + 1), "line 2: label '9+.* over the limit of 1000"),
-    ("d.jsonl", b'{"text": "a", "label": ["' + b"b" * (MAX_NAME + 1) + b'"]}', "line 1: label .* over the limit of 1000"),
+    ("d.jsonl", b'{"text": "a", "label": ["' + b"b" * (MAX_NAME + 1) + b'"]}', "line 1: .* over the limit of 1000"),
     ("d.jsonl", b'{"text": "a", "label": 1' + b"0" * 5000 + b"}", "line 1: holds an integer of thousands of digits"),
-    ("d.jsonl", b'{"text": "a"}\n{"text": "a", "more": ' + b"[" * 70 + b"]" * 70 + b"}", "line 2: nested deeper than 64"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": "a", "more": ' + b"[" * 70 + b"]" * 70 + b"}", "line 2: nested deeper"),
     ("d.txt", b"a\n" + b"b " * (MAX_LINE // 2 + 1), f"line 2: over the limit of {MAX_LINE} bytes"),
     ("d.jsonl.gz", b'{"text": "' + b"b " * (MAX_LINE // 2) + b'"}', f"line 1: over the limit of {MAX_LINE} bytes"),
 ])  # fmt: skip
