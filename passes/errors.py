@@ -106,6 +106,9 @@ class InputError(TrimtabError):
     """An engine was called with inputs that it does not take."""
 
 
+REPORT = "this is a fault in trimtab: please report it, with the output of `trimtab --debug ...`"
+
+
 class PassError(TrimtabError):
     """A pass failed. Names the pass and those that had run before it.
 
@@ -117,7 +120,7 @@ class PassError(TrimtabError):
 
     def __init__(self, name: str, done: list[str], cause: Exception) -> None:
         before = f" (after {', '.join(done)})" if done else ""
-        hint = cause.hint if isinstance(cause, TrimtabError) else None
+        hint = cause.hint if isinstance(cause, TrimtabError) else REPORT
         text = cause.message if isinstance(cause, TrimtabError) else f"{type(cause).__name__}: {cause}"
         super().__init__(f"pass {name}{before}: {text}", hint=hint)
         self.pass_name = name

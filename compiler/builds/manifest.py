@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.compiler.checks.measure import OutputError
 from trimtab.compiler.engine_options import MAX_THREADS
+from trimtab.compiler.recipe import Calibration
 from trimtab.compiler.schema.explain import explain
 from trimtab.compiler.task import Task
 from trimtab.compiler.workload import Workload
@@ -34,6 +35,10 @@ FORMAT = 2
 _PACKAGES = (
     "trimtab", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "tensorrt-rtx", "tensorrt", "torch",
 )  # fmt: skip
+
+
+_MAX_SIZE = 1 << 24
+"""Of a fixed dimension of an input or output."""
 
 
 class _Model(BaseModel):
@@ -57,7 +62,7 @@ class TensorInfo(_Model):
 
     name: str
     dtype: str
-    shape: tuple[int | str | None, ...] | None
+    shape: tuple[Annotated[int, Field(ge=0, le=_MAX_SIZE)] | str | None, ...] | None
     bounds: tuple[int, int] | None = None
 
     @classmethod
@@ -118,7 +123,7 @@ class _Recorded(BaseModel):
     passes: tuple[dict[str, Any], ...]
     workload: Workload
     threads: int | None = Field(ge=1, le=MAX_THREADS)
-    calibration: dict[str, Any] | None = None
+    calibration: Calibration = Calibration()
 
 
 class Manifest(_Model):
@@ -188,8 +193,7 @@ class Manifest(_Model):
     @field_validator("recipe")
     @classmethod
     def _usable(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        _Recorded.model_validate(recipe)
-        return recipe
+        return recipe | _Recorded.model_validate(recipe).model_dump(mode="json", include={"workload", "calibration"})
 
     @field_validator("files")
     @classmethod

@@ -71,7 +71,10 @@ def _terminate(number: int, _frame: Any) -> None:
 
 
 def _fail_with(error: Exception) -> NoReturn:
-    from trimtab.passes.errors import TrimtabError  # here, because the package around it takes half a second to import
+    from trimtab.passes.errors import (  # here, because the package around it takes half a second to import
+        REPORT,
+        TrimtabError,
+    )
     from trimtab.passes.os_errors import reason, remedy
 
     if isinstance(error, TrimtabError):
@@ -81,7 +84,7 @@ def _fail_with(error: Exception) -> NoReturn:
         fail(f"{where}{reason(error)}", hint=remedy(error))
     fail(
         f"unexpected {type(error).__name__}: {error}",
-        hint="this is a fault in trimtab: please report it, with the output of `trimtab --debug ...`",
+        hint=REPORT,
     )
 
 

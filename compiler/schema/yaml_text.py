@@ -124,7 +124,8 @@ def _check_nesting(text: str) -> None:
         values += isinstance(event, yaml.NodeEvent)
         for count, limit, what in ((depth, MAX_DEPTH, "levels of nesting"), (values, MAX_VALUES, "values")):
             if count > limit:
-                raise ConstructorError(None, None, f"{section}there are more than {limit} {what}", event.start_mark)
+                problem = f"{section}there are more than {limit} {what}"
+                raise ConstructorError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
 
 
 def _check_aliases(root: yaml.Node) -> None:

@@ -13,6 +13,7 @@ from trimtab.passes.anatomy import FFN, clone_activation
 from trimtab.passes.ffn_topk.importance import pool
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.matrices.forms import Matrix, Product
+from trimtab.passes.matrices.in_range import in_range
 from trimtab.passes.sampled_ffn import FFNWeights
 
 _DAMP = 1e-3  # of the mean variance of the inputs
@@ -122,6 +123,7 @@ class Predictor:
         return emit
 
 
+@in_range()
 def low_rank(
     weight: np.ndarray, x: np.ndarray, importance: np.ndarray, rank: int, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

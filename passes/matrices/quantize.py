@@ -7,6 +7,7 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 from trimtab.passes.matrices.forms import Dense, Matrix, Quantized
+from trimtab.passes.matrices.in_range import in_range
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
 TYPICAL = 0.9
@@ -66,6 +67,7 @@ def in_form(weight: np.ndarray, form: str, block: int, *, search: bool = False) 
     return Dense(weight) if size is None else round_to_nearest(weight, _BITS[form], size, search=search)
 
 
+@in_range()
 def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray) -> Quantized:
     """Round row by row, and let the rows to come make up for each row's error.
 

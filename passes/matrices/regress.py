@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, eigh
 
+from trimtab.passes.matrices.in_range import in_range
+
 RIDGE = 1e-3
 """Ridge penalty relative to each feature's variance."""
 
@@ -54,6 +56,7 @@ class Moments:
         cross /= count
         return cls(z_mean, y_mean, cov, cross)
 
+    @in_range()
     def solve(self, ridge: float = RIDGE) -> np.ndarray:
         """C of least E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
         scale = np.sqrt(np.diag(self.cov).astype(np.float64))
@@ -102,6 +105,7 @@ def _centred(
         yield i, np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(dtype)
 
 
+@in_range()
 def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, most: int) -> np.ndarray:
     """Orthonormal directions of the weighted outputs x M diag(gain), [m, most], those of largest variance first.
 
