@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 from scipy.special import erf, expit
 
 from trimtab.passes.graph.weights import values
 
 Function = Callable[[np.ndarray], np.ndarray]
 
-_PROBES = np.concatenate([np.linspace(-8, 8, 161), [-30.0, 30.0]])
+_NEAR = np.concatenate([np.linspace(-8, 8, 161), [-30.0, 30.0]])
+_POWERS = 10.0 ** np.arange(2, 39)  # up to the end of float32, so that no bound lies beyond
+PROBES = np.concatenate([_NEAR, -_POWERS, _POWERS])
+"""Where functions are compared."""
+_IS_FAR = np.abs(PROBES) > 30
 _GATED = np.array([-2.5, -1.0, 0.5, 1.0, 3.0])
 _TOLERANCE = 1e-4  # half-precision constants stay within it; gelu and gelu_tanh lie 4.7e-4 apart
 
@@ -65,7 +71,12 @@ def _selu_op(attrs: dict, x: np.ndarray) -> np.ndarray:
 
 def _clip_op(attrs: dict, x: np.ndarray, *bounds: np.ndarray | None) -> np.ndarray:
     low, high = (*bounds, None, None)[:2] if bounds else (attrs.get("min"), attrs.get("max"))
-    return np.clip(x, low, high)
+    return np.clip(x, -np.inf if low is None else low, np.inf if high is None else high)
+
+
+def _of_all(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """`function` of one argument or more, from left to right."""
+    return lambda *args: reduce(function, args)
 
 
 def _plain(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -77,9 +88,10 @@ _OPS: dict[tuple[str, str], Callable[..., np.ndarray]] = {
         ("", op): _plain(function)
         for op, function in {
             "Abs": np.abs, "Add": np.add, "Cast": np.asarray, "Div": np.divide, "Erf": erf, "Exp": np.exp,
-            "Identity": np.asarray, "Log": np.log, "Max": np.maximum, "Min": np.minimum, "Mish": KNOWN["mish"],
-            "Mul": np.multiply, "Neg": np.negative, "Pow": np.power, "Reciprocal": np.reciprocal, "Relu": KNOWN["relu"],
-            "Sigmoid": expit, "Softplus": _softplus, "Sqrt": np.sqrt, "Sub": np.subtract, "Tanh": np.tanh,
+            "Identity": np.asarray, "Log": np.log, "Max": _of_all(np.maximum), "Min": _of_all(np.minimum),
+            "Mish": KNOWN["mish"], "Mul": np.multiply, "Neg": np.negative, "Pow": np.power,
+            "Reciprocal": np.reciprocal, "Relu": KNOWN["relu"], "Sigmoid": expit, "Softplus": _softplus,
+            "Sqrt": np.sqrt, "Sub": np.subtract, "Tanh": np.tanh,
             "HardSwish": KNOWN["hard_swish"], "Softsign": lambda x: x / (1 + np.abs(x)),
         }.items()
     },
@@ -97,8 +109,13 @@ _OPS: dict[tuple[str, str], Callable[..., np.ndarray]] = {
 }  # fmt: skip
 
 
+_FLOATS = (TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
 def is_elementwise(node: gs.Node) -> bool:
-    """True if `evaluate` knows the op."""
+    """True if `evaluate` knows the op. Of Casts those to floats: others round, and ops mean something else there."""
+    if node.op == "Cast" and node.attrs.get("to") not in _FLOATS:
+        return False
     return (node.domain or "", node.op) in _OPS
 
 
@@ -124,19 +141,28 @@ def _value(tensor: gs.Tensor, held: dict[int, np.ndarray]) -> np.ndarray | None:
 
 def name_of(function: Function) -> str:
     """The name in `KNOWN` of `function`, or "unknown"."""
-    got = function(_PROBES)
-    for name, known in KNOWN.items():
-        want = known(_PROBES)
-        if np.all(np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))):
-            return name
-    return "unknown"
+    with np.errstate(all="ignore"):
+        got = function(PROBES)
+        return next((name for name, known in KNOWN.items() if _agree(got, known(PROBES))), "unknown")
 
 
 def is_linear(function: Function) -> bool:
     """True if f(x) = c x + d on the probe points."""
-    got = function(_PROBES)
-    fit = np.polyval(np.polyfit(_PROBES, got, 1), _PROBES) if np.all(np.isfinite(got)) else got + 1
-    return bool(np.all(np.abs(got - fit) <= _TOLERANCE * (1 + np.abs(got))))
+    got = function(PROBES)
+    near = got[: len(_NEAR)]
+    if not np.all(np.isfinite(near)):
+        return False
+    with np.errstate(all="ignore"):
+        return _agree(got, np.polyval(np.polyfit(_NEAR, near, 1), PROBES))
+
+
+def _agree(got: np.ndarray, want: np.ndarray) -> bool:
+    """Whether two functions are the same at `PROBES`, along the first axis.
+
+    Points far from 0 at which `got` overflows do not count: a function that is written with Exp does so, in itself.
+    """
+    far = _IS_FAR.reshape(-1, *[1] * (got.ndim - 1))
+    return bool(np.all((np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))) | (far & ~np.isfinite(got))))
 
 
 def find_gate(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple[int, Function] | None:
@@ -152,8 +178,8 @@ def find_gate(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple
         def act(x: np.ndarray, of: Callable[..., np.ndarray] = of) -> np.ndarray:
             return of(x, np.ones_like(x))
 
-        got = of(_PROBES[:, None] + 0 * _GATED, _GATED + 0 * _PROBES[:, None])
-        want = act(_PROBES)[:, None] * _GATED
-        if np.all(np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))):
-            return gate, act
+        with np.errstate(all="ignore"):
+            got = of(PROBES[:, None] + 0 * _GATED, _GATED + 0 * PROBES[:, None])
+            if _agree(got, act(PROBES)[:, None] * _GATED):
+                return gate, act
     return None

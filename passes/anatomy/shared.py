@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy.activation import evaluate
+from trimtab.passes.anatomy.activation import PROBES, evaluate
 from trimtab.passes.anatomy.model import FFN, Activation
 from trimtab.passes.graph.edit import output_name_of
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.weights import values
-
-_PROBES = np.linspace(-8, 8, 33)  # at which two functions without a name are compared
 
 
 def by_weights(ffns: Sequence[FFN]) -> list[tuple[FFN, ...]]:
@@ -69,7 +67,7 @@ def _same_function(a: FFN, b: FFN) -> bool:
 def _same_activation(a: Activation, b: Activation) -> bool:
     if a.name != "unknown" or b.name != "unknown":
         return a.name == b.name
-    feeds = np.meshgrid(*[_PROBES] * len(a.inputs))
+    feeds = np.meshgrid(*[PROBES] * len(a.inputs))
     got, want = (
         evaluate(each.nodes, {id(t): x for t, x in zip(each.inputs, feeds, strict=True)}, each.output)
         for each in (a, b)

@@ -82,7 +82,7 @@ def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
         if isinstance(tensor, gs.Constant):
             return len(tensor.shape) <= 1 and int(np.prod(tensor.shape, dtype=np.int64)) == 1
         node = only_producer(tensor)
-        if node is None or not is_elementwise(node) or not _is_smooth(node) or len(found) > _MOST:
+        if node is None or not is_elementwise(node) or len(found) > _MOST:
             return False
         if id(node) not in found:
             if not all(visit(each) for each in node.inputs if each.name):
@@ -95,11 +95,3 @@ def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
 
 _MOST = 32
 """Nodes of an activation, at most."""
-
-_SMOOTH = ("Add", "Div", "Erf", "Gelu", "Identity", "Mul", "Pow", "Relu", "Sigmoid", "Sub", "Swish", "Tanh")
-"""Ops of activations that are what they are near 0 for all numbers. Casts to integers and bounds are not: they show far
-from where a function is looked at."""
-
-
-def _is_smooth(node: gs.Node) -> bool:
-    return node.op in (_SMOOTH if not node.domain else ("FastGelu", "Gelu", "QuickGelu"))

@@ -77,7 +77,7 @@ class Narrow:
         node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
         if node is None:
             raise Whole(f"it depends on {tensor.name!r}, an input of the graph")
-        if is_elementwise(node):
+        if is_elementwise(node) or (node.op == "Cast" and not node.domain):
             return self.add(node, [self(t, size) if t.name else t for t in node.inputs])
         if node.op in ("MatMul", "Gemm") and not node.domain:
             return self._product(node, size)

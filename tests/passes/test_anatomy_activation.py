@@ -8,6 +8,7 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 import torch
+from seeds import seeded
 
 from trimtab.passes.anatomy.activation import KNOWN, evaluate, find_gate, is_elementwise, is_linear, name_of
 
@@ -27,7 +28,13 @@ WRITTEN = {
         "h = Add (x, g) y = Mul (half, h)",
     ],
     "quick_gelu": ["a = Mul (x, quick) b = Sigmoid (a) y = Mul (x, b)", "y = com.microsoft.QuickGelu (x)"],
-    "relu": ["y = Relu (x)", "y = Max (x, zero)", "y = Clip (x, zero)", "a = Identity (x) y = Relu (a)"],
+    "relu": [
+        "y = Relu (x)",
+        "y = Max (x, zero)",
+        "a = Max (x) b = Min (x, a, x) y = Max (zero, b, a)",
+        "y = Clip (x, zero)",
+        "a = Identity (x) y = Relu (a)",
+    ],
     "silu": [
         "a = Sigmoid (x) y = Mul (x, a)",
         "a = Neg (x) b = Exp (a) c = Add (b, one) y = Div (x, c)",
@@ -40,12 +47,20 @@ WRITTEN = {
     "mish": ["a = Softplus (x) b = Tanh (a) y = Mul (x, b)", "y = Mish (x)"],
     "elu": ["y = Elu (x)"],
     "hard_swish": ["y = HardSwish (x)", "a = HardSigmoid <alpha = 0.16666667> (x) y = Mul (x, a)"],
-    "unknown": ["y = LeakyRelu (x)", "y = Elu <alpha = 0.5> (x)", "a = Relu (x) y = Mul (a, half)", "y = Abs (x)"],
+    "unknown": [
+        "a = Sigmoid (x) b = Mul (x, a) y = Clip (b, bottom, top)",
+        "a = Relu (x) y = Min (a, top)",
+        "a = Min (x, a_million) b = Gelu (a) y = Identity (b)",
+        "y = LeakyRelu (x)",
+        "y = Elu <alpha = 0.5> (x)",
+        "a = Relu (x) y = Mul (a, half)",
+        "y = Abs (x)",
+    ],
 }
 CASES = [(name, text) for name, texts in WRITTEN.items() for text in texts]
 SCALARS = {
     "zero": 0, "half": 0.5, "one": 1, "two": 2, "three": 3, "sqrt2": 2**0.5, "rsqrt2": 0.5**0.5, "quick": 1.702,
-    "cubic": 0.044715, "root": (2 / np.pi) ** 0.5,
+    "cubic": 0.044715, "root": (2 / np.pi) ** 0.5, "bottom": -40, "top": 40, "a_million": 1e6,
 }  # fmt: skip
 
 
@@ -78,7 +93,7 @@ def test_evaluation_is_that_of_onnxruntime(text: str) -> None:
     import onnxruntime as ort
 
     nodes, model, graph = parsed(text)
-    x = np.random.default_rng().normal(0, 3, 1000).astype(np.float32)
+    x = seeded().normal(0, 3, 1000).astype(np.float32)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     (want,) = ort.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})
@@ -121,6 +136,18 @@ def test_no_gates() -> None:
     assert name_of(bilinear[1]) == "identity"
 
 
+@pytest.mark.parametrize(("to", "known"), [(1, True), (10, True), (16, True), (6, False), (7, False), (9, False)])
+def test_casts_to_floats_alone_are_identity(to: int, known: bool) -> None:
+    nodes, _, _ = parsed(f"a = Cast <to = {to}> (x) y = Cast <to = 1> (a)")
+    assert [is_elementwise(node) for node in nodes] == [known, True]
+
+
+def test_what_overflows_far_from_0_has_its_name() -> None:
+    assert name_of(lambda x: np.log(1 + np.exp(x))) == "softplus"
+    assert name_of(lambda x: x * np.exp(x) / (1 + np.exp(x))) == "silu"
+
+
 def test_linear_functions() -> None:
     assert is_linear(lambda x: 3 * x - 2)
+    assert not is_linear(lambda x: np.clip(x, -1e9, 1e9))
     assert not is_linear(lambda x: np.maximum(x, -7.5))

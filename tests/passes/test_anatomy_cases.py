@@ -57,6 +57,8 @@ def test_ffns(body: str, gated: bool, activation: str) -> None:
         # packed, and not by halves: every other feature is the gate's
         ("w = MatMul (n, wide) a = Slice (w, f0, f2, last, two_) u = Slice (w, one_, f2, last, two_) s = Sigmoid (a) "
          "h = Mul (s, u) d = MatMul (h, down) y = Add (x, d)", "Slice", "packed into one"),
+        ("u = MatMul (n, up) a = Cast <to = 7> (u) b = Cast <to = 1> (a) h = Relu (b) d = MatMul (h, down) "
+         "y = Add (x, d)", "Cast.2", "not an elementwise op"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, down)", "MatMul.3", "not added to a residual stream"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, narrow)", "MatMul.3", "it maps 8 features to 3"),
     ],
