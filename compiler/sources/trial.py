@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +18,11 @@ from onnx import ModelProto, TensorProto
 
 from trimtab.compiler.caching.remembered import remembered
 from trimtab.compiler.sources.child import report, run_child
-from trimtab.passes.errors import ModelError, quoted
+from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.io import external_files, load_graph
 from trimtab.passes.graph.weights import byte_size
+from trimtab.passes.ort_errors import exceptions, explain
+from trimtab.passes.temporary import temporary_folder
 
 MAX_SECONDS = 300.0
 """Of the child. The graphs of the largest models take about 10."""
@@ -31,15 +32,7 @@ _MEMORY = 4 << 30
 
 _PER_BYTE = 4
 _INLINE = 1 << 16  # bytes up to which weights stay in the graph that ONNX Runtime checks
-_INVALID = [
-    re.compile(pattern)
-    for pattern in (
-        r"Node \((?P<node>.*?)\) Op \((?P<op>.*?)\) \[(?:Shape|Type)InferenceError\] (?P<reason>.*)",
-        r'In Node, \("(?P<node>.*?)", (?P<op>\w+).*?, Error (?P<reason>.*)',
-        r"Type Error: (?P<reason>.*)",
-        r"This is an invalid model\. (?:Error:? *)?(?P<reason>.*)",
-    )
-]
+_INVALID = re.compile(r"\[(?:Shape|Type)InferenceError\]|Type Error:|This is an invalid model\.")
 """What ONNX Runtime 1.31 says of a graph that no runtime could run."""
 
 _DONE = "read"  # file that the child leaves
@@ -68,9 +61,9 @@ def in_child(path: Path, origin: Path) -> str:
     Raises:
         ModelError: as `try_out`.
     """
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
+    with temporary_folder("trial") as scratch:
         run_child(
-            __name__, [str(path), scratch, str(_limit(path))], Path(scratch),
+            __name__, [str(path), str(scratch), str(_limit(path))], scratch,
             makes=_DONE, origin=origin, what="reading its graph", hint=_EXPORT, timeout_s=MAX_SECONDS,
         )  # fmt: skip
     return _DONE
@@ -108,14 +101,11 @@ def check_runtime(path: Path) -> None:
     options.log_severity_level = 4
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        said = " ".join(str(error).split())
-        fault = next((match for pattern in _INVALID if (match := pattern.search(said))), None)
-        if fault is not None:
-            parts = fault.groupdict()
-            name = f" {quoted(parts['node'])}" if parts.get("node") else ""
-            node = f"{parts['op']}{name}: " if "op" in parts else ""
-            raise ModelError(f"not a valid model: {node}{parts['reason'][:400].rstrip('. ')}", hint=_EXPORT) from error
+    except exceptions() as error:
+        if _INVALID.search(str(error)):
+            raise ModelError(
+                f"ONNX Runtime refuses the model as invalid: {explain(error).words}", hint=_EXPORT
+            ) from error
 
 
 def without_weights(model: ModelProto) -> ModelProto | None:

@@ -56,7 +56,10 @@ class ExternalValues(LazyValues):
             self.bytes = byte_size(tensor)
             self.offset, length = int(entries.get("offset", 0)), int(entries.get("length", self.bytes))
         except (KeyError, ValueError) as error:
-            raise ModelError(f"weight {tensor.name!r}: its type, shape or place is not valid ({error})") from error
+            raise ModelError(
+                f"weight {tensor.name!r}: its type, or its offset or length in {self.path.name}, is not valid",
+                hint="export the model again",
+            ) from error
         if not self.path.is_file():
             raise ModelError(
                 f"weight {tensor.name!r}: its external data file {self.path} is missing",

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import subjects
 import yaml
-from mutate import damage_bytes, damage_message, damage_value
+from mutate import damage_bytes, damage_message, damage_value, rewire
 from safetensors.numpy import save_file
 
 from trimtab.compiler import compile_model, load
@@ -48,6 +48,12 @@ def _times(rng: np.random.Generator) -> range:
 def onnx_file(rng: np.random.Generator, folder: Path) -> object:
     """A damaged ONNX file, compiled by one of several recipes."""
     model, external = subjects.encoder(rng), bool(rng.integers(4) == 0)
+    if rng.integers(2):
+        for _ in _times(rng):
+            rewire(model, rng)
+        path = folder / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        return _compile(rng, path, folder)
     path = subjects.save(model, folder / "model.onnx", external=external)
     if rng.integers(8) == 0:
         path.write_bytes(damage_bytes(path.read_bytes(), rng))
@@ -56,6 +62,10 @@ def onnx_file(rng: np.random.Generator, folder: Path) -> object:
         for _ in _times(rng):
             damage_message(proto, rng)
         path.write_bytes(proto.SerializeToString())
+    return _compile(rng, path, folder)
+
+
+def _compile(rng: np.random.Generator, path: Path, folder: Path) -> object:
     np.savez(folder / "data.npz", input_ids=subjects.ids(rng))
     recipe = {"passes": _pick(rng, subjects.RECIPES), **subjects.SIZES}
     build = compile_model(path, recipe, folder / "build", data=folder / "data.npz")
