@@ -48,7 +48,7 @@ def test_a_file_is_tried_once(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 3), "'product' .MatMul.: Incompatible dim"),
+        (lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 3), "product.*Incomp"),
         (lambda m: m.graph.input[0].type.tensor_type.__setattr__("elem_type", TensorProto.INT64), "mixes tensor"),
         (lambda m: m.graph.node[1].__setattr__("op_type", "Unheard"), "no op Unheard of opset 18"),
         (lambda m: m.graph.node[1].attribute.add(name="a", type=2, i=1), "Relu: Unrecognized attribute: a"),

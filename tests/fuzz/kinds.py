@@ -47,7 +47,7 @@ def _times(rng: np.random.Generator) -> range:
 # ------------------------------------------------------------------ ONNX
 def onnx_file(rng: np.random.Generator, folder: Path) -> object:
     """A damaged ONNX file, compiled by one of several recipes."""
-    model, external = subjects.encoder(rng), bool(rng.integers(4) == 0)
+    model, external = _pick(rng, [subjects.encoder, subjects.decoder])(rng), bool(rng.integers(4) == 0)
     if rng.integers(2):
         for _ in _times(rng):
             rewire(model, rng)
@@ -68,7 +68,11 @@ def onnx_file(rng: np.random.Generator, folder: Path) -> object:
 def _compile(rng: np.random.Generator, path: Path, folder: Path) -> object:
     np.savez(folder / "data.npz", input_ids=subjects.ids(rng))
     recipe = {"passes": _pick(rng, subjects.RECIPES), **subjects.SIZES}
+    if rng.integers(2):
+        recipe["workload"] = recipe["workload"] | {"past": [0, 2, 4]}
     build = compile_model(path, recipe, folder / "build", data=folder / "data.npz")
+    if rng.integers(4) == 0:
+        validate(build)
     return load(build.path, threads=1).run({"input_ids": subjects.ids(rng, 2, 5)})
 
 

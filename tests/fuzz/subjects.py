@@ -89,6 +89,47 @@ def encoder(rng: np.random.Generator) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
+def decoder(rng: np.random.Generator) -> ModelProto:
+    """One layer of a causal decoder with a cache: input_ids, attention_mask and past → logits and present."""
+    b = Builder(rng)
+    size = WIDTH // HEADS
+    x = b.op("Gather", b.weight(VOCAB, WIDTH), "input_ids")
+    split = b.constant([0, 0, HEADS, size])
+    q, k, v = (
+        b.op("Transpose", b.op("Reshape", b.linear(x, WIDTH, WIDTH), split), perm=[0, 2, 1, 3]) for _ in range(3)
+    )
+    keys = b.op("Concat", "past_key_values.0.key", k, axis=2, output="present.0.key")
+    mixed = b.op("Concat", "past_key_values.0.value", v, axis=2, output="present.0.value")
+    scores = b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    hidden = b.op("Sub", b.op("Cast", "attention_mask", to=1), b.constant(1, np.float32))
+    wide = b.op("Unsqueeze", b.op("Mul", hidden, b.constant(1e4, np.float32)), b.constant([1, 2]))
+    attended = b.op("MatMul", b.op("Softmax", b.op("Add", scores, wide), axis=-1), mixed)
+    joined = b.op("Reshape", b.op("Transpose", attended, perm=[0, 2, 1, 3]), b.constant([0, 0, WIDTH]))
+    x = b.op("Add", x, b.linear(joined, WIDTH, WIDTH))
+    gate = activation(b, "silu", b.linear(x, WIDTH, NEURONS))
+    x = b.op("Add", x, b.linear(b.op("Mul", gate, b.linear(x, WIDTH, NEURONS)), NEURONS, WIDTH))
+    b.op("MatMul", x, b.weight(WIDTH, VOCAB), output="logits")
+    parts = ("key", "value")
+    graph = helper.make_graph(
+        b.nodes,
+        "decoder",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *(
+                helper.make_tensor_value_info(f"past_key_values.0.{p}", 1, ["batch", HEADS, "past", size])
+                for p in parts
+            ),
+        ],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", VOCAB]),
+            *(helper.make_tensor_value_info(f"present.0.{p}", 1, ["batch", HEADS, "total", size]) for p in parts),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in b.weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
 def save(model: ModelProto, path: Path, *, external: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if external:
