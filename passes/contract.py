@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
+from trimtab.passes.anatomy.experts import find_experts
 from trimtab.passes.crossover import DenseForm, Measure
 from trimtab.passes.dials import Dial
 from trimtab.passes.errors import NotLearnedError, PassError, ProfileError
@@ -164,7 +165,7 @@ class PassResult:
 class Pass(BaseModel, ABC):
     """A rewrite of the graph. Its fields are its options: one object feeds recipe, command line, tuning and cache key.
 
-    A field's constraints are its bounds; `json_schema_extra={"search": [...]}` is what tuning tries.
+    A field's constraints are its bounds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
@@ -179,6 +180,9 @@ class Pass(BaseModel, ABC):
     """Passes that stand in front of this one, since it works on what they make."""
     reads_layers: ClassVar[bool] = False
     """It works on whole layers, whose projections and sums it has to recognise, in float32."""
+
+    leaves_experts: ClassVar[bool] = False
+    """It makes FFNs cheaper, but not the experts of a mixture: its report names those that the graph has."""
 
     packs: ClassVar[bool] = False
     """Whether layers hand on rows of real tokens alone behind the pass, whose number is counted at run time."""
@@ -279,6 +283,11 @@ def _told(result: PassResult, earlier: Sequence[PassResult]) -> PassResult:
     return replace(result, left=(Left("the model", why),))
 
 
+def _experts(graph: gs.Graph) -> Iterator[Left]:
+    """The mixtures of experts in `graph`, as a pass leaves them."""
+    return (Left(f"experts at node {each.where}", each.why_left) for each in find_experts(graph.nodes))
+
+
 def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) -> list[PassResult]:
     """Run `passes` in order over `graph`, in place.
 
@@ -294,6 +303,8 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
             graph.nodes = topological(graph)
         except Exception as error:
             raise PassError(step.name, [r.name for r in context.results], error) from error
+        if step.leaves_experts:
+            result = replace(result, left=(*result.left, *_experts(graph)))
         result = _told(result, context.results)
         log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))
         for left in result.left:

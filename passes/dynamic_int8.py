@@ -54,6 +54,7 @@ class DynamicInt8(Pass):
 
     name: ClassVar[str] = "dynamic-int8"
     summary: ClassVar[str] = "int8 products with activations quantized at run time (ONNX Runtime)"
+    leaves_experts: ClassVar[bool] = True
 
     per_channel: bool = Field(True, description="a scale per output feature instead of one per matrix")
     scales: Literal["auto", "row", "tensor"] = Field(

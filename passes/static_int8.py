@@ -37,6 +37,7 @@ class StaticInt8(Pass):
 
     name: ClassVar[str] = "static-int8"
     summary: ClassVar[str] = "int8 products of FFNs, with scales of activations from calibration (TensorRT)"
+    leaves_experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     coverage: float = Field(

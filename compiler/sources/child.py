@@ -16,7 +16,7 @@ from trimtab.compiler.processes import end_with_parent, ending
 from trimtab.passes.errors import ModelError, TrimtabError
 from trimtab.passes.os_errors import reason, remedy
 
-_ERROR_FILE = "error.json"
+_ERROR_FILE, _NOTE_FILE = "error.json", "note.txt"
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 
 
@@ -97,3 +97,14 @@ def report(out: Path, work: Callable[[], None]) -> int:
         return 0
     (out / _ERROR_FILE).write_text(json.dumps({"message": message, "hint": hint}))
     return 1
+
+
+def leave_note(out: Path, note: str) -> None:
+    """In the child: what the user is to know of what was made."""
+    (out / _NOTE_FILE).write_text(note)
+
+
+def read_note(out: Path) -> str | None:
+    """What the child that made `out` has left for the user."""
+    path = out / _NOTE_FILE
+    return path.read_text() if path.is_file() else None

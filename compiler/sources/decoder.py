@@ -7,7 +7,9 @@ outputs are those that GenAI expects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,30 @@ import transformers
 from torch import Tensor
 
 from trimtab.compiler.decoder_cache import LOGITS, PAST, PRESENT
-from trimtab.compiler.sources.torch_export import export_module
+from trimtab.compiler.sources.torch_export import OTHER_MEANS, export_module
 from trimtab.passes.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = "trimtab_cached"
 
 
-def cacheable(model: transformers.PreTrainedModel) -> bool:
-    """Whether ONNX Runtime's op takes the model's heads: those of a width that is a multiple of 8."""
-    return _head_dim(model) % 8 == 0
+def why_uncached(model: transformers.PreTrainedModel) -> str | None:
+    """Why `model` cannot be exported with its cache; None where it can. It runs once, on a few tokens."""
+    if not getattr(model.config.get_text_config(), "num_attention_heads", None):
+        return "its config has no attention heads"
+    if _head_dim(model) % 8:
+        return f"its heads are {_head_dim(model)} wide, and ONNX Runtime's attention takes multiples of 8"
+    decoder = Decoder(model)
+    try:
+        with torch.no_grad(), decoder.attending():
+            decoder(*decoder.examples())
+    except ModelError as error:
+        return error.message
+    except Exception:  # whatever a model's forward raises on arguments that it does not know
+        log.debug("a step with a cache failed", exc_info=True)
+        return "it does not run with positions and a cache of keys and values"
+    return None
 
 
 def _head_dim(model: transformers.PreTrainedModel) -> int:
@@ -37,7 +54,7 @@ def _options(given: Mapping[str, Any]) -> dict[str, float | int]:
     """Attributes of the op for what a model wants of its attention beyond the usual."""
     found: dict[str, float | int] = {}
     if given.get("s_aux") is not None or given.get("position_bias") is not None:
-        raise ModelError("its attention has sinks or a bias by position, which the exported op has not")
+        raise ModelError("its attention has sinks or a bias by position, which ONNX Runtime's op does not have")
     if given.get("softcap"):
         found["softcap"] = float(given["softcap"])
     if given.get("sliding_window"):
@@ -93,11 +110,7 @@ class Decoder(torch.nn.Module):
             input_ids=input_ids, position_ids=positions, past_key_values=_StepCache(self.layers), use_cache=True
         )
         if len(self._present) != 2 * self.layers:
-            raise ModelError(
-                f"{type(self.model).__name__}: its attention does not go through transformers' attention interface, "
-                "so it cannot be exported with a cache",
-                hint="export it with ONNX Runtime GenAI's builder and give that file",
-            )
+            raise ModelError("its attention does not go through transformers' attention interface")
         return (found.logits, *self._present)
 
     def _attend(
@@ -134,26 +147,37 @@ class Decoder(torch.nn.Module):
         self._present += present
         return out.unflatten(2, (heads, width)), None
 
-    def export(self, path: Path) -> None:
-        """Write the ONNX file. Its dynamic dimensions are called "batch", "tokens", "past" and "total"."""
-        batch, tokens, past = 2, 3, 5
-        # Each a tensor of its own: torch takes one that is given twice for one input.
-        cache = [torch.zeros(batch, self.kv_heads, past, self.head_dim) for _ in range(2 * self.layers)]
-        ids = torch.ones(batch, tokens, dtype=torch.int64)
-        mask = torch.ones(batch, past + tokens, dtype=torch.int64)
-        steps = [{0: "batch", 1: "tokens"}, {0: "batch", 1: "total"}]
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Let the model's attention be `_attend` within the body."""
         transformers.AttentionInterface.register(_ATTENTION, self._attend)
         transformers.AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
         usual = self.model.config._attn_implementation
         self.model.set_attn_implementation(_ATTENTION)
         try:
+            yield
+        finally:
+            self.model.set_attn_implementation(usual)
+
+    def examples(self) -> tuple[Tensor, ...]:
+        """An example of each input, of sizes that torch does not take for constants."""
+        batch, tokens, past = 2, 3, 5
+        # Each a tensor of its own: torch takes one that is given twice for one input.
+        cache = [torch.zeros(batch, self.kv_heads, past, self.head_dim) for _ in range(2 * self.layers)]
+        ids = torch.ones(batch, tokens, dtype=torch.int64)
+        return ids, torch.ones(batch, past + tokens, dtype=torch.int64), *cache
+
+    def export(self, path: Path) -> None:
+        """Write the ONNX file. Its dynamic dimensions are called "batch", "tokens", "past" and "total"."""
+        steps = [{0: "batch", 1: "tokens"}, {0: "batch", 1: "total"}]
+        with self.attending():
             export_module(
                 self,
-                (ids, mask, *cache),
+                self.examples(),
                 path,
                 dynamic_shapes=(*steps, tuple([{0: "batch", 2: "past"}] * (2 * self.layers))),
                 input_names=self.inputs,
                 output_names=self.outputs,
+                name=type(self.model).__name__,
+                hint=OTHER_MEANS,
             )
-        finally:
-            self.model.set_attn_implementation(usual)

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from trimtab.compiler.sources.checkpoint import BASE
-from trimtab.compiler.sources.child import report
-from trimtab.compiler.sources.decoder import Decoder, cacheable
+from trimtab.compiler.sources.child import leave_note, report
+from trimtab.compiler.sources.decoder import Decoder, why_uncached
 from trimtab.compiler.sources.pooling import load_embedding
 from trimtab.compiler.sources.transformer import Exportable, task_outputs
 from trimtab.passes.errors import ModelError
@@ -41,8 +41,10 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
     # Any: with output_loading_info it returns a pair, which its annotations leave out.
     loaded: Any = found.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
-    )
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+        attn_implementation="eager",  # some choose their attention for good when they are made
+        **options,
+    )  # fmt: skip
     model: transformers.PreTrainedModel = loaded[0]
     if model.config.is_encoder_decoder:
         raise ModelError(f"{architecture} is an encoder-decoder", hint="of these, T5's encoder is supported")
@@ -54,6 +56,10 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
             f"{folder}: the weights of {architecture} lack {sorted(missing)[0]}{rest}",
             hint="the checkpoint is of another architecture than config.json says, or incomplete",
         )
+    if model._can_set_experts_implementation():
+        # Of what transformers has for mixtures of experts, this alone has a form in ONNX: each token gathers the
+        # weights of its experts. The usual one groups tokens by their expert, which torch does not export.
+        model.set_experts_implementation("batched_mm")
     return model.eval()
 
 
@@ -84,10 +90,14 @@ def main() -> int:
         pooling = None
         if options.sentence:
             pooling = load_embedding(Path(options.sentence[0]), json.loads(options.sentence[1]))
-        if options.architecture.endswith(_GENERATING) and cacheable(model):
+        generating = options.architecture.endswith(_GENERATING)
+        why_not = why_uncached(model) if generating else None
+        if generating and why_not is None:
             Decoder(model).export(options.out / "model.onnx")
         else:
             Exportable(model, pooling).export(options.out / "model.onnx")
+        if why_not is not None:
+            leave_note(options.out, f"is exported without a cache, so that it takes whole texts alone: {why_not}")
 
     return report(options.out, work)
 

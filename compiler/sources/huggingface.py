@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.compiler.sources.child import content_key, require, run_child
+from trimtab.compiler.sources.child import content_key, read_note, require, run_child
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,11 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
         log.info("%s: exporting %s with torch", checkpoint.folder, checkpoint.architecture)
         _export(checkpoint, part, allow_pickle)
 
-    return entry("sources", content_key(checkpoint.digest, _EXPORTING, _PACKAGES), make) / "model.onnx"
+    folder = entry("sources", content_key(checkpoint.digest, _EXPORTING, _PACKAGES), make)
+    note = read_note(folder)
+    if note is not None:
+        log.warning("%s: %s %s", checkpoint.folder, checkpoint.architecture, note)
+    return folder / "model.onnx"
 
 
 def _export(checkpoint: Checkpoint, out: Path, allow_pickle: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trimtab.compiler.sources.pooling import Embedding
-from trimtab.compiler.sources.torch_export import export_module
+from trimtab.compiler.sources.torch_export import OTHER_MEANS, export_module
 from trimtab.passes.errors import ModelError
 
 _TASK_OUTPUTS = {
@@ -77,6 +77,8 @@ class Exportable(torch.nn.Module):
             dynamic_shapes=(tuple(dims for _ in self.inputs),),
             input_names=self.inputs,
             output_names=self.outputs,
+            name=type(self.model).__name__,
+            hint=OTHER_MEANS,
         )
 
 

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.attention import find_attentions
 from trimtab.passes.anatomy.blocks import find_blocks
+from trimtab.passes.anatomy.experts import find_experts, router
 from trimtab.passes.anatomy.ffn import Miss, find_ffns, joins_residual
 from trimtab.passes.anatomy.model import FFN, Anatomy, Attention, Block, Unrecognized
 from trimtab.passes.anatomy.opaque import find_opaque
@@ -111,9 +112,13 @@ def _leftovers(
     heads = {id(linear.y) for linear in head}
     misses = [miss for miss in misses if id(miss.linears[-1].y) not in heads]
     head = [linear for linear in head if id(linear.nodes[-1]) not in in_layers]
-    explained = {id(linear.y) for miss in misses for linear in miss.linears}
+    mixtures = find_experts(scan.nodes)
+    routers = [score for experts in mixtures if (score := router(scan, experts)) is not None]
+    explained = {id(linear.y) for linear in (*routers, *(linear for miss in misses for linear in miss.linears))}
     unknown = [linear for linear in middle if id(linear.y) not in explained]
-    return head, [*find_opaque(scan), *_unrecognized(misses, unknown), *_without_projections(attentions)]
+    mixed = [Unrecognized("experts", experts.where, experts.why_left) for experts in mixtures]
+    known = [*find_opaque(scan), *mixed]
+    return head, [*known, *_unrecognized(misses, unknown), *_without_projections(attentions)]
 
 
 def _unrecognized(misses: Sequence[Miss], unknown: Sequence[Linear]) -> list[Unrecognized]:

@@ -63,6 +63,7 @@ class FFNRoute(Pass):
 
     name: ClassVar[str] = "ffn-route"
     summary: ClassVar[str] = "compute only the groups of neurons that routers choose for each token (LTE, MoEfication)"
+    leaves_experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({Learned(METHOD)})
     reads_layers: ClassVar[bool] = True
 

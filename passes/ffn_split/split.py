@@ -39,6 +39,7 @@ class FFNSplit(Pass):
 
     name: ClassVar[str] = "ffn-split"
     summary: ClassVar[str] = "split FFNs into heavy hitters and a cheap rest (FFSplit)"
+    leaves_experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     heavy: float = Field(

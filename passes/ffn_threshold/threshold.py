@@ -89,6 +89,7 @@ class FFNThreshold(Pass):
 
     name: ClassVar[str] = "ffn-threshold"
     summary: ClassVar[str] = "leave out the neurons whose activations are small for a token; no training (CATS, TEAL)"
+    leaves_experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
     reads_layers: ClassVar[bool] = True
 

@@ -51,6 +51,7 @@ class FFNTopK(Pass):
 
     name: ClassVar[str] = "ffn-topk"
     summary: ClassVar[str] = "compute only the neurons that a cheap predictor chooses for each token (HiRE)"
+    leaves_experts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({FFNStates()})
 
     density: float = Field(

@@ -212,7 +212,7 @@ def crash(folder):
     ("spoil", "message"),
     [
         (other_architecture, "BertForTeleportation"),
-        (crash, "export of BertForSequenceClassification failed: .*attention heads"),
+        (crash, r"export of BertForSequenceClassification failed \(exit code 1\): .*attention heads"),
     ],
 )
 def test_failing_exports_leave_nothing(tmp_path, monkeypatch, spoil, message):

@@ -1,0 +1,79 @@
+"""Mixtures of experts: FFNs of which a router gives each token its own few. They are named, not matched."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from trimtab.passes.anatomy.scan import Scan, only_producer
+from trimtab.passes.graph import output_name_of
+from trimtab.passes.graph.linear import Linear
+
+_MIXTURES = ("MoE", "QMoE")
+"""Ops of com.microsoft that compute all experts at once: input, router's scores, weights [experts, ...]."""
+_NEAR = 64  # nodes looked at on the way back to the router
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer.
+
+    Attributes:
+        where: the node that takes the weights of those that a token is given.
+        count: all of them.
+        choice: what their numbers, or their scores, are made of: the tensor that leads back to the router.
+    """
+
+    where: str
+    count: int
+    choice: gs.Tensor
+
+    @property
+    def why_left(self) -> str:
+        """How reports say that they stay as they are."""
+        return f"a mixture of {self.count} experts, of which each token takes its own; they stay as they are"
+
+
+def find_experts(nodes: Sequence[gs.Node]) -> list[Experts]:
+    """The experts of each layer, in the order of `nodes`.
+
+    torch's exports gather matrices [experts, rows, columns] by what TopK chose, and multiply with them: several
+    gathers by the same numbers, for up and down, are one layer's.
+    """
+    layers: dict[int, Experts] = {}
+    for node in nodes:
+        if node.op in _MIXTURES and node.domain == "com.microsoft":
+            layers[id(node)] = Experts(output_name_of(node), int(node.inputs[2].shape[0]), node.inputs[1])
+        elif _gathers_matrices(node) and any(before.op == "TopK" for before in _way_back(node.inputs[1])):
+            numbers = node.inputs[1]
+            layers.setdefault(id(numbers), Experts(output_name_of(node), int(node.inputs[0].shape[0]), numbers))
+    return list(layers.values())
+
+
+def router(scan: Scan, experts: Experts) -> Linear | None:
+    """The projection that scores the experts: the nearest before what chooses among them."""
+    tensors = [experts.choice, *(tensor for node in _way_back(experts.choice) for tensor in node.inputs)]
+    return next((linear for tensor in tensors if (linear := scan.producing(tensor)) is not None), None)
+
+
+def _gathers_matrices(node: gs.Node) -> bool:
+    """Whether `node` takes whole matrices out of a constant [experts, rows, columns], and products read them."""
+    if node.op not in ("Gather", "GatherND") or node.attrs.get("axis", 0) or node.attrs.get("batch_dims", 0):
+        return False
+    table = node.inputs[0]
+    stored = isinstance(table, gs.Constant) and len(table.shape) == 3
+    return stored and any(reader.op in ("MatMul", "Transpose", "Einsum") for reader in node.outputs[0].outputs)
+
+
+def _way_back(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    """The nodes that `tensor` is made by, the nearest first."""
+    seen, queue = set[int](), deque([tensor])
+    while queue and len(seen) < _NEAR:
+        node = only_producer(queue.popleft())
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            queue.extend(node.inputs)
