@@ -104,7 +104,10 @@ def test_activations_between_quantize_and_dequantize_are_named() -> None:
 @pytest.mark.parametrize("op", ["If", "Loop"])
 def test_layers_in_branches_and_loops_are_named(op: str) -> None:
     layers = "u{0} = MatMul (x, up) h{0} = Relu (u{0}) d{0} = MatMul (h{0}, down) y{0} = Add (x, d{0})"
-    outer = "p = Identity (up) r = Identity (down) keep = Constant <value = bool {1}> () twice = Constant <value = int64 {2}> () "
+    outer = (
+        "p = Identity (up) r = Identity (down) keep = Constant <value = bool {1}> () "
+        "twice = Constant <value = int64 {2}> () "
+    )
     if op == "If":
         a, b = (f"b{i} () => (float[B, T, {D}] y{i}) {{ {layers.format(i)} }}" for i in (0, 1))
         body = outer + f"y = If (keep) <then_branch = {a}, else_branch = {b}>"
