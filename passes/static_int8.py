@@ -42,7 +42,6 @@ class StaticInt8(Pass):
 
     coverage: float = Field(
         0.9999, gt=0.9, le=1, description="share of the activations that is not clipped",
-        json_schema_extra={"search": [0.999, 0.9999, 1.0]},
     )  # fmt: skip
     layers: tuple[int, ...] | None = Field(None, description="these FFNs alone, counted from 0")
 

@@ -39,7 +39,7 @@ class WeightOnly(Pass):
     summary: ClassVar[str] = "int8 or int4 weights in blocks for attention, FFNs or head, activations in float"
     leaves_experts: ClassVar[bool] = True
 
-    bits: Literal[8, 4] = Field(8, description="of a weight", json_schema_extra={"search": [8, 4]})
+    bits: Literal[8, 4] = Field(8, description="of a weight")
     block: int = Field(32, ge=16, le=256, description="inputs that share a scale, at most")
     parts: tuple[Part, ...] = Field(("attention", "ffn", "head"), description="projections to quantize")
 

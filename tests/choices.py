@@ -54,7 +54,7 @@ def _selected(scores: np.ndarray, attributes: Mapping[str, Any]) -> float:
         return np.inf
     if attributes["shared"]:
         scores = scores.max(0, keepdims=True)
-    assert shards == 1 or (k % shards == 0 and not attributes["slack"]), "each shard hands on all that it chooses"
+    assert k % shards == 0, "each shard hands on all that it chooses"
     return _gap(scores.reshape(len(scores) * shards, -1), k // shards)
 
 

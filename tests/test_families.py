@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from seeds import seeded
 from zoo import FAMILIES, exported, feeds, tiny_model
 
 from trimtab.passes.graph import load_graph
@@ -28,7 +29,7 @@ def reference(family, inputs):
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_equals_torch(family, exporter):
-    rng = np.random.default_rng()
+    rng = seeded()
     inputs = [feeds(family, batch, tokens, rng) for batch, tokens in SHAPES]
     found = run(exported(family, exporter), inputs)
     for each, (got,) in zip(inputs, found, strict=True):
@@ -49,7 +50,7 @@ def test_inputs_and_outputs_have_the_agreed_names(family):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
 def test_padding_does_not_change_the_rest(family):
     """Without the mask in the graph, padding would leak into the other tokens."""
-    short = feeds(family, 1, 6, np.random.default_rng())
+    short = feeds(family, 1, 6, seeded())
     short["attention_mask"][:] = 1
     long = {name: np.pad(array, ((0, 0), (0, 5))) for name, array in short.items()}
     ((got_short,), (got_long,)) = run(exported(family), [short, long])
@@ -58,7 +59,7 @@ def test_padding_does_not_change_the_rest(family):
 
 def test_genai_equals_torch():
     """The model builder's graph, prompt at once and token by token: its cache is part of the interface."""
-    rng = np.random.default_rng()
+    rng = seeded()
     config = tiny_model("llama").config
     ids = feeds("llama", 2, 11, rng)["input_ids"]
     expected = reference("llama", {"input_ids": ids})

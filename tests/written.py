@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
+from seeds import seeded
 
 from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
@@ -33,7 +34,7 @@ def graph_of(body: str, inputs: str = X, outputs: str = Y, *, canonical: bool = 
         f"int64[1] less = {{{-F}}}, int64[1] most = {{9223372036854775807}}, int64[2] ff = {{{F}, {F}}}, "
         f"int64[1] two_ = {{2}}, int64[1] one_ = {{1}}> {{ {body} }}"
     )
-    rng = np.random.default_rng()
+    rng = seeded()
     used = {name for node in model.graph.node for name in node.input}
     for name in used & set(SHAPES):
         value = rng.standard_normal(SHAPES[name]).astype(np.float32)
@@ -65,7 +66,7 @@ OUT = "e = MatMul (r, o) y = Add (x, e)"
 
 def tower(layers: int) -> gs.Graph:
     """Nothing but `layers` FFNs, of 4 inputs and 6 neurons, with their nodes in reverse order."""
-    rng = np.random.default_rng()
+    rng = seeded()
     x = gs.Variable("x", np.float32, ["N", 4])
     stream, nodes = x, []
 

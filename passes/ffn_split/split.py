@@ -47,15 +47,10 @@ class FFNSplit(Pass):
         ge=0,
         le=1,
         description="share of neurons in FFN1",
-        json_schema_extra={"search": [0.125, 0.25, 0.375, 0.5]},
     )
     heavy_form: HeavyForm = Field("fp32", description="of FFN1's weights")
-    rest_form: RestForm = Field(
-        "affine", description="what becomes of FFN2", json_schema_extra={"search": ["affine", "int4", "drop"]}
-    )
-    rank: int = Field(
-        64, ge=1, description="of FFN2's affine map or low-rank matrices", json_schema_extra={"search": [32, 64, 128]}
-    )
+    rest_form: RestForm = Field("affine", description="what becomes of FFN2")
+    rank: int = Field(64, ge=1, description="of FFN2's affine map or low-rank matrices")
     score: Score = Field("residual", description="orders the neurons; heavy hitters come first")
     block: int = Field(64, ge=16, le=256, description="input features per scale of integer weights, at most")
     refit: bool = Field(True, description="fit FFN1's down projection anew, to make up for what FFN2 lost")

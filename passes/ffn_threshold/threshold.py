@@ -98,7 +98,6 @@ class FFNThreshold(Pass):
         gt=0,
         lt=1,
         description="share of an FFN's neurons that is left out, on average; default of the dial",
-        json_schema_extra={"search": [0.3, 0.5, 0.7]},
     )
     by: Literal["contribution", "magnitude"] = Field(
         "contribution",

@@ -24,10 +24,3 @@ def expected_recall(n: int, k: int, shards: int, local: int) -> float:
         raise ValueError(f"{shards} shards do not divide {n}")
     more = hypergeom.sf(np.arange(min(local, k)), n, k, n // shards)
     return float(min(1.0, shards / k * more.sum()))
-
-
-def smallest_slack(n: int, k: int, shards: int, target: float) -> int:
-    """The least number beyond ⌈k / s⌉ that each shard has to take to be expected to find the share `target`."""
-    fair = -(-k // shards)
-    most = max(0, min(k, n // shards) - fair)
-    return next((c for c in range(most) if expected_recall(n, k, shards, fair + c) >= target), most)

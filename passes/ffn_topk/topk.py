@@ -59,7 +59,6 @@ class FFNTopK(Pass):
         gt=0,
         le=1,
         description="share of neurons wanted for each token",
-        json_schema_extra={"search": [0.05, 0.1, 0.2]},
     )
     recall: float = Field(0.95, gt=0, le=1, description="share of the wanted neurons that must be among those computed")
     take: float | None = Field(
@@ -74,7 +73,7 @@ class FFNTopK(Pass):
     block: int = Field(1, ge=1, description="neighbouring neurons that are chosen together")
     predictor: Literal["low-rank", "copy"] = Field("low-rank", description="of the projections that decide")
     signal: Literal["gate", "both"] = Field("gate", description="projections of a gated FFN that are guessed")
-    rank: int = Field(64, ge=1, description="of a low-rank predictor", json_schema_extra={"search": [32, 64, 128, 256]})
+    rank: int = Field(64, ge=1, description="of a low-rank predictor")
     form: Literal["fp32", "int8", "int4"] = Field("fp32", description="of the predictor's weights")
     common: float = Field(
         0.0, ge=0, lt=1, description="share of neurons that are always computed, those most often wanted"

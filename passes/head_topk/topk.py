@@ -43,7 +43,7 @@ class HeadTopK(Pass):
     miss: float | None = Field(
         None, gt=0, lt=1, description="bound of the probability to miss the likeliest token; chooses `take`"
     )
-    rank: int = Field(128, ge=1, description="of the cheap head", json_schema_extra={"search": [64, 128, 256]})
+    rank: int = Field(128, ge=1, description="of the cheap head")
     form: Literal["fp32", "int8", "int4"] = Field("fp32", description="of the cheap head's weights")
     weights: RowForm = Field("fp32", description="of the head's own weights")
     most: float | None = Field(

@@ -19,9 +19,9 @@ from trimtab.plugins.sizes import Shapes
 __all__ = ["SELECT_BLOCKS", "local_k", "part_of_choice"]
 
 
-def local_k(k: int, shards: int, slack: int, blocks: int) -> int:
+def local_k(k: int, shards: int, blocks: int) -> int:
     """How many blocks each of the shards hands on."""
-    return min(-(-k // shards) + slack, blocks // shards)
+    return min(-(-k // shards), blocks // shards)
 
 
 def part_of_choice(node: gs.Node, ranks: int) -> dict[str, int] | None:
@@ -31,7 +31,7 @@ def part_of_choice(node: gs.Node, ranks: int) -> dict[str, int] | None:
     """
     k, shards = int(node.attrs.get("k", 1)), int(node.attrs.get("shards", 1))
     variable = node.attrs.get("at_most", 0)  # the best of all is not known to a rank
-    if node.op != SELECT_BLOCKS.name or shards != ranks or node.attrs.get("slack", 0) or k % shards or variable:
+    if node.op != SELECT_BLOCKS.name or shards != ranks or k % shards or variable:
         return None
     return {"k": k // shards, "shards": 1}
 
@@ -63,7 +63,6 @@ _STATEMENTS = """
   k_ = Constant <value_int: int = @k> ()
   shared_ = Constant <value_int: int = @shared> ()
   shards_ = Constant <value_int: int = @shards> ()
-  slack_ = Constant <value_int: int = @slack> ()
   dense_above_ = Constant <value_int: int = @dense_above> ()
   at_most_ = Constant <value_int: int = @at_most> ()
   n = Shape <start = -1> (scores)
@@ -95,8 +94,7 @@ $flat
   k_s = Add (k_, s)
   k_s_1 = Sub (k_s, one)
   share = Div (k_s_1, s)
-  share_slack = Add (share, slack_)
-  fewer = Min (share_slack, width)
+  fewer = Min (share, width)
   local = Where (dense, width, fewer)
 
   parts_shape = Concat <axis = 0> (rows, s, width)
@@ -145,7 +143,6 @@ SELECT_BLOCKS = Op(
         Attribute("k", 1, "blocks to take"),
         Attribute("shared", 0, "1: one selection for all tokens, by each block's highest score; blocks is [1, k]"),
         Attribute("shards", 1, "neighbouring parts of the blocks, of which each narrows down on its own; divides them"),
-        Attribute("slack", 0, "blocks that a shard hands on beyond ceil(k / shards)"),
         Attribute("dense_above", -1, "with more tokens all blocks are taken, and blocks is [1, all]; -1: never"),
         Attribute("at_most", 0, "1: of the k, those whose score is below 0 are left out, except the best of all"),
     ),

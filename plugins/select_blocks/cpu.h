@@ -18,7 +18,6 @@ struct SelectBlocks {
   int64_t k = 1;
   int64_t shared = 0;       // one selection for all tokens, by each block's highest score
   int64_t shards = 1;       // parts of the blocks that narrow down on their own
-  int64_t slack = 0;        // blocks that a shard hands on beyond k / shards
   int64_t dense_above = -1;  // more tokens than this take all blocks, in one row; -1: never
   int64_t at_most = 0;       // of the k, those below 0 are left out, except the best of all; -1 in their places, at the end
 
@@ -26,10 +25,9 @@ struct SelectBlocks {
     runtime.attribute(info, "k", &k);
     runtime.attribute(info, "shared", &shared);
     runtime.attribute(info, "shards", &shards);
-    runtime.attribute(info, "slack", &slack);
     runtime.attribute(info, "dense_above", &dense_above);
     runtime.attribute(info, "at_most", &at_most);
-    return k < 1 || shards < 1 || slack < 0 ? "SelectBlocks: k and shards are at least 1, slack at least 0" : nullptr;
+    return k < 1 || shards < 1 ? "SelectBlocks: k and shards are at least 1" : nullptr;
   }
 
   const char* compute(const ort::Runtime& runtime, ort::KernelContext* context) const {
@@ -59,7 +57,7 @@ struct SelectBlocks {
 
  private:
   // What each shard hands on.
-  int64_t local(int64_t blocks) const { return std::min((k + shards - 1) / shards + slack, blocks / shards); }
+  int64_t local(int64_t blocks) const { return std::min((k + shards - 1) / shards, blocks / shards); }
 
   // Takes those that are below 0 out of the chosen ones; the best stays, of equal ones the first.
   static void leave_out(const float* scores, int64_t take, int32_t* chosen) {

@@ -172,11 +172,11 @@ def _padded(form: Form, shapes: Shapes) -> tuple[int, int]:
 
 def _constants(form: Form, shapes: Shapes, tile: Tile) -> dict[str, Any]:
     count = int(shapes["scores"][-1])
-    k, shards, slack = (int(form.attributes[name]) for name in ("k", "shards", "slack"))
+    k, shards = (int(form.attributes[name]) for name in ("k", "shards"))
     return {
         "COUNT": count,
         "SHARDS": shards,
-        "LOCAL": local_k(k, shards, slack, count),
+        "LOCAL": local_k(k, shards, count),
         "BITS": 32 if form.given["scores"] == "tensor(float)" else 16,
         "DENSE_ABOVE": int(form.attributes["dense_above"]),
         "AT_MOST": int(form.attributes["at_most"]),

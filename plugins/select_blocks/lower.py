@@ -37,8 +37,8 @@ def _blocks(node: gs.Node) -> int:
 
 def _chosen(nodes: Nodes, node: gs.Node, scores: gs.Tensor, blocks: int) -> gs.Tensor:
     """Numbers of the chosen ones of so many blocks."""
-    k, shared, shards, slack, above, at_most = (
-        int(node.attrs[key]) for key in ("k", "shared", "shards", "slack", "dense_above", "at_most")
+    k, shared, shards, above, at_most = (
+        int(node.attrs[key]) for key in ("k", "shared", "shards", "dense_above", "at_most")
     )
     if k > blocks or blocks % shards:
         raise ValueError(f"chooses {k} of {blocks} blocks in {shards} shards")
@@ -48,7 +48,7 @@ def _chosen(nodes: Nodes, node: gs.Node, scores: gs.Tensor, blocks: int) -> gs.T
         return nodes.tensor(every)
     flat = nodes("Reshape", scores, [-1, blocks])
     rows = nodes("ReduceMax", flat, [0], keepdims=1) if shared else flat
-    best, chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, slack, blocks))
+    best, chosen = _best(nodes, rows, k, blocks, shards, local_k(k, shards, blocks))
     if at_most:
         chosen = _left_out(nodes, best, chosen, k, blocks)
     if any(output is node.outputs[0] for output in nodes.graph.outputs):

@@ -163,7 +163,7 @@ def test_ids_of_small_tables(way: str, kind: str, tmp_path: Path) -> None:
     model.graph.output[0].type.tensor_type.ClearField("shape")
     onnx.save(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    feeds = random_feeds(load_graph(tmp_path / "model.onnx"), {"batch": 4, "tokens": 50}, np.random.default_rng())
+    feeds = random_feeds(load_graph(tmp_path / "model.onnx"), {"batch": 4, "tokens": 50}, seeded())
     session.run(None, feeds)
     if way != "unknown":
         (given,) = feeds.values()

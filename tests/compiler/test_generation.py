@@ -14,6 +14,7 @@ import torch
 import zoo
 from clear import clear_prompts
 from scipy.special import softmax
+from seeds import seeded
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -41,7 +42,7 @@ def cli(*words: object) -> Any:
 
 @pytest.mark.parametrize("family", zoo.DECODERS)
 def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
-    model, rng = zoo.tiny_model(family), np.random.default_rng()
+    model, rng = zoo.tiny_model(family), seeded()
     runner = OnnxRuntimeRunner(zoo.exported(family, "cached"))
     prompts = clear_prompts(runner, (7, 1, 4), 12, (3, model.config.vocab_size), rng)
     found = np.stack(list(generate(runner, prompts, max_new_tokens=12)), 1)
@@ -89,7 +90,7 @@ def test_the_context_bounds_the_answer() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.8}], ids=str)
 def test_draws_fall_as_they_should(options: dict[str, float]) -> None:
-    rng, temperature = np.random.default_rng(), 0.7
+    rng, temperature = seeded(), 0.7
     logits = rng.standard_normal(8).astype(np.float32) * 2
     sampling = Sampling(temperature=temperature, **options)
     kept = np.argsort(-logits)[: int(options.get("top_k", 8))]

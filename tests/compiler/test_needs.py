@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 import zoo
+from seeds import seeded
 
 from trimtab.compiler import compile_model, pipeline, profile_cache
 from trimtab.compiler.calibrate import calibrate
@@ -36,7 +37,7 @@ class Watch(Pass):
 
 
 def data(family: str, folder: Path, samples: int = 9, tokens: int = 11) -> tuple[Dataset, dict[str, np.ndarray]]:
-    feeds = zoo.feeds(family, samples, tokens, np.random.default_rng())
+    feeds = zoo.feeds(family, samples, tokens, seeded())
     np.savez(folder / "data.npz", **feeds)
     return read_data(folder / "data.npz"), feeds
 

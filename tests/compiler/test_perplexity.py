@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from scipy.special import log_softmax
+from seeds import seeded
 
 from trimtab.compiler import compile_model
 from trimtab.compiler.checks.decoded import as_decoded
@@ -19,7 +20,7 @@ from trimtab.passes.errors import DataError
 
 
 def test_equals_torch_on_texts_of_any_length() -> None:
-    model, rng = zoo.tiny_model("llama"), np.random.default_rng()
+    model, rng = zoo.tiny_model("llama"), seeded()
     rows = [rng.integers(3, 131, length) for length in (12, 3, 1, 7)]
     total, tokens, feeds = 0.0, 0, []
     for pair in (rows[:2], rows[2:]):
@@ -60,7 +61,7 @@ def test_nothing_to_predict_is_said() -> None:
 
 def test_a_sparse_build_is_judged_as_it_generates(tmp_path: Path) -> None:
     """A whole text goes the dense way through it, and would show no difference."""
-    rng = np.random.default_rng()
+    rng = seeded()
     text = "\n".join(" ".join(f"w{i}" for i in rng.integers(4, 131, rng.integers(5, 20))) for _ in range(40))
     (tmp_path / "texts.txt").write_text(text)
     source = zoo.save_pretrained("llama", tmp_path / "model")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from blake3 import blake3
+from seeds import seeded
 
 from trimtab.compiler.caching import remembered as module
 from trimtab.compiler.caching import stamp
@@ -55,7 +56,7 @@ def rewrite(path: Path, place: int, *, rename: bool = False) -> None:
 
 
 def test_hashes_are_blake3_of_the_whole_or_a_part(tmp_path: Path) -> None:
-    data = np.random.default_rng().bytes(9_000_001)
+    data = seeded().bytes(9_000_001)
     (tmp_path / "f").write_bytes(data)
     assert hash_file(tmp_path / "f") == file_hash(tmp_path / "f") == blake3(data).hexdigest()
     assert hash_file(tmp_path / "f", 17, 5_000_000) == blake3(data[17:5_000_017]).hexdigest()
@@ -84,7 +85,7 @@ def test_one_byte_is_noticed_whatever_the_times_say(
     tmp_path: Path, settled: Callable[[], None], place: int, rename: bool
 ) -> None:
     path = tmp_path / "f"
-    path.write_bytes(np.random.default_rng().bytes(5000))
+    path.write_bytes(seeded().bytes(5000))
     for _ in range(3):
         settled()
         assert file_hash(path) == hash_file(path)
@@ -135,7 +136,7 @@ def test_a_kept_hash_that_was_damaged_is_not_believed(
     root: Path, tmp_path: Path, settled: Callable[[], None], reads: list[Path], content: bytes | None
 ) -> None:
     path = tmp_path / "f"
-    path.write_bytes(np.random.default_rng().bytes(100))
+    path.write_bytes(seeded().bytes(100))
     settled()
     first = file_hash(path)
     (kept,) = (root / "stamps").iterdir()
@@ -242,7 +243,7 @@ def test_a_models_fingerprint_follows_a_link_to_its_data(tmp_path: Path, settled
 def test_a_checkpoint_follows_every_byte_of_its_shards(tmp_path: Path, settled: Callable[[], None]) -> None:
     from safetensors.numpy import save_file
 
-    rng, names = np.random.default_rng(), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    rng, names = seeded(), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in names:
         save_file({name[:11]: rng.random((70, 30)).astype(np.float16)}, tmp_path / name)
     index = {"weight_map": {name[:11]: name for name in names}}

@@ -10,6 +10,7 @@ import pytest
 import zoo
 from rewrite import canonical
 from routes import profile_with, random_routers
+from seeds import seeded
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -37,7 +38,7 @@ def test_an_encoder_turned_by_its_dial(tmp_path: Path) -> None:
     engine = compiled(path, tmp_path, "bert", passes=["unpad", *RECIPE["passes"]])
     (dial,) = engine.dials
     assert (dial.name, dial.default, dial.exact) == ("route_threshold", pytest.approx(0.45), 0)
-    rng, dense = np.random.default_rng(), OnnxRuntimeRunner(path)
+    rng, dense = seeded(), OnnxRuntimeRunner(path)
     feeds = zoo.feeds("bert", 4, 17, rng)
     found = engine.run(feeds, speed=0)
     np.testing.assert_allclose(found["logits"], dense.run(feeds)["logits"], rtol=1e-4, atol=1e-4)
@@ -73,7 +74,7 @@ def test_a_model_that_nobody_trained(step: dict[str, Any], tmp_path: Path) -> No
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"w{i} w{i + 3} w{2 * i + 5} w9 w{i % 7 + 4}\n" for i in range(4, 40)), encoding="utf-8")
     built = compile_model(source, RECIPE | {"passes": ["unpad", step]}, tmp_path / "build", data=texts)
-    engine, rng = load(built.path), np.random.default_rng()
+    engine, rng = load(built.path), seeded()
     (dial,), (name,) = engine.dials, step
     assert (dial.exact, dial.default) == (0, {"ffn-threshold": 0.4, "ffn-route": 0.5}[name])
     rows = {row["name"]: row for row in built.manifest.model_dump(mode="json")["passes"]}[name]["details"]["layers"]

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import zoo
 from clear import clear_prompts
+from seeds import seeded
 from switched import variant
 from typer.testing import CliRunner
 
@@ -100,7 +101,7 @@ def prompts(engine: Engine, rng: np.random.Generator) -> list[list[int]]:
 
 def full_feeds(engine: Engine, batch: int, count: int, past: int = 0) -> dict[str, np.ndarray]:
     """Every input of a decoder, its cache too."""
-    rng = np.random.default_rng()
+    rng = seeded()
     sizes = {"batch": batch, "tokens": count, "past": past, "total": past + count}
     found = {}
     for tensor in engine.inputs:
@@ -126,13 +127,13 @@ def test_dense_equals_one_device(folder: Path, dense: Engine) -> None:
     for batch, count, past in ((1, 1, 0), (2, 9, 0), (1, 2, 5), (3, 1, 4)):
         feeds = full_feeds(one, batch, count, past)
         close(dense.run(feeds), one.run(feeds))
-    asked = prompts(one, np.random.default_rng())
+    asked = prompts(one, seeded())
     np.testing.assert_array_equal(tokens(dense, asked), tokens(one, asked))
 
 
 def test_generations_take_turns(dense: Engine, folder: Path) -> None:
     """Each has a cache of its own in every process."""
-    rng = np.random.default_rng()
+    rng = seeded()
     one = load(compiled(folder, "llama", DENSE, 1).path)
     first, second = prompts(one, rng), prompts(one, rng)[:2]
     streams = [generate(dense.runner, asked, max_new_tokens=8) for asked in (first, second)]
@@ -143,7 +144,7 @@ def test_generations_take_turns(dense: Engine, folder: Path) -> None:
 
 def test_calls_of_many_threads(dense: Engine) -> None:
     """Every rank does them in the same order, and caches that nobody wants any more are dropped on the way."""
-    rng = np.random.default_rng()
+    rng = seeded()
     asked = [rng.integers(3, 132, (1, rng.integers(1, 9))).tolist() for _ in range(12)]
     feeds = [full_feeds(dense, 1, int(count)) for count in rng.integers(1, 9, 12)]
     wanted = [tokens(dense, prompt, 4) for prompt in asked], [dense.run(given) for given in feeds]
@@ -197,7 +198,7 @@ def whole_graph(folder: Path, build: Build) -> Any:
 
 def test_bert_in_four(folder: Path) -> None:
     one, four = (load(compiled(folder, "bert", DENSE, shards).path) for shards in (1, 4))
-    rng = np.random.default_rng()
+    rng = seeded()
     for batch, count in ((1, 1), (3, 17)):
         feeds = zoo.feeds("bert", batch, count, rng)
         close(four.run(feeds), one.run(feeds))
@@ -250,7 +251,9 @@ def test_commands(folder: Path) -> None:
     assert made.exit_code == 0, made.stderr
     assert "shard: 3 changed" in made.stdout
     said = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 5, "--json")
-    one = cli("generate", compiled(folder, "llama", DENSE, 1).path, "--prompt", "w5 w6", "--max-new-tokens", 5, "--json")
+    one = cli(
+        "generate", compiled(folder, "llama", DENSE, 1).path, "--prompt", "w5 w6", "--max-new-tokens", 5, "--json"
+    )
     assert json.loads(said.stdout)["answers"] == json.loads(one.stdout)["answers"]
     packed = cli("package", out, "--genai", folder / "genai")
     assert packed.exit_code == 1 and "divided into 2 shards" in packed.stderr and "without --shards" in packed.stderr

@@ -69,7 +69,7 @@ def test_hugging_face_directory(bert, monkeypatch, capfd):
     floats = {values(t).dtype for t in graph.tensors().values() if hasattr(t, "values") and values(t).dtype.kind == "f"}
     assert floats == {np.dtype(np.float32)}
 
-    inputs = feeds("bert", 3, 14, np.random.default_rng())
+    inputs = feeds("bert", 3, 14, seeded())
     model = type(tiny_model("bert")).from_pretrained(bert, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
@@ -98,7 +98,7 @@ def test_sentence_transformers_folder(tmp_path, mode):
         pickle_weights(folder)
     source = open_source(folder, allow_pickle=mode == "cls")
     assert source.max_tokens == 17
-    inputs = feeds("distilbert", 4, 9, np.random.default_rng())
+    inputs = feeds("distilbert", 4, 9, seeded())
     states, embedding = run(source.onnx, inputs, ["last_hidden_state", "sentence_embedding"])
     np.testing.assert_allclose(states, run(exported("distilbert"), inputs)[0], atol=1e-5)
     mask = inputs["attention_mask"][..., None]
@@ -266,7 +266,7 @@ def test_from_torch():
     assert (source.kind, source.origin) == ("torch", "Block")
     assert module.training
     assert not module.up.training  # each part has its own mode back
-    x = np.random.default_rng().standard_normal((7, 12), dtype=np.float32)
+    x = seeded().standard_normal((7, 12), dtype=np.float32)
     with torch.no_grad():
         expected = module.eval()(torch.from_numpy(x), scale=torch.tensor(2.0)).numpy()
     np.testing.assert_allclose(

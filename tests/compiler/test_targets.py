@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from seeds import seeded
 
 from trimtab.compiler.checks.cost import Counter
 from trimtab.compiler.targets import TARGET_NAMES, Target, get_target, kernels, onnxruntime, sessions, trials
@@ -48,7 +49,7 @@ def test_every_target_can_be_had_by_name_and_an_unknown_one_names_the_nearest() 
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_build_and_open_compute_the_graph(tmp_path: Path, batch: int) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     w = linear(tmp_path, rng)
     target = get_target("onnxruntime")
     assert target.build(tmp_path / MODEL, Workload(), tmp_path / "engine") == []
@@ -160,7 +161,7 @@ def test_the_probe_tells_what_trial_models_really_do(monkeypatch: pytest.MonkeyP
     """Every width that is claimed is multiplied as integers; a runtime that leaves the op alone claims none."""
     capability = get_target("onnxruntime").probe()
     assert 4 in capability.weight_bits
-    x = np.random.default_rng().normal(size=(5, trials.K)).astype(np.float32)
+    x = seeded().normal(size=(5, trials.K)).astype(np.float32)
     assert capability.negative_scales
     for bits, signed in [*((bits, False) for bits in capability.weight_bits), (4, True)]:
         model, w = trials.blockwise(bits, signed=signed)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from exits import Exiting
 from rewrite import canonical, session
+from seeds import seeded
 from stand_ins import stand_in
 from zoo import exported, feeds
 
@@ -60,7 +61,7 @@ def test_a_model_in_several_engines_computes_the_same(tmp_path: Path, family: st
     weights = [sum(np.prod(t.dims) for t in load_proto(path).graph.initializer) for path in prepared.models]
     assert min(weights) > 1000  # each has layers of its own
     runner, _ = chain(prepared, model)
-    rng, dense = np.random.default_rng(), session(model)
+    rng, dense = seeded(), session(model)
     for batch, tokens in ((1, 1), (3, 9), (4, 16)):
         given = feeds(family, batch, tokens, rng)
         (want,) = dense.run(None, given)
@@ -92,7 +93,7 @@ def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, segments: int, exporte
 def test_samples_leave_between_engines(tmp_path: Path) -> None:
     """Engines have outputs that go when they run again; one whose samples have all left is not run."""
     used: list[int] = []
-    exiting = Exiting("bert", tmp_path, np.random.default_rng())
+    exiting = Exiting("bert", tmp_path, seeded())
     ranks = {t.name: len(t.shape) for path in exiting.parts for t in session(path).get_inputs()}
     wide = {name: ((1,) * rank, (1,) * rank, (99,) * rank) for name, rank in ranks.items()}
     stages = [stand_in(path, {"all": wide}, used) for path in exiting.parts]
@@ -186,7 +187,7 @@ def test_calls_of_many_threads_wait_for_each_other(tmp_path: Path) -> None:
     """An engine's outputs go when it runs again, so a call that did not wait would show."""
     model = exported("llama", "cached")
     runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=2), model)
-    rng = np.random.default_rng()
+    rng = seeded()
     prompts = [rng.integers(3, 100, (1, rng.integers(1, 9))).tolist() for _ in range(16)]
 
     def answer(prompt: list[list[int]]) -> list[int]:
@@ -221,7 +222,7 @@ def test_shapes_outside_of_the_profile_are_refused_by_name(tmp_path: Path) -> No
     model = canonical_file("bert", tmp_path)
     runner, used = chain(prepare(model, ENCODER, tmp_path, plugins=False, segments=1), model)
     with pytest.raises(TargetError, match=r"'input_ids' has the shape \[2, 17\].*\[1, 1\] to \[4, 16\]"):
-        runner.run(feeds("bert", 2, 17, np.random.default_rng()))
+        runner.run(feeds("bert", 2, 17, seeded()))
     with pytest.raises(TargetError, match="takes the inputs input_ids"):
         runner.run({"ids": np.zeros((1, 2), np.int64)})
     assert not used

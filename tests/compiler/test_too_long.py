@@ -7,6 +7,7 @@ from pathlib import Path
 import heads
 import numpy as np
 import pytest
+from seeds import seeded
 from typer.testing import CliRunner
 
 from trimtab.compiler import compile_model, load
@@ -31,7 +32,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def feeds(tokens: int) -> dict[str, np.ndarray]:
-    return heads.feeds(np.random.default_rng(), 2, tokens)
+    return heads.feeds(seeded(), 2, tokens)
 
 
 def test_an_engine(build: Path) -> None:

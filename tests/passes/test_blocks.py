@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import zoo
 from rewrite import canonical, profile_of
+from seeds import seeded
 from streams import run, streams
 from written import HEADS, NORM, PLAIN, PROJECTIONS, anatomy_of, tower
 
@@ -30,7 +31,7 @@ EXPORTED = [(family, exporter) for family in zoo.FAMILIES for exporter in ("dyna
 def test_streams_are_the_models_own(family: str, exporter: str, tmp_path: Path) -> None:
     graph = canonical(zoo.exported(family, exporter))
     anatomy = find_anatomy(graph)
-    feeds = zoo.feeds(family, 2, 9, np.random.default_rng())
+    feeds = zoo.feeds(family, 2, 9, seeded())
     want = streams(zoo.tiny_model(family), feeds, NEXT.get(family), MIDDLE.get(family))
     assert len(anatomy.blocks) == len(want)
     real = feeds["attention_mask"] == 1 if "attention_mask" in feeds else ...
@@ -64,7 +65,7 @@ def test_probabilities_are_rows_that_sum_to_one(family: str, exporter: str, tmp_
     """[batch, heads, queries, keys] or [batch · heads, queries, keys], and nothing for keys that are padding."""
     graph = canonical(zoo.exported(family, exporter))
     attentions = find_anatomy(graph).attentions
-    feeds = zoo.feeds(family, 3, 7, np.random.default_rng())
+    feeds = zoo.feeds(family, 3, 7, seeded())
     tensors = [a.probabilities for a in attentions if a.probabilities is not None]
     assert len(tensors) == len(attentions)
     mask = feeds.get("attention_mask")

@@ -61,7 +61,7 @@ def test_by_rows_a_sample_is_answered_as_alone(family: str, tmp_path: Path) -> N
     assert [left.why for left in result.left if "whole batch" in left.why] == (
         ["its integers would have one scale for the whole batch"] if family == "vit" else []
     )
-    feeds = zoo.feeds(family, 4, 11, np.random.default_rng())
+    feeds = zoo.feeds(family, 4, 11, seeded())
     if family == "vit":
         feeds["pixel_values"][1] *= 50
     together = answers(tmp_path / "int8.onnx", feeds)
@@ -72,7 +72,7 @@ def test_by_rows_a_sample_is_answered_as_alone(family: str, tmp_path: Path) -> N
 
 def test_by_rows_behind_unpad_padding_and_company_change_nothing(tmp_path: Path) -> None:
     """And a batch may be empty, as it is once all samples have left."""
-    graph, rng = load_graph(zoo.exported("bert")), np.random.default_rng()
+    graph, rng = load_graph(zoo.exported("bert")), seeded()
     run_passes(graph, [Canonicalize(), pass_class("unpad")(), DynamicInt8(scales="row")], PassContext())
     save_graph(graph, tmp_path / "int8.onnx")
     assert not {"MatMul", "MatMulInteger"} & {node.op for node in graph.nodes}
@@ -102,7 +102,7 @@ def test_activations_join_their_products(scales: str, tmp_path: Path) -> None:
     left = {"Gelu", "Tanh"} if scales == "tensor" else set()
     graph, _ = quantized(zoo.exported("bert"), tmp_path / "int8.onnx", scales)
     assert {node.op for node in graph.nodes} & {"Gelu", "Tanh", "Erf"} == left
-    rng = np.random.default_rng()
+    rng = seeded()
     text = """<ir_version: 10, opset_import: ["" : 17]> g (float[B, 24] x) => (float[B, 8] y, float[B, 32] h) {
         p = MatMul(x, up)  h = Add(p, bias)  a = Relu(h)  z = MatMul(a, down)  y = Sigmoid(z)
     }"""
@@ -152,7 +152,7 @@ def test_only_products_with_weights_are_left(scales: str, tmp_path: Path) -> Non
         turned = Gemm <alpha = 0.5> (scaled, down)  y = Relu(turned)
     }"""
     model = onnx.parser.parse_model(text)
-    rng = np.random.default_rng()
+    rng = seeded()
     shapes = {"w": (24, 24), "shift": (24,), "up": (24, 16), "two": (24, 16), "down": (16, 8)}
     arrays = {name: rng.uniform(1, 2, shape).astype(np.float32) for name, shape in shapes.items()}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())

@@ -12,6 +12,7 @@ import zoo
 from rewrite import canonical, head_profile, profile_of, run_part, session
 from scipy.special import log_softmax
 from scipy.stats import binom
+from seeds import seeded
 
 from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
@@ -38,7 +39,7 @@ def test_exact_end_equals_dense(family: str, exact: str, tmp_path: Path) -> None
     options = {"take": vocabulary} if exact == "all" else {"take": 20, "rank": 8, "dense_above": 0}
     assert rewrite(graph, **options).changed == 1
     save_graph(graph, tmp_path / "head.onnx")
-    rng = np.random.default_rng()
+    rng = seeded()
     for batch, tokens in ((1, 1), (3, 9)):
         feeds = zoo.feeds(family, batch, tokens, rng)
         (dense,), (ours,) = outputs(path, feeds), outputs(tmp_path / "head.onnx", feeds)
@@ -67,7 +68,7 @@ def test_candidates_are_exact_and_the_tail_is_cheap(family: str, tmp_path: Path)
 
 def test_the_tail_keeps_its_share_of_the_softmax() -> None:
     """Without the correction by variance, a low-rank tail has too little of it."""
-    rng = np.random.default_rng()
+    rng = seeded()
     states = rng.standard_normal((4000, 32)).astype(np.float32)
     head = Head(
         (rng.standard_normal((32, 3000)) * 0.35).astype(np.float32), rng.standard_normal(3000).astype(np.float32)
@@ -86,7 +87,7 @@ def test_the_tail_keeps_its_share_of_the_softmax() -> None:
 
 def test_divergence_and_places_are_those_of_their_definition() -> None:
     """In float64, where no two logits are so near that the order of a sum ranks them."""
-    rng = np.random.default_rng()
+    rng = seeded()
     states = rng.standard_normal((150, 12))
     head = Head(rng.standard_normal((12, 90)), None)
     cheap = CheapHead.fit(head, states, 4)
@@ -144,7 +145,7 @@ def test_weights_in_every_form(weights: str, tolerance: float, tmp_path: Path) -
     graph = canonical(path)
     rewrite(graph, take=131, weights=weights)
     save_graph(graph, tmp_path / "head.onnx")
-    feeds = zoo.feeds("llama", 2, 5, np.random.default_rng())
+    feeds = zoo.feeds("llama", 2, 5, seeded())
     (dense,), (ours,) = outputs(path, feeds), outputs(tmp_path / "head.onnx", feeds)
     assert 0 < np.linalg.norm(ours - dense) < tolerance * np.linalg.norm(dense)
 

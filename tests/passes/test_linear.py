@@ -7,6 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
+from seeds import seeded
 
 from trimtab.passes.graph import constant
 from trimtab.passes.graph.linear import Linear, match_linear
@@ -38,7 +39,7 @@ def check(body: str, constants: dict[str, np.ndarray | onnx.TensorProto], *, tol
     assert linear.w().shape == (IN, OUT)
     bias = linear.b()
     assert linear.params == IN * OUT + (0 if bias is None else OUT)
-    x = np.random.default_rng().standard_normal((5, IN), np.float32)
+    x = seeded().standard_normal((5, IN), np.float32)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fusions may round x to int8
     (want,) = ort.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})
@@ -67,7 +68,7 @@ def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
     ],
 )
 def test_forms(body: str, transposed: bool, nodes: int) -> None:
-    held = weights(np.random.default_rng())
+    held = weights(seeded())
     if transposed:
         held["w"] = held["w"].T.copy()
     if "Cast" in body:
@@ -91,12 +92,12 @@ def test_forms(body: str, transposed: bool, nodes: int) -> None:
     ],
 )
 def test_what_is_no_linear(body: str) -> None:
-    graph, _ = built("v = Relu (x) " + body, weights(np.random.default_rng()))
+    graph, _ = built("v = Relu (x) " + body, weights(seeded()))
     assert not [node for node in graph.nodes if match_linear(node)]
 
 
 def test_a_product_used_twice_keeps_its_bias_outside() -> None:
-    graph, _ = built("p = MatMul (x, w) q = Add (p, b) y = Mul (p, q)", weights(np.random.default_rng()))
+    graph, _ = built("p = MatMul (x, w) q = Add (p, b) y = Mul (p, q)", weights(seeded()))
     linear = match_linear(graph.nodes[0])
     assert linear is not None
     assert linear.bias is None
@@ -105,7 +106,7 @@ def test_a_product_used_twice_keeps_its_bias_outside() -> None:
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_dequantized_int8(axis: int | None) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     size = () if axis is None else (IN, OUT)[axis]
     held = {
         "q": rng.integers(-128, 128, (IN, OUT)).astype(np.int8),
@@ -120,7 +121,7 @@ def test_dequantized_int8(axis: int | None) -> None:
 
 
 def test_dequantized_int4_blocks() -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     q = onnx.helper.make_tensor("q", onnx.TensorProto.INT4, (IN, OUT), rng.integers(-8, 8, (IN, OUT)).flatten())
     scale = rng.uniform(0.01, 0.1, (IN // 16, OUT)).astype(np.float32)
     linear = check("w = DequantizeLinear <axis = 0, block_size = 16> (q, s) y = MatMul (x, w)", {"q": q, "s": scale})
@@ -130,7 +131,7 @@ def test_dequantized_int4_blocks() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_matmul_nbits(bits: int, zeros: bool) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     blocks = IN // 32
     held: dict[str, np.ndarray] = {
         "q": rng.integers(0, 256, (OUT, blocks, 32 * bits // 8)).astype(np.uint8),

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from choices import clearness
 from rewrite import canonical, head_profile, session
+from seeds import seeded
 from zoo import exported, feeds, tiny_model
 
 from trimtab.compiler.decoder_cache import step_feeds
@@ -56,7 +57,7 @@ def _profile(graph: Any) -> Any:
 
 def assert_same(before: Path, after: Path, family: str, atol: float, shapes: list[tuple[int, int]]) -> None:
     """Relative to the largest output of many inputs, for some by which no choice hangs on rounding."""
-    rng, clear = np.random.default_rng(), clearness(before)
+    rng, clear = seeded(), clearness(before)
     one, two = session(before), session(after)
     sizes = [np.abs(output).max() for output in one.run(None, feeds(family, 24, 5, rng))]
     for batch, tokens in shapes:
@@ -168,7 +169,7 @@ def topk_model(path: Path, n: int, k: int, largest: int, dtype: str = "float") -
 def test_topk_of_more_than_tensorrt_takes_at_once(tmp_path: Path, n: int, k: int, largest: int) -> None:
     found, done = lowered(topk_model(tmp_path / "m.onnx", n, k, largest), tmp_path / "b")
     assert done == {"TopK": 1}
-    x = np.random.default_rng().permutation(3 * n).reshape(3, n).astype(np.float32)
+    x = seeded().permutation(3 * n).reshape(3, n).astype(np.float32)
     y, places = session(found).run(None, {"x": x})
     order = np.argsort(-x if largest else x, axis=1)[:, :k]
     np.testing.assert_array_equal(places, order)
@@ -179,7 +180,7 @@ def test_topk_of_more_than_tensorrt_takes_at_once(tmp_path: Path, n: int, k: int
 
 def test_topk_of_ties_takes_each_place_once(tmp_path: Path) -> None:
     found, _ = lowered(topk_model(tmp_path / "m.onnx", 6000, 5000, 1), tmp_path / "b")
-    x = np.random.default_rng().integers(0, 3, (2, 6000)).astype(np.float32)
+    x = seeded().integers(0, 3, (2, 6000)).astype(np.float32)
     _, places = session(found).run(None, {"x": x})
     assert all(len(set(row)) == 5000 for row in places.tolist())
 
@@ -195,7 +196,7 @@ def test_a_choice_of_more_than_tensorrt_takes_at_once(tmp_path: Path) -> None:
     save_graph(graph, tmp_path / "m.onnx")
     found, _ = lowered(tmp_path / "m.onnx", tmp_path / "b")
     assert_standard(found)
-    x = np.random.default_rng().normal(size=(2, 11008)).astype(np.float32)
+    x = seeded().normal(size=(2, 11008)).astype(np.float32)
     (got,) = session(found).run(None, {"scores": x})
     np.testing.assert_array_equal(got, np.sort(np.argsort(-x, axis=1)[:, :5504], axis=1))
 
@@ -245,7 +246,7 @@ def test_options_of_attention(
 ) -> None:
     """Against ONNX Runtime's own op: rotation (1: of halves, 2: of neighbours), windows, caps, shared keys."""
     width = 16
-    rng = np.random.default_rng()
+    rng = seeded()
     turn = f"do_rotary = 1, rotary_interleaved = {rotary - 1}, " if rotary else ""
     tables = ", cos, sin" if rotary else ""
     new = f"float[b, t, {heads * width}] q, float[b, t, {kv_heads * width}] k, float[b, t, {kv_heads * width}] v"
@@ -286,7 +287,7 @@ def test_options_of_attention(
 
 
 def test_small_ops_of_onnx_runtime(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     text = """<ir_version: 9, opset_import: ["" : 21, "com.microsoft" : 1]>
     g (float[rows, 64] x, float[rows, 64] r) => (float[rows, 32] y, float[rows, 64] s, float[rows, 64] t) {
       n = SimplifiedLayerNormalization <axis = -1, epsilon = 0.001> (x, w)
@@ -316,7 +317,7 @@ def test_small_ops_of_onnx_runtime(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_integers_are_what_they_were(bits: int, tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 21, "com.microsoft" : 1]>
     g (float[rows, 64] x) => (float[rows, 33] y) {{
       y = com.microsoft.MatMulNBits <N = 33, K = 64, bits = {bits}, block_size = 32> (x, q, scale)
@@ -337,7 +338,7 @@ def test_packed_integers_are_what_they_were(bits: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1, 3, 9])
 def test_no_more_blocks_are_kept_than_there_are(keep: int, tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["" : 21, "{DOMAIN}" : 1]>
     g (float[rows, 12] h, int32[1, 3] blocks) => (float[rows, 12] y) {{
       y = {DOMAIN}.KeepLargest <block = 4, keep = {keep}> (h, blocks, importance)
@@ -374,7 +375,7 @@ def test_what_has_no_standard_form_is_named(tmp_path: Path) -> None:
 
 def test_counted_sizes(tmp_path: Path) -> None:
     """Of none, some and all; what ONNX Runtime itself finds."""
-    rng = np.random.default_rng()
+    rng = seeded()
     text = """<ir_version: 9, opset_import: ["" : 21]>
     g (float[a] one, bool[a, b] two, int64[a, b, c] three, bool[n] short) =>
       (int64[1, r] y1, int64[2, s] y2, int64[3, t] y3, bool[a, u] y4, int64[v] y5) {

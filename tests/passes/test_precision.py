@@ -14,6 +14,7 @@ import pytest
 from half import parsed as model
 from onnx import TensorProto
 from rewrite import canonical, profile_of, session
+from seeds import seeded
 from zoo import FAMILIES, exported, feeds
 
 from trimtab.passes import Capability, PassContext, pass_class, run_passes
@@ -49,7 +50,7 @@ def types(path: Path) -> dict[str, set[int]]:
 
 def worst(before: Path, after: Path, family: str, shapes: tuple[tuple[int, int], ...] = ((1, 5), (3, 9))) -> float:
     """Of the largest output of many inputs: those of one alone may happen to be small."""
-    rng, one, two = np.random.default_rng(), session(before), session(after)
+    rng, one, two = seeded(), session(before), session(after)
     sizes = [np.abs(output).max() for output in one.run(None, feeds(family, 24, 9, rng))]
     errors = []
     for batch, tokens in shapes:
@@ -140,7 +141,7 @@ def test_what_an_op_declares_as_float_stays(tmp_path: Path) -> None:
         for name, kind, shape in (("x", np.float32, ["t", 16]), ("o", np.int32, ["b"]), ("s", np.float32, [1]))
     )
     graph = gs.Graph(inputs=[x, offsets, threshold], opset=21, ir_version=10)
-    rng = np.random.default_rng()
+    rng = seeded()
     q = gs.Variable("q", np.float32, ["t", 16])
     graph.nodes.append(gs.Node("MatMul", inputs=[x, gs.Constant("w", rng.random((16, 16), np.float32))], outputs=[q]))
     given = {"q": q, "k": q, "v": q, "offsets": offsets}
@@ -201,7 +202,7 @@ def test_masks_stay_finite_and_large_weights_stay(tmp_path: Path) -> None:
     )  # fmt: skip
     in_half(graph)
     run = session(saved(graph, tmp_path))
-    x = np.random.default_rng().normal(size=(3, 8)).astype(np.float32)
+    x = seeded().normal(size=(3, 8)).astype(np.float32)
     y, z = run.run(None, {"x": x, "m": np.zeros((3, 8), bool)})
     assert np.isfinite(y).all() and np.allclose(y.sum(1), 1, atol=1e-2)
     np.testing.assert_allclose(z, 1e6 * x, rtol=2e-3)
@@ -235,7 +236,7 @@ def test_ops_that_are_asked_to_stay(tmp_path: Path) -> None:
 
 def test_bfloat16(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime's CPU has no kernels for it: ONNX's own evaluator runs a small graph."""
-    rng = np.random.default_rng()
+    rng = seeded()
     w = rng.normal(size=(16, 8)).astype(np.float32)
     graph = model("g (float[n, 16] x) => (float[n, 8] y) { h = MatMul (x, w) \n y = Relu (h) }", w=w)
     in_half(graph, type="bfloat16")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from rewrite import profile_of
+from seeds import seeded
 
 from trimtab.passes import PassContext, run_passes
 from trimtab.passes.ffn_topk.topk import FFNTopK
@@ -25,7 +26,7 @@ def graph_of(*weights: gs.Constant) -> gs.Graph:
 
 
 def test_large_weights_lie_in_the_file_and_are_saved(tmp_path: Path) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in (BIG, SMALL, BIG)]
     with scratch(tmp_path):
         made = [constant(f"w{i}", array.T) for i, array in enumerate(arrays)]
@@ -41,7 +42,7 @@ def test_large_weights_lie_in_the_file_and_are_saved(tmp_path: Path) -> None:
 
 
 def test_types_that_numpy_lacks(tmp_path: Path) -> None:
-    packed = np.random.default_rng().integers(0, 256, 1 << 21).astype(np.uint8)
+    packed = seeded().integers(0, 256, 1 << 21).astype(np.uint8)
     proto = onnx.helper.make_tensor("q", onnx.TensorProto.INT4, (2048, 2048), packed.tobytes(), raw=True)
     with scratch(tmp_path):
         w = constant("q", proto)

@@ -45,7 +45,7 @@ def test_is_near_the_dense_model(
     result = rewrite(graph, capability, bits=bits, block=16)
     assert result.changed > 0
     save_graph(graph, tmp_path / "int.onnx")
-    feeds = zoo.feeds(family, 24, 11, np.random.default_rng())  # of a few alone, outputs may happen to be small
+    feeds = zoo.feeds(family, 24, 11, seeded())  # of a few alone, outputs may happen to be small
     for dense, ours in zip(outputs(path, feeds), outputs(tmp_path / "int.onnx", feeds), strict=True):
         assert 0 < np.linalg.norm(ours - dense) < tolerance * np.linalg.norm(dense)
     assert result.details["bytes"] < result.details["dense_bytes"] * {8: 0.34, 4: 0.21}[bits]
@@ -114,7 +114,7 @@ def test_stands_behind_sparse_ffns(tmp_path: Path) -> None:
     results = run_passes(graph, steps, PassContext(profile_of(graph), EVERYTHING))
     assert all(result.changed for result in results)
     save_graph(graph, tmp_path / "both.onnx")
-    feeds = zoo.feeds("llama", 2, 7, np.random.default_rng())
+    feeds = zoo.feeds("llama", 2, 7, seeded())
     (dense,), (ours,) = outputs(zoo.exported("llama"), feeds), outputs(tmp_path / "both.onnx", feeds)
     assert 0 < np.linalg.norm(ours - dense) < 0.03 * np.linalg.norm(dense)
 

@@ -31,7 +31,7 @@ def check(found: dict[str, list[np.ndarray]], wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("distinct", [3, 1000])
 def test_each_token_takes_its_own(distinct: int) -> None:
     """With few distinct scores most are ties."""
-    rng = np.random.default_rng()
+    rng = seeded()
     scores = rng.integers(0, distinct, (2, 3, 40)).astype(np.float32)
     k = int(rng.integers(1, 41))
     check(everywhere(model(k=k), {"scores": scores}), np.stack([highest(row, k) for row in scores.reshape(6, 40)]))
@@ -68,37 +68,35 @@ def test_no_number_is_the_least(count: int) -> None:
 
 
 def test_shared_takes_what_any_token_wants_most() -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     scores = rng.standard_normal((2, 3, 40)).astype(np.float32)
     check(everywhere(model(k=7, shared=1), {"scores": scores}), highest(scores.max((0, 1)), 7)[None])
 
 
-@pytest.mark.parametrize("slack", [0, 1, 9])
-def test_shards_narrow_down_first(slack: int) -> None:
-    rng = np.random.default_rng()
+def handed_on(row: np.ndarray, k: int, shards: int) -> np.ndarray:
+    """The scores that shards hand on, each the best ⌈k / shards⌉ of its part; -inf in the places of the others."""
+    parts = row.reshape(shards, -1)
+    each = local_k(k, shards, len(row))
+    kept = np.full_like(parts, -np.inf)
+    for part, best in zip(parts, kept, strict=True):
+        best[highest(part, each)] = part[highest(part, each)]
+    return kept.reshape(-1)
+
+
+@pytest.mark.parametrize("k", [4, 10, 47])
+def test_shards_narrow_down_first(k: int) -> None:
+    rng = seeded()
     scores = rng.standard_normal((1, 5, 48)).astype(np.float32)
-    each, rows = local_k(10, 4, slack, 48), []
-    for row in scores[0]:
-        parts = [highest(part, each) + 12 * s for s, part in enumerate(row.reshape(4, 12))]
-        candidates = np.concatenate(parts)
-        rows.append(candidates[highest(row[candidates], 10)])
-    check(everywhere(model(k=10, shards=4, slack=slack), {"scores": scores}), np.stack(rows))
-
-
-def test_slack_enough_makes_shards_exact() -> None:
-    scores = np.random.default_rng().standard_normal((1, 5, 48)).astype(np.float32)
-    sharded = native(model(k=10, shards=4, slack=9)).run(None, {"scores": scores})
-    np.testing.assert_array_equal(sharded, native(model(k=10)).run(None, {"scores": scores}))
+    wanted = [highest(handed_on(row, k, 4), k) for row in scores[0]]
+    check(everywhere(model(k=k, shards=4), {"scores": scores}), np.stack(wanted))
 
 
 @pytest.mark.parametrize(("tokens", "taken"), [(1, 5), (4, 5), (5, 24)])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("shared", [0, 1])
 def test_a_prompt_takes_all(tokens: int, taken: int, shards: int, shared: int) -> None:
-    scores = np.random.default_rng().standard_normal((1, tokens, 24)).astype(np.float32)
-    for (blocks,) in everywhere(
-        model(k=5, dense_above=4, shards=shards, shared=shared, slack=5), {"scores": scores}
-    ).values():
+    scores = seeded().standard_normal((1, tokens, 24)).astype(np.float32)
+    for (blocks,) in everywhere(model(k=5, dense_above=4, shards=shards, shared=shared), {"scores": scores}).values():
         assert blocks.shape == (1 if shared or taken == 24 else tokens, taken)
         if taken == 24:
             np.testing.assert_array_equal(blocks[0], np.arange(24))
@@ -147,6 +145,6 @@ def test_at_most_takes_what_reaches_zero(tokens: int, shared: int, level: float)
 def test_at_most_in_shards_and_in_large_calls() -> None:
     rng = seeded()
     scores = rng.standard_normal((1, 5, 48)).astype(np.float32)
-    sharded = model(k=10, shards=4, slack=9, at_most=1, dense_above=5)
-    check(everywhere(sharded, {"scores": scores}), np.array([reached(row, 10) for row in scores[0]]))
+    sharded = model(k=10, shards=4, at_most=1, dense_above=5)
+    check(everywhere(sharded, {"scores": scores}), np.array([reached(handed_on(row, 10, 4), 10) for row in scores[0]]))
     check(everywhere(model(k=10, at_most=1, dense_above=4), {"scores": scores}), np.arange(48)[None])

@@ -19,6 +19,7 @@ from dialects import (
     summed,
     weights,
 )  # fmt: skip
+from seeds import seeded
 
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
@@ -35,7 +36,7 @@ def activations(mask: np.ndarray, dense: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("tokens", "selections"), SELECTIONS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, gated: bool) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     block, count = int(rng.integers(1, 5)), int(rng.integers(3, 30))
     width, neurons, k = 32 * int(rng.integers(1, 6)), block * count, int(rng.integers(1, count + 1))
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
@@ -73,7 +74,7 @@ def test_an_ffn_of_the_chosen_neurons(form: str, tokens: int, selections: int, g
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_rows(form: str, keep: int, shape: tuple[int, int]) -> None:
     """With a choice for each token, and with one for all."""
-    rng = np.random.default_rng()
+    rng = seeded()
     width, block, count, k = 64, 3, 10, 4
     graph = graph_of(x=(np.float32, ["batch", "tokens", width]), blocks=(np.int32, ["selections", k]))
     x, blocks = graph.inputs
@@ -92,7 +93,7 @@ def test_no_rows(form: str, keep: int, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = graph_of(x=(np.float32, ["batch", "tokens", 48]), blocks=(np.int32, ["selections", "k"]))
     inputs, up = weights("up", 40, 48, "float32", rng)
     h = add_node(
@@ -108,7 +109,7 @@ def test_every_activation(activation: str) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_all_blocks_are_the_dense_ffn(form: str) -> None:
     """The exact end of the dial, for a prompt: more tokens than any tile of the kernels holds."""
-    rng = np.random.default_rng()
+    rng = seeded()
     tokens, width, neurons = 37, 96, 60
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, [1, "k"]))
     ups, up = weights("up", neurons, width, form, rng)
@@ -128,7 +129,7 @@ def test_all_blocks_are_the_dense_ffn(form: str) -> None:
 @pytest.mark.parametrize(("tokens", "selections"), [*SELECTIONS, (11, 1)])
 @pytest.mark.parametrize("form", ["float32", "float16", "bfloat16"])
 def test_keeps_the_blocks_that_add_most(form: str, tokens: int, selections: int, gated: bool) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     block, count = int(rng.integers(1, 5)), int(rng.integers(6, 30))
     width, neurons, k = 48, block * count, int(rng.integers(4, count + 1))
     keep = int(rng.integers(1, k + 2))  # one more than there are, too
@@ -162,7 +163,7 @@ def test_keeps_the_blocks_that_add_most(form: str, tokens: int, selections: int,
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_of_zeros_add_nothing(form: str, block: int) -> None:
     """One token's rows are skipped where its activations are zero: some, all, and those between others."""
-    rng = np.random.default_rng()
+    rng = seeded()
     width, neurons = 96, 24 * block
     graph = graph_of(h=(np.float32, ["tokens", "chosen"]), blocks=(np.int32, ["tokens", "k"]))
     downs, down = weights("down", neurons, width, form, rng)
@@ -183,7 +184,7 @@ def test_rows_of_zeros_add_nothing(form: str, block: int) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_many_tokens_with_the_same_rows(form: str, tokens: int) -> None:
     """More tokens, places and rows than the kernels take at a time, none of them a multiple of what they take."""
-    rng = np.random.default_rng()
+    rng = seeded()
     width, neurons, k = 1100 if form != "int4" else 1120, 303, 97
     graph = graph_of(x=(np.float32, ["batch", "tokens", width]), blocks=(np.int32, [1, "k"]))
     gates, gate = weights("gate", neurons, width, form, rng)
@@ -203,7 +204,7 @@ def test_many_tokens_with_the_same_rows(form: str, tokens: int) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = graph_of(x=(np.float32, ["tokens", 64]), rows=(np.int32, ["tokens", "k"]))
     inputs, weight = weights("weight", 90, 64, form, rng)
     given: dict[str, gs.Tensor] = {"x": graph.inputs[0], "blocks": graph.inputs[1]} | inputs
@@ -221,7 +222,7 @@ def test_head_gives_the_logits_of_its_candidates(form: str, bias: bool) -> None:
 @pytest.mark.parametrize("width", [1, 3, 17, 63, 200])
 @pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8"])
 def test_widths_that_fill_no_vector(form: str, width: int) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, [1, "k"]))
     ups, up = weights("up", 13, width, form, rng)
     downs, down = weights("down", 13, width, form, rng)
@@ -239,7 +240,7 @@ def test_widths_that_fill_no_vector(form: str, width: int) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_of_many_vectors(form: str, block: int, width: int) -> None:
     """Whole vectors of every instruction set, what is left of one, and more outputs than a tile of kernels holds."""
-    rng = np.random.default_rng()
+    rng = seeded()
     tokens, count, k = int(rng.integers(1, 4)), 9, int(rng.integers(1, 9))
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
     gates, gate = weights("gate", block * count, width, form, rng)
@@ -261,7 +262,7 @@ def test_rows_of_many_vectors(form: str, block: int, width: int) -> None:
 
 
 def _bad(**change: object) -> gs.Graph:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = graph_of(x=(np.float32, ["tokens", 32]), blocks=(np.int32, ["selections", "k"]))
     inputs, _ = weights("up", 12, 32, "int8", rng)
     if "scale" in change:

@@ -12,6 +12,7 @@ import pytest
 from counting import COUNTING
 from dialects import FORMATS, close, finish, graph_of, some_blocks, weights
 from plugged import back, run
+from seeds import seeded
 
 from trimtab.compiler.targets.tensorrt.prepare import prepare as prepare_files
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
@@ -79,7 +80,7 @@ def feeds(rng: np.random.Generator, tokens: int, kind: type = np.float32) -> dic
 @pytest.mark.parametrize("keep", [0, 3])
 @pytest.mark.parametrize("form", ["float32", "float16", "bfloat16", "int8"])
 def test_nodes_become_those_of_plugins(form: str, keep: int) -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = ffn(rng, form, keep, layers=2)
     before = finish(graph, *graph.outputs)
     prepared = prepare(graph)
@@ -107,7 +108,7 @@ def test_nodes_become_those_of_plugins(form: str, keep: int) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_keep_is_an_op_of_its_own(form: str, kind: type) -> None:
     """All activations and then the largest are what SparseUp keeps; in half precision they are rounded in between."""
-    rng = np.random.default_rng()
+    rng = seeded()
     keep = int(rng.integers(1, 9))
     graph = ffn(rng, form, keep, kind)
     up = next(node for node in graph.nodes if node.op == "SparseUp")
@@ -142,14 +143,14 @@ def test_tensorrts_parser_takes_keep(tmp_path: Path) -> None:
 
 
 def test_without_keep_its_importance_goes() -> None:
-    graph = ffn(np.random.default_rng())
+    graph = ffn(seeded())
     split_keep(graph)
     assert not any(node.op == "KeepLargest" for node in graph.nodes)
     assert all(tensor.name != "layer.0/importance" for node in graph.nodes for tensor in node.inputs)
 
 
 def test_int4_stays_standard_ops() -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     graph = ffn(rng, "int4", keep=2)
     before = finish(graph, *graph.outputs)
     prepared = prepare(graph)
@@ -227,7 +228,7 @@ def test_within_branches() -> None:
 @pytest.mark.parametrize("form", ["float16", "int4"])
 def test_what_the_builder_gets(form: str, tmp_path: Path) -> None:
     """The target's files have plugins, and no body, since what stays is lowered."""
-    graph = ffn(np.random.default_rng(), form, keep=2)
+    graph = ffn(seeded(), form, keep=2)
     model = finish(graph, *graph.outputs)
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "out").mkdir()
@@ -284,7 +285,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'not installed; pip install "trimtab[tensorrt]"' in (missing() or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else find(name))
     with pytest.raises(RuntimeError, match="need the package triton"):
-        prepare(ffn(np.random.default_rng()))
+        prepare(ffn(seeded()))
 
 
 def test_sizes_behind_plugins_are_told() -> None:

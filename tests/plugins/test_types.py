@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 from dialects import ACTIVATIONS, FORMATS, finish, graph_of, mask_of, parted, some_blocks, weights
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
+from seeds import seeded
 
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
@@ -56,7 +57,7 @@ def in_half(parts: dict[str, gs.Tensor], dense: np.ndarray, kind: np.dtype) -> t
 @pytest.mark.parametrize("kind", TYPES)
 def test_an_ffn_in_half_precision(kind: str, form: str, beside: str) -> None:
     """Scales, biases and importance in float, or in half precision as well."""
-    rng, dtype = np.random.default_rng(), TYPES[kind]
+    rng, dtype = seeded(), TYPES[kind]
     tokens, width, block, count, k = 5, 64, 3, 11, 6
     keep, neurons = int(rng.integers(0, k + 1)), block * count
     graph = graph_of(x=(np.float32, ["tokens", width]), blocks=(np.int32, ["selections", "k"]))
@@ -105,7 +106,7 @@ def test_an_ffn_in_half_precision(kind: str, form: str, beside: str) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_head_in_half_precision(kind: str) -> None:
-    rng, dtype = np.random.default_rng(), TYPES[kind]
+    rng, dtype = seeded(), TYPES[kind]
     graph = graph_of(x=(np.float32, ["tokens", 64]), rows=(np.int32, ["tokens", "k"]))
     parts, weight = weights("weight", 90, 64, "int8", rng)
     bias = rng.standard_normal(90).astype(np.float32)
@@ -120,7 +121,7 @@ def test_a_head_in_half_precision(kind: str) -> None:
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("kind", TYPES)
 def test_scores_in_half_precision(kind: str, shared: int) -> None:
-    rng, dtype = np.random.default_rng(), TYPES[kind]
+    rng, dtype = seeded(), TYPES[kind]
     graph = graph_of(scores=(np.float32, ["tokens", 40]))
     blocks = add_node(
         graph, SELECT_BLOCKS, {"scores": cast(graph, graph.inputs[0], dtype, "s16")}, "blocks", k=7, shared=shared

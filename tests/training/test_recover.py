@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import zoo
 from recovery import ZeroNeurons, arrays_of, empty_profile, onnx_source, recipe
+from seeds import seeded
 
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.recipe import Recipe
@@ -96,7 +97,7 @@ def labelled(family: str, labels: np.ndarray, folder: Path) -> Dataset:
 
 def test_labels_draw_the_classes_to_themselves(bert: Source, tmp_path: Path) -> None:
     data = labelled("bert", np.full(60, 1), tmp_path)
-    feeds = zoo.feeds("bert", 64, 9, np.random.default_rng())
+    feeds = zoo.feeds("bert", 64, 9, seeded())
     plan, shares = recipe(ZeroNeurons()), []
     for weight in (0.0, 20.0):
         profile = recover(bert, plan, data, empty_profile(bert), SHORT.model_copy(update={"labels_weight": weight}))
@@ -209,7 +210,7 @@ def test_learns_with_the_rounding_of_a_pass_behind(bert: Source, tmp_path: Path)
 
 def test_learns_from_texts_of_every_length(tmp_path: Path) -> None:
     source = replace(onnx_source("bert"), tokenizer=zoo.save_pretrained("bert", tmp_path / "bert"))
-    words = np.random.default_rng().integers(0, 90, 4000).astype(str)
+    words = seeded().integers(0, 90, 4000).astype(str)
     lines = [" ".join(words[start : start + 1 + start % 17]) for start in range(0, 3600, 30)]
     (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
     data = read_data(tmp_path / "texts.txt")
@@ -223,7 +224,11 @@ def test_profile_survives_its_file(bert: Source, tmp_path: Path) -> None:
     plan, data = recipe(ZeroNeurons()), arrays_of("bert", 20, tmp_path)
     profile = recover(bert, plan, data, empty_profile(bert), Settings(steps=2, batch_size=4))
     profile.save(tmp_path / "p.safetensors")
-    compiled(bert, plan, Profile.load(tmp_path / "p.safetensors"))
+    tensors = compiled(bert, plan, Profile.load(tmp_path / "p.safetensors")).tensors()
+    learned = profile.learned("recover")
+    assert learned
+    for name, value in learned.items():
+        np.testing.assert_array_equal(values(tensors[name]), value)
 
 
 def test_profile_keeps_what_a_budget_chose(bert: Source, tmp_path: Path) -> None:

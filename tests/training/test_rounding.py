@@ -47,7 +47,7 @@ def test_as_the_pass_rounds(scales: str, per_channel: bool, saturates: bool, tmp
         pytest.skip("eight bits saturate on this processor")
     capability = replace(capability, saturates=saturates)
     step = DynamicInt8.model_validate({"per_channel": per_channel, "scales": scales})
-    rng = np.random.default_rng()
+    rng = seeded()
     graph, x = ffn(rng), rng.standard_normal((3, 5, 24)).astype(np.float32)
     x *= 10.0 ** rng.integers(-2, 2, (3, 5, 1))  # as one tensor, small rows keep little
     exact = GraphModule(graph)
@@ -92,7 +92,7 @@ def test_a_whole_model_as_the_pass_rounds_it(family: str, scales: str, tmp_path:
 def test_weights_behind_other_nodes_are_rounded_as_the_pass_does(product: str) -> None:
     text = f"""<ir_version: 10, opset_import: ["" : 23]>
     g (float[B, 8] x) => (float[B, 8] y) {{ {product} y = MatMul(x, w) }}"""
-    graph, rng = gs.import_onnx(onnx.parser.parse_model(text)), np.random.default_rng()
+    graph, rng = gs.import_onnx(onnx.parser.parse_model(text)), seeded()
     stored = constant("stored", rng.standard_normal((8, 8)).astype(np.float16 if "Cast" in product else np.float32))
     graph.nodes[0].inputs = [stored]
     x = {"x": torch.from_numpy(rng.standard_normal((5, 8)).astype(np.float32))}
@@ -103,7 +103,7 @@ def test_weights_behind_other_nodes_are_rounded_as_the_pass_does(product: str) -
 
 
 def test_activations_as_onnx_rounds_them() -> None:
-    x = torch.from_numpy(np.random.default_rng().standard_normal((3, 5, 7)).astype(np.float32)) + 2
+    x = torch.from_numpy(seeded().standard_normal((3, 5, 7)).astype(np.float32)) + 2
     text = """<ir_version: 10, opset_import: ["" : 21]>
     g (float[A, B, C] x) => (float[A, B, C] y) {
         q, scale, zero = DynamicQuantizeLinear(x)  y = DequantizeLinear(q, scale, zero)

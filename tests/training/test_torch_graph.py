@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import zoo
+from seeds import seeded
 
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import constant, load_graph, values
@@ -46,7 +47,7 @@ def test_families_as_in_onnx_runtime(family: str, exporter: str) -> None:
     module = GraphModule(graph, train=names)
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch, tokens in ((1, 3), (3, 11)):
-        feeds = zoo.feeds(family, batch, tokens, np.random.default_rng())
+        feeds = zoo.feeds(family, batch, tokens, seeded())
         feeds = {name: feeds[name] for name in module.inputs}
         want = dict(zip(module.outputs, session.run(module.outputs, feeds), strict=True))
         for name, have in run_torch(module, feeds).items():
@@ -61,7 +62,7 @@ def test_model_of_onnx_runtime_genai_with_padded_rows() -> None:
     graph = load_graph(path)
     module = GraphModule(graph, train=learnable(graph), outputs=["logits"])
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng()
+    rng = seeded()
     mask = np.ones((3, 7), np.int64)
     mask[1, 4:] = mask[2, 1:] = 0
     feeds: dict[str, np.ndarray] = {"input_ids": rng.integers(3, 90, (3, 7)), "attention_mask": mask}
@@ -73,7 +74,7 @@ def test_model_of_onnx_runtime_genai_with_padded_rows() -> None:
 
 
 def test_learnable_are_weights_biases_and_norms() -> None:
-    graph = mlp(np.random.default_rng())
+    graph = mlp(seeded())
     assert learnable(graph) == ["up_weight", "up_bias", "down_weight", "down_bias", "norm_scale", "norm_bias"]
 
 
@@ -87,7 +88,7 @@ def test_embedding_tables_are_left_out() -> None:
 
 
 def test_gradients_are_those_of_differences() -> None:
-    graph = mlp(np.random.default_rng(), np.float64)
+    graph = mlp(seeded(), np.float64)
     for tensor in (*graph.inputs, *graph.outputs):
         tensor.dtype = np.dtype(np.float64)
     module = GraphModule(graph, train=learnable(graph))
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_differences() -> None:
 
 
 def test_weights_come_back_as_they_were_and_in_their_types() -> None:
-    graph = mlp(np.random.default_rng(), np.float16)
+    graph = mlp(seeded(), np.float16)
     module = GraphModule(graph, train=learnable(graph))
     tensors = graph.tensors()
     for name, value in module.learned().items():
@@ -112,8 +113,8 @@ def test_weights_come_back_as_they_were_and_in_their_types() -> None:
 
 
 def test_inner_tensors_can_be_asked_for_and_the_rest_is_not_run() -> None:
-    graph = mlp(np.random.default_rng())
-    x = np.random.default_rng().standard_normal((4, 6)).astype(np.float32)
+    graph = mlp(seeded())
+    x = seeded().standard_normal((4, 6)).astype(np.float32)
     both = run_torch(GraphModule(graph, outputs=["p", "h"]), {"x": x})
     w, b = (values(graph.tensors()[name]) for name in ("up_weight", "up_bias"))
     np.testing.assert_allclose(both["p"], x @ w, rtol=1e-4, atol=1e-5)
@@ -125,7 +126,7 @@ def test_inner_tensors_can_be_asked_for_and_the_rest_is_not_run() -> None:
 
 
 def test_quantized_weights_run_dequantized() -> None:
-    rng = np.random.default_rng()
+    rng = seeded()
     text = """<ir_version: 10, opset_import: ["" : 23]>
     g (float[N, 6] x) => (float[N, 4] y) <int8[6, 4] w, float[4] s, float[4] b> {
         d = DequantizeLinear<axis = 1>(w, s)  p = MatMul(x, d)  y = Add(p, b)
@@ -145,14 +146,14 @@ def test_quantized_weights_run_dequantized() -> None:
 
 
 def test_unknown_operator_is_named_with_its_node() -> None:
-    graph = mlp(np.random.default_rng())
+    graph = mlp(seeded())
     graph.nodes[2].op, graph.nodes[2].name, graph.nodes[2].domain = "Wavelet", "block/act", "my.ops"
     with pytest.raises(ModelError, match=r"block/act.*my\.ops::Wavelet.*training does not know this operator"):
         GraphModule(graph)
 
 
 def test_unknown_attribute_is_named() -> None:
-    graph = mlp(np.random.default_rng())
+    graph = mlp(seeded())
     graph.nodes[2].attrs["sharpness"] = 2
     with pytest.raises(ModelError, match=r"Gelu.*attribute 'sharpness'"):
         GraphModule(graph)
@@ -160,4 +161,4 @@ def test_unknown_attribute_is_named() -> None:
 
 def test_failure_at_run_time_names_the_node() -> None:
     with pytest.raises(ModelError, match=r"'h' \(Add\)"):
-        run_torch(GraphModule(mlp(np.random.default_rng())), {"x": np.zeros((2, 5), np.float32)})
+        run_torch(GraphModule(mlp(seeded())), {"x": np.zeros((2, 5), np.float32)})
