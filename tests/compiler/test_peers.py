@@ -105,7 +105,7 @@ def test_openvino_int8_without_data_says_what_to_give(build):
     pytest.importorskip("nncf")
     with pytest.raises(DataError, match="no data") as refused:
         open_peer("openvino-int8", peer_model(build), 1)
-    assert "--data" in refused.value.hint
+    assert "--peer-data" in refused.value.hint
 
 
 def test_a_missing_nncf_says_how_to_install_it(build, monkeypatch):
