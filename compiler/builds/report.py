@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.compiler.builds.manifest import Manifest, PassReport
 from trimtab.compiler.builds.measured import Measured
+from trimtab.compiler.checks.measure import in_brief
 
 
 def render(manifest: Manifest, measured: Measured) -> str:
@@ -92,7 +93,8 @@ def _check(manifest: Manifest) -> str:
     check = manifest.check
     if not check.ran:
         return f"## Check against the dense model\n\nNot run: {check.why}."
-    rows = [(e.output, e.where, e.max_abs, e.relative_l2, e.cosine) for e in check.outputs]
+    brief = in_brief(check.outputs, lambda error: error.severity)
+    rows = [(what, e.where, e.max_abs, e.relative_l2, e.cosine) for what, e in brief]
     columns = ("output", "random inputs of", "max |y - y_dense|", "‖y - y_dense‖ / ‖y_dense‖", "cosine")
     return "## Check against the dense model\n\n" + table(columns, rows)
 

@@ -7,7 +7,8 @@ has the measurements. With data the task decides, since outputs of a good build 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from trimtab.compiler.checks.kinds.classes import Agreement, Classification
 from trimtab.compiler.checks.kinds.decisions import Decisions
@@ -15,7 +16,7 @@ from trimtab.compiler.checks.kinds.embeddings import Embeddings
 from trimtab.compiler.checks.kinds.labels import MultiLabel
 from trimtab.compiler.checks.kinds.result import Result
 from trimtab.compiler.checks.kinds.scores import Scores
-from trimtab.compiler.checks.measure import OutputError
+from trimtab.compiler.checks.measure import OutputError, in_brief
 from trimtab.compiler.checks.perplexity import Perplexity
 
 MAX_ERROR = 0.5
@@ -59,14 +60,27 @@ def large_errors(comparisons: Iterable[OutputError]) -> Iterator[str]:
     by_name: dict[str, list[OutputError]] = {}
     for each in comparisons:
         by_name.setdefault(each.output, []).append(each)
-    for name, shapes in by_name.items():
-        size = math.sqrt(sum((each.rms or 0.0) ** 2 for each in shapes) / len(shapes))
-        error, at = max(((_rms_error(each), each.where) for each in shapes), key=lambda pair: pair[0])
-        if error > MAX_ERROR * size:
-            yield (
-                f"output {name!r} is far from the dense model's: off by {error / max(size, 1e-12):.2g} of its size at "
-                f"{at}, beyond {MAX_ERROR:g} (--max-error sets a limit of your own, --data shows what it costs)"
-            )
+    deviations = [_deviation(name, shapes) for name, shapes in by_name.items()]
+    far = [deviation for deviation in deviations if deviation.of_size > MAX_ERROR]
+    for what, deviation in in_brief(far, lambda deviation: deviation.of_size):
+        yield (
+            f"output {what!r} is far from the dense model's: off by {deviation.of_size:.2g} of its size at "
+            f"{deviation.where}, beyond {MAX_ERROR:g} (--max-error sets a limit of your own, --data shows what it costs)"
+        )
+
+
+class _Deviation(NamedTuple):
+    """Where an output is furthest from the dense model's, as a part of its size over all shapes."""
+
+    output: str
+    of_size: float
+    where: str
+
+
+def _deviation(output: str, shapes: Sequence[OutputError]) -> _Deviation:
+    size = math.sqrt(sum((each.rms or 0.0) ** 2 for each in shapes) / len(shapes))
+    error, at = max(((_rms_error(each), each.where) for each in shapes), key=lambda pair: pair[0])
+    return _Deviation(output, error / max(size, 1e-12), at)
 
 
 def _rms_error(each: OutputError) -> float:

@@ -19,7 +19,7 @@ from trimtab.compiler.checks.consistency import Consistency, batch_consistency
 from trimtab.compiler.checks.corners import corners
 from trimtab.compiler.checks.decoded import as_decoded
 from trimtab.compiler.checks.dense import dense_source
-from trimtab.compiler.checks.measure import OutputError, describe
+from trimtab.compiler.checks.measure import OutputError, describe, in_brief
 from trimtab.compiler.checks.peer_quality import peer_qualities, quality_rows, require_data
 from trimtab.compiler.checks.peers import open_peer, peer_model
 from trimtab.compiler.checks.quality import Quality
@@ -107,8 +107,8 @@ class Validation(BaseModel):
         verdict |= {"warnings": "; ".join(self.warnings)} if self.warnings else {}
         verdict |= {"setting": ", ".join(f"{k} {v:g}" for k, v in self.setting.items())} if self.setting else {}
         errors = [
-            {"output": each.output, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
-            for each in self.outputs
+            {"output": what, "worst at": each.where} | each.model_dump(exclude={"output", "dims", "padded"})
+            for what, each in in_brief(self.outputs, lambda each: each.severity)
         ]
         shown = [{key: value for key, value in row.items() if value is not None} for row in errors]
         beside = {"peers": quality_rows(self.quality, self.peers)} if self.quality and self.peers else {}
@@ -258,23 +258,24 @@ def worst(comparisons: list[OutputError]) -> tuple[OutputError, ...]:
 def broken(
     comparisons: list[OutputError], consistency: list[Consistency], quality: Quality | None, limits: Limits
 ) -> Iterator[str]:
-    """One sentence for each limit that is not kept."""
-    for each in comparisons:
-        if each.fault:
-            yield f"output {each.output!r} at {each.where}: {each.fault}"
+    """One sentence for each limit that is not kept; of the many outputs of a decoder's cache, for the worst."""
+    faults = [each for each in comparisons if each.fault]
+    for where in dict.fromkeys(each.where for each in faults):
+        for what, each in in_brief([each for each in faults if each.where == where], lambda each: each.severity):
+            yield f"output {what!r} at {where}: {each.fault}"
     if limits.max_error is not None:
-        for each in worst(comparisons):
-            if each.relative_l2 is not None and each.relative_l2 > limits.max_error:
-                yield (
-                    f"output {each.output!r} at {each.where}: relative error {each.relative_l2:.3g} "
-                    f"is over {limits.max_error:g}"
-                )
-    for pair in consistency:
-        if not pair.passed:
+        far = [each for each in worst(comparisons) if each.relative_l2 is not None]
+        for what, each in in_brief(
+            [each for each in far if each.severity > limits.max_error], lambda each: each.severity
+        ):
             yield (
-                f"output {pair.output!r} at {describe(pair.dims)}: a sample in the batch differs from itself alone "
-                f"by {pair.difference:.3g}, where {pair.allowed:.3g} is allowed"
+                f"output {what!r} at {each.where}: relative error {each.relative_l2:.3g} is over {limits.max_error:g}"
             )
+    for what, pair in in_brief([pair for pair in consistency if not pair.passed], lambda pair: pair.difference):
+        yield (
+            f"output {what!r} at {describe(pair.dims)}: a sample in the batch differs from itself alone "
+            f"by {pair.difference:.3g}, where {pair.allowed:.3g} is allowed"
+        )
     if quality is None:
         return
     if limits.min_quality is not None and quality.score < limits.min_quality:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.compiler.checks.bounds import poor_quality
+from trimtab.compiler.checks.bounds import large_errors, poor_quality
+from trimtab.compiler.checks.consistency import Consistency
 from trimtab.compiler.checks.kinds.decisions import compare_decisions
+from trimtab.compiler.checks.measure import OutputError
 from trimtab.compiler.checks.quality import measure_quality
+from trimtab.compiler.checks.validate import Limits, broken
 from trimtab.compiler.task import Task
 
 COUNT = 400
@@ -114,3 +117,26 @@ def test_kappa_and_f1_against_scikit_learn(rng: np.random.Generator) -> None:
     assert found.kappa < found.kappa_upper < 1 and found.worst_f1 < found.worst_f1_upper
     same = compare_decisions(np.zeros((4, 2), bool), np.zeros((4, 2), bool))
     assert (same.kappa, same.worst_class) == (1.0, None)
+
+
+def test_one_line_for_a_cache_of_many_layers() -> None:
+    """Whatever is wrong with keys and values of all layers, the worst of them is named, and how many they are."""
+    worst, dims = "present.5.value", {"batch": 2, "tokens": 3}
+    names = ["logits", *(f"present.{layer}.{part}" for layer in range(9) for part in ("key", "value"))]
+    errors = [
+        OutputError(output=name, dims=dims, padded=False, relative_l2=4.0 if name == worst else 3.0, rms=1.0)
+        for name in names
+    ]
+    apart = [
+        Consistency(output=name, dims=dims, difference=0.4 if name == worst else 0.3, allowed=0.01) for name in names
+    ]
+    faults = [OutputError(output=name, dims=dims, padded=False, fault="shape [1]") for name in names]
+    for lines in (
+        list(large_errors(errors)),
+        list(broken(errors, [], None, Limits(max_error=0.1))),
+        list(broken([], apart, None, Limits())),
+    ):
+        assert len(lines) == 2 and "'logits'" in lines[0]
+        assert f"'{worst}, the worst of 18 of the cache'" in lines[1]
+    lines = list(broken(faults, [], None, Limits()))
+    assert len(lines) == 2 and "the worst of 18 of the cache" in lines[1]
