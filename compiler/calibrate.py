@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from trimtab.passes.graph.positions import find_positions
 from trimtab.passes.graph.weights import ExternalValues
 from trimtab.passes.needs import DEFAULT, Need
 from trimtab.passes.profile import Profile, ProfileInfo
+from trimtab.passes.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
@@ -146,9 +146,9 @@ def _runner(graph: gs.Graph, anatomy: Anatomy, meters: Sequence[Meter], base: Pa
         folder = str(_data_folder(weights, base.resolve()))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return OnnxRuntimeRunner(gs.export_onnx(graph).SerializeToString(), options)
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
-        save_graph(graph, Path(scratch) / "model.onnx")
-        return OnnxRuntimeRunner(Path(scratch) / "model.onnx", options)
+    with temporary_folder("calibrate") as scratch:
+        save_graph(graph, scratch / "model.onnx")
+        return OnnxRuntimeRunner(scratch / "model.onnx", options)
 
 
 def _data_folder(weights: Sequence[gs.Constant], base: Path) -> Path:

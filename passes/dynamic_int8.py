@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from trimtab.passes.graph.products import expose_weights, float_products
 from trimtab.passes.graph.widen import widen
 from trimtab.passes.hush import hushed
 from trimtab.passes.int8_rows import to_int8_rows
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 
 _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR.name, "MatMulInteger", "QAttention"])
@@ -84,8 +84,8 @@ class DynamicInt8(Pass):
         whole = [
             output_name_of(node) for node in graph.nodes if rows and not node.domain and node.op in ("Conv", "LSTM")
         ]
-        with TemporaryDirectory(prefix="trimtab-int8-") as folder:
-            source, result = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        with temporary_folder("int8") as folder:
+            source, result = folder / "model.onnx", folder / "int8.onnx"
             save_graph(graph, source)
             quantize_file(
                 source,

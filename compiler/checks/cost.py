@@ -6,8 +6,9 @@ not estimated: tokens that are removed, samples that leave, padding.
 
 from __future__ import annotations
 
-import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import insert, load_graph, output_name_of, save_graph
 from trimtab.passes.graph.packed_batch import offsets_of
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 _PREFIX = "trimtab.cost"
@@ -89,9 +91,11 @@ class Counter:
         sizes = _Sizes(graph)
         self._products = [count for node in list(graph.nodes) if (count := _product(node, sizes)) is not None]
         self._passages = [p for node in list(graph.nodes) if (p := _passage(node, sizes)) is not None]
-        self._folder = tempfile.TemporaryDirectory(prefix="trimtab-cost-")
-        save_graph(graph, Path(self._folder.name) / "model.onnx")
-        self._runner = OnnxRuntimeRunner(Path(self._folder.name) / "model.onnx", session_options(threads))
+        stack = ExitStack()
+        weakref.finalize(self, stack.close)  # the session maps the file
+        copy = stack.enter_context(temporary_folder("cost")) / "model.onnx"
+        save_graph(graph, copy)
+        self._runner = OnnxRuntimeRunner(copy, session_options(threads))
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> Cost:
         """Run once on `feeds`, dials among them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import typer
 
 from trimtab.compiler.builds.build import open_build
 from trimtab.compiler.cli import console, options
+from trimtab.passes.temporary import temporary_folder
 
 
 def command(
@@ -53,7 +53,7 @@ def command(
     ready = False
     try:
         with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-serve-")))
+            scratch = stack.enter_context(temporary_folder("serve"))
             report = stack.enter_context(console.progress())
             serving = stack.enter_context(
                 serve_build(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.compiler.data.tokenizer import Tokenizer, load_tokenizer
 from trimtab.passes.errors import ModelError
+from trimtab.passes.temporary import temporary_folder
 
 
 class HeldTokenizer:
@@ -38,11 +38,11 @@ class HeldTokenizer:
             return self._tokenizer
 
     def _parse(self) -> Tokenizer:
-        with tempfile.TemporaryDirectory(prefix="trimtab-tokenizer-") as scratch:
+        with temporary_folder("tokenizer") as scratch:
             for name, content in self._files.items():
-                (Path(scratch) / name).write_bytes(content)
+                (scratch / name).write_bytes(content)
             try:
                 return load_tokenizer(scratch, self._max_tokens)
             except ModelError as error:
-                message = error.message.replace(scratch, str(self._folder))
+                message = error.message.replace(str(scratch), str(self._folder))
                 raise ModelError(message, hint=error.hint) from error

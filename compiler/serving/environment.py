@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from trimtab.compiler.cache import cache_dir, entry, is_sound
 from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.compiler.progress import Progress
 from trimtab.passes.errors import TargetError
+from trimtab.passes.temporary import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ def _run(command: list[str], folder: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key not in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
-        output = Path(scratch) / "log.txt"
+    with temporary_folder("install") as scratch:
+        output = scratch / "log.txt"
         try:
             with output.open("wb") as file:
                 code = subprocess.run(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,18 @@ from pathlib import Path
 from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import TritonServer
+from trimtab.compiler.serving.stubs import find_stubs, first_ended
 from trimtab.passes.errors import InputError, TargetError
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _HEALTH_S = 5.0  # seconds for an answer to whether it is ready
-_LEAVE_S = 15  # seconds for requests under way
+_WATCH_S = 0.5  # between looks at the processes of its models
+_LEAVE_S = 3  # seconds for requests under way and open connections
+_KILL_S = _LEAVE_S + 1.0  # seconds after which a server that was told to end is ended by force
+_RESTARTS = 3  # in `_WINDOW_S`, after which the model is at fault, and not a bad day
+_WINDOW_S = 120.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -40,12 +48,14 @@ class Served:
         host, ports: where it listens.
         process: the server itself.
         log: file with what it says.
+        restart: stops it and starts it again; None: where the process of a model ends, it stays ended.
     """
 
     host: str
     ports: Ports
     process: subprocess.Popen[bytes]
     log: Path
+    restart: Callable[[], subprocess.Popen[bytes]] | None = None
 
     @property
     def url(self) -> str:
@@ -53,13 +63,29 @@ class Served:
         return f"http://{in_url(self.host)}:{self.ports.http}"
 
     def wait(self) -> None:
-        """Until it ends, which it should not.
+        """Until it ends, which it should not. Where the process of a model ends, the server is started again.
 
         Raises:
-            TargetError: it did; shows the end of its log.
+            TargetError: it ended, or the process of a model did again and again; shows the end of its log.
         """
-        how = ending(self.process.wait())
-        raise TargetError(f"tritonserver {how.words}{tail(self.log)}", hint=how.hint)
+        restarts: list[float] = []
+        stubs = find_stubs(self.process.pid)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                how = ending(self.process.wait(_WATCH_S))
+                raise TargetError(f"tritonserver {how.words}{tail(self.log)}", hint=how.hint)
+            ended = first_ended(stubs)
+            if ended is None or self.restart is None:
+                continue
+            model, how = ended
+            restarts = [at for at in restarts if at > time.monotonic() - _WINDOW_S]
+            if len(restarts) == _RESTARTS:
+                times = f"{len(restarts) + 1} times in {_WINDOW_S:g} s"
+                raise TargetError(f"the process of model {model} {how.words}, {times}{tail(self.log)}", hint=how.hint)
+            restarts.append(time.monotonic())
+            logger.warning("the process of model %s %s; the server starts again", model, how.words)
+            self.process = self.restart()
+            stubs = find_stubs(self.process.pid)
 
 
 @contextmanager
@@ -93,21 +119,35 @@ def serve(
         f"--metrics-address={host}", f"--metrics-port={ports.metrics}", f"--exit-timeout-secs={_LEAVE_S}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
     ]  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | server.env,
-            start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
-            preexec_fn=end_with_parent(),
-        )  # fmt: skip
-    try:
-        _await(process, f"http://{in_url(host)}:{ports.http}/v2/health/ready", start_s, log)
-        yield Served(host, ports, process, log)
-    finally:
+    running: list[subprocess.Popen[bytes]] = []
+
+    def stop() -> None:
         try:
-            _stop(process)
+            while running:
+                _stop(running[-1])
+                running.pop()
         finally:
             for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # what a server that was killed could not remove
                 region.unlink(missing_ok=True)
+
+    def start() -> subprocess.Popen[bytes]:
+        stop()
+        with log.open("ab") as output:
+            running.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    env=os.environ | server.env,
+                    start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
+                    preexec_fn=end_with_parent(),
+                )
+            )  # fmt: skip
+        _await(running[-1], f"http://{in_url(host)}:{ports.http}/v2/health/ready", start_s, log)
+        return running[-1]
+
+    try:
+        yield Served(host, ports, start(), log, start)
+    finally:
+        stop()
 
 
 def in_url(host: str) -> str:
@@ -172,7 +212,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(_LEAVE_S + 5)
+                process.wait(_KILL_S)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

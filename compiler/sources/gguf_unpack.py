@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -17,6 +16,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 from trimtab.compiler.sources.child import report
 from trimtab.compiler.sources.gguf_header import Header, check_tensors, read_header
 from trimtab.passes.errors import ModelError
+from trimtab.passes.temporary import temporary_folder
 
 _AGAIN = "download it again"
 _CHECKPOINT = "give the model's Hugging Face checkpoint"
@@ -34,8 +34,8 @@ def unpack(path: Path, folder: Path) -> None:
     header = read_header(path)
     check_tensors(header, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     architecture = _check(header, path)
-    with TemporaryDirectory(prefix="trimtab-gguf-") as alone:  # files beside it are of other models
-        link = Path(alone) / "model.gguf"
+    with temporary_folder("gguf") as alone:  # files beside it are of other models
+        link = alone / "model.gguf"
         link.symlink_to(path.resolve())
         _convert(link, folder, architecture, tokens="tokenizer.ggml.tokens" in header.values)
 

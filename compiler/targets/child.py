@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.passes.errors import TargetError
+from trimtab.passes.temporary import temporary_folder
 
 _ERROR = re.compile(r"\[E\] (.*\S)")
 """TensorRT's errors, as Polygraphy's logger writes them."""
@@ -40,8 +40,8 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
     Raises:
         TargetError: it crashed, failed or took too long; shows its errors, or the end of its log.
     """
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch:
-        job_file, answer, log = (Path(scratch) / file for file in ("job.json", "answer.json", "log.txt"))
+    with temporary_folder("build") as scratch:
+        job_file, answer, log = (scratch / file for file in ("job.json", "answer.json", "log.txt"))
         job_file.write_text(json.dumps(job))
         with log.open("wb") as output:
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import count
@@ -24,6 +23,7 @@ from trimtab.passes.crossover import MOST_TOKENS, Call, Crossover, Load, SparseS
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.ort_errors import opening, running
 from trimtab.passes.sparse_ffn.rows import RowForm
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.library import instruction_set, library_path, register
 
 log = logging.getLogger(__name__)
@@ -79,12 +79,10 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
         x = states(tokens)
         return [x | {f"blocks{i}": choice() for i in range(layers)} for _ in range(_CHOICES)]
 
-    with tempfile.TemporaryDirectory(prefix="trimtab-crossover-") as folder:
+    with temporary_folder("crossover") as folder:
         native = shape.dense == "int4-blocks" and has_kernel("Int4Linear")
-        dense = _session(dense_model(made, Path(folder) / "dense.onnx", shape.dense, native=native), options)
-        sparse = _session(
-            sparse_model(made, Path(folder) / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
-        )
+        dense = _session(dense_model(made, folder / "dense.onnx", shape.dense, native=native), options)
+        sparse = _session(sparse_model(made, folder / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options)
         del made
         few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
 

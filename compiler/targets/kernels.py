@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,17 +11,18 @@ import onnxruntime as ort
 from trimtab.compiler.targets import trials
 from trimtab.compiler.targets.sessions import providers, session_options
 from trimtab.passes.ort_errors import exceptions
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.library import instruction_set, library_path, register
 
 
 def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[str]] | None:
     """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("kernels") as folder:
         options = session_options(1)
         if any(domain.domain == DOMAIN for domain in model.opset_import) and library_path() is not None:
             register(options)
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=providers())
             (y,) = session.run(None, {"x": x})

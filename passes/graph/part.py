@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +11,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.errors import quoted
 from trimtab.passes.graph.io import save_graph
 from trimtab.passes.ort_errors import opening, running
+from trimtab.passes.temporary import temporary_folder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -80,8 +79,8 @@ def open_part(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    with TemporaryDirectory(prefix="trimtab-part-") as folder:
-        path = Path(folder) / "part.onnx"
+    with temporary_folder("part") as folder:
+        path = folder / "part.onnx"
         save_graph(part, path)
         with opening(_part_name(outputs)):
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from trimtab.compiler.builds.build import Build
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.serving import environment, process
 from trimtab.compiler.serving.example import ask
-from trimtab.compiler.serving.find import VARIABLE
+from trimtab.compiler.serving.find import VARIABLE, TritonServer
+from trimtab.compiler.serving.stubs import find_stubs
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import TargetError
 
@@ -57,8 +59,10 @@ def stub(path: Path, body: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_from_a_build_to_an_answer_and_back(build: Build, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "crash"), [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["SIGTERM", "Ctrl-C behind a crash"]
+)
+def test_from_a_build_to_an_answer_and_back(build: Build, tmp_path: Path, number: int, crash: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         triton_server.server(patch)
         command = [sys.executable, "-m", "trimtab.compiler.cli", "serve", build.path, "--json", *FREE]
@@ -79,6 +83,10 @@ def test_from_a_build_to_an_answer_and_back(build: Build, tmp_path: Path, number
         states = load(build.path).run(load(build.path).tokenize(["It works."]))["last_hidden_state"]
         np.testing.assert_allclose(answer["EMBEDDING"], states[0].mean(0), rtol=1e-4, atol=1e-5)
         assert 'nv_inference_request_success{model="tiny_build"' in ask(told["metrics"])
+        if crash:
+            next(child for child in children if "stub" in child.name()).kill()
+            assert answer == asked_until_it_answers(words[2], words[4])
+            children = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(number)
         process.wait(60)
@@ -90,6 +98,132 @@ def test_from_a_build_to_an_answer_and_back(build: Build, tmp_path: Path, number
             held.bind(("127.0.0.1", int(url.rpartition(":")[2])))
     assert not list(Path("/dev/shm").glob(f"trimtab_{process.pid}_*"))
     assert (tmp_path / "repository" / "tiny_build" / "config.pbtxt").is_file() and (tmp_path / "log").stat().st_size
+
+
+def asked_until_it_answers(url: str, body: str) -> Any:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return json.loads(ask(url, body))
+        except TargetError:  # noqa: PERF203
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+SERVER = """#!{python}
+import subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
+stub = Path(__file__).with_name("triton_python_backend_stub")
+print("starting", flush=True)
+subprocess.Popen([stub, options["model-repository"] + "/reranker/1/model.py"])
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(options["http-port"])), Answer).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TritonServer:
+    """A server that answers whether it is ready, and has the process of one model."""
+    monkeypatch.setattr(process, "_WATCH_S", 0.02)
+    for name, text in (("tritonserver", SERVER), ("triton_python_backend_stub", "#!/bin/sh\nread line\nsleep 600\n")):
+        (tmp_path / name).write_text(text.replace("{python}", sys.executable))
+        (tmp_path / name).chmod(0o755)
+    return TritonServer(tmp_path / "tritonserver", tmp_path)
+
+
+def only_stub(served: process.Served) -> psutil.Process:
+    while not (found := find_stubs(served.process.pid)):
+        time.sleep(0.02)
+    (stub,) = found
+    assert stub.model == "reranker"
+    return stub.process
+
+
+def test_a_model_whose_process_ends_comes_back(
+    stand_in: TritonServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ports = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0))
+    with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served, ThreadPoolExecutor(1) as pool:
+        first, seen = served.process, []
+        only_stub(served)
+        waiting = pool.submit(served.wait)
+        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL, signal.SIGSEGV):
+            seen.append(served.process.pid)
+            only_stub(served).send_signal(number)
+            while served.process.pid == seen[-1] and not waiting.done():
+                time.sleep(0.02)
+        with pytest.raises(TargetError, match=r"process of model reranker crashed \(SIGSEGV\), 4 times in") as caught:
+            waiting.result(60)
+        assert len(set(seen)) == 4 and first.poll() is not None
+        assert "update it" in str(caught.value.hint) and "starting" in caught.value.message
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said[0] == "the process of model reranker was ended by SIGKILL; the server starts again"
+    assert [("SIGKILL" in line, "SIGSEGV" in line) for line in said] == [(True, False), (False, True), (True, False)]
+    assert served.process.poll() is not None
+    assert (tmp_path / "log").read_text().count("starting") == 4
+
+
+def test_a_server_that_a_signal_ends_is_named(stand_in: TritonServer, tmp_path: Path) -> None:
+    ports = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0))
+    with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served:
+        served.process.kill()
+        with pytest.raises(TargetError, match="tritonserver was ended by SIGKILL") as caught:
+            served.wait()
+    assert "memory ran out" in str(caught.value.hint)
+
+
+def test_a_server_that_does_not_end_in_time_is_ended_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_KILL_S", 0.1)
+    assert process._LEAVE_S < 5
+    started = subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo; sleep 600 & wait"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert started.stdout is not None and started.stdout.readline()  # the trap is set
+    process._stop(started)
+    assert started.poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", ["starts", "is ready"])
+def test_sigterm_ends_it_and_leaves_nothing(
+    when: str, build: Build, stand_in: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "server" / "backends" / "python").mkdir(parents=True)
+    (tmp_path / "server" / "bin").mkdir()
+    for name in ("tritonserver", "triton_python_backend_stub"):
+        (tmp_path / name).rename(tmp_path / "server" / "bin" / name)
+    server = tmp_path / "server" / "bin" / "tritonserver"
+    answer = "self.send_response(200)" if when == "is ready" else "self.send_response(503)"
+    body = "    do_POST = do_GET\n\nHTTPServer"
+    server.write_text(
+        server.read_text().replace("self.send_response(200)", answer).replace("HTTPServer((", f"{body}((", 1)
+    )
+    env = os.environ | {VARIABLE: str(server), "TMPDIR": str(tmp_path / "temporary")}
+    command = [sys.executable, "-m", "trimtab.compiler.cli", "serve", str(build.path), *map(str, FREE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as running:
+        if when == "is ready":
+            assert running.stdout is not None
+            while "Ctrl-C stops it" not in running.stdout.readline():
+                assert running.poll() is None
+        else:
+            while not psutil.Process(running.pid).children():
+                assert running.poll() is None
+                time.sleep(0.02)
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == (0 if when == "is ready" else 143)
+    assert said.splitlines()[-1] == ("stopped" if when == "is ready" else "terminated") and "Traceback" not in said
+    assert children and not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    assert not list((tmp_path / "temporary").glob("trimtab*"))
 
 
 def test_a_port_that_is_taken(build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trimtab.compiler.sources.export import load_model
 from trimtab.passes.anatomy import FFN, find_anatomy, require_ffns, select_ffns
 from trimtab.passes.errors import RecipeError
 from trimtab.passes.ffn_topk.topk import FFNTopK
+from trimtab.passes.temporary import temporary_folder
 from trimtab.training.clock import Clock
 from trimtab.training.contract import Job, Trained
 from trimtab.training.examples import read_examples
@@ -64,8 +64,8 @@ def finetune(job: Job, step: FFNTopK, settings: Settings) -> Trained | None:
     examples = read_examples(source, checkpoint, model, job.dataset, settings, "topk")
     sparse = SparseFFNs(down_projections(model, ffns), step.block)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            record = _train(model, sparse, step.density, examples, settings, start, Path(scratch), job.progress)
+        with temporary_folder("topk") as scratch:
+            record = _train(model, sparse, step.density, examples, settings, start, scratch, job.progress)
     finally:
         sparse.remove()
     record = settings.model_dump() | {"density": step.density, "block": step.block, "data": job.dataset.sha256} | record

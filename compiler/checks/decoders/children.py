@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ import psutil
 from trimtab.compiler.checks.decoders.steps.serve import DONE
 from trimtab.compiler.processes import ending
 from trimtab.passes.errors import TargetError
+from trimtab.passes.temporary import temporary_folder
 
 STEPS = Path(__file__).resolve().parent / "steps"
 """The scripts that such processes run."""
@@ -40,7 +40,7 @@ class Children:
         self.steps: dict[str, Callable[[], object]] = {}
         self.prompts: dict[str, Callable[[], object]] = {}
         self._stack = ExitStack()
-        self._logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-decoders-")))
+        self._logs = self._stack.enter_context(temporary_folder("decoders"))
         self._running: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Children:

@@ -6,10 +6,9 @@ import pickle
 import select
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +16,7 @@ from typing import IO, Any
 from trimtab.compiler.processes import ending, tail
 from trimtab.compiler.targets.sharded.group import LOCAL, Group, require_torch, timeout_s
 from trimtab.passes.errors import TargetError, TrimtabError
+from trimtab.passes.temporary import temporary_folder
 
 READY = b"ready\n"
 _START_S = 120.0  # that loading may take at least
@@ -33,9 +33,10 @@ class Crew:
 
     def __init__(self, arguments: dict[int, list[str]]) -> None:
         self._arguments, self._size = arguments, len(arguments) + 1
-        self._log = tempfile.TemporaryDirectory(prefix="trimtab-shards-")
+        stack = ExitStack()
+        self._log = stack.enter_context(temporary_folder("shards"))
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
-        weakref.finalize(self, _end, self._workers, self._log)
+        weakref.finalize(self, _end, self._workers, stack)
 
     @property
     def running(self) -> bool:
@@ -120,12 +121,10 @@ class Crew:
         _end(self._workers, None)
 
     def _log_of(self, rank: int) -> Path:
-        return Path(self._log.name) / f"rank{rank}.txt"
+        return self._log / f"rank{rank}.txt"
 
 
-def _end(
-    workers: dict[int, subprocess.Popen[bytes]], log: tempfile.TemporaryDirectory[str] | None, *, at_once: bool = False
-) -> None:
+def _end(workers: dict[int, subprocess.Popen[bytes]], log: ExitStack | None, *, at_once: bool = False) -> None:
     """End `workers`: they leave when nothing can be told to them any more."""
     for worker in workers.values():
         if at_once:
@@ -141,4 +140,4 @@ def _end(
         worker.stdout.close()  # type: ignore[union-attr]
     workers.clear()
     if log is not None:
-        log.cleanup()
+        log.close()

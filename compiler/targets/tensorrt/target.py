@@ -25,6 +25,7 @@ from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
 from trimtab.passes.lower import lower
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.driver import compute_capability, gpu_present
 
 _SHOWN = 5  # refused nodes that a message names
@@ -245,8 +246,8 @@ def _probe(kind: type[TensorRT]) -> Capability:
     lower(counted)
     tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
     tried.append(gs.export_onnx(counted))
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        paths = [Path(folder) / f"{position}.onnx" for position in range(len(tried))]
+    with temporary_folder("probe") as folder:
+        paths = [folder / f"{position}.onnx" for position in range(len(tried))]
         for model, path in zip(tried, paths, strict=True):
             onnx.save(model, path)
         *blockwise, half, integers, counts = (not refused for refused in kind().parse(paths))

@@ -1,0 +1,66 @@
+"""Processes in which Triton's Python backend runs models ("stubs"): which there are, and whether one has ended.
+
+A server that loses one answers every request to its model with an error, as healthy as it reports itself: Triton up to
+24.05 started it again, later versions do not (triton-inference-server/server issue 8604).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from trimtab.compiler.processes import Ending, ending
+
+_NAME = "triton_python_b"  # the system keeps 15 characters
+_UNKNOWN = Ending("ended", None)
+
+
+class Stub(NamedTuple):
+    """A process that runs a model.
+
+    Attributes:
+        model: its name in the repository.
+    """
+
+    process: psutil.Process
+    model: str
+
+
+def find_stubs(server: int) -> list[Stub]:
+    """Those of the server with the process id `server`."""
+    try:
+        children = psutil.Process(server).children(recursive=True)
+        running = [each for each in children if each.name().startswith(_NAME) and each.status() != psutil.STATUS_ZOMBIE]
+        return [Stub(process, _model_of(process.cmdline())) for process in running]
+    except psutil.Error:  # it ends at this moment; whoever waits for the server sees it
+        return []
+
+
+def first_ended(stubs: list[Stub]) -> tuple[str, Ending] | None:
+    """The model of a stub that has ended, and how; None while all of them run."""
+    for stub in stubs:
+        try:
+            if stub.process.is_running() and stub.process.status() != psutil.STATUS_ZOMBIE:
+                continue
+        except psutil.NoSuchProcess:
+            return stub.model, _UNKNOWN
+        return stub.model, _ending_of(stub.process.pid)
+    return None
+
+
+def _model_of(command: list[str]) -> str:
+    """The model's name: the command line has the path `MODEL/VERSION/model.py`."""
+    paths = [Path(word) for word in command if word.endswith(".py")]
+    return paths[0].parts[-3] if paths and len(paths[0].parts) >= 3 else "of the server"
+
+
+def _ending_of(pid: int) -> Ending:
+    """How a process ended that its parent has not waited for: the last field of its state is what `wait` would give."""
+    try:
+        status = int(Path(f"/proc/{pid}/stat").read_text().rsplit(maxsplit=1)[-1])
+    except (OSError, ValueError):
+        return _UNKNOWN
+    number = status & 0x7F
+    return ending(-number if number else status >> 8)

@@ -1,0 +1,61 @@
+"""Temporary folders that go with their process, even with a killed one: the next process removes what it left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+_PREFIX, _SUFFIX = "trimtab-", ".tmp"
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """A new folder for the time of the body, in the system's folder of temporary files (TMPDIR).
+
+    The process holds a lock on it, which the system lets go when the process ends, however it ends.
+
+    Args:
+        purpose: a word for its name.
+    """
+    _remove_left(Path(tempfile.gettempdir()))
+    path, lock = _claim(purpose)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(purpose: str) -> tuple[Path, int]:
+    """A new folder and the open handle with its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", suffix=_SUFFIX))
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another process took it for one that was left, before it had its lock
+            continue
+        with suppress(OSError):  # a file system without locks: no other process gets one either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_dir():
+            return path, lock
+        os.close(lock)
+
+
+@lru_cache  # once in a process, for each folder
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of this user in `parent` whose processes have ended."""
+    for path in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # locked, of another user, or gone
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(handle).st_uid == os.getuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(handle)
