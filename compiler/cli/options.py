@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trimtab.compiler.engine_options import MAX_THREADS
+
 Model = Annotated[
     str, typer.Argument(help="Model: Hugging Face directory, GGUF file or ONNX file.", show_default=False)
 ]
@@ -34,7 +36,8 @@ Dense = Annotated[
     typer.Option(help="Dense ONNX file to compare with. Default: the model that the build was compiled from."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of each engine. Default: the recipe's, else all cores.")
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="CPU threads of each engine. Default: the recipe's, else all cores."),
 ]
 Samples = Annotated[
     int | None, typer.Option(min=1, help="Largest number of samples taken from the data. Default: all.")

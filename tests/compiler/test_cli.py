@@ -58,7 +58,15 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["nonsense"], ["calibrate"], ["calibrate", "m", "--samples", "0"], ["--nonsense"], []]
+    "args",
+    [
+        ["nonsense"],
+        ["calibrate"],
+        ["calibrate", "m", "--samples", "0"],
+        ["bench", "b", "--threads", "1025"],
+        ["--nonsense"],
+        [],
+    ],
 )
 def test_usage_errors_exit_with_2(args: list[str]) -> None:
     done = run(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from seeds import seeded
 
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, open_session
 from trimtab.passes.errors import TargetError
-from trimtab.passes.ort_errors import explain, running
+from trimtab.passes.ort_errors import exceptions, explain, running
 
 RAW = re.compile(
     r"ONNXRuntimeError|INVALID_|_ARGUMENT|NOT_IMPLEMENTED|FAIL\b|\.(cc|h):\d|status code|onnxruntime::|Status Message"
@@ -171,6 +172,14 @@ def test_inputs_that_do_not_fit(ids: np.ndarray, more: np.ndarray, says: str) ->
 def test_memory_that_ran_out_is_no_fault_of_inputs(text: str) -> None:
     found = explain(RuntimeError(f"Non-zero status code returned while running Expand node. Name:'big' {text}"))
     assert found.words.startswith("memory ran out") and not found.by_inputs and "smaller batches" in str(found.hint)
+
+
+def test_without_onnxruntime_there_is_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a server whose models ask an engine of another backend."""
+    monkeypatch.setitem(sys.modules, "onnxruntime.capi", None)
+    assert exceptions.__wrapped__() == (ValueError, RuntimeError)
+    monkeypatch.undo()
+    assert len(exceptions()) > 2
 
 
 def test_a_text_that_no_pattern_knows_is_cut_and_without_codes() -> None:
