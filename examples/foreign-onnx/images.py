@@ -1,7 +1,6 @@
-"""Crops of photographs as calibration and held-out data: python examples/foreign-onnx/images.py MODEL.onnx
+"""Crops of photographs as calibration data: python examples/foreign-onnx/images.py MODEL.onnx
 
-The photographs come with scikit-learn. images.npz has crops of one of them, held_out.npz of the other, in the size and
-under the name that the model's input has.
+The photographs come with scikit-learn. images.npz has the crops, in the size and under the name of the model's input.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from PIL import Image
 from sklearn import datasets
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-CROPS = {"images.npz": ("china.jpg", 96), "held_out.npz": ("flower.jpg", 32)}
+PHOTOGRAPHS, COUNT = ("china.jpg", "flower.jpg"), 48
 
 
 def main(model: str) -> None:
-    """Write both files into the working directory."""
+    """Write images.npz into the working directory."""
     (given,) = onnx.load(model, load_external_data=False).graph.input
     size = given.type.tensor_type.shape.dim[-1].dim_value
     folder = Path(datasets.__file__).parent / "images"
-    for name, (photograph, count) in CROPS.items():
-        np.savez(name, **{given.name: crops(Image.open(folder / photograph), size, count)})
+    images = np.concatenate([crops(Image.open(folder / name), size, COUNT) for name in PHOTOGRAPHS])
+    np.savez("images.npz", **{given.name: images})
 
 
 def crops(image: Image.Image, size: int, count: int) -> np.ndarray:
