@@ -1,8 +1,8 @@
 """Token ids of texts and pairs, cut as transformers cuts them, by a tokenizer that any number of threads share.
 
 The tokenizers library keeps the length at which texts are cut inside of its object, so two threads would cut each
-other's texts. Here its object never changes: texts are tokenized whole and without special tokens, then cut, and get
-special tokens by its own post-processor.
+other's texts. Here its object never changes: texts are tokenized without special tokens, as far as `Cutter` says that
+they matter, then cut, and get special tokens by its own post-processor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import tokenizers
 from tokenizers import normalizers
 
+from trimtab.compiler.data.cutting import MAX_CHARACTERS, Cutter
 from trimtab.compiler.data.texts import Text
 from trimtab.passes.errors import InputError
 
@@ -23,6 +24,14 @@ class Row(NamedTuple):
 
     ids: list[int]
     types: list[int]
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a text, or of a part of it."""
+
+    text: str
+    tokens: tokenizers.Encoding
+    whole: bool
 
 
 class Encoder(Protocol):
@@ -61,6 +70,7 @@ class FastEncoder:
         inner.no_padding()
         self._inner = inner
         self._side = "left" if from_left else "right"
+        self._cutter = Cutter(inner, from_left=from_left)
         self._special = {pair: inner.num_special_tokens_to_add(pair) for pair in (False, True)}
 
     def special_tokens(self, pair: bool) -> int:
@@ -70,18 +80,52 @@ class FastEncoder:
         return frozenset(number for number, token in self._inner.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, texts: Sequence[Text], limit: int | None) -> list[Row]:
-        pairs = [text for text in texts if not isinstance(text, str)]
-        first = self._tokenize([text if isinstance(text, str) else text[0] for text in texts])
-        # Behind an empty text, so that tokens have the type of a pair's second text, which post-processors may keep.
-        second = iter(self._tokenize([("", text) for _, text in pairs]) if pairs else [])
+        if limit is None:
+            rooms: list[int | None] = [None] * len(texts)
+        else:
+            rooms = [limit - self._special[not isinstance(text, str)] for text in texts]
+        first = self._read([text if isinstance(text, str) else text[0] for text in texts], rooms)
+        pairs = [(text[1], room) for text, room in zip(texts, rooms, strict=True) if not isinstance(text, str)]
+        second = iter(self._read([text for text, _ in pairs], [room for _, room in pairs], second=True))
         rows = []
-        for text, tokens in zip(texts, first, strict=True):
+        for text, part, room in zip(texts, first, rooms, strict=True):
             other = None if isinstance(text, str) else next(second)
-            if limit is not None:
-                self._cut(tokens, other, limit - self._special[other is not None])
-            whole = self._inner.post_process(tokens, other)
+            if room is not None:
+                self._cut(part, other, room)
+            whole = self._inner.post_process(part.tokens, other and other.tokens)
             rows.append(Row(whole.ids, whole.type_ids))
         return rows
+
+    def _read(self, texts: Sequence[str], rooms: Sequence[int | None], *, second: bool = False) -> list[_Tokens]:
+        """Tokens of texts, or of the parts of them that give more tokens than there is room.
+
+        Args:
+            second: the texts are the second of pairs.
+
+        Raises:
+            InputError: the tokenizer does not take a text, or a part of the largest size gives too few tokens.
+        """
+        read: dict[int, _Tokens] = {}
+        sizes = [
+            [len(text)] if room is None else self._cutter.sizes(room) for text, room in zip(texts, rooms, strict=True)
+        ]
+        left = list(range(len(texts)))
+        while left:
+            parts = [self._cutter.part(texts[i], sizes[i].pop(0)) for i in left]
+            # Behind an empty text, so that tokens have the type of a pair's second text, which post-processors keep.
+            encoded = self._tokenize([("", part.text) if second else part.text for part in parts])
+            for i, part, tokens in zip(left, parts, encoded, strict=True):
+                room, kept = rooms[i], self._cutter.kept(part, tokens)
+                if part.safe is None or (room is not None and kept > room):
+                    read[i] = _Tokens(texts[i], tokens, part.safe is None)
+                elif not sizes[i]:
+                    raise InputError(
+                        f"a text has {len(texts[i])} characters, and {len(part.text)} of them, the limit, do not give "
+                        f"the {room} tokens that fit",
+                        hint="leave out what is no text, such as long runs without spaces",
+                    )
+            left = [i for i in left if i not in read]
+        return [read[i] for i in range(len(texts))]
 
     def _tokenize(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
         try:  # not encode_batch_fast, which gives every token the type of a first text
@@ -91,12 +135,24 @@ class FastEncoder:
                 f"the model's tokenizer cannot read a text: {error}", hint="leave out what it does not know"
             ) from error
 
-    def _cut(self, tokens: tokenizers.Encoding, other: tokenizers.Encoding | None, room: int) -> None:
+    def _cut(self, part: _Tokens, other: _Tokens | None, room: int) -> None:
         if other is None:
-            tokens.truncate(room, direction=self._side)
+            part.tokens.truncate(room, direction=self._side)
             return
-        for part, most in zip((tokens, other), _longest_first(len(tokens), len(other), room), strict=True):
-            part.truncate(most, direction=self._side)
+        counts = len(part.tokens), len(other.tokens)
+        # How many more tokens than room there are does not matter, but an odd token is the longer text's.
+        if room % 2 and not (part.whole and other.whole) and min(counts) > room:
+            counts = self._lengths(part.text, other.text)
+        for each, most in zip((part, other), _longest_first(*counts, room), strict=True):
+            each.tokens.truncate(most, direction=self._side)
+
+    def _lengths(self, *texts: str) -> tuple[int, int]:
+        """Lengths that compare as the texts' numbers of tokens do; of characters, where a text is over the limit."""
+        if max(map(len, texts)) > MAX_CHARACTERS:
+            first, second = map(len, texts)
+        else:
+            first, second = map(len, self._tokenize(texts))
+        return first, second
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._inner.decode(list(ids), skip_special_tokens=True))

@@ -13,7 +13,7 @@ from pathlib import Path
 _SERVED = "trimtab.compiler.packaging.triton.served"
 _ERRORS = tuple(f"trimtab.passes.{name}" for name in ("errors", "os_errors", "ort_errors"))
 _COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", "trimtab.passes.graph.limits", *_ERRORS)
-_TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "preparation", "texts"))
+_TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "cutting", "preparation", "texts"))
 _TOKENIZER += ("trimtab.compiler.schema.json_text",)
 _SESSION = f"{_SERVED}.session"
 

@@ -77,7 +77,9 @@ class TritonPythonModel:
                 )
             found = list(zip(texts(request, TEXT), second, strict=True))
         # Without tokens of its own, a tokenizer leaves nothing of some texts, and the mean of nothing is no number.
-        if not self._told["special_tokens"] and not self._tokenizer.encode(found)["attention_mask"].any(1).all():
+        if self._told["special_tokens"]:
+            return found
+        if not self._tokenizer.encode(found, self._told["tokens"][1])["attention_mask"].any(1).all():
             raise InputError("a text is empty: its tokenizer makes no tokens of it", hint="send at least one word")
         return found
 
