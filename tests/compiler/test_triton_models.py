@@ -65,7 +65,8 @@ def test_a_text_of_which_nothing_is_left_is_refused_alone(backend: Any) -> None:
         return {"attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
 
     model: Any = TritonPythonModel()
-    model._told, model._tokenizer, model._dials = {"special_tokens": 0}, SimpleNamespace(encode=encode), Dials()
+    model._told = {"special_tokens": 0, "tokens": [1, 8]}
+    model._tokenizer, model._dials = SimpleNamespace(encode=encode), Dials()
     assert model._texts(asked("TEXT", "a?")) == ["a?"]
     with pytest.raises(InputError, match="makes no tokens"):
         model._texts(asked("TEXT", "??"))
