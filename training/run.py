@@ -15,6 +15,7 @@ from trimtab.compiler.sources.checkpoint import is_checkpoint
 from trimtab.compiler.sources.gguf import is_gguf, unpacked
 from trimtab.passes.errors import ModelError, ProfileError, RecipeError, TrimtabError
 from trimtab.passes.needs import Learned
+from trimtab.passes.optional import missing
 from trimtab.passes.profile import Profile
 from trimtab.training import trainer_class
 from trimtab.training.contract import Job, Settings, Trained, Trainer, read_settings
@@ -113,4 +114,4 @@ def _run(trainer: Trainer, job: Job) -> Trained | None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("trimtab"):
             raise
-        raise TrimtabError(f"training needs {error.name}", hint="pip install 'trimtab[train]'") from error
+        raise missing("training", error.name or "a package", TrimtabError, "train") from error

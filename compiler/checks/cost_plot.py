@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.compiler.checks.cost_report import CostReport, SettingCost
 from trimtab.passes.errors import DataError, TrimtabError
+from trimtab.passes.optional import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,11 +46,7 @@ def draw(report: CostReport, path: Path) -> None:
 
 
 def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise TrimtabError("a plot needs matplotlib", hint="pip install 'trimtab[plots]'") from error
-    return Figure
+    return import_optional("matplotlib.figure", TrimtabError, what="a plot", extra="plots").Figure
 
 
 def _draw_flops(axis: Axes, report: CostReport) -> None:

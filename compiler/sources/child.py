@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,17 +17,6 @@ from trimtab.passes.os_errors import reason, remedy
 
 _ERROR_FILE, _NOTE_FILE = "error.json", "note.txt"
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-
-
-def require(packages: Sequence[str], origin: Path, what: str, extra: str) -> None:
-    """Check that packages can be imported.
-
-    Raises:
-        ModelError: one is missing; says that reading `what` needs it, and which extra has it.
-    """
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ModelError(f"{origin}: reading {what} needs {package}", hint=f'pip install "trimtab[{extra}]"')
 
 
 def content_key(content: str, modules: Sequence[str], packages: Sequence[str]) -> str:

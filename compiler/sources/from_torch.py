@@ -9,6 +9,7 @@ from trimtab.compiler.cache import entry, part
 from trimtab.compiler.sources.source import Source
 from trimtab.passes.errors import ModelError
 from trimtab.passes.hashing import hash_bytes, hash_file
+from trimtab.passes.optional import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +37,9 @@ def from_torch(
     Raises:
         ModelError: torch is missing or cannot export the module; says why.
     """
-    try:
-        from trimtab.compiler.sources.torch_export import export_module
-    except ImportError as error:
-        raise ModelError(
-            f"reading a torch module needs {error.name}", hint='pip install "trimtab[huggingface]"'
-        ) from error
+    require_packages(("torch", "onnxscript"), ModelError, what="reading a torch module", extra="huggingface")
+    from trimtab.compiler.sources.torch_export import export_module
+
     with part("sources") as exported:
         exported.mkdir()
         export_module(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
-from trimtab.compiler.sources.child import content_key, require, run_child
+from trimtab.compiler.sources.child import content_key, run_child
 from trimtab.compiler.sources.gguf_header import read_header
 from trimtab.passes.errors import ModelError
+from trimtab.passes.optional import require_packages
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def unpacked(path: Path) -> Path:
         ModelError: damaged, or of an architecture or a type that cannot be read; or a package is missing.
         BuildError: the cache cannot be written.
     """
-    require(_PACKAGES, path, "a GGUF file", "gguf")
+    require_packages(_PACKAGES, ModelError, what=f"{path}: reading a GGUF file", extra="gguf")
 
     def make(part: Path) -> None:
         try:

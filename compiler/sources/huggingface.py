@@ -8,7 +8,9 @@ from pathlib import Path
 
 from trimtab.compiler.cache import entry
 from trimtab.compiler.sources.checkpoint import Checkpoint
-from trimtab.compiler.sources.child import content_key, read_note, require, run_child
+from trimtab.compiler.sources.child import content_key, read_note, run_child
+from trimtab.passes.errors import ModelError
+from trimtab.passes.optional import require_packages
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
         ModelError: torch or transformers is missing, or the export fails; says why.
         BuildError: the cache cannot be written.
     """
-    require(_PACKAGES, checkpoint.folder, "a Hugging Face model", "huggingface")
+    what = f"{checkpoint.folder}: reading a Hugging Face model"
+    require_packages(_PACKAGES, ModelError, what=what, extra="huggingface")
 
     def make(part: Path) -> None:
         part.mkdir()

@@ -11,8 +11,9 @@ import numpy as np
 from trimtab.compiler.checks.peers.model import PeerModel
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import TargetError
+from trimtab.passes.optional import import_optional
 
-INSTALL = "pip install 'trimtab[peers]'"
+EXTRA = "peers"
 
 
 def fp32(model: PeerModel, threads: int) -> Run:
@@ -31,11 +32,7 @@ def import_openvino() -> Any:
     Raises:
         TargetError: it is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise TargetError(f"OpenVINO is not available ({error})", hint=INSTALL) from error
-    return openvino
+    return import_optional("openvino", TargetError, what="this peer", extra=EXTRA)
 
 
 def open_model(model: Path, threads: int, precision: str) -> Run:

@@ -11,9 +11,10 @@ from typing import Any
 
 from trimtab.compiler.checks.peers.cached import cached_model
 from trimtab.compiler.checks.peers.model import CalibrationData, PeerModel
-from trimtab.compiler.checks.peers.openvino import INSTALL, import_openvino, open_model
+from trimtab.compiler.checks.peers.openvino import EXTRA, import_openvino, open_model
 from trimtab.compiler.feeds import Run
 from trimtab.passes.errors import DataError, TargetError
+from trimtab.passes.optional import import_optional
 
 
 def int8(model: PeerModel, threads: int) -> Run:
@@ -59,9 +60,7 @@ def _import_nncf() -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # read at import: no telemetry
     known = logging.getLoggerClass()
     try:
-        import nncf
-    except ImportError as error:
-        raise TargetError(f"NNCF is not available ({error})", hint=INSTALL) from error
+        nncf = import_optional("nncf", TargetError, what="the peer openvino-int8", extra=EXTRA)
     finally:
         logging.setLoggerClass(known)  # it sets its own for the whole process
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes whatever handlers hang on that logger

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.passes.errors import BuildError, ModelError
+from trimtab.passes.optional import import_optional
 
 NAME = "config.pbtxt"
 WARMUP = "warmup"
@@ -26,13 +27,8 @@ def schema() -> Any:
     Raises:
         BuildError: tritonclient is not installed.
     """
-    try:
-        from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise BuildError(
-            f"Triton's configuration schema is not installed ({error})", hint='pip install "trimtab[serve]"'
-        ) from error
-    return model_config_pb2
+    what = "Triton's configuration"
+    return import_optional("tritonclient.grpc.model_config_pb2", BuildError, what=what, extra="serve")
 
 
 def is_batched(tensors: Iterable[TensorInfo]) -> bool:

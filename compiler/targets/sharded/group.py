@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from trimtab.compiler.targets.sessions import providers
 from trimtab.passes.errors import TargetError
+from trimtab.passes.optional import import_optional
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,7 @@ def require_torch() -> Any:
     Raises:
         TargetError: it is not installed.
     """
-    try:
-        import torch.distributed as distributed
-    except ImportError as error:
-        raise TargetError(
-            f"a model in shards needs torch.distributed ({error})", hint="pip install 'trimtab[shards]'"
-        ) from error
+    distributed = import_optional("torch.distributed", TargetError, what="a model in shards", extra="shards")
     if not distributed.is_available():
         raise TargetError("this torch has no torch.distributed", hint="install another build of torch")
     return distributed

@@ -22,6 +22,7 @@ from trimtab.compiler.targets.child import run_child
 from trimtab.compiler.targets.tensorrt.info import INFO_FILE, EngineInfo
 from trimtab.compiler.targets.tensorrt.prepare import Prepared, prepare
 from trimtab.compiler.workload import Workload
+from trimtab.passes import optional
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
 from trimtab.passes.lower import lower
@@ -39,7 +40,7 @@ class TensorRT(Target):
     summary = "an engine for this machine's NVIDIA GPU; built on a machine with that GPU"
     builds_engines = True
     package: ClassVar[str] = "tensorrt"
-    install: ClassVar[str] = 'pip install "trimtab[tensorrt]", with NVIDIA\'s own package index as an extra index'
+    install: ClassVar[str] = optional.install("tensorrt") + ", with NVIDIA's own package index as an extra index"
     rtx: ClassVar[bool] = False
 
     def probe(self) -> Capability:
@@ -213,7 +214,7 @@ class TensorRTRTX(TensorRT):
     name = "tensorrt-rtx"
     summary = "a portable engine for NVIDIA RTX GPUs; built on any machine, GPU or none"
     package = "tensorrt_rtx"
-    install = 'pip install "trimtab[tensorrt-rtx]"'
+    install = optional.install("tensorrt-rtx")
     rtx = True
 
 

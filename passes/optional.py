@@ -1,0 +1,41 @@
+"""Packages that only some of trimtab's functions need, which its extras install."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.passes.errors import TrimtabError
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml, as hints say it."""
+    return f'pip install "trimtab[{extra}]"'
+
+
+def import_optional(module: str, error: type[TrimtabError], *, what: str, extra: str) -> Any:
+    """A module of an optional package.
+
+    Args:
+        error: is raised if it is missing.
+        what: needs it, as the message begins ("a plot").
+        extra: installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as fault:
+        raise missing(what, fault.name or module, error, extra) from fault
+
+
+def require_packages(packages: Sequence[str], error: type[TrimtabError], *, what: str, extra: str) -> None:
+    """Check that packages are installed, without the time that importing them takes. Arguments as above."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise missing(what, package, error, extra)
+
+
+def missing(what: str, module: str, error: type[TrimtabError], extra: str) -> TrimtabError:
+    """The error that says which package `what` lacks."""
+    return error(f"{what} needs {module}, which is not installed here", hint=install(extra))
