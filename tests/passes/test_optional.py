@@ -13,7 +13,9 @@ from trimtab.passes.optional import import_optional, require_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-NAMED = re.compile(r"""trimtab\[([a-z-]+)\]|what=.*\bextra="([a-z-]+)"|^EXTRA = "([a-z-]+)"|\.install\("([a-z-]+)"\)""", re.M)
+NAMED = re.compile(
+    r"""trimtab\[([a-z-]+)\]|what=.*\bextra="([a-z-]+)"|^EXTRA = "([a-z-]+)"|\.install\("([a-z-]+)"\)""", re.M
+)
 
 
 def test_every_extra_that_is_named_exists() -> None:
