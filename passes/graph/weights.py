@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from trimtab.passes.errors import ModelError
+from trimtab.passes.errors import ModelError, quoted
 from trimtab.passes.hashing import hash_bytes, hash_data, hash_file
 from trimtab.passes.os_errors import reason, remedy
 
@@ -60,9 +60,9 @@ class ExternalValues(LazyValues):
                 f"weight {tensor.name!r}: its type, or its offset or length in {self.path.name}, is not valid",
                 hint="export the model again",
             ) from error
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):  # pathlib's raises for a name that the system does not allow
             raise ModelError(
-                f"weight {tensor.name!r}: its external data file {self.path} is missing",
+                f"weight {quoted(tensor.name)}: its external data file {quoted(self.path.name)} is missing from {base}",
                 hint="copy the data file beside the model, or export the model again",
             )
         available = self.path.stat().st_size - self.offset

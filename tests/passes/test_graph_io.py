@@ -209,7 +209,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         load_graph(tmp_path)
     save_graph(chain(), tmp_path / "a.onnx")
     (tmp_path / "a.onnx.data").unlink()
-    with pytest.raises(ModelError, match=r"a\.onnx\.data is missing"):
+    with pytest.raises(ModelError, match=r"a\.onnx\.data' is missing"):
         load_graph(tmp_path / "a.onnx")
 
 
