@@ -37,9 +37,9 @@ SMALLER = {"--min-quality": "-1", "--max-error": "9", "--seconds": "0", "--minut
 
 def commands(text: str) -> Iterator[list[str]]:
     """The words of each command in a document's code blocks, without its comment."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"(trimtab|python) ", line):
+            if language in ("", "bash") and re.match(r"(trimtab|python) ", line):
                 yield shlex.split(line, comments=True)
 
 
@@ -122,6 +122,8 @@ def _anywhere(text: str) -> list[str]:
     """The lines without what differs from machine to machine and from model to model."""
     text = re.sub(r"\b[0-9a-f]{64}\b", "HASH", text)
     text = re.sub(r"\S*/repository\b", "repository", text)
+    text = re.sub(r"batch \d+(, tokens \d+)?(, padded)?", "a corner", text)
+    text = re.sub(r"[+-](?=\d)", "", text)
     text = re.sub(r"^present\.\d+\.\w+", "present", text, flags=re.MULTILINE)
     return shape(re.sub(r"  (yes|no)  ", "  yes  ", text))
 

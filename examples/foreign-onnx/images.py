@@ -1,6 +1,6 @@
-"""Crops of photographs as calibration data: python examples/foreign-onnx/images.py MODEL.onnx
+"""Crops of a photograph as calibration data: python examples/foreign-onnx/images.py MODEL.onnx
 
-The photographs come with scikit-learn. images.npz has the crops, in the size and under the name of the model's input.
+The photograph comes with scikit-learn. images.npz has the crops, in the size and under the name of the model's input.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from PIL import Image
 from sklearn import datasets
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-PHOTOGRAPHS, COUNT = ("china.jpg", "flower.jpg"), 48
+PHOTOGRAPH, COUNT = "china.jpg", 96
 
 
 def main(model: str) -> None:
     """Write images.npz into the working directory."""
     (given,) = onnx.load(model, load_external_data=False).graph.input
     size = given.type.tensor_type.shape.dim[-1].dim_value
-    folder = Path(datasets.__file__).parent / "images"
-    images = np.concatenate([crops(Image.open(folder / name), size, COUNT) for name in PHOTOGRAPHS])
-    np.savez("images.npz", **{given.name: images})
+    photograph = Image.open(Path(datasets.__file__).parent / "images" / PHOTOGRAPH)
+    np.savez("images.npz", **{given.name: crops(photograph, size, COUNT)})
 
 
 def crops(image: Image.Image, size: int, count: int) -> np.ndarray:
