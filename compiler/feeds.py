@@ -3,6 +3,7 @@ of one model in the types of another."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -11,11 +12,15 @@ import onnx_graphsurgeon as gs
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.fixed_shapes import in_whole_batches
 from trimtab.compiler.workload import Workload
+from trimtab.passes.errors import RecipeError, quoted
 from trimtab.passes.graph.ranges import safe_values
 from trimtab.passes.graph.shapes import token_outputs
 
 Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """One call of a model: inputs → outputs, both by name."""
+
+MAX_BYTES = 4 << 30
+"""Of the random inputs of one call, all together."""
 
 _UNKNOWN = (0, 1)  # of integers whose tables were not found: any table has such rows
 
@@ -47,9 +52,10 @@ def random_feeds(
         standard normal.
 
     Raises:
-        RecipeError: `dims` lacks a dimension of the model.
+        RecipeError: `dims` lacks a dimension of the model, or the inputs would take more than `MAX_BYTES`.
     """
     shapes, feeds, past = _shapes(graph, dims), {}, dims.get("past", 0)
+    _check_bytes(graph, shapes, dims)
     for tensor in graph.inputs:
         shape = shapes[tensor.name]
         dtype = np.dtype(tensor.dtype)
@@ -76,6 +82,19 @@ def _shapes(graph: gs.Graph, dims: Mapping[str, int]) -> dict[str, tuple[int, ..
     others = {name: size for name, size in dims.items() if name not in ("batch", "tokens", "past")}
     fixed = Workload.model_validate({**{k: v for k, v in dims.items() if k not in others}, "dims": others})
     return {name: opt for name, (_, opt, _) in fixed.shapes(graph).items()}
+
+
+def _check_bytes(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, int]) -> None:
+    """Refuse sizes before memory is taken for them: a fixed dimension of a foreign file is any number."""
+    needed = {tensor.name: math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize for tensor in graph.inputs}
+    if sum(needed.values()) > MAX_BYTES:
+        name = max(needed, key=lambda each: needed[each])
+        sizes = ", ".join(f"{key} {size}" for key, size in dims.items())
+        raise RecipeError(
+            f"inputs of {sizes} take {sum(needed.values())} bytes, more than {MAX_BYTES}; "
+            f"the largest is {quoted(name)} of shape {list(shapes[name])[:8]}",
+            hint="give a smaller workload, or export the model with smaller fixed dimensions",
+        )
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool, past: int) -> np.ndarray:

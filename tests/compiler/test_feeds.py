@@ -10,6 +10,7 @@ import pytest
 import zoo
 from seeds import seeded
 
+from trimtab.compiler import feeds as feeds_module
 from trimtab.compiler.builds.manifest import TensorInfo
 from trimtab.compiler.checks.peers import open_peer
 from trimtab.compiler.feeds import converted, converting, random_feeds, within
@@ -34,6 +35,20 @@ def test_ids_stay_inside_the_table_and_reach_all_of_it():
     ids = random_feeds(graph, {"batch": 32, "tokens": 64}, np.random.default_rng(0))["input_ids"]
     assert ids.min() == 0
     assert ids.max() == 100  # of a vocabulary of 101
+
+
+@pytest.mark.parametrize("width", [1 << 20, (1 << 20) + 1])
+def test_random_inputs_have_a_limit(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are compared before memory is taken: a fixed dimension comes from the file."""
+    monkeypatch.setattr(feeds_module, "MAX_BYTES", 4 << 20)
+    x = gs.Variable("x", np.float32, ["batch", width])
+    graph = gs.Graph([gs.Node("Identity", inputs=[x], outputs=[gs.Variable("y", np.float32)])], [x], [], opset=18)
+    dims = {"batch": 1, "tokens": 1}
+    if width == 1 << 20:
+        assert random_feeds(graph, dims, seeded())["x"].nbytes == 4 << 20
+    else:
+        with pytest.raises(RecipeError, match=r"4194308 bytes, more than 4194304; the largest is 'x'"):
+            random_feeds(graph, dims, seeded())
 
 
 def test_padding_ends_rows_early_and_leaves_the_first_full():
