@@ -14,6 +14,7 @@ from trimtab.compiler.data.preparation import read_preparation
 from trimtab.compiler.sources.folder import TOKENIZER_FILES
 from trimtab.compiler.task import UNKNOWN, Head
 from trimtab.passes.contract import PassContext
+from trimtab.passes.errors import PassError, TrimtabError
 from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
 
 _FINGERPRINT = "fingerprint 3"
@@ -59,7 +60,12 @@ class Source:
         from trimtab.passes.canonicalize import Canonicalize
 
         graph = load_graph(self.onnx)
-        Canonicalize().run(graph, PassContext())
+        try:
+            Canonicalize().run(graph, PassContext())
+        except TrimtabError:
+            raise
+        except Exception as error:  # a fault of the pass, since the file is well-formed
+            raise PassError(Canonicalize.name, [], error) from error
         return graph
 
     @property

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from seeds import seeded
 
 from trimtab.compiler.sources import open_source, trial
-from trimtab.passes.errors import ModelError
+from trimtab.passes.errors import ModelError, PassError
 
 pytestmark = pytest.mark.usefixtures("try_in_child")
 
@@ -99,3 +99,13 @@ def test_a_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         open_source(tmp_path / "m.onnx")
     assert "Traceback" not in str(caught.value)
     print(caught.value)
+
+
+def test_a_fault_of_a_pass_asks_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the file: it is well-formed, and ONNX Runtime takes it."""
+    onnx.save(model(), tmp_path / "m.onnx")
+    source = open_source(tmp_path / "m.onnx")
+    source.graph()
+    monkeypatch.setattr("trimtab.passes.canonicalize.lift_gemms", lambda graph: {}["a key"])
+    with pytest.raises(PassError, match=r"pass canonicalize: KeyError: 'a key'; .*please report"):
+        source.graph()
