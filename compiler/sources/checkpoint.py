@@ -10,17 +10,22 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from trimtab.compiler.cache import entry
 from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.schema.json_text import AGAIN, Schema, read_json
-from trimtab.compiler.sources.folder import read_config
+from trimtab.compiler.sources.child import content_key, run_child
+from trimtab.compiler.sources.folder import architecture, read_config
 from trimtab.compiler.sources.sentence import WEIGHTED, SentenceConfig, sentence_parts
 from trimtab.passes.errors import ModelError
 from trimtab.passes.hashing import hash_bytes
+from trimtab.passes.optional import require_packages
 from trimtab.passes.os_errors import check_readable
 
 BASE = "AutoModel"
 """The architecture of a model without the head that config.json names: sentence-transformers loads no other."""
 
+_ANSWER = "architecture.json"  # of the child that names the architecture
+_PACKAGES = ("torch", "transformers")
 _INDEX: Schema = {"weight_map": {"*": str}}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -93,13 +98,31 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         weighted = [folder / layer.path for layer in pooling.layers if layer.kind in WEIGHTED]
         weights = tuple(path for place in (model, *weighted) for path in _weights(place, allow_pickle))
         return Checkpoint(folder, model, config, BASE, weights, pooling)
-    names = config.get("architectures") or []
-    if not names:
+    weights = _weights(model, allow_pickle)
+    if not config.get("architectures"):
+        config |= {"architectures": [_unnamed(model, config, weights)]}
+    return Checkpoint(folder, model, config, architecture(config), weights, pooling)
+
+
+def _unnamed(model: Path, config: dict[str, Any], weights: tuple[Path, ...]) -> str:
+    """The architecture of a model that names none, by its type and the names of its weights; found by a child."""
+    if config.get("model_type") is None or any(path.suffix != ".safetensors" for path in weights):
         raise ModelError(
             f"{model / 'config.json'}: names no architecture",
             hint='add the class of the model, such as "architectures": ["BertModel"]',
         )
-    return Checkpoint(folder, model, config, str(names[0]), _weights(model, allow_pickle), pooling)
+    require_packages(_PACKAGES, ModelError, what=f"{model}: reading a Hugging Face model", extra="huggingface")
+
+    def make(part: Path) -> None:
+        part.mkdir()
+        run_child(
+            "trimtab.compiler.sources.architecture", [str(model.resolve()), str(part)], part, makes=_ANSWER,
+            origin=model, what="finding its architecture", hint="add `architectures` to config.json",
+        )  # fmt: skip
+
+    content = hash_bytes(json.dumps(config, sort_keys=True), *map(file_hash, weights))
+    answer = entry("architectures", content_key(content, ("architecture.py",), _PACKAGES), make) / _ANSWER
+    return str(read_json(answer, ModelError, str))
 
 
 def _any_weights(folder: Path) -> bool:

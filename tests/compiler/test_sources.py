@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from seeds import seeded
 from zoo import exported, feeds, save_pretrained, tiny_model
@@ -16,6 +17,7 @@ from zoo import exported, feeds, save_pretrained, tiny_model
 from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.schema.json_text import MAX_BYTES, MAX_DEPTH
 from trimtab.compiler.sources import checkpoint, from_torch, huggingface, open_source
+from trimtab.compiler.sources.architecture import find_architecture
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import token_limit
 from trimtab.passes.errors import BuildError, ModelError
@@ -138,7 +140,7 @@ def quantized(folder):
 
 
 def no_architecture(folder):
-    edit_config(folder, architectures=None)
+    edit_config(folder, architectures=None, model_type=None)
 
 
 def no_weights(folder):
@@ -457,8 +459,6 @@ OFFSETS = {  # family: (class, options)
 @pytest.mark.parametrize("family", OFFSETS)
 def test_the_longest_text_by_the_config_is_the_models(tmp_path, family):
     """One more token than `token_limit` has no position in torch."""
-    import transformers
-
     name, options = OFFSETS[family]
     kind = getattr(transformers, name)
     sizes = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -562,3 +562,37 @@ def test_json_of_sentence_transformers(tmp_path, no_export, name, content, messa
     with pytest.raises(ModelError, match=message) as caught:
         open_source(folder)
     assert caught.value.hint
+
+
+HEADED = [
+    "BertModel", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
+    "BertForMaskedLM", "DistilBertForSequenceClassification", "DistilBertForTokenClassification",
+    "RobertaForSequenceClassification", "RobertaModel", "GPT2LMHeadModel", "LlamaForCausalLM", "LlamaModel",
+    "ViTForImageClassification",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_architectures_that_config_does_not_name(tmp_path, name):
+    """The type of the model and the names of its weights tell the class."""
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if name.startswith("DistilBert"):
+        sizes = {"vocab_size": 29, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+    if name.startswith("GPT2"):
+        sizes = {"vocab_size": 29, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    kind(kind.config_class(**sizes)).save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=None)
+    assert find_architecture(tmp_path) == name
+
+
+def test_weights_of_no_class_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    folder = save_pretrained("bert", tmp_path / "model")
+    edit_config(folder, architectures=None)
+    assert checkpoint.read_checkpoint(folder).architecture == "BertForSequenceClassification"
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"other": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="of the classes of a bert none fits its weights") as caught:
+        find_architecture(folder)
+    assert "architectures" in caught.value.hint
