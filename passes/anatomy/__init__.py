@@ -1,4 +1,4 @@
-"""What is where in a transformer's graph, found by structure alone: names of nodes and tensors never matter."""
+"""The parts of a transformer (FFNs, attention, norms, head), matched in its graph by structure, never by names."""
 
 from trimtab.passes.anatomy.clone import clone_activation
 from trimtab.passes.anatomy.find import find_anatomy, require_ffns, select_ffns

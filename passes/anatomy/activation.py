@@ -1,4 +1,4 @@
-"""The function between two projections, named by evaluating it: every exporter's way to write GELU is the same GELU."""
+"""Names the activation between two projections by evaluating it, so that GELU is GELU however an exporter writes it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trimtab.passes.graph.weights import values
 Function = Callable[[np.ndarray], np.ndarray]
 
 _NEAR = np.concatenate([np.linspace(-8, 8, 161), [-30.0, 30.0]])
-_POWERS = 10.0 ** np.arange(2, 39)  # up to the end of float32, so that no bound lies beyond
+_POWERS = 10.0 ** np.arange(2, 39)  # up to the end of float32, so that every clipping bound is covered
 PROBES = np.concatenate([_NEAR, -_POWERS, _POWERS])
-"""Where functions are compared."""
+"""The points at which functions are compared."""
 _IS_FAR = np.abs(PROBES) > 30
 _GATED = np.array([-2.5, -1.0, 0.5, 1.0, 3.0])
-_TOLERANCE = 1e-4  # half-precision constants stay within it; gelu and gelu_tanh lie 4.7e-4 apart
+_TOLERANCE = 1e-4  # half-precision constants differ by less; gelu and gelu_tanh differ by 4.7e-4
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def _clip_op(attrs: dict, x: np.ndarray, *bounds: np.ndarray | None) -> np.ndarr
 
 
 def _of_all(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
-    """`function` of one argument or more, from left to right."""
+    """A binary `function`, applied to one argument or more from left to right."""
     return lambda *args: reduce(function, args)
 
 
@@ -113,7 +113,7 @@ _FLOATS = (TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.FLOAT, TensorPr
 
 
 def is_elementwise(node: gs.Node) -> bool:
-    """True if `evaluate` knows the op. Of Casts those to floats: others round, and ops mean something else there."""
+    """True if `evaluate` supports the op. A Cast must be to a float type: casts to integers round."""
     if node.op == "Cast" and node.attrs.get("to") not in _FLOATS:
         return False
     return (node.domain or "", node.op) in _OPS
@@ -125,50 +125,52 @@ def evaluate(nodes: Sequence[gs.Node], feeds: dict[int, np.ndarray], output: gs.
     Args:
         feeds: tensor id → values.
     """
-    held = dict(feeds)
+    computed = dict(feeds)
     with np.errstate(all="ignore"):
         for node in nodes:
-            args = [_value(tensor, held) for tensor in node.inputs]
-            held[id(node.outputs[0])] = _OPS[node.domain or "", node.op](node.attrs, *args)
-    return held[id(output)]
+            args = [_value(tensor, computed) for tensor in node.inputs]
+            computed[id(node.outputs[0])] = _OPS[node.domain or "", node.op](node.attrs, *args)
+    return computed[id(output)]
 
 
-def _value(tensor: gs.Tensor, held: dict[int, np.ndarray]) -> np.ndarray | None:
+def _value(tensor: gs.Tensor, computed: dict[int, np.ndarray]) -> np.ndarray | None:
     if not tensor.name:
-        return None  # an optional input that is not given
-    return values(tensor).astype(np.float64).reshape(()) if isinstance(tensor, gs.Constant) else held[id(tensor)]
+        return None  # an omitted optional input
+    return values(tensor).astype(np.float64).reshape(()) if isinstance(tensor, gs.Constant) else computed[id(tensor)]
 
 
 def name_of(function: Function) -> str:
-    """The name in `KNOWN` of `function`, or "unknown"."""
+    """The name of `function` in `KNOWN`, or "unknown"."""
     with np.errstate(all="ignore"):
-        got = function(PROBES)
-        return next((name for name, known in KNOWN.items() if _agree(got, known(PROBES))), "unknown")
+        actual = function(PROBES)
+        return next((name for name, candidate in KNOWN.items() if _agree(actual, candidate(PROBES))), "unknown")
 
 
 def is_linear(function: Function) -> bool:
     """True if f(x) = c x + d on the probe points."""
-    got = function(PROBES)
-    near = got[: len(_NEAR)]
+    actual = function(PROBES)
+    near = actual[: len(_NEAR)]
     if not np.all(np.isfinite(near)):
         return False
     with np.errstate(all="ignore"):
-        return _agree(got, np.polyval(np.polyfit(_NEAR, near, 1), PROBES))
+        return _agree(actual, np.polyval(np.polyfit(_NEAR, near, 1), PROBES))
 
 
-def _agree(got: np.ndarray, want: np.ndarray) -> bool:
+def _agree(actual: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two functions are the same at `PROBES`, along the first axis.
 
-    Points far from 0 at which `got` overflows do not count: a function that is written with Exp does so, in itself.
+    Points far from 0 at which `actual` overflows do not count: a function written with Exp overflows there.
     """
-    far = _IS_FAR.reshape(-1, *[1] * (got.ndim - 1))
-    return bool(np.all((np.abs(got - want) <= _TOLERANCE * (1 + np.abs(want))) | (far & ~np.isfinite(got))))
+    far = _IS_FAR.reshape(-1, *[1] * (actual.ndim - 1))
+    return bool(
+        np.all((np.abs(actual - expected) <= _TOLERANCE * (1 + np.abs(expected))) | (far & ~np.isfinite(actual)))
+    )
 
 
 def find_gate(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple[int, Function] | None:
-    """Which argument of f(a, b) gates: f = g(gate) · up. Returns its position and g, or None if f is no such product.
+    """The position of the gate in f(a, b) = g(gate) · up, and g; None if f is no such product.
 
-    If both would do (a · b), the first is the gate.
+    If both arguments could be the gate (a · b), the first one is.
     """
     for gate in (0, 1):
 
@@ -179,7 +181,7 @@ def find_gate(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple
             return of(x, np.ones_like(x))
 
         with np.errstate(all="ignore"):
-            got = of(PROBES[:, None] + 0 * _GATED, _GATED + 0 * PROBES[:, None])
-            if _agree(got, act(PROBES)[:, None] * _GATED):
+            actual = of(PROBES[:, None] + 0 * _GATED, _GATED + 0 * PROBES[:, None])
+            if _agree(actual, act(PROBES)[:, None] * _GATED):
                 return gate, act
     return None

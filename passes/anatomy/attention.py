@@ -1,4 +1,4 @@
-"""Attention blocks: a Softmax between two products, or one op that fuses them, with the projections around."""
+"""Matches attention blocks: a Softmax between two products, or one fused op, with the projections around them."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _SCORES = frozenset([
 ])  # fmt: skip
 _WEIGHTS = frozenset(["Cast", "Dropout", "Identity", "Mul", "Reshape", "Slice", "Where"])
 _TO_OUT = NORMS | {"Cast", "Identity", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-_NEAR = 256  # nodes looked at on each way
+_NEAR = 256  # nodes visited on each path
 
 
 def find_attentions(scan: Scan) -> list[Attention]:
     """All attention blocks in the order of computation."""
-    found: list[Attention] = []
+    attentions: list[Attention] = []
     for node in scan.nodes:
         if (node.domain or "", node.op) in _FUSED:
-            found.append(_fused(scan, node, len(found)))
+            attentions.append(_fused(scan, node, len(attentions)))
         elif node.op == "Softmax":
-            attention = _plain(scan, node, len(found))
+            attention = _plain(scan, node, len(attentions))
             if attention is not None:
-                found.append(attention)
-    return found
+                attentions.append(attention)
+    return attentions
 
 
 def _plain(scan: Scan, softmax: gs.Node, layer: int) -> Attention | None:
@@ -109,7 +109,7 @@ def _before(node: gs.Node, first: frozenset[str], everything: frozenset[str]) ->
 
 
 def _backwards(tensor: gs.Tensor) -> Iterator[tuple[gs.Tensor, gs.Node, deque[gs.Tensor]]]:
-    """Breadth first from `tensor` back: each tensor, its producer, and the queue that takes what comes before."""
+    """Breadth first from `tensor` back: each tensor, its producer, and the queue for earlier tensors."""
     seen: set[int] = set()
     queue = deque([tensor])
     while queue and len(seen) < _NEAR:
@@ -149,7 +149,7 @@ def _product_after(tensor: gs.Tensor, way: list[gs.Node]) -> gs.Node | None:
 
 
 def _weighing(tensor: gs.Tensor) -> gs.Tensor:
-    """The probabilities as they are before casts and changes of shape."""
+    """The attention probabilities, before casts and changes of shape."""
     while (node := only_producer(tensor)) is not None and node.op in ("Cast", "Dropout", "Identity", "Reshape"):
         tensor = node.inputs[0]
     return tensor
@@ -157,17 +157,17 @@ def _weighing(tensor: gs.Tensor) -> gs.Tensor:
 
 def _source(scan: Scan, tensor: gs.Tensor, way: list[gs.Node]) -> Linear | None:
     """The nearest projection before `tensor`, through reshaping, scaling and rotary embedding."""
-    found: Linear | None = None
+    nearest: Linear | None = None
     for current, node, queue in _backwards(tensor):
         linear = scan.producing(current)
         if linear is not None:
-            found = found or linear
+            nearest = nearest or linear
             continue
         sources = _before(node, _FIRST, _ALL)
         if sources:
             way.append(node)
             queue.extend(sources)
-    return found
+    return nearest
 
 
 def _reader(scan: Scan, tensor: gs.Tensor, way: list[gs.Node]) -> Linear | None:
@@ -193,9 +193,9 @@ def _last_size(tensor: gs.Tensor) -> int | None:
 
 
 def _split_size(way: list[gs.Node], q: Linear | None, packed: bool) -> int | None:
-    """The head size, from the Reshape that splits `q` into heads, or a piece of it where q, k and v are packed.
+    """The head size, read from the Reshape that splits `q` (or its part of a packed projection) into heads.
 
-    Heads of four axes of the whole hold q, k and v each.
+    A packed projection that is reshaped to four axes as a whole stores q, k and v per head: three times the size.
     """
     for node in way:
         if q is None or node.op != "Reshape":

@@ -1,4 +1,4 @@
-"""Layers: the residual stream from one attention to the next, with the parts that are added to it on the way."""
+"""Groups attention blocks and FFNs into layers, by following the residual stream from one attention to the next."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def find_blocks(
 ) -> list[Block]:
     """All layers in the order of computation.
 
-    A layer begins at an attention, or at an FFN that no attention precedes, and ends where the next one begins. So a
-    branch that is no known part, such as an FFN that a pass has rewritten, belongs to the attention before it.
+    A layer begins at an attention, or at an FFN that no attention precedes, and ends where the next layer begins. An
+    unrecognised branch, such as an FFN that a pass has rewritten, belongs to the layer of the attention before it.
     """
     stream = Stream(scan, norms)
-    found: list[FFN | Attention] = [*attentions, *ffns]
-    parts = sorted(found, key=lambda part: scan.position[id(_last(part))])
+    unordered: list[FFN | Attention] = [*attentions, *ffns]
+    parts = sorted(unordered, key=lambda part: scan.position[id(_last(part))])
     claimed: set[int] = set()  # nodes of all branches so far
     blocks: list[Block] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""An FFN's activation once more, on other inputs."""
+"""Clones an FFN's activation, to apply it to other inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from trimtab.passes.graph import insert
 
 
 def clone_activation(graph: gs.Graph, activation: Activation, inputs: Sequence[gs.Tensor], name: str) -> gs.Tensor:
-    """The activation's own elementwise nodes, reading `inputs`: whatever the exporter's GELU is, the clone has it.
+    """The output of a copy of the activation's elementwise nodes that reads `inputs`.
+
+    The copy has the same nodes, so it computes the exporter's form of GELU exactly.
 
     Args:
         inputs: in the order of `activation.inputs`, of any width.
     """
-    clones: dict[int, gs.Tensor] = {id(t): given for t, given in zip(activation.inputs, inputs, strict=True)}
+    clones: dict[int, gs.Tensor] = {id(t): new for t, new in zip(activation.inputs, inputs, strict=True)}
     for number, node in enumerate(activation.nodes):
         out = gs.Variable(f"{name}/act.{number}", dtype=node.outputs[0].dtype)
         read = [clones.get(id(tensor), tensor) for tensor in node.inputs]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: FFNs of which a router gives each token its own few. They are named, not matched."""
+"""Mixtures of experts: a router sends each token to a few FFNs. Passes report them and leave them as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.passes.graph.linear import Linear
 
 _MIXTURES = ("MoE", "QMoE")
 """Ops of com.microsoft that compute all experts at once: input, router's scores, weights [experts, ...]."""
-_NEAR = 64  # nodes looked at on the way back to the router
+_NEAR = 64  # nodes visited between the experts and their router
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Experts:
     """The experts of one layer.
 
     Attributes:
-        where: the node that takes the weights of those that a token is given.
-        count: all of them.
-        choice: what their numbers, or their scores, are made of: the tensor that leads back to the router.
+        where: the node that gathers the weights of the experts chosen for a token.
+        count: the number of experts.
+        choice: the chosen experts' numbers or scores, a tensor that the router computes.
     """
 
     where: str
@@ -33,15 +33,15 @@ class Experts:
 
     @property
     def why_left(self) -> str:
-        """How reports say that they stay as they are."""
+        """Why passes leave the experts as they are, for reports."""
         return f"a mixture of {self.count} experts, of which each token takes its own; they stay as they are"
 
 
 def find_experts(nodes: Sequence[gs.Node]) -> list[Experts]:
     """The experts of each layer, in the order of `nodes`.
 
-    torch's exports gather matrices [experts, rows, columns] by what TopK chose, and multiply with them: several
-    gathers by the same numbers, for up and down, are one layer's.
+    torch's exports gather matrices from weights [experts, rows, columns] by the numbers of a TopK, and multiply by
+    them. Gathers by the same numbers, for the up and down projections, belong to one layer.
     """
     layers: dict[int, Experts] = {}
     for node in nodes:
@@ -54,13 +54,13 @@ def find_experts(nodes: Sequence[gs.Node]) -> list[Experts]:
 
 
 def router(scan: Scan, experts: Experts) -> Linear | None:
-    """The projection that scores the experts: the nearest before what chooses among them."""
+    """The projection that scores the experts: the nearest one before `experts.choice`."""
     tensors = [experts.choice, *(tensor for node in _way_back(experts.choice) for tensor in node.inputs)]
     return next((linear for tensor in tensors if (linear := scan.producing(tensor)) is not None), None)
 
 
 def _gathers_matrices(node: gs.Node) -> bool:
-    """Whether `node` takes whole matrices out of a constant [experts, rows, columns], and products read them."""
+    """Whether `node` gathers whole matrices from a constant [experts, rows, columns], and products read them."""
     if node.op not in ("Gather", "GatherND") or node.attrs.get("axis", 0) or node.attrs.get("batch_dims", 0):
         return False
     table = node.inputs[0]
@@ -69,7 +69,7 @@ def _gathers_matrices(node: gs.Node) -> bool:
 
 
 def _way_back(tensor: gs.Tensor) -> Iterator[gs.Node]:
-    """The nodes that `tensor` is made by, the nearest first."""
+    """The nodes that `tensor` depends on, the nearest first."""
     seen, queue = set[int](), deque([tensor])
     while queue and len(seen) < _NEAR:
         node = only_producer(queue.popleft())

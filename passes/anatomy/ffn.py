@@ -1,4 +1,4 @@
-"""Feed-forward blocks: a down projection, traced back through elementwise nodes to one projection or to two."""
+"""Matches feed-forward blocks: from a down projection back, through elementwise nodes, to one projection or two."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from trimtab.passes.graph import output_name_of
 from trimtab.passes.graph.linear import Linear
 
 _TOWARDS_RESIDUAL = NORMS | {"Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-_NEAR = 64  # nodes looked at between a down projection and its residual addition
+_NEAR = 64  # nodes visited between a down projection and its residual addition
 
 
 @dataclass(frozen=True)
 class Miss:
-    """Projections that look like an FFN and are none that passes could rewrite.
+    """Projections that resemble an FFN, but that passes cannot rewrite.
 
     Attributes:
-        linears: those involved, the down projection last.
+        linears: the projections; the down projection is the last.
         where: the node at which matching stopped.
-        residual: True if their output joins the residual stream, so that they are no classifier.
+        residual: True if the output is added to the residual stream; a classifier's output is not.
     """
 
     linears: tuple[Linear, ...]
@@ -36,25 +36,25 @@ class Miss:
 
 @dataclass
 class _Trace:
-    """What lies before a tensor, back to the nearest projections."""
+    """The nodes before a tensor, back to the nearest projections."""
 
     leaves: list[Linear] = field(default_factory=list)
     nodes: list[gs.Node] = field(default_factory=list)
     stops: list[tuple[gs.Node | None, str]] = field(default_factory=list)
-    behind: Linear | None = None  # the projection that a stop reads from
+    behind: Linear | None = None  # the projection that the first stop reads
 
 
 def find_ffns(scan: Scan) -> tuple[list[FFN], list[Miss]]:
-    """All FFNs in the order of computation, and what only looked like one."""
-    found: list[FFN] = []
+    """All FFNs, in the order of computation, and the misses: projections that only resemble an FFN."""
+    ffns: list[FFN] = []
     misses: list[Miss] = []
     for down in scan.linears:
-        result = _match(scan, down, len(found))
+        result = _match(scan, down, len(ffns))
         if isinstance(result, FFN):
-            found.append(result)
+            ffns.append(result)
         elif result is not None:
             misses.append(result)
-    return found, misses
+    return ffns, misses
 
 
 def _match(scan: Scan, down: Linear, layer: int) -> FFN | Miss | None:
@@ -103,16 +103,16 @@ def _name_ungated(nodes: tuple[gs.Node, ...], up: Linear, down: Linear) -> str |
 def _name_gated(
     nodes: tuple[gs.Node, ...], pair: tuple[Linear, ...], down: Linear
 ) -> tuple[Linear, Linear, str] | None:
-    """(gate, up, name of the activation) of the two projections in `pair`."""
+    """(gate, up, name of the activation), from the two projections in `pair`."""
 
     def function(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return evaluate(nodes, {id(pair[0].y): a, id(pair[1].y): b}, down.x)
 
-    found = find_gate(function)
-    if found is None:
+    match = find_gate(function)
+    if match is None:
         return None
-    at, act = found
-    return pair[at], pair[1 - at], name_of(act)
+    gate, act = match
+    return pair[gate], pair[1 - gate], name_of(act)
 
 
 def _trace(scan: Scan, tensor: gs.Tensor) -> _Trace:
@@ -144,7 +144,7 @@ def _trace(scan: Scan, tensor: gs.Tensor) -> _Trace:
 
 
 def _stop(scan: Scan, trace: _Trace, tensor: gs.Tensor, node: gs.Node | None) -> None:
-    """Note why the trace cannot go on past `tensor`."""
+    """Record why the trace stops at `tensor`."""
     if node is None:
         trace.stops.append((None, f"it depends on {tensor.name!r}, an input of the graph"))
         return
@@ -152,7 +152,7 @@ def _stop(scan: Scan, trace: _Trace, tensor: gs.Tensor, node: gs.Node | None) ->
     if trace.behind is not None and node.op in ("Split", "Slice", "Gather"):
         trace.stops.append((node, f"gate and up projections are packed into one and taken apart by {node.op}"))
     else:
-        trace.stops.append((node, f"{node.op} between the projections is not an elementwise op that is known"))
+        trace.stops.append((node, f"{node.op} between the projections is not a known elementwise op"))
 
 
 def joins_residual(y: gs.Tensor) -> bool:

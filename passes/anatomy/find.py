@@ -1,4 +1,4 @@
-"""From a graph to its Anatomy."""
+"""Computes the Anatomy of a graph."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from trimtab.passes.graph.linear import Linear
 
 
 def find_anatomy(graph: gs.Graph) -> Anatomy:
-    """What is where in `graph`, which should have gone through `canonicalize`.
+    """The Anatomy of `graph`, which must be canonicalized.
 
-    Reads structure, shapes and scalar constants; weights stay where they are. Names of nodes and tensors and the order
-    of nodes do not matter.
+    Matching reads structure, shapes and scalar constants, and loads no weights. The names of nodes and tensors and the
+    order of nodes do not matter.
     """
     scan = Scan(graph)
     ffns, misses = find_ffns(scan)
@@ -46,13 +46,13 @@ def find_anatomy(graph: gs.Graph) -> Anatomy:
 
 
 def _by_layers(ffns: list[FFN], blocks: list[Block]) -> tuple[list[FFN], list[Block]]:
-    """`ffns` and `blocks`, with FFNs numbered as their layers.
+    """`ffns` and `blocks`, with each FFN numbered like its layer.
 
-    So an FFN keeps its number, by which a Profile knows it, where a pass has rewritten another one.
+    A Profile refers to FFNs by these numbers, so they must not change when a pass rewrites another FFN.
     """
     layers = {id(block.ffn): block.layer for block in blocks if block.ffn is not None}
     numbers = [layers.get(id(ffn), -1) for ffn in ffns]
-    if numbers != sorted(set(numbers)) or -1 in numbers:  # some are in no layer, or layers go side by side
+    if numbers != sorted(set(numbers)) or -1 in numbers:  # an FFN is in no layer, or layers are parallel
         return ffns, blocks
     renamed = {id(ffn): replace(ffn, layer=number) for ffn, number in zip(ffns, numbers, strict=True)}
     return list(renamed.values()), [
@@ -64,7 +64,7 @@ def select_ffns(anatomy: Anatomy, layers: Collection[int] | None) -> list[FFN]:
     """The FFNs whose numbers are in `layers`; all of them for None.
 
     Raises:
-        RecipeError: the model has no FFN of some number.
+        RecipeError: the model has no FFN with one of the numbers.
     """
     unknown = set(layers or ()) - {ffn.layer for ffn in anatomy.ffns}
     if unknown:
@@ -79,7 +79,7 @@ def require_ffns(anatomy: Anatomy) -> tuple[FFN, ...]:
     """The FFNs of `anatomy`.
 
     Raises:
-        ModelError: it has none; says why, as far as that is known.
+        ModelError: there are none; the message lists the reasons that matching recorded.
     """
     if anatomy.ffns:
         return anatomy.ffns
@@ -96,7 +96,7 @@ def _leftovers(
     """The projections that no block claims: those of the head, and those that should have belonged to a block."""
     parts = [*(ffn.linears for ffn in ffns), *(attention.linears for attention in attentions)]
     claimed = {id(linear.y) for linears in parts for linear in linears}
-    in_layers = frozenset().union(*(block.nodes for block in blocks))  # such as the parts of an FFN that is rewritten
+    in_layers = frozenset().union(*(block.nodes for block in blocks))  # such as the parts of a rewritten FFN
     misses = [miss for miss in misses if id(miss.linears[-1].y) not in claimed]
     after = scan.downstream([f.y for f in ffns] + [a.nodes[-1].outputs[0] for a in attentions])
     before = scan.upstream([f.x for f in ffns] + [t for a in attentions for n in a.nodes for t in n.inputs])
@@ -117,13 +117,13 @@ def _leftovers(
     explained = {id(linear.y) for linear in (*routers, *(linear for miss in misses for linear in miss.linears))}
     unknown = [linear for linear in middle if id(linear.y) not in explained]
     mixed = [Unrecognized("experts", experts.where, experts.why_left) for experts in mixtures]
-    known = [*find_opaque(scan), *mixed]
-    return head, [*known, *_unrecognized(misses, unknown), *_without_projections(attentions)]
+    opaque = [*find_opaque(scan), *mixed]
+    return head, [*opaque, *_unrecognized(misses, unknown), *_without_projections(attentions)]
 
 
 def _unrecognized(misses: Sequence[Miss], unknown: Sequence[Linear]) -> list[Unrecognized]:
-    found = [Unrecognized("FFN", miss.where, miss.why) for miss in misses]
-    return found + [
+    like_ffns = [Unrecognized("FFN", miss.where, miss.why) for miss in misses]
+    return like_ffns + [
         Unrecognized(
             f"projection {linear.in_features} -> {linear.out_features}",
             output_name_of(linear.nodes[-1]),

@@ -1,4 +1,4 @@
-"""The parts of a transformer as passes see them: views on the graph, with the tensors at their borders."""
+"""The parts of a transformer: views of the graph, with the tensors at their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Activation:
 
     Attributes:
         name: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "relu_squared", "sigmoid", "tanh", or "unknown".
-            Found by evaluating the nodes, so that every exporter's way to write GELU is the same GELU.
+            The nodes are evaluated to name it, so the name does not depend on how an exporter writes GELU.
         nodes: in topological order. All their constants are scalars, so they can be cloned for any width.
         inputs: (up.y,) without a gate, (gate.y, up.y) with one: hidden = name(gate.y) * up.y.
         output: the hidden tensor, [..., d_ff], which the down projection reads.
@@ -32,7 +32,7 @@ class FFN:
     """One feed-forward block: y = act(x W_up + b_up) W_down + b_down, or y = (act(x W_gate) * (x W_up)) W_down.
 
     Attributes:
-        layer: number of its layer, from 0; its position among the FFNs where they are not in layers of their own.
+        layer: the number of its layer, from 0; its position among the FFNs where layers have several.
         x: its input, [..., d_model].
         y: its output, before the residual is added, [..., d_model].
     """
@@ -79,12 +79,12 @@ class FFN:
 
     @property
     def bytes(self) -> int:
-        """Of its weights and biases, as they are stored."""
+        """Bytes of its weights and biases, as they are stored."""
         return sum(linear.bytes for linear in self.linears)
 
     @property
     def where(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"layer {self.layer} FFN"
 
 
@@ -96,11 +96,11 @@ class Attention:
         layer: position among the attention blocks, from 0.
         q, k, v: the projections; all three are the same Linear where the model has one packed QKV projection.
         out: the output projection, or None where it was not found.
-        heads, kv_heads, head_dim: None where shapes do not tell.
-        nodes: those between the projections, in topological order.
-        probabilities: what weighs the values, [batch, heads, queries, keys] (or [batch · heads, queries, keys], as some
-            exporters write it): rows of the softmax, zeros where a mask excludes. None where one op fuses them.
-        fused: the name of the op if one op computes it (Attention, MultiHeadAttention, GroupQueryAttention).
+        heads, kv_heads, head_dim: None where no shape or attribute shows them.
+        nodes: the nodes between the projections, in topological order.
+        probabilities: the attention weights, [batch, heads, queries, keys] (or [batch · heads, queries, keys], as some
+            exporters write it): softmax rows, zero where a mask excludes a token. None in a fused op.
+        fused: the name of the op if one op computes the block (Attention, MultiHeadAttention, GroupQueryAttention).
     """
 
     layer: int
@@ -117,12 +117,12 @@ class Attention:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its projections, each once."""
-        found: list[Linear] = []
+        """Its distinct projections."""
+        distinct: list[Linear] = []
         for linear in (self.q, self.k, self.v, self.out):
-            if linear is not None and all(linear.nodes[-1] is not other.nodes[-1] for other in found):
-                found.append(linear)
-        return tuple(found)
+            if linear is not None and all(linear.nodes[-1] is not other.nodes[-1] for other in distinct):
+                distinct.append(linear)
+        return tuple(distinct)
 
     @property
     def params(self) -> int:
@@ -131,21 +131,21 @@ class Attention:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: the residual stream from x to y, with what is added to it.
+    """One layer: the residual stream from x to y, with the branches that are added to it.
 
     Pre-norm layers compute m = x + attention(norm(x)) and y = m + FFN(norm(m)), post-norm layers
     m = norm(x + attention(x)) and y = norm(m + FFN(m)), parallel ones y = x + attention(norm(x)) + FFN(norm'(x)).
 
     Attributes:
         layer: position among the layers, from 0, in the order of computation.
-        x: the stream that enters it, [batch, tokens, d_model], before its first norm where it has pre-norms.
-        middle: m, the stream between attention and FFN; None where both read x, or the layer has one of them alone.
-        y: the stream that leaves it, which is the next layer's x. Behind the last layer of a pre-norm model it is the
-            sum before the final norm, where the graph has that sum (a skip norm may compute both in one).
-        attention: None where an FFN comes without one.
-        ffn: None where it was not recognised, such as behind a pass that has rewritten it.
-        norms: those within it, in the order of computation; of each the node that `Anatomy.norms` has.
-        nodes: ids of the nodes of its branches, from the stream to what is added to it; without masks and positions.
+        x: the stream that enters the layer, [batch, tokens, d_model], before its first norm in pre-norm models.
+        middle: m, the stream between attention and FFN; None where both read x, or the layer has only one of them.
+        y: the stream that leaves the layer, which is the next layer's x. After the last layer of a pre-norm model it is
+            the sum before the final norm, where the graph has that sum (a skip norm may compute both in one).
+        attention: None where the layer has only an FFN.
+        ffn: None where none is recognised, such as after a pass has rewritten it.
+        norms: its norms, in the order of computation; each is a node of `Anatomy.norms`.
+        nodes: ids of its branches' nodes, from the stream to the additions; without masks and positions.
     """
 
     layer: int
@@ -160,7 +160,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A table looked up by integers: [rows, width]."""
+    """An embedding table [rows, width], and the node that looks up rows in it."""
 
     table: gs.Constant
     node: gs.Node
@@ -176,7 +176,7 @@ class Head:
 
     Attributes:
         linears: in order of computation; a classifier may have two (pooler, classifier).
-        table: the embedding table that is the last one's weight too, or None.
+        table: the embedding table that is also the last projection's weight, or None.
     """
 
     linears: tuple[Linear, ...]
@@ -188,7 +188,7 @@ class Head:
 
     @property
     def vocabulary(self) -> Linear | None:
-        """The last projection, if it has more outputs than inputs, as to a vocabulary and not to classes."""
+        """The last projection, if it has more outputs than inputs (a vocabulary, not classes)."""
         last = self.linears[-1]
         return last if last.out_features > last.in_features else None
 
@@ -199,7 +199,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Unrecognized:
-    """Something that looked like a part and was not understood: what, at which node, and why matching stopped."""
+    """Nodes that resemble a part but did not match: what they resemble, at which node, and why matching stopped."""
 
     what: str
     where: str
@@ -208,7 +208,7 @@ class Unrecognized:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The whole model. `family` is a guess for display alone; nothing depends on it."""
+    """The parts of the whole model. `family` is a guess for display only; nothing depends on it."""
 
     family: str
     ffns: tuple[FFN, ...]
@@ -226,6 +226,6 @@ class Anatomy:
 
     @property
     def fixed_tokens(self) -> int | None:
-        """Tokens of each sample, where the graph leaves no choice, as for the patches of an image; None elsewhere."""
+        """Tokens per sample, where the graph fixes their number, as for the patches of an image; None elsewhere."""
         sizes = {ffn.x.shape[1] for ffn in self.ffns if ffn.x.shape is not None and len(ffn.x.shape) == 3}
         return max((size for size in sizes if isinstance(size, int)), default=None)

@@ -1,4 +1,4 @@
-"""What hides the parts of a model from passes: activations in integers, and layers in branches or loops."""
+"""Ops that hide parts of a model from passes: products in integers, and layers in branches or loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNQUANTIZED = "give the model as it was before quantization"
 
 
 def find_opaque(scan: Scan) -> list[Unrecognized]:
-    """One entry for each op that hides products with weights, with their number and the first of its nodes."""
+    """One entry per op that hides products with weights, with the number of products and the op's first node."""
     hidden: dict[tuple[str, str], list[gs.Node]] = {}
     for node in scan.nodes:
         for kind in _kinds(node):
@@ -28,7 +28,7 @@ def find_opaque(scan: Scan) -> list[Unrecognized]:
 
 
 def _kinds(node: gs.Node) -> Iterator[tuple[str, str]]:
-    """(op, how it hides what is computed)."""
+    """(op, how it hides its products)."""
     if node.op in _INTEGER_PRODUCTS:
         yield node.op, "integers"
     if node.op in _PRODUCTS and not node.domain and _reads_rounded(node):
@@ -55,13 +55,13 @@ def _why(op: str, kind: str, nodes: list[gs.Node]) -> str:
 
 
 def _reads_rounded(product: gs.Node) -> bool:
-    """Whether activations that `product` reads were rounded: quantized when the model runs, and dequantized again."""
+    """Whether `product` reads activations that are quantized at run time and dequantized again."""
     back = (only_producer(tensor) for tensor in product.inputs[:2])
     there = (only_producer(node.inputs[0]) for node in back if node is not None and node.op == "DequantizeLinear")
     return any(node is not None and node.op == "QuantizeLinear" for node in there)
 
 
 def _products_inside(node: gs.Node) -> int:
-    """Products with weights in the branches or the body of `node`."""
+    """The number of products with weights in the branches or the body of `node`."""
     graphs = node.subgraphs(recursive=True)
     return sum(match_linear(inner) is not None for graph in graphs for inner in graph.nodes)

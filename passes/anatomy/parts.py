@@ -1,4 +1,4 @@
-"""The parts around the blocks: norms, embeddings, sizes, and a guess of the family."""
+"""Matches norms, embeddings and the head, counts parameters, and guesses the family."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.weights import values
 
 _FLOATS = frozenset([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
-_SAMPLE = 16  # rows and columns compared to tell whether two tables are one
+_SAMPLE = 16  # rows and columns compared to decide whether two tables are equal
 
 
 def is_float(tensor: gs.Constant) -> bool:
-    """True for a constant of a floating type, which is a parameter where integers are shapes, indices or quantized."""
+    """True for a constant of a floating type: a parameter. Integers are shapes, indices or quantized values."""
     return dtype_to_onnx(tensor.dtype) in _FLOATS
 
 
 def find_norms(scan: Scan) -> list[gs.Node]:
-    """Normalisation nodes; of one written out, the node that divides by the root of the mean square."""
-    found: list[gs.Node] = []
+    """Normalisation nodes; for a written-out norm, the node that divides by the root of the mean square."""
+    norms: list[gs.Node] = []
     for node in scan.nodes:
         if node.op in NORMS or node.op in SKIP_NORMS:
-            found.append(node)
+            norms.append(node)
         elif node.op == "Sqrt" and _is_mean_square(node.inputs[0]):
-            found += _dividing(node)
-    return found
+            norms += _dividing(node)
+    return norms
 
 
 def _is_mean_square(tensor: gs.Tensor) -> bool:
@@ -47,34 +47,34 @@ def _is_mean_square(tensor: gs.Tensor) -> bool:
 
 
 def _dividing(root: gs.Node) -> list[gs.Node]:
-    found = []
+    divisions = []
     for node in root.outputs[0].outputs:
         if node.op == "Div" and not isinstance(node.inputs[0], gs.Constant):
-            found.append(node)
+            divisions.append(node)
         elif node.op in ("Div", "Reciprocal"):
-            found += [user for user in node.outputs[0].outputs if user.op == "Mul"][:1]
-    return found
+            divisions += [user for user in node.outputs[0].outputs if user.op == "Mul"][:1]
+    return divisions
 
 
 def find_embeddings(scan: Scan) -> list[Embedding]:
-    """Float tables that computed integers select rows of."""
-    found: list[Embedding] = []
+    """Float tables from which nodes select rows by computed integers."""
+    embeddings: list[Embedding] = []
     for node in scan.nodes:
         tables: list[gs.Tensor] = []
         if node.op == "Gather" and not node.attrs.get("axis", 0) and not isinstance(node.inputs[1], gs.Constant):
             tables = [node.inputs[0]]
         elif node.op == "EmbedLayerNormalization":
             tables = list(node.inputs[2:5])
-        found += [
+        embeddings += [
             Embedding(table, node)
             for table in tables
             if isinstance(table, gs.Constant) and len(table.shape) == 2 and is_float(table)
         ]
-    return found
+    return embeddings
 
 
 def make_head(linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> Head | None:
-    """The head of `linears`, in order of computation; None of none."""
+    """The head with the projections `linears`, in order of computation; None without any."""
     if not linears:
         return None
     tables = (embedding.table for embedding in embeddings)
@@ -82,9 +82,9 @@ def make_head(linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> Hea
 
 
 def _same_table(linear: Linear, table: gs.Constant) -> bool:
-    """True if W is the table, transposed: the same constant, or a copy of it as exporters make for a plain MatMul.
+    """True if W is the transposed table: the same constant, or a copy, which exporters write for a plain MatMul.
 
-    Of a copy, a few rows and columns are compared; neither is held in memory.
+    A copy is compared in a few rows and columns, so that neither matrix is loaded whole.
     """
     if linear.quantized is not None or [linear.out_features, linear.in_features] != list(table.shape):
         return False
@@ -95,15 +95,15 @@ def _same_table(linear: Linear, table: gs.Constant) -> bool:
 
 
 def count_params(scan: Scan) -> int:
-    """Elements of all float constants, each once; a quantized weight counts as what it stands for."""
-    found = {id(t): t for node in scan.nodes for t in node.inputs if isinstance(t, gs.Constant)}
+    """Elements of all distinct float constants; a quantized weight counts as the matrix that it represents."""
+    constants = {id(t): t for node in scan.nodes for t in node.inputs if isinstance(t, gs.Constant)}
     total = 0
     for linear in scan.linears:
-        if linear.quantized is not None and found.pop(id(linear.weight), None) is not None:
+        if linear.quantized is not None and constants.pop(id(linear.weight), None) is not None:
             total += linear.in_features * linear.out_features
             for scale in linear.quantized.inputs[1:3]:
-                found.pop(id(scale), None)
-    return total + sum(int(np.prod(t.shape, dtype=np.int64)) for t in found.values() if is_float(t))
+                constants.pop(id(scale), None)
+    return total + sum(int(np.prod(t.shape, dtype=np.int64)) for t in constants.values() if is_float(t))
 
 
 def guess_family(
@@ -113,7 +113,7 @@ def guess_family(
     embeddings: Sequence[Embedding],
     norms: Sequence[gs.Node],
 ) -> str:
-    """What the model resembles, for display: a family's name, "transformer", or "unknown" without any block."""
+    """The family that the model resembles, for display; "transformer" if none, "unknown" without any block."""
     if not ffns and not attentions:
         return "unknown"
     activation = ffns[0].activation.name if ffns else "unknown"

@@ -1,4 +1,4 @@
-"""FFNs that a pass has rewritten into other projections: what is left of them to rewrite further."""
+"""FFNs that a pass has rewritten: the projections that they now consist of, for further passes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Rewritten", "find_rewritten"]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The projections of a layer that belong to neither its attention nor an FFN that is recognised.
+    """The projections of a layer that belong neither to its attention nor to a recognised FFN.
 
     Attributes:
-        layer: its number, by which a Profile knows the FFN that it had.
-        x: what the first of them reads, which is the input of that FFN.
-        linears: in the order of computation.
-        ops: ops of the dialect beside them, which compute a part of what the FFN did.
+        layer: the layer's number, under which a Profile stores the original FFN.
+        x: the input of the first projection, which is the input of the original FFN.
+        linears: the projections, in the order of computation.
+        ops: the dialect's ops in the layer, which compute a part of the original FFN.
     """
 
     layer: int
@@ -37,14 +37,14 @@ class Rewritten:
 
 
 def find_rewritten(graph: gs.Graph, anatomy: Anatomy) -> list[Rewritten]:
-    """Of all layers in which no FFN is recognised; none where FFNs are not numbered as the layers are."""
+    """One entry per layer without a recognised FFN; empty where FFNs are not numbered like the layers."""
     if any(block.ffn is not None and block.ffn.layer != block.layer for block in anatomy.blocks):
         return []
     of_attentions = {
         id(node) for attention in anatomy.attentions for linear in attention.linears for node in linear.nodes
     }
     of_attentions |= {id(node) for attention in anatomy.attentions for node in attention.nodes}
-    found: list[Rewritten] = []
+    rewritten: list[Rewritten] = []
     nodes = topological(graph)
     for block in anatomy.blocks:
         if block.ffn is not None:
@@ -56,5 +56,5 @@ def find_rewritten(graph: gs.Graph, anatomy: Anatomy) -> list[Rewritten]:
         linears = tuple(linear for node in own if (linear := match_linear(node)) is not None)
         ops = tuple(node.op for node in own if node.domain == DOMAIN)
         if linears:
-            found.append(Rewritten(block.layer, linears[0].x, linears, ops))
-    return found
+            rewritten.append(Rewritten(block.layer, linears[0].x, linears, ops))
+    return rewritten

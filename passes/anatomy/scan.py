@@ -18,11 +18,11 @@ SKIP_NORMS = frozenset(["SkipLayerNormalization", "SkipSimplifiedLayerNormalizat
 
 
 class Scan:
-    """Read-only index of a graph. Tensors and nodes are told apart by identity, never by name.
+    """Read-only index of a graph. Tensors and nodes are compared by identity, never by name.
 
     Attributes:
-        nodes: in topological order.
-        linears: all of them, in the order of their outputs.
+        nodes: all nodes, in topological order.
+        linears: all projections, in the order of their outputs.
     """
 
     def __init__(self, graph: gs.Graph) -> None:
@@ -58,7 +58,7 @@ class Scan:
 
 
 def _reached(tensors: Iterable[gs.Tensor], side: Literal["inputs", "outputs"]) -> set[int]:
-    """Ids of the nodes met on the way through the graph, always by the same side of tensors and nodes."""
+    """Ids of the nodes reached from `tensors` by following `side` of tensors and nodes."""
     seen: set[int] = set()
     queue = deque(tensors)
     while queue:
@@ -70,7 +70,7 @@ def _reached(tensors: Iterable[gs.Tensor], side: Literal["inputs", "outputs"]) -
 
 
 def keeps_rows(node: gs.Node) -> bool:
-    """True for a Gather of the rows that stay where tokens or samples leave a packed batch."""
+    """True for a Gather of the rows that remain when tokens or samples leave a packed batch."""
     rows = only_producer(node.inputs[1]) if node.op == "Gather" else None
     return rows is not None and rows.op in ("KeepSamples", "KeepTokens")
 

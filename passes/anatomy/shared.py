@@ -1,4 +1,4 @@
-"""Which FFNs have the same weights: layers of ALBERT, steps of a Universal Transformer."""
+"""Groups FFNs that share weights: layers of ALBERT, steps of a Universal Transformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimtab.passes.graph.weights import values
 
 
 def by_weights(ffns: Sequence[FFN]) -> list[tuple[FFN, ...]]:
-    """`ffns` in groups that compute the same function by the same weights, in the order of their first members."""
+    """`ffns` in groups that compute the same function with the same weights, ordered by their first members."""
     groups: list[list[FFN]] = []
     for ffn in ffns:
         same = next((group for group in groups if _same_function(group[0], ffn)), None)
@@ -32,13 +32,13 @@ def shares_weights(a: FFN, b: FFN) -> bool:
 
 
 def sharing_partly(group: Sequence[FFN], ffns: Sequence[FFN]) -> list[FFN]:
-    """Those of `ffns` outside `group` that share a matrix with it."""
+    """The FFNs of `ffns` outside `group` that share a matrix with it."""
     members = {ffn.layer for ffn in group}
     return [ffn for ffn in ffns if ffn.layer not in members and shares_weights(group[0], ffn)]
 
 
 def also_read_by(group: Sequence[FFN]) -> str | None:
-    """A node outside `group`, FFNs with the same weights, that reads a matrix of theirs; None if there is none."""
+    """A node outside `group` (FFNs that share weights) that reads one of its matrices; None if there is none."""
     own = {id(node) for ffn in group for linear in ffn.linears for node in linear.nodes}
     for linear in group[0].linears:
         for node in _readers(linear.weight):
@@ -68,11 +68,11 @@ def _same_activation(a: Activation, b: Activation) -> bool:
     if a.name != "unknown" or b.name != "unknown":
         return a.name == b.name
     feeds = np.meshgrid(*[PROBES] * len(a.inputs))
-    got, want = (
+    first, second = (
         evaluate(each.nodes, {id(t): x for t, x in zip(each.inputs, feeds, strict=True)}, each.output)
         for each in (a, b)
     )
-    return np.array_equal(got, want, equal_nan=True)
+    return np.array_equal(first, second, equal_nan=True)
 
 
 def _same_linear(a: Linear, b: Linear) -> bool:

@@ -1,4 +1,4 @@
-"""The residual stream: the tensors that branches (attention, FFN) are added to, followed from sum to sum."""
+"""Follows the residual stream, the tensors to which branches (attention, FFN) are added, from sum to sum."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _RESHAPING = _SAME | {"Transpose"}
 _AFFINE = frozenset(["Add", "Div", "Mul"])  # with a constant
 _SPELLED = frozenset(["Div", "Mul", "Pow", "ReduceMean", "Sub"])  # ops of a written-out norm that read its input
 _SKIP_SUM = 3  # output of a skip norm that holds the sum before the norm
-_NEAR = 64  # nodes looked at between a tensor of the stream and the addition that reads it
+_NEAR = 64  # nodes visited between a tensor of the stream and the addition that reads it
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization: `node` is as in `Anatomy.norms`, and y is its output behind scale and bias.
+    """A normalization.
 
     Attributes:
-        given: what it reads.
-        x: the same before casts and reshapes.
+        node: the node in `Anatomy.norms`.
+        source: the tensor that the norm reads.
+        x: the same tensor before casts and reshapes.
+        y: the output, after scale and bias.
     """
 
     node: gs.Node
-    given: gs.Tensor
+    source: gs.Tensor
     x: gs.Tensor
     y: gs.Tensor
 
@@ -39,8 +41,8 @@ class Segment:
     """One addition to the stream: y = x + branch(x), or y = norm(x + branch(x)) in post-norm models.
 
     Attributes:
-        x, y: the stream before and behind it.
-        nodes: ids of the nodes of the branch, from x to the addition.
+        x, y: the stream before and after the addition.
+        nodes: ids of the branch's nodes, from x to the addition.
         norms: nodes of the norms in the branch and of the norm that makes y.
         parallel: True if the branch reads an earlier tensor of the stream, not x.
     """
@@ -66,7 +68,7 @@ class Stream:
     """Follows the residual stream of a graph.
 
     Args:
-        norms: of the whole graph, as in `Anatomy.norms`.
+        norms: the norms of the whole graph, as in `Anatomy.norms`.
     """
 
     def __init__(self, scan: Scan, norms: Sequence[gs.Node]) -> None:
@@ -74,12 +76,12 @@ class Stream:
         self._norms = [norm for node in norms if (norm := _norm(node)) is not None]
         self._reading: dict[int, list[Norm]] = {}
         for norm in self._norms:
-            for key in {id(norm.x), id(norm.given)}:
+            for key in {id(norm.x), id(norm.source)}:
                 self._reading.setdefault(key, []).append(norm)
         self._making = {id(norm.y): norm for norm in self._norms}
 
     def start(self, x: gs.Tensor, last: gs.Node) -> gs.Tensor | None:
-        """The tensor of the stream that a branch reads, at `x` or before its norm; None if it is added to none.
+        """The tensor of the stream that a branch reads, at `x` or before its norm; None if none is.
 
         Args:
             last: the node that makes the branch's output.
@@ -99,7 +101,7 @@ class Stream:
             before, x = x, segment.y
 
     def _before(self, tensor: gs.Tensor) -> Iterator[gs.Tensor]:
-        """`tensor` and what it is computed of by norms, projections and changes of shape, nearest first."""
+        """`tensor` and its sources through norms, projections and changes of shape, nearest first."""
         seen: set[int] = set()
         queue = deque([tensor])
         while queue and len(seen) < _NEAR:
@@ -112,7 +114,7 @@ class Stream:
             if linear is not None:
                 queue.append(linear.x)
             elif id(current) in self._making:
-                queue.append(self._making[id(current)].given)  # packed tokens are a reshaped stream
+                queue.append(self._making[id(current)].source)  # packed tokens are a reshaped stream
             elif node is not None and node.op in SKIP_NORMS:
                 queue.extend(node.outputs[_SKIP_SUM:])
             elif node is not None and (node.op in _RESHAPING or _with_constant(node)):
@@ -121,9 +123,9 @@ class Stream:
                 queue.extend(node.inputs if node.op == "Concat" else node.inputs[:1])
 
     def _sum(self, x: gs.Tensor, before: gs.Tensor | None) -> _Sum | None:
-        """The first node that adds to `x` something computed of it, or of `before`, the stream's tensor before it."""
+        """The first node that adds to `x` a branch computed from `x` or from `before`, the stream's previous tensor."""
         roots = {id(t): t.inputs[0] if t.inputs else None for t in (x, before) if t is not None}
-        found = []
+        sums = []
         for node, own in _additions(x):
             branch = node.inputs[1] if node.inputs[0] is own else node.inputs[0]
             if branch is own or isinstance(branch, gs.Constant):
@@ -131,11 +133,11 @@ class Stream:
             walked = self._branch(branch, roots)
             if walked is not None:
                 nodes, reached = walked
-                found.append(_Sum(node, branch, nodes, id(x) not in reached))
-        return min(found, key=lambda total: self._scan.position[id(total.node)], default=None)
+                sums.append(_Sum(node, branch, nodes, id(x) not in reached))
+        return min(sums, key=lambda total: self._scan.position[id(total.node)], default=None)
 
     def _branch(self, tensor: gs.Tensor, roots: dict[int, gs.Node | None]) -> tuple[frozenset[int], set[int]] | None:
-        """The nodes from `roots` (tensor id → producer) to `tensor`, and the roots it depends on; None if on none."""
+        """The nodes from `roots` (tensor id → producer) to `tensor`, and the roots it depends on; None without any."""
         producers = {id(node): key for key, node in roots.items() if node is not None}
         position = self._scan.position
         first = min(-1 if node is None else position[id(node)] for node in roots.values())
@@ -147,7 +149,7 @@ class Stream:
                     nodes[id(node)] = node
                     queue.extend(reads(node))
         reached: set[int] = set()
-        between: set[int] = set()  # without what belongs to masks and positions
+        between: set[int] = set()  # without the nodes of masks and positions
         for node in sorted(nodes.values(), key=lambda node: position[id(node)]):
             for read in reads(node):
                 at = {id(read)} & roots.keys() | {producers[id(n)] for n in read.inputs if id(n) in producers}
@@ -159,15 +161,15 @@ class Stream:
     def _segment(self, x: gs.Tensor, total: _Sum) -> Segment:
         norms = [norm.node for norm in self._norms if id(norm.node) in total.nodes]
         if x.inputs and x.inputs[0].op in SKIP_NORMS and x is not x.inputs[0].outputs[0]:
-            norms.insert(0, x.inputs[0])  # the skip norm that makes x makes the branch's input, too
+            norms.insert(0, x.inputs[0])  # the skip norm that outputs x also outputs the branch's input
         y = total.node.outputs[0]
         # Where a branch reads a norm of the stream, or ends in one, a norm behind the sum is the next branch's, or the
         # last of the model.
         direct = any(id(node) in total.nodes and not self._enters_norm(node, x) for node in _users(x))
         post = direct and not self._is_normed(total.branch)
         if total.node.op in SKIP_NORMS:
-            kept = total.node.outputs[_SKIP_SUM:]
-            y = kept[0] if kept and kept[0].name else y
+            sums = total.node.outputs[_SKIP_SUM:]
+            y = sums[0] if sums and sums[0].name else y
             norms += [total.node] if post and y is total.node.outputs[0] else []
         elif post and (after := self._only_norm(y)) is not None:
             y = after.y
@@ -175,7 +177,7 @@ class Stream:
         return Segment(x, y, total.nodes, tuple(norms), total.parallel)
 
     def _only_norm(self, tensor: gs.Tensor) -> Norm | None:
-        """The norm that alone reads `tensor`."""
+        """The norm that is the only reader of `tensor`."""
         norms = self._reading.get(id(tensor), [])
         only = len(norms) == 1 and all(node is norms[0].node or _is_spelled(node) for node in _users(tensor))
         return norms[0] if only else None
@@ -196,7 +198,7 @@ class Stream:
 
 
 def _norm(node: gs.Node) -> Norm | None:
-    """What `node`, as in `Anatomy.norms`, normalizes. A skip norm normalizes a sum that need not be a tensor."""
+    """The Norm of `node`, a node of `Anatomy.norms`; None for a skip norm, whose sum need not be a tensor."""
     if node.op in SKIP_NORMS:
         return None
     x, y = node.inputs[0], node.outputs[0]
@@ -205,7 +207,7 @@ def _norm(node: gs.Node) -> Norm | None:
             x = node.inputs[1]
         while len(y.outputs) == 1 and (y.outputs[0].op in _SAME or _with_constant(y.outputs[0])):
             y = y.outputs[0].outputs[0]
-    difference = only_producer(_bare(x))  # from the mean, which may be an op of its own in front of an RMSNormalization
+    difference = only_producer(_bare(x))  # from the mean, perhaps a Sub before an RMSNormalization
     x = difference.inputs[0] if difference is not None and difference.op == "Sub" else x
     return Norm(node, x, _bare(x), y)
 
@@ -227,7 +229,7 @@ def _users(tensor: gs.Tensor) -> Iterator[gs.Node]:
 
 
 def _is_spelled(node: gs.Node) -> bool:
-    """True for an op with which a written-out norm may begin."""
+    """True for an op that may begin a written-out norm."""
     return node.op in _SPELLED and not _with_constant(node)
 
 
@@ -237,7 +239,7 @@ def _with_constant(node: gs.Node) -> bool:
 
 
 def _additions(x: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor]]:
-    """The nodes that add a computed tensor to `x`, perhaps cast, scaled or reshaped, and what `x` is to them."""
+    """The nodes that add a computed tensor to `x`, perhaps cast, scaled or reshaped, and the input that carries `x`."""
     seen: set[int] = set()
     queue = deque([x])
     while queue and len(seen) < _NEAR:
