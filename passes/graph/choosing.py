@@ -1,4 +1,4 @@
-"""What only chooses: nodes whose numbers decide which blocks, tokens or samples are computed, and reach no answer."""
+"""Nodes that only choose: their values decide which blocks, tokens or samples are computed, and reach no output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from trimtab.passes.graph.order import topological
 from trimtab.plugins import KEEP_SAMPLES, KEEP_TOKENS, SELECT_BLOCKS
 
 CHOOSERS = frozenset(op.name for op in (KEEP_SAMPLES, KEEP_TOKENS, SELECT_BLOCKS))
-"""Ops that make numbers of blocks or rows out of scores."""
+"""Ops that turn scores into numbers of blocks or rows."""
 
 
 def choosing_nodes(graph: gs.Graph) -> list[gs.Node]:
-    """Nodes in front of the ops that choose, all of whose results end there: a router, the predictor of a top-k.
+    """Nodes whose results only ops of `CHOOSERS` use: a router, the predictor of a top-k.
 
-    Rounding them spares little, and a score that falls to the other side of a threshold changes what is computed.
+    Quantizing them saves little time, and a score that crosses a threshold changes which blocks are computed.
     """
     answers = {id(tensor) for tensor in graph.outputs}
     ends: set[int] = set()

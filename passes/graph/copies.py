@@ -1,4 +1,4 @@
-"""Weights that a graph holds several times, held once: exporters write one matrix for each layer that shares it."""
+"""Merges equal weights: exporters store a shared matrix once for each layer that uses it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from trimtab.passes.graph.edit import insert
 from trimtab.passes.graph.weights import ExternalValues, values
 
-_LEAST = 64  # elements of a constant that is worth comparing
-_GRID = 4  # rows and columns of a matrix that are looked at first
-_WINDOWS, _WINDOW = 16, 16  # places of a constant that are looked at first, and bytes of each
+_MIN_ELEMENTS = 64  # smaller constants are not compared
+_GRID = 4  # rows and columns of a matrix that are compared first
+_WINDOWS, _WINDOW = 16, 16  # windows of a constant that are compared first, and bytes of each
 _CHUNK = 1 << 24  # bytes compared at a time
 _ROWS = 1024  # rows compared at a time
 _QUANTIZATION = frozenset(["DequantizeLinear", "QuantizeLinear"])
@@ -26,11 +26,11 @@ _FLOATS = frozenset([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT1
 
 
 def merge_copies(graph: gs.Graph) -> int:
-    """Let all uses of equal constants read one of them; returns how many constants went.
+    """Let all uses of equal constants read one of them; returns how many constants were merged.
 
-    Of each constant a few places are read, and all of those alone that agree there with another one: a model without
-    copies is not read. A constant of one repeated value (a new norm's ones, a new bias) is no copy of another: training
-    may make them differ. Inputs of quantization ops stay, since ONNX Runtime fuses those that have a single use.
+    Constants are first compared in a few windows, and read whole only where these agree: a model without copies is not
+    read. A constant of one repeated value (a new norm's ones, a new bias) is not merged: training may make such
+    constants differ. Inputs of quantization ops are not merged, since ONNX Runtime fuses only those with a single use.
     """
     kept = {id(tensor) for tensor in graph.outputs}
     firsts: dict[Hashable, list[gs.Constant]] = {}
@@ -49,7 +49,7 @@ def merge_copies(graph: gs.Graph) -> int:
 
 
 def _merge_transposed(graph: gs.Graph) -> int:
-    """Let a matrix that is another one transposed, such as the head of a tied embedding, be a Transpose of it."""
+    """Replace a matrix that equals another one transposed, such as the head of a tied embedding, by a Transpose."""
     matrices = [c for c in _candidates(graph) if len(c.shape) == 2 and dtype_to_onnx(c.dtype) in _FLOATS]
     shapes = {tuple(matrix.shape) for matrix in matrices}
     matrices = [matrix for matrix in matrices if tuple(matrix.shape[::-1]) in shapes]
@@ -59,7 +59,7 @@ def _merge_transposed(graph: gs.Graph) -> int:
     merged: set[int] = set()
     for copy in matrices:
         if not all(node.op in ("MatMul", "Gemm") and node.inputs[1] is copy for node in copy.outputs):
-            continue  # what else reads it needs it as it is stored
+            continue  # other readers need the matrix as it is stored
         turned = (copy.dtype, tuple(copy.shape[::-1]), np.ascontiguousarray(_grid(copy).T).tobytes())
         for original in seen.get(turned, ()):
             if original is not copy and id(original) not in merged and _equal_transposed(original, copy):
@@ -76,7 +76,7 @@ def _candidates(graph: gs.Graph) -> list[gs.Constant]:
         tensor
         for tensor in graph.tensors().values()
         if isinstance(tensor, gs.Constant)
-        and math.prod(tensor.shape) > _LEAST
+        and math.prod(tensor.shape) > _MIN_ELEMENTS
         and dtype_to_onnx(tensor.dtype) != TensorProto.STRING
         and not any(node.op in _QUANTIZATION for node in tensor.outputs)
     ]
@@ -88,7 +88,7 @@ def _replace(old: gs.Constant, new: gs.Tensor) -> None:
 
 
 def _transposed(graph: gs.Graph, matrix: gs.Constant) -> gs.Tensor:
-    """The Transpose of `matrix` that the graph has, or a new one."""
+    """The output of a Transpose of `matrix`: one that the graph already has, or a new one."""
     for node in matrix.outputs:
         if node.op == "Transpose" and not node.domain and node.attrs.get("perm", [1, 0]) == [1, 0]:
             return node.outputs[0]
@@ -99,19 +99,19 @@ def _transposed(graph: gs.Graph, matrix: gs.Constant) -> gs.Tensor:
 
 
 def _raw(constant: gs.Constant) -> np.ndarray:
-    """The bytes of its values, [bytes], uint8; mapped where they are stored in a file."""
-    held = constant._values
-    if isinstance(held, ExternalValues):
-        return held.raw()
-    if isinstance(held, LazyValues):
-        if held.tensor.HasField("raw_data"):
-            return np.frombuffer(held.tensor.raw_data, np.uint8)
-        return np.frombuffer(onnx.numpy_helper.from_array(held.load()).raw_data, np.uint8)
-    return np.ascontiguousarray(held).reshape(-1).view(np.uint8)
+    """The bytes of the values, [bytes], uint8; memory-mapped if they are stored in a file."""
+    stored = constant._values
+    if isinstance(stored, ExternalValues):
+        return stored.raw()
+    if isinstance(stored, LazyValues):
+        if stored.tensor.HasField("raw_data"):
+            return np.frombuffer(stored.tensor.raw_data, np.uint8)
+        return np.frombuffer(onnx.numpy_helper.from_array(stored.load()).raw_data, np.uint8)
+    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
 
 def _glance(constant: gs.Constant) -> bytes:
-    """Some of its bytes, from both ends and between."""
+    """Some bytes of the constant, from both ends and between."""
     raw = _at_random(_raw(constant))
     starts = np.linspace(0, max(len(raw) - _WINDOW, 0), _WINDOWS, dtype=np.int64)
     return b"".join(raw[start : start + _WINDOW].tobytes() for start in starts)
@@ -123,7 +123,7 @@ def _grid(matrix: gs.Constant) -> np.ndarray:
 
 
 def _at_random(array: np.ndarray) -> np.ndarray:
-    """`array`; if it is mapped from a file, the system does not read ahead of the places that are looked at."""
+    """`array`; if it is mapped from a file, read-ahead is switched off for it."""
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
@@ -131,9 +131,9 @@ def _at_random(array: np.ndarray) -> np.ndarray:
 
 
 def _equal(first: gs.Constant, second: gs.Constant) -> bool:
-    held = first._values, second._values
-    if all(isinstance(v, ExternalValues) for v in held):
-        places = {(v.path, v.offset) for v in held}
+    stored = first._values, second._values
+    if all(isinstance(v, ExternalValues) for v in stored):
+        places = {(v.path, v.offset) for v in stored}
         if len(places) == 1:
             return True
     a, b = _raw(first), _raw(second)
@@ -152,7 +152,7 @@ def _is_uniform(constant: gs.Constant) -> bool:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The same elements as integers, so that equal means equal bit by bit."""
+    """The elements viewed as integers, to compare them bit by bit."""
     return array.view(f"u{array.dtype.itemsize}")
 
 

@@ -1,4 +1,4 @@
-"""One graph into several that run one after the other, cut behind chosen tensors."""
+"""Cuts one graph behind chosen tensors into several that run one after the other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trimtab.passes.graph.order import topological
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a graph. What crosses a cut is an output of one segment and an input of others, by its name.
+    """A part of a graph. A tensor that crosses a cut is an output of one segment and, by name, an input of others.
 
     Attributes:
-        graph: its inputs are the whole graph's that it reads, and what earlier segments hand on.
-        points: names of the tensors behind which it ends, for whoever runs it to do something to them.
+        graph: its inputs are inputs of the whole graph and outputs of earlier segments.
+        points: names of the tensors at which the segment ends; the caller may change their values.
     """
 
     graph: gs.Graph
@@ -25,17 +25,17 @@ class Segment:
 
 
 def cut(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[Segment]:
-    """Cut `graph` behind each of `points`: all that reads one, at whatever distance, runs in a later segment.
+    """Cut `graph` behind each of `points`: every node that depends on a point runs in a later segment.
 
-    Points that do not depend on each other end the same segment. Everything runs as early as it can, but what depends
-    on constants alone, such as a dequantized weight, which belongs to every segment that reads it. The segments are
-    copies that share the weights; `graph` stays as it is.
+    Points that do not depend on each other end the same segment. Each node runs in the earliest possible segment. A
+    node that depends only on constants, such as a dequantized weight, belongs to every segment that reads it. The
+    segments are copies that share the weights; `graph` does not change.
 
     Args:
-        points: tensors that nodes of `graph` compute. One that is an output of the graph may be cut behind too.
+        points: tensors that nodes of `graph` compute; outputs of the graph are allowed.
 
     Raises:
-        ValueError: a point is no tensor that the graph computes of its inputs.
+        ValueError: a point is not computed from the inputs of the graph.
     """
     nodes = topological(graph)
     level = _levels(graph, nodes, points)
@@ -43,27 +43,27 @@ def cut(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[Segment]:
     inputs: list[dict[str, None]] = [{} for _ in range(last + 1)]  # ordered sets
     outputs: list[dict[str, None]] = [{} for _ in range(last + 1)]
     own = {id(tensor) for tensor in graph.inputs}
-    made = {id(tensor): level[id(node)] for node in nodes if id(node) in level for tensor in node.outputs}
+    computed_in = {id(tensor): level[id(node)] for node in nodes if id(node) in level for tensor in node.outputs}
     for node in nodes:
         if id(node) not in level:
             continue
         at = level[id(node)]
         for tensor in reads(node):
-            if id(tensor) in own or made.get(id(tensor), at) != at:
+            if id(tensor) in own or computed_in.get(id(tensor), at) != at:
                 inputs[at][tensor.name] = None
-            if made.get(id(tensor), at) != at:
-                outputs[made[id(tensor)]][tensor.name] = None
+            if computed_in.get(id(tensor), at) != at:
+                outputs[computed_in[id(tensor)]][tensor.name] = None
     for tensor in (*points, *graph.outputs):
         if id(tensor) not in own:
-            outputs[made.get(id(tensor), 0)][tensor.name] = None
-    ends = [tuple(dict.fromkeys(t.name for t in points if made[id(t)] == number)) for number in range(last + 1)]
+            outputs[computed_in.get(id(tensor), 0)][tensor.name] = None
+    ends = [tuple(dict.fromkeys(t.name for t in points if computed_in[id(t)] == number)) for number in range(last + 1)]
     return [
         Segment(_part(graph, list(inputs[number]), list(outputs[number])), ends[number]) for number in range(last + 1)
     ]
 
 
 def reads(node: gs.Node) -> Iterator[gs.Variable]:
-    """The variables that `node` reads, itself or in a subgraph."""
+    """The variables that `node` or its subgraphs read."""
     for tensor in node.inputs:
         if isinstance(tensor, gs.Variable) and tensor.name:
             yield tensor
@@ -75,7 +75,7 @@ def reads(node: gs.Node) -> Iterator[gs.Variable]:
 
 
 def _levels(graph: gs.Graph, nodes: Sequence[gs.Node], points: Sequence[gs.Tensor]) -> dict[int, int]:
-    """Node id → the segment it runs in. What depends on constants alone has none."""
+    """Node id → the number of its segment. Nodes that depend only on constants are absent."""
     cuts = {id(tensor) for tensor in points}
     level: dict[int, int] = {}
     ready = {id(tensor): 0 for tensor in graph.inputs}
@@ -84,10 +84,10 @@ def _levels(graph: gs.Graph, nodes: Sequence[gs.Node], points: Sequence[gs.Tenso
         if befores:
             level[id(node)] = max(befores)
             ready |= {id(tensor): level[id(node)] + (id(tensor) in cuts) for tensor in node.outputs}
-    given = {id(tensor) for tensor in graph.inputs}
+    graph_inputs = {id(tensor) for tensor in graph.inputs}
     for tensor in points:
-        if id(tensor) not in ready or id(tensor) in given:
-            raise ValueError(f"{tensor.name!r} is no tensor that the graph computes of its inputs")
+        if id(tensor) not in ready or id(tensor) in graph_inputs:
+            raise ValueError(f"{tensor.name!r} is not computed from the inputs of the graph")
     return level
 
 
@@ -98,7 +98,7 @@ def _part(graph: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> gs.
         tensors[name].inputs.clear()
     part.inputs, part.outputs = [tensors[name] for name in inputs], [tensors[name] for name in outputs]
     for tensor in (*part.inputs, *part.outputs):
-        if tensor.dtype is None:  # as everything between the layers of a model
+        if tensor.dtype is None:  # tensors between layers are float32
             tensor.dtype = np.dtype(np.float32)
     part.cleanup()
     return part

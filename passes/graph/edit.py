@@ -1,4 +1,4 @@
-"""Small edits that every pass makes, so that each leaves the same traces: names and provenance."""
+"""Small edits that passes share, so that names and provenance of new nodes follow one form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIZES_ARE_INPUTS = 13  # opset from which Split takes them as an input
 
 
 def constant(name: str, array: np.ndarray | onnx.TensorProto) -> gs.Constant:
-    """A new initializer, in the `scratch` file if there is one. A TensorProto serves for types that numpy lacks."""
+    """A new initializer, stored in the `scratch` file if one is open. Types that numpy lacks need a TensorProto."""
     if isinstance(array, onnx.TensorProto):
         array.name = name
         return put_away(gs.Constant(name, LazyValues(array)))
@@ -36,9 +36,9 @@ def insert(
     """Append one node and return its first output.
 
     Args:
-        name: of the node, beginning with the pass ("ffn-split/layer.3/heavy/up"): its provenance, which profilers show.
+        name: the node's name. It begins with the pass ("ffn-split/layer.3/heavy/up"), so profilers show its origin.
         outputs: the node's outputs; by default one new tensor called `name`.
-        dtype: numpy type of the new output, when known.
+        dtype: numpy type of the new output, if known.
     """
     outputs = outputs or [gs.Variable(name, dtype=dtype)]
     graph.nodes.append(gs.Node(op, name=name, inputs=inputs, outputs=outputs, attrs=attrs or {}, domain=domain))
@@ -46,10 +46,10 @@ def insert(
 
 
 def split_last(graph: gs.Graph, y: gs.Tensor, outputs: Sequence[gs.Variable], sizes: Sequence[int], name: str) -> None:
-    """Divide `y` along its last axis into `outputs`, which nothing else makes.
+    """Divide `y` along its last axis into `outputs`, which have no producer yet.
 
     Args:
-        name: of the node; the sizes are "<name>.sizes".
+        name: the node's name; the constant with the sizes is "<name>.sizes".
     """
     inputs: list[gs.Tensor] = [y]
     attrs: dict[str, object] = {"axis": -1}
@@ -69,14 +69,14 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
 
 
 def rename_output(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let `new` be the graph output in place of `old`, under the old name, so that callers see no change."""
+    """Replace the graph output `old` by `new`, under the old name, so that callers see no change."""
     graph.outputs = [new if tensor is old else tensor for tensor in graph.outputs]
-    taken, kept = graph.tensors(), old.name
+    taken, old_name = graph.tensors(), old.name
     while old.name in taken:  # several passes may have renamed outputs that had this name
         old.name += "/before"
-    new.name, new.dtype, new.shape = kept, old.dtype, old.shape
+    new.name, new.dtype, new.shape = old_name, old.dtype, old.shape
 
 
 def output_name_of(node: gs.Node) -> str:
-    """How messages call a node: its name, or its first output where it has none."""
+    """The node's name in messages: its name, or its first output if it has none."""
     return node.name or (node.outputs[0].name if node.outputs else node.op)

@@ -1,7 +1,7 @@
-"""What an ONNX model may hold and onnx-graphsurgeon 0.6's Graph may not: rewritten, kept aside, or refused by name.
+"""Prepares an ONNX model for onnx-graphsurgeon 0.6: rewrites, stores apart or refuses what its Graph cannot represent.
 
-graphsurgeon knows a function by domain and name alone, fails on sparse weights and optional types, skips attributes of
-some kinds without a word, and has no place for a model's metadata.
+graphsurgeon identifies a function only by domain and name, fails on sparse weights and optional types, silently drops
+attributes of some kinds, and does not store a model's metadata.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _SKIPPED = frozenset([
     AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS, AttributeProto.TENSORS,
     AttributeProto.TYPE_PROTO, AttributeProto.TYPE_PROTOS,
 ])  # fmt: skip
-"""Kinds of attributes that graphsurgeon leaves out."""
+"""Kinds of attributes that graphsurgeon drops."""
 
 _TENSOR = ("tensor_type", None)
-"""The kinds of a tensor's type; None: it is not in the file."""
+"""The kinds of a tensor's type; None if the file states no type."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself beside its graph: sessions give `metadata` as `custom_metadata_map`."""
+    """The fields of a model beside its graph. Sessions return `metadata` as `custom_metadata_map`."""
 
     metadata: tuple[tuple[str, str], ...]
     version: int
@@ -45,16 +45,16 @@ class ModelInfo:
 
 
 def make_importable(model: ModelProto, path: str) -> None:
-    """Rewrite `model` in place, so that graphsurgeon keeps all that it says.
+    """Rewrite `model` in place, so that graphsurgeon drops nothing that matters.
 
-    Functions of one name get a name for each overload. Types of intermediate sequences go, since shape inference finds
-    them again.
+    Each overload of a function gets a name of its own. Types of intermediate sequences are removed; shape inference
+    computes them again.
 
     Args:
-        path: of the model, for messages.
+        path: the path of the model, for messages.
 
     Raises:
-        ModelError: the model holds what has no form in the graph that passes rewrite; names it.
+        ModelError: the graph that passes rewrite cannot represent a part of the model; the message names the part.
     """
     try:
         _refuse(model)
@@ -68,7 +68,7 @@ def make_importable(model: ModelProto, path: str) -> None:
 
 
 def _refuse(model: ModelProto) -> None:
-    """Raise a ModelError for what has no form in the graph."""
+    """Raise a ModelError for parts that the graph cannot represent."""
     _check_ends(model.graph)
     for graph in _graphs(model):
         _check_graph(graph)
@@ -81,8 +81,8 @@ def _check_ends(graph: GraphProto) -> None:
         for value in values:
             if value.type.WhichOneof("value") not in _TENSOR:
                 raise ModelError(
-                    f"the {what} {value.name!r} is of {_kind(value.type)} type, and trimtab's engines take and give "
-                    "tensors alone",
+                    f"the {what} {value.name!r} is of {_kind(value.type)} type, and trimtab's engines read and "
+                    "write only tensors",
                     hint="export the model with tensors for its inputs and outputs",
                 )
 
@@ -116,7 +116,7 @@ def _check_graph(graph: GraphProto) -> None:
 
 
 def _separate_overloads(model: ModelProto) -> None:
-    """Name each function of several with one name after its overload, and the nodes that call it."""
+    """Give each overload of a function a name of its own, and rename the nodes that call it."""
     taken = {(function.domain, function.name) for function in model.functions}
     names: dict[tuple[str, str, str], str] = {}
     for function in model.functions:
@@ -137,7 +137,7 @@ def _separate_overloads(model: ModelProto) -> None:
 
 
 def _graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """The graph of `model`, and those in its nodes and its functions'."""
+    """The graph of `model`, and the subgraphs in its nodes and in the nodes of its functions."""
     yield model.graph
     pending: list[Sequence[NodeProto]] = [model.graph.node, *(function.node for function in model.functions)]
     while pending:
@@ -156,5 +156,5 @@ def _nodes(model: ModelProto) -> Iterator[NodeProto]:
 
 
 def _kind(type_: TypeProto) -> str:
-    """Such as "optional"."""
+    """The kind of a type, such as "optional"."""
     return str(type_.WhichOneof("value")).removesuffix("_type").replace("_", " ")

@@ -1,4 +1,4 @@
-"""ONNX file → Graph → ONNX file, without loading the weights that nothing touches."""
+"""Loads and saves ONNX files, without loading weights that no pass reads."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ from trimtab.passes.graph.wellformed import check_model
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.os_errors import check_readable
 
-G_LOGGER.severity = G_LOGGER.ERROR  # its warnings, of types that numpy lacks, go to where our answers go
-_INLINE = (
-    1024  # bytes up to which a tensor stays in the .onnx file itself: shapes and scalars, which shape inference reads
-)
-_HASHING = 4  # weights hashed at a time; each thread holds 1 MB
-_IR_VERSION = 10  # of graphs made here: the first with int4
+G_LOGGER.severity = G_LOGGER.ERROR  # its warnings about types that numpy lacks go to stdout, which carries our results
+_INLINE = 1024  # bytes up to which a tensor stays in the .onnx file: shape inference reads shapes and scalars there
+_HASHING = 4  # weights hashed at a time; each thread uses 1 MB
+_IR_VERSION = 10  # of new graphs: the first version with int4
 
 
 def load_graph(path: Path | str) -> gs.Graph:
-    """Read an ONNX file. Weights in external data stay there; their presence and size are checked now.
+    """Read an ONNX file. Weights in external data are not loaded, but their presence and size are checked.
 
     Raises:
-        ModelError: not an ONNX file, truncated, not well-formed (`wellformed`), or external data missing, too short or
-            outside the model's folder.
+        ModelError: the file is not ONNX, truncated or not well-formed (`wellformed`), or its external data are missing,
+            too short or outside the model's folder.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +50,7 @@ def load_graph(path: Path | str) -> gs.Graph:
     make_importable(model, str(path))
     try:
         graph = gs.import_onnx(model)
-    except Exception as error:  # graphsurgeon raises what its parser trips over: keys, indices, types
+    except Exception as error:  # graphsurgeon's parser raises errors of many types
         raise ModelError(f"{path}: not a well-formed ONNX graph ({error})", hint=hint) from error
     attach(graph, path.parent)
     graph.model_info = ModelInfo.of(model)
@@ -60,28 +58,28 @@ def load_graph(path: Path | str) -> gs.Graph:
 
 
 def attach(graph: gs.Graph, base: Path) -> None:
-    """Give every constant with external data (subgraphs too) values that read from below `base`."""
+    """Give every constant with external data (subgraphs too) values that are read from `base`."""
     for constant in _constants(graph):
-        held = constant._values
-        if isinstance(held, LazyValues) and held.tensor.data_location == TensorProto.EXTERNAL:
-            constant._values = ExternalValues(held.tensor, base)
-            constant.data_location = None  # the exporter would write it even where the values are new ones
+        stored = constant._values
+        if isinstance(stored, LazyValues) and stored.tensor.data_location == TensorProto.EXTERNAL:
+            constant._values = ExternalValues(stored.tensor, base)
+            constant.data_location = None  # the exporter would write it even with new values
 
 
 def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
-    """Every constant of `graph` and its subgraphs. One that several of them use comes several times."""
+    """Every constant of `graph` and its subgraphs; a constant that several graphs use comes several times."""
     yield from (tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant))
     for subgraph in graph.subgraphs():
         yield from _constants(subgraph)
 
 
 class WeightFile:
-    """A data file that the graphs of one folder share; what several of them hold lies in it once."""
+    """A data file that the graphs of one folder share; a weight of several graphs is stored once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
-        self._known: dict[int, tuple[object, LazyValues]] = {}
+        self._written: dict[int, tuple[object, LazyValues]] = {}
 
     def __enter__(self) -> WeightFile:
         return self
@@ -90,12 +88,12 @@ class WeightFile:
         self._file.close()
 
     def move(self, constant: gs.Constant) -> LazyValues:
-        """The reference that takes the place of the constant's values in a model; they are written if they are new."""
-        held = constant._values
-        if id(held) not in self._known:  # kept, so that no other object gets the id
-            self._known[id(held)] = held, append(constant, self._file, self.path.name)
+        """The reference to the constant's values, for a model file; values not yet in the data file are written."""
+        stored = constant._values
+        if id(stored) not in self._written:  # storing the object keeps its id from being reused
+            self._written[id(stored)] = stored, append(constant, self._file, self.path.name)
         reference = TensorProto()
-        reference.CopyFrom(self._known[id(held)][1].tensor)
+        reference.CopyFrom(self._written[id(stored)][1].tensor)
         reference.name = constant.name
         return LazyValues(reference)
 
@@ -104,10 +102,10 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
     """Write `graph` to `path`, with its weights in `<name>.data` beside it (regular file, relative name).
 
     Args:
-        graph: is left as it was, except for topological sorting.
-        path: where the .onnx file goes; its folder must exist.
-        external: False puts all weights into the one file, which protobuf limits to 2 GB.
-        weights: a file in the same folder that takes the weights instead.
+        graph: does not change, except that its nodes are sorted topologically.
+        path: the .onnx file to write; its folder must exist.
+        external: False stores all weights in the .onnx file, which protobuf limits to 2 GB.
+        weights: a data file in the same folder to store the weights in instead.
 
     Raises:
         ModelError: the graph reads its weights from the data file that would be overwritten.
@@ -116,9 +114,11 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
     data = path.with_name(path.name + ".data") if weights is None else weights.path
     graph.nodes = topological(graph)
     constants = list({id(constant): constant for constant in _constants(graph)}.values())
-    held = [constant._values for constant in constants]
-    if any(isinstance(values, ExternalValues) and values.path == data.resolve() for values in held):
-        raise ModelError(f"{path}: the weights of this graph lie in {data.name}", hint="save it under another name")
+    stored = [constant._values for constant in constants]
+    if any(isinstance(values, ExternalValues) and values.path == data.resolve() for values in stored):
+        raise ModelError(
+            f"{path}: the weights of this graph are stored in {data.name}", hint="save it under another name"
+        )
     large = [constant for constant in constants if external and stored_bytes(constant) > _INLINE]
     try:
         if weights is not None:
@@ -135,20 +135,20 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
                 constant._values = LazyValues(numpy_helper.from_array(constant._values, constant.name))
         model = gs.export_onnx(graph)
     finally:
-        for constant, values in zip(constants, held, strict=True):
+        for constant, values in zip(constants, stored, strict=True):
             constant._values = values
-    if graph.ir_version is None:  # made here, not loaded: graphsurgeon would take a version newer than runtimes know
+    if graph.ir_version is None:  # a new graph: graphsurgeon would set a version newer than runtimes support
         model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
-    info: ModelInfo | None = vars(graph).get("model_info")  # graphsurgeon takes an unknown attribute for an op
+    info: ModelInfo | None = vars(graph).get("model_info")  # getattr would return an op
     if info is not None:
         info.write(model)
     path.write_bytes(model.SerializeToString())
 
 
 def model_fingerprint(graph: gs.Graph) -> str:
-    """A hash of every byte of all constants, in the order in which nodes use them: a renamed graph has the same.
+    """A hash of every byte of all constants, in the order in which nodes use them. It does not depend on names.
 
-    The order counts, because two weights of one shape that trade places make another model.
+    The order counts, because a model with two weights of one shape exchanged is another model.
     """
     constants = {id(constant): constant for constant in _constants(graph)}
     with ThreadPoolExecutor(_HASHING) as pool:
@@ -156,6 +156,6 @@ def model_fingerprint(graph: gs.Graph) -> str:
 
 
 def external_files(graph: gs.Graph) -> list[Path]:
-    """The data files that constants of `graph` are stored in, as the graph names them: one may be a link."""
-    held = [constant._values for constant in _constants(graph)]
-    return sorted({values.named for values in held if isinstance(values, ExternalValues)})
+    """The data files of the constants of `graph`, under the graph's paths, which may be links."""
+    stored = [constant._values for constant in _constants(graph)]
+    return sorted({values.named for values in stored if isinstance(values, ExternalValues)})

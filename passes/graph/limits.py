@@ -1,6 +1,6 @@
-"""What a graph demands of its inputs beyond types and shapes.
+"""Constraints of a graph on its inputs, beyond types and shapes.
 
-A Triton repository carries this module, so it imports numpy alone.
+A Triton repository contains a copy of this module, so it imports only numpy.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packed:
-    """A mask [batch, past + tokens] of which attention sees the sum alone: each row's tokens have to come first.
+    """A mask [batch, past + tokens] of which attention reads only the sum, so each row's tokens must come first.
 
     Attributes:
-        mask: name of the graph's input.
-        past: name of an input [batch, heads, past, width] with earlier keys, or None where attention has none.
-        tokens: names of the integer inputs that each attention which counts the mask takes its keys from.
+        mask: name of the mask's input.
+        past: name of the input [batch, heads, past, width] with the cached keys, or None without a cache.
+        tokens: names of the integer inputs from which the keys of each attention that reads the mask are computed.
     """
 
     mask: str
@@ -28,18 +28,18 @@ class Packed:
 
 @dataclass(frozen=True)
 class Positions:
-    """How long a text may be.
+    """The maximum length of a text.
 
     Attributes:
-        most: tokens of a row, those of a decoder's past included.
-        padding: padding has positions, too, so that it counts.
+        most: the maximum number of tokens of a row, including a decoder's past.
+        padding: whether padding takes positions, too, and so counts.
     """
 
     most: int
     padding: bool
 
     def longest(self, feeds: Mapping[str, np.ndarray]) -> int:
-        """Tokens of the longest row of a model's inputs, as `most` counts them; 0 without `input_ids`."""
+        """The number of tokens of the longest row in `feeds`, counted as for `most`; 0 without `input_ids`."""
         ids, mask = feeds.get("input_ids"), feeds.get("attention_mask")
         if ids is None or ids.ndim != 2:
             return 0

@@ -1,4 +1,4 @@
-"""`Linear`: one view on the many ways a graph can say y = x W + b."""
+"""`Linear`: one view of the many forms of y = x W + b in a graph."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from trimtab.plugins import DOMAIN, INT4_LINEAR
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W + b, however the exporter wrote it (MatMul, MatMul + Add, Gemm, transposed or quantized weights, ...).
+    """y = x W + b in any exporter's form (MatMul, MatMul + Add, Gemm, transposed or quantized weights, ...).
 
     Attributes:
-        nodes: the nodes it consists of, in topological order; removing them removes the Linear. Those between weight
-            and product (Transpose, Cast, DequantizeLinear) are among them unless others use them too.
+        nodes: its nodes, in topological order; removing them removes the Linear. Nodes between weight and product
+            (Transpose, Cast, DequantizeLinear) are included unless other nodes use them too.
         x: its input, [..., in_features].
         y: its output, [..., out_features].
-        weight: the constant that holds W, or its integers where `quantized` is set.
-        transposed: True if `weight` lies as [out_features, in_features].
-        bias: the constant that holds b, [out_features], or None.
-        quantized: the node that turns integers into W, a DequantizeLinear, com.microsoft MatMulNBits or the dialect's
+        weight: the constant with W, or with its integers if `quantized` is set.
+        transposed: True if `weight` is stored as [out_features, in_features].
+        bias: the constant with b, [out_features], or None.
+        quantized: the node that dequantizes W: a DequantizeLinear, com.microsoft MatMulNBits or the dialect's
             Int4Linear; or None.
     """
 
@@ -42,7 +42,7 @@ class Linear:
         if self.quantized is not None and self.quantized.op == "MatMulNBits":
             return int(self.quantized.attrs["K"])
         if self.quantized is not None and self.quantized.op == INT4_LINEAR.name:
-            return 2 * int(self.weight.shape[1])  # two to a byte
+            return 2 * int(self.weight.shape[1])  # two values per byte
         return int(self.weight.shape[1 if self.transposed else 0])
 
     @property
@@ -65,7 +65,7 @@ class Linear:
         return tuple(part for part in parts if isinstance(part, gs.Constant))
 
     def w(self) -> np.ndarray:
-        """W as [in_features, out_features], read from disk if it lies there. Read-only."""
+        """W as [in_features, out_features], read from disk if it is stored there. Read-only."""
         if self.quantized is None:
             weight = values(self.weight)
         elif self.quantized.op == "MatMulNBits":
@@ -82,12 +82,12 @@ class Linear:
 
 
 def distinct_bytes(linears: Iterable[Linear]) -> int:
-    """Bytes of the constants of `linears` as stored; one that several of them use counts once."""
+    """Bytes of the constants of `linears` as stored; a shared constant counts once."""
     return sum(stored_bytes(t) for t in {id(t): t for linear in linears for t in linear.constants}.values())
 
 
 def distinct_params(linears: Iterable[Linear]) -> int:
-    """Parameters of `linears`; a weight or bias that several of them use counts once."""
+    """Parameters of `linears`; a shared weight or bias counts once."""
     counts: dict[int, int] = {}
     for linear in linears:
         counts[id(linear.weight)] = linear.in_features * linear.out_features
@@ -99,7 +99,7 @@ def distinct_params(linears: Iterable[Linear]) -> int:
 def match_linear(node: gs.Node) -> Linear | None:
     """The Linear whose product is `node` (MatMul, Gemm, MatMulNBits or Int4Linear with a constant weight), or None.
 
-    Takes in a following Add of a constant of length out_features, where the product has no other use.
+    A following Add of a constant of length out_features is its bias, if the product has no other use.
     """
     matcher = _MATCHERS.get((node.domain or "", node.op))
     return matcher(node) if matcher and not isinstance(node.inputs[0], gs.Constant) else None
@@ -114,7 +114,7 @@ class _Weight:
 
 
 def _weight(tensor: gs.Tensor) -> _Weight | None:
-    """`tensor` as a 2-D constant behind Transpose, Cast and DequantizeLinear; with those nodes that serve it alone."""
+    """The 2-D constant from which Transpose, Cast and DequantizeLinear compute `tensor`, with the unshared nodes."""
     nodes: list[gs.Node] = []
     transposed, quantized, shared = False, None, False
     while not isinstance(tensor, gs.Constant):

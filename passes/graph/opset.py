@@ -1,4 +1,4 @@
-"""Raising the opset of a graph without loading its weights."""
+"""Raises the opset of a graph without loading its weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _AXES_ARE_INPUT = {
 }  # fmt: skip
 """Op → the opset from which its axes are an input. Before, they are an attribute."""
 _SOFT = {"Hardmax", "LogSoftmax", "Softmax"}
-_ONE_AXIS = 13  # the opset from which these are of one axis, by default the last; before, of all from `axis` = 1 on
+_ONE_AXIS = 13  # from this opset on, they apply to one axis, by default the last; before, to all from `axis` = 1 on
 
 
 def raise_opset(graph: gs.Graph, opset: int) -> None:
     """Declare at least `opset` for the standard domain, in the graph and the model's functions.
 
-    Most operators only gained types between opsets, and mean the same under the newer number. Rewritten are nodes whose
-    axes became an input, and softmax of the last axis, which became its default in opset 13; in branches, loops and
-    functions too. No function may stay behind: ONNX Runtime 1.31 reads its nodes by the opset of the model, whatever
-    the function declares. onnx.version_converter would do it too, but loads every weight.
+    Most operators only gained types between opsets, and keep their meaning. Two kinds of nodes are rewritten, also in
+    branches, loops and functions: nodes whose axes became an input, and softmax over the last axis, which became the
+    default in opset 13. Functions get the same opset: ONNX Runtime 1.31 reads their nodes by the opset of the model,
+    whatever the function declares. onnx.version_converter is no alternative, since it loads every weight.
 
     Raises:
-        ModelError: some node would mean something else; names it. The graph is then as it was.
+        ModelError: a node would change its meaning; the message names it. The graph is then unchanged.
     """
     if graph.opset >= opset:
         return
@@ -50,33 +50,33 @@ def raise_opset(graph: gs.Graph, opset: int) -> None:
     for part in (graph, *functions):
         for within, node in list(_nodes(part)):
             if node.op in _SOFT and part.opset < _ONE_AXIS <= opset:
-                node.attrs["axis"] = -1  # which all of them mean, or there would be a reason
+                node.attrs["axis"] = -1  # the last axis; `_change` has refused all others
             if part.opset < _AXES_ARE_INPUT.get(node.op, 0) <= opset and "axes" in node.attrs:
                 node.inputs.append(_axes(within, node))
         part.opset = opset
-        for entry in part.import_domains or ():  # what the exporter writes
+        for entry in part.import_domains or ():  # the exporter writes these entries
             if entry.domain in ("", "ai.onnx"):
                 entry.version = opset
-    # Older files carry an IR version that newer types are not allowed in.
-    least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    graph.ir_version = max(graph.ir_version or 0, least)
+    # The IR version of older files does not allow newer types.
+    required = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    graph.ir_version = max(graph.ir_version or 0, required)
 
 
 def _nodes(part: gs.Graph) -> Iterator[tuple[gs.Graph, gs.Node]]:
-    """The nodes of the standard domain, each with the graph it is in: `part`, or one in a node of it."""
+    """The nodes of the standard domain, each with its graph: `part` or one of its subgraphs."""
     for graph in (part, *part.subgraphs(recursive=True)):
         yield from ((graph, node) for node in graph.nodes if node.domain in (None, "", "ai.onnx"))
 
 
 def _axes(graph: gs.Graph, node: gs.Node) -> gs.Tensor:
-    """The axes of `node`, which lose their attribute, as a tensor of `graph`."""
+    """The axes of `node` as a tensor of `graph`; the attribute is removed."""
     axes, name = node.attrs.pop("axes"), f"{node.outputs[0].name}/axes"
     if not isinstance(axes, gs.Node.AttributeRef):
         return constant(name, np.array(axes, np.int64))
-    made = gs.Variable(name, np.int64)  # an attribute of the function, of which a Constant makes a tensor
+    axes_tensor = gs.Variable(name, np.int64)  # a Constant turns the function's attribute into a tensor
     place = next(i for i, each in enumerate(graph.nodes) if each is node)
-    graph.nodes.insert(place, gs.Node("Constant", name, {"value_ints": axes}, outputs=[made]))
-    return made
+    graph.nodes.insert(place, gs.Node("Constant", name, {"value_ints": axes}, outputs=[axes_tensor]))
+    return axes_tensor
 
 
 def _is_of_last_axis(node: gs.Node) -> bool:
@@ -85,10 +85,10 @@ def _is_of_last_axis(node: gs.Node) -> bool:
 
 
 def _change(node: gs.Node, old: int, new: int) -> str | None:
-    """How `node` differs in meaning between two opsets, or None.
+    """How the meaning of `node` differs between two opsets, or None.
 
-    What ONNX does not have in the old one is ONNX Runtime's own, such as its LayerNormalization, which became ONNX's as
-    it was: the runtime has these in the standard domain whatever the opset.
+    An op that ONNX lacks in the old opset is ONNX Runtime's own, such as LayerNormalization, which ONNX later adopted
+    unchanged: the runtime accepts these in the standard domain with any opset.
     """
     before, after = (_schema(node.op, version) for version in (old, new))
     if before is None:
@@ -98,15 +98,15 @@ def _change(node: gs.Node, old: int, new: int) -> str | None:
     if before.since_version == after.since_version:
         return None
     if node.op in _SOFT and old < _ONE_AXIS <= new and not _is_of_last_axis(node):
-        return "is one of several axes together, which is not so there"
+        return "applies to several axes together, which that opset does not allow"
     becomes_input = {"axes"} if old < _AXES_ARE_INPUT.get(node.op, 0) <= new else set()
     lost = set(node.attrs) - set(after.attributes) - becomes_input
     if lost:
-        return f"has attribute {min(lost)}, which is gone there"
+        return f"has attribute {min(lost)}, which that opset does not have"
     required = [name for name, a in after.attributes.items() if a.required and name not in node.attrs]
     inputs = len(node.inputs) + len(becomes_input & set(node.attrs))
     if required or not after.min_input <= inputs <= after.max_input:
-        return "takes other attributes or inputs there"
+        return "takes other attributes or inputs in that opset"
     return None
 
 

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 
 def topological(graph: gs.Graph) -> list[gs.Node]:
-    """The nodes of `graph`, each after those it reads from; an order that is right already stays. Subgraphs are left.
+    """The nodes of `graph`, each after the nodes it reads from. A right order stays. Subgraphs are not sorted.
 
     Raises:
         ValueError: the graph has a cycle.
@@ -40,7 +40,7 @@ def topological(graph: gs.Graph) -> list[gs.Node]:
 
 
 def _producers(node: gs.Node) -> Iterator[gs.Node]:
-    """The nodes whose outputs `node` reads, itself or in a subgraph."""
+    """The nodes whose outputs `node` or its subgraphs read."""
     for tensor in node.inputs:
         yield from tensor.inputs
     for value in node.attrs.values():

@@ -1,4 +1,4 @@
-"""Quantized weights as floats: what DequantizeLinear, MatMulNBits of com.microsoft or Int4Linear make of constants."""
+"""Dequantizes weights: constants of DequantizeLinear, com.microsoft MatMulNBits or Int4Linear, as floats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A batch whose tokens are packed, [T, ...], the rows of one sample behind those of the other.
+"""A batch with packed tokens, [T, ...]: the rows of the samples follow each other without padding.
 
-`offsets` [batch + 1], int32, says where each sample begins: sample b has the rows from offsets[b] to offsets[b + 1].
+`offsets` [batch + 1], int32, contains the start of each sample: sample b has the rows offsets[b] to offsets[b + 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OFFSETS, _BIAS = ([given.name for given in PACKED_ATTENTION.inputs].index(name)
 
 
 class _Result(Protocol):
-    """What a pass did (`PassResult`)."""
+    """The result of a pass (`PassResult`)."""
 
     @property
     def name(self) -> str: ...
@@ -39,13 +39,13 @@ class _Left(Protocol):
 
 
 def offsets_of(attention: gs.Node) -> gs.Tensor:
-    """The offsets of the samples that `attention` attends within."""
+    """The offsets of the samples in `attention`."""
     offsets: gs.Tensor = attention.inputs[_OFFSETS]
     return offsets
 
 
 def bias_of(attention: gs.Node) -> gs.Tensor | None:
-    """The bias by position of `attention`, which is the same for all samples; None without one."""
+    """The bias of `attention` by position, the same for all samples; None without one."""
     bias: gs.Tensor = attention.inputs[_BIAS]
     return None if bias.is_empty() else bias
 
@@ -54,20 +54,20 @@ def packed_attentions(graph: gs.Graph, name: str, earlier: Iterable[_Result] = (
     """The attentions of `graph`, from the first layer to the last.
 
     Args:
-        name: of the pass that needs packed tokens.
-        earlier: what the passes in front of it did.
+        name: the name of the pass that needs packed tokens.
+        earlier: the results of the passes before it.
 
     Raises:
         ModelError: the tokens are not packed.
     """
-    found = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
-    if found:
-        return found
+    attentions = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
+    if attentions:
+        return attentions
     refused = [left for result in earlier if result.name == "unpad" for left in result.left]
     if refused:
         raise ModelError(
             f"{name} needs packed tokens, and unpad leaves this model as it is: {refused[0].where}: {refused[0].why}",
-            hint=f"take {name} out of the recipe",
+            hint=f"remove {name} from the recipe",
         )
     raise ModelError(f"{name} needs packed tokens", hint=f"put the pass unpad in front of {name}")
 
@@ -82,29 +82,29 @@ def rows_of(graph: gs.Graph, x: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Var
 
 def readers_behind(graph: gs.Graph, x: gs.Tensor) -> list[gs.Node]:
     """The nodes that depend on `x`, in topological order."""
-    known, found = {id(x)}, []
+    reached, readers = {id(x)}, []
     for node in topological(graph):
-        if any(id(tensor) in known for tensor in reads(node)):
-            found.append(node)
-            known |= {id(tensor) for tensor in node.outputs}
-    return found
+        if any(id(tensor) in reached for tensor in reads(node)):
+            readers.append(node)
+            reached |= {id(tensor) for tensor in node.outputs}
+    return readers
 
 
 def strangers(graph: gs.Graph, nodes: list[gs.Node], own: Mapping[int, gs.Tensor], name: str) -> list[gs.Tensor]:
-    """What `nodes` read that neither they nor `own` give, weights left out; each once.
+    """The distinct tensors that `nodes` read, except weights, their own outputs and `own`.
 
-    Nodes that compute something of `own` alone, such as the first row of each sample, are copied to `nodes`; the old
-    ones go on to serve all samples.
+    Nodes that compute a tensor from `own` alone, such as the first row of each sample, are copied into `nodes`; the
+    originals still compute it for all samples.
 
     Args:
         own: tensor id → tensor.
     """
     copies: dict[int, gs.Tensor] = {}
-    made = {id(tensor) for node in nodes for tensor in node.outputs}
-    found: dict[int, gs.Tensor] = {}
+    computed = {id(tensor) for node in nodes for tensor in node.outputs}
+    unresolved: dict[int, gs.Tensor] = {}
 
     def own_copy(tensor: gs.Tensor) -> gs.Tensor | None:
-        """`tensor`, computed of `own` by copied nodes; None if it needs more than that."""
+        """`tensor`, computed from `own` by copied nodes; None if it also needs other tensors."""
         if isinstance(tensor, gs.Constant) or not tensor.name or id(tensor) in own:
             return tensor
         if id(tensor) not in copies:
@@ -124,35 +124,35 @@ def strangers(graph: gs.Graph, nodes: list[gs.Node], own: Mapping[int, gs.Tensor
 
     for node in list(nodes):
         for tensor in reads(node):
-            if id(tensor) in made or id(tensor) in own:
+            if id(tensor) in computed or id(tensor) in own:
                 continue
             copied = own_copy(tensor)
             if copied is None:
-                found[id(tensor)] = tensor
+                unresolved[id(tensor)] = tensor
             else:
                 reread([node], {id(tensor): copied})
-    return list(found.values())
+    return list(unresolved.values())
 
 
 def reread(nodes: Sequence[gs.Node], instead: Mapping[int, gs.Tensor]) -> None:
-    """Let `nodes` read the tensors `instead` (id of the old one → new one)."""
+    """Replace inputs of `nodes` as in `instead` (id of the old tensor → new tensor)."""
     for node in nodes:
         node.inputs = [instead.get(id(tensor), tensor) for tensor in node.inputs]
 
 
 def why_all(graph: gs.Graph, nodes: Sequence[gs.Node], stranger: gs.Tensor) -> str:
-    """Why `nodes` need all tokens of all samples, by what they read that is not of those which go on."""
+    """Why `nodes` need all tokens of all samples: the reason is `stranger`, a tensor of the whole batch they read."""
     if any(node.op == PACKED_ATTENTION.name and bias_of(node) is stranger for node in nodes):
-        return "later attentions have a bias by position, and what goes on has no positions of its own"
-    made = {id(tensor) for node in nodes for tensor in node.outputs}
+        return "later attentions have a bias by position, and the tokens that remain have no positions of their own"
+    computed = {id(tensor) for node in nodes for tensor in node.outputs}
     by_token = set(token_outputs(graph))
-    if names := [tensor.name for tensor in graph.outputs if tensor.name in by_token and id(tensor) in made]:
+    if names := [tensor.name for tensor in graph.outputs if tensor.name in by_token and id(tensor) in computed]:
         return f"the output {names[0]!r} has a row for each token"
-    return f"{_mixing(nodes, stranger)} reads all tokens at their places"
+    return f"{_mixing(nodes, stranger)} reads all tokens at their positions"
 
 
 def _mixing(nodes: Sequence[gs.Node], stranger: gs.Tensor) -> str:
-    """The first of the model's own nodes to read what is put back into its places by `stranger`."""
+    """The first of the model's own nodes that reads the unpacked tokens in `stranger`."""
     reached, first = {id(stranger)}, stranger.name
     for node in nodes:
         if any(id(tensor) in reached for tensor in reads(node)):

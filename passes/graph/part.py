@@ -1,4 +1,4 @@
-"""A part of a graph, run by itself: what its nodes make of given tensors."""
+"""Runs a part of a graph: computes some of its tensors from the values of others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["nodes_between", "open_part", "run_part"]
 
 
 def nodes_between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
-    """The nodes that make `outputs` of `given`, constants and the graph's inputs."""
+    """The nodes that compute `outputs` from `given`, constants and the graph's inputs."""
     seen = {id(tensor) for tensor in given}
     nodes: set[int] = set()
     stack = [tensor for tensor in outputs if id(tensor) not in seen]
@@ -39,8 +39,8 @@ def run_part(
     """The values of `outputs`, computed by ONNX Runtime on the CPU, in one thread, without the dialect's kernels.
 
     Args:
-        given: tensors within the graph whose values are given; nodes that make them do not run.
-        feeds: name → values, of all that is `given` and of those inputs of the graph that `outputs` depend on.
+        given: tensors within the graph with known values; the nodes that compute them do not run.
+        feeds: name → values, for the tensors in `given` and the graph's inputs that `outputs` depend on.
     """
     session = open_part(graph, given, outputs, {name: list(array.shape) for name, array in feeds.items()})
     with running(_part_name(outputs)):
@@ -59,12 +59,12 @@ def open_part(
     """A session that computes `outputs`, as `run_part` does.
 
     Args:
-        shapes: name → shape, of all that is `given` and of those inputs of the graph that `outputs` depend on.
+        shapes: name → shape, for the tensors in `given` and the graph's inputs that `outputs` depend on.
     """
-    import onnxruntime as ort  # late: what only reads manifests does without
+    import onnxruntime as ort  # late: commands that only read manifests do not need it
 
     for tensor in outputs:
-        tensor.dtype = tensor.dtype or np.float32  # behind ops whose types nothing infers
+        tensor.dtype = tensor.dtype or np.float32  # unknown after ops without type inference
     nodes = list(nodes_between(given, outputs))
     read = {tensor.name for node in nodes for tensor in node.inputs}
     inputs = [
@@ -87,5 +87,5 @@ def open_part(
 
 
 def _part_name(outputs: Sequence[gs.Tensor]) -> str:
-    """What errors call the nodes that make `outputs`."""
-    return f"the part of the graph that makes {quoted(outputs[0].name)}"
+    """The name of the part in errors."""
+    return f"the part of the graph that computes {quoted(outputs[0].name)}"

@@ -1,4 +1,4 @@
-"""How many tokens the positions of a model allow, found by what indexes its tables."""
+"""Computes the maximum number of tokens of a model, from the indices of its position tables."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from trimtab.passes.graph.ranges import table_rows
 from trimtab.passes.graph.weights import stored_bytes
 
 _FILLS = (0, 1, 2, 3)
-"""Token ids that texts are made of here: where padding has no position, it is known by its id, mostly one of these."""
+"""Token ids of the test texts. Where padding has no position, the graph knows it by its id, mostly one of these."""
 _NODES = 64
-"""Most nodes between inputs and an index. Those of positions are fewer."""
+"""Maximum number of nodes between the inputs and an index. Position indices need fewer."""
 _BYTES = 1 << 26
-"""Most bytes of the constants among them."""
+"""Maximum bytes of the constants that these nodes read."""
 
 
 def find_positions(graph: gs.Graph) -> Positions | None:
-    """What limits the length of a text in `graph`; None where nothing does, as with rotary or relative positions.
+    """The maximum length of a text in `graph`; None without a limit, as with rotary or relative positions.
 
-    Indices of constant tables, and slices of constants, are computed for texts of growing length, apart from the rest
-    of the graph, until one lies outside its table or a slice ends early.
+    Indices of constant tables, and slices of constants, are computed for texts of several lengths, apart from the rest
+    of the graph, to find the length at which an index exceeds its table or a slice is too short.
     """
     ids = next((tensor for tensor in graph.inputs if tensor.name == "input_ids"), None)
     if ids is None or ids.shape is None or len(ids.shape) != 2:
         return None
-    found = [positions for point in _points(graph) if (positions := point.positions()) is not None]
-    found += [Positions(rows, padding=True) for node in graph.nodes if (rows := _rotary_rows(node)) is not None]
-    return min(found, key=lambda each: (each.most, not each.padding), default=None)
+    limits = [positions for point in _points(graph) if (positions := point.positions()) is not None]
+    limits += [Positions(rows, padding=True) for node in graph.nodes if (rows := _rotary_rows(node)) is not None]
+    return min(limits, key=lambda each: (each.most, not each.padding), default=None)
 
 
 def _rotary_rows(node: gs.Node) -> int | None:
-    """Positions of an attention that counts them itself, past and padding included, and looks up their cosines."""
+    """Rows of the cosine table of an attention that counts positions itself, including past and padding."""
     cosines = node.inputs[7] if node.op == "GroupQueryAttention" and len(node.inputs) > 7 else None
     if not node.attrs.get("do_rotary") or not isinstance(cosines, gs.Constant):
         return None
@@ -44,7 +44,7 @@ def _rotary_rows(node: gs.Node) -> int | None:
 
 
 def _points(graph: gs.Graph) -> Iterator[_Point]:
-    """Computed indices of constant tables, and slices of constants."""
+    """The computed indices of constant tables, and the slices of constants, in `graph`."""
     for node in graph.nodes:
         for index in node.inputs:
             if isinstance(index, gs.Variable) and (index.inputs or index.name == "position_ids"):
@@ -58,7 +58,7 @@ class _Point:
     """A tensor that is computed for each token of a text.
 
     Args:
-        rows: of the table that it indexes; None of a slice.
+        rows: rows of the table that the tensor indexes; None for a slice.
     """
 
     def __init__(self, graph: gs.Graph, tensor: gs.Tensor, rows: int | None) -> None:
@@ -69,7 +69,7 @@ class _Point:
         self._graph = graph
 
     def positions(self) -> Positions | None:
-        """What the point allows; None where it allows any length, or does not grow with it."""
+        """The limit that this tensor sets; None without one, or if the tensor does not depend on the length."""
         if not self._nodes:
             return Positions(self._rows, padding=True) if self._rows else None
         constants = [each for node in self._nodes for each in node.inputs if isinstance(each, gs.Constant)]
@@ -83,11 +83,13 @@ class _Point:
         if run is None:
             return None
         end = 1 + max([self._rows or 0, *(int(size) for each in constants for size in each.shape)])
-        found = [(most, fill) for fill in _FILLS if (most := _last(partial(self._fits, run, fill), end)) is not None]
-        if not found:
+        limits = [
+            (longest, fill) for fill in _FILLS if (longest := _last(partial(self._fits, run, fill), end)) is not None
+        ]
+        if not limits:
             return None
-        most, fill = min(found)
-        return Positions(most, padding=not any(self._fits(run, fill, most + 1, padding) for padding in _FILLS))
+        longest, fill = min(limits)
+        return Positions(longest, padding=not any(self._fits(run, fill, longest + 1, padding) for padding in _FILLS))
 
     def _open(self) -> _Run | None:
         if self._rows is not None:
@@ -95,7 +97,7 @@ class _Point:
         shapes = {each.name: [None] * len(each.shape or ()) for each in self._inputs}
         try:
             session = open_part(self._graph, [], [self._tensor], shapes)
-        except Exception:  # ONNX Runtime's own have no common base
+        except Exception:  # ONNX Runtime's errors have no common base
             return None
 
         def run(feeds: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -108,11 +110,11 @@ class _Point:
         return run
 
     def _fits(self, run: _Run, fill: int, tokens: int, padding: int | None = None) -> bool:
-        """Whether the table has the rows, and the slice the length, that a text of `tokens` needs.
+        """Whether the table has enough rows, or the slice enough elements, for a text of `tokens`.
 
         Args:
-            fill: its token ids.
-            padding: id of the last, which is padding; None where it is none.
+            fill: the id of the tokens.
+            padding: the id of the last token, which is padding; None without padding.
         """
         one, values = (
             run({each.name: _feed(each, self._graph, fill, count, padding) for each in self._inputs})
@@ -127,7 +129,7 @@ _Run = Callable[[dict[str, np.ndarray]], "np.ndarray | None"]
 
 
 def _last(fits: Callable[[int], bool], end: int) -> int | None:
-    """The largest number below `end` that fits; None where `end` does, too, or 2 does not."""
+    """The largest number below `end` that fits; None if `end` fits, too, or 2 does not."""
     if not fits(2) or fits(end):
         return None
     low, high = 2, end
@@ -138,7 +140,7 @@ def _last(fits: Callable[[int], bool], end: int) -> int | None:
 
 
 def _feed(tensor: gs.Tensor, graph: gs.Graph, fill: int, tokens: int, padding: int | None) -> np.ndarray:
-    """Values of an input for one text of `tokens`; an empty past."""
+    """Values of an input for one text of `tokens`, with an empty past."""
     (columns,) = (each.shape[1] for each in graph.inputs if each.name == "input_ids")
     shape = [1] + [
         size if isinstance(size, int) and size >= 0 else tokens if len(tensor.shape) == 2 or size == columns else 0

@@ -1,4 +1,4 @@
-"""Products with weights in the one form that quantizers take: MatMul of a computed tensor and a constant."""
+"""Brings products with weights into the form that quantizers support: MatMul of a computed tensor and a constant."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PRODUCTS = frozenset([("", op) for op in ("Attention", "Einsum", "Gemm", "MatMu
     for op in ("Attention", "FusedMatMul", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention")
 }
 _Steps = tuple[tuple[str, tuple[int, ...] | int | None], ...]
-"""Transposes, with their axes, and Casts, with their type."""
+"""Transposes with their axes, and Casts with their type."""
 
 _FOLDED = frozenset(["Cast", "Identity", "Transpose"])
 
 
 def expose_weights(graph: gs.Graph, name: str) -> None:
-    """Give every MatMul and Gemm whose weight is made of one constant that weight as a constant of its own.
+    """Fold the nodes between a constant and a MatMul or Gemm, so that every weight is a constant operand.
 
-    Transposes and Casts of a constant, and `transB` of a Gemm, are computed here, once for all products that use them.
-    A Gemm that only multiplies and adds becomes MatMul and Add.
+    Transposes and Casts of a constant, and `transB` of a Gemm, are folded once for all products that use them. A Gemm
+    that only multiplies and adds becomes MatMul and Add.
 
     Args:
-        name: of the pass, which begins the names of what is made.
+        name: the name of the pass, with which the names of new tensors begin.
     """
-    made: dict[Hashable, gs.Constant] = {}
+    folded: dict[Hashable, gs.Constant] = {}
     for node in list(graph.nodes):
         if node.domain or node.op not in ("MatMul", "Gemm") or isinstance(node.inputs[0], gs.Constant):
             continue
@@ -44,9 +44,9 @@ def expose_weights(graph: gs.Graph, name: str) -> None:
             steps = (*steps, ("Transpose", (1, 0)))
         steps = _brief(steps, len(weight.shape))
         key = (id(weight), steps)
-        if steps and key not in made:
-            made[key] = constant(f"{name}/{weight.name}.{len(made)}", _evaluate(weight, steps))
-        node.inputs[1] = made[key] if steps else weight
+        if steps and key not in folded:
+            folded[key] = constant(f"{name}/{weight.name}.{len(folded)}", _evaluate(weight, steps))
+        node.inputs[1] = folded[key] if steps else weight
         if node.op == "Gemm":
             _as_matmul(graph, node, name)
 
@@ -54,8 +54,8 @@ def expose_weights(graph: gs.Graph, name: str) -> None:
 def float_products(graph: gs.Graph) -> Iterator[tuple[str, str | None]]:
     """(name of its output, why) for each product of `graph` that a quantizer of weights leaves in floating point.
 
-    Of integers on both sides, as DequantizeLinear shows them, runtimes make integer products. Where both operands
-    depend on the graph's inputs, as in attention, the product has no weights and needs no reason: `why` is None.
+    Products of two DequantizeLinear outputs are skipped: runtimes compute them in integers. `why` is None where both
+    operands depend on the graph's inputs, as in attention: the product has no weights.
     """
     fixed = _fixed(graph)
     for node in graph.nodes:
@@ -66,7 +66,7 @@ def float_products(graph: gs.Graph) -> Iterator[tuple[str, str | None]]:
 
 
 def _fixed(graph: gs.Graph) -> set[int]:
-    """Ids of the tensors that nodes compute of constants alone."""
+    """Ids of the tensors that are computed from constants only."""
     fixed: set[int] = set()
     for node in topological(graph):
         given = [tensor for tensor in node.inputs if tensor.name]
@@ -78,7 +78,7 @@ def _fixed(graph: gs.Graph) -> set[int]:
 def _why_float(node: gs.Node, fixed: set[int]) -> str | None:
     first, second = node.inputs[:2]
     if node.op == "MatMulNBits" or _behind(second, "DequantizeLinear"):
-        return "its weights are integers in blocks already"
+        return "its weights are already integers in blocks"
     if isinstance(first, gs.Constant):
         return "its weights are the left operand; the quantizer takes those on the right"
     if not isinstance(second, gs.Constant):
@@ -96,7 +96,7 @@ def _why_float(node: gs.Node, fixed: set[int]) -> str | None:
 
 
 def _scales(gemm: gs.Node) -> bool:
-    """True for a Gemm that does more than x W + b."""
+    """True for a Gemm that computes more than x W + b."""
     attrs, has_bias = gemm.attrs, len(gemm.inputs) > 2 and gemm.inputs[2].name
     return (
         attrs.get("alpha", 1.0) != 1.0
@@ -106,7 +106,7 @@ def _scales(gemm: gs.Node) -> bool:
 
 
 def _origin(tensor: gs.Tensor) -> tuple[gs.Constant | None, _Steps]:
-    """The constant that `tensor` is made of, and the steps from it to `tensor`; None if there is no such constant."""
+    """The constant from which `tensor` is computed, and the steps between; None if there is no such constant."""
     steps: list[tuple[str, tuple[int, ...] | int | None]] = []
     while not isinstance(tensor, gs.Constant):
         node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
@@ -121,7 +121,7 @@ def _origin(tensor: gs.Tensor) -> tuple[gs.Constant | None, _Steps]:
 
 
 def _brief(steps: _Steps, rank: int) -> _Steps:
-    """The same with one Transpose at the most, at the end: so equal weights are told as equal."""
+    """`steps` with their Transposes merged into one at the end, so that equal steps compare equal."""
     axes = tuple(range(rank))
     for op, argument in steps:
         if op == "Transpose":

@@ -1,4 +1,4 @@
-"""What a graph demands of the values of its inputs, found by structure: indices of tables, masks that are summed."""
+"""Derives constraints on input values from the graph's structure: indices of tables, masks that are summed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trimtab.passes.graph.weights import values
 
 _MICROSOFT = "com.microsoft"
 _KEEPS = {"Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose", "Expand", "Tile", "Concat"}
-"""Ops whose output holds every element of their first input as it is; of Concat, of every input."""
+"""Ops whose output contains every element of their first input unchanged (Concat: of every input)."""
 _CHOOSES = {"Slice", "Split", "Where", "Gather", "Max", "Min", "Clip", "Mod", "Pad"}
-"""Ops that hand on some elements, or replace some: what they drop or replace needs no row of a table."""
+"""Ops that drop or replace some elements: dropped or replaced elements need no row of a table."""
 _STORED = {"DequantizeLinear", "Cast", "Identity", "Mul", "Div", "Add", "Sub"}
 _INTEGERS = {
     getattr(TensorProto, name) for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
@@ -24,44 +24,44 @@ _INTEGERS = {
 _EMBED = {0: 2, 1: 4}  # com.microsoft EmbedLayerNormalization: ids → words, segments → segment table
 _ROTATE = {9: 7}  # com.microsoft GroupQueryAttention: positions → cosines
 _LENGTHS = {"GroupQueryAttention": 5, "Attention": 3, "MultiHeadAttention": 4}
-"""com.microsoft attention → the input that may hold how many tokens of each row are real, counted from the first."""
-_DEPTH = 24  # most nodes from an input to what reads it
+"""com.microsoft attention → the input that may contain each row's number of real tokens, counted from the first."""
+_DEPTH = 24  # maximum number of nodes between an input and its reader
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """The least and the most value that one reader takes; `whole` where it reads every element as the input has it."""
+    """The smallest and largest value that one reader allows; `whole` if it reads every element of the input."""
 
-    least: int
-    most: int
+    smallest: int
+    largest: int
     whole: bool
 
 
 def index_bounds(tensor: gs.Tensor) -> tuple[int, int] | None:
-    """The least and the most value of an input whose elements are all rows of constant tables; None of another.
+    """The smallest and largest value of an input whose elements all index constant tables; None for other inputs.
 
-    Elements may be cast, reshaped or moved by a constant on the way, as positions are that begin behind padding.
+    Elements may be cast, reshaped or shifted by a constant in between, like positions that start after padding.
     """
-    bounds = [found for found in _readers(tensor) if found.whole]
+    bounds = [bound for bound in _readers(tensor) if bound.whole]
     if not bounds:
         return None
-    return max(found.least for found in bounds), min(found.most for found in bounds)
+    return max(bound.smallest for bound in bounds), min(bound.largest for bound in bounds)
 
 
 def safe_values(tensor: gs.Tensor) -> tuple[int, int] | None:
-    """The least and the most value, none below 0, that every table takes that an input's elements may reach.
+    """The smallest and largest value, at least 0, allowed by every table that elements of the input may index.
 
-    More tables count than for `index_bounds`: also those that only some elements reach. None where there are none.
+    Unlike in `index_bounds`, tables that only some elements index count too. None without such tables.
     """
     bounds = list(_readers(tensor))
     if not bounds:
         return None
-    most = max(0, min(found.most for found in bounds))
-    return min(most, max(0, *(found.least for found in bounds))), most
+    largest = max(0, min(bound.largest for bound in bounds))
+    return min(largest, max(0, *(bound.smallest for bound in bounds))), largest
 
 
 def packed_mask(tensor: gs.Tensor) -> Packed | None:
-    """What attention makes of an input that it takes as counts of tokens, whatever its type; None of another."""
+    """The `Packed` of an input from which attention reads counts of tokens, of whatever type; None for other inputs."""
     nodes = list(_counting(tensor, False, _DEPTH))
     for node in nodes:
         earlier = node.inputs[3] if node.op == "GroupQueryAttention" else None
@@ -78,11 +78,11 @@ def _readers(tensor: gs.Tensor) -> Iterator[_Bounds]:
 
 
 def _bounds(tensor: gs.Tensor, moved: int, integers: bool, whole: bool, depth: int) -> Iterator[_Bounds]:
-    """Bounds that the readers of `tensor` = input + `moved` set to the input.
+    """Bounds that the readers of `tensor` = input + `moved` set for the input.
 
     Args:
-        integers: whether `tensor` is one of integers; one of floats is followed to its Cast.
-        whole: whether `tensor` has every element of the input.
+        integers: whether `tensor` contains integers; floats are followed to their Cast.
+        whole: whether `tensor` contains every element of the input.
     """
     if not depth:
         return
@@ -100,33 +100,33 @@ def _bounds(tensor: gs.Tensor, moved: int, integers: bool, whole: bool, depth: i
 
 
 def _hands_on(node: gs.Node, tensor: gs.Tensor) -> bool:
-    """Whether `node`, one of `_CHOOSES`, has elements of `tensor` in its output, rather than choosing by them."""
+    """Whether `node`, one of `_CHOOSES`, outputs elements of `tensor`; False if it only chooses by them."""
     if node.op == "Where":
         return node.inputs[0] is not tensor
     return node.op in ("Max", "Min") or node.inputs[0] is tensor
 
 
 def _from_first(cut: gs.Node) -> bool:
-    """Whether a Slice takes every element from the first on, up to some end."""
+    """Whether a Slice takes consecutive elements from the first on."""
     starts = cut.attrs.get("starts") if len(cut.inputs) < 2 else cut.inputs[1]
     steps = cut.inputs[4] if len(cut.inputs) > 4 else None
     parts = [(starts, 0), *([(steps, 1)] if steps is not None and steps.name else [])]
-    for part, wanted in parts:
+    for part, expected in parts:
         if isinstance(part, gs.Variable) or part is None:
             return False
         numbers = values(part) if isinstance(part, gs.Constant) else np.asarray(part)
-        if (numbers != wanted).any():
+        if (numbers != expected).any():
             return False
     return True
 
 
 def _alone(node: gs.Node, tensor: gs.Tensor) -> bool:
-    """Whether nothing else reads the elements of `tensor`: one of several readers may have a column of its own."""
+    """Whether only `node` reads elements of `tensor`: several readers may read different columns."""
     return all(other is node or other.op == "Shape" for other in tensor.outputs)
 
 
 def table_rows(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
-    """Rows of each constant table that `node` looks `indices` up in."""
+    """Rows of each constant table in which `node` looks up `indices`."""
     tables: list[tuple[gs.Tensor, int]] = []
     if node.op == "Gather" and len(node.inputs) == 2 and node.inputs[1] is indices:
         tables.append((node.inputs[0], int(node.attrs.get("axis", 0))))
@@ -147,7 +147,7 @@ def table_rows(node: gs.Node, indices: gs.Tensor) -> Iterator[int]:
 
 
 def _of_one_axis(node: gs.Node) -> bool:
-    """Whether each index of a GatherND is one number: its last axis has the size 1."""
+    """Whether each index of a GatherND is one number: the last axis of the indices has size 1."""
     indices = node.inputs[1]
     if node.attrs.get("batch_dims", 0):
         return False
@@ -167,7 +167,7 @@ def _of_one_axis(node: gs.Node) -> bool:
 
 
 def _constant_shape(table: gs.Tensor, depth: int) -> tuple[int, ...] | None:
-    """Shape of a constant, also of one that is stored in another type, turned or scaled; else None."""
+    """Shape of a constant, which may be cast, transposed or scaled; None for other tensors."""
     if isinstance(table, gs.Constant):
         return tuple(int(size) for size in table.shape)
     if not depth or len(table.inputs) != 1:
@@ -181,12 +181,12 @@ def _constant_shape(table: gs.Tensor, depth: int) -> tuple[int, ...] | None:
         return None
     terms = node.inputs if node.op in ("Mul", "Div", "Add", "Sub") else node.inputs[:1]
     shapes = [_constant_shape(term, depth - 1) for term in terms]
-    known = [shape for shape in shapes if shape is not None]
-    return tuple(np.broadcast_shapes(*known)) if len(known) == len(shapes) else None
+    constant_shapes = [shape for shape in shapes if shape is not None]
+    return tuple(np.broadcast_shapes(*constant_shapes)) if len(constant_shapes) == len(shapes) else None
 
 
 def _offset(node: gs.Node, tensor: gs.Tensor) -> int | None:
-    """What `node` adds to each element of `tensor` in its first output; None if it does anything else."""
+    """The constant that `node` adds to each element of `tensor`; None if it computes something else."""
     if node.op in ("Add", "Sub") and len(node.inputs) == 2:
         other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
         if not isinstance(other, gs.Constant) or np.prod(other.shape, dtype=np.int64) != 1:
@@ -207,7 +207,7 @@ def _keeps(node: gs.Node, tensor: gs.Tensor) -> bool:
 
 
 def _counting(tensor: gs.Tensor, summed: bool, depth: int) -> Iterator[gs.Node]:
-    """Attention nodes that take `tensor` as counts of tokens, if it was `summed` on the way."""
+    """Attention nodes that read counts of tokens computed from `tensor`; `summed`: `tensor` is already a sum."""
     if not depth:
         return
     for node in tensor.outputs:
@@ -223,9 +223,9 @@ def _counting(tensor: gs.Tensor, summed: bool, depth: int) -> Iterator[gs.Node]:
 
 
 def _tokens(attentions: Sequence[gs.Node]) -> set[str]:
-    """Names of the graph's integer inputs that the keys of each of the `attentions` are made of.
+    """Names of the graph's integer inputs on which the keys of all `attentions` depend.
 
-    What the first layer alone takes is what all of them share: later ones may have looked at another stream.
+    Only inputs common to all layers count, since a later layer may also attend to another stream.
     """
     shared: set[str] | None = None
     for node in attentions:
@@ -246,7 +246,7 @@ def _tokens(attentions: Sequence[gs.Node]) -> set[str]:
 
 
 def _source(tensor: gs.Tensor) -> gs.Tensor:
-    """What `tensor` is made of by casts."""
+    """`tensor` before casts."""
     while len(tensor.inputs) == 1 and tensor.inputs[0].op in ("Cast", "Identity"):
         tensor = tensor.inputs[0].inputs[0]
     return tensor

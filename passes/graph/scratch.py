@@ -1,7 +1,7 @@
-"""New weights that leave memory as soon as they are made.
+"""Stores new weights in a scratch file instead of in memory.
 
-A pass may replace nearly all weights of a model. Within `scratch`, what `constant` makes lies in a file from then on,
-as the weights of the source do, and is copied from there when the graph is saved.
+A pass may replace nearly all weights of a model. Within `scratch`, `constant` stores new weights in a file, like those
+of the source model, and saving the graph copies them from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph.weights import Derived, ExternalValues, append, stored_bytes
 
-_LEAST = 1 << 20  # bytes of a weight that is worth a place in the file
+_MIN_BYTES = 1 << 20  # smaller weights stay in memory
 _NAME = "made.data"
 
 _file: ContextVar[tuple[Path, BinaryIO] | None] = ContextVar("scratch", default=None)
@@ -25,7 +25,7 @@ _file: ContextVar[tuple[Path, BinaryIO] | None] = ContextVar("scratch", default=
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[None]:
-    """Let weights made in the body lie in a file below `parent`, which goes with it: save the graph before."""
+    """Store weights created in the body in a file below `parent`. It is deleted at the end: save the graph before."""
     with tempfile.TemporaryDirectory(prefix=".made-", dir=parent) as name:
         folder = Path(name).resolve()
         with open(folder / _NAME, "wb") as file:
@@ -37,17 +37,17 @@ def scratch(parent: Path) -> Iterator[None]:
 
 
 def put_away(constant: gs.Constant) -> gs.Constant:
-    """The same constant, its values in the scratch file if there is one and they are large."""
-    held = _file.get()
-    if held is not None and stored_bytes(constant) >= _LEAST:
-        folder, file = held
+    """The same constant; large values are moved to the scratch file if one is open."""
+    opened = _file.get()
+    if opened is not None and stored_bytes(constant) >= _MIN_BYTES:
+        folder, file = opened
         constant._values = ExternalValues(append(constant, file, _NAME).tensor, folder)
     return constant
 
 
 def is_new(constant: gs.Constant) -> bool:
-    """Whether the values of `constant` were made here, and do not lie in the source's files."""
-    values, held = constant._values, _file.get()
+    """Whether the values of `constant` are new, and not stored in the files of the source model."""
+    values, opened = constant._values, _file.get()
     if isinstance(values, Derived):
         return False
-    return not isinstance(values, ExternalValues) or (held is not None and values.path == held[0] / _NAME)
+    return not isinstance(values, ExternalValues) or (opened is not None and values.path == opened[0] / _NAME)

@@ -1,4 +1,4 @@
-"""What the rows of a packed batch are to its samples: members, their mean, the first of them."""
+"""Nodes that compute, for each sample of a packed batch, the mean of its rows, its first row, or which rows it has."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from trimtab.plugins import POOL_TOKENS, add_node
 
 
 def segment_mean(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-    """The mean of the rows of `x` [T, width] that each sample has, [batch, width]; 0 of a sample without rows."""
+    """The mean of each sample's rows of `x` [T, width], [batch, width]; 0 for a sample without rows."""
     return add_node(graph, POOL_TOKENS, {"x": x, "offsets": offsets}, name)
 
 
 def segment_first(graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-    """The first row of `x` [T, width] of each sample, [batch, width]; 0 of a sample without rows."""
+    """Each sample's first row of `x` [T, width], [batch, width]; 0 for a sample without rows."""
     return add_node(graph, POOL_TOKENS, {"x": x, "offsets": offsets}, name, most=1)
 
 
 def segment_members(graph: gs.Graph, offsets: gs.Tensor, name: str, x: gs.Tensor | None = None) -> gs.Variable:
-    """Which rows each sample has, bool [batch, T].
+    """Whether each row belongs to each sample, bool [batch, T].
 
     Args:
-        x: [T, width], whose shape tells how many rows there are. Without it the offsets do, so that the result hangs on
-            them alone.
+        x: [T, width], whose shape gives T. Without it, T is the last offset, so that the result depends on the offsets
+            alone.
     """
 
     def number(key: str, value: object) -> gs.Constant:

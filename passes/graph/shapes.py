@@ -1,4 +1,4 @@
-"""What can be told of sizes without running the graph."""
+"""Derives sizes of tensors without running the graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 
 from trimtab.passes.graph.weights import values
 
-_READ = 64  # most elements of a constant that may be a shape
-_DEPTH = 16  # most nodes from a shape to the tensors it is made of
+_READ = 64  # maximum number of elements of a constant that may be a shape
+_DEPTH = 16  # maximum number of nodes between a shape and the tensors whose sizes it contains
 
 Dim: TypeAlias = int | str | tuple[int, int]
 """A size: a number, a symbol, or axis `[1]` of the tensor with id `[0]`. Equal values are equal sizes."""
@@ -19,12 +19,12 @@ Dim: TypeAlias = int | str | tuple[int, int]
 
 def dim(tensor: gs.Tensor, axis: int) -> Dim:
     """Size of `tensor` along `axis`."""
-    known = tensor.shape[axis] if tensor.shape is not None else None
-    return known if known not in (None, "", "?", -1) else (id(tensor), axis)
+    size = tensor.shape[axis] if tensor.shape is not None else None
+    return size if size not in (None, "", "?", -1) else (id(tensor), axis)
 
 
 def entries(tensor: gs.Tensor, depth: int = _DEPTH) -> list[Dim] | None:
-    """The elements of an integer tensor that holds a shape, or None where they cannot be told."""
+    """The elements of an integer tensor that contains a shape, or None if they cannot be derived."""
     if isinstance(tensor, gs.Constant):
         small = int(np.prod(tensor.shape, dtype=np.int64)) <= _READ
         return [int(v) for v in values(tensor).reshape(-1)] if small else None
@@ -48,7 +48,7 @@ def entries(tensor: gs.Tensor, depth: int = _DEPTH) -> list[Dim] | None:
 
 
 def _picked(node: gs.Node, whole: list[Dim] | None) -> list[Dim] | None:
-    """What a Gather or Slice with constant positions takes from `whole`."""
+    """The elements of `whole` that a Gather or Slice with constant positions selects."""
     if whole is None or not all(isinstance(t, gs.Constant) for t in node.inputs[1:]):
         return None
     positions = [values(t).reshape(-1) for t in node.inputs[1:]]
@@ -61,7 +61,7 @@ def _picked(node: gs.Node, whole: list[Dim] | None) -> list[Dim] | None:
 def token_outputs(graph: gs.Graph) -> list[str]:
     """Names of the outputs of `graph` that have a row for each token: [batch, tokens], or [batch, tokens, ...].
 
-    A fixed size is no number of tokens where the inputs leave that open, as the heads of a decoder's cache.
+    Where the inputs leave the number of tokens open, a fixed size (such as a decoder cache's heads) is not one.
     """
     places = [list(tensor.shape) for tensor in graph.inputs if tensor.shape is not None and len(tensor.shape) == 2]
     tokens = {shape[1] for shape in places}
@@ -74,5 +74,5 @@ def token_outputs(graph: gs.Graph) -> list[str]:
 
 
 def _may_count(size: int | str | None, tokens: Collection[int | str | None]) -> bool:
-    """Whether `size` may be the number of `tokens`, as inputs declare them."""
+    """Whether `size` may be one of `tokens`, the numbers of tokens that the inputs declare."""
     return not isinstance(size, int) or not tokens or size in tokens

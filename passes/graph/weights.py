@@ -1,4 +1,4 @@
-"""Weights that stay where they are: initializers are memory-mapped when read, and copied as bytes when saved."""
+"""Weights on disk: initializers are memory-mapped when read, and copied as bytes when saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.passes.hashing import hash_bytes, hash_data, hash_file
 from trimtab.passes.os_errors import reason, remedy
 
 _CHUNK = 1 << 24  # bytes copied at a time
-_ALIGN = 4096  # of each tensor in a data file, so that a runtime may map it
+_ALIGN = 4096  # alignment of tensors in a data file, so that a runtime may map them
 _PACKED_BITS: dict[int, int] = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2,
     TensorProto.FLOAT6E2M3: 6, TensorProto.FLOAT6E3M2: 6,
@@ -27,7 +27,7 @@ _PACKED_BITS: dict[int, int] = {
 
 
 def byte_size(tensor: TensorProto) -> int:
-    """Bytes that the values of `tensor` take when stored raw; 0 for strings, which never are."""
+    """Bytes of the values of `tensor` when stored raw; 0 for strings, which are never stored raw."""
     count = math.prod(tensor.dims)
     if tensor.data_type == TensorProto.STRING:
         return 0
@@ -37,14 +37,14 @@ def byte_size(tensor: TensorProto) -> int:
 
 
 class ExternalValues(LazyValues):
-    """Values in an external data file, mapped into memory on `load` and never held.
+    """Values in an external data file, memory-mapped on `load` and not kept in memory.
 
     gs.Constant keeps such an object until `.values` is read, and the exporter passes its TensorProto through, so an
     untouched weight costs no memory however large it is.
 
     Args:
         tensor: a TensorProto with data_location EXTERNAL.
-        base: the folder of the model file; the data must lie inside it.
+        base: the folder of the model file; the data must be inside it.
     """
 
     def __init__(self, tensor: TensorProto, base: Path) -> None:
@@ -60,7 +60,7 @@ class ExternalValues(LazyValues):
                 f"weight {tensor.name!r}: its type, or its offset or length in {self.path.name}, is not valid",
                 hint="export the model again",
             ) from error
-        if not os.path.isfile(self.path):  # pathlib's raises for a name that the system does not allow
+        if not os.path.isfile(self.path):  # pathlib's is_file raises for names that the system does not allow
             raise ModelError(
                 f"weight {quoted(tensor.name)}: its external data file {quoted(self.path.name)} is missing from {base}",
                 hint="copy the data file beside the model, or export the model again",
@@ -80,11 +80,11 @@ class ExternalValues(LazyValues):
         return self.raw().view(dtype).reshape(tuple(self.tensor.dims))
 
     def raw(self) -> np.ndarray:
-        """The bytes as they lie in the file, mapped: [bytes], uint8."""
+        """The bytes of the file, memory-mapped: [bytes], uint8."""
         return np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,)) if self.bytes else np.zeros(0, np.uint8)
 
     def hash(self) -> str:
-        """blake3 of the raw bytes, without mapping them: mapped bytes would count as memory of the process."""
+        """blake3 of the raw bytes, without mapping them: mapped bytes would count as RSS."""
         try:
             return hash_file(self.path, self.offset, self.bytes)
         except OSError as error:
@@ -93,7 +93,7 @@ class ExternalValues(LazyValues):
             ) from error
 
     def inline(self) -> TensorProto:
-        """The same tensor with its values inside."""
+        """The same tensor with its values in the TensorProto."""
         tensor = self.tensor
         return TensorProto(
             name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=self.raw().tobytes()
@@ -113,11 +113,11 @@ class ExternalValues(LazyValues):
 
 
 class Derived(LazyValues):
-    """Values made of those of other constants, which stay where they are; never held.
+    """Values computed from other constants on each `load`, and not kept in memory.
 
     Args:
         like: other values of the same type.
-        shape: of these.
+        shape: the shape of the computed values.
     """
 
     def __init__(self, like: LazyValues | np.ndarray, shape: Sequence[int]) -> None:
@@ -126,7 +126,7 @@ class Derived(LazyValues):
 
     @property
     def tensor(self) -> TensorProto:
-        """Made anew each time, with the values inside: for whoever knows no such values."""
+        """A new TensorProto with the values inside, for code that does not know `Derived`."""
         return numpy_helper.from_array(np.ascontiguousarray(self.load()))
 
 
@@ -134,8 +134,8 @@ class Part(Derived):
     """Some rows or columns of a constant's values.
 
     Args:
-        whole: the values, as `gs.Constant` holds them.
-        index: along `axis`.
+        whole: all values, as `gs.Constant` stores them.
+        index: the rows or columns along `axis`.
     """
 
     def __init__(self, whole: LazyValues | np.ndarray, axis: int, index: slice) -> None:
@@ -160,25 +160,25 @@ class Joined(Derived):
         return np.concatenate([_load(part) for part in self.parts], self.axis)
 
 
-def _load(held: LazyValues | np.ndarray) -> np.ndarray:
-    if isinstance(held, ExternalValues | Derived):
-        return held.load()
-    # graphsurgeon's own `load` warns of types that numpy lacks
-    return numpy_helper.to_array(held.tensor) if isinstance(held, LazyValues) else held
+def _load(stored: LazyValues | np.ndarray) -> np.ndarray:
+    if isinstance(stored, ExternalValues | Derived):
+        return stored.load()
+    # graphsurgeon's own `load` warns about types that numpy lacks
+    return numpy_helper.to_array(stored.tensor) if isinstance(stored, LazyValues) else stored
 
 
 def append(constant: gs.Constant, file: BinaryIO, location: str) -> LazyValues:
     """Write the values of `constant` at the end of `file`; returns the reference to them, at `location`."""
     file.write(b"\0" * (-file.tell() % _ALIGN))
-    start, held = file.tell(), constant._values
-    if isinstance(held, ExternalValues):
-        held.copy_to(file)
-    elif isinstance(held, Derived):
-        file.write(_stored(held.load()))
-    elif isinstance(held, LazyValues):
-        file.write(_raw(held.tensor))
+    start, stored = file.tell(), constant._values
+    if isinstance(stored, ExternalValues):
+        stored.copy_to(file)
+    elif isinstance(stored, Derived):
+        file.write(_stored(stored.load()))
+    elif isinstance(stored, LazyValues):
+        file.write(_raw(stored.tensor))
     else:
-        file.write(_stored(held))
+        file.write(_stored(stored))
     file.flush()
     reference = TensorProto(name=constant.name, dims=constant.shape, data_location=TensorProto.EXTERNAL)
     reference.data_type = data_type(constant)
@@ -194,34 +194,34 @@ def _raw(tensor: TensorProto) -> bytes:
 
 
 def is_packed(array: np.ndarray) -> bool:
-    """Whether the values of `array`, of ml_dtypes' types of fewer than eight bits, share bytes in a file."""
+    """Whether several values of `array` share a byte in a file: ml_dtypes' types of fewer than eight bits."""
     return onnx.helper.np_dtype_to_tensor_dtype(array.dtype) in _PACKED_BITS
 
 
 def _stored(array: np.ndarray) -> memoryview:
-    """The bytes that the values of `array` take in a file."""
+    """The values of `array` as the bytes of a file."""
     if is_packed(array):
         return memoryview(numpy_helper.from_array(array).raw_data)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def contained(base: Path, location: str, name: str) -> Path:
-    """The file `location` below `base`; refuses absolute paths, `..` and links that lead outside.
+    """The file `location` below `base`; absolute paths, `..` and links to files outside are refused.
 
-    In the cache of Hugging Face's hub each file of a snapshot is a link to one of the repository's blobs, which are
-    inside, too.
+    In the cache of Hugging Face's hub each file of a snapshot is a link to one of the repository's blobs. Links to
+    these blobs are allowed.
     """
     base = base.resolve()
     try:
         path = (base / location).resolve()
-    except (OSError, RuntimeError, ValueError):  # a name that no file has; links that go round
+    except (OSError, RuntimeError, ValueError):  # an invalid name; links in a cycle
         path = base.parent
     blobs = _blobs(base)
     inside = path.is_relative_to(base) or (blobs is not None and path.parent == blobs)
     if not location or os.path.isabs(location) or ".." in Path(location).parts or not inside:
         raise ModelError(
-            f"weight {name!r}: its external data {location!r} lies outside the model's folder {base}",
-            hint="external data must lie beside the model or below it",
+            f"weight {name!r}: its external data {location!r} is outside the model's folder {base}",
+            hint="store the external data in the model's folder or below it",
         )
     return path
 
@@ -236,14 +236,14 @@ def _blobs(folder: Path) -> Path | None:
 
 
 def is_external(constant: gs.Constant) -> bool:
-    """True while the values of `constant` lie in an external file and have not been read."""
+    """True while the values of `constant` are in an external file and have not been read."""
     return isinstance(constant._values, ExternalValues)
 
 
 def values(constant: gs.Constant) -> np.ndarray:
     """The values of `constant` without keeping them in the graph, unlike `constant.values`. Read-only."""
-    held = constant._values
-    return held.load() if isinstance(held, LazyValues) else held
+    stored = constant._values
+    return stored.load() if isinstance(stored, LazyValues) else stored
 
 
 def data_type(constant: gs.Constant) -> int:
@@ -251,22 +251,24 @@ def data_type(constant: gs.Constant) -> int:
     return _data_type(constant._values)
 
 
-def _data_type(held: LazyValues | np.ndarray) -> int:
-    if isinstance(held, Derived):
-        return held.data_type
+def _data_type(stored: LazyValues | np.ndarray) -> int:
+    if isinstance(stored, Derived):
+        return stored.data_type
     return int(
-        held.tensor.data_type if isinstance(held, LazyValues) else onnx.helper.np_dtype_to_tensor_dtype(held.dtype)
+        stored.tensor.data_type
+        if isinstance(stored, LazyValues)
+        else onnx.helper.np_dtype_to_tensor_dtype(stored.dtype)
     )
 
 
 def stored_bytes(constant: gs.Constant) -> int:
-    """Bytes that the values of `constant` take in the file, without reading them."""
-    held = constant._values
-    if isinstance(held, Derived):
-        return int(held.nbytes)
-    if isinstance(held, LazyValues):
-        return byte_size(held.tensor)
-    return len(_stored(held)) if is_packed(held) else int(held.nbytes)
+    """Bytes of the values of `constant` in a file, without reading them."""
+    stored = constant._values
+    if isinstance(stored, Derived):
+        return int(stored.nbytes)
+    if isinstance(stored, LazyValues):
+        return byte_size(stored.tensor)
+    return len(_stored(stored)) if is_packed(stored) else int(stored.nbytes)
 
 
 def fingerprint(constant: gs.Constant) -> str:
@@ -275,11 +277,11 @@ def fingerprint(constant: gs.Constant) -> str:
     Raises:
         ModelError: the external data cannot be read.
     """
-    held = constant._values
-    if isinstance(held, ExternalValues):
-        dtype, digest = held.tensor.data_type, held.hash()
-    elif isinstance(held, LazyValues) and isinstance(held.tensor, TensorProto):
-        dtype, digest = held.tensor.data_type, _hash(held.tensor)
+    stored = constant._values
+    if isinstance(stored, ExternalValues):
+        dtype, digest = stored.tensor.data_type, stored.hash()
+    elif isinstance(stored, LazyValues) and isinstance(stored.tensor, TensorProto):
+        dtype, digest = stored.tensor.data_type, _hash(stored.tensor)
     else:
         array = values(constant)
         dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)

@@ -1,4 +1,4 @@
-"""Nodes in half precision computed in float32, for tools that know no other type."""
+"""Computes nodes in half precision in float32, for tools that support no other type."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ _FLOAT = np.dtype(np.float32)
 
 
 def widen(graph: gs.Graph, nodes: Collection[gs.Node], name: str) -> int:
-    """Let those of `nodes` with weights in half precision read float32, and what reads them the type of before.
+    """Compute the `nodes` with weights in half precision in float32; their readers still get half precision.
 
-    Weights become constants of float32, one for all that read them; of what is computed there is a Cast. Types of the
-    graph's tensors must be known (`infer_shapes`).
+    Weights become float32 constants, one for all their readers; other inputs and the outputs get a Cast. The types of
+    the graph's tensors must be known (`infer_shapes`).
 
     Args:
-        name: of the pass, which begins the names of what is made.
+        name: the name of the pass, with which the names of new tensors begin.
 
     Returns:
-        how many nodes were changed.
+        the number of changed nodes.
     """
-    made: dict[int, gs.Tensor] = {}
+    wides: dict[int, gs.Tensor] = {}
 
     def wide(tensor: gs.Tensor) -> gs.Tensor:
         if not tensor.name or type_of(tensor) not in HALF:
             return tensor
-        if id(tensor) not in made:
+        if id(tensor) not in wides:
             label = f"{name}/{tensor.name}/float32"
             if isinstance(tensor, gs.Constant):
-                made[id(tensor)] = constant(label, values(tensor).astype(np.float32))
+                wides[id(tensor)] = constant(label, values(tensor).astype(np.float32))
             else:
-                made[id(tensor)] = insert(graph, "Cast", [tensor], label, attrs={"to": onnx_type(_FLOAT)}, dtype=_FLOAT)
-        return made[id(tensor)]
+                wides[id(tensor)] = insert(
+                    graph, "Cast", [tensor], label, attrs={"to": onnx_type(_FLOAT)}, dtype=_FLOAT
+                )
+        return wides[id(tensor)]
 
     half = [n for n in nodes if any(isinstance(t, gs.Constant) and type_of(t) in HALF for t in n.inputs)]
     for node in half:

@@ -137,7 +137,7 @@ def test_a_subgraph_reads_across_a_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x", "t"])
 def test_refuses_points_that_nothing_computes(name: str, tmp_path: Path) -> None:
     graph = plain(tmp_path)
-    with pytest.raises(ValueError, match=f"'{name}' is no tensor that the graph computes"):
+    with pytest.raises(ValueError, match=f"'{name}' is not computed from the inputs of the graph"):
         cut(graph, [graph.tensors()[name]])
 
 

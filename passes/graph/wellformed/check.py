@@ -14,23 +14,23 @@ from trimtab.passes.graph.wellformed.scopes import check_scope, given_names, nam
 from trimtab.passes.graph.wellformed.tensors import check_tensor, check_type
 
 MAX_NODES = 500_000
-"""Of a graph whose functions are inlined. The largest exports have some ten thousand."""
+"""Maximum number of nodes with functions inlined. The largest exports have some ten thousand."""
 
 MAX_NESTING = 16
-"""Graphs inside graphs. Exports of If and Loop have two or three."""
+"""Maximum nesting of graphs. Exports with If and Loop have two or three levels."""
 
 
 def check_model(model: ModelProto, where: str) -> None:
-    """Refuse a file that is no well-formed ONNX model, so that what reads it later meets no half of one.
+    """Refuse a file that is not a well-formed ONNX model, so that later code need not check it.
 
-    External data are not looked at: they are checked when the graph is attached to them. Ops that onnx does not define,
-    such as those of ONNX Runtime, keep their attributes and inputs as they are.
+    External data are checked later, when they are attached to the graph. Attributes and inputs of ops that onnx does
+    not define, such as those of ONNX Runtime, are not checked.
 
     Args:
         where: the file, for messages.
 
     Raises:
-        ModelError: names the node or tensor and what is wrong with it.
+        ModelError: the file is not well-formed; the message names the node or tensor and its fault.
     """
     try:
         opsets = _opsets(model.opset_import)
@@ -45,8 +45,8 @@ def check_model(model: ModelProto, where: str) -> None:
         for function in model.functions:
             inside = _opsets(function.opset_import)
             check_scope(function.node, function.input, function.output)
-            known = frozenset(function.input) | {name for node in function.node for name in node.output}
-            _check_nodes(function.node, opsets | inside, known, in_function=True)
+            visible = frozenset(function.input) | {name for node in function.node for name in node.output}
+            _check_nodes(function.node, opsets | inside, visible, in_function=True)
     except MalformedError as fault:
         raise refused(where, fault) from fault
 
@@ -69,16 +69,16 @@ def _check_graph(
 
 
 def _check_nodes(
-    nodes: Sequence[NodeProto], opsets: Mapping[str, int], known: frozenset[str], *, in_function: bool
+    nodes: Sequence[NodeProto], opsets: Mapping[str, int], visible: frozenset[str], *, in_function: bool
 ) -> None:
     for node in nodes:
         if node.domain not in opsets and node.domain in ("", "ai.onnx"):
-            raise MalformedError("it imports no opset of ONNX's own ops, and has nodes of them")
+            raise MalformedError("it imports no opset of ONNX's own ops, but has nodes with such ops")
         check_node(node, opsets, in_function=in_function)
         for tensor in tensors(node):
             check_tensor(tensor)
         for graph in subgraphs(node):
-            _check_graph(graph, opsets, known, in_function)
+            _check_graph(graph, opsets, visible, in_function)
 
 
 def _check_nesting(graph: GraphProto, depth: int) -> None:
@@ -101,6 +101,6 @@ def _opsets(imports: Sequence[OperatorSetIdProto]) -> dict[str, int]:
     newest = onnx.defs.onnx_opset_version()
     if opsets.get("", 0) > newest:
         raise MalformedError(
-            f"its opset {opsets['']} is newer than the last that onnx {onnx.__version__} knows, {newest}"
+            f"its opset {opsets['']} is newer than {newest}, the last that onnx {onnx.__version__} supports"
         )
     return opsets

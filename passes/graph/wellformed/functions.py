@@ -1,4 +1,4 @@
-"""Model-local functions of an ONNX file: none calls itself, and all calls together stay few when they are inlined."""
+"""Checks the model-local functions of an ONNX file: none calls itself, and inlining them does not exceed a limit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Key = tuple[str, str, str]
 
 
 def inlined_nodes(model: ModelProto, limit: int) -> int:
-    """Nodes of the graph when every call of a function is replaced by its nodes, as runtimes do.
+    """The number of nodes of the graph with every function call inlined, as runtimes do.
 
     Args:
-        limit: more than this many are refused.
+        limit: the maximum number of nodes.
 
     Raises:
         MalformedError: a function is defined twice or calls itself, or there are too many nodes.
@@ -34,12 +34,12 @@ def inlined_nodes(model: ModelProto, limit: int) -> int:
             raise MalformedError(f"the function {_label(key)} has more than {limit} nodes when its calls are inlined")
     total = _size(model.graph.node, sizes)
     if total > limit:
-        raise MalformedError(f"it has more than {limit} nodes, those of its functions at each call among them")
+        raise MalformedError(f"it has more than {limit} nodes when its functions are inlined")
     return total
 
 
 def _callees_first(functions: dict[_Key, FunctionProto]) -> list[_Key]:
-    """Every function behind those that it calls."""
+    """All functions, each after the functions that it calls."""
     calls = {key: [c for c in map(_call, _all_nodes(f.node)) if c in functions] for key, f in functions.items()}
     ordered: list[_Key] = []
     state: dict[_Key, bool] = {}  # False: being visited; True: done

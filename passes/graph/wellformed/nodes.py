@@ -1,4 +1,4 @@
-"""Nodes of an ONNX file against the definitions of their ops: attributes, and how many inputs and outputs."""
+"""Checks nodes of an ONNX file against the definitions of their ops: attributes, numbers of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _FIELDS = {
     AttributeProto.FLOAT: "f", AttributeProto.INT: "i", AttributeProto.STRING: "s", AttributeProto.TENSOR: "t",
     AttributeProto.GRAPH: "g", AttributeProto.SPARSE_TENSOR: "sparse_tensor", AttributeProto.TYPE_PROTO: "tp",
 }  # fmt: skip
-"""Types of attributes with one value, and the field it is in; lists may be empty, and then their field is."""
+"""Types of attributes with one value → the field with the value. Lists are absent, since they may be empty."""
 
 
 def check_node(node: NodeProto, opsets: Mapping[str, int], *, in_function: bool) -> None:
-    """That `node` is one its op's definition allows. An op that onnx does not know is taken as it is.
+    """Check `node` against the definition of its op. Ops that onnx does not define are not checked.
 
     Args:
         opsets: domain → version.
-        in_function: attributes may refer to those of the function.
+        in_function: the node is in a function, so its attributes may refer to the function's.
 
     Raises:
-        MalformedError: names the node and what is wrong with it.
+        MalformedError: the message names the node and its fault.
     """
     if not node.op_type:
         raise MalformedError(f"{where(node)} has no op")
     schema = _schema(node.op_type, node.domain, opsets.get(node.domain, 0))
-    known = schema.attributes if schema is not None else {}
+    definitions = schema.attributes if schema is not None else {}
     seen: set[str] = set()
     for attribute in node.attribute:
         label = f"attribute {name_of(attribute.name)} of {where(node)}"
@@ -39,24 +39,24 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], *, in_function: bool)
         seen.add(attribute.name)
         if attribute.ref_attr_name:
             if not in_function:
-                raise MalformedError(f"{label} refers to an attribute of a function, and this is none")
+                raise MalformedError(f"{label} refers to an attribute of a function, but is not in one")
         elif attribute.type == AttributeProto.UNDEFINED or not _has_value(attribute):
             raise MalformedError(f"{label} has no value")
-        defined = known.get(attribute.name)
+        defined = definitions.get(attribute.name)
         if defined is not None and attribute.type != defined.type:
             raise MalformedError(f"{label} is of the wrong type")
     if schema is None:
         return
-    missing = [name for name, attribute in known.items() if attribute.required and name not in seen]
+    missing = [name for name, attribute in definitions.items() if attribute.required and name not in seen]
     if missing:
         raise MalformedError(f"{where(node)} has no attribute {missing[0]!r}, which {node.op_type} needs")
-    for what, names, least, most in (
+    for what, names, minimum, maximum in (
         ("inputs", node.input, schema.min_input, schema.max_input),
         ("outputs", node.output, schema.min_output, schema.max_output),
     ):
-        if not least <= len(names) <= most:
+        if not minimum <= len(names) <= maximum:
             raise MalformedError(
-                f"{where(node)} has {len(names)} {what}, and {node.op_type} takes {_range(least, most)}"
+                f"{where(node)} has {len(names)} {what}, but {node.op_type} takes {_range(minimum, maximum)}"
             )
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     for parameter, name in zip(schema.inputs, node.input, strict=False):
@@ -90,10 +90,10 @@ def _has_value(attribute: AttributeProto) -> bool:
     return field is None or attribute.HasField(field)
 
 
-def _range(least: int, most: int) -> str:
-    if least == most:
-        return str(least)
-    return f"{least} to {most}" if most < 1 << 20 else f"at least {least}"
+def _range(minimum: int, maximum: int) -> str:
+    if minimum == maximum:
+        return str(minimum)
+    return f"{minimum} to {maximum}" if maximum < 1 << 20 else f"at least {minimum}"
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Names of an ONNX graph: each is given once and before it is used, in an order that some computation has."""
+"""Checks the names of an ONNX graph: each is defined once, every used name is defined, and there is no cycle."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trimtab.passes.graph.wellformed.nodes import subgraphs, where
 def check_scope(
     nodes: Sequence[NodeProto], given: Iterable[str], outputs: Iterable[str], outer: frozenset[str] = frozenset()
 ) -> None:
-    """That every name that `nodes` and `outputs` use is given by exactly one input, weight or node, without a cycle.
+    """Check that exactly one input, weight or node defines each name in `nodes` and `outputs`, without a cycle.
 
-    Subgraphs of the nodes are not looked into, except for the names of this scope that they use.
+    Subgraphs of the nodes are not checked, except for the names of this scope that they use.
 
     Args:
         given: names of inputs and weights.
-        outer: names that surrounding graphs give.
+        outer: names that surrounding graphs define.
 
     Raises:
-        MalformedError: names the tensor or the node.
+        MalformedError: the message names the tensor or the node.
     """
     given = frozenset(given)
     producer: dict[str, int] = {}
@@ -62,12 +62,12 @@ def given_names(graph: GraphProto) -> list[str]:
 
 
 def names(graph: GraphProto) -> frozenset[str]:
-    """All names that `graph` gives: what its subgraphs may use."""
+    """All names that `graph` defines, which its subgraphs may use."""
     return frozenset(given_names(graph)) | {name for node in graph.node for name in node.output}
 
 
 def _captured(node: NodeProto) -> Iterator[str]:
-    """Names that the subgraphs of `node` take from outside of themselves."""
+    """Names from outside that the subgraphs of `node` use."""
     for graph in subgraphs(node):
         inside = names(graph)
         for inner in graph.node:

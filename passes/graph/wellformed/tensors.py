@@ -1,4 +1,4 @@
-"""Tensors and types of an ONNX file: shapes that the values fill, types that ONNX defines."""
+"""Checks tensors and types of an ONNX file: values that fill the shape, types that ONNX defines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from trimtab.passes.graph.weights import byte_size
 from trimtab.passes.graph.wellformed.fault import MalformedError, name_of
 
 _TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
-_COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}  # two numbers of the typed field for each value
-_FLOAT6 = {TensorProto.FLOAT6E2M3, TensorProto.FLOAT6E3M2}  # packed as bytes; one in each entry of the typed field
+_COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}  # each value takes two entries of the typed field
+_FLOAT6 = {
+    TensorProto.FLOAT6E2M3,
+    TensorProto.FLOAT6E3M2,
+}  # packed as bytes, but one per entry of the typed field
 
 
 def check_tensor(tensor: TensorProto) -> None:
-    """That a tensor has a type, a shape, and exactly the values that both need. External values are checked on reading.
+    """Check that a tensor has a type, a shape, and the values that both need. External values are checked on reading.
 
     Raises:
-        MalformedError: names the tensor.
+        MalformedError: the message names the tensor.
     """
     what = f"tensor {name_of(tensor.name)}"
     if tensor.data_type not in _TYPES:
@@ -37,7 +40,7 @@ def check_tensor(tensor: TensorProto) -> None:
         present, unit = len(tensor.raw_data), "bytes"
     else:
         field = getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type))
-        packed = needed < count and tensor.data_type not in _FLOAT6  # an entry of int32_data holds a byte of values
+        packed = needed < count and tensor.data_type not in _FLOAT6  # an entry of int32_data contains a byte of values
         needed = needed if packed else count * (2 if tensor.data_type in _COMPLEX else 1)
         present, unit = len(field), "values"
     if present != needed:
@@ -45,10 +48,10 @@ def check_tensor(tensor: TensorProto) -> None:
 
 
 def check_type(kind: TypeProto, what: str) -> None:
-    """That the type of an input or output names element types that ONNX defines, and no negative size.
+    """Check that the type of an input or output has an element type that ONNX defines, and no negative size.
 
     Raises:
-        MalformedError: says of `what` it is.
+        MalformedError: the message names `what`, the input or output.
     """
     form = kind.WhichOneof("value")
     if form is None:
