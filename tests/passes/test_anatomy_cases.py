@@ -47,7 +47,7 @@ def test_ffns(body: str, gated: bool, activation: str) -> None:
         ("u = MatMul (n, up) s = Mul (u, scale) h = Relu (s) d = MatMul (h, down) y = Add (x, d)",
          "Mul.2", "a constant of 12 values"),
         ("u = MatMul (n, up) h = LayerNormalization (u, scale) r = Relu (h) d = MatMul (r, down) y = Add (x, d)",
-         "LayerNormalization.2", "not an elementwise op"),
+         "LayerNormalization.2", "not a known elementwise op"),
         ("m = Sin (n) a = MatMul (n, gate) u = MatMul (m, up) s = Sigmoid (a) h = Mul (s, u) d = MatMul (h, down) "
          "y = Add (x, d)", "Sigmoid.4", "read different inputs"),
         ("a = MatMul (n, gate) u = MatMul (n, up) s = Sigmoid (a) h = Add (s, u) d = MatMul (h, down) y = Add (x, d)",
@@ -58,7 +58,7 @@ def test_ffns(body: str, gated: bool, activation: str) -> None:
         ("w = MatMul (n, wide) a = Slice (w, f0, f2, last, two_) u = Slice (w, one_, f2, last, two_) s = Sigmoid (a) "
          "h = Mul (s, u) d = MatMul (h, down) y = Add (x, d)", "Slice", "packed into one"),
         ("u = MatMul (n, up) a = Cast <to = 7> (u) b = Cast <to = 1> (a) h = Relu (b) d = MatMul (h, down) "
-         "y = Add (x, d)", "Cast.2", "not an elementwise op"),
+         "y = Add (x, d)", "Cast.2", "not a known elementwise op"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, down)", "MatMul.3", "not added to a residual stream"),
         ("u = MatMul (n, up) h = Relu (u) y = MatMul (h, narrow)", "MatMul.3", "it maps 8 features to 3"),
     ],
