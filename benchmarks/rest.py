@@ -112,7 +112,7 @@ def fit(ffns: Sequence[FFN], profile: Profile, densities: Sequence[float]) -> li
             rest = fit_rest(layer, choices[key].computed, variant.rest) if variant.rest else None
             variant.choices.append(choices[key])
             variant.rests.append(rest)
-            h = layer.h_held * choices[key].computed(layer.held)
+            h = layer.h_held_out * choices[key].computed(layer.held_out)
             variant.errors.append(layer.error(h @ layer.down) if rest is None else rest.error)
         print(f"fitted layer {number} of {len(ffns)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         for choice in choices.values():

@@ -1,4 +1,4 @@
-"""Graph rewrites. A pass is graph in, graph out; what it knows of the data comes from the Profile alone."""
+"""Graph rewrites. A pass takes a graph and changes it; all it knows about the data comes from the Profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PASSES = {
     "static-int8": "trimtab.passes.static_int8:StaticInt8",
     "precision": "trimtab.passes.precision:Precision",
 }
-"""Name → where its class is; imported when asked for."""
+"""Pass name → module and class. `pass_class` imports the module."""
 
 PASS_NAMES = tuple(_PASSES)
 
@@ -31,10 +31,10 @@ def pass_class(name: str) -> type[Pass]:
     """The class of the pass called `name`.
 
     Raises:
-        RecipeError: there is none; names the nearest.
+        RecipeError: no pass has this name; the hint is the nearest name.
     """
-    found: type[Pass] = import_named(name, _PASSES, "pass", "passes", RecipeError)
-    return found
+    named_class: type[Pass] = import_named(name, _PASSES, "pass", "passes", RecipeError)
+    return named_class
 
 
 __all__ = ["PASS_NAMES", "Capability", "Left", "Pass", "PassContext", "PassResult", "pass_class", "run_passes"]

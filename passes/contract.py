@@ -26,18 +26,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Capability:
-    """What a target's runtime can take, probed and never guessed from a version.
+    """What a target's runtime supports. Values are probed, never guessed from a version.
 
     Attributes:
-        weight_bits: widths of blockwise integer weights that it multiplies with directly, such as {4, 8}.
-        negative_scales: it multiplies with such weights of 4 bits whose scales may be negative.
-        float16: it computes in half precision without falling back to float32.
-        saturates: its products of uint8 and int8 overflow 16 bits on the way (x86 without VNNI), if weights are large.
-        integer_products: it multiplies activations as integers, whose scales are found as they come.
-        row_scales: it does so with a scale for each row, by the dialect's own kernel.
-        int4_kernel: its int4 products in blocks are the dialect's own.
-        glu_kernel: it computes act(gate) * up by the dialect's own op.
-        counted_sizes: it runs nodes whose outputs have sizes that are counted at run time (NonZero, Compress).
+        weight_bits: bit widths of blockwise integer weights with products of their own, such as {4, 8}.
+        negative_scales: 4-bit weights may have negative scales.
+        float16: products in half precision run without falling back to float32.
+        saturates: products of uint8 and int8 overflow 16-bit sums if weights are large (x86 without VNNI).
+        integer_products: supports int8 products whose activation scales are computed at run time.
+        row_scales: supports such products with one scale per row, by the dialect's own kernel.
+        int4_kernel: blockwise int4 products use the dialect's own kernel.
+        glu_kernel: the dialect's own op computes act(gate) * up.
+        counted_sizes: supports nodes whose output sizes are known only at run time (NonZero, Compress).
     """
 
     weight_bits: frozenset[int] = frozenset({4, 8})
@@ -53,12 +53,12 @@ class Capability:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a pass will round the operands of products with weights, for training to learn with the error of it.
+    """How a pass will round the operands of products with weights. Training simulates the rounding.
 
     Attributes:
-        largest: weights become integers in [-largest, largest], symmetrically.
-        per_channel: a scale per output feature instead of one per matrix.
-        per_row: activations have a scale per row, which is a token, instead of one per tensor.
+        largest: weights become integers in [-largest, largest].
+        per_channel: weights have one scale per output feature instead of one per matrix.
+        per_row: activations have one scale per row (token) instead of one per tensor.
     """
 
     largest: int
@@ -68,31 +68,31 @@ class Rounding:
 
 @dataclass
 class PassContext:
-    """All that a pass may know besides the graph: no data, no files, no network."""
+    """All that a pass may know besides the graph. A pass reads no data, files or network."""
 
     profile: Profile | None = None
     capability: Capability = field(default_factory=Capability)
     progress: Callable[[str, int, int], None] | None = None
-    """Called with (what, done, total) by passes that take long."""
+    """Slow passes call it with (what, done, total)."""
     crossover: Measure | None = None
-    """Where the sparse form of a layer stops paying on the target, measured there; None where that is not known."""
+    """Measures on the target up to which density the sparse form of a layer is faster; None without a target."""
     tokens: int = 1
-    """Of a call, in all samples together, for which the engine is to be fastest."""
+    """Tokens of one call, over all samples, for which the engine is optimized."""
     shards: int = 1
-    """Ranks among which the graph will be divided. What is chosen at run time, each has to choose of its own part."""
+    """Ranks among which the graph will be divided. Each rank chooses neurons within its own part at run time."""
     done: list[Pass] = field(default_factory=list)
     """The passes that `run_passes` has run on this graph so far."""
     results: list[PassResult] = field(default_factory=list)
-    """What each of them did."""
+    """The results of the passes in `done`."""
     ahead: Sequence[Pass] = ()
-    """Those that it will run after the present one."""
+    """The passes that run after the current one."""
     choices: dict[str, Any] = field(default_factory=dict)
-    """What passes have searched for on this graph, for `ProfileInfo.choices`."""
+    """Results of the passes' searches on this graph, stored in `ProfileInfo.choices`."""
     dials: dict[str, Dial] = field(default_factory=dict)
-    """The dials that the graph has as inputs, by name."""
+    """The graph's dial inputs by name."""
 
     def dense_form(self, part: Literal["ffn", "head"]) -> DenseForm:
-        """What the passes ahead make of the weights of such a layer, if this one leaves it as it is."""
+        """The form that later passes give a layer's weights if this pass leaves the layer dense."""
         forms = (step.dense_form(part, self.capability) for step in self.ahead)
         return next((form for form in forms if form is not None), "fp32")
 
@@ -110,30 +110,30 @@ class PassContext:
         return tensor
 
     def measured(self) -> Profile:
-        """The profile, for passes that cannot do without.
+        """The profile, for passes that require one.
 
         Raises:
-            ProfileError: there is none.
+            ProfileError: there is no profile.
         """
         if self.profile is None:
             raise ProfileError("a profile is needed", hint="give --data or --profile")
         return self.profile
 
     def choice(self, step: Pass, search: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
-        """What the Profile says that `step` chose behind the same passes; or what `search` finds now. JSON types.
+        """The choice that the Profile stores for `step` after the same passes, else the result of `search`; JSON types.
 
-        A search may end otherwise on another machine, at a tie between two plans, and weights that were learned for the
-        one do not fit the other.
+        A search is not repeated, because a tie between two plans may end otherwise on another machine, and weights that
+        were learned for one plan do not fit the other.
 
         Args:
-            fits: whether a choice of the Profile holds here.
+            fits: returns whether a stored choice is valid for this graph.
         """
         key = json.dumps([s.written() for s in (*self.done, step)], sort_keys=True)
-        known = self.profile.info.choices.get(key) if self.profile is not None else None
-        taken = known is not None and fits(known)
-        if taken:
-            log.info("%s: as chosen before, says the profile", step.name)
-        self.choices[key] = known if taken else search()
+        stored = self.profile.info.choices.get(key) if self.profile is not None else None
+        reuse = stored is not None and fits(stored)
+        if reuse:
+            log.info("%s: uses the choice stored in the profile", step.name)
+        self.choices[key] = stored if reuse else search()
         return self.choices[key]
 
 
@@ -150,10 +150,10 @@ class PassResult:
     """What a pass did.
 
     Attributes:
-        name: of the pass.
+        name: name of the pass.
         changed: number of places rewritten.
-        left: the places it recognised and left alone.
-        details: for the report; JSON types only.
+        left: places that the pass recognised and did not change.
+        details: entries of the report; JSON types only.
     """
 
     name: str
@@ -171,24 +171,24 @@ class Pass(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     name: ClassVar[str]
-    """kebab-case, as recipes call it."""
+    """Name in recipes, kebab-case."""
     summary: ClassVar[str]
     """One line for `trimtab passes`."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the pass takes from the Profile: measured by calibration, or learned by a method of `trimtab train`."""
+    """What the pass reads from the Profile: measured by calibration, or learned by a method of `trimtab train`."""
     behind: ClassVar[tuple[str, ...]] = ()
-    """Passes that stand in front of this one, since it works on what they make."""
+    """Passes that have to run before this one, because it works on their output."""
     reads_layers: ClassVar[bool] = False
-    """It works on whole layers, whose projections and sums it has to recognise, in float32."""
+    """Whether the pass has to recognise whole layers, with projections and sums in float32."""
 
     leaves_experts: ClassVar[bool] = False
-    """It makes FFNs cheaper, but not the experts of a mixture: its report names those that the graph has."""
+    """Whether the pass makes FFNs cheaper, but not the experts of a mixture. Its report then names the experts."""
 
     packs: ClassVar[bool] = False
-    """Whether layers hand on rows of real tokens alone behind the pass, whose number is counted at run time."""
+    """Whether tensors between layers hold only real tokens after the pass; their number is known at run time."""
 
     def written(self) -> dict[str, Any]:
-        """Name → options, as in a recipe; JSON types."""
+        """The pass as a recipe writes it, name → options; JSON types."""
         return {self.name: self.model_dump(mode="json")}
 
     @abstractmethod
@@ -199,59 +199,59 @@ class Pass(BaseModel, ABC):
         """
 
     def dials(self) -> tuple[Dial, ...]:
-        """Numbers by which what the pass makes is turned while it runs; `run` adds them with `context.add_dial`."""
+        """Numbers that tune the compiled model at run time; `run` adds them with `context.add_dial`."""
         return ()
 
     def needed(self) -> frozenset[Need]:
-        """What the pass takes from the Profile with the options that it has: `needs`, where no option changes it."""
+        """What the pass reads from the Profile with its current options; `needs` unless an option changes it."""
         return self.needs
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
-        """Check that the Profile has what the pass needs, as far as recipe and Profile tell: before anything long runs.
+        """Check that the Profile has what the pass needs. The check reads recipe and Profile, not the model.
 
         Args:
-            profile: None where one will be measured, if anything is to be measured.
-            before: the passes in front of this one.
+            profile: None if calibration will run first.
+            before: the passes that run before this one.
 
         Raises:
-            NotLearnedError: the weights that the pass needs are not there, or belong behind other passes.
-            ProfileError: `profile` is given, and was not calibrated for the pass.
+            NotLearnedError: the Profile has no weights for the pass, or they were learned after other passes.
+            ProfileError: `profile` was not calibrated for the pass.
         """
         for need in sorted(self.needed(), key=lambda need: (not isinstance(need, Learned), repr(need))):
             need.check(profile)
 
     def unfit(self, capability: Capability) -> str | None:
-        """Why a target of this capability cannot run what the pass makes, told before any work; None where it can."""
+        """Why a target of this capability cannot run the pass's output, or None. Checked before any work."""
         return None
 
     def unsuited(self, task: str | None) -> str | None:
-        """Why the pass does not go with a model of this task, where files tell what graphs do not; None where it does.
+        """Why the pass does not suit a model of this task, or None. The task is read from files beside the graph.
 
         Args:
-            task: "classes" (one for each sample), "labels" (any number of them), "score" or another kind; None where it
-                is not known.
+            task: "classes" (one per sample), "labels" (any number per sample), "score" or another kind; None if the
+                task is unknown.
         """
         return None
 
     def bars(self, later: Pass) -> str | None:
-        """Why `later` cannot run behind this pass, told when the recipe is read; None where it can."""
+        """Why `later` cannot run after this pass, or None. Checked when the recipe is read."""
         return None
 
     def dense_form(self, part: Literal["ffn", "head"], capability: Capability) -> DenseForm | None:
-        """The form that the pass gives the weights of layers in floating point; None where it leaves it."""
+        """The form that the pass gives the weights of floating-point layers; None if it does not change them."""
         return None
 
     def rounding(self, capability: Capability) -> Rounding | None:
-        """What the pass does to products in floating point, beyond the rewrite: nothing, for most."""
+        """How the pass rounds the operands of floating-point products; None if it does not round them."""
         return None
 
 
 def check_needs(passes: Sequence[Pass], profile: Profile | None) -> None:
-    """Check that `profile` has what `passes` need, where it is given; and what they need to have learned in any case.
+    """Check that `profile` has what `passes` need. Without a profile, only learned weights are missing.
 
     Raises:
-        NotLearnedError, ProfileError: names the first pass that lacks what training learns, since that also measures
-            what is missing; else the first that lacks anything.
+        NotLearnedError, ProfileError: names the first pass whose learned weights are missing, because training also
+            measures statistics; else the first pass whose statistics are missing.
     """
     problems = [problem for number, step in enumerate(passes) if (problem := _problem(step, profile, passes[:number]))]
     if problems:
@@ -269,13 +269,13 @@ def _problem(step: Pass, profile: Profile | None, before: Sequence[Pass]) -> Pro
 
 
 def first_rounding(passes: Sequence[Pass], capability: Capability) -> Rounding | None:
-    """How the first of `passes` that rounds products will round them; None where none does."""
-    found = (step.rounding(capability) for step in passes)
-    return next((rounding for rounding in found if rounding is not None), None)
+    """The rounding of the first of `passes` that rounds products; None if no pass does."""
+    roundings = (step.rounding(capability) for step in passes)
+    return next((rounding for rounding in roundings if rounding is not None), None)
 
 
-def _told(result: PassResult, earlier: Sequence[PassResult]) -> PassResult:
-    """`result`, with a reason where earlier passes have left the pass nothing that it recognises."""
+def _with_reason(result: PassResult, earlier: Sequence[PassResult]) -> PassResult:
+    """`result`, with a reason if the pass recognises nothing after the earlier passes' changes."""
     names = [each.name for each in earlier if each.changed and each.name != "canonicalize"]
     if result.changed or result.left or not names:
         return result
@@ -284,7 +284,7 @@ def _told(result: PassResult, earlier: Sequence[PassResult]) -> PassResult:
 
 
 def _experts(graph: gs.Graph) -> Iterator[Left]:
-    """The mixtures of experts in `graph`, as a pass leaves them."""
+    """The mixtures of experts in `graph`, as places that a pass does not change."""
     return (Left(f"experts at node {each.where}", each.why_left) for each in find_experts(graph.nodes))
 
 
@@ -292,7 +292,7 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
     """Run `passes` in order over `graph`, in place.
 
     Raises:
-        PassError: names the failing pass and those that ran before it.
+        PassError: a pass failed. It names the pass and the passes that ran before.
     """
     context.done, context.results = [], []
     for number, step in enumerate(passes, 1):
@@ -305,7 +305,7 @@ def run_passes(graph: gs.Graph, passes: Sequence[Pass], context: PassContext) ->
             raise PassError(step.name, [r.name for r in context.results], error) from error
         if step.leaves_experts:
             result = replace(result, left=(*result.left, *_experts(graph)))
-        result = _told(result, context.results)
+        result = _with_reason(result, context.results)
         log.info("%s: %d changed, %d left", step.name, result.changed, len(result.left))
         for left in result.left:
             log.debug("%s: left %s: %s", step.name, left.where, left.why)

@@ -1,4 +1,4 @@
-"""Up to where computing chosen rows of a layer pays: by measured times of both forms, or by a rule of thumb."""
+"""The density up to which computing only chosen rows of a layer pays, from measured times or by a rule of thumb."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Literal
 
 import numpy as np
 
-MOST_TOKENS = 64
-"""Of a call, that are timed: all weights are read by then, and both forms take as much longer for more tokens."""
+MAX_TOKENS = 64
+"""Largest call that is timed. Such a call reads all weights, and more tokens slow both forms down equally."""
 
 _PAYS = 0.95
-"""Time of the sparse form, of the dense form's, that is worth leaving rows out for: less than that is noise."""
+"""Sparse time over dense time above which a layer stays dense: smaller gains are noise."""
 _WORTH = 0.8
-"""Speed per byte of the sparse form, of the dense form's, where nothing was measured."""
-_MOST = 0.5
-"""Share of the rows beyond which a layer stays dense, where nothing was measured."""
+"""Speed per byte of the sparse form over the dense form's, if nothing was measured."""
+_MAX_DENSITY = 0.5
+"""Share of the rows above which a layer stays dense, if nothing was measured."""
 _UNBOUNDED = 1 << 20  # tokens
 
 DenseForm = Literal["fp32", "int8", "int8-rows", "int8-blocks", "int4-blocks"]
-"""Of the weights of a layer that stays dense, behind all passes: int8 as ONNX Runtime's dynamic quantization has it,
-or by the rows of Int8Linear, or integers in blocks of inputs."""
+"""Weights of a dense layer after all passes: int8 of ONNX Runtime's dynamic quantization, int8 rows of Int8Linear, or
+integers in blocks of inputs."""
 
 _WEIGHT_BYTES: dict[DenseForm, float] = {
     "fp32": 4, "int8": 1, "int8-rows": 1, "int8-blocks": 1.125, "int4-blocks": 0.5625,
@@ -30,16 +30,17 @@ _WEIGHT_BYTES: dict[DenseForm, float] = {
 
 @dataclass(frozen=True)
 class SparseShape:
-    """What decides how fast the sparse form of a layer is.
+    """The properties of a layer that decide the speed of its sparse form.
 
     Attributes:
-        rows: neurons of an FFN, or tokens of a vocabulary; width: of a row.
+        rows: neurons of an FFN, or tokens of a vocabulary.
+        width: values per row.
         matrices: 3 for a gated FFN, 2 for a plain one, 1 for a head.
-        form: of the weights, as `weights` of the passes has it.
+        form: form of the weights, a value of the passes' option `weights`.
         block: neighbouring rows that are chosen together.
-        layers: of this shape in the model, since what stays in the cache is read faster.
-        dense: form of the layer if it stays dense.
-        tokens: of the calls that are to be fastest.
+        layers: layers of this shape in the model. Weights that stay in the cache are read faster.
+        dense: form of the weights if the layer stays dense.
+        tokens: tokens of the calls that the engine is optimized for.
     """
 
     rows: int
@@ -54,13 +55,13 @@ class SparseShape:
 
 @dataclass(frozen=True)
 class Load:
-    """What the tokens of a call compute of a layer.
+    """How many rows of a layer the tokens of a call compute.
 
     Attributes:
-        tokens: how many.
+        tokens: tokens of the call.
         density: share of the rows that one token computes, on average.
-        union: share of the rows that any of them computes; each is read once.
-        whole: all rows are computed together, since there are so many tokens.
+        union: share of the rows that at least one token computes; each is read once.
+        whole: the call has so many tokens that all rows are computed together.
     """
 
     tokens: int
@@ -70,8 +71,8 @@ class Load:
 
     @classmethod
     def of_call(cls, often: np.ndarray, tokens: int, *, shared: bool = False, dense_above: int | None = None) -> Load:
-        """Where tokens are drawn from the text at random: a row that a token needs with probability p is needed by any
-        of n tokens with 1 - (1 - p)ⁿ. Neighbouring tokens need the same rows more often than that.
+        """The load of a call whose tokens are drawn at random: at least one of n tokens needs a row with probability
+        1 - (1 - p)ⁿ if one token needs it with p. Neighbouring tokens share more rows than that.
 
         Args:
             often: share of the tokens that compute each row, [rows].
@@ -90,11 +91,12 @@ class Call:
     """Times of one layer in a call of several tokens, in milliseconds.
 
     Attributes:
-        tokens: up to `MOST_TOKENS`.
-        dense: of the call, in the form that the layer has if it stays dense.
-        whole: of the sparse form, where all rows are computed together.
-        fixed: of the sparse form for no rows; read: what all rows take beyond that, to be read once for all tokens;
-            each: what all rows take beyond both, for all tokens.
+        tokens: tokens of the call, up to `MAX_TOKENS`.
+        dense: time of the dense form.
+        whole: time of the sparse form if all rows are computed together.
+        fixed: time of the sparse form without rows.
+        read: additional time to read all rows once for all tokens.
+        each: additional time to compute all rows for every token.
     """
 
     tokens: int
@@ -113,11 +115,12 @@ class Crossover:
     """Times of one layer, in milliseconds.
 
     Attributes:
-        dense: of one token, in the form that the layer has if it stays dense.
-        fixed, full: of one token in the sparse form: what it takes for no rows, and what all rows take beyond that.
-        together: (tokens, time) of several tokens that all take all rows, ascending.
-        form: of the dense layer.
-        call: times of the calls that are to be fastest, where they have several tokens.
+        dense: time of one token in the dense form.
+        fixed: time of one token in the sparse form without rows.
+        full: additional time of one token for all rows.
+        together: (tokens, time) of calls whose tokens compute all rows together, ascending.
+        form: form of the dense layer's weights.
+        call: times of the calls that the engine is optimized for, if they have several tokens.
     """
 
     dense: float
@@ -128,26 +131,26 @@ class Crossover:
     call: Call | None = None
 
     def sparse(self, density: float, tokens: int = 1) -> float:
-        """Of the sparse form, where each token takes the share `density` of the rows for itself."""
+        """Time of the sparse form if each token reads its own share `density` of the rows."""
         return self.fixed + self.full * density * tokens
 
-    def most(self, beside: float = 0.0) -> float:
-        """The largest share of rows at which one token pays: it is clearly faster than in the dense form; or 0.
+    def max_density(self, beside: float = 0.0) -> float:
+        """The largest share of rows at which one token is clearly faster than in the dense form; 0 if there is none.
 
         Args:
-            beside: bytes that what chooses the rows reads, for each weight of the layer: they take as long as bytes of
+            beside: bytes that the predictor of the rows reads, per weight of the layer. They take as long as bytes of
                 the dense form.
         """
         left = _PAYS * self.dense - self._choice(self.dense, beside) - self.fixed
         return min(1.0, max(0.0, left / self.full))
 
     def not_faster(self, what: str, load: Load, beside: float = 0.0) -> str | None:
-        """Why a layer had better stay dense in the calls that are to be fastest; None where sparse is clearly faster.
+        """Why a layer should stay dense in the calls that the engine is optimized for; None if sparse is faster.
 
         Args:
-            what: is computed of the layer.
-            load: of such a call.
-            beside: as for `most`, and of what stands for the rows that are left out.
+            what: name of the rows in the message.
+            load: load of such a call.
+            beside: as for `max_density`, plus the bytes of the map that replaces the rows left out.
         """
         call = self.call or Call(1, self.dense, self.together[0][1], self.fixed, self.full, 0.0)
         sparse = call.sparse(load)
@@ -168,11 +171,11 @@ class Crossover:
         )
 
     def _choice(self, dense: float, beside: float) -> float:
-        """Time of what chooses the rows, in a call whose dense form takes `dense`."""
+        """Time to choose the rows, in a call whose dense form takes `dense`."""
         return dense * beside / _WEIGHT_BYTES[self.form]
 
     def dense_above(self, density: float) -> int:
-        """The most tokens of a call for which each token's own rows are read faster than all rows for all tokens."""
+        """The largest number of tokens for which reading each token's own rows is faster than reading all rows once."""
         best = 1
         for (fewer, less), (more, longer) in zip(self.together, self.together[1:], strict=False):
             slope = (longer - less) / (more - fewer)
@@ -186,16 +189,16 @@ class Crossover:
 
 
 Measure = Callable[[SparseShape], Crossover | None]
-"""How a target tells the crossover of a shape; None where it cannot."""
+"""Measures the crossover of a shape on a target; returns None if the target cannot measure it."""
 
 
-def bounds(found: Crossover | None, most: float | None, beside: float) -> float:
-    """The largest share of rows that a layer may compute: what is asked for, else what was measured."""
+def bounds(crossover: Crossover | None, most: float | None, beside: float) -> float:
+    """The largest share of rows that a layer may compute: the option `most`, else the measured bound."""
     if most is not None:
         return most
-    return _MOST if found is None else found.most(beside)
+    return _MAX_DENSITY if crossover is None else crossover.max_density(beside)
 
 
-def limit(found: Crossover | None, density: float) -> int:
+def limit(crossover: Crossover | None, density: float) -> int:
     """Tokens above which a call computes all rows."""
-    return max(1, int(_WORTH / density)) if found is None else found.dense_above(density)
+    return max(1, int(_WORTH / density)) if crossover is None else crossover.dense_above(density)

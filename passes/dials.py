@@ -15,20 +15,20 @@ import numpy as np
 from trimtab.passes.errors import InputError
 
 Setting = float | Sequence[float] | np.ndarray
-"""Of a dial or of the speed: one number for a whole call, or one for each sample of the batch."""
+"""Value of a dial or of the speed: one number for a whole call, or one per sample of the batch."""
 
 _MIDDLE = 0.5  # speed at which the default path passes the dials' defaults
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A number that a pass lets its user choose for each call. In the graph it is a float32 input [batch].
+    """A number that the user of a model sets for each call. In the graph it is a float32 input [batch].
 
     Attributes:
-        name: of the graph's input, in snake_case.
-        meaning: what it does, in one sentence.
-        low, high: the least and the largest value.
-        default: the value of a call that does not set it.
+        name: name of the graph's input, in snake_case.
+        meaning: effect of the dial, in one sentence.
+        low, high: the smallest and the largest value.
+        default: value in a call that does not set the dial.
         exact: the value at which the model computes what it did before the pass.
         fast: the value at the other end of the dial.
     """
@@ -50,7 +50,7 @@ class Dial:
 
     @property
     def range(self) -> str:
-        """How messages call its values."""
+        """The range of values, for messages."""
         return f"{self.low:g} to {self.high:g}"
 
 
@@ -63,7 +63,7 @@ class SpeedPoint:
 
 
 def straight_path(dials: Sequence[Dial]) -> tuple[SpeedPoint, ...]:
-    """The path of a build for which none was measured: exact at speed 0, the defaults at 0.5, all dials fast at 1."""
+    """The path of a build without a measured path: exact at speed 0, defaults at 0.5, all dials fast at 1."""
     if not dials:
         return ()
     return (
@@ -75,10 +75,10 @@ def straight_path(dials: Sequence[Dial]) -> tuple[SpeedPoint, ...]:
 
 @dataclass(frozen=True)
 class Dials:
-    """The dials of a build, and the path through their values that `speed` goes.
+    """The dials of a build, and the path that maps `speed` to their values.
 
     Attributes:
-        path: from speed 0, where every dial is exact, to speed 1; between two points, dials go in straight lines.
+        path: points from speed 0, where every dial is exact, to speed 1. Values between two points are interpolated.
     """
 
     dials: tuple[Dial, ...] = ()
@@ -91,35 +91,35 @@ class Dials:
 
         Args:
             batch: samples of the call.
-            dials: name → value; these win over `speed`.
-            speed: 0 (exact) to 1 (as fast as the dials go); without it, dials have their defaults.
+            dials: name → value; they override `speed`.
+            speed: 0 (exact) to 1 (fastest); without it, dials have their defaults.
 
         Returns:
             dial → [batch], float32.
 
         Raises:
-            InputError: no such dial (names the nearest), or a value that is no number, out of range, or not one for
-                each sample.
+            InputError: no dial has the name (the hint is the nearest), or a value is no number, out of range, or of
+                another shape.
         """
         if speed is None:
             values: dict[str, np.ndarray] = {dial.name: np.array(dial.default) for dial in self.dials}
         else:
             values = self._at(_numbers("speed", speed, batch, 0.0, 1.0))
-        known = {dial.name: dial for dial in self.dials}
+        dials_by_name = {dial.name: dial for dial in self.dials}
         if dials is not None and not isinstance(dials, Mapping):
             raise InputError(f"dials is {dials!r}, not a mapping", hint="give dials={name: number}")
         for name, value in (dials or {}).items():
-            if name not in known:
+            if name not in dials_by_name:
                 raise InputError(f"unknown dial {name!r}", hint=self._suggest(name))
-            values[name] = _numbers(f"dial {name!r}", value, batch, known[name].low, known[name].high)
+            values[name] = _numbers(f"dial {name!r}", value, batch, dials_by_name[name].low, dials_by_name[name].high)
         return {name: np.full(batch, value, np.float32) for name, value in values.items()}
 
     def values(self, dials: Mapping[str, float] | None = None, speed: float | None = None) -> dict[str, float]:
-        """`feeds` of one sample, as numbers."""
+        """The values of `feeds` for one sample, as numbers."""
         return {name: float(value[0]) for name, value in self.feeds(1, dials, speed).items()}
 
     def exact(self, batch: int) -> dict[str, np.ndarray]:
-        """`feeds` of the exact end."""
+        """Inputs that set every dial to its exact end."""
         return {dial.name: np.full(batch, dial.exact, np.float32) for dial in self.dials}
 
     def _at(self, speed: np.ndarray) -> dict[str, np.ndarray]:

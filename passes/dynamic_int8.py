@@ -24,32 +24,32 @@ from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 
 _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR.name, "MatMulInteger", "QAttention"])
-"""What becomes of products."""
+"""Ops that quantized products become."""
 
 _INT8_OPS = ("Attention", "Conv", "EmbedLayerNormalization", "Gather", "LSTM", "MatMul")
-"""Ops of which the quantizer rounds the weights; it writes scales of float32 for activations, whatever their type."""
+"""Ops whose weights the quantizer rounds. It writes float32 scales for activations of any type."""
 
 _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
-"""Ops of which the quantizer makes products with one scale for the whole tensor."""
+"""Ops that the quantizer turns into products with one activation scale per tensor."""
 
-_MADE = ("ffn-route/", "ffn-split/", "ffn-threshold/", "ffn-topk/", "static-int8/")
-"""How the names of constants begin that are parts of FFNs, and of nothing else."""
+_FFN_PREFIXES = ("ffn-route/", "ffn-split/", "ffn-threshold/", "ffn-topk/", "static-int8/")
+"""Prefixes of constants' names that only parts of FFNs have."""
 
 _CHOOSES = "it only chooses what is computed, which rounding would change"
 
-_SEVEN_BITS, _EIGHT_BITS = 64, 127  # largest integer of a weight, as the quantizer has them
+_SEVEN_BITS, _EIGHT_BITS = 64, 127  # the quantizer's largest integer of a weight
 
 
 class DynamicInt8(Pass):
-    """Store the remaining weights as int8 and quantize activations as they come.
+    """Store the remaining weights as int8 and quantize activations at run time.
 
-    By rows: each token has a scale of its own, so that no sample's answer depends on the others of its batch; products
-    become Int8Linear, with their biases and activations. By tensors: what ONNX Runtime's quantize_dynamic does to a
-    dense model, done to the compiled one; where the target's products saturate, weights take seven bits.
+    `scales: row`: each token has its own scale, so a sample's answer does not depend on the rest of its batch. Products
+    become Int8Linear, with their biases and activations. `scales: tensor`: ONNX Runtime's quantize_dynamic runs on the
+    compiled model. If the target's products saturate, weights have seven bits.
 
-    Products that only choose what is computed, as routers do, stay in floating point.
-    It stands after the passes that need weights in floating point. Weights behind a Transpose or a Cast are rounded
-    too, and what layers share is rounded once.
+    Products that only choose what is computed, such as routers, stay in floating point.
+    The pass runs after the passes that need floating-point weights. Weights behind a Transpose or a Cast are rounded
+    too. Weights that layers share are rounded once.
     """
 
     name: ClassVar[str] = "dynamic-int8"
@@ -98,10 +98,10 @@ class DynamicInt8(Pass):
             quantized = load_graph(result)
             for tensor in quantized.tensors().values():
                 if isinstance(tensor, gs.Constant) and is_external(tensor):
-                    tensor.values = np.array(tensor.values)  # its file is about to go
+                    tensor.values = np.array(tensor.values)  # the temporary file is deleted below
         graph.nodes, graph.inputs, graph.outputs = quantized.nodes, quantized.inputs, quantized.outputs
         graph.opset, graph.import_domains = quantized.opset, quantized.import_domains
-        # Its own names of outputs are those of before, so a product that stayed is found again.
+        # The quantizer keeps the names of outputs, so a product that stayed float has its old name.
         floats = [(names.get(y, y), reasons.get(y, why)) for y, why in float_products(graph)]
         left = [Left(where, why) for where, why in floats if why is not None]
         unweighted = len(floats) - len(left)
@@ -128,7 +128,7 @@ class DynamicInt8(Pass):
         return None
 
     def rounding(self, capability: Capability) -> Rounding:
-        """Activations of 255 steps with one scale for the row or the tensor, symmetric int8 weights."""
+        """Activations have 255 steps and one scale per row or tensor; weights are symmetric int8."""
         if self._by_rows(capability):
             return Rounding(LARGEST, self.per_channel, per_row=True)
         return Rounding(_SEVEN_BITS if capability.saturates else _EIGHT_BITS, self.per_channel)
@@ -145,7 +145,7 @@ def _integer_products(graph: gs.Graph) -> int:
 
 
 def _inner_products(graph: gs.Graph) -> list[str]:
-    """Products with weights in the subgraphs of `graph`, which the quantizer does not look into."""
+    """Products with weights in the subgraphs of `graph`. The quantizer does not visit subgraphs."""
     return [
         output_name_of(node)
         for subgraph in graph.subgraphs(recursive=True)
@@ -155,33 +155,33 @@ def _inner_products(graph: gs.Graph) -> list[str]:
 
 
 def _belongs(name: str, weights: set[str]) -> bool:
-    """True for FFN weights, the parts that quantization makes of them, and all that passes over FFNs made."""
+    """True for FFN weights, their quantized parts, and constants that FFN passes added."""
     whole = name.removesuffix("_quantized").removesuffix("_scale").removesuffix("_zero_point")
     own = whole.removeprefix(f"{DynamicInt8.name}/")
-    return not weights.isdisjoint((name, whole, own)) or own.startswith(_MADE)
+    return not weights.isdisjoint((name, whole, own)) or own.startswith(_FFN_PREFIXES)
 
 
 def quantize_file(
     source: Path, result: Path, *, per_channel: bool = True, reduce_range: bool = False, leave: Collection[str] = (),
     leave_nodes: Collection[str] = (),
 ) -> None:  # fmt: skip
-    """Write `source` as a user of ONNX Runtime would quantize it: int8 weights, activations quantized as they come.
+    """Quantize `source` with ONNX Runtime's quantizer: int8 weights, activations quantized at run time.
 
     Args:
-        reduce_range: weights of seven bits, as ONNX Runtime advises for processors whose products saturate.
+        reduce_range: weights have seven bits, as ONNX Runtime advises for processors whose products saturate.
         leave: ops that stay in floating point.
-        leave_nodes: names of nodes that do.
+        leave_nodes: names of nodes that stay in floating point.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.registry import IntegerOpsRegistry
 
     model = onnx.load(str(source))
     del model.graph.value_info[:]  # shapes that an exporter left stale make the quantizer fail
-    # The quantizer goes by names: it would take ONNX's own Attention for com.microsoft's, which holds weights.
+    # The quantizer compares op names only: it would take ONNX's own Attention for com.microsoft's, which has weights.
     if any(node.op_type == "Attention" and node.domain in ("", "ai.onnx") for node in model.graph.node):
         leave = (*leave, "Attention")
     large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
-    with hushed(""):  # it advises on the root logger to preprocess the model, which changes nothing here
+    with hushed(""):  # the quantizer logs the advice to preprocess the model, which changes nothing here
         quantize_dynamic(
             model,
             result,

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what is wrong, where, and what to do next."""
+"""The errors that users see. Each says what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-_QUOTED = 80  # most characters of a name from a file in a message
+_QUOTED = 80  # limit of a file's name or value in a message, in characters
 
 
 def quoted(name: object) -> str:
-    """A name or value from a file that trimtab did not write, as a message shows it: on one line, and short."""
+    """A name or value from a foreign file for a message, on one line and shortened."""
     text = repr(name if not isinstance(name, str) or len(name) <= _QUOTED else name[: _QUOTED - 3] + "...")
     return text if len(text) <= 2 * _QUOTED else f"{text[: 2 * _QUOTED - 3]}..."
 
 
 class TrimtabError(Exception):
-    """A fault in the input or the surroundings, not in trimtab: shown as one message, without a traceback.
+    """A fault in the input or the environment, not in trimtab. The CLI prints it without a traceback.
 
     Args:
         message: what is wrong, and where ("layer 3 FFN: profile has 1536 neurons, model has 3072").
@@ -41,12 +41,12 @@ class ProfileError(TrimtabError):
 
 
 class NotLearnedError(ProfileError):
-    """A pass needs weights that no training has put into the Profile, or that belong behind other passes.
+    """A pass needs learned weights, and the Profile has none, or has weights learned after other passes.
 
     Args:
-        method: of `trimtab train`, which learns them.
-        instead: what the user can do besides learning them.
-        adds: whether training can add to the Profile that the user gave.
+        method: method of `trimtab train` that learns the weights.
+        instead: another remedy, for the hint.
+        adds: whether training can add weights to the user's Profile.
     """
 
     def __init__(self, message: str, *, method: str, instead: str | None = None, adds: bool = True) -> None:
@@ -54,27 +54,27 @@ class NotLearnedError(ProfileError):
         self.method, self._instead, self._adds = method, instead, adds
         self.hint = self.remedy()
 
-    def remedy(self, **given: Any) -> str:
-        """The hint, with what is `given` of `how_to_learn`."""
+    def remedy(self, **arguments: Any) -> str:
+        """The hint; `arguments` are passed to `how_to_learn`."""
         if not self._adds:
-            given["profile"] = None
-        command = how_to_learn(self.method, **given)
+            arguments["profile"] = None
+        command = how_to_learn(self.method, **arguments)
         return f"{self._instead}, or {command}" if self._instead else command
 
 
 TUNED = frozenset({"lte", "magic-pyramid"})
-"""Methods of `trimtab train` that tune the model: what they learn is in the Profile in the new model's folder."""
+"""Methods of `trimtab train` that also tune the model. They store the Profile in the tuned model's folder."""
 
 
 def how_to_learn(
     method: str, *, model: object = "MODEL", recipe: object = "RECIPE", settings: Sequence[str] = (),
     data: object = "DATA", profile: object = None,
 ) -> str:  # fmt: skip
-    """The commands that learn weights by `method` and use them.
+    """The commands that learn weights with `method` and compile with them.
 
     Args:
         settings: changes to the recipe, "pass.option=value".
-        profile: to add to; None where the data shall be measured.
+        profile: the Profile that training extends; None if training calibrates by itself.
     """
     words = ["trimtab", "train", model, recipe, "--method", method]
     words += [word for setting in settings for word in ("--set", setting)]
@@ -110,12 +110,12 @@ REPORT = "this is a fault in trimtab: please report it, with the output of `trim
 
 
 class PassError(TrimtabError):
-    """A pass failed. Names the pass and those that had run before it.
+    """A pass failed. The message names the pass and the passes that ran before.
 
     Args:
         name: kebab-case name of the failing pass.
-        done: names of the passes that had run, in order.
-        cause: what it failed with.
+        done: names of the passes that ran before, in order.
+        cause: the exception of the pass.
     """
 
     def __init__(self, name: str, done: list[str], cause: Exception) -> None:

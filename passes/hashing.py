@@ -1,4 +1,4 @@
-"""blake3 of files and of parts of them: the hash of fingerprints, of build keys and of the cache."""
+"""blake3 of files and parts of files. Fingerprints, build keys and cache keys use this hash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK = 1 << 20  # bytes read at a time: the buffer stays in the cache of a cor
 
 
 def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
-    """blake3 of `size` bytes of a file from `start` on, or of all that follow.
+    """blake3 of `size` bytes of a file from `start` on, or of all bytes after `start`.
 
     Raises:
         OSError: the file cannot be read, or ends early.

@@ -1,4 +1,4 @@
-"""Notes that a library logs on itself, kept from the user while it is called."""
+"""Suppresses a library's log messages during a call."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from contextlib import contextmanager
 
 @contextmanager
 def hushed(*loggers: str) -> Iterator[None]:
-    """Keep what is below an error from the handlers of `loggers` ("" is the root), of the calling thread alone.
+    """Drop the calling thread's log records below ERROR on `loggers` ("" is the root logger).
 
-    By filters, not by levels: a level that two threads change and put back in turns may stay changed. What is logged on
-    a child of a logger is not hushed.
+    Filters drop the records, since two threads that change and restore a level in turns may leave it changed. Records
+    of child loggers are not dropped.
     """
     thread = threading.get_ident()
 
     def passes(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or record.thread != thread
 
-    found = [logging.getLogger(name) for name in loggers]
-    for logger in found:
+    named_loggers = [logging.getLogger(name) for name in loggers]
+    for logger in named_loggers:
         logger.addFilter(passes)
     try:
         yield
     finally:
-        for logger in found:
+        for logger in named_loggers:
             logger.removeFilter(passes)

@@ -24,21 +24,21 @@ _SINGLE = {("Relu", ""): "relu", ("Sigmoid", ""): "sigmoid", ("Tanh", ""): "tanh
 """Activations that are one node: op and the attribute `approximate`."""
 
 _End = tuple[str, gs.Tensor]
-"""An activation behind a product, and the tensor that it makes."""
+"""Name of the activation after a product, and its output."""
 
 
 def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool, leave: Iterable[gs.Node] = ()) -> int:
-    """Make an Int8Linear of every MatMul whose weight is a constant of floats, with its bias and activation.
+    """Replace every MatMul with a constant float weight, its bias and its activation by an Int8Linear.
 
-    Weights that several products share are rounded and stored once. Reads all of them, one after the other.
+    Weights that several products share are rounded and stored once. Weights are read one at a time.
 
     Args:
-        name: of the pass, which begins the names of what is made.
-        per_channel: a scale per output feature instead of one per matrix.
+        name: name of the pass, the prefix of new names.
+        per_channel: one scale per output feature instead of one per matrix.
         leave: nodes that stay in floating point.
 
     Returns:
-        how many were made.
+        number of Int8Linear nodes.
     """
     left = {id(node) for node in leave}
     matched = [linear for node in graph.nodes if id(node) not in left and (linear := match_linear(node)) is not None]
@@ -74,8 +74,8 @@ def _fits(linear: Linear) -> bool:
 def _rounded(linear: Linear, name: str, per_channel: bool) -> tuple[gs.Constant, gs.Constant]:
     """Integers [in_features, out_features] and scales [out_features] of a weight."""
     w = values(linear.weight).astype(np.float32)
-    most = np.abs(w).max(0) if per_channel else np.full(w.shape[1], np.abs(w).max(), np.float32)
-    scale = np.where(most > 0, most / np.float32(LARGEST), np.float32(1))
+    largest = np.abs(w).max(0) if per_channel else np.full(w.shape[1], np.abs(w).max(), np.float32)
+    scale = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
     w /= scale
     integers = np.clip(np.rint(w, out=w), -LARGEST, LARGEST).astype(np.int8)
     whole = f"{name}/{linear.weight.name}"
@@ -93,21 +93,21 @@ def _replace(
     graph: gs.Graph, linear: Linear, y: gs.Tensor, name: str, weight: tuple[gs.Constant, gs.Constant],
     bias: gs.Constant, activation: int,
 ) -> None:  # fmt: skip
-    """`y` of the new node in place of what `linear`, and the activation behind it, made."""
+    """Replace `linear` and the activation after it by an Int8Linear with the output `y`."""
     label = f"{name}/{output_name_of(linear.nodes[-1])}"
     dtype = type_of(linear.weight)
     half = dtype in HALF
     x = insert(graph, "Cast", [linear.x], f"{label}/x", attrs={"to": 1}, dtype=np.float32) if half else linear.x
-    given = {"x": x, "weight": weight[0], "weight_scale": weight[1], "bias": bias}
-    made = add_node(graph, INT8_LINEAR, given, label, activation=activation)
+    inputs = {"x": x, "weight": weight[0], "weight_scale": weight[1], "bias": bias}
+    result = add_node(graph, INT8_LINEAR, inputs, label, activation=activation)
     if half:
-        made = insert(graph, "Cast", [made], f"{label}/y", attrs={"to": onnx_type(dtype)}, dtype=dtype)
+        result = insert(graph, "Cast", [result], f"{label}/y", attrs={"to": onnx_type(dtype)}, dtype=dtype)
     y.inputs[0].outputs.clear()
-    made.inputs[0].outputs = [y]
+    result.inputs[0].outputs = [y]
 
 
 def _activations(graph: gs.Graph) -> dict[int, _End]:
-    """Of FFNs without a gate: id of the up projection's output → what goes on there, where nothing else reads it."""
+    """For FFNs without a gate: id of the up projection's output → the activation, if no other node reads the output."""
     kept = {id(tensor) for tensor in graph.outputs}
     ends: dict[int, _End] = {}
     for ffn in find_anatomy(graph).ffns:
@@ -122,7 +122,7 @@ def _activations(graph: gs.Graph) -> dict[int, _End]:
 
 
 def _end(graph: gs.Graph, y: gs.Tensor) -> _End:
-    """The activation that is the one node which reads `y`, as in a pooler; or none."""
+    """The activation if one single node reads `y`, as in a pooler; else "identity"."""
     if len(y.outputs) == 1 and all(y is not tensor for tensor in graph.outputs):
         node = y.outputs[0]
         approximate = str(node.attrs.get("approximate", "none")) if node.op == "Gelu" else ""

@@ -1,4 +1,4 @@
-"""What a pass takes from the Profile: calibration measures what the passes of a recipe ask for, training learns it."""
+"""What a pass needs from the Profile: statistics that calibration measures, or weights that training learns."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from trimtab.passes.profile import Profile
 
 @dataclass(frozen=True)
 class Need(ABC):
-    """One part of a Profile. Equal needs of several passes are measured once."""
+    """One part of a Profile. Calibration measures equal needs of several passes once."""
 
     @abstractmethod
     def check(self, profile: Profile | None) -> None:
-        """Check that `profile` has it, as far as that shows without the model.
+        """Check that `profile` has this part. The check does not read the model.
 
         Raises:
-            NotLearnedError: training has to give it, and has not.
-            ProfileError: `profile` is given, and calibration has not measured it.
+            NotLearnedError: training has not learned this part.
+            ProfileError: `profile` is given, and calibration has not measured this part.
         """
 
 
 @dataclass(frozen=True)
 class Measured(Need):
-    """What calibration measures. Without a Profile nothing is missing: it is measured in the compile."""
+    """Statistics that calibration measures. Without a Profile nothing is missing, because compiling calibrates."""
 
     def check(self, profile: Profile | None) -> None:
         if profile is not None and not self.is_in(profile):
@@ -35,18 +35,18 @@ class Measured(Need):
             )
 
     def is_in(self, profile: Profile) -> bool:
-        """Whether `profile` has it. What it has of single layers is told when passes read it."""
+        """Whether `profile` has the statistics. Missing layers are reported when passes read them."""
         return True
 
     @property
     def what(self) -> str:
-        """How messages call it."""
+        """The statistics' name in messages."""
         return "statistics"
 
 
 @dataclass(frozen=True)
 class FFNStates(Measured):
-    """Of each FFN a sample of its inputs and the sums over its activations: `Profile.ffn`."""
+    """A sample of each FFN's inputs, and sums over its activations: `Profile.ffn`."""
 
     def is_in(self, profile: Profile) -> bool:
         return any(name.startswith("ffn.") and name.endswith(".states") for name in profile.tensors)
@@ -58,7 +58,7 @@ class FFNStates(Measured):
 
 @dataclass(frozen=True)
 class HeadStates(Measured):
-    """A sample of what the vocabulary head reads, of models that have one: `Profile.head`."""
+    """A sample of the vocabulary head's inputs, for models with such a head: `Profile.head`."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Learned(Need):
 
 
 DEFAULT: frozenset[Need] = frozenset({FFNStates(), HeadStates()})
-"""What calibration measures for whom no recipe is known."""
+"""What calibration measures without a recipe."""
 
 
 def to_measure(needs: Iterable[Need]) -> frozenset[Need]:
-    """What calibration measures for `needs`: those that it can, and `DEFAULT` as one."""
+    """The needs among `needs` that calibration measures. The parts of `DEFAULT` are measured together."""
     measured = {need for need in needs if isinstance(need, Measured)}
     return frozenset(measured | (DEFAULT if measured & DEFAULT else set()))

@@ -1,4 +1,4 @@
-"""Packages that only some of trimtab's functions need, which its extras install."""
+"""Optional packages: only some of trimtab's functions need them, and trimtab's extras install them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.passes.errors import TrimtabError
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of pyproject.toml, as hints say it."""
+    """The command that installs an extra of pyproject.toml, for hints."""
     return f'pip install "trimtab[{extra}]"'
 
 
@@ -19,9 +19,9 @@ def import_optional(module: str, error: type[TrimtabError], *, what: str, extra:
     """A module of an optional package.
 
     Args:
-        error: is raised if it is missing.
-        what: needs it, as the message begins ("a plot").
-        extra: installs it.
+        error: class of the error if the package is missing.
+        what: the function that needs the package, subject of the message ("a plot").
+        extra: the extra that installs the package.
     """
     try:
         return importlib.import_module(module)
@@ -30,7 +30,7 @@ def import_optional(module: str, error: type[TrimtabError], *, what: str, extra:
 
 
 def require_packages(packages: Sequence[str], error: type[TrimtabError], *, what: str, extra: str) -> None:
-    """Check that packages are installed, without the time that importing them takes. Arguments as above."""
+    """Check that packages are installed, without importing them. Arguments as of `import_optional`."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise missing(what, package, error, extra)

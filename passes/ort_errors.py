@@ -1,7 +1,7 @@
-"""One place turns ONNX Runtime's exceptions into errors of trimtab: a clear sentence, and what to do.
+"""Turns ONNX Runtime's exceptions into trimtab's errors: a plain sentence, and what to do.
 
-The patterns are of ONNX Runtime 1.31. A text that none of them knows is shown without the runtime's codes, paths of
-its source files and signatures of its functions; `--debug` shows it whole, as the cause of the error.
+The patterns match texts of ONNX Runtime 1.31. A text without a pattern is shown without the runtime's codes, source
+paths and function signatures; `--debug` shows the whole text as the cause of the error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trimtab.passes.errors import TargetError
 
-_LONGEST = 200  # characters of a text that no pattern knows
+_LONGEST = 200  # limit of a text that no pattern matches, in characters
 _EXPORT = "export the model again"
 _TYPES = "convert the graph to float32, or give another precision"
 _NEWER = "update onnxruntime, or export with an older opset"
@@ -24,12 +24,12 @@ _MEMORY = "give smaller batches or shorter texts, end other programs, or use a m
 
 
 class Explained(NamedTuple):
-    """An exception of ONNX Runtime in words.
+    """An exception of ONNX Runtime in plain words.
 
     Attributes:
-        words: what is wrong, to go behind what failed.
-        hint: what to do; None where the words are all that is known.
-        by_inputs: whether the inputs of the call are at fault, and not the model or the machine.
+        words: what is wrong; the message appends it to what failed.
+        hint: what to do; None if unknown.
+        by_inputs: whether the inputs of the call are at fault, not the model or the machine.
     """
 
     words: str
@@ -38,7 +38,7 @@ class Explained(NamedTuple):
 
 
 class _Pattern(NamedTuple):
-    """A text of ONNX Runtime, and what it becomes: groups stand in braces, and the node is {where}."""
+    """A text of ONNX Runtime as a regular expression, and its translation, in which {where} is the node."""
 
     text: str
     words: str
@@ -148,11 +148,11 @@ _NOISE = [
         r"(?:0x[0-9a-f]+|Stacktrace:.*)$",
     )
 ]
-"""What stands around the reason, in the order in which it is taken away."""
+"""Text around the reason, in the order of removal."""
 
 
 def explain(error: Exception) -> Explained:
-    """What an exception of ONNX Runtime says."""
+    """Translate an exception of ONNX Runtime."""
     text = " ".join(str(error).split())
     nodes = (match for pattern in _NODES if (match := pattern.search(text)))
     node = next(nodes, None)
@@ -173,16 +173,18 @@ def opening(name: str) -> Iterator[None]:
     """For a body that opens a session.
 
     Args:
-        name: what is opened, such as the path of the file.
+        name: what the body opens, such as the path of the file.
 
     Raises:
-        TargetError: ONNX Runtime refuses it.
+        TargetError: ONNX Runtime refuses the graph.
     """
     try:
         yield
     except exceptions() as error:
-        found = explain(error)
-        raise TargetError(f"{name}: ONNX Runtime does not take this graph: {found.words}", hint=found.hint) from error
+        explained = explain(error)
+        raise TargetError(
+            f"{name}: ONNX Runtime does not take this graph: {explained.words}", hint=explained.hint
+        ) from error
 
 
 @contextmanager
@@ -190,7 +192,7 @@ def running(name: str) -> Iterator[None]:
     """For a body that runs a session.
 
     Args:
-        name: what is run, such as "the model".
+        name: what the body runs, such as "the model".
 
     Raises:
         TargetError: ONNX Runtime fails.
@@ -198,14 +200,14 @@ def running(name: str) -> Iterator[None]:
     try:
         yield
     except exceptions() as error:
-        found = explain(error)
-        raise TargetError(f"ONNX Runtime could not run {name}: {found.words}", hint=found.hint) from error
+        explained = explain(error)
+        raise TargetError(f"ONNX Runtime could not run {name}: {explained.words}", hint=explained.hint) from error
 
 
 @lru_cache
 def exceptions() -> tuple[type[Exception], ...]:
-    """All that ONNX Runtime raises: its own exceptions have no base in common."""
-    try:  # late: what only reads manifests, or only tokenizes in a server, does without
+    """All classes that ONNX Runtime raises. Its own exceptions have no common base class."""
+    try:  # imported late: code that only reads manifests or tokenizes does not need ONNX Runtime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ImportError:
         return (ValueError, RuntimeError)

@@ -1,4 +1,4 @@
-"""Errors of the operating system in plain words: what it says of a file or folder, and what to do about it."""
+"""Errors of the operating system in plain words: what is wrong with a file or folder, and what to do."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _REMEDIES = {
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without the file's name and the error's number."""
+    """The system's message without the file's name and the error's number."""
     return error.strerror or str(error)
 
 
 def remedy(error: OSError, folder: Path | str | None = None) -> str:
-    """What to do about it.
+    """The hint of an error: what to do.
 
     Args:
-        folder: that was written to; by default the folder of the file that the error names.
+        folder: the folder that was written to; by default the folder of the error's file.
     """
     if error.errno in _FULL:
         return f"free some space {_disks(folder or error.filename)}, or use another disk"
@@ -49,9 +49,9 @@ def remedy(error: OSError, folder: Path | str | None = None) -> str:
 
 
 def blames(error: OSError, folder: Path | str) -> bool:
-    """Whether `error` names a file in `folder`, the folder itself or one above it, or no file.
+    """Whether `error` names a file in `folder`, the folder itself, a parent folder, or no file.
 
-    Errors of an open file name none.
+    Errors of open files name no file.
     """
     if error.filename is None:
         return True
@@ -60,7 +60,7 @@ def blames(error: OSError, folder: Path | str) -> bool:
 
 
 def _disks(place: Path | str | bytes | None) -> str:
-    """Where space may be missing: on the disk of `place`, and of temporary files if that is another one."""
+    """Where space may be missing: on the disk of `place`, and on the disk of temporary files if they differ."""
     temporary = tempfile.gettempdir()
     if place is None:
         return f"on the disk that is written to, or in {temporary} (TMPDIR)"
@@ -74,15 +74,15 @@ def _disks(place: Path | str | bytes | None) -> str:
 
 
 def unreadable(path: Path | str, error: OSError, kind: type[TrimtabError]) -> TrimtabError:
-    """The error of a file that the system does not let be read."""
+    """The error of a file that the system refuses to read."""
     return kind(f"{path}: cannot be read ({reason(error)})", hint=remedy(error))
 
 
 def check_readable(path: Path | str, kind: type[TrimtabError]) -> None:
-    """Refuse a file that cannot be opened: libraries call it damaged, or missing.
+    """Refuse a file that cannot be opened. Libraries would report it as damaged or missing.
 
     Raises:
-        kind: says why, and what to do.
+        kind: the file cannot be opened.
     """
     try:
         with open(path, "rb"):

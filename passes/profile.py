@@ -1,4 +1,4 @@
-"""The Profile: all that passes may know of the data. One safetensors file, the model's fingerprint in its metadata."""
+"""The Profile: all that passes may know about the data. One safetensors file, with the model's fingerprint."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ PROFILE = "profile.safetensors"
 
 
 class ProfileInfo(BaseModel):
-    """What a Profile says of itself.
+    """Metadata of a Profile.
 
     Attributes:
         model: fingerprint of the model's weights (`model_fingerprint`).
         data: sha256 of the calibration data.
-        samples, tokens: how much of it was used.
-        versions: of the packages that made it.
-        learned: what `trimtab train` added, method → its settings and results.
-        choices: what passes in front of it had searched for, pass and options → what they chose.
+        samples, tokens: amount of calibration data used.
+        versions: versions of the packages that wrote the Profile.
+        learned: records of `trimtab train`, method → its settings and results.
+        choices: stored results of passes' searches, passes and options → choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,13 +69,13 @@ class FFNStats:
 
 @dataclass(frozen=True)
 class Received:
-    """Attention received by tokens in one layer: a uniform random sample of all tokens, of the same in every layer.
+    """Attention that tokens receive in one layer, for a uniform random sample of tokens, the same in every layer.
 
     Attributes:
-        values: of each the mean over heads and the queries of its text, padding left out, [n], float32. Those of one
-            text add up to 1, so that the mean is 1 / length.
-        lengths: of its text, in tokens without padding, [n].
-        positions: its place in the text, from 0, [n].
+        values: attention that each token receives, the mean over heads and the queries of its text without padding,
+            [n], float32. The values of one text add up to 1, so their mean is 1 / length.
+        lengths: length of the token's text without padding, [n].
+        positions: position of the token in its text, from 0, [n].
     """
 
     values: np.ndarray
@@ -98,7 +98,7 @@ class Profile:
         """Statistics of FFN number `layer`.
 
         Raises:
-            ProfileError: there are none, or they are of other sizes than the model's.
+            ProfileError: the Profile has no statistics of the FFN, or they have other sizes than the model's.
         """
         prefix = f"ffn.{layer}."
         if prefix + "states" not in self.tensors:
@@ -116,7 +116,7 @@ class Profile:
         return FFNStats(int(get["tokens"]), get["abs_sum"], get["sum"], get["square_sum"], get["states"])
 
     def states(self, layer: int) -> np.ndarray:
-        """A sample of what FFN number `layer` reads, [n, d_model]; no rows where the profile has none."""
+        """A sample of the inputs of FFN number `layer`, [n, d_model]; no rows if the Profile has none."""
         return self.tensors.get(f"ffn.{layer}.states", np.zeros((0, 0), np.float32))
 
     def set_ffn(self, layer: int, stats: FFNStats) -> None:
@@ -126,10 +126,10 @@ class Profile:
             self.tensors[prefix + key] = getattr(stats, key)
 
     def head(self, d_model: int) -> np.ndarray:
-        """A sample of what the vocabulary head reads, [n, d_model].
+        """A sample of the vocabulary head's inputs, [n, d_model].
 
         Raises:
-            ProfileError: there is none, or of another width than the model's.
+            ProfileError: the Profile has no such sample, or the sample has another width than the model.
         """
         states = self.tensors.get("head.states")
         if states is None or len(states) < 2:
@@ -147,7 +147,7 @@ class Profile:
         """The attention that tokens receive in attention number `layer`.
 
         Raises:
-            ProfileError: the profile does not have it.
+            ProfileError: the Profile has no such sample.
         """
         prefix = f"attention.{layer}."
         if prefix + "received" not in self.tensors:
@@ -163,7 +163,7 @@ class Profile:
         self.tensors[prefix + "lengths"], self.tensors[prefix + "positions"] = received.lengths, received.positions
 
     def learned(self, method: str) -> Mapping[str, np.ndarray]:
-        """What `method` learned: initializer name → values."""
+        """The weights that `method` learned, initializer name → values."""
         prefix = f"learned.{method}."
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
@@ -172,10 +172,10 @@ class Profile:
 
         Args:
             fingerprint: `model_fingerprint` of the model.
-            where: what the message calls the Profile.
+            where: name of the Profile in the message.
 
         Raises:
-            ProfileError: says which.
+            ProfileError: names the fault.
         """
         self.check_values(where)
         if fingerprint != self.info.model:
@@ -185,10 +185,10 @@ class Profile:
             )
 
     def check_values(self, where: str = "the profile") -> None:
-        """Refuse tensors that are not what passes read, and NaN and Inf, out of which they would compute a model.
+        """Refuse tensors that passes cannot read, and NaN and Inf, from which passes would compute wrong weights.
 
         Args:
-            where: what the message calls the Profile.
+            where: name of the Profile in the message.
 
         Raises:
             ProfileError: names the first such tensor.
@@ -197,13 +197,13 @@ class Profile:
         check_tensors(self.tensors, where)
 
     def check_finite(self, where: str = "the profile") -> None:
-        """Refuse NaN and Inf, out of which passes would compute a model.
+        """Refuse NaN and Inf, from which passes would compute wrong weights.
 
         Args:
-            where: what the message calls the Profile.
+            where: name of the Profile in the message.
 
         Raises:
-            ProfileError: names the first tensor that holds one.
+            ProfileError: names the first tensor with NaN or Inf.
         """
         for name, value in self.tensors.items():
             array = np.asarray(value)
@@ -217,7 +217,7 @@ class Profile:
                 )
 
     def save(self, path: Path | str) -> None:
-        """Write the file whole or not at all.
+        """Write the file atomically.
 
         Raises:
             ProfileError: a tensor holds NaN or Inf, the folder is missing or not writable, or the disk is full.
@@ -239,8 +239,8 @@ class Profile:
         """Read a Profile.
 
         Raises:
-            ProfileError: missing, damaged, not a Profile, of a newer format, with tensors of the wrong type or shape,
-                or with NaN or Inf.
+            ProfileError: the file is missing, damaged, no Profile or of a newer format, or has tensors of the wrong
+                type or shape, or with NaN or Inf.
         """
         with _opened(Path(path)) as (info, file):
             profile = cls(info, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -249,7 +249,7 @@ class Profile:
 
 
 def read_info(path: Path | str) -> ProfileInfo:
-    """What the Profile in a file says of itself; its tensors are not read.
+    """The metadata of the Profile in a file. Tensors are not read.
 
     Raises:
         ProfileError: as `Profile.load`.
@@ -260,7 +260,7 @@ def read_info(path: Path | str) -> ProfileInfo:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
-    """The file of a Profile, to read tensors from."""
+    """Open the file of a Profile, to read tensors from it."""
     if not path.is_file():
         raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
     check_readable(path, ProfileError)
@@ -269,8 +269,8 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
             text = (file.metadata() or {}).get("trimtab")
             if text is None:
                 raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
-            made = json.loads(text)
-            if isinstance(made, dict) and made.get("format") != FORMAT:
+            metadata = json.loads(text)
+            if isinstance(metadata, dict) and metadata.get("format") != FORMAT:
                 raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")
             yield ProfileInfo.model_validate_json(text), file
     except (SafetensorError, ValidationError, ValueError, RecursionError, OSError) as error:
@@ -278,7 +278,7 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, without a library's own words for its types."""
+    """What is wrong with a file, without a library's type names."""
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

@@ -1,4 +1,4 @@
-"""What the tensors of a Profile must look like, by name. A Profile comes from a file that anyone may have written."""
+"""Types and shapes of a Profile's tensors, by name. A Profile is read from a file that anyone may have written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trimtab.passes.errors import ProfileError, quoted
 
 @dataclass(frozen=True)
 class _Form:
-    """Of one tensor.
+    """Required type and shape of one tensor.
 
     Attributes:
-        kinds: numpy's letters of the types it may have.
-        shape: names of its axes.
-        least: of its values.
+        kinds: numpy's letters of the allowed types.
+        shape: names of the axes.
+        least: smallest allowed value.
     """
 
     kinds: str
@@ -42,21 +42,21 @@ _FORMS = {
     },
     "head": {"states": _Form(_FLOATS, ("n", "d_model"))},
 }
-"""Part of the Profile → its statistics. Each layer has all of them, and axes of one name are of one size there."""
+"""Part of the Profile → its statistics. A layer has all statistics of its part, and axes of one name have one size."""
 
 _NAME = re.compile(r"(?:(ffn|attention)\.(\d{1,6})|(head))\.(\w+)")
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """That all statistics have the types and shapes that passes read, and that none is missing in a layer.
+    """Check that all statistics have the types and shapes that passes read, and that no layer lacks one.
 
-    Learned tensors are any numbers: the passes that read them know the model, and check them against it.
+    Learned tensors may be any numbers. The passes that read them check them against the model.
 
     Args:
-        where: the Profile, for messages.
+        where: name of the Profile in messages.
 
     Raises:
-        ProfileError: names the tensor, what it is and what it should be.
+        ProfileError: names the tensor, and its actual and required form.
     """
     for fault in _faults(tensors):
         raise ProfileError(f"{where}: {fault}", hint="calibrate this model again")

@@ -1,4 +1,4 @@
-"""recover: put in the weights that a short distillation of the rewritten model from its dense self has learned."""
+"""recover: insert the weights that distillation of the rewritten model from its dense original has learned."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trimtab.passes.profile import Profile
 log = logging.getLogger(__name__)
 
 _METHOD = "recover"
-_NEAR = 0.01  # by which norms may differ: fits and SVDs come out a little different on another machine
+_NEAR = 0.01  # relative tolerance of norms: fits and SVDs differ slightly between machines
 
 
 class Recover(Pass):
     """Replaces initializers by learned ones.
 
-    They were learned for one graph, so the passes before must be those of training, with the same options, and the
-    initializers must be of the same shape, type and norm. Bits need not agree, since all that was fitted is replaced.
-    Weights that learned for no step are those of the graph: nothing changes.
+    The weights were learned for one graph. So the passes before must be those of training, with the same options, and
+    the initializers must have the same shape, type and norm. Their bits may differ, since all fitted values are
+    replaced. Weights trained for zero steps equal the graph's: nothing changes.
     """
 
     name: ClassVar[str] = _METHOD
@@ -36,7 +36,7 @@ class Recover(Pass):
     needs: ClassVar[frozenset[Need]] = frozenset({Learned(_METHOD)})
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
-        """Check that weights were learned, and behind the passes `before` with the same options."""
+        """Check that weights were learned after the passes `before`, with the same options."""
         super().check_profile(profile, before)
         assert profile is not None
         origin = _record(profile).get("from")
@@ -48,7 +48,7 @@ class Recover(Pass):
         """Replace the values of all initializers that were trained.
 
         Raises:
-            NotLearnedError: the profile has none, or they were learned for another graph. The graph is then unchanged.
+            NotLearnedError: the Profile has no weights, or they were learned for another graph. The graph is unchanged.
         """
         self.check_profile(context.profile, context.done)
         profile = context.measured()
@@ -66,11 +66,11 @@ class Recover(Pass):
 
 
 def origin_of(graph: gs.Graph, names: Sequence[str], done: Sequence[Pass]) -> dict[str, Any]:
-    """What a graph must be like for weights learned on `graph` to fit; JSON types.
+    """The properties of `graph` that another graph must share to use weights learned on it; JSON types.
 
     Args:
-        names: of the initializers that learn.
-        done: the passes that have made the graph.
+        names: names of the initializers that learn.
+        done: the passes that have rewritten the graph.
     """
     tensors = graph.tensors()
     return {
@@ -80,7 +80,7 @@ def origin_of(graph: gs.Graph, names: Sequence[str], done: Sequence[Pass]) -> di
 
 
 def _record(profile: Profile) -> dict[str, Any]:
-    """What training said of itself."""
+    """The record that training stored in the Profile."""
     return profile.info.learned.get(_METHOD, {})
 
 
@@ -105,10 +105,10 @@ def _check_passes(before: Sequence[Pass], trained: list[dict[str, Any]]) -> None
 
 
 def _compare_rounding(learned: object, coming: Rounding | None) -> None:
-    """Warn where the weights learned for one precision and are about to be put in another: right, but less good."""
+    """Warn if weights were learned for one precision and are used in another: correct, but less accurate."""
     now = coming and asdict(coming)
     if isinstance(learned, dict):
-        learned = {"per_row": False} | learned  # Profiles of before there were rows
+        learned = {"per_row": False} | learned  # Profiles of older versions have no `per_row`
     if now != learned:
         log.warning(
             "recover: its weights learned %s, and this recipe %s; %s",
@@ -119,12 +119,12 @@ def _compare_rounding(learned: object, coming: Rounding | None) -> None:
 
 
 def _target(name: str, tensor: gs.Tensor | None, value: np.ndarray, norm: float | None) -> gs.Constant:
-    """The constant to replace, if it is what training began with."""
+    """The constant to replace, if it equals the one that training started from."""
     if not isinstance(tensor, gs.Constant):
         raise _not_learned(f"recover learned initializer {name!r}, which is not in this graph")
-    there = values(tensor)
-    same = norm is not None and math.isclose(_norm(there), norm, rel_tol=_NEAR, abs_tol=1e-6)
-    if not same or (there.shape, there.dtype) != (value.shape, value.dtype):
+    current = values(tensor)
+    same = norm is not None and math.isclose(_norm(current), norm, rel_tol=_NEAR, abs_tol=1e-6)
+    if not same or (current.shape, current.dtype) != (value.shape, value.dtype):
         raise _not_learned(f"initializer {name!r} is not the one that recover learned from")
     return tensor
 

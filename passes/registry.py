@@ -1,4 +1,4 @@
-"""Tables of names, each of which stands for a class that is imported when it is asked for."""
+"""Tables of names and classes. A class is imported when its name is looked up."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from trimtab.passes.errors import TrimtabError, quoted
 
 
-def import_named(name: str, known: Mapping[str, str], one: str, many: str, error: type[TrimtabError]) -> Any:
-    """What `name` stands for in `known`, a table of name → "module:attribute".
+def import_named(name: str, table: Mapping[str, str], one: str, many: str, error: type[TrimtabError]) -> Any:
+    """Import the entry `name` of `known`, a table of name → "module:attribute".
 
     Args:
-        one, many: one of them, and all of them, in messages: "pass", "passes".
-        error: is raised if there is no such name; it names the nearest, or all.
+        one, many: singular and plural of the entries in messages: "pass", "passes".
+        error: class of the error for an unknown name. The hint lists the nearest name, or all names.
     """
-    if name not in known:
-        near = difflib.get_close_matches(name[:80], list(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known {many}: {', '.join(known)}"
+    if name not in table:
+        near = difflib.get_close_matches(name[:80], list(table), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known {many}: {', '.join(table)}"
         raise error(f"unknown {one} {quoted(name)}", hint=hint)
-    module, attribute = known[name].split(":")
+    module, attribute = table[name].split(":")
     return getattr(import_module(module), attribute)

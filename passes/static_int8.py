@@ -20,18 +20,18 @@ from trimtab.passes.needs import FFNStates, Need
 from trimtab.passes.profile import Profile
 from trimtab.passes.sampled_ffn import sample_ffn
 
-_OPSET = 19  # in which QuantizeLinear takes half precision too
+_OPSET = 19  # the first opset whose QuantizeLinear takes half precision too
 _LARGEST = 127
 
 
 class StaticInt8(Pass):
-    """Round the FFNs' inputs, activations and weights to int8, by pairs of QuantizeLinear and DequantizeLinear.
+    """Round the FFNs' inputs, activations and weights to int8, with pairs of QuantizeLinear and DequantizeLinear.
 
-    A scale for each tensor of activations, which covers what the Profile holds, and one for each output of a weight.
-    Where another pass has rewritten an FFN into other projections, its own nodes run on the Profile's states of the
-    dense one, so that all that they read has a scale too. Layers that share weights share their integers, and have
-    scales of activations of their own.
-    TensorRT and ONNX Runtime make integer products of the pairs. Attention stays: the Profile knows FFNs alone.
+    Each tensor of activations has one scale, computed from the Profile's states; each weight has one scale per output.
+    If another pass has rewritten an FFN, its new nodes run on the Profile's states, so that every product's input has a
+    scale. Layers that share weights share their integers; each layer has its own activation scales.
+    TensorRT and ONNX Runtime turn the pairs into integer products. Attention is not rounded, because the Profile has no
+    statistics of it.
     Exact end: layers=() rounds nothing.
     """
 
@@ -75,10 +75,10 @@ class StaticInt8(Pass):
     def _round(
         self, graph: gs.Graph, ffn: FFN | Rewritten, inputs: Sequence[np.ndarray], weights: _Weights
     ) -> dict[str, float]:
-        """Round the projections of `ffn`; returns the scales of what the first and the last one read.
+        """Round the projections of `ffn`; returns the input scales of the first and the last projection.
 
         Args:
-            inputs: activations that each of the projections reads.
+            inputs: sampled inputs of each projection.
         """
         name, labels = f"{self.name}/layer.{ffn.layer}", _labels(ffn)
         read: dict[int, gs.Variable] = {}
@@ -92,8 +92,8 @@ class StaticInt8(Pass):
         return {"x_scale": scales[0], "h_scale": scales[-1]}
 
     def _scale(self, activations: np.ndarray) -> float:
-        most = float(np.quantile(np.abs(activations), self.coverage))
-        return max(most, 1e-6) / _LARGEST
+        largest = float(np.quantile(np.abs(activations), self.coverage))
+        return max(largest, 1e-6) / _LARGEST
 
 
 def _unfit(ffn: FFN | Rewritten) -> str | None:
@@ -108,7 +108,7 @@ def _unfit(ffn: FFN | Rewritten) -> str | None:
 
 
 def _unknown(ffn: Rewritten, profile: Profile) -> str | None:
-    """Why it is not known what the projections of `ffn` read, or None."""
+    """Why the inputs of `ffn`'s projections cannot be computed from the Profile, or None."""
     states = profile.states(ffn.layer)
     if not len(states) or states.shape[1] != ffn.linears[0].in_features:
         return "the profile has no states of it"
@@ -119,14 +119,14 @@ def _unknown(ffn: Rewritten, profile: Profile) -> str | None:
 
 
 def _labels(ffn: FFN | Rewritten) -> list[str]:
-    """How the nodes of each projection are called."""
+    """Names of the projections, for nodes and constants."""
     if isinstance(ffn, FFN):
         return ["gate", "up", "down"] if ffn.gated else ["up", "down"]
     return [f"product.{number}" for number in range(len(ffn.linears))]
 
 
 def _inputs(graph: gs.Graph, ffn: FFN | Rewritten, profile: Profile) -> list[np.ndarray]:
-    """What each projection of `ffn` reads where the dense FFN has read the states of the Profile."""
+    """Inputs of each projection of `ffn` on the Profile's states of the dense FFN."""
     if isinstance(ffn, FFN):
         layer = sample_ffn(ffn, profile)
         return [layer.fit] * (len(ffn.linears) - 1) + [layer.h_fit]
@@ -135,41 +135,43 @@ def _inputs(graph: gs.Graph, ffn: FFN | Rewritten, profile: Profile) -> list[np.
         states = states[None]
     later = list({id(linear.x): linear.x for linear in ffn.linears if linear.x is not ffn.x}.values())
     values = run_part(graph, [ffn.x], later, {ffn.x.name: states}) if later else []
-    known = {id(ffn.x): states} | {id(tensor): value for tensor, value in zip(later, values, strict=True)}
-    return [known[id(linear.x)] for linear in ffn.linears]
+    activations = {id(ffn.x): states} | {id(tensor): value for tensor, value in zip(later, values, strict=True)}
+    return [activations[id(linear.x)] for linear in ffn.linears]
 
 
 def _rounded(graph: gs.Graph, x: gs.Tensor, scale: float, name: str) -> gs.Variable:
-    """`x` as int8 holds it, in float32."""
+    """`x` rounded to int8, as float32."""
     parts = constant(f"{name}.scale", np.array(scale, np.float32)), constant(f"{name}.zero", np.array(0, np.int8))
     q = insert(graph, "QuantizeLinear", [x, *parts], f"{name}/q", dtype=np.int8)
     return insert(graph, "DequantizeLinear", [q, *parts], f"{name}/dq", dtype=np.float32)
 
 
 class _Weights:
-    """Rounded weights, each made once for all projections that share it."""
+    """Rounded weights. Projections that share a weight share its rounded form."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
-        self._made: dict[tuple[int, bool], list[gs.Constant]] = {}
+        self._matrices: dict[tuple[int, bool], list[gs.Constant]] = {}
         self._biases: dict[int, gs.Constant] = {}
 
     @property
     def nbytes(self) -> int:
-        """Of all that was made, and of the biases that go with it."""
-        made = [part for parts in self._made.values() for part in parts]
-        return sum(stored_bytes(part) for part in (*made, *self._biases.values()))
+        """Bytes of the rounded weights, their scales and the biases."""
+        rounded = [part for parts in self._matrices.values() for part in parts]
+        return sum(stored_bytes(part) for part in (*rounded, *self._biases.values()))
 
     def multiply(self, linear: Linear, x: gs.Tensor, name: str) -> None:
-        """Multiply `x` with the rounded weights of `linear`, in its place."""
+        """Replace `linear` by the product of `x` with its rounded weights."""
         key = id(linear.weight), linear.transposed
-        if key not in self._made:
+        if key not in self._matrices:
             w = linear.w().astype(np.float32)
             scale = np.maximum(np.abs(w).max(0), 1e-12).astype(np.float32) / _LARGEST
             q = np.clip(np.rint(w / scale), -_LARGEST, _LARGEST).astype(np.int8)
-            self._made[key] = [constant(f"{name}.weight", q), constant(f"{name}.scale", scale)]
+            self._matrices[key] = [constant(f"{name}.weight", q), constant(f"{name}.scale", scale)]
         graph, attrs = self.graph, dict[str, object](axis=1)
-        weight = insert(graph, "DequantizeLinear", [*self._made[key]], f"{name}/weight", attrs=attrs, dtype=np.float32)
+        weight = insert(
+            graph, "DequantizeLinear", [*self._matrices[key]], f"{name}/weight", attrs=attrs, dtype=np.float32
+        )
         y = insert(graph, "MatMul", [x, weight], name, dtype=np.float32)
         if linear.bias is not None:
             self._biases[id(linear.bias)] = linear.bias

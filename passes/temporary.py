@@ -1,4 +1,4 @@
-"""Temporary folders that go with their process, even with a killed one: the next process removes what it left."""
+"""Temporary folders that end with their process. If a process is killed, the next process removes its folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PREFIX, _SUFFIX = "trimtab-", ".tmp"
 
 @contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """A new folder for the time of the body, in the system's folder of temporary files (TMPDIR).
+    """Create a folder in the system's folder of temporary files (TMPDIR), and remove it after the body.
 
-    The process holds a lock on it, which the system lets go when the process ends, however it ends.
+    The process locks the folder. The system releases the lock when the process ends, however it ends.
 
     Args:
-        purpose: a word for its name.
+        purpose: a word in the folder's name.
     """
     _remove_left(Path(tempfile.gettempdir()))
     path, lock = _claim(purpose)
@@ -38,9 +38,9 @@ def _claim(purpose: str) -> tuple[Path, int]:
         path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", suffix=_SUFFIX))
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another process took it for one that was left, before it had its lock
+        except FileNotFoundError:  # another process removed it as an abandoned folder before it was locked
             continue
-        with suppress(OSError):  # a file system without locks: no other process gets one either
+        with suppress(OSError):  # on a file system without locks, no other process gets a lock either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_dir():
             return path, lock

@@ -1,4 +1,4 @@
-"""The pass `weight-only`: integer weights in blocks for the projections that other passes leave dense."""
+"""The pass `weight-only`: blockwise integer weights for the projections that other passes leave dense."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class WeightOnly(Pass):
     """Store weights as symmetric integers with a scale per block, and compute in floating point as before.
 
     A matrix that layers share is rounded and stored once.
-    A step of a decoder is bound by the bytes of its weights, of which this leaves a quarter or an eighth. It stands
-    behind passes that need weights in floating point, and takes what they have left.
+    The bytes of the weights bound the speed of a decoder's step; this pass leaves a quarter or an eighth of them. It
+    runs after the passes that need floating-point weights, and rounds the projections that they leave dense.
     """
 
     name: ClassVar[str] = "weight-only"
@@ -55,21 +55,21 @@ class WeightOnly(Pass):
             raise RecipeError(f"the target cannot run it: {reason}")
         raise_opset(graph, OPSETS[f"int{self.bits}"])
         left: list[Left] = []
-        wanted: list[tuple[str, Linear, int]] = []
+        selected: list[tuple[str, Linear, int]] = []
         anatomy = find_anatomy(graph)
         for where, linear in self._linears(anatomy):
             size = fit_block(self.block, linear.in_features)
             reason = _unfit(linear, size)
             if reason is None and size is not None:
-                wanted.append((where, linear, size))
+                selected.append((where, linear, size))
                 continue
             left.append(Left(where, reason or ""))
-        uses = Counter(_matrix_of(linear) for _, linear, _ in wanted)
+        uses = Counter(_matrix_of(linear) for _, linear, _ in selected)
         of_ffns = [linear for ffn in anatomy.ffns for linear in ffn.linears]
         of_ffns_too = {_matrix_of(linear) for linear in of_ffns}
         products: dict[tuple[int, bool, np.dtype], Product] = {}
         after = ffn_bytes = 0
-        for done, (where, linear, size) in enumerate(wanted, 1):
+        for done, (where, linear, size) in enumerate(selected, 1):
             name, key = f"{self.name}/{where.replace(' ', '.')}", _matrix_of(linear)
             if key not in products:
                 by_largest = self.bits == 4 and context.capability.negative_scales
@@ -83,9 +83,9 @@ class WeightOnly(Pass):
             y.shape = linear.y.shape
             replace_uses(graph, linear.y, y)
             if context.progress is not None:
-                context.progress("quantize weights", done, len(wanted))
+                context.progress("quantize weights", done, len(selected))
         graph.cleanup(remove_unused_graph_inputs=False)
-        weights = {id(linear.weight): linear.weight for _, linear, _ in wanted}
+        weights = {id(linear.weight): linear.weight for _, linear, _ in selected}
         in_use = {id(tensor) for tensor in graph.tensors().values()}
         kept = sum(stored_bytes(weight) for weight in weights.values() if id(weight) in in_use)
         details: dict[str, Any] = {"dense_bytes": sum(map(stored_bytes, weights.values())), "bytes": after}
@@ -100,7 +100,7 @@ class WeightOnly(Pass):
                     stored_bytes(w) for w in {id(m.weight): m.weight for m in of_ffns if id(m.weight) in gone}.values()
                 )
             )
-        return PassResult(self.name, len(wanted), tuple(left), details)
+        return PassResult(self.name, len(selected), tuple(left), details)
 
     def unfit(self, capability: Capability) -> str | None:
         if self.bits in capability.weight_bits:
@@ -109,7 +109,7 @@ class WeightOnly(Pass):
         return f"it does not multiply with int{self.bits} weights, but with {can}"
 
     def _linears(self, anatomy: Anatomy) -> Iterator[tuple[str, Linear]]:
-        """(what it is called, projection), each projection once."""
+        """(name, projection) of each projection to quantize."""
         if "attention" in self.parts:
             for attention in anatomy.attentions:
                 for number, linear in enumerate(attention.linears):
@@ -124,7 +124,7 @@ class WeightOnly(Pass):
 
 
 def _matrix_of(linear: Linear) -> tuple[int, bool, np.dtype]:
-    """What projections have in common that multiply with the same matrix, in the same type."""
+    """Key of a projection's matrix and type: projections with the same key share a rounded matrix."""
     return id(linear.weight), linear.transposed, type_of(linear.x)
 
 

@@ -1,4 +1,7 @@
-"""Where the sparse form of a layer stops paying in ONNX Runtime, measured on this machine and kept in the cache."""
+"""The crossover of a layer: where its sparse form stops being faster in ONNX Runtime.
+
+It is measured on this machine and stored in the cache.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from trimtab.compiler.caching.remembered import file_hash
 from trimtab.compiler.checks.timing import interleave
 from trimtab.compiler.targets.kernels import has_kernel
 from trimtab.compiler.targets.sparse_trials import dense_model, random_blocks, random_layers, sparse_model
-from trimtab.passes.crossover import MOST_TOKENS, Call, Crossover, Load, SparseShape
+from trimtab.passes.crossover import MAX_TOKENS, Call, Crossover, Load, SparseShape
 from trimtab.passes.hashing import hash_bytes
 from trimtab.passes.ort_errors import opening, running
 from trimtab.passes.sparse_ffn.rows import RowForm
@@ -28,22 +31,22 @@ from trimtab.plugins.library import instruction_set, library_path, register
 
 log = logging.getLogger(__name__)
 
-_BYTES = 1 << 27  # of dense weights that are timed: more than caches hold
+_BYTES = 1 << 27  # bytes of dense weights in a trial: more than the CPU's caches can hold
 _DENSITIES = (0.05, 0.4)
 _TOKENS = (1, 2, 4, 8, 16, 32)
 _SECONDS = 2.0  # per trial
-_CHOICES = 8  # others in each run, so that no cache holds the rows
+_CHOICES = 8  # choices of blocks; runs alternate between them, so that no CPU cache holds the rows
 
 Options = Callable[[], ort.SessionOptions]
 
 
 def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
-    """The crossover of `shape`: from the cache, else measured now, which takes some seconds.
+    """The crossover of `shape`, from the cache, else measured now, which takes some seconds.
 
     Args:
-        options: makes the options of each session, threads among them.
+        options: returns the options of each session, threads among them.
     """
-    shape, measured = replace(shape, tokens=min(shape.tokens, MOST_TOKENS)), []
+    shape, measured = replace(shape, tokens=min(shape.tokens, MAX_TOKENS)), []
 
     def make(part: Path) -> None:
         measured.append(measure(shape, options))
@@ -59,17 +62,17 @@ def measured_crossover(shape: SparseShape, options: Options) -> Crossover:
 
 
 def measure(shape: SparseShape, options: Options) -> Crossover:
-    """Time both forms of layers of this shape, as many as the model has, up to what caches cannot hold."""
+    """Time both forms of layers of this shape: as many layers as the model has, up to `_BYTES` of dense weights."""
     rng, blocks = np.random.default_rng(0), shape.rows // shape.block
     bytes_of_one = 4 * shape.rows * shape.width * shape.matrices
     layers = 1 if shape.matrices == 1 else max(1, min(shape.layers, _BYTES // bytes_of_one))
-    made = random_layers(shape.rows, shape.width, shape.matrices, layers)
+    weights = random_layers(shape.rows, shape.width, shape.matrices, layers)
 
     def states(tokens: int) -> dict[str, np.ndarray]:
         return {"x": rng.standard_normal((1, tokens, shape.width), np.float32)}
 
     def inputs(tokens: int, k: int, *, same: bool = False) -> list[dict[str, np.ndarray]]:
-        """k blocks for each token; or the same k, chosen by each, if they are to be the same."""
+        """k blocks for each token; with `same`, all tokens choose the same k blocks."""
 
         def choice() -> np.ndarray:
             if k == blocks:
@@ -81,9 +84,9 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
 
     with temporary_folder("crossover") as folder:
         native = shape.dense == "int4-blocks" and has_kernel("Int4Linear")
-        dense = _session(dense_model(made, folder / "dense.onnx", shape.dense, native=native), options)
-        sparse = _session(sparse_model(made, folder / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options)
-        del made
+        dense = _session(dense_model(weights, folder / "dense.onnx", shape.dense, native=native), options)
+        sparse = _session(sparse_model(weights, folder / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options)
+        del weights
         few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
 
         def timed(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -110,20 +113,20 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
 
 
 def _line(few: float, less: float, many: float, longer: float) -> tuple[float, float]:
-    """What no rows take, and all of them beyond that, by the times of two shares of them."""
+    """The time of no rows, and the further time of all rows, from the times of two shares of the rows."""
     full = max((longer - less) / max(many - few, 1e-6), 1e-6)
     return max(less - full * few, 0.0), full
 
 
 def _session(path: Path, options: Options) -> ort.InferenceSession:
-    given = options()
-    register(given)
+    settings = options()
+    register(settings)
     with opening("a trial of sparse layers"):
-        return ort.InferenceSession(str(path), given, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
 def _turns(session: ort.InferenceSession, feeds: list[dict[str, np.ndarray]]) -> Callable[[], object]:
-    """A call that runs the model on one of `feeds` after the other."""
+    """A call that runs the model on the next of `feeds`, in turn."""
     turn = count()
 
     def run() -> None:
@@ -141,7 +144,7 @@ def _key(shape: SparseShape, threads: int) -> str:
 
 
 def _processor() -> str:
-    """Its name: a home folder may be shared by machines of several kinds."""
+    """Name of the processor: machines of several kinds may share a home folder, and with it the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -71,8 +71,8 @@ def fit(
     def choose(x: np.ndarray) -> np.ndarray:
         return routers.chosen(router.scores(x), cut, router.share(cap))
 
-    taken = choose(layer.held)
-    y = (layer.h_held * np.repeat(taken, group, 1)) @ layer.down
+    taken = choose(layer.held_out)
+    y = (layer.h_held_out * np.repeat(taken, group, 1)) @ layer.down
     rest = None if rank is None else fit_rest(layer, choose, rank)
     return Fitted(router, order, 1 - float(taken.mean()), layer.error(y), rest)
 

@@ -132,15 +132,15 @@ class Fitter:
 
     def _held_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
         """What both parts compute on the held-out states, without bias, [m, d_model]."""
-        n, y = plan.heavy, np.zeros((len(self.layer.held), self._inputs), np.float32)
+        n, y = plan.heavy, np.zeros((len(self.layer.held_out), self._inputs), np.float32)
         if head is not None:
-            y += self.ordered.hidden(plan.heavy_form, plan.block, held=True)[:, :n] @ head.down.array
+            y += self.ordered.hidden(plan.heavy_form, plan.block, held_out=True)[:, :n] @ head.down.array
         if isinstance(tail, LowRank):
-            y += self.layer.held @ tail.left.array @ tail.right.array
+            y += self.layer.held_out @ tail.left.array @ tail.right.array
         elif tail is not None and plan.rest_form == "low-rank":
-            y += self._computed(self.layer.held, tail)
+            y += self._computed(self.layer.held_out, tail)
         elif tail is not None:
-            y += self.ordered.hidden(plan.rest_form, plan.block, held=True)[:, n:] @ tail.down.array
+            y += self.ordered.hidden(plan.rest_form, plan.block, held_out=True)[:, n:] @ tail.down.array
         return y
 
     def _computed(self, x: np.ndarray, part: Neurons) -> np.ndarray:

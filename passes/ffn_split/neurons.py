@@ -36,7 +36,7 @@ class OrderedNeurons:
         self.reach = reach
         self.precise = precise
         layer.reorder(np.argsort(-score(layer, kind), kind="stable"))
-        self._held: dict[tuple[object, ...], object] = {}
+        self._cache: dict[tuple[object, ...], object] = {}
 
     def neurons(self, part: slice, form: str, block: int, down: np.ndarray | None = None) -> Neurons:
         """The neurons of `part` in `form`; `down` replaces their rows of W_down."""
@@ -65,17 +65,17 @@ class OrderedNeurons:
             return Half(weight)
         return Dense(weight) if form not in BITS else self._quantized(weight, form, block, moments)
 
-    def hidden(self, form: str, block: int, *, held: bool = False) -> np.ndarray:
+    def hidden(self, form: str, block: int, *, held_out: bool = False) -> np.ndarray:
         """Activations of all neurons in `form`, on the states to fit to or the held-out ones, [n, d_ff]."""
-        states = self.layer.held if held else self.layer.fit
+        states = self.layer.held_out if held_out else self.layer.fit
 
         def make() -> np.ndarray:
             if form not in BITS:
-                return self.layer.h_held if held else self.layer.h_fit
+                return self.layer.h_held_out if held_out else self.layer.h_fit
             ups = tuple(m.array for m in self._quantized_ups(form, block))
             return self.layer.hidden(states, ups, self.layer.up_biases)
 
-        return self._once(("hidden", self._values_of(form), block, held), make)
+        return self._once(("hidden", self._values_of(form), block, held_out), make)
 
     def mean(self, form: str, block: int) -> np.ndarray:
         """Mean activations on the states to fit to, [d_ff]."""
@@ -126,6 +126,6 @@ class OrderedNeurons:
 
     def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """What `make` returns, kept for as long as this layer is worked on."""
-        if key not in self._held:
-            self._held[key] = make()
-        return cast("T", self._held[key])
+        if key not in self._cache:
+            self._cache[key] = make()
+        return cast("T", self._cache[key])

@@ -176,8 +176,8 @@ class FFNThreshold(Pass):
         sizes = Sizes(weight, self.block)
         table = thresholds(sizes.of(first_activations(layer, layer.fit)))
         threshold, most = threshold_at(table, self.sparsity), self.taken(blocks)
-        taken = chosen(sizes.of(first_activations(layer, layer.held)), threshold, most)
-        y = (layer.h_held * np.repeat(taken, self.block, 1)) @ layer.down
+        taken = chosen(sizes.of(first_activations(layer, layer.held_out)), threshold, most)
+        y = (layer.h_held_out * np.repeat(taken, self.block, 1)) @ layer.down
         return Choice(sizes, table, threshold, taken.mean(0), layer.error(y))
 
     def _rest(self, layer: SampledFFN, choice: Choice) -> Rest | None:

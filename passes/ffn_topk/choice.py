@@ -35,8 +35,8 @@ class Choice:
 
     def error(self, layer: SampledFFN) -> float:
         """Squared error of the FFN's outputs on held-out states, relative to their variance, without a rest."""
-        taken = np.repeat(self.computed(layer.held), self.predictor.block, 1)
-        return layer.error((layer.h_held * taken) @ layer.down)
+        taken = np.repeat(self.computed(layer.held_out), self.predictor.block, 1)
+        return layer.error((layer.h_held_out * taken) @ layer.down)
 
     def by_shards(self, neurons: int, block: int) -> dict[str, Any]:
         """For the report: neurons that each shard takes, and the recall if the wanted ones fell at random."""

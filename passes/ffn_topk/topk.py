@@ -169,7 +169,7 @@ class FFNTopK(Pass):
         if self.take is not None:
             return None
         if crossover is not None and self.most is None:
-            often = choice.computed(layer.held).mean(0)
+            often = choice.computed(layer.held_out).mean(0)
             above = self._dense_above(float(often.mean()), crossover)
             load = Load.of_call(often, tokens, shared=self.shared, dense_above=above)
             beside = (choice.predictor.nbytes + rest_bytes(layer.ffn, self.rest)) / layer.ffn.params
@@ -192,7 +192,7 @@ class FFNTopK(Pass):
         k = max(1, round(self.density * blocks))
         common = self._common(importance(layer.h_fit, norm, self.block), k)
         predictor = self._fit(layer, norm, common)
-        found_at = places(predictor.scores(layer.held), importance(layer.h_held, norm, self.block), k, shards)
+        found_at = places(predictor.scores(layer.held_out), importance(layer.h_held_out, norm, self.block), k, shards)
         least = -(-k // shards)
         if common is not None:  # a shard may have more than its share of them
             least = max(least, int(np.bincount(common // (blocks // shards)).max()))

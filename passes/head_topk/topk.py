@@ -77,20 +77,20 @@ class HeadTopK(Pass):
             exact = {"agreement": 1.0, "divergence": 0.0, "dense_above": 0}
             return self._result(graph, anatomy, linear, head, None, vocabulary, exact)
         states = profile.head(linear.in_features)
-        held = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
-        cheap = CheapHead.fit(head, states[~held], self.rank)
+        held_out = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
+        cheap = CheapHead.fit(head, states[~held_out], self.rank)
         shards = context.shards if vocabulary % context.shards == 0 else 1
-        found = look(head, cheap, states[held], shards)
+        ranks = look(head, cheap, states[held_out], shards)
         if self.miss is None:
             local = -(-self.take // shards)
             if shards > 1:  # or more, so that they find the likeliest token as often as one choice among all does
-                among_all = look(head, cheap, states[held]).agreement(self.take)
-                local = min(max(local, found.reaching(among_all)), vocabulary // shards)
+                among_all = look(head, cheap, states[held_out]).agreement(self.take)
+                local = min(max(local, ranks.reaching(among_all)), vocabulary // shards)
         else:
-            least = found.least(self.miss)
+            least = ranks.least(self.miss)
             if least is None:
                 raise RecipeError(
-                    f"miss: {int(held.sum())} held-out states show no bound below {found.miss_bound(vocabulary):.2%}",
+                    f"miss: {int(held_out.sum())} held-out states show no bound below {ranks.miss_bound(vocabulary):.2%}",
                     hint="calibrate on more data (calibration.states), or allow more",
                 )
             local = least
@@ -100,11 +100,11 @@ class HeadTopK(Pass):
         above = limit(crossover, take / vocabulary) if self.dense_above is None else self.dense_above
         reason = self._too_many(take / vocabulary)
         if crossover is not None and self.most is None:
-            load = Load.of_call(chosen_often(cheap, states[held], take, shards), context.tokens, dense_above=above)
+            load = Load.of_call(chosen_often(cheap, states[held_out], take, shards), context.tokens, dense_above=above)
             reason = crossover.not_faster("its rows", load, pair.nbytes / (linear.in_features * vocabulary))
         if reason is not None:
             return PassResult(self.name, 0, (Left("head", reason),))
-        nats = divergence(head, cheap, states[held], take, shards)
+        nats = divergence(head, cheap, states[held_out], take, shards)
         if self.max_divergence is not None and nats > self.max_divergence:
             raise RecipeError(
                 f"{take} candidates by a cheap head of rank {self.rank} are {nats:.2f} nats a token from "
@@ -112,7 +112,7 @@ class HeadTopK(Pass):
                 hint="give a larger `take` or `rank` or more calibration.states; `max_divergence: null` takes any",
             )
         told: dict[str, Any] = {
-            "agreement": round(found.agreement(local), 4), "miss_bound": round(found.miss_bound(local), 4),
+            "agreement": round(ranks.agreement(local), 4), "miss_bound": round(ranks.miss_bound(local), 4),
             "divergence": round(nats, 6),
         }  # fmt: skip
         if context.shards > 1:

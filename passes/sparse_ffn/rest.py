@@ -104,8 +104,8 @@ def fit_rest(layer: SampledFFN, choose: Choose, rank: int) -> Rest | None:
     some = share > 0
     if not some.any():
         return None
-    held_share, held_missing = _left_out(layer, choose, layer.held, layer.h_held)
-    sparse = layer.y_held - held_missing
+    held_out_share, held_out_missing = _left_out(layer, choose, layer.held_out, layer.h_held_out)
+    sparse = layer.y_held_out - held_out_missing
     without = layer.error(sparse)
     x, share = layer.fit[some], share[some]
     moments = Moments.of((x,), missing[some] / share[:, None], np.square(share), np.float64)
@@ -119,7 +119,7 @@ def fit_rest(layer: SampledFFN, choose: Choose, rank: int) -> Rest | None:
             size = np.sqrt(np.maximum(np.square(x @ left).mean(0), 1e-30))  # so that integers serve all columns alike
             left, right, shift = (a.astype(np.float32) for a in (left / size, right * size[:, None], shift))
             found = Rest(left, right, shift, ridge, without, 0.0)
-            return replace(found, error=layer.error(sparse + found(layer.held, held_share)))
+            return replace(found, error=layer.error(sparse + found(layer.held_out, held_out_share)))
 
         best = _least(fitted)
     return best if best.error < without else None

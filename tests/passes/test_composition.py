@@ -259,7 +259,7 @@ def test_static_int8_of_ffns_that_are_split(family: str, tmp_path: Path) -> None
     graph = canonical(zoo.exported(family))
     made = profile_of(graph)
     ffn = find_anatomy(graph).ffns[-1]
-    states = sample_ffn(ffn, made).held[None, :40]
+    states = sample_ffn(ffn, made).held_out[None, :40]
     x, reader = ffn.x.name, ffn.y.outputs[0]
     run_passes(graph, [FFNSplit(rank=8)], PassContext(made))
     y = next(t.name for t in reader.inputs if t.name.startswith("ffn-split"))

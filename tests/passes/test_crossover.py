@@ -30,12 +30,12 @@ TIMES = Crossover(dense=1.0, fixed=0.1, full=2.0, together=((1, 2.1), (2, 2.2), 
 
 def test_one_token_pays_up_to_the_density_where_sparse_is_faster() -> None:
     """By 5 % at least: less is lost in the noise of the measure."""
-    assert TIMES.sparse(TIMES.most()) == pytest.approx(0.95 * TIMES.dense)
-    assert TIMES.sparse(TIMES.most(1.0)) + 0.25 * TIMES.dense == pytest.approx(0.95 * TIMES.dense)  # 4 bytes
+    assert TIMES.sparse(TIMES.max_density()) == pytest.approx(0.95 * TIMES.dense)
+    assert TIMES.sparse(TIMES.max_density(1.0)) + 0.25 * TIMES.dense == pytest.approx(0.95 * TIMES.dense)  # 4 bytes
     int8 = replace(TIMES, form="int8-rows")
-    assert int8.sparse(int8.most(0.25)) + 0.25 * int8.dense == pytest.approx(0.95 * int8.dense)
-    assert Crossover(1.0, 1.5, 2.0, TIMES.together).most() == 0
-    assert Crossover(9.0, 0.1, 2.0, TIMES.together).most() == 1
+    assert int8.sparse(int8.max_density(0.25)) + 0.25 * int8.dense == pytest.approx(0.95 * int8.dense)
+    assert Crossover(1.0, 1.5, 2.0, TIMES.together).max_density() == 0
+    assert Crossover(9.0, 0.1, 2.0, TIMES.together).max_density() == 1
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.2, 0.31, 0.5, 1.0])

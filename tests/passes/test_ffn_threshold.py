@@ -166,15 +166,15 @@ def test_calibration_data_meet_the_sparsity(family: str) -> None:
     sparsity = float(rng.choice([0.3, 0.6, 0.85]))
     layers = [sample_ffn(ffn, profile) for ffn in find_anatomy(graph).ffns]
     references = [Reference(layer, block, "contribution") for layer in layers]
-    assert all(layer.h_held.size and np.size(layer.yardstick) for layer in layers)  # read before the graph changes
+    assert all(layer.h_held_out.size and np.size(layer.yardstick) for layer in layers)  # read before the graph changes
     (result,) = left_out(graph, profile, sparsity=sparsity, block=block)
     for row, layer, reference in zip(result.details["layers"], layers, references, strict=True):
         fitted = 1 - reference.chosen(layer.fit.astype(np.float64), np.full(len(layer.fit), sparsity))[0].mean()
         zeros = (reference.ordered == 0).sum() / reference.count
         assert max(sparsity, zeros) - 1e-3 < fitted < max(sparsity, zeros) + 1e-3
-        taken, _ = reference.chosen(layer.held.astype(np.float64), np.full(len(layer.held), sparsity))
+        taken, _ = reference.chosen(layer.held_out.astype(np.float64), np.full(len(layer.held_out), sparsity))
         assert row["sparsity"] == pytest.approx(1 - taken.mean(), abs=2e-3)
-        y = reference.output(layer.held.astype(np.float64), taken) - reference.shift
+        y = reference.output(layer.held_out.astype(np.float64), taken) - reference.shift
         assert row["error"] == pytest.approx(layer.error(y.astype(np.float32)), rel=0.02, abs=1e-4)
         assert row["read_bytes"] < row["dense_bytes"]
 

@@ -98,7 +98,7 @@ def test_graph_computes_what_the_predictor_chooses(family: str, options: dict[st
     step = FFNTopK.model_validate({"density": 0.2, "take": 0.4, "dense_above": 1000, **options})
     wanted: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
     for layer in layers:  # before the pass, which takes the dense nodes away
-        x, choice, ffn = layer.held[:9], step._choose(layer), layer.ffn
+        x, choice, ffn = layer.held_out[:9], step._choose(layer), layer.ffn
         scores = choice.predictor.scores(x)
         if options.get("shared"):
             scores = np.broadcast_to(scores.max(0), scores.shape)
@@ -135,8 +135,8 @@ def test_reported_recall_is_true_and_least(family: str, options: dict[str, objec
     layers, step = layers_of(graph), FFNTopK.model_validate({"density": 0.2, "recall": 0.9, "most": 1.0, **options})
     for layer in layers:
         choice = step._choose(layer)
-        truth = importance(layer.h_held, norms(layer), 1)
-        order = np.argsort(-choice.predictor.scores(layer.held), axis=1, kind="stable")
+        truth = importance(layer.h_held_out, norms(layer), 1)
+        order = np.argsort(-choice.predictor.scores(layer.held_out), axis=1, kind="stable")
         recalls = [recall(truth, choice.k, order[:, :take]) for take in (choice.take, choice.take - 1)]
         assert recalls[0] == pytest.approx(choice.recall, abs=1e-6)
         assert recalls[0] >= 0.9
@@ -170,7 +170,7 @@ def test_common_neurons_are_always_taken() -> None:
     choice = step._choose(layer)
     common = choice.predictor.common
     assert common is not None and len(common) == round(0.1 * layer.ffn.d_ff)
-    chosen = most_important(choice.predictor.scores(layer.held), choice.take)
+    chosen = most_important(choice.predictor.scores(layer.held_out), choice.take)
     assert all(np.isin(common, row).all() for row in chosen)
     truth = most_important(importance(layer.h_fit, norms(layer), 1), choice.k)
     often = np.bincount(truth.reshape(-1), minlength=layer.ffn.d_ff)

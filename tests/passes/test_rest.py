@@ -95,7 +95,7 @@ def test_the_map_of_least_error(family: str) -> None:
     assert rest is not None and rest.rank == rank
     taken = computed(layer.fit)
     share, y = 1 - taken.mean(1), missing(layer, layer.fit, taken)
-    x, held = layer.fit.astype(np.float64), layer.held.astype(np.float64)
+    x, held_out = layer.fit.astype(np.float64), layer.held_out.astype(np.float64)
     mean = np.average(x, axis=0, weights=share**2)
     spread = np.average(np.square(x - mean), axis=0, weights=share**2)
     z = np.hstack([share[:, None] * (x - mean), share[:, None]])
@@ -106,18 +106,20 @@ def test_the_map_of_least_error(family: str) -> None:
         outputs = z[:, :-1] @ full[:-1] * layer.gain
         directions = np.linalg.svd(outputs, full_matrices=False)[2][:rank]
         low = full[:-1] * layer.gain @ directions.T @ directions / layer.gain
-        left_out = ~computed(layer.held)
-        added = left_out.mean(1)[:, None] * ((held - mean) @ low + full[-1])
-        wrong[ridge] = layer.error(layer.y_held - missing(layer, layer.held, ~left_out) + added)
+        left_out = ~computed(layer.held_out)
+        added = left_out.mean(1)[:, None] * ((held_out - mean) @ low + full[-1])
+        wrong[ridge] = layer.error(layer.y_held_out - missing(layer, layer.held_out, ~left_out) + added)
         if ridge == rest.ridge:
-            np.testing.assert_allclose(rest(layer.held, left_out.mean(1)), added, atol=1e-4 * np.abs(added).max())
+            np.testing.assert_allclose(rest(layer.held_out, left_out.mean(1)), added, atol=1e-4 * np.abs(added).max())
     assert rest.error == pytest.approx(wrong[rest.ridge], rel=1e-3)
     at = RIDGES.index(rest.ridge)
     assert all(wrong[ridge] >= 0.999 * rest.error for ridge in RIDGES[max(0, at - 1) : at + 2])
     assert (
         rest.error
         < rest.error_without
-        == pytest.approx(layer.error(layer.y_held - missing(layer, layer.held, computed(layer.held))), rel=1e-4)
+        == pytest.approx(
+            layer.error(layer.y_held_out - missing(layer, layer.held_out, computed(layer.held_out))), rel=1e-4
+        )
     )
 
 

@@ -111,8 +111,8 @@ def test_new_states_meet_the_sparsity_with_less_error_than_chance(family: str) -
         found = fit(layer, group, sparsity, "need")
         assert found.sparsity == pytest.approx(sparsity, abs=0.04)
         groups = ffn.d_ff // group
-        by_chance = rng.random((len(layer.held), groups)) < 1 - found.sparsity
-        y = (layer.h_held * np.repeat(by_chance, group, 1)) @ layer.down
+        by_chance = rng.random((len(layer.held_out), groups)) < 1 - found.sparsity
+        y = (layer.h_held_out * np.repeat(by_chance, group, 1)) @ layer.down
         assert found.error < 0.6 * layer.error(y)
         result = fitted(graph, profile, group=group, sparsity=sparsity, layers=(ffn.layer,))
         (row,) = result.details["layers"]

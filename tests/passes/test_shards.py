@@ -74,8 +74,8 @@ def test_recall_by_shards_is_true_and_its_budget_least(family: str, shards: int,
     for layer in layers_of(graph):
         choice = step._choose(layer, shards=shards)
         assert choice.shards == shards and choice.take % shards == 0
-        truth = importance(layer.h_held, norms(layer), step.block)
-        scores = choice.predictor.scores(layer.held).reshape(len(truth), shards, -1)
+        truth = importance(layer.h_held_out, norms(layer), step.block)
+        scores = choice.predictor.scores(layer.held_out).reshape(len(truth), shards, -1)
         order = np.argsort(-scores, axis=2, kind="stable") + np.arange(shards)[:, None] * (blocks // shards)
         wanted = np.argsort(-truth, axis=1, kind="stable")[:, : choice.k]
         local = choice.take // shards
@@ -121,7 +121,7 @@ def test_common_neurons_are_taken_however_they_fall_into_shards() -> None:
         common = choice.predictor.common
         assert common is not None
         assert choice.take // 4 >= np.bincount(common // 27, minlength=4).max() > 0.1 * 27
-        scores = choice.predictor.scores(layer.held).reshape(-1, 4, 27)
+        scores = choice.predictor.scores(layer.held_out).reshape(-1, 4, 27)
         order = np.argsort(-scores, axis=2, kind="stable")[:, :, : choice.take // 4] + 27 * np.arange(4)[:, None]
         assert all(np.isin(common, row).all() for row in order.reshape(len(order), -1))
 

@@ -101,7 +101,7 @@ def test_what_differs_or_is_repeated_stays(tmp_path: Path, seed: int) -> None:
     other, row, column = w.copy(), *rng.integers(0, (70, 90))
     other[row, column] += 1
     q, scale = rng.integers(-8, 8, (64, 90)).astype(np.int8), np.ones((2, 90), np.float32)
-    held = {
+    held_out = {
         "w": w, "copy": w, "other": other, "wt": np.ascontiguousarray(w.T), "ot": np.ascontiguousarray(other.T),
         "ones": np.ones(90, np.float32), "ones again": np.ones(90, np.float32),
         "q": q, "q again": q, "scale": scale, "scale again": scale,
@@ -122,11 +122,11 @@ def test_what_differs_or_is_repeated_stays(tmp_path: Path, seed: int) -> None:
             for name, d in (("x", 70), ("z", 90), ("v", 64))
         ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(value, name) for name, value in held.items()],
+        [numpy_helper.from_array(value, name) for name, value in held_out.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
     left = {t.name for t in canonical(tmp_path / "m.onnx").tensors().values() if isinstance(t, gs.Constant)}
-    gone = set(held) - left
+    gone = set(held_out) - left
     assert len(gone) == 3 and "copy" in gone and len(gone & {"w", "wt"}) == len(gone & {"other", "ot"}) == 1
 
 
@@ -178,11 +178,11 @@ def test_layers_that_share_weights_are_fitted_as_one(seed: int, tmp_path: Path) 
     assert layer.stats.tokens == sum(stats.tokens for stats in each)
     alone = [sample_ffn(ffn, profile) for ffn in (first, *others)]
     np.testing.assert_array_equal(layer.fit, np.concatenate([one.fit for one in alone]))
-    np.testing.assert_array_equal(layer.held, np.concatenate([one.held for one in alone]))
-    wrong = [0.1 * (i + 1) * np.ones_like(one.y_held) for i, one in enumerate(alone)]
-    got = layer.error(np.concatenate([one.y_held + w for one, w in zip(alone, wrong, strict=True)]))
+    np.testing.assert_array_equal(layer.held_out, np.concatenate([one.held_out for one in alone]))
+    wrong = [0.1 * (i + 1) * np.ones_like(one.y_held_out) for i, one in enumerate(alone)]
+    got = layer.error(np.concatenate([one.y_held_out + w for one, w in zip(alone, wrong, strict=True)]))
     assert got == pytest.approx(
-        np.mean([one.error(one.y_held + w) for one, w in zip(alone, wrong, strict=True)]), rel=0.1
+        np.mean([one.error(one.y_held_out + w) for one, w in zip(alone, wrong, strict=True)]), rel=0.1
     )
 
 
@@ -328,8 +328,8 @@ def test_dynamic_int8_names_what_stays_in_float(scales: str, tmp_path: Path, see
         helper.make_node("Cast", ["e"], ["y"], to=TensorProto.FLOAT),
     ]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [32, 32]) for name in "xy")
-    held = {"w": w, "w64": w.astype(np.float64)}
-    tensors = [numpy_helper.from_array(value, name) for name, value in held.items()]
+    held_out = {"w": w, "w64": w.astype(np.float64)}
+    tensors = [numpy_helper.from_array(value, name) for name, value in held_out.items()]
     graph = helper.make_graph(nodes, "net", [x], [y], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
     result = rewritten(canonical(tmp_path / "m.onnx"), DynamicInt8.model_validate({"scales": scales}))

@@ -32,7 +32,7 @@ def test_an_ffn_computes_with_the_error_of_eight_bits(tmp_path: Path, family: st
     ffn = find_anatomy(graph).ffns[-1]
     layer = sample_ffn(ffn, profile)
     x, y = ffn.x.name, ffn.y.name
-    states = layer.held[None, :40]
+    states = layer.held_out[None, :40]
     want = run_part(graph, x, y, states, tmp_path)
     (result,) = run_passes(graph, [StaticInt8()], PassContext(profile))
     assert result.changed == len(find_anatomy(canonical(exported(family))).ffns)
