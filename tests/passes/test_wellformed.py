@@ -113,9 +113,9 @@ FAULTS: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "an attribute of a function outside": (
         lambda m: node(m, "bias").attribute.add(name="a", type=onnx.AttributeProto.INT, ref_attr_name="a"), "refers to"
     ),
-    "inputs are missing": (lambda m: node(m, "bias").input.pop(), "has 1 inputs, and Add takes 2"),
+    "inputs are missing": (lambda m: node(m, "bias").input.pop(), "has 1 inputs, but Add takes 2"),
     "an input is left out": (lambda m: node(m, "bias").input.__setitem__(0, ""), "Add 'bias' has no input 'A'"),
-    "outputs are too many": (lambda m: node(m, "bias").output.append("more"), "has 2 outputs, and Add takes 1"),
+    "outputs are too many": (lambda m: node(m, "bias").output.append("more"), "has 2 outputs, but Add takes 1"),
     "no op": (lambda m: setattr(node(m, "bias"), "op_type", ""), "has no op"),
     "a function that calls itself": (call_itself, "'own::Twice' calls itself"),
     "functions that call each other": (call_in_a_circle, "calls itself"),
