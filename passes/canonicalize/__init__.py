@@ -1,4 +1,4 @@
-"""`canonicalize`: what exporters say differently, said one way; big weights stay untouched and unread."""
+"""`canonicalize`: rewrites the forms of different exporters into one form, without reading large weights."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from trimtab.passes.graph.copies import merge_copies
 class Canonicalize(Pass):
     """Rewrites every exporter's graph into the forms that `find_anatomy` and the other passes know.
 
-    * Constant nodes become initializers, and small constant expressions their values.
-    * Identity, inference-time Dropout, one-input Concat, and Casts and Reshapes that change nothing go.
+    * Constant nodes become initializers, and small constant expressions are folded.
+    * Identity, inference-time Dropout, one-input Concat, and Casts and Reshapes that change nothing are removed.
     * Reshape → Gemm → Reshape (GPT-2's Conv1D) becomes MatMul + Add; a bias fused into an activation becomes an Add.
-    * A tensor gathered through a grid of all its own indices (transformers' attention masks) is read as it is.
-    * Weights that are equal, or equal when transposed, become one: layers that share a matrix read the same constant.
-    * A product that gate and up of an FFN are packed into becomes two, whose weights are parts of the one.
-    * Shapes and types of intermediate tensors are inferred anew: exporters leave some that contradict inference, and
-      tools such as onnxruntime.quantization refuse those.
-    * Heads of a decoder's cache, whose number or width the inputs leave open, get those of the attention behind.
+    * A tensor gathered through a grid of all its own indices (transformers' attention masks) is read directly.
+    * Weights that are equal, or equal when transposed, are merged: layers that share a matrix read one constant.
+    * A product with packed gate and up projections becomes two, whose weights are parts of its weight.
+    * Shapes and types of intermediate tensors are inferred again: some that exporters write contradict inference, and
+      tools such as onnxruntime.quantization refuse these.
+    * A decoder's cache whose inputs leave the number or width of heads open gets the sizes of its attention.
 
-    Inputs and outputs keep names, types and all other sizes; model-local functions and other domains' nodes stay.
+    Inputs and outputs keep names, types and all other sizes; model-local functions and other domains' nodes stay unchanged.
     """
 
     name: ClassVar[str] = "canonicalize"
-    summary: ClassVar[str] = "Say one way what exporters say differently; changes no result."
+    summary: ClassVar[str] = "Rewrite exporters' forms into one; changes no result."
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         details = {
@@ -44,7 +44,7 @@ class Canonicalize(Pass):
             "biases": split_fused_bias(graph),
         }
         infer_shapes(graph)
-        details["copies"] += remove_copies(graph)  # types are known now: Casts that change nothing too
+        details["copies"] += remove_copies(graph)  # types are known now, so Casts that change nothing are found
         details["gemms"] = lift_gemms(graph)
         details["reshapes"] = remove_reshapes(graph)
         details["grids"] = unfold_grids(graph)

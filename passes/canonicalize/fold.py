@@ -1,4 +1,4 @@
-"""Constant nodes as initializers, and small constant expressions as their values."""
+"""Turns Constant nodes into initializers, and folds small constant expressions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.passes.graph import constant, output_name_of, topological, values
 log = logging.getLogger(__name__)
 
 SMALL = 256
-"""Most elements of a constant that is read: shapes, axes, scalars, rotary frequencies; no weight."""
+"""Maximum elements of a constant that is read: shapes, axes, scalars, rotary frequencies, but no weights."""
 
 _SCALARS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
 
@@ -25,39 +25,39 @@ _FOLDED = frozenset([
     "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow",
     "Reciprocal", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Sin", "Size", "Slice", "Sqrt", "Squeeze",
     "Sub", "Transpose", "Unsqueeze", "Where",
-])  # fmt: skip  # none makes much of little, as Expand and Range would
+])  # fmt: skip  # none has large outputs for small inputs, as Expand and Range have
 
 
 def is_small(tensor: gs.Tensor) -> bool:
-    """True for a constant that is worth reading."""
+    """True for a constant of at most `SMALL` elements."""
     return isinstance(tensor, gs.Constant) and int(np.prod(tensor.shape, dtype=np.int64)) <= SMALL
 
 
 def hoist_constants(graph: gs.Graph) -> int:
-    """Turn Constant nodes into initializers. Their values stay as lazy as they are."""
+    """Turn Constant nodes into initializers, without loading their values."""
     kept = guarded(graph)
-    found = []
+    hoisted = []
     for node in graph.nodes:
         if node.op != "Constant" or node.domain or id(node.outputs[0]) in kept:
             continue
         (key, value), output = next(iter(node.attrs.items())), node.outputs[0]
         if key == "value":
-            made = gs.Constant(output.name, value._values)
+            initializer = gs.Constant(output.name, value._values)
         elif key in _SCALARS:
-            made = constant(output.name, np.array(value, _SCALARS[key]))
+            initializer = constant(output.name, np.array(value, _SCALARS[key]))
         else:
             continue
-        _become(output, made)
-        found.append(node)
-    remove_nodes(graph, found)
-    return len(found)
+        _become(output, initializer)
+        hoisted.append(node)
+    remove_nodes(graph, hoisted)
+    return len(hoisted)
 
 
 def fold_constants(graph: gs.Graph) -> int:
     """Evaluate nodes whose inputs are all small constants, in their own precision."""
     kept = guarded(graph)
     opset = [onnx.helper.make_opsetid("", graph.opset)]
-    found = []
+    folded = []
     for node in topological(graph):
         if node.op not in _FOLDED or node.domain or len(node.outputs) != 1 or id(node.outputs[0]) in kept:
             continue
@@ -82,11 +82,11 @@ def fold_constants(graph: gs.Graph) -> int:
         result = np.asarray(result)
         if result.size <= SMALL:
             _become(node.outputs[0], constant(node.outputs[0].name, result))
-            found.append(node)
-    remove_nodes(graph, found)
-    return len(found)
+            folded.append(node)
+    remove_nodes(graph, folded)
+    return len(folded)
 
 
-def _become(output: gs.Variable, made: gs.Constant) -> None:
+def _become(output: gs.Variable, new: gs.Constant) -> None:
     for consumer in list(output.outputs):
-        consumer.inputs = [made if tensor is output else tensor for tensor in consumer.inputs]
+        consumer.inputs = [new if tensor is output else tensor for tensor in consumer.inputs]

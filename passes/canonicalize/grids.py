@@ -1,4 +1,4 @@
-"""Tensors read through grids of their own indices, read as they are."""
+"""Replaces tensors that are gathered through a grid of all their own indices by the tensors themselves."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trimtab.passes.canonicalize.simplify import guarded
 from trimtab.passes.graph import constant, insert, replace_uses, values
 from trimtab.passes.graph.shapes import Dim, dim, entries
 
-_UNSQUEEZE_TAKES_AXES = 13  # as an input, as written here; they were an attribute before
+_UNSQUEEZE_TAKES_AXES = 13  # as an input; before, they were an attribute
 _BROADCAST = {"Add", "Max", "Min", "Mul", "Sum"}
 
 
 def unfold_grids(graph: gs.Graph) -> int:
     """GatherND(x, grid of all indices of x) becomes x with axes of size one.
 
-    Exporters write an attention mask so where the model indexes it elementwise under `vmap` (transformers 5): a dozen
-    small nodes, and as many index pairs as the result has elements, for what is mask[:, None, None, :].
+    Exporters write this for a mask that the model indexes elementwise under `vmap` (transformers 5). It takes
+    a dozen small nodes, and an index pair for each element of the result, to compute mask[:, None, None, :].
     """
     if graph.opset < _UNSQUEEZE_TAKES_AXES:
         return 0
@@ -52,7 +52,7 @@ class _Walk:
 
 
 def _new_axes(x: gs.Tensor, indices: gs.Tensor) -> list[int] | None:
-    """Where x needs new axes to be what GatherND(x, indices) is; None unless the indices walk along each axis of x."""
+    """The axes that x needs to equal GatherND(x, indices); None unless the indices walk along each axis of x."""
     concat = _producer(indices, "Concat")
     lasts = [_producer(column, "Unsqueeze") for column in concat.inputs] if concat is not None else []
     if concat is None or x.shape is None or len(lasts) != len(x.shape):
@@ -70,7 +70,7 @@ def _new_axes(x: gs.Tensor, indices: gs.Tensor) -> list[int] | None:
 
 
 def _before_broadcast(columns: list[gs.Tensor]) -> list[gs.Tensor] | None:
-    """What the columns were expanded from; None unless to the very shape that they have when broadcast together."""
+    """The columns before Expand; None unless Expand gives them exactly the shape of their joint broadcast."""
     expands = [_producer(column, "Expand") for column in columns]
     walked = [expand.inputs[0] for expand in expands if expand is not None]
     for expand in expands:
@@ -106,7 +106,7 @@ def _producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _axes(unsqueeze: gs.Node | None) -> list[int] | None:
-    """The axes it adds, where they are constant."""
+    """The axes that `unsqueeze` adds; None if they are not constant."""
     return None if unsqueeze is None else _integers(unsqueeze.inputs[1])
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a decoder's cache, where its inputs leave but symbols for them."""
+"""Writes the sizes of a decoder's cache into inputs that have only symbols for them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
 
 def size_caches(graph: gs.Graph) -> int:
-    """Write heads and width into the shapes of inputs that hold past keys and values; returns how many sizes.
+    """Write heads and width into the shapes of inputs with past keys and values; returns the number of sizes.
 
-    ONNX Runtime GenAI's builder gives the width a symbol, though the weights leave no choice. The same symbol becomes
-    the same size everywhere.
+    ONNX Runtime GenAI's builder writes a symbol for the width, though the weights determine it. A symbol becomes the
+    same size everywhere.
     """
     unsized = {id(tensor) for tensor in graph.inputs if _has_open_heads(tensor)}
     if not unsized:
@@ -51,7 +51,7 @@ def _has_open_heads(tensor: gs.Tensor) -> bool:
 
 
 def _cached(node: gs.Node) -> Iterator[gs.Tensor]:
-    """Inputs of `node` that are past keys or values."""
+    """The inputs of `node` with past keys or values."""
     if node.op == "Concat" and node.attrs.get("axis") in (_LENGTH, _LENGTH - 4):
         yield node.inputs[0]
     else:

@@ -1,4 +1,4 @@
-"""Matrix products and biases in one form: MatMul, then Add."""
+"""Rewrites matrix products and biases into one form: MatMul, then Add."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trimtab.passes.graph.shapes import entries
 def lift_gemms(graph: gs.Graph) -> int:
     """Reshape to rows → Gemm → Reshape back, as MatMul + Add on the tensor itself.
 
-    A Gemm works on rows, and a Reshape keeps their order, so the second Reshape with its last size changed from
-    out_features to in_features may as well come before the product. It then often keeps the shape, and goes.
+    A Gemm works on rows, and a Reshape keeps their order. So the second Reshape, with its last size changed from
+    out_features to in_features, can come before the product. There it often keeps the shape, and is removed.
     """
     kept = guarded(graph)
     gone = []
@@ -38,7 +38,7 @@ def lift_gemms(graph: gs.Graph) -> int:
 
 
 def _with_last(graph: gs.Graph, back: gs.Node, linear: Linear) -> gs.Tensor | None:
-    """The target shape of `back` with in_features in place of out_features, or None where it is not of that kind."""
+    """The target shape of `back` with in_features for out_features; None if its last size is not out_features."""
     shape = back.inputs[1]
     sizes = entries(shape)
     zero_copies = not back.attrs.get("allowzero", 0)
@@ -77,7 +77,7 @@ def _lift(graph: gs.Graph, linear: Linear, source: gs.Tensor, back: gs.Node, sha
 
 
 def split_fused_bias(graph: gs.Graph) -> int:
-    """com.microsoft BiasGelu(x, b) and FastGelu(x, b) as Add, then the activation alone."""
+    """Split com.microsoft BiasGelu(x, b) and FastGelu(x, b) into an Add and the activation."""
     count = 0
     for node in list(graph.nodes):
         fused = node.domain == "com.microsoft" and node.op in ("BiasGelu", "FastGelu")

@@ -1,4 +1,4 @@
-"""Two products with the halves of one weight, as `unpack_gates` makes them, as one product again."""
+"""Joins two products with the halves of one weight, which `unpack_gates` has split, into one product again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trimtab.passes.graph.weights import Part
 
 
 def repack(graph: gs.Graph) -> int:
-    """Join the products whose weights, and biases, are still the two halves of one; returns how many pairs.
+    """Join products whose weights and biases are still the two halves of one; returns the number of pairs.
 
-    So a model that no pass has touched stays as it was, and its weight a tensor of its own file: runtimes may map that,
-    and read no copy of it. Two products are no slower (ONNX Runtime 1.31, fp32 and int8, 48 and 384 tokens).
+    So a model that no pass has changed keeps its weight, a tensor of its own file: runtimes can map that, and no copy
+    is written. Two products are no slower (ONNX Runtime 1.31, fp32 and int8, 48 and 384 tokens).
     """
     wholes = {id(t._values): t for t in graph.tensors().values() if isinstance(t, gs.Constant)}
     firsts: dict[Hashable, Linear] = {}
@@ -44,7 +44,7 @@ def _start(linear: Linear) -> int:
 
 
 def _join(graph: gs.Graph, a: Linear, b: Linear, wholes: dict[int, gs.Constant]) -> bool:
-    """Let one product make the outputs of `a` and `b`, first and second half; False if they are no such pair."""
+    """Let one product make the outputs of `a` and `b`, as first and second half; False if they are not such a pair."""
     (product, *adds), (other, *more) = (_nodes(linear) for linear in (a, b))
     name = f"canonicalize/{product.outputs[0].name}/packed"
     pairs = list(zip(product.inputs[1:], other.inputs[1:], strict=False))
@@ -68,7 +68,7 @@ def _join(graph: gs.Graph, a: Linear, b: Linear, wholes: dict[int, gs.Constant])
 
 
 def _nodes(linear: Linear) -> list[gs.Node]:
-    """The product, and the Add of a bias behind it."""
+    """The product, and the Add of its bias."""
     return [node for node in linear.nodes if node.op not in ("Cast", "Transpose")]
 
 
@@ -79,7 +79,7 @@ def _constant(add: gs.Node) -> gs.Tensor:
 def _whole(
     graph: gs.Graph, first: gs.Tensor, last: gs.Tensor, name: str, wholes: dict[int, gs.Constant]
 ) -> gs.Tensor | None:
-    """What constants, which may stand behind Transpose and Cast, are the halves of; None if of nothing."""
+    """The tensor whose halves are two constants, perhaps behind Transpose and Cast; None if there is none."""
     if isinstance(first, gs.Constant) and isinstance(last, gs.Constant):
         a, b = first._values, last._values
         if not (isinstance(a, Part) and isinstance(b, Part) and a.whole is b.whole and a.axis == b.axis):

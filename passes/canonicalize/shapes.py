@@ -1,4 +1,4 @@
-"""Honest shapes of intermediate tensors, and what can be proved from them."""
+"""Infers the shapes of intermediate tensors, and derives facts from them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trimtab.plugins import register_schemas
 
 log = logging.getLogger(__name__)
 
-_READ = 64  # most elements of a constant that shape inference may look into
+_READ = 64  # maximum elements of a constant that shape inference reads
 
 
 def infer_shapes(graph: gs.Graph) -> None:
-    """Replace types and shapes of all intermediate tensors by what ONNX shape inference finds, or by none.
+    """Replace types and shapes of all intermediate tensors by those of ONNX shape inference, or by none.
 
-    Weights take part as typed inputs, so that none is read. Ops of the dialect and of ONNX Runtime have rules of their
-    own; of what an op of another domain puts out, what the file says is believed.
+    Weights are typed inputs of the inference, so that none is read. Ops of the dialect and of ONNX Runtime have rules
+    of their own; for outputs of other domains' ops, the types in the file are used.
     """
     register_schemas()
     nodes = topological(graph)
@@ -60,16 +60,16 @@ def infer_shapes(graph: gs.Graph) -> None:
     except onnx.shape_inference.InferenceError as error:
         log.info("shapes of intermediate tensors are not known: %s", error)
         inferred = []
-    known = {info.name: info for info in inferred}
+    infos = {info.name: info for info in inferred}
     outputs = {id(t) for t in graph.outputs}
     for node in nodes:
         for tensor in node.outputs:
             if id(tensor) not in outputs:
-                _take_over(tensor, known.get(tensor.name))
+                _take_over(tensor, infos.get(tensor.name))
 
 
 def _take_over(tensor: gs.Tensor, info: onnx.ValueInfoProto | None) -> None:
-    """Give `tensor` the type and shape of `info`. A sequence has neither: only its kind is kept."""
+    """Set the type and shape of `tensor` from `info`. A sequence has neither; only its kind is stored."""
     tensor.type = "tensor_type" if info is None else get_onnx_tensor_type(info) or "tensor_type"
     if tensor.type != "tensor_type":
         tensor.dtype = tensor.shape = None
@@ -85,11 +85,11 @@ def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
 def same_shape(node: gs.Node) -> bool:
     """True if the Reshape `node` provably keeps the shape.
 
-    The number of elements stays, so if all axes but one are equal, that one is equal too.
+    A Reshape keeps the number of elements, so if all axes but one are equal, the last one is equal, too.
     """
     source = node.inputs[0]
-    wanted = entries(node.inputs[1])
-    if wanted is None or source.shape is None or len(wanted) != len(source.shape):
+    target = entries(node.inputs[1])
+    if target is None or source.shape is None or len(target) != len(source.shape):
         return False
     copies = 0 if not node.attrs.get("allowzero", 0) else None
-    return sum(entry != dim(source, axis) and entry != copies for axis, entry in enumerate(wanted)) <= 1
+    return sum(entry != dim(source, axis) and entry != copies for axis, entry in enumerate(target)) <= 1

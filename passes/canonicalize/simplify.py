@@ -1,4 +1,4 @@
-"""Nodes that change nothing, taken out."""
+"""Removes nodes that change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def guarded(graph: gs.Graph) -> set[int]:
 
 
 def remove_nodes(graph: gs.Graph, nodes: Collection[gs.Node]) -> None:
-    """Take `nodes` out of the graph, all at once."""
+    """Remove `nodes` from the graph, all at once."""
     gone = {id(node) for node in nodes}
     for node in nodes:
         node.inputs.clear()
@@ -29,20 +29,21 @@ def remove_nodes(graph: gs.Graph, nodes: Collection[gs.Node]) -> None:
 
 
 def remove_copies(graph: gs.Graph) -> int:
-    """Remove Identity, inference-time Dropout, Concat of one tensor, and Casts to the type that is already there."""
+    """Remove Identity, inference-time Dropout, Concat of one tensor, and Casts to the type that the tensor already has."""
     return _remove(graph, _is_copy)
 
 
 def remove_reshapes(graph: gs.Graph) -> int:
-    """Remove Reshapes to the shape that is already there."""
+    """Remove Reshapes to the shape that the tensor already has."""
     return _remove(graph, lambda node: node.op == "Reshape" and same_shape(node))
 
 
-def _remove(graph: gs.Graph, wanted: object) -> int:
+def _remove(graph: gs.Graph, is_removable: object) -> int:
     kept = guarded(graph)
-    found = [node for node in graph.nodes if not node.domain and wanted(node) and _bypass(node, kept)]  # type: ignore[operator]
-    remove_nodes(graph, found)
-    return len(found)
+    own = [node for node in graph.nodes if not node.domain]
+    removed = [node for node in own if is_removable(node) and _bypass(node, kept)]  # type: ignore[operator]
+    remove_nodes(graph, removed)
+    return len(removed)
 
 
 def _is_copy(node: gs.Node) -> bool:
@@ -59,7 +60,7 @@ def _is_copy(node: gs.Node) -> bool:
 
 
 def _bypass(node: gs.Node, kept: set[int]) -> bool:
-    """Let consumers of `node` read its input instead. False where a name that must stay forbids it."""
+    """Let consumers of `node` read its input instead. False if that would drop a name that must stay."""
     source, output = node.inputs[0], node.outputs[0]
     if id(output) not in kept:
         _move_consumers(output, source)

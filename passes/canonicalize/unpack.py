@@ -1,9 +1,9 @@
-"""Gate and up projections that a model packs into one product, as two: ModernBERT, Phi-3, GLM.
+"""Splits gate and up projections that a model packs into one product: ModernBERT, Phi-3, GLM.
 
     x W -> Split (or two Slices) -> act(a) * b -> MatMul
 
-becomes the same behind x W[:, :f] and x W[:, f:], so that a gated FFN has one form. The halves of W stay where
-they are, as parts of the whole, and `repack` makes one product again of halves that no pass has touched.
+reads x W[:, :f] and x W[:, f:] instead, so that a gated FFN has one form. The halves of W are views of the whole, and
+`repack` joins halves that no pass has changed into one product again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trimtab.passes.graph.weights import Part
 
 Range: TypeAlias = tuple[int, int]
 
-_NEAR = 64  # elementwise nodes looked at between a half and the down projection
-_DEPTH = 16  # nodes looked at for the bound of a Slice
+_NEAR = 64  # elementwise nodes visited between a half and the down projection
+_DEPTH = 16  # nodes visited for the bound of a Slice
 
 
 def unpack_gates(graph: gs.Graph) -> int:
-    """Make two products of each whose halves are gate and up of one FFN; returns how many.
+    """Split each product whose halves are gate and up of one FFN; returns the number of split products.
 
     Types and shapes must be known (`infer_shapes`). Quantized weights stay whole.
     """
@@ -49,21 +49,21 @@ def unpack_gates(graph: gs.Graph) -> int:
 
 
 def _halves(linear: Linear) -> dict[Range, gs.Tensor] | None:
-    """First and last half of the features of `linear` → the tensors that hold them; None if it is not so divided."""
-    found: dict[Range, gs.Tensor] = {}
+    """First and last half of the features of `linear` → their tensors; None if it is not divided into halves."""
+    halves: dict[Range, gs.Tensor] = {}
     for node in linear.y.outputs:
         if node.op == "Shape":  # for the bounds of Slices
             continue
         pieces = _pieces(node, linear) if not node.domain else None
-        if pieces is None or found.keys() & pieces.keys():
+        if pieces is None or halves.keys() & pieces.keys():
             return None
-        found |= pieces
+        halves |= pieces
     size, half = linear.out_features, linear.out_features // 2
-    return found if found.keys() == {(0, half), (half, size)} else None
+    return halves if halves.keys() == {(0, half), (half, size)} else None
 
 
 def _pieces(node: gs.Node, linear: Linear) -> dict[Range, gs.Tensor] | None:
-    """What a Split or a Slice along the features takes of them."""
+    """The ranges of features that a Split or Slice takes, with their tensors; None if it does not divide features."""
     size, shape = linear.out_features, linear.y.shape
     if shape is None:
         return None
@@ -77,9 +77,9 @@ def _pieces(node: gs.Node, linear: Linear) -> dict[Range, gs.Tensor] | None:
             return None
         return {(0, size // 2): node.outputs[0], (size // 2, size): node.outputs[1]}
     if node.op == "Slice" and len(node.inputs) >= 4 and len(node.inputs[3].shape or ()) == 1:
-        given = [_bounds(tensor, 1) for tensor in node.inputs[1:5] if tensor.name]
-        numbers = [bounds[0] for bounds in given if bounds is not None]
-        if len(numbers) != len(given) or None in numbers:
+        arguments = [_bounds(tensor, 1) for tensor in node.inputs[1:5] if tensor.name]
+        numbers = [bounds[0] for bounds in arguments if bounds is not None]
+        if len(numbers) != len(arguments) or None in numbers:
             return None
         start, stop, axis, step = [int(n or 0) for n in [*numbers, 1]][:4]
         if axis in (-1, len(shape) - 1) and step == 1:
@@ -88,10 +88,10 @@ def _pieces(node: gs.Node, linear: Linear) -> dict[Range, gs.Tensor] | None:
 
 
 def _bounds(tensor: gs.Tensor, count: int, depth: int = _DEPTH) -> list[int | None] | None:
-    """The `count` integers that `tensor` holds, which exporters compute of sizes; None for those that are not known."""
+    """The `count` integers in `tensor`, which exporters compute from sizes; None for unknown ones."""
     if isinstance(tensor, gs.Constant):
-        known = len(tensor.shape) < 2 and math.prod(tensor.shape) == count
-        return [int(v) for v in values(tensor).reshape(-1)] if known else None
+        readable = len(tensor.shape) < 2 and math.prod(tensor.shape) == count
+        return [int(v) for v in values(tensor).reshape(-1)] if readable else None
     node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
     if node is None or not depth:
         return None
@@ -118,9 +118,9 @@ def _shape_before(tensor: gs.Tensor) -> list[int | str] | None:
 
 
 def _is_gated(linear: Linear, halves: dict[Range, gs.Tensor]) -> bool:
-    """True if both halves go through elementwise nodes alone to one product, of the sizes of a down projection."""
+    """True if both halves reach, through elementwise nodes only, one product with the sizes of a down projection."""
     downs = [list(_products_behind(half)) for half in halves.values()]
-    products = {id(node): node for found in downs for node in found}
+    products = {id(node): node for nodes in downs for node in nodes}
     if len(products) != 1 or not all(downs):
         return False
     down = match_linear(next(iter(products.values())))
@@ -129,7 +129,7 @@ def _is_gated(linear: Linear, halves: dict[Range, gs.Tensor]) -> bool:
 
 
 def _products_behind(tensor: gs.Tensor) -> Iterator[gs.Node]:
-    """The nodes other than elementwise ones that read `tensor`, behind such."""
+    """The first nodes behind `tensor` that are not elementwise."""
     seen: set[int] = set()
     queue = deque([tensor])
     while queue and len(seen) < _NEAR:
@@ -145,7 +145,7 @@ def _products_behind(tensor: gs.Tensor) -> Iterator[gs.Node]:
 def _project(
     graph: gs.Graph, linear: Linear, product: gs.Node, at: Range, name: str, parts: dict[tuple[int, Range], gs.Constant]
 ) -> gs.Variable:
-    """The features `at` of `linear`, by a product of their own."""
+    """The features `at` of `linear`, computed by a product of their own."""
     name = f"canonicalize/{name}"
     leading = None if linear.y.shape is None else linear.y.shape[:-1]
 
@@ -168,7 +168,7 @@ def _project(
 def _part(
     graph: gs.Graph, tensor: gs.Tensor, axis: int, at: Range, name: str, parts: dict[tuple[int, Range], gs.Constant]
 ) -> gs.Tensor:
-    """The part `at` of a constant along `axis`, which may stand behind Transpose and Cast."""
+    """The part `at` along `axis` of a constant, perhaps behind Transpose and Cast."""
     if isinstance(tensor, gs.Constant):
         key = id(tensor), at
         if key not in parts:

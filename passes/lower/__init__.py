@@ -1,6 +1,6 @@
-"""What a target cannot do, as standard ops that it can: the dialect, ONNX Runtime's own ops, TopK of many.
+"""Lowers ops that a target lacks to standard ops: the dialect, ONNX Runtime's own ops, TopK with a large k.
 
-No pass of recipes: a target asks for it when it builds, and the build keeps the graph as it was beside the engine.
+This is not a pass of recipes: a target applies it at build time, and the build also stores the original graph.
 """
 
 from trimtab.passes.lower.lower import lower, tell_head_dim

@@ -1,7 +1,7 @@
-"""com.microsoft GroupQueryAttention and RotaryEmbedding in standard ops.
+"""Lowers com.microsoft GroupQueryAttention and RotaryEmbedding to standard ops.
 
-The cache grows by concatenation, and the mask of the graph's inputs tells which of it is real. ONNX Runtime's op writes
-over the padding behind a shorter prompt instead: keys and values lie elsewhere, what comes of them is the same.
+The cache grows by concatenation, and the graph's mask marks its real tokens. ONNX Runtime's op overwrites the padding
+behind a shorter prompt instead: keys and values are stored at other positions, but the output is the same.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ _OPTIONS = {
     "smooth_softmax", "qk_output", "k_quant_type", "v_quant_type", "kv_cache_bit_width",
 }  # fmt: skip
 _PLAIN = {"smooth_softmax": (0, -1), "qk_output": (0,), "kv_cache_bit_width": (0,)}
-"""Options that are taken with these values alone."""
-_LEAST = -1e4  # of a score that counts for nothing: exp of it is 0 in every type, and half precision holds it
+"""Options of which only these values are supported."""
+_MASKED = -1e4  # added to masked scores: exp of it is 0 in every type, and it is finite in half precision
 
 
 @dataclass
 class Masks:
-    """What the attention of all layers shares, made when it is first asked for.
+    """The additive masks that the attention of all layers shares, each created at its first use.
 
     Attributes:
         mask: the graph's input [batch, past + tokens], 1 for real tokens.
-        ids: the graph's input [batch, tokens], if it has one: of sizes, those of inputs serve best.
+        ids: the graph's input [batch, tokens], if it has one: sizes are best read from inputs.
+        cache: (groups, window, type) → mask.
     """
 
     mask: gs.Tensor
     ids: gs.Tensor | None
-    made: dict[tuple[int, int, str], gs.Tensor]
+    cache: dict[tuple[int, int, str], gs.Tensor]
 
     @classmethod
     def of(cls, graph: gs.Graph) -> Masks:
@@ -47,9 +48,9 @@ class Masks:
         return cls(flat["attention_mask"], flat.get("input_ids"), {})
 
     def __call__(self, nodes: Nodes, tokens: gs.Tensor, groups: int, window: int, dtype: np.dtype) -> gs.Tensor:
-        """What is added to scores [batch, kv heads, groups · tokens, past + tokens]: 0, or a lot less."""
+        """The additive mask of scores [batch, kv heads, groups · tokens, past + tokens]: 0 or `_MASKED`."""
         key = groups, window, str(dtype)
-        if key not in self.made:
+        if key not in self.cache:
             total = nodes.size(self.mask, 1)
             at = _count(nodes, total)
             own = nodes("Unsqueeze", nodes("Add", _count(nodes, tokens), nodes("Sub", total, tokens)), [1])
@@ -60,12 +61,12 @@ class Masks:
             kept = nodes("Mul", real, seen)
             if window > 0:
                 kept = nodes("Mul", kept, self._near(nodes, tokens, total, window, dtype))
-            less = nodes("Mul", nodes("Sub", np.array(1, dtype), kept, dtype=dtype), np.array(_LEAST, dtype))
-            self.made[key] = less if groups == 1 else nodes("Concat", *[less] * groups, axis=2)
-        return self.made[key]
+            less = nodes("Mul", nodes("Sub", np.array(1, dtype), kept, dtype=dtype), np.array(_MASKED, dtype))
+            self.cache[key] = less if groups == 1 else nodes("Concat", *[less] * groups, axis=2)
+        return self.cache[key]
 
     def _near(self, nodes: Nodes, tokens: gs.Tensor, total: gs.Tensor, window: int, dtype: np.dtype) -> gs.Tensor:
-        """1 where a key is among the last `window` real tokens up to the query, [batch, 1, tokens, total]."""
+        """1 for keys among the last `window` real tokens up to the query, else 0, [batch, 1, tokens, total]."""
         place = nodes("CumSum", nodes("Cast", self.mask, dtype=np.int32, to=onnx_type(np.int32)), np.array(1, np.int64))
         start = nodes("Sub", total, tokens)
         query = nodes("Slice", place, start, total, [1])
@@ -103,24 +104,24 @@ def group_query_attention(nodes: Nodes, node: gs.Node, masks: Masks, head_dim: i
         nodes("Reshape", nodes("Mul", q, np.array(scale, dtype)), [0, kv_heads, -1, head_dim])
         if groups > 1
         else (nodes("Mul", q, np.array(scale, dtype)))
-    )  # the heads that share keys stand below each other
+    )  # heads that share keys are stacked as rows
     scores = nodes("MatMul", rows, nodes("Transpose", present[0], perm=[0, 1, 3, 2]))
     cap = float(node.attrs.get("softcap", 0.0))
     if cap:
         scores = nodes("Mul", nodes("Tanh", nodes("Mul", scores, np.array(1 / cap, dtype))), np.array(cap, dtype))
     window = int(node.attrs.get("local_window_size", -1))
     chances = nodes("Softmax", nodes("Add", scores, masks(nodes, tokens, groups, window, dtype)), axis=-1)
-    found = nodes("MatMul", chances, present[1])
+    context = nodes("MatMul", chances, present[1])
     if groups > 1:
-        found = nodes("Reshape", found, [0, heads, -1, head_dim])
-    flat = nodes("Reshape", nodes("Transpose", found, perm=[0, 2, 1, 3]), [0, 0, heads * head_dim])
+        context = nodes("Reshape", context, [0, heads, -1, head_dim])
+    flat = nodes("Reshape", nodes("Transpose", context, perm=[0, 2, 1, 3]), [0, 0, heads * head_dim])
     return [flat, *present]
 
 
 def rotate(
     nodes: Nodes, x: gs.Tensor, cos: gs.Tensor, sin: gs.Tensor, interleaved: bool, width: int, rotated: int
 ) -> gs.Tensor:
-    """x [batch, heads, tokens, width]; its first `rotated` turned by cos and sin [batch, 1, tokens, rotated / 2]."""
+    """x [batch, heads, tokens, width], its first `rotated` turned by cos and sin [batch, 1, tokens, rotated / 2]."""
     turned, rest = x, None
     if rotated < width:
         turned, rest = _parts(nodes, x, [rotated, width - rotated])
@@ -164,18 +165,18 @@ def _check(node: gs.Node) -> None:
     unknown = [key for key in node.attrs if key not in _OPTIONS]
     if extra or odd or unknown or not all(t.name for t in node.inputs[3:6]):
         what = ", ".join([*extra, *odd, *unknown]) or "no past"
-        raise ModelError(f"{node.name}: GroupQueryAttention with {what}, which has no form in standard ops here")
+        raise ModelError(f"{node.name}: GroupQueryAttention with {what} cannot be lowered to standard ops")
 
 
 def _positions(nodes: Nodes, last: gs.Tensor, tokens: gs.Tensor) -> gs.Tensor:
-    """Of new tokens, [batch, tokens]: they stand behind what is real, whose last one `last` [batch] tells."""
+    """Positions of the new tokens, [batch, tokens]; `last` [batch] is the position of each row's last token."""
     wide = nodes("Cast", last, dtype=np.int64, to=onnx_type(np.int64))
     start = nodes("Max", nodes("Sub", nodes("Add", wide, [1]), tokens), [0])
     return nodes("Add", nodes("Unsqueeze", nodes("Reshape", start, [-1]), [1]), _count(nodes, tokens))
 
 
 def _count(nodes: Nodes, size: gs.Tensor) -> gs.Tensor:
-    """0, 1, ... up to `size`."""
+    """0, 1, ..., `size` - 1."""
     end = nodes("Reshape", size, np.zeros(0, np.int64), dtype=np.int64)
     return nodes("Range", np.array(0, np.int64), end, np.array(1, np.int64), dtype=np.int64)
 
@@ -187,6 +188,6 @@ def _unpacked(nodes: Nodes, packed: gs.Tensor, head_dim: int, heads: tuple[int, 
 def _parts(nodes: Nodes, x: gs.Tensor, sizes: list[int], axis: int = 3) -> list[gs.Variable]:
     name = nodes.next("Split")
     outputs = [gs.Variable(f"{name}.{i}", type_of(x)) for i in range(len(sizes))]
-    made = gs.Node("Split", name, attrs={"axis": axis}, inputs=[x, nodes.tensor(sizes)], outputs=outputs)
-    nodes.graph.nodes.append(made)
+    split = gs.Node("Split", name, attrs={"axis": axis}, inputs=[x, nodes.tensor(sizes)], outputs=outputs)
+    nodes.graph.nodes.append(split)
     return outputs

@@ -1,4 +1,4 @@
-"""Smaller ops of ONNX Runtime's own domain in standard ops: norms, activations, quantized products."""
+"""Lowers smaller ops of ONNX Runtime's own domain to standard ops: norms, activations, quantized products."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _quick_gelu(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 def _matmul_nbits(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
-    """Integers in blocks, where zero is their middle; else, and for other widths, the floats that they stand for."""
+    """A product with blockwise integers if their zero is the middle and the width is 4 or 8 bits, else with floats."""
     x = node.inputs[0]
     dtype = type_of(x)
     n, k, bits, block = (int(node.attrs[key]) for key in ("N", "K", "bits", "block_size"))
@@ -88,4 +88,4 @@ RULES: dict[str, Rule] = {
     "QuickGelu": _quick_gelu,
     "MatMulNBits": _matmul_nbits,
 }
-"""Op → what computes its outputs; None for one that nobody may use."""
+"""Op → the rule that computes its outputs; None for an output that no node may use."""

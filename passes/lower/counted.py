@@ -1,4 +1,4 @@
-"""Ops whose outputs have a size that is counted at run time, in ops that TensorRT's parser takes."""
+"""Lowers ops whose output size is counted at run time to ops that TensorRT's parser supports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _END = np.iinfo(np.int64).max
 
 
 def _places(nodes: Nodes, flags: gs.Tensor) -> gs.Variable:
-    """Where `flags` [n] is not zero, ascending, [counted], int64.
+    """The indices of nonzero `flags` [n], ascending, [counted], int64.
 
-    Running sums are the places among those; the rest is written behind them, and a slice, whose end is the last sum,
-    leaves it out.
+    The running sum of flags is the position of an index in the result. Other indices are written to a spare position
+    at the end, and a slice up to the last sum removes it.
     """
     chosen = nodes("Cast", flags, dtype=np.bool_, to=onnx_type(np.bool_))
     count = nodes("Shape", flags)
@@ -36,8 +36,8 @@ def _non_zero(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     (x,) = node.inputs
     if not x.shape:
         raise ModelError(
-            f"{node.name or node.outputs[0].name}: how many axes its input has is not in the graph",
-            hint="export it again",
+            f"{node.name or node.outputs[0].name}: the rank of its input is not known",
+            hint="export the model again",
         )
     axes = len(x.shape)
     places = _places(nodes, x if axes == 1 else nodes("Reshape", x, [-1], dtype=x.dtype))
@@ -45,7 +45,7 @@ def _non_zero(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
         return [nodes("Unsqueeze", places, [0])]
     rows: list[gs.Tensor] = []
     for axis in reversed(range(axes)):
-        size = nodes("Max", nodes.size(x, axis), [1])  # ONNX Runtime divides by it even where there is no element
+        size = nodes("Max", nodes.size(x, axis), [1])  # ONNX Runtime divides by the size even of an empty tensor
         rows.insert(0, nodes("Unsqueeze", nodes("Mod", places, size, dtype=np.int64), [0]))
         places = nodes("Div", places, size)
     return [nodes("Concat", *rows, axis=0)]
@@ -59,4 +59,4 @@ def _compress(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 RULES: dict[str, Rule] = {"NonZero": _non_zero, "Compress": _compress}
-"""Op → what computes its output."""
+"""Op → the rule that computes its output."""

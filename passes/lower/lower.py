@@ -1,4 +1,4 @@
-"""Node by node: each op that a target lacks gives its place to standard ops."""
+"""Replaces each op that a target lacks by standard ops, node by node."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from trimtab.passes.lower.topk import in_rounds, needs_rounds
 from trimtab.plugins import DOMAIN
 from trimtab.plugins.lowering import Nodes, Range, rules
 
-_OPSET = 21  # in which DequantizeLinear takes blocks, and Gelu and ReduceMax are what is written here
+_OPSET = 21  # from it on, DequantizeLinear supports blocks, and Gelu and ReduceMax have the forms that rules write
 _MICROSOFT = "com.microsoft"
 _ONNX_ATTENTION = "ai.onnx Attention"
 
 
 def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
-    """Rewrite `graph` in place, so that TensorRT's parser takes it. Weights of the ops that change are read.
+    """Rewrite `graph` in place, so that TensorRT's parser supports it. Reads the weights of the ops that change.
 
-    Rules of the dialect's ops are in their folders. Its ops without one stay, with their reference bodies, and so do
-    nodes that have been made plugins, which have other names.
+    The rules of the dialect's ops are in their folders. Ops of the dialect without a rule stay, with their reference
+    bodies, and so do nodes that are now plugins, which have other names.
 
     Args:
-        tokens: fewest and most tokens of a call, all rows together, where that is known.
+        tokens: the minimum and maximum number of tokens of a call, all rows together, if known.
 
     Returns:
-        op → how many of it were rewritten.
+        op → the number of rewritten nodes.
 
     Raises:
-        ModelError: an op is used in a way that has no form in standard ops; names the node.
+        ModelError: a use of an op cannot be lowered to standard ops; the message names the node.
     """
-    wanted = [node for node in graph.nodes if _rule(node)]
-    done: Counter[str] = Counter()
-    if not wanted:
-        return dict(done)
+    to_lower = [node for node in graph.nodes if _rule(node)]
+    lowered: Counter[str] = Counter()
+    if not to_lower:
+        return dict(lowered)
     raise_opset(graph, _OPSET)
     infer_shapes(graph)
     tell_head_dim(graph)
@@ -57,7 +57,7 @@ def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
             if new is not None:
                 _take_over(graph, old, new)
         node.outputs.clear()
-        done[node.op] += 1
+        lowered[node.op] += 1
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
     parts = (graph, *graph.subgraphs(recursive=True))
@@ -65,11 +65,11 @@ def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
     graph.functions = [f for f in graph.functions if f.domain != DOMAIN or f.name in left]
     if not left:
         graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
-    return dict(done)
+    return dict(lowered)
 
 
 def tell_head_dim(graph: gs.Graph) -> None:
-    """Write into the inputs of a decoder's cache how wide a head is, of which some exporters leave but a symbol."""
+    """Write the width of a head into the inputs of a decoder's cache, where some exporters write only a symbol."""
     width = None
     for node in graph.nodes:
         if node.op != "GroupQueryAttention":
@@ -88,14 +88,14 @@ def _head_dim(graph: gs.Graph) -> int | None:
 
 
 def _rule(node: gs.Node) -> str | None:
-    """The name under which `_Lowering` knows the node; None for what stays."""
+    """The name of the node's rule in `_Lowering`; None for a node that stays."""
     if node.domain == DOMAIN:
         return node.op if node.op in rules() else None
     if node.domain == _MICROSOFT and node.op in ("GroupQueryAttention", "RotaryEmbedding", *RULES):
         return node.op
     if is_wide(node):
         return _ONNX_ATTENTION
-    if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's, though of the standard domain
+    if node.op == "SimplifiedLayerNormalization":  # ONNX Runtime's op, though in the standard domain
         return node.op
     if node.domain:
         return None
@@ -103,7 +103,7 @@ def _rule(node: gs.Node) -> str | None:
 
 
 class _Lowering:
-    """Rules by op, and what the nodes of one graph share."""
+    """The rules by op, and the tensors that the nodes of one graph share."""
 
     def __init__(self, graph: gs.Graph, tokens: Range | None) -> None:
         self.graph, self.tokens = graph, tokens
@@ -120,10 +120,10 @@ class _Lowering:
         }
 
     def of(self, name: str, node: gs.Node) -> list[gs.Tensor | None]:
-        """The tensors that take the place of the outputs of `node`."""
+        """The tensors that replace the outputs of `node`."""
         first = len(self.graph.nodes)
         made = self._rules[name](self._nodes(node.name or node.outputs[0].name), node)
-        for later in self.graph.nodes[first:]:  # a rule may write a TopK that is too large itself
+        for later in self.graph.nodes[first:]:  # a rule may write a TopK with too large a k
             if name != "TopK" and needs_rounds(later):
                 again = in_rounds(self._nodes(later.name), later)
                 made = [_swapped(tensor, later.outputs, again) for tensor in made]
@@ -141,15 +141,15 @@ class _Lowering:
         return list(group_query_attention(nodes, node, self._masks, self._width(node)))
 
     def _width(self, node: gs.Node) -> int:
-        """Of one head."""
+        """The width of one head."""
         past = node.inputs[3].shape
         if past is not None and isinstance(past[-1], int) and past[-1] > 0:
             return int(past[-1])
         if self._head_dim is None:
-            found = _head_dim(self.graph)
-            if found is None:
-                raise ModelError(f"{node.name}: the width of its heads is not in the graph", hint="export it again")
-            self._head_dim = found
+            head_dim = _head_dim(self.graph)
+            if head_dim is None:
+                raise ModelError(f"{node.name}: the width of its heads is not known", hint="export the model again")
+            self._head_dim = head_dim
         return self._head_dim
 
 
@@ -158,7 +158,7 @@ def _of_dialect(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:
     try:
         return [*rule(nodes, node, {i.name: t for i, t in zip(op.inputs, node.inputs, strict=False) if t.name})]
     except ValueError as error:
-        raise ModelError(f"{node.name}: {error}", hint="compile it again") from error
+        raise ModelError(f"{node.name}: {error}", hint="compile the model again") from error
 
 
 def _swapped(tensor: gs.Tensor | None, old: list[gs.Tensor], new: list[gs.Tensor]) -> gs.Tensor | None:
@@ -166,9 +166,9 @@ def _swapped(tensor: gs.Tensor | None, old: list[gs.Tensor], new: list[gs.Tensor
 
 
 def _take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let `new` stand for `old`, also as an output of the graph."""
+    """Replace `old` by `new`, also as an output of the graph."""
     if any(t is old for t in graph.outputs) and (not isinstance(new, gs.Variable) or not new.inputs):
-        raise ModelError(f"{old.name!r}: an output of the graph is one of its constants or inputs")
+        raise ModelError(f"{old.name!r}: lowering makes this output of the graph a constant or an input")
     replace_uses(graph, old, new)
     if new.shape is None:
         new.shape = old.shape
