@@ -1,1 +1,1 @@
-"""What is looked at before a build may be believed: its numbers, its task, its time, all against the dense model."""
+"""Checks of a build against its dense model: the numbers of its outputs, its task quality, its time and its cost."""

@@ -1,4 +1,4 @@
-"""`trimtab bench`: how fast is a build beside its dense model? All engines take turns, with the same threads."""
+"""`trimtab bench`: times a build and its dense model. All engines take turns, with the same number of threads."""
 
 from __future__ import annotations
 
@@ -48,25 +48,28 @@ def bench(
 ) -> Bench:
     """Time the engine of `build` and its peers, and record the result beside it.
 
-    Of a decoder for ONNX Runtime, prompts and steps behind them are timed apart, each engine in a process of its own.
+    For a decoder on ONNX Runtime, prompts and steps are timed apart, each engine in a process of its own.
 
     Args:
-        peers: beside the dense model on the engine's own target, and dynamic int8 where that is ONNX Runtime.
-        shapes: (batch, tokens) to time, of a decoder those of prompts; by default the least and the opt batch, at opt
-            tokens; of a decoder the opt batch, behind as many tokens as the workload's opt past.
-        threads: of every engine, which shards share; by default those of the recipe, else one per physical core.
-        seconds: for each shape, all engines together.
+        peers: peers to time besides the dense model on the engine's own target, and besides dynamic int8 where that
+            target is ONNX Runtime.
+        shapes: (batch, tokens) to time; for a decoder, the shapes of prompts. By default the smallest and the opt
+            batch, at opt tokens; for a decoder the opt batch, behind as many tokens as the workload's opt past.
+        threads: threads of every engine, shared by its shards; by default those of the recipe, else one per physical
+            core.
+        seconds: timing budget of each shape, for all engines together.
         dense: the dense ONNX file; by default the one that the build was compiled from.
-        data: what peers that are calibrated statically are calibrated on, as the build's recipe says.
+        data: calibration data of peers that are calibrated statically, with the calibration options of the recipe.
         dials, speed: the setting at which the build runs, as `Engine.run` takes them.
-        gguf, llama_python: what the peer llama.cpp runs, and the interpreter that has it; see `OtherEngines`.
+        gguf, llama_python: the GGUF file of the peer llama.cpp, and an interpreter with llama-cpp-python; see
+            `OtherEngines`.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, or a peer
             cannot run.
     """
     decoder = decodes(build)
-    check_peers(peers, DECODER_PEERS)  # all this before minutes of work
+    check_peers(peers, DECODER_PEERS)  # all checks come before minutes of work
     if decoder:
         shapes = shapes or [usual_prompt(build)]
     others = other_engines(build, peers, shapes or (), gguf, llama_python)
@@ -84,7 +87,7 @@ def bench(
         timed = time_decoder(
             build, model, others, peers, shapes, threads=threads, seconds=seconds, setting=setting, progress=progress
         )
-        return _found(build, threads, timed, usual_prompt(build), setting)
+        return _recorded(build, threads, timed, usual_prompt(build), setting)
     engine = load(build.path, threads=max(1, threads // shards), verify=False)
     runs: dict[str, Run] = {COMPILED: converting(partial(engine.run, dials=dials, speed=speed), engine.inputs)}
     if build.manifest.target == "onnxruntime":
@@ -93,19 +96,19 @@ def bench(
         runs[DENSE] = dense_engine(build.manifest.target, model.canonical, workload, threads)
     runs |= {name: open_peer(name, model, threads) for name in peers if name not in runs}
     timed = time_runs(runs, graph, workload, shapes, seconds=seconds, progress=progress)
-    return _found(build, threads, timed, (workload.batch[1], workload.tokens[1]), setting)
+    return _recorded(build, threads, timed, (workload.batch[1], workload.tokens[1]), setting)
 
 
-def _found(
+def _recorded(
     build: Build,
     threads: int,
     timed: Mapping[tuple[int, int], Sequence[TimedRun]],
     opt: tuple[int, int],
     setting: dict[str, float],
 ) -> Bench:
-    """The result of `build`, recorded; what its speedup tells of is `opt`, or the last shape."""
+    """Record the result of `build` and return it. Its speedup is that of the shape `opt`, or of the last shape."""
     headline = timed[opt] if opt in timed else list(timed.values())[-1]
-    found = Bench(
+    result = Bench(
         target=build.manifest.target,
         machine=this_machine(threads),
         versions=package_versions(),
@@ -115,14 +118,14 @@ def _found(
         setting=setting,
         like_for_like=KEYS[INT8 if any("dynamic-int8" in step for step in build.manifest.recipe["passes"]) else DENSE],
     )
-    record(build, speed=_summary(found))
-    return found
+    record(build, speed=_summary(result))
+    return result
 
 
 def default_threads(build: Build) -> int:
-    """Threads that engines get where none are asked for: those of the recipe, else one per physical core."""
-    wished = (build.manifest.recipe.get("threads") or 0) * build.manifest.shards
-    return wished or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    """Threads of each engine where the user names no number: those of the recipe, else one per physical core."""
+    recipe_threads = (build.manifest.recipe.get("threads") or 0) * build.manifest.shards
+    return recipe_threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def time_runs(
@@ -138,14 +141,14 @@ def time_runs(
     axes = {axis for shape in workload.axes(graph).values() for axis in shape}
     others = {name: sizes[1] for name, sizes in workload.dims.items()}
     rng = np.random.default_rng(0)
-    found = {}
+    timed_runs = {}
     for done, (batch, tokens) in enumerate(shapes):
         if progress:
             progress("bench", done, len(shapes))
         feeds = random_feeds(graph, {**others, "batch": batch, "tokens": tokens}, rng)
         timings = interleave({name: partial(run, feeds) for name, run in runs.items()}, seconds=seconds, rest=REST_S)
         ours = timings[COMPILED].median_ms
-        found[batch, tokens] = [
+        timed_runs[batch, tokens] = [
             TimedRun(
                 name=name, batch=batch, tokens=tokens if "tokens" in axes else None, median_ms=timing.median_ms,
                 p95_ms=timing.p95_ms, samples=timing.samples, ratio=timing.median_ms / ours,
@@ -154,7 +157,7 @@ def time_runs(
         ]  # fmt: skip
     if progress:
         progress("bench", len(shapes), len(shapes))
-    return found
+    return timed_runs
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -163,22 +166,22 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     Raises:
         RecipeError: not of that form, or a size below 1.
     """
-    found = []
+    shapes = []
     for part in text.split(","):
         sizes = part.strip().lower().split("x")
         if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise RecipeError(f"shape {part.strip()!r} is not of the form BATCHxTOKENS", hint="such as 1x48,8x48")
-        found.append((int(sizes[0]), int(sizes[1])))
-    return found
+        shapes.append((int(sizes[0]), int(sizes[1])))
+    return shapes
 
 
-def _summary(found: Bench) -> dict[str, object]:
+def _summary(result: Bench) -> dict[str, object]:
     """What measured.json keeps: flat, so that the report shows it as tables."""
-    single = {name: round(ratio, 3) for name, ratio in found.speedup.items() if ratio is not None}
-    turned = {"setting": ", ".join(f"{k} {v:g}" for k, v in found.setting.items())} if found.setting else {}
+    single = {name: round(ratio, 3) for name, ratio in result.speedup.items() if ratio is not None}
+    setting = {"setting": ", ".join(f"{k} {v:g}" for k, v in result.setting.items())} if result.setting else {}
     return {
         **single,
-        **turned,
-        **found.machine.model_dump(mode="json"),
-        "runs": [run.model_dump(exclude=None if found.steps else {"past", "memory_mb"}) for run in found.runs],
+        **setting,
+        **result.machine.model_dump(mode="json"),
+        "runs": [run.model_dump(exclude=None if result.steps else {"past", "memory_mb"}) for run in result.runs],
     }

@@ -1,7 +1,8 @@
-"""Default bounds beyond which nobody would ship a build: what `validate` warns of where no limit was given.
+"""Default bounds beyond which nobody would ship a build: `validate` warns of them where the user gives no limit.
 
-They lie beyond what builds lose that people do ship, such as dense int8, and before what ruins a model; docs/checks.md
-has the measurements. With data the task decides, since outputs of a good build may be off by several per cent.
+A bound is larger than the loss of builds that people do ship, such as dense int8, and smaller than the loss of a ruined
+model; docs/checks.md has the measurements. With data the task quality decides, since outputs of a good build may be off
+by several per cent.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from trimtab.compiler.checks.measure import OutputError, in_brief
 from trimtab.compiler.checks.perplexity import Perplexity
 
 MAX_ERROR = 0.5
-"""Root mean square of y - y_dense at one shape, of that of y_dense over all shapes, where no data say what it costs.
+"""RMS of y - y_dense at one shape, divided by the RMS of y_dense over all shapes; used where no data are given.
 
-The relative error at one shape alone would not do: one sample whose logits happen to be near 0 exceeds any bound.
+The relative error at one shape alone does not serve: one sample whose logits happen to be near 0 exceeds any bound.
 """
 
 MAX_DROP = 1.0
@@ -32,10 +33,10 @@ MIN_AGREEMENT = 0.9
 """Share of equal classes, tokens or decisions on labels."""
 
 MIN_KAPPA = 0.7
-"""Cohen's kappa of decisions beside dense ones, which must lie below with 95 % confidence."""
+"""Cohen's kappa of decisions beside dense ones. The warning needs 95 % confidence that kappa is below the bound."""
 
 MIN_F1 = 0.5
-"""F1 of the worst class or label beside dense decisions, which must lie below with 95 % confidence."""
+"""F1 of the worst class or label beside dense decisions. The warning needs 95 % confidence that F1 is below."""
 
 MIN_COSINE = 0.95
 """Mean cosine of embeddings with dense ones."""
@@ -49,14 +50,14 @@ MIN_SPEARMAN = 0.95
 """Rank correlation of scores with dense ones."""
 
 MAX_SCORE_ERROR = 0.25
-"""Mean error of scores, of the standard deviation of the dense scores."""
+"""Mean error of scores, divided by the standard deviation of the dense scores."""
 
 MAX_PERPLEXITY = 1.1
-"""Compiled by dense perplexity."""
+"""Compiled perplexity divided by dense perplexity."""
 
 
 def large_errors(comparisons: Iterable[OutputError]) -> Iterator[str]:
-    """One sentence for each output of `comparisons`, which have it at every shape, that is beyond `MAX_ERROR`."""
+    """One sentence for each output that is beyond `MAX_ERROR`; `comparisons` has every output at every shape."""
     by_name: dict[str, list[OutputError]] = {}
     for each in comparisons:
         by_name.setdefault(each.output, []).append(each)
@@ -65,12 +66,16 @@ def large_errors(comparisons: Iterable[OutputError]) -> Iterator[str]:
     for what, deviation in in_brief(far, lambda deviation: deviation.of_size):
         yield (
             f"output {what!r} is far from the dense model's: off by {deviation.of_size:.2g} of its size at "
-            f"{deviation.where}, beyond {MAX_ERROR:g} (--max-error sets a limit of your own, --data shows what it costs)"
+            f"{deviation.where}, beyond {MAX_ERROR:g} (--max-error sets your own limit, --data shows what it costs)"
         )
 
 
 class _Deviation(NamedTuple):
-    """Where an output is furthest from the dense model's, as a part of its size over all shapes."""
+    """The largest deviation of an output from the dense model's, and the shape where it occurs.
+
+    Attributes:
+        of_size: RMS of the deviation, divided by the RMS of the dense output over all shapes.
+    """
 
     output: str
     of_size: float
@@ -91,7 +96,7 @@ def poor_quality(quality: Result, worst: str) -> Iterator[str]:
     """One sentence for each figure of `quality` that is beyond its bound.
 
     Args:
-        worst: how to call the sample on which the models differ most.
+        worst: description of the sample on which the models differ most.
     """
     limits = "--min-quality" if quality.drop is None else "--min-quality or --max-drop"
     for figure in _figures(quality):

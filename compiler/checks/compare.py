@@ -1,4 +1,4 @@
-"""Numbers of a compiled model beside those of its dense self, on the same inputs, compared through Polygraphy."""
+"""Compares the outputs of a compiled model and its dense model on the same inputs, through Polygraphy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(
     """Run both models once on the same random inputs.
 
     Args:
-        graph: the dense graph, which says what inputs there are.
+        graph: the dense graph, which declares the inputs.
         dims: sizes of the dynamic dimensions.
         padded: end some rows in padding.
         ids: token ids of real text to draw from.
@@ -40,20 +40,20 @@ def compare(
         One entry for each output of the dense model.
 
     Raises:
-        TargetError: one of them does not run at this shape.
+        TargetError: one of the models does not run at this shape.
     """
     feeds = random_feeds(graph, dims, rng, padded=padded, ids=ids)
     runners = [_Runner(name, run, graph, describe(dims)) for name, run in (("dense", dense), ("compiled", compiled))]
     mask, by_token = feeds.get("attention_mask"), token_outputs(graph)
     compare_func = partial(measure, dims=dict(dims), padded=padded, mask=mask, by_token=by_token)
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # its statistics subtract Inf
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(invalid="ignore"):  # Polygraphy's statistics subtract Inf
         results = Comparator.run(runners, data_loader=[feeds])
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare_func)
     return list(accuracy[("dense", "compiled")][0].values())
 
 
 class _Runner(BaseRunner):
-    """A Run as Polygraphy wants it."""
+    """Wraps a Run as a runner of Polygraphy."""
 
     def __init__(self, name: str, run: Run, graph: gs.Graph, where: str) -> None:
         super().__init__(name)
@@ -61,11 +61,11 @@ class _Runner(BaseRunner):
         self._inputs = {tensor.name: tensor for tensor in graph.inputs}
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        found = TensorMetadata()
+        metadata = TensorMetadata()
         for name, tensor in self._inputs.items():
             shape = [size if isinstance(size, int) and size >= 0 else None for size in tensor.shape]
-            found.add(name, np.dtype(tensor.dtype), shape)
-        return found
+            metadata.add(name, np.dtype(tensor.dtype), shape)
+        return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         self.inference_time = 0.0  # times are measured elsewhere

@@ -1,4 +1,4 @@
-"""Does a batch change its samples? Engines have been seen to get only row 0 of a batch right, without a word."""
+"""Checks that a batch does not change its samples. Some engines compute only row 0 right, without an error."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from trimtab.compiler.feeds import Run, random_feeds
 from trimtab.compiler.workload import Workload
 from trimtab.passes.graph.shapes import token_outputs
 
-_SAMPLES = 8  # of a batch that are run alone as well
+_SAMPLES = 8  # samples of a batch that also run alone
 _ROUNDING = 1e-3  # relative difference that another summation order may make, in float16 too
 _FACTOR = 3  # how much more than its own error a lossy model may differ between alone and in a batch
 
 
 class Consistency(BaseModel):
-    """Whether samples give the same alone and inside a batch.
+    """Whether samples give the same outputs alone and inside a batch.
 
     Attributes:
         difference: ‖y_batch - y_alone‖ / ‖y_alone‖ over some samples of the batch.
-        allowed: more than that is a fault. A lossy model may round differently in company, so this is a multiple of
-            its error alone.
+        allowed: largest difference that is no fault. A lossy model may round differently in a batch, so `allowed` is a
+            multiple of the model's error on single samples.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,13 +71,13 @@ def batch_consistency(
         for name in names:
             three = (reference[name][:1], alone[name][:1], together[name][row : row + 1])
             parts[name].append(tuple(real_values(value, mask if name in by_token else None) for value in three))
-    found = []
+    results = []
     for name in names:
         expected, by_itself, batched = (np.concatenate(arrays) for arrays in zip(*parts[name], strict=True))
         allowed = _ROUNDING + _FACTOR * relative_l2(expected, by_itself)
         difference = relative_l2(by_itself, batched)
-        found.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
-    return found
+        results.append(Consistency(output=name, dims=dict(dims), difference=difference, allowed=allowed))
+    return results
 
 
 def _has_rows(value: np.ndarray, batch: int) -> bool:
@@ -85,7 +85,7 @@ def _has_rows(value: np.ndarray, batch: int) -> bool:
 
 
 def _only(value: np.ndarray, axes: tuple[int | str, ...], row: int, count: int) -> np.ndarray:
-    """Sample `row` of an input, repeated `count` times, the fewest samples that the engine takes."""
+    """Sample `row` of an input, repeated `count` times: the smallest batch that the engine takes."""
     if "batch" not in axes:
         return value
     return np.repeat(value.take([row], axes.index("batch")), count, axes.index("batch"))

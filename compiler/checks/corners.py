@@ -11,7 +11,7 @@ from trimtab.passes.errors import RecipeError
 
 
 def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
-    """The corners of `workload`, in the dimensions that the model has; each once.
+    """The distinct corners of `workload`, in the dimensions that the model has.
 
     Raises:
         RecipeError: a dynamic axis has no range in the workload, or the model takes none of its calls.
@@ -26,9 +26,9 @@ def corners(graph: gs.Graph, workload: Workload) -> list[dict[str, int]]:
 
 
 def calls_at(graph: gs.Graph, workload: Workload, sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """`sizes`, if the dense model takes a call of them; else the calls nearest to them: a prompt, one row, one token.
+    """`sizes`, if the dense model takes a call of these sizes; else the nearest calls: a prompt, one row, one token.
 
-    ONNX Runtime's GroupQueryAttention takes several tokens behind a past for one row alone.
+    ONNX Runtime's GroupQueryAttention takes several tokens behind a past only in a batch of one row.
 
     Raises:
         RecipeError: the workload declares no call that the model takes.

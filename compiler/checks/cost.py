@@ -1,7 +1,7 @@
-"""What a model really computes on given inputs: multiply-adds of its products, tokens and samples that go on.
+"""Counts what a model computes on given inputs: multiply-adds of its products, tokens and samples that go on.
 
-A copy of the graph runs in ONNX Runtime with the sizes of its products as more outputs. So what data decide is counted,
-not estimated: tokens that are removed, samples that leave, padding.
+A copy of the graph runs in ONNX Runtime with the sizes of its products as further outputs. So what depends on the data
+is counted, not estimated: tokens that are removed, samples that leave, padding.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.sparse_up import SPARSE_UP
 
 _PREFIX = "trimtab.cost"
-_GATE, _BLOCKS = ([given.name for given in SPARSE_UP.inputs].index(name) for name in ("gate", "blocks"))
+_GATE, _BLOCKS = ([declared.name for declared in SPARSE_UP.inputs].index(name) for name in ("gate", "blocks"))
 Sizes = Mapping[str, np.ndarray]
 
 
 class Passage(BaseModel):
-    """How many rows entered a node that lets some leave, and how many went on.
+    """Rows that enter a node where some may leave, and rows that go on.
 
     Attributes:
-        where: the node.
+        where: name of the node.
         what: "tokens" or "samples".
     """
 
@@ -46,10 +46,10 @@ class Passage(BaseModel):
 
 
 class Cost(BaseModel):
-    """What was computed.
+    """The work of one run.
 
     Attributes:
-        flops: of products: 2 for each multiply-add. Norms, activations and sums are left out, as usual.
+        flops: FLOPs of products: 2 for each multiply-add. Norms, activations and sums do not count, as usual.
         passages: in the order of computation.
     """
 
@@ -59,7 +59,7 @@ class Cost(BaseModel):
     passages: tuple[Passage, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
-        """Of two runs of one model."""
+        """The cost of two runs of one model together."""
         summed = tuple(
             a.model_copy(update={"entered": a.entered + b.entered, "stayed": a.stayed + b.stayed})
             for a, b in zip(self.passages, other.passages, strict=True)
@@ -72,18 +72,18 @@ class Counter:
 
     Args:
         model: an ONNX file.
-        threads: of one run; None for one per physical core.
+        threads: CPU threads of one run; None for one per physical core.
 
     Attributes:
         inputs: names of the model's inputs, dials among them.
 
     Raises:
-        ModelError: it has a product that cannot be counted; names the node.
-        TargetError: it uses the dialect of another version of trimtab.
+        ModelError: the model has a product that cannot be counted; names the node.
+        TargetError: the model uses the dialect of another version of trimtab.
     """
 
     def __init__(self, model: Path, threads: int | None = None) -> None:
-        uses_dialect(model)  # refuses another version's by the name of this file, not by that of the copy
+        uses_dialect(model)  # refuse another version's dialect here: the message names this file, not the copy
         graph = load_graph(model)
         self.inputs = [tensor.name for tensor in graph.inputs]
         self._inputs = [TensorInfo.of(tensor) for tensor in graph.inputs]
@@ -102,7 +102,7 @@ class Counter:
         return self.run(feeds)[0]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> tuple[Cost, dict[str, np.ndarray]]:
-        """Run once on `feeds`, dials among them; what it costs, and the model's outputs."""
+        """Run once on `feeds`, dials among them; returns the cost and the model's outputs."""
         sizes = self._runner.run(converted(feeds, self._inputs))
         cost = Cost(
             flops=sum(count(sizes) for count in self._products),
@@ -118,27 +118,27 @@ Count = Callable[[Sizes], int]
 
 
 class _Sizes:
-    """Makes sizes of tensors outputs of the graph, each once."""
+    """Adds the sizes of tensors to the outputs of the graph, each once."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self._graph = graph
-        self._known: dict[int, str] = {}
+        self._names: dict[int, str] = {}
 
     def shape(self, tensor: gs.Tensor) -> Callable[[Sizes], list[int]]:
-        """The shape of `tensor` when the graph has run."""
+        """A function that reads the shape of `tensor` from the outputs of a run."""
         if isinstance(tensor, gs.Constant):
             fixed = [int(size) for size in tensor.shape]
             return lambda sizes: fixed
-        if id(tensor) not in self._known:
-            name = self._known[id(tensor)] = f"{_PREFIX}/{len(self._known)}"
+        if id(tensor) not in self._names:
+            name = self._names[id(tensor)] = f"{_PREFIX}/{len(self._names)}"
             output = insert(self._graph, "Shape", [tensor], name, dtype=np.int64)
             output.shape = [None if tensor.shape is None else len(tensor.shape)]
             self._graph.outputs.append(output)
-        key = self._known[id(tensor)]
+        key = self._names[id(tensor)]
         return lambda sizes: [int(size) for size in sizes[key]]
 
     def value(self, tensor: gs.Tensor) -> Callable[[Sizes], np.ndarray]:
-        """The values of a small tensor."""
+        """A function that reads the values of a small tensor from the outputs of a run."""
         if all(tensor is not output for output in self._graph.outputs):
             self._graph.outputs.append(tensor)
         return lambda sizes: sizes[tensor.name]
@@ -153,7 +153,7 @@ def _passage(node: gs.Node, sizes: _Sizes) -> tuple[str, str, Count, Count] | No
 
 
 def _product(node: gs.Node, sizes: _Sizes) -> Count | None:
-    """Counts the multiply-adds of a product, times 2; None for what is none."""
+    """A function that counts the FLOPs of a product, 2 for each multiply-add; None for a node that is no product."""
     if node.op in _UNKNOWN:
         raise ModelError(f"{output_name_of(node)}: the multiply-adds of {node.op} are not known")
     counter = _COUNTERS.get(node.op)
@@ -162,11 +162,11 @@ def _product(node: gs.Node, sizes: _Sizes) -> Count | None:
 
 def _matmul(node: gs.Node, sizes: _Sizes) -> Count:
     a, b = (sizes.shape(node.inputs[place]) for place in ((0, 3) if node.op == "QLinearMatMul" else (0, 1)))
-    turned = bool(node.attrs.get("transB", 0))
+    transposed = bool(node.attrs.get("transB", 0))
 
     def count(s: Sizes) -> int:
         left, right = a(s), b(s)
-        columns = right[-2 if turned else -1] if len(right) > 1 else 1
+        columns = right[-2 if transposed else -1] if len(right) > 1 else 1
         batch = np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2]))
         return 2 * _elements(batch) * _elements(left[-2:]) * columns
 
@@ -202,7 +202,7 @@ def _attention(node: gs.Node, sizes: _Sizes) -> Count:
 
 
 def _grouped_query(node: gs.Node, sizes: _Sizes) -> Count:
-    """Two products of the queries of a call with all keys so far, those that causality hides among them."""
+    """Two products of a call's queries with all keys so far, including keys that the causal mask hides."""
     context, keys = sizes.shape(node.outputs[0]), sizes.shape(node.outputs[1])
     return lambda s: 4 * _elements(context(s)) * keys(s)[2]
 
@@ -210,32 +210,32 @@ def _grouped_query(node: gs.Node, sizes: _Sizes) -> Count:
 def _chosen(node: gs.Node, sizes: _Sizes) -> Count:
     """Chosen rows of one or two matrices of weights with x [..., width] → [..., rows]."""
     x, rows = sizes.shape(node.inputs[0]), _rows(node, node.outputs[0], sizes)
-    matrices = 2 if node.op == SPARSE_UP.name and _given(node, _GATE) else 1
+    matrices = 2 if node.op == SPARSE_UP.name and _has_input(node, _GATE) else 1
     return lambda s: 2 * matrices * rows(s) * x(s)[-1]
 
 
 def _sum_of_chosen(node: gs.Node, sizes: _Sizes) -> Count:
-    """The sum of chosen rows of weights, weighed by h [..., rows] → [..., width]."""
+    """The sum of chosen rows of weights, weighted by h [..., rows] → [..., width]."""
     rows, y = _rows(node, node.inputs[0], sizes), sizes.shape(node.outputs[0])
     return lambda s: 2 * rows(s) * y(s)[-1]
 
 
 def _rows(node: gs.Node, h: gs.Tensor, sizes: _Sizes) -> Count:
-    """Rows of weights that a sparse op reads for all tokens together, h [..., rows] having room for them."""
+    """Rows of weights that a sparse op reads for all tokens together; h has the shape [..., rows]."""
     room = sizes.shape(h)
     if not node.attrs.get("at_most", 0):
         return lambda s: _elements(room(s))
     blocks, block = sizes.value(node.inputs[_BLOCKS]), int(node.attrs["block"])
 
     def count(s: Sizes) -> int:
-        taken, tokens = blocks(s) >= 0, _elements(room(s)[:-1])
-        each = 1 if len(taken) == tokens else tokens  # else the tokens share one choice
-        return block * each * int(taken.sum())
+        chosen, tokens = blocks(s) >= 0, _elements(room(s)[:-1])
+        each = 1 if len(chosen) == tokens else tokens  # otherwise the tokens share one choice
+        return block * each * int(chosen.sum())
 
     return count
 
 
-def _given(node: gs.Node, place: int) -> bool:
+def _has_input(node: gs.Node, place: int) -> bool:
     return len(node.inputs) > place and node.inputs[place].name != ""
 
 

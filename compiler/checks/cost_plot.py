@@ -1,4 +1,4 @@
-"""What `trimtab cost` measured, drawn: quality against FLOPs and time, exits, and tokens that stay."""
+"""Plots the results of `trimtab cost`: quality against FLOPs and time, exits, and tokens that stay."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse what cannot be drawn to, before long work.
+    """Refuse a file that no plot can be written to, before long work.
 
     Raises:
-        DataError: the file is of no kind that is drawn, or its folder is missing.
+        DataError: the file name has no known suffix, or the folder is missing.
         TrimtabError: matplotlib is not installed.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise DataError(f"{path}: a plot is written as {', '.join(_SUFFIXES)}", hint="give a name such as cost.svg")
     if not path.absolute().parent.is_dir():
-        raise DataError(f"{path.absolute().parent}: no such folder", hint="make it first")
+        raise DataError(f"{path.absolute().parent}: no such folder", hint="create the folder first")
     _figure_class()
 
 

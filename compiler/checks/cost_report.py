@@ -16,12 +16,12 @@ class _Result(BaseModel):
 
 
 class Kept(_Result):
-    """Rows at a node that lets some of them leave, as shares of those of the data.
+    """Rows at a node where some may leave, as shares of all rows of the data.
 
     Attributes:
-        where: the node.
+        where: name of the node.
         what: "tokens" or "samples".
-        entered, stayed: 1 is all of the data's.
+        entered, stayed: shares of the rows; 1 is all rows of the data.
     """
 
     where: str
@@ -34,15 +34,15 @@ class SettingCost(_Result):
     """One setting of the dials.
 
     Attributes:
-        speed: None where dials alone were set.
+        speed: the speed of this setting; None where dials alone were set.
         dials: dial → value.
-        flops: executed, a sample.
-        fewer: how many times fewer they are than the dense model's.
-        quality: of the answers; None where trimtab knows no use of the outputs.
-        exits: number of layers → share of the samples that ran as many; empty where the model does not tell.
-        kept: in the order of computation.
-        ms: of one call, in milliseconds, as the median over rounds; None where nothing was timed.
-        faster: the dense model's time over this.
+        flops: FLOPs executed per sample.
+        fewer: the dense model's FLOPs divided by `flops`.
+        quality: task quality of the outputs; None where trimtab knows no task for the outputs.
+        exits: number of layers → share of the samples that ran as many; empty where the model does not report it.
+        kept: rows at each node where some may leave, in the order of computation.
+        ms: milliseconds of one call, the median over rounds; None where nothing was timed.
+        faster: the dense model's time divided by `ms`.
     """
 
     speed: float | None
@@ -57,18 +57,18 @@ class SettingCost(_Result):
 
 
 class CostReport(_Result):
-    """What was measured.
+    """The report of `trimtab cost`.
 
     Attributes:
-        samples, batch: of the data; texts of a batch are filled up to the longest.
+        samples, batch: samples of the data, and samples in a batch; texts of a batch are padded to the longest.
         padding: share of the tokens that is padding; None for data that are no text.
-        dense_flops: of the dense model, a sample, on the same batches, padding and all.
-        dense_ms: of one call of the dense model on the build's target.
-        measured: what quality's score is, such as "accuracy".
-        dense_score: of the dense model, where data have labels.
-        settings: in the order asked for.
-        path: the path of `speed` that a walk found; empty where none was asked for.
-        warnings: sentences.
+        dense_flops: FLOPs of the dense model per sample, on the same batches, padding included.
+        dense_ms: milliseconds of one call of the dense model on the build's target.
+        measured: name of the quality's score, such as "accuracy".
+        dense_score: score of the dense model, where the data have labels.
+        settings: results of each setting, in the order asked for.
+        path: the path of `speed` that a walk gave; empty where the user asked for no walk.
+        warnings: sentences for people.
     """
 
     data: str
@@ -100,7 +100,7 @@ class CostReport(_Result):
 
 
 def named(setting: SettingCost) -> dict[str, Any]:
-    """Speed and dials, as tables have them."""
+    """Speed and dials as columns of a table."""
     return ({} if setting.speed is None else {"speed": setting.speed}) | setting.dials
 
 

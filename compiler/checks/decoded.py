@@ -1,4 +1,4 @@
-"""A build as it computes the tokens that it generates: sparse, however many are given at once."""
+"""A build that computes every token as it computes generated ones: sparsely, however many tokens a call has."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
 def as_decoded(build: Build, threads: int | None = None) -> Run | None:
     """The model of `build` with each token's own choice of neurons, for texts that are read whole.
 
-    A prompt of many tokens goes the dense way, so it says nothing about the quality of what is generated.
+    A call of many tokens takes the dense path, so it does not measure the quality of generated tokens.
 
     Returns:
-        None where the build makes no such difference.
+        None where the build computes prompts and generated tokens alike.
     """
     if build.manifest.target != "onnxruntime":
         return None
@@ -27,10 +27,10 @@ def as_decoded(build: Build, threads: int | None = None) -> Run | None:
             return None
         threads = threads or build.manifest.recipe["threads"]
         return ShardedRunner(build.path, threads=threads, as_decoded=True, manifest_hash=build.hash).run
-    changed = decoded(build.model)
-    if changed is None:
+    sparse_model = decoded(build.model)
+    if sparse_model is None:
         return None
     options = session_options(threads)
     folder = str(build.model.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return OnnxRuntimeRunner(changed, options).run
+    return OnnxRuntimeRunner(sparse_model, options).run

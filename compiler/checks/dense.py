@@ -21,10 +21,10 @@ _HINT = "give the dense ONNX file with --dense FILE, or compile the model again"
 def dense_model(build: Build) -> Path:
     """The dense graph that `build` was compiled from, canonicalized, as an ONNX file in the cache.
 
-    Made from the ONNX file that was compiled, where that is still there, else from the model as the user named it.
+    It is made from the ONNX file that was compiled, where that still exists, else from the model as the user named it.
 
     Raises:
-        ModelError: both are gone, or are another model by now.
+        ModelError: both are gone, or have changed since.
     """
     manifest = build.manifest
 
@@ -41,7 +41,7 @@ def exported_model(build: Build) -> Path:
     """The ONNX file that `build` was compiled from, as the user gave it or the exporter wrote it.
 
     Raises:
-        ModelError: it is gone, or another model by now.
+        ModelError: the file is gone, or has changed since.
     """
     return _source(build.manifest).onnx
 
@@ -59,7 +59,7 @@ def _source(manifest: Manifest) -> Source:
     """The model that was compiled.
 
     Raises:
-        ModelError: it is gone, or another one by now.
+        ModelError: the model is gone, or has changed since.
     """
     onnx = Path(manifest.source)
     cached = onnx.is_relative_to(cache_dir())

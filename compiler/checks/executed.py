@@ -1,4 +1,4 @@
-"""What a setting of the dials computes on data: FLOPs, exits, tokens that stay, and how good the answers are."""
+"""Measures what a setting of the dials computes on data: FLOPs, exits, tokens that stay, and task quality."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Feeds = Sequence[Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Executed:
-    """What was computed of all samples together.
+    """The work and quality of all samples together.
 
     Attributes:
-        cost: FLOPs, and the rows that nodes let pass.
-        exits: number of layers → samples that ran as many; empty where the model does not tell.
-        quality: beside the dense model; None where trimtab knows no use of the outputs.
+        cost: FLOPs, and the rows that go on at nodes where some may leave.
+        exits: number of layers → samples that ran as many; empty where the model does not report it.
+        quality: task quality beside the dense model; None where trimtab knows no task for the outputs.
     """
 
     cost: Cost
@@ -35,19 +35,18 @@ class Executed:
 
 
 class Execution:
-    """Runs a model on samples of data, counting.
+    """Runs a model on samples of data and counts its work.
 
-    Answers and counts come of one run of a copy of the graph in ONNX Runtime, whatever the target is.
+    Outputs and counts come from one run of a copy of the graph in ONNX Runtime, whatever the target is.
 
     Attributes:
         feeds: the samples' batches.
-        dense: the dense model's answers to each batch.
 
     Args:
-        count: the compiled model.
-        samples: of the data.
-        feeds: all that `samples.feeds()` gives.
-        dense: of the dense model.
+        count: counter of the compiled model.
+        samples: samples of the data.
+        feeds: all batches of `samples.feeds()`.
+        dense: runs the dense model.
     """
 
     def __init__(self, count: Counter, samples: Samples, feeds: Feeds, dense: Run) -> None:
@@ -67,8 +66,8 @@ class Execution:
         exits: Histogram[int] = Histogram()
 
         def run(feed: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-            turned = dials.feeds(size_of(feed), settings, speed)
-            cost, outputs = self._count.run({n: v for n, v in feed.items() if n in self._count.inputs} | turned)
+            dial_feeds = dials.feeds(size_of(feed), settings, speed)
+            cost, outputs = self._count.run({n: v for n, v in feed.items() if n in self._count.inputs} | dial_feeds)
             costs.append(cost)
             exits.update(outputs.get(LAYERS_RUN, np.zeros(0, np.int64)).tolist())
             return outputs
@@ -82,26 +81,26 @@ class Execution:
         return Executed(total(costs), dict(sorted(exits.items())), quality)
 
     def point(self, dials: Dials, settings: Mapping[str, Setting]) -> tuple[int, float]:
-        """FLOPs of all samples together, and the score of the answers' quality, as `frontier.walk` asks for them.
+        """FLOPs of all samples together, and the score of the task quality, as `frontier.walk` needs them.
 
         Raises:
-            ModelError: trimtab knows no use of the outputs, so nothing can be judged.
+            ModelError: trimtab knows no task for the outputs, so quality cannot be measured.
         """
         run = self(dials, settings)
         if run.quality is None:
             raise ModelError(
-                "the outputs have no task that trimtab knows, so settings cannot be told apart by quality",
+                "the outputs have no task that trimtab knows, so settings cannot be compared by quality",
                 hint="name an output logits, last_hidden_state or sentence_embedding",
             )
         return run.cost.flops, run.quality.score
 
 
 def total(costs: Sequence[Cost]) -> Cost:
-    """Of all runs of one model together; there is one at least."""
-    found = costs[0]
+    """The cost of all runs of one model together; `costs` has at least one."""
+    summed = costs[0]
     for cost in costs[1:]:
-        found = found + cost
-    return found
+        summed = summed + cost
+    return summed
 
 
 def size_of(feed: Mapping[str, np.ndarray]) -> int:

@@ -1,6 +1,6 @@
-"""NaN and infinity in weights: found by reading them in chunks, so that no weight is ever held whole.
+"""Finds NaN and infinity in weights. Weights are read in chunks, so that no weight is ever in memory whole.
 
-Infinity is no damage in a constant that is no weight: what a mask is filled with, or a limit.
+A constant that is no weight may be infinite: a mask's fill value, or a limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import values
 from trimtab.passes.graph.weights import ExternalValues, data_type
 
-_CHUNK = 1 << 22  # values looked at together
+_CHUNK = 1 << 22  # values of one chunk
 
 
 def check_finite(constants: Iterable[gs.Constant], *, hint: str) -> None:
@@ -24,7 +24,7 @@ def check_finite(constants: Iterable[gs.Constant], *, hint: str) -> None:
     A scalar may be infinite, and a mask, a tensor of any shape that holds 0 and -inf alone, may hold -inf.
 
     Raises:
-        ModelError: names the first such weight, how many of its values are not finite, and where the first is.
+        ModelError: names the first such weight, how many of its values are not finite, and the index of the first.
     """
     for constant in constants:
         position, bad, damaged = 0, 0, False
@@ -50,9 +50,9 @@ def _may_be_infinite(constant: gs.Constant) -> bool:
 
 def _floats(constant: gs.Constant) -> Iterator[np.ndarray]:
     """The values of a floating-point constant, flat, a chunk at a time; nothing for other types."""
-    held = constant._values
-    if isinstance(held, ExternalValues):
-        yield from _from_file(held)
+    stored = constant._values
+    if isinstance(stored, ExternalValues):
+        yield from _from_file(stored)
         return
     if not _is_float(data_type(constant)):
         return
@@ -61,13 +61,13 @@ def _floats(constant: gs.Constant) -> Iterator[np.ndarray]:
         yield flat[start : start + _CHUNK]
 
 
-def _from_file(held: ExternalValues) -> Iterator[np.ndarray]:
-    if not _is_float(held.tensor.data_type):
+def _from_file(stored: ExternalValues) -> Iterator[np.ndarray]:
+    if not _is_float(stored.tensor.data_type):
         return
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(held.tensor.data_type)
-    count = held.bytes // dtype.itemsize
-    with open(held.path, "rb") as file:  # read, not mapped: mapped pages would count as memory until the end
-        file.seek(held.offset)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(stored.tensor.data_type)
+    count = stored.bytes // dtype.itemsize
+    with open(stored.path, "rb") as file:  # read, not mapped: mapped pages would count as memory until the end
+        file.seek(stored.offset)
         for start in range(0, count, _CHUNK):
             yield np.frombuffer(file.read(min(_CHUNK, count - start) * dtype.itemsize), dtype)
 

@@ -1,8 +1,9 @@
-"""From settings of dials that were measured to the path that `speed` goes: ever fewer FLOPs, at the best quality.
+"""Turns measured settings of dials into the path of `speed`: ever fewer FLOPs, at the best quality.
 
-A grid is walked, one axis for each dial, from its exact value on. The path is the staircase through the grid with the
-largest area below quality over log FLOPs. Dials go one way along it, so that FLOPs fall between its points, too. Points
-that a later one beats in both are left out: what stays is the Pareto front of the staircase.
+`walk` measures a grid with one axis for each dial, which starts at the dial's exact value. The path is the staircase
+through the grid with the largest area below quality over log FLOPs. Each dial moves in one direction along the path, so
+that FLOPs fall between its points, too. A point that a later one beats in FLOPs and quality is left out: the Pareto
+front of the staircase remains.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from trimtab.passes.dials import Dial, Dials, SpeedPoint
 from trimtab.passes.errors import InputError, ModelError
 
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Of the way from a dial's exact value to its default."""
+"""Levels of a dial, as multiples of the distance from its exact value to its default."""
 
-_EVEN = 6  # steps of a dial whose default does not lie on its way from exact to fast
+_EVEN = 6  # steps of a dial whose default is not between exact and fast
 
 
 Place = tuple[int, ...]
-"""Of a setting in a grid: the number of each dial's value, 0 for the exact one."""
+"""The place of a setting in a grid: the index of each dial's value, 0 for the exact one."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting that was measured.
+    """A measured setting.
 
     Attributes:
         dials: dial → value.
-        flops: executed, of all samples together.
-        score: quality, 1 is best.
+        flops: FLOPs executed for all samples together.
+        score: task quality; 1 is best.
     """
 
     dials: dict[str, float]
@@ -42,42 +43,42 @@ class Point:
 
 def levels(dial: Dial) -> tuple[float, ...]:
     """Values of a dial, from exact to fast, denser near the exact end."""
-    way, usual = dial.fast - dial.exact, dial.default - dial.exact
-    if way == 0:
+    span, to_default = dial.fast - dial.exact, dial.default - dial.exact
+    if span == 0:
         return (dial.exact,)
-    if 0 < usual / way < 1:
-        shares = [factor * usual / way for factor in _FACTORS]
+    if 0 < to_default / span < 1:
+        shares = [factor * to_default / span for factor in _FACTORS]
     else:
         shares = [step / _EVEN for step in range(1, _EVEN)]
-    return (dial.exact, *(dial.exact + share * way for share in shares if share < 1), dial.fast)
+    return (dial.exact, *(dial.exact + share * span for share in shares if share < 1), dial.fast)
 
 
 def grid(dials: Sequence[Dial], values: Mapping[str, Sequence[float]] | None = None) -> dict[str, tuple[float, ...]]:
-    """Dial → the values that a walk tries, its exact one first.
+    """Dial → the values that a walk tries, the exact value first.
 
     Args:
-        values: of some dials, in place of `levels`; the exact value is added.
+        values: values of some dials, in place of `levels`; the exact value is added.
 
     Raises:
-        InputError: no such dial, or a value that is out of range or on the other side of the exact one.
+        InputError: a dial does not exist, or a value is out of range or on the far side of the exact one.
     """
     unknown = set(values or {}) - {dial.name for dial in dials}
-    Dials(tuple(dials)).values(dict.fromkeys(unknown, 0.0))  # names the nearest
-    found = {}
+    Dials(tuple(dials)).values(dict.fromkeys(unknown, 0.0))  # its error names the nearest dial
+    levels_of = {}
     for dial in dials:
-        given = (values or {}).get(dial.name)
-        if given is None:
-            found[dial.name] = levels(dial)
+        dial_values = (values or {}).get(dial.name)
+        if dial_values is None:
+            levels_of[dial.name] = levels(dial)
             continue
-        for value in given:
+        for value in dial_values:
             Dials((dial,)).values({dial.name: value})
             if (value - dial.exact) * (dial.fast - dial.exact) < 0:
                 raise InputError(
                     f"dial {dial.name!r}: {value:g} is not on the way from exact ({dial.exact:g}) to fast "
                     f"({dial.fast:g})"
                 )
-        found[dial.name] = (dial.exact, *sorted({float(v) for v in given} - {dial.exact}, key=_from(dial)))
-    return found
+        levels_of[dial.name] = (dial.exact, *sorted({float(v) for v in dial_values} - {dial.exact}, key=_from(dial)))
+    return levels_of
 
 
 def _from(dial: Dial) -> Callable[[float], float]:
@@ -92,12 +93,12 @@ def walk(
     """Measure every setting of a grid.
 
     Args:
-        values: as `grid` gives them.
+        values: dial → values, from `grid`.
         measure: dials → FLOPs and score.
         progress: called with (what, done, total).
 
     Returns:
-        The points by their place in the grid, one axis for each dial, in lexicographic order.
+        Place in the grid → point, in lexicographic order; the grid has one axis for each dial.
     """
     report = progress or (lambda what, done, total: None)
     places = list(product(*(range(len(each)) for each in values.values())))
@@ -112,12 +113,12 @@ def walk(
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those that no other point beats in FLOPs and score, most FLOPs first."""
-    found: list[Point] = []
+    """The points that no other point beats in FLOPs and score, most FLOPs first."""
+    front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.flops, -p.score)):
-        if not found or point.score > found[-1].score:
-            found.append(point)
-    return found[::-1]
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front[::-1]
 
 
 def cheapest(points: Sequence[Point], least: float) -> Point | None:
@@ -128,14 +129,14 @@ def cheapest(points: Sequence[Point], least: float) -> Point | None:
 def measured_path(points: Mapping[Place, Point], max_drop: float | None = None) -> tuple[SpeedPoint, ...]:
     """The path of a walk: at speed 0 the exact setting, at 1 the fastest.
 
-    Between its points, equal differences of speed are equal factors of FLOPs; what lies between two was not measured.
+    Between its points, equal differences of speed are equal factors of FLOPs. Nothing between two points is measured.
 
     Args:
-        points: as `walk` gives them; the first is exact.
-        max_drop: points of score (of 100) that the fastest setting may lie below the exact one.
+        points: the result of `walk`; the first is exact.
+        max_drop: points of score (of 100) that the fastest setting may lose against the exact one.
 
     Raises:
-        ModelError: no setting computes less than the exact one, or none that is allowed.
+        ModelError: no setting computes less than the exact one, or none within `max_drop` does.
     """
     chain = _chain(points, _end(points, max_drop))
     exact, last = chain[0], chain[-1]
@@ -152,24 +153,24 @@ def measured_path(points: Mapping[Place, Point], max_drop: float | None = None) 
 
 
 def _end(points: Mapping[Place, Point], max_drop: float | None) -> Place:
-    """The place of the fastest setting that is allowed; of several, the one farthest from exact."""
+    """The place of the fastest setting within `max_drop`; of several, the one farthest from exact."""
     exact = next(iter(points.values()))
     least = -math.inf if max_drop is None else exact.score - max_drop / 100
     allowed = [place for place, point in points.items() if point.score >= least and point.flops < exact.flops]
     if not allowed:
-        within = "" if max_drop is None else f" and lies at most {max_drop:g} points below it"
+        limit = "" if max_drop is None else f" and loses at most {max_drop:g} points against it"
         raise ModelError(
-            f"no setting of the dials computes less than the exact one{within}, on these data",
+            f"no setting of the dials computes less than the exact one{limit}, on these data",
             hint="the build keeps the path it has; give other data" + ("" if max_drop is None else ", or allow more"),
         )
     return min(allowed, key=lambda place: (points[place].flops, -sum(place)))
 
 
 def _chain(points: Mapping[Place, Point], end: Place) -> list[Point]:
-    """The staircase from the exact setting to `end` of the largest area below score over log FLOPs."""
+    """The staircase from the exact setting to `end` with the largest area below score over log FLOPs."""
     steps = [step for step in product((0, 1), repeat=len(end)) if any(step)]
     area: dict[Place, float] = {}
-    came: dict[Place, Place] = {}
+    previous: dict[Place, Place] = {}
     for place, point in points.items():
         if any(i > last for i, last in zip(place, end, strict=True)):
             continue
@@ -180,10 +181,10 @@ def _chain(points: Mapping[Place, Point], end: Place) -> list[Point]:
                 continue
             enclosed = area[before] + _enclosed(points[before], point)
             if enclosed > area[place]:
-                area[place], came[place] = enclosed, before
+                area[place], previous[place] = enclosed, before
     places = [end]
-    while places[-1] in came:
-        places.append(came[places[-1]])
+    while places[-1] in previous:
+        places.append(previous[places[-1]])
     return [points[place] for place in reversed(places)]
 
 

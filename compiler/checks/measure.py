@@ -16,23 +16,23 @@ class _OfOutput(Protocol):
     def output(self) -> str: ...
 
 
-_Found = TypeVar("_Found", bound=_OfOutput)
+_Item = TypeVar("_Item", bound=_OfOutput)
 
 
 class OutputError(BaseModel):
     """How far one output of the compiled model is from the dense one's, at one shape.
 
-    Padded tokens are left out of [batch, tokens, ...] outputs, since nothing reads them.
+    Padded tokens of [batch, tokens, ...] outputs do not count, since nothing reads them.
 
     Attributes:
-        output: its name.
+        output: name of the output.
         dims: sizes of the dynamic dimensions.
-        padded: whether some rows ended in padding.
-        max_abs, mean_abs: of |y - y_dense|.
+        padded: whether some rows end in padding.
+        max_abs, mean_abs: maximum and mean of |y - y_dense|.
         relative_l2: ‖y - y_dense‖ / ‖y_dense‖.
         cosine: between y and y_dense, flattened.
         rms: root mean square of y_dense.
-        fault: why there are no numbers: an output missing, of another shape, NaN or Inf.
+        fault: why there are no numbers: the output is missing, has another shape, or has NaN or Inf.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,12 +48,12 @@ class OutputError(BaseModel):
     fault: str | None = None
 
     def __bool__(self) -> bool:
-        """What Polygraphy counts as a match."""
+        """Whether Polygraphy counts this as a match."""
         return self.fault is None
 
     @property
     def severity(self) -> float:
-        """By which the worst is found: the relative error; a fault is worse than any."""
+        """The relative error, by which errors are ordered; a fault is worse than any error."""
         return float("inf") if self.relative_l2 is None else self.relative_l2
 
     @property
@@ -61,13 +61,13 @@ class OutputError(BaseModel):
         return describe(self.dims) + (", padded" if self.padded else "")
 
 
-def in_brief(found: Sequence[_Found], how_bad: Callable[[_Found], float]) -> list[tuple[str, _Found]]:
-    """(what it is called, what was found) of each output; of the many of a decoder's cache, the worst."""
-    cache = [each for each in found if each.output.startswith(PRESENT)]
+def in_brief(items: Sequence[_Item], severity: Callable[[_Item], float]) -> list[tuple[str, _Item]]:
+    """(label, item) for each output; of the many outputs of a decoder's cache, only the worst item."""
+    cache = [each for each in items if each.output.startswith(PRESENT)]
     if len(cache) < 2:
-        return [(each.output, each) for each in found]
-    worst = max(cache, key=how_bad)
-    others = [(each.output, each) for each in found if not each.output.startswith(PRESENT)]
+        return [(each.output, each) for each in items]
+    worst = max(cache, key=severity)
+    others = [(each.output, each) for each in items if not each.output.startswith(PRESENT)]
     return [*others, (f"{worst.output}, the worst of {len(cache)} of the cache", worst)]
 
 
@@ -85,32 +85,32 @@ def measure(
     mask: np.ndarray | None,
     by_token: Collection[str],
 ) -> dict[str, OutputError]:
-    """Every output of `compiled` beside that of `dense`. Serves Polygraphy, whose results are such mappings too.
+    """Compare every output of `compiled` with the same output of `dense`. Polygraphy's results are such mappings too.
 
     Args:
-        mask: [batch, tokens], not 0 where there is a token.
+        mask: [batch, tokens], 0 at padding.
         by_token: names of the outputs that have a row for each token (`token_outputs`).
     """
-    found = dict(compiled.items())
+    outputs = dict(compiled.items())
     where = {"dims": dims, "padded": padded}
     masks = dict.fromkeys(by_token, mask)
     return {
-        name: OutputError(output=name, **where, **_errors(expected, found.get(name), masks.get(name)))
+        name: OutputError(output=name, **where, **_errors(expected, outputs.get(name), masks.get(name)))
         for name, expected in dense.items()
     }
 
 
-def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | None) -> dict[str, Any]:
-    if found is None:
+def _errors(expected: np.ndarray, actual: np.ndarray | None, mask: np.ndarray | None) -> dict[str, Any]:
+    if actual is None:
         return {"fault": "the compiled model does not have this output"}
-    if found.shape != expected.shape:
-        return {"fault": f"shape {list(found.shape)}, where the dense model gives {list(expected.shape)}"}
-    for array, who in ((expected, "the dense model gives"), (found, "the compiled model gives")):
+    if actual.shape != expected.shape:
+        return {"fault": f"shape {list(actual.shape)}, where the dense model gives {list(expected.shape)}"}
+    for array, who in ((expected, "the dense model gives"), (actual, "the compiled model gives")):
         if np.isnan(array).any():
             return {"fault": f"{who} NaN"}
         if np.isinf(array).any():
             return {"fault": f"{who} Inf"}
-    a, b = real_values(expected, mask), real_values(found, mask)
+    a, b = real_values(expected, mask), real_values(actual, mask)
     difference = np.abs(b - a)
     return {
         "max_abs": float(difference.max(initial=0)),
@@ -122,7 +122,7 @@ def _errors(expected: np.ndarray, found: np.ndarray | None, mask: np.ndarray | N
 
 
 def real_values(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """`output` flattened, in double precision; of [batch, tokens, ...] only the tokens that are no padding.
+    """`output` flattened, in double precision; of [batch, tokens, ...] outputs only the tokens that are no padding.
 
     Args:
         mask: [batch, tokens]; None for an output that has no row for each token.
@@ -132,9 +132,9 @@ def real_values(output: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     return output.reshape(-1).astype(np.float64)
 
 
-def relative_l2(expected: np.ndarray, found: np.ndarray) -> float:
-    """‖found - expected‖ / ‖expected‖."""
-    return float(np.linalg.norm(found - expected)) / max(float(np.linalg.norm(expected)), 1e-12)
+def relative_l2(expected: np.ndarray, actual: np.ndarray) -> float:
+    """‖actual - expected‖ / ‖expected‖."""
+    return float(np.linalg.norm(actual - expected)) / max(float(np.linalg.norm(expected)), 1e-12)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""`trimtab cost`: what a build computes and takes at each speed, beside its dense model, on real data."""
+"""`trimtab cost`: FLOPs, time and quality of a build at each speed, beside its dense model, on real data."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from trimtab.passes.errors import InputError, TargetError
 from trimtab.passes.graph import load_graph
 
 SPEEDS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where a build with dials is measured, if nothing else is asked for."""
+"""The speeds at which a build with dials is measured by default."""
 
-_ROUNDS = 6  # untimed and timed runs of each engine, at least: three rounds of both
+_ROUNDS = 6  # untimed and timed runs of each engine, at least: three rounds of both kinds
 
 
 def cost(build: Build, *, data: Path, save_path: bool = False, **options: Any) -> tuple[CostReport, Build]:
-    """Measure as `measure_cost` does, and record the result beside the build.
+    """Call `measure_cost`, and record the result beside the build.
 
     Args:
-        save_path: walk the grid of the dials, and give the build the path that this finds.
+        save_path: walk the grid of the dials, and store the resulting path in the build.
 
     Returns:
-        What was measured, and the build, which has another manifest where it got a path.
+        The report, and the build; its manifest changes where a path is stored.
     """
     report = measure_cost(build, data=data, walk_dials=save_path, **options)
     if save_path:
@@ -70,80 +70,80 @@ def measure_cost(
     max_drop: float | None = None,
     progress: Progress | None = None,
 ) -> CostReport:
-    """Measure what `build` computes on data, how good its answers are and how long it takes, at some settings.
+    """Measure the FLOPs, task quality and time of `build` on data, at some settings of its dials.
 
-    Answers, FLOPs, exits and tokens come from one run of a copy of the compiled graph in ONNX Runtime; times from the
-    engine itself, which takes turns with the dense model on the same target.
+    Outputs, FLOPs, exits and tokens come from one run of a copy of the compiled graph in ONNX Runtime; times come from
+    the engine itself, which takes turns with the dense model on the same target.
 
     Args:
-        data: to run on; labels, if they have some, judge the answers, else the dense model does.
-        speeds: to measure at; by default `SPEEDS` where the build has dials and `dials` are not given.
+        data: data to run on; quality is measured against their labels, or without labels against the dense model.
+        speeds: speeds to measure; by default `SPEEDS` where the build has dials and `dials` are not given.
         dials: dial → value, beside or instead of `speeds`.
-        batch: samples in a call; by default the workload's least.
-        samples: of the data, at most; None for all.
-        threads: of every engine; by default those of the recipe, else one per physical core.
-        seconds: of timing, for all engines together; 0 times nothing.
+        batch: samples in a call; by default the workload's smallest batch.
+        samples: maximum number of samples of the data; None for all.
+        threads: threads of every engine; by default those of the recipe, else one per physical core.
+        seconds: timing budget for all engines together; 0 skips timing.
         dense: the dense ONNX file; by default the one that the build was compiled from.
-        seed: of the sample.
-        walk_dials: find a path for `speed` on these data first, and measure along it.
+        seed: seed of the sampling.
+        walk_dials: walk the dials on these data first, and measure along the resulting path of `speed`.
         values: dial → values that the walk tries; see `frontier.levels`.
-        max_drop: points of quality that the fastest setting of the path may lie below the exact one.
+        max_drop: points of quality that the fastest setting of the path may lose against the exact one.
 
     Raises:
-        InputError: the build has no such dials, or they do not take these values.
+        InputError: the build does not have these dials, or they do not take these values.
         TrimtabError: the build is damaged or was replaced meanwhile, its target or dense model is missing, it is
-            divided among shards, it has a product that cannot be counted, or the data do not fit.
+            divided into shards, it has a product that cannot be counted, or the data do not fit.
     """
     manifest = build.manifest
-    turned, speeds = manifest.all_dials, list(speeds)
-    if walk_dials and not turned.dials:
+    all_dials, speeds = manifest.all_dials, list(speeds)
+    if walk_dials and not all_dials.dials:
         raise InputError("the engine has no dials, so there is no path to measure",
                          hint="compile with a pass that has dials, such as token-prune or early-exit")  # fmt: skip
-    tried = grid(turned.dials, values)
-    if not speeds and not dials and turned.dials:
+    walk_values = grid(all_dials.dials, values)
+    if not speeds and not dials and all_dials.dials:
         speeds = list(SPEEDS)
     asked: list[float | None] = [*speeds] or [None]
     for speed in asked:
-        turned.values(dials, speed)  # refuse an impossible one before minutes of work
+        all_dials.values(dials, speed)  # refuse an impossible setting before minutes of work
     if manifest.shards > 1:
         raise TargetError(
-            f"{build.path}: what {manifest.shards} shards compute is not counted", hint="compile it with `shards: 1`"
+            f"{build.path}: the FLOPs of {manifest.shards} shards are not counted", hint="compile it with `shards: 1`"
         )
     dataset = read_data(data)
     model = dense or dense_model(build)
     graph, workload, source = load_graph(model), Workload.model_validate(manifest.workload), dense_source(build, model)
     warnings = check_labels(dataset, manifest.task, source, graph, needed=False)
-    given = Samples(
+    chosen = Samples(
         graph, workload, source, dataset, samples=samples, seed=seed, task=manifest.task,
         batch=batch or workload.batch[0],
     )  # fmt: skip
-    feeds = list(given.feeds(progress, "read"))
+    feeds = list(chosen.feeds(progress, "read"))
     threads = threads or default_threads(build)
     peer = open_peer(DENSE, model, threads)
     names = {tensor.name for tensor in graph.inputs}
-    execution = Execution(Counter(build.model, threads), given, feeds, within(peer, graph, workload))
+    execution = Execution(Counter(build.model, threads), chosen, feeds, within(peer, graph, workload))
     path: tuple[SpeedPoint, ...] = ()
     if walk_dials:
-        path = measured_path(walk(tried, partial(execution.point, turned), progress), max_drop)
-        turned = Dials(turned.dials, path)
+        path = measured_path(walk(walk_values, partial(execution.point, all_dials), progress), max_drop)
+        all_dials = Dials(all_dials.dials, path)
     runs = []
     for done, speed in enumerate(asked):
         _report(progress, "cost", done, len(asked))
-        runs.append(execution(turned, dials, speed))
+        runs.append(execution(all_dials, dials, speed))
     _report(progress, "cost", len(asked), len(asked))
     whole = _dense_flops(model, feeds, names, threads)
-    settings = [turned.values(dials, speed) for speed in asked]
+    settings = [all_dials.values(dials, speed) for speed in asked]
     times = _times(build, model, peer, workload, feeds, settings, threads, seconds, progress)
     quality = runs[0].quality
     real, every = _tokens(feeds)
     return CostReport(
-        data=str(data), samples=given.count, batch=batch or workload.batch[0],
+        data=str(data), samples=chosen.count, batch=batch or workload.batch[0],
         padding=None if real is None or not every else 1 - real / every, machine=this_machine(threads),
-        versions=package_versions(), dense_flops=whole / given.count, dense_ms=times[0],
+        versions=package_versions(), dense_flops=whole / chosen.count, dense_ms=times[0],
         measured=quality.measured if quality is not None else None,
         dense_score=None if quality is None or quality.drop is None else quality.score + quality.drop / 100,
         settings=tuple(
-            _setting(speed, values, run, whole, given.count, real, ms, times[0])
+            _setting(speed, values, run, whole, chosen.count, real, ms, times[0])
             for speed, values, run, ms in zip(asked, settings, runs, times[1:], strict=True)
         ),
         path=path, warnings=tuple(warnings),
@@ -154,12 +154,15 @@ def _setting(
     speed: float | None, dials: dict[str, float], run: Executed, whole: int, samples: int, tokens: int | None,
     ms: float | None, dense_ms: float | None,
 ) -> SettingCost:  # fmt: skip
-    left = run.cost.passages
-    sizes = {"samples": samples, "tokens": tokens or max((p.entered for p in left if p.what == "tokens"), default=0)}
+    passages = run.cost.passages
+    sizes = {
+        "samples": samples,
+        "tokens": tokens or max((p.entered for p in passages if p.what == "tokens"), default=0),
+    }
     return SettingCost(
         speed=speed, dials=dials, flops=run.cost.flops / samples, fewer=whole / max(run.cost.flops, 1),
         quality=run.quality, exits={layers: count / samples for layers, count in run.exits.items()},
-        kept=tuple(_kept(passage, sizes[passage.what]) for passage in left), ms=ms,
+        kept=tuple(_kept(passage, sizes[passage.what]) for passage in passages), ms=ms,
         faster=None if ms is None or dense_ms is None else dense_ms / ms,
     )  # fmt: skip
 
@@ -200,21 +203,21 @@ def _all(run: Run, feeds: Feeds) -> None:
 
 
 def _dense_flops(model: Path, feeds: Feeds, names: set[str], threads: int) -> int:
-    """Of the dense model on all of `feeds`. It computes the same for batches of one shape."""
+    """FLOPs of the dense model on all `feeds`. Batches of one shape take the same FLOPs."""
     count = Counter(model, threads)
-    known: dict[Any, int] = {}
-    found = 0
+    flops_of_shape: dict[Any, int] = {}
+    total_flops = 0
     for feed in feeds:
-        given = {name: value for name, value in feed.items() if name in names}
-        shape = tuple((name, value.shape) for name, value in sorted(given.items()))
-        if shape not in known:
-            known[shape] = count(given).flops
-        found += known[shape]
-    return found
+        inputs = {name: value for name, value in feed.items() if name in names}
+        shape = tuple((name, value.shape) for name, value in sorted(inputs.items()))
+        if shape not in flops_of_shape:
+            flops_of_shape[shape] = count(inputs).flops
+        total_flops += flops_of_shape[shape]
+    return total_flops
 
 
 def _tokens(feeds: Feeds) -> tuple[int | None, int | None]:
-    """Real tokens of texts, and all with padding."""
+    """Number of real tokens of texts, and number of all tokens with padding."""
     masks = [feed["attention_mask"] for feed in feeds if "attention_mask" in feed]
     return (sum(int((m != 0).sum()) for m in masks), sum(m.size for m in masks)) if masks else (None, None)
 

@@ -14,7 +14,7 @@ _NOT_SHOWN = ("kind", "samples", "tokens", "worst")
 
 
 def require_data(peers: Sequence[str], data: object) -> None:
-    """Refuse peers that are unknown, or that there is nothing to judge by, before minutes of work.
+    """Refuse unknown peers, and peers without data to measure their quality on, before minutes of work.
 
     Raises:
         TargetError: no such peer.
@@ -28,7 +28,7 @@ def require_data(peers: Sequence[str], data: object) -> None:
 def peer_qualities(
     peers: Sequence[str], model: PeerModel, threads: int, judge: Callable[[Run], Quality]
 ) -> dict[str, Quality]:
-    """Peer's name → its quality.
+    """Name of each peer → its quality.
 
     Args:
         threads: CPU threads of each peer; 0 for one per physical core.
@@ -38,7 +38,7 @@ def peer_qualities(
 
 
 def quality_rows(build: Quality, peers: Mapping[str, Quality]) -> list[dict[str, str | float]]:
-    """One row per engine, the build first: its name under "engine", and every measure that is one number."""
+    """One row per engine, the build first: the engine's name, and every figure that is one number."""
     return [{"engine": name} | _numbers(quality) for name, quality in {_BUILD: build, **peers}.items()]
 
 

@@ -1,4 +1,4 @@
-"""How well a compiled language model predicts text beside its dense self."""
+"""How well a compiled language model predicts text beside its dense model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Perplexity(Result):
     Attributes:
         samples: texts; tokens: predicted tokens in them, all but the first of each.
         dense, compiled: exp of the mean negative log-likelihood of a token.
-        agreement: share of tokens for which both find the same one likeliest.
+        agreement: share of tokens at which both models predict the same likeliest token.
         divergence: mean KL(dense ‖ compiled) of the predicted distributions, in nats.
     """
 
@@ -49,7 +49,7 @@ class Perplexity(Result):
 
 
 def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, compiled: Run) -> Perplexity:
-    """Run both models over texts that are read at once, and compare what they expect at each token.
+    """Run both models on whole texts, each in one call, and compare the predicted distributions at each token.
 
     Args:
         feeds: batches with `input_ids` and `attention_mask`, [samples, tokens].
@@ -58,18 +58,18 @@ def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, co
         DataError: no text has two tokens.
     """
     samples, totals = 0, np.zeros(5)  # tokens, nll of dense and of compiled, same token, divergence
-    worst, most = None, -math.inf  # of samples, by how much likelier the dense model finds a token
+    worst, max_loss = None, -math.inf  # sample with the largest loss of log-probability per token, and that loss
     for feed in feeds:
         following = feed["input_ids"][:, 1:]
         real = feed["attention_mask"][:, 1:] != 0
-        theirs, ours = (_expected(run(feed)["logits"], real) for run in (dense, compiled))
+        theirs, ours = (_log_probabilities(run(feed)["logits"], real) for run in (dense, compiled))
         at = (np.arange(len(theirs)), following[real])
         same = theirs.argmax(-1) == ours.argmax(-1)
-        apart = (np.exp(theirs) * (theirs - ours)).sum()
-        totals += len(theirs), -theirs[at].sum(), -ours[at].sum(), same.sum(), apart
+        divergences = (np.exp(theirs) * (theirs - ours)).sum()
+        totals += len(theirs), -theirs[at].sum(), -ours[at].sum(), same.sum(), divergences
         lost = np.bincount(np.nonzero(real)[0], theirs[at] - ours[at], len(real)) / np.maximum(real.sum(1), 1)
-        if len(theirs) and lost.max() > most:
-            worst, most = samples + int(lost.argmax()), float(lost.max())
+        if len(theirs) and lost.max() > max_loss:
+            worst, max_loss = samples + int(lost.argmax()), float(lost.max())
         samples += len(feed["input_ids"])
     tokens = int(totals[0])
     if not tokens:
@@ -82,11 +82,11 @@ def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, co
 
 
 def _exp(nll: float) -> float:
-    """exp, of no more than double precision holds."""
+    """exp, limited to what double precision can hold."""
     return math.exp(min(nll, 700.0))
 
 
-def _expected(logits: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Log-probabilities of the token that follows each, where there is one: [real tokens, vocabulary], float64."""
-    found: np.ndarray = log_softmax(logits[:, :-1][real].astype(np.float64), axis=-1)
-    return found
+def _log_probabilities(logits: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Log-probabilities of the next token at each token that has one: [real tokens, vocabulary], float64."""
+    log_probabilities: np.ndarray = log_softmax(logits[:, :-1][real].astype(np.float64), axis=-1)
+    return log_probabilities

@@ -1,4 +1,4 @@
-"""How well a compiled model does its task beside its dense self: both run over data, compared as the task asks."""
+"""Task quality of a compiled model beside its dense model: both run on data, and the task decides the comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.compiler.task import Task, find_task
 from trimtab.passes.errors import DataError, ModelError, TargetError
 
 Quality = Classification | MultiLabel | Scores | Embeddings | Agreement | Perplexity
-"""`score` is what a limit on quality is held against, `drop` what one on lost accuracy is."""
+"""`score` is compared with a limit on quality, `drop` with a limit on lost accuracy."""
 
 
 def measure_quality(
@@ -31,21 +31,21 @@ def measure_quality(
     names: Sequence[str] | None = None,
     queries: Sequence[int] | None = None,
 ) -> Classification | MultiLabel | Scores | Embeddings | Agreement:
-    """Run both models over `feeds` and compare what they predict. Keeps predictions, not outputs.
+    """Run both models over `feeds` and compare their predictions. Predictions are kept in memory, outputs are not.
 
     Args:
-        feeds: batches of inputs; `attention_mask` tells padding.
-        labels: of each sample, in the order of `feeds`, as `label_values` gives them.
-        task: of both models; by default what the outputs alone tell.
-        names: of the classes.
-        queries: number of the query of each sample, for rerankers.
+        feeds: batches of inputs; `attention_mask` marks padding.
+        labels: label of each sample, in the order of `feeds`, as `label_values` gives them.
+        task: task of both models; by default the task that the outputs imply.
+        names: names of the classes.
+        queries: query number of each sample, for rerankers.
 
     Raises:
-        DataError: no samples, or labels that the model does not have.
-        ModelError: no output that can be judged.
+        DataError: there are no samples, or the model does not have a label.
+        ModelError: no output has a task that trimtab knows.
         TargetError: a model gives NaN or Inf.
     """
-    theirs, ours, apart = [], [], []
+    theirs, ours, distances = [], [], []
     for feed in feeds:
         mask, outputs = feed.get("attention_mask"), dense(feed)
         task = task or _task_of(outputs)
@@ -57,21 +57,21 @@ def measure_quality(
             )
         theirs.append(a.values)
         ours.append(b.values)
-        apart.append(_apart(task, a, b))
+        distances.append(_distance(task, a, b))
     if task is None:
         raise DataError("the data holds no samples to measure quality on")
-    known = _known(labels, sum(map(len, apart)))
-    found = _compare(task, np.concatenate(theirs), np.concatenate(ours), known, names, queries)
-    return found.model_copy(update={"worst": int(np.argmax(np.concatenate(apart)))})
+    run_labels = _complete_labels(labels, sum(map(len, distances)))
+    result = _compare(task, np.concatenate(theirs), np.concatenate(ours), run_labels, names, queries)
+    return result.model_copy(update={"worst": int(np.argmax(np.concatenate(distances)))})
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one model predicts for a batch.
+    """The predictions of one model for a batch.
 
     Attributes:
         values: logits [samples, width], embeddings [samples, width], or ids of real tokens [tokens].
-        rows: the sample of each of `values`.
+        rows: sample number of each entry of `values`.
     """
 
     values: np.ndarray
@@ -80,12 +80,12 @@ class _Part:
     @classmethod
     def of(cls, task: Task, outputs: Mapping[str, np.ndarray], mask: np.ndarray | None, who: str) -> _Part:
         if task.output not in outputs:
-            raise ModelError(f"the {who} model has no output {task.output!r}, by which its quality would be judged")
+            raise ModelError(f"the {who} model has no output {task.output!r}, on which its quality is measured")
         values = outputs[task.output]
         if not np.isfinite(values).all():
             raise TargetError(
                 f"the {who} model gives NaN or Inf in output {task.output!r} on the data",
-                hint="compile with milder options; validate without --data shows where numbers go wrong",
+                hint="compile with milder options; validate without --data shows which outputs have NaN or Inf",
             )
         if task.kind == "states":
             values = mean_pool(values, mask)
@@ -104,28 +104,28 @@ def _task_of(outputs: Mapping[str, np.ndarray]) -> Task:
     task = find_task((), [Named(name, value.shape) for name, value in outputs.items()])
     if task is None:
         raise ModelError(
-            f"quality cannot be judged by the outputs {', '.join(outputs)}",
+            f"quality cannot be measured: trimtab knows no task for the outputs {', '.join(outputs)}",
             hint="name an output logits, last_hidden_state or sentence_embedding",
         )
     return task
 
 
-def _apart(task: Task, dense: _Part, compiled: _Part) -> np.ndarray:
-    """How far the two are apart on each sample of a batch, [samples], in a unit of the task's own."""
+def _distance(task: Task, dense: _Part, compiled: _Part) -> np.ndarray:
+    """Distance between the two models on each sample of a batch, [samples], in a unit of the task."""
     a, b = dense.values, compiled.values
     if task.kind in ("tokens", "text"):
         counts = np.bincount(dense.rows)
-        found: np.ndarray = np.bincount(dense.rows, a != b, len(counts)) / np.maximum(counts, 1)
+        distance: np.ndarray = np.bincount(dense.rows, a != b, len(counts)) / np.maximum(counts, 1)
     elif task.kind in ("embedding", "states"):
         lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        found = 1 - np.sum(a * b, axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)
+        distance = 1 - np.sum(a * b, axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)
     else:
-        found = np.abs(task.apply(a.astype(np.float64)) - task.apply(b.astype(np.float64))).max(-1)
-    return found
+        distance = np.abs(task.apply(a.astype(np.float64)) - task.apply(b.astype(np.float64))).max(-1)
+    return distance
 
 
-def _known(labels: np.ndarray | Sequence[Any] | None, samples: int) -> np.ndarray | None:
-    """The labels of the samples that were run, if all have one."""
+def _complete_labels(labels: np.ndarray | Sequence[Any] | None, samples: int) -> np.ndarray | None:
+    """The labels of the samples that ran, if every sample has one."""
     if labels is None or any(label is None for label in labels[:samples]) or len(labels) < samples:
         return None
     return np.asarray(labels[:samples])
@@ -151,6 +151,6 @@ def _compare(
         dense, compiled = dense.argmax(1), compiled.argmax(1)
         if labels is not None:
             if not ((labels >= 0) & (labels < classes)).all():
-                raise DataError(f"a label lies outside 0..{classes - 1}, the classes of the model")
+                raise DataError(f"a label is outside 0..{classes - 1}, the classes of the model")
             return compare_classes(dense, compiled, labels, names)
     return compare_predictions(dense, compiled, names)

@@ -1,4 +1,4 @@
-"""The last step before a build is let out: the finished engine runs, beside the dense model, on random inputs."""
+"""The last step of a compile: the finished engine and the dense model run on the same random inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trimtab.passes.graph.shapes import token_outputs
 from trimtab.plugins.driver import compute_capability
 
 LIMIT = 1 << 30
-"""Bytes of dense weights above which the check is skipped: to run the dense model takes all of them into memory."""
+"""Bytes of dense weights above which the check is skipped: a run of the dense model holds all of them in memory."""
 
 _SMALL = {"batch": 2, "tokens": 16}
 
@@ -40,31 +40,31 @@ def self_check(
     """Compare the engine in `folder` with the dense model at one small shape.
 
     Args:
-        inputs: of the engine, whose floats may be of other types than the dense model's.
-        dials: of the engine. The errors are those at their exact end; at their defaults and at full speed, the outputs
-            have to be there, and finite.
+        inputs: inputs of the engine, whose floats may be of other types than the dense model's.
+        dials: dials of the engine. Errors are measured at their exact end; at their defaults and at full speed, the
+            outputs only have to exist and be finite.
 
     Returns:
-        the errors of each output, or why the check was skipped.
+        The errors of each output, or why the check was skipped.
 
     Raises:
-        BuildError: an output is missing, of another shape, or not finite.
-        TargetError: one of the two cannot be opened or run.
+        BuildError: an output is missing, has another shape, or is not finite.
+        TargetError: the engine or the dense model cannot be opened or run.
     """
     target = get_target(recipe.target)
-    why = _skip(target, recipe, dense_bytes)
-    if why:
-        return SelfCheck(ran=False, why=why)
+    skip_reason = _skip(target, recipe, dense_bytes)
+    if skip_reason:
+        return SelfCheck(ran=False, why=skip_reason)
 
     graph = source.graph()
     dims = _dims(graph, recipe.workload)
     feeds = random_feeds(graph, dims, np.random.default_rng(0), padded=True)
     dense = _run_dense(source.onnx, recipe.threads, feeds)
     batch = len(next(iter(feeds.values())))
-    turned = [dials.exact(batch)] + ([dials.feeds(batch), dials.feeds(batch, speed=1.0)] if dials.dials else [])
+    settings = [dials.exact(batch)] + ([dials.feeds(batch), dials.feeds(batch, speed=1.0)] if dials.dials else [])
     with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
-        answers = [runner.run(converted(feeds, inputs) | setting) for setting in turned]
-    # Not through Polygraphy, which would bring in torch, with more memory and time than the check itself.
+        answers = [runner.run(converted(feeds, inputs) | setting) for setting in settings]
+    # Not through Polygraphy: it would import torch, which takes more memory and time than the check itself.
     compared = [
         measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask"), by_token=token_outputs(graph))
         for each in answers
@@ -73,7 +73,7 @@ def self_check(
         if error.fault:
             raise BuildError(
                 f"check of the finished engine: output {error.output!r}: {error.fault}",
-                hint="a pass may be too much for this model; `check: false` in the recipe leaves this check out",
+                hint="a pass may not suit this model; `check: false` in the recipe skips this check",
             )
     return SelfCheck(ran=True, outputs=tuple(compared[0].values()))
 
@@ -92,7 +92,7 @@ def _skip(target: Target, recipe: Recipe, dense_bytes: int) -> str | None:
 
 
 def _dims(graph: gs.Graph, workload: Workload) -> dict[str, int]:
-    """Size of each dimension of the model: the declared optimum, or less where that will do; the shortest past."""
+    """Size of each dimension of the model: the opt size or less, as the workload allows; the shortest past."""
     ranges = {"batch": workload.batch, "tokens": workload.tokens, **workload.dims}
     sizes = {name: max(low, min(opt, _SMALL.get(name, opt))) for name, (low, opt, _) in ranges.items()}
     used = workload.dimensions(graph)
@@ -101,7 +101,7 @@ def _dims(graph: gs.Graph, workload: Workload) -> dict[str, int]:
 
 
 def _run_dense(dense: Path, threads: int | None, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run once, without the second copy of the weights that ONNX Runtime would pack for speed."""
+    """Run once, without the packed second copy of the weights that ONNX Runtime makes for speed."""
     options = session_options(threads)
     options.add_session_config_entry("session.disable_prepacking", "1")
     return OnnxRuntimeRunner(dense, options).run(feeds)

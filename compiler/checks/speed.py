@@ -1,4 +1,4 @@
-"""What `trimtab bench` finds: the times of engines, beside each other, and where they were measured."""
+"""The results of `trimtab bench`: times of engines, their ratios, and the machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _INSTRUCTIONS = {
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm",
     "bf16", "sve",
 }  # fmt: skip
-"""As Linux names them."""
+"""Vector instruction sets, by Linux's names."""
 
 KEYS = {DENSE: "vs_dense", INT8: "vs_int8"}
-"""Peer → its key among the speedups; another peer's is its own name after "vs_"."""
+"""Peer → its key among the speedups; the key of any other peer is "vs_" and its name."""
 
 
 class _Result(BaseModel):
@@ -31,13 +31,14 @@ class TimedRun(_Result):
     """One engine at one shape.
 
     Attributes:
-        name: "compiled", or the peer's.
-        tokens: None for a model without them.
-        past: of a decoder's step, the tokens in the cache; 0 is a prompt.
-        median_ms, p95_ms: of one call, in milliseconds.
-        samples: calls timed.
-        memory_mb: of a decoder, what its process holds: weights, cache, runtime and interpreter, in 10⁶ bytes.
-        ratio: its median over that of the compiled engine at this shape: above 1, compiled is faster.
+        name: "compiled", or the peer's name.
+        tokens: tokens of a call; None for a model without tokens.
+        past: tokens in the cache at a decoder's step; 0 for a prompt.
+        median_ms, p95_ms: median and 95th percentile of one call, in milliseconds.
+        samples: number of timed calls.
+        memory_mb: RSS of a decoder's process in 10⁶ bytes: weights, cache, runtime and interpreter.
+        ratio: median of this engine divided by the median of the compiled engine at this shape; above 1, compiled is
+            faster.
     """
 
     name: str
@@ -52,10 +53,10 @@ class TimedRun(_Result):
 
 
 class Machine(_Result):
-    """Where it was measured.
+    """The machine of a measurement.
 
     Attributes:
-        instructions: the vector instruction sets of the processor that decide how fast matrix products are.
+        instructions: vector instruction sets of the processor, on which the speed of matrix products depends.
     """
 
     cpu: str
@@ -65,14 +66,14 @@ class Machine(_Result):
 
 
 class Bench(_Result):
-    """What was measured.
+    """The result of `trimtab bench`.
 
     Attributes:
-        speedup: how many times as fast as each peer the compiled engine is, at the workload's opt shape, or at the
-            last shape where that was not timed; of a decoder, in steps behind the usual prompt, or the last one.
-            `vs_int8` is None where that peer was not run.
-        geomean: the geometric mean over all runs, of a decoder those of prompts and of steps.
-        like_for_like: the key of the dense peer of the same precision.
+        speedup: peer's key → speedup of the compiled engine over the peer, at the workload's opt shape, or at the last
+            shape where the opt shape was not timed; for a decoder, in steps behind the usual prompt, or behind the
+            last one. `vs_int8` is None where that peer did not run.
+        geomean: peer's key → geometric mean of the speedup over all runs; for a decoder, over prompts and steps.
+        like_for_like: key of the dense peer of the same precision.
         setting: dial → its value, for builds that have dials.
     """
 
@@ -87,12 +88,12 @@ class Bench(_Result):
 
     @property
     def steps(self) -> tuple[TimedRun, ...]:
-        """Of a decoder; empty for another model."""
+        """The steps of a decoder; empty for another model."""
         return tuple(run for run in self.runs if run.past)
 
 
 def speedups(runs: Sequence[TimedRun]) -> dict[str, float | None]:
-    """Peer's key → how many times as fast compiled is, as the geometric mean over `runs`."""
+    """Peer's key → speedup of the compiled engine, the geometric mean over `runs`."""
     names = list(dict.fromkeys(run.name for run in runs if run.name != COMPILED))
     means = {key(name): float(gmean([run.ratio for run in runs if run.name == name])) for name in names}
     return dict.fromkeys(KEYS.values()) | means

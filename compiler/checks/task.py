@@ -1,4 +1,4 @@
-"""Task quality on a data file: both models over its samples, with their labels."""
+"""Task quality on a data file: both models run on its samples, and labels are used where the data have them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from trimtab.passes.graph.positions import find_positions
 
 
 class Samples:
-    """Samples of a data set as a model takes them, and what its answers are judged by.
+    """Samples of a data set as inputs of a model, with their labels and queries.
 
-    Labels are those of the texts; of tensors, an array "label" that is no input of the model.
+    Texts have labels of their own; the labels of tensors are an array "label" that is no input of the model.
 
     Attributes:
-        count: how many they are.
-        task: of the model; None where trimtab knows none.
+        count: number of samples.
+        task: task of the model; None where trimtab knows none.
 
     Args:
-        graph: of the dense model.
-        workload: within which the batches lie.
-        samples: of the data, at most; None for all.
-        seed: of the sample.
-        task: of the model; by default what its graph and the source's `head` tell.
+        graph: graph of the dense model.
+        workload: bounds of the batches' sizes.
+        samples: maximum number of samples of the data; None for all.
+        seed: seed of the sampling.
+        task: task of the model; by default the task that its graph and the source's `head` imply.
         batch: samples in a batch; by default the workload's opt one.
 
     Raises:
@@ -58,10 +58,10 @@ class Samples:
             self._queries = _queries(text for text, _ in dataset.sample(self.count, seed))
 
     def feeds(self, progress: Progress | None = None, what: str = "quality") -> Iterator[dict[str, np.ndarray]]:
-        """The batches. Beside the model's inputs they have `attention_mask` [batch, tokens], where they are texts.
+        """The batches. Batches of texts have `attention_mask` [batch, tokens] beside the model's inputs.
 
         Args:
-            what: is done with them, as `progress` calls it.
+            what: name of the work, for `progress`.
 
         Raises:
             DataError: the data do not fit the model.
@@ -83,10 +83,10 @@ class Samples:
         report(what, self.count, self.count)
 
     def quality(self, feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, compiled: Run) -> Quality:
-        """Task quality of both models on `feeds`, which are all that `feeds()` gives, in order.
+        """Task quality of both models on `feeds`: all batches of `feeds()`, in order.
 
         Raises:
-            ModelError: no output that can be judged.
+            ModelError: no output has a task that trimtab knows.
             TargetError: a model gives NaN or Inf.
         """
         if self.task is not None and self.task.kind == "text":  # a decoder with its cache
@@ -108,28 +108,28 @@ def check_quality(
     progress: Progress | None = None,
     task: Task | None = None,
 ) -> Quality:
-    """Task quality of both models on `dataset`, run in batches that lie within `workload`. Arguments as of `Samples`.
+    """Task quality of both models on `dataset`, in batches within `workload`. Arguments are those of `Samples`.
 
     Raises:
-        DataError: the data do not fit the model, or their labels its task.
-        ModelError: no output that can be judged.
+        DataError: the data do not fit the model, or the labels do not fit its task.
+        ModelError: no output has a task that trimtab knows.
     """
-    given = Samples(graph, workload, source, dataset, samples=samples, seed=seed, task=task)
+    chosen = Samples(graph, workload, source, dataset, samples=samples, seed=seed, task=task)
     both = within(dense, graph, workload), within(compiled, graph, workload)
-    return given.quality(given.feeds(progress), *both)
+    return chosen.quality(chosen.feeds(progress), *both)
 
 
 def check_labels(dataset: Dataset, task: Task | None, source: Source, graph: gs.Graph, needed: bool) -> list[str]:
     """Check the labels of `dataset` before long work.
 
     Args:
-        needed: a limit on what is lost against labels was given.
+        needed: whether a limit on the loss against labels needs them.
 
     Returns:
-        A sentence, where some samples lack a label, so that the labels of the others are not used.
+        A warning where some samples lack a label: then no labels are used.
 
     Raises:
-        DataError: labels that are not those of the task, or none where they are needed.
+        DataError: the labels do not fit the task, or are missing where they are needed.
     """
     labels = dataset.labels(dataset.count)
     missing = dataset.count if labels is None else sum(label is None for label in labels)
@@ -157,11 +157,11 @@ def _labels(
 
 
 def _queries(texts: Iterable[Text]) -> list[int] | None:
-    """The number of each pair's first text; None where texts are no pairs."""
+    """A number for each pair, equal for pairs with the same first text; None where texts are no pairs."""
     numbers: dict[str, int] = {}
-    found = []
+    queries = []
     for text in texts:
         if not isinstance(text, tuple):
             return None
-        found.append(numbers.setdefault(text[0], len(numbers)))
-    return found
+        queries.append(numbers.setdefault(text[0], len(numbers)))
+    return queries

@@ -1,4 +1,4 @@
-"""Wall-clock times of several runners that take turns, so that a slow minute of the machine is shared by all.
+"""Wall-clock times of several runners that take turns, so that a slow minute of the machine slows all of them.
 
 Two facts about CPUs shape this: the idle but spinning thread pool of one runtime slows the next one, and alternating
 single runs makes each engine start with the other's weights in the cache. So runners take turns in short blocks, each
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-REST_S = 0.02  # after which threads of the runner before have stopped spinning, which ONNX Runtime's do within some ms
+REST_S = 0.02  # until threads of the previous runner stop spinning; ONNX Runtime's stop within some ms
 LONGEST_S = 86400.0
-"""A day, which commands time at most: without an end, nothing would be reported."""
+"""A day, the longest timing of a command: without an end, nothing would be reported."""
 
-_MIN_ROUNDS = 3  # however slow the runners: a median of fewer blocks says nothing about spread
+_MIN_ROUNDS = 3  # even for slow runners: fewer blocks show no spread
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one runner took.
+    """Times of one runner.
 
     Attributes:
-        median_ms, p95_ms: of all its timed runs, in milliseconds.
-        samples: how many runs were timed.
+        median_ms, p95_ms: median and 95th percentile of all timed runs, in milliseconds.
+        samples: number of timed runs.
     """
 
     median_ms: float
@@ -41,11 +41,10 @@ def interleave(
 
     Args:
         runners: name → a call that does the whole work once.
-        seconds: how long to go on, for all runners together; the round under way is finished, and three are run in any
-            case.
+        seconds: time budget for all runners together. The last round is finished, and at least three rounds run.
         block: timed runs of one runner before the next one's turn.
         warmup: untimed runs before each block.
-        rest: seconds before each block; `REST_S` where threads of a runner spin behind a run.
+        rest: pause before each block, in seconds; `REST_S` where a runner's threads spin after a run.
     """
     times: dict[str, list[int]] = {name: [] for name in runners}
     order = list(runners)

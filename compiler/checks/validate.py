@@ -1,4 +1,4 @@
-"""`trimtab validate`: is a build still the model it was compiled from, in numbers and at its task?"""
+"""`trimtab validate`: compares a build with the model it was compiled from, in its outputs and at its task."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ from trimtab.passes.errors import DataError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.positions import find_positions
 
-_TEXTS = 256  # whose tokens the corners of the workload are filled with
+_TEXTS = 256  # texts whose tokens fill the inputs at the corners of the workload
 
 
 class Limits(BaseModel):
-    """What a build must keep to; None is no limit. NaN, Inf and a batch that changes its samples are never allowed.
+    """Limits for a build; None is no limit. NaN, Inf and a batch that changes its samples are never allowed.
 
     Attributes:
-        max_error: ‖y - y_dense‖ / ‖y_dense‖ of any output at any shape.
-        min_quality: least `score` of the task's quality: accuracy, micro-F1, NDCG@10 or rank correlation, 0 to 1;
-            without labels agreement with the dense model, or mean cosine of embeddings; dense by compiled perplexity.
-        max_drop: points of accuracy, micro-F1, NDCG@10 or rank correlation below the dense model, which need labels.
+        max_error: largest ‖y - y_dense‖ / ‖y_dense‖ of any output at any shape.
+        min_quality: smallest `score` of the task quality: accuracy, micro-F1, NDCG@10 or rank correlation, 0 to 1;
+            without labels agreement with the dense model, or mean cosine of embeddings; dense perplexity divided by
+            compiled perplexity.
+        max_drop: largest loss, in points of accuracy, micro-F1, NDCG@10 or rank correlation, against the dense
+            model; it needs labels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +58,7 @@ class Limits(BaseModel):
     max_drop: float | None = None
 
     def judged(self, quality: Quality | None) -> Iterator[str]:
-        """What these limits ask, one phrase for each."""
+        """One phrase for each limit."""
         if self.max_error is not None:
             yield f"relative error at most {self.max_error:g}"
         if self.min_quality is not None and quality is not None:
@@ -66,18 +68,18 @@ class Limits(BaseModel):
 
 
 class Validation(BaseModel):
-    """What was found.
+    """The result of `trimtab validate`.
 
     Attributes:
-        outputs: the worst of each output.
-        comparisons: every output at every shape.
-        consistency: of samples alone and in a batch; empty where the workload has no batch.
-        quality: on the data, if some were given.
-        failures: one sentence for each limit that is broken.
-        warnings: one sentence for each figure that is beyond a default bound, where no limit was given.
-        judged: one phrase for each limit that was given.
-        peers: the quality of each peer asked for, on the same samples.
-        setting: dial → its value where the quality was measured, for builds that have dials.
+        outputs: the worst comparison of each output.
+        comparisons: comparisons of every output at every shape.
+        consistency: comparisons of samples alone and in a batch; empty where the workload has no batch.
+        quality: task quality on the data; None without data.
+        failures: one sentence for each broken limit.
+        warnings: one sentence for each figure beyond a default bound, where the user gave no limit.
+        judged: one phrase for each limit of the user.
+        peers: quality of each peer, on the same samples.
+        setting: dial → value at which quality was measured, for builds that have dials.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,7 +96,7 @@ class Validation(BaseModel):
 
     @property
     def passed(self) -> bool | None:
-        """Whether every limit is kept; None where no limit was given and nothing failed, so that nobody has judged."""
+        """Whether every limit is kept; None where the user gave no limit and nothing failed."""
         if self.failures:
             return False
         return True if self.judged else None
@@ -111,8 +113,8 @@ class Validation(BaseModel):
             for what, each in in_brief(self.outputs, lambda each: each.severity)
         ]
         shown = [{key: value for key, value in row.items() if value is not None} for row in errors]
-        beside = {"peers": quality_rows(self.quality, self.peers)} if self.quality and self.peers else {}
-        return verdict | quality | {"outputs": shown} | beside
+        peer_rows = {"peers": quality_rows(self.quality, self.peers)} if self.quality and self.peers else {}
+        return verdict | quality | {"outputs": shown} | peer_rows
 
 
 @of_one_build
@@ -131,20 +133,20 @@ def validate(
     speed: float | None = None,
     progress: Progress | None = None,
 ) -> Validation:
-    """Compare the engine of `build` with its dense model, and record what was found beside it.
+    """Compare the engine of `build` with its dense model, and record the result beside the build.
 
-    The dense model runs in ONNX Runtime on the CPU, the engine on its own target. A build with dials is judged at its
-    task as it runs, and its numbers are compared at the exact end of its dials, unless a setting is asked for: what is
-    left out on the way to an answer is no error of the graph.
+    The dense model runs in ONNX Runtime on the CPU, the engine on its own target. For a build with dials, task
+    quality is measured at their defaults, and outputs are compared at their exact end, unless the user asks for a
+    setting: work that the dials skip is no error of the graph.
 
     Args:
         data: held-out data to measure the task quality on.
         dense: the dense ONNX file; by default the one that the build was compiled from.
-        samples: of the data, at most; None for all.
+        samples: maximum number of samples of the data; None for all.
         peers: engines of the dense model whose quality is measured beside the build's.
-        peer_data: what peers that are calibrated statically are calibrated on.
-        seed: of the random inputs, and of the sample.
-        dials, speed: the setting at which everything is measured, as `Engine.run` takes them.
+        peer_data: calibration data of peers that are calibrated statically.
+        seed: seed of the random inputs, and of the sampling.
+        dials, speed: the setting of all measurements, as `Engine.run` takes them.
 
     Raises:
         TrimtabError: the build is damaged or was replaced meanwhile, its target or its dense model is missing, or the
@@ -153,7 +155,7 @@ def validate(
     if data is None and (limits.min_quality is not None or limits.max_drop is not None):
         raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
     require_data(peers, data)
-    setting = build.manifest.all_dials.values(dials, speed)  # refuse an impossible one, too
+    setting = build.manifest.all_dials.values(dials, speed)  # refuses an impossible setting, too
     dataset = read_data(data) if data else None  # refuse bad data before minutes of work
     forms = peer_model(build, dense=dense, data=peer_data)
     model = forms.canonical
@@ -168,13 +170,13 @@ def validate(
     engine = load(build.path, threads=threads, verify=False)
     run = converting(partial(engine.run, dials=dials, speed=speed), engine.inputs)
     exact = converting(partial(engine.run, speed=0.0), engine.inputs)
-    as_asked = not engine.dials or dials or speed is not None
+    setting_given = not engine.dials or dials or speed is not None
     reference = open_peer("dense-fp32", model, threads or 0)
     ids = real_ids(dataset, source, seed) if dataset else None
     comparisons, consistency = check_numbers(
-        reference, run if as_asked else exact, graph, workload, ids=ids, seed=seed, progress=progress
+        reference, run if setting_given else exact, graph, workload, ids=ids, seed=seed, progress=progress
     )
-    quality, beside = None, {}
+    quality, peer_results = None, {}
     if dataset and all(comparison for comparison in comparisons if task is None or comparison.output == task.output):
         judge = partial(
             check_quality, reference, graph=graph, workload=workload, source=source, dataset=dataset, samples=samples,
@@ -182,14 +184,14 @@ def validate(
         )  # fmt: skip
         decoded = as_decoded(build, threads)
         quality = judge(run if decoded is None else converting(decoded, engine.inputs))
-        beside = peer_qualities(peers, forms, threads or 0, judge)
+        peer_results = peer_qualities(peers, forms, threads or 0, judge)
     if quality and dataset and limits.min_quality is None and limits.max_drop is None:
         count = min(samples or dataset.count, dataset.count)
         worst_sample = "unknown" if quality.worst is None else dataset.shown(quality.worst, count, seed)
         warnings += poor_quality(quality, worst_sample)
     elif quality is None and limits.max_error is None:
         warnings += large_errors(comparisons)
-    found = Validation(
+    validation = Validation(
         outputs=worst(comparisons),
         comparisons=tuple(comparisons),
         consistency=tuple(consistency),
@@ -197,20 +199,20 @@ def validate(
         failures=tuple(broken(comparisons, consistency, quality, limits)),
         warnings=tuple(warnings),
         judged=tuple(limits.judged(quality)),
-        peers=beside,
+        peers=peer_results,
         setting=setting,
     )
-    record(build, quality=found.summary())
-    return found
+    record(build, quality=validation.summary())
+    return validation
 
 
 def real_ids(dataset: Dataset, source: Source, seed: int) -> np.ndarray | None:
-    """Token ids of some texts of `dataset`, one text after the other; None for data that are no text."""
+    """Token ids of some texts of `dataset`, concatenated; None for data that are no text."""
     if dataset.arrays is not None or source.tokenizer is None:
         return None
     texts = [text for text, _ in dataset.sample(min(dataset.count, _TEXTS), seed)]
-    found = load_tokenizer(source.tokenizer, source.max_tokens).encode(texts)
-    ids: np.ndarray = found["input_ids"][found["attention_mask"] > 0]
+    encoded = load_tokenizer(source.tokenizer, source.max_tokens).encode(texts)
+    ids: np.ndarray = encoded["input_ids"][encoded["attention_mask"] > 0]
     return ids
 
 
@@ -224,10 +226,10 @@ def check_numbers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[list[OutputError], list[Consistency]]:
-    """Compare two models at every corner of `workload`, with and without padding, and samples alone and in a batch.
+    """Compare two models at every corner of `workload`, with and without padding; and samples alone and in a batch.
 
     Args:
-        ids: token ids of real text to draw inputs from; without, they are drawn evenly from the vocabulary.
+        ids: token ids of real text to draw inputs from; by default ids are drawn evenly from the vocabulary.
     """
     report = progress or (lambda what, done, total: None)
     shapes = corners(graph, workload)
@@ -239,26 +241,26 @@ def check_numbers(
         report("compare", done, len(cases))
         comparisons += compare(dense, compiled, graph, dims, rng, padded=padded, ids=ids)
     report("compare", len(cases), len(cases))
-    crowds = [dims for dims in shapes if dims.get("batch", 1) > 1]
-    if not crowds or not all(comparisons):  # without a batch there is no company; after a fault, nothing to compare
+    batched = [dims for dims in shapes if dims.get("batch", 1) > 1]
+    if not batched or not all(comparisons):  # there is no batch to check, or a fault leaves nothing to compare
         return comparisons, []
-    dims = min(crowds, key=lambda dims: dims["batch"])
+    dims = min(batched, key=lambda dims: dims["batch"])
     return comparisons, batch_consistency(dense, compiled, graph, workload, dims, rng, ids)
 
 
 def worst(comparisons: list[OutputError]) -> tuple[OutputError, ...]:
-    """Of each output, the comparison that came out worst."""
-    found: dict[str, OutputError] = {}
+    """The worst comparison of each output."""
+    worst_of: dict[str, OutputError] = {}
     for each in comparisons:
-        if each.output not in found or each.severity > found[each.output].severity:
-            found[each.output] = each
-    return tuple(found.values())
+        if each.output not in worst_of or each.severity > worst_of[each.output].severity:
+            worst_of[each.output] = each
+    return tuple(worst_of.values())
 
 
 def broken(
     comparisons: list[OutputError], consistency: list[Consistency], quality: Quality | None, limits: Limits
 ) -> Iterator[str]:
-    """One sentence for each limit that is not kept; of the many outputs of a decoder's cache, for the worst."""
+    """One sentence for each broken limit; of the many outputs of a decoder's cache, only for the worst."""
     faults = [each for each in comparisons if each.fault]
     for where in dict.fromkeys(each.where for each in faults):
         for what, each in in_brief([each for each in faults if each.where == where], lambda each: each.severity):

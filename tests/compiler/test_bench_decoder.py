@@ -128,7 +128,7 @@ def test_an_interpreter_that_does_not_do_it(body: str, says: str, build: Build, 
         (["--shapes", "1x64"], "ask for at most 63"),
         (["--peer", LLAMA, "--gguf", "no/such.gguf"], "there is no file no/such.gguf"),
         (["--peer", LLAMA, "--gguf", "m.gguf", "--llama-python", "no/python"], "there is no file no/python"),
-        (["--gguf", "m.gguf"], "are of the peer llama.cpp"),
+        (["--gguf", "m.gguf"], "are options of the peer llama.cpp"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_at_once(

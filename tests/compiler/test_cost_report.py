@@ -211,7 +211,7 @@ def test_builds_without_dials(data: Path, tmp_path: Path) -> None:
 
 def test_shards_and_damage(build: Build, data: Path) -> None:
     divided = Build(build.path, build.manifest.model_copy(update={"shards": 2}), build.hash)
-    with pytest.raises(TargetError, match="what 2 shards compute is not counted"):
+    with pytest.raises(TargetError, match="the FLOPs of 2 shards are not counted"):
         cost(divided, data=data)
     with open(build.path / "recipe.yaml", "a") as file:
         file.write("\n")

@@ -84,7 +84,7 @@ def test_the_fastest_setting_may_be_limited() -> None:
         taken = [known[tuple(each.dials.values())] for each in measured_path(points, drop)]
         allowed = [point for point in points.values() if point.score >= first.score - drop / 100]
         assert taken[-1].flops == min(point.flops for point in allowed) and all(each in allowed for each in taken)
-    with pytest.raises(ModelError, match="lies at most 0 points below it"):
+    with pytest.raises(ModelError, match="loses at most 0 points against it"):
         measured_path(points, 0.0)
 
 

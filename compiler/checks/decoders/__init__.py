@@ -1,1 +1,1 @@
-"""How fast a decoder reads prompts and takes steps, beside other engines: each in a process of its own."""
+"""Times a decoder's prompts and steps beside other engines, each in a process of its own."""

@@ -1,4 +1,4 @@
-"""A build that decodes, timed beside its peers: prompts, and steps behind them."""
+"""Times a decoder build beside its peers: prompts, and steps behind them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
 from trimtab.passes.errors import RecipeError, TargetError
 
-_PROMPT = 128  # tokens of a prompt where the workload tells of no past
+_PROMPT = 128  # tokens of a prompt where the workload has no past
 
 
 def decodes(build: Build) -> bool:
-    """Whether its engine takes steps in ONNX Runtime, in a cache that stays where it is.
+    """Whether the engine of `build` takes steps in ONNX Runtime with a cache that is updated in place.
 
-    Where the cache grows by concatenation, a step behind so many tokens cannot be taken again and again.
+    Where the cache grows by concatenation, a step behind the same number of tokens cannot be repeated.
     """
     manifest = build.manifest
     in_place = {mask.past for mask in manifest.packed} & set(pasts(tensor.name for tensor in manifest.inputs))
@@ -30,22 +30,22 @@ def decodes(build: Build) -> bool:
 
 
 def usual_prompt(build: Build) -> tuple[int, int]:
-    """(batch, tokens) that a decoder is timed with where none are asked for."""
+    """(batch, tokens) of the prompt with which a decoder is timed by default."""
     workload = Workload.model_validate(build.manifest.workload)
-    most = build.manifest.positions.most - 1 if build.manifest.positions else _PROMPT
-    wanted = workload.past[1] or max(workload.tokens[1], min(workload.tokens[2], _PROMPT))
-    return workload.batch[1], max(1, min(wanted, most))
+    longest = build.manifest.positions.most - 1 if build.manifest.positions else _PROMPT
+    prompt = workload.past[1] or max(workload.tokens[1], min(workload.tokens[2], _PROMPT))
+    return workload.batch[1], max(1, min(prompt, longest))
 
 
 def other_engines(
     build: Build, peers: Sequence[str], shapes: Sequence[tuple[int, int]], gguf: Path | None, llama_python: Path | None
 ) -> OtherEngines:
-    """What those of `peers` start from that time decoders alone.
+    """The models of those `peers` that time decoders alone.
 
     Raises:
-        TargetError: the build is no decoder, or one of them cannot be started.
+        TargetError: the build is no decoder, or a peer cannot be started.
     """
-    found, wanted = OtherEngines(Path(build.manifest.origin), gguf, llama_python), []
+    others, decoder_peers = OtherEngines(Path(build.manifest.origin), gguf, llama_python), []
     for name in peers:
         if name in DECODER_PEERS:
             if not decodes(build):
@@ -54,13 +54,13 @@ def other_engines(
                     "(GroupQueryAttention), which this build is not",
                     hint="leave it out",
                 )
-            wanted.append(name)
+            decoder_peers.append(name)
         elif decodes(build) and name not in (DENSE, INT8):
             raise TargetError(
                 f"peer {name!r} does not time a decoder's steps", hint=f"those that do: {', '.join(DECODER_PEERS)}"
             )
-    found.check(wanted, max((batch for batch, _ in shapes), default=1))
-    return found
+    others.check(decoder_peers, max((batch for batch, _ in shapes), default=1))
+    return others
 
 
 def time_decoder(
@@ -75,11 +75,11 @@ def time_decoder(
     setting: Mapping[str, float],
     progress: Progress | None,
 ) -> dict[tuple[int, int], list[TimedRun]]:
-    """Prompts and steps behind them by shape, (batch, tokens).
+    """Shape, (batch, tokens) → timed prompts, and steps behind them.
 
     Raises:
-        RecipeError: the model has no position for a step behind so many tokens.
-        TargetError: an engine does not come up, or fails.
+        RecipeError: the model has too few positions for a step behind a prompt.
+        TargetError: an engine does not start, or fails.
     """
     positions = build.manifest.positions
     for batch, tokens in shapes:
@@ -91,21 +91,21 @@ def time_decoder(
             )
     bounds = next(tensor.bounds for tensor in build.manifest.inputs if tensor.name == "input_ids")
     starts = {name: others.start(name) for name in peers if name in DECODER_PEERS}
-    integers = quantized(model.canonical)
-    of_rank = max(1, threads // build.manifest.shards)
-    found = {}
+    int8_model = quantized(model.canonical)
+    threads_of_rank = max(1, threads // build.manifest.shards)
+    timed_runs = {}
     for batch, tokens in shapes:
         engines = {
-            COMPILED: Start.own(build.path, batch=batch, dials=dict(setting), threads=of_rank),
+            COMPILED: Start.own(build.path, batch=batch, dials=dict(setting), threads=threads_of_rank),
             DENSE: Start.own(model.canonical, batch=batch, dense=True),
-            INT8: Start.own(integers, batch=batch, dense=True),
+            INT8: Start.own(int8_model, batch=batch, dense=True),
             **starts,
         }
         timings = time_decoders(
             engines, context=tokens, vocabulary=bounds[1] + 1 if bounds else 2, threads=threads, seconds=seconds,
             progress=progress,
         )  # fmt: skip
-        found[batch, tokens] = [
+        timed_runs[batch, tokens] = [
             TimedRun(
                 name=name, batch=batch, tokens=count, past=past, median_ms=timing.median_ms, p95_ms=timing.p95_ms,
                 samples=timing.samples, ratio=timing.median_ms / ours.median_ms, memory_mb=each.resident_bytes / 1e6,
@@ -115,4 +115,4 @@ def time_decoder(
                 (tokens, 0, each.prompt, timings[COMPILED].prompt), (1, tokens, each.step, timings[COMPILED].step)
             )
         ]  # fmt: skip
-    return found
+    return timed_runs

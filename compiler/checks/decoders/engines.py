@@ -16,7 +16,7 @@ from trimtab.passes.errors import TargetError
 
 GENAI, LLAMA = "genai-int4", "llama.cpp"
 
-_IMPORT_S = 60.0  # that an import may take
+_IMPORT_S = 60.0  # time limit of an import
 
 DECODER_PEERS = (GENAI, LLAMA)
 """Names of peers that time decoders alone."""
@@ -24,12 +24,12 @@ DECODER_PEERS = (GENAI, LLAMA)
 
 @dataclass(frozen=True)
 class OtherEngines:
-    """What peers that are no form of the dense ONNX file start from.
+    """The models of peers that do not start from the dense ONNX file.
 
     Attributes:
         origin: the model that was compiled: a Hugging Face directory, a GGUF file, or another.
-        gguf: the file for llama.cpp; None takes `origin`, if that is one.
-        llama_python: an interpreter that has llama-cpp-python; None takes this one, if it has.
+        gguf: the GGUF file for llama.cpp; None takes `origin`, if that is a GGUF file.
+        llama_python: an interpreter that has llama-cpp-python; None takes the running one.
     """
 
     origin: Path
@@ -37,7 +37,7 @@ class OtherEngines:
     llama_python: Path | None = None
 
     def check(self, names: Sequence[str], batch: int) -> None:
-        """Refuse what cannot be started, before minutes of work.
+        """Refuse peers that cannot be started, before minutes of work.
 
         Raises:
             TargetError: a package, the file or the interpreter is missing, or the batch is not 1.
@@ -47,7 +47,7 @@ class OtherEngines:
                 f"peer {names[0]!r} is timed one text at a time, not {batch}", hint="give --shapes, such as 1x128"
             )
         if LLAMA not in names and (self.gguf is not None or self.llama_python is not None):
-            raise TargetError("--gguf and --llama-python are of the peer llama.cpp", hint=f"add --peer {LLAMA}")
+            raise TargetError("--gguf and --llama-python are options of the peer llama.cpp", hint=f"add --peer {LLAMA}")
         if GENAI in names:
             if importlib.util.find_spec(PACKAGE) is None:
                 raise TargetError(f"peer {GENAI!r} needs onnxruntime-genai", hint="pip install onnxruntime-genai")
@@ -65,7 +65,7 @@ class OtherEngines:
                 )
 
     def start(self, name: str) -> Start:
-        """How the peer is started."""
+        """The way to start the peer `name`."""
         if name == GENAI:
             return Start(sys.executable, "genai_steps.py", genai_model(self.origin))
         return Start(self._python, "llama_steps.py", self._llama_file())

@@ -1,4 +1,4 @@
-"""The folder that ONNX Runtime GenAI's own model builder makes of a checkpoint, in int4."""
+"""The folder that ONNX Runtime GenAI's own model builder writes for a checkpoint, in int4."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HINT = "leave the peer 'genai-int4' out"
 
 
 def genai_model(origin: Path) -> Path:
-    """The folder of `origin`, made once and kept in the cache: weights in blocks of 32, activations as bytes.
+    """The folder for `origin`, made once and stored in the cache: int4 weights in blocks of 32, int8 activations.
 
     Args:
         origin: a Hugging Face directory, or a GGUF file.
@@ -38,10 +38,10 @@ def genai_model(origin: Path) -> Path:
 
 
 def build_genai(checkpoint: Path, folder: Path) -> None:
-    """Write `folder`.
+    """Write the model into `folder`.
 
     Raises:
-        TargetError: the builder failed; says what it said last.
+        TargetError: the builder failed; shows its last line.
     """
     command = [
         sys.executable, "-m", f"{PACKAGE}.models.builder", "-i", checkpoint, "-o", folder, "-p", "int4", "-e", "cpu",
@@ -51,7 +51,7 @@ def build_genai(checkpoint: Path, folder: Path) -> None:
         list(map(str, command)), capture_output=True, text=True, check=False, preexec_fn=end_with_parent()
     )
     if run.returncode:
-        last = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = run.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         how = ending(run.returncode)
         raise TargetError(
             f"{checkpoint}: onnxruntime-genai's builder {how.words}: {last[0][:200]}", hint=how.hint or _HINT

@@ -11,17 +11,17 @@ from trimtab.compiler.checks.decoders.children import Children
 from trimtab.compiler.checks.timing import REST_S, Timing, interleave
 from trimtab.compiler.progress import Progress
 
-_PROMPTS = 0.3  # of the time: a prompt takes longer than a step, and fewer say enough
+_PROMPTS = 0.3  # share of the time: a prompt takes longer than a step, and fewer samples are enough
 
 
 @dataclass(frozen=True)
 class DecoderTiming:
-    """One engine.
+    """Times and memory of one engine.
 
     Attributes:
-        prompt: of reading the whole prompt, up to the logits of the first token.
-        step: of one token more, behind as many as the prompt has.
-        resident_bytes: what its process holds: weights, cache, runtime and interpreter.
+        prompt: times of the whole prompt, up to the logits of the first token.
+        step: times of one further token, behind the prompt.
+        resident_bytes: RSS of the engine's process: weights, cache, runtime and interpreter.
     """
 
     prompt: Timing
@@ -31,12 +31,12 @@ class DecoderTiming:
 
 @dataclass(frozen=True)
 class Start:
-    """How an engine is started.
+    """The way to start an engine.
 
     Attributes:
         python, script: the interpreter, and one of the scripts in `steps`.
-        path: what it opens.
-        options: of the script, beside those that all have.
+        path: the model or build that the script opens.
+        options: options of the script, beside those that all scripts have.
     """
 
     python: Path | str
@@ -46,7 +46,7 @@ class Start:
 
     @classmethod
     def own(cls, path: Path, **options: object) -> Start:
-        """A build, or with dense=True an ONNX file."""
+        """The start of a build, or with dense=True of an ONNX file."""
         return cls(sys.executable, "trimtab_steps.py", path, options)
 
 
@@ -63,11 +63,11 @@ def time_decoders(
 
     Args:
         context: tokens of a prompt, and in the cache when a step is timed.
-        threads: of each engine that has no other option.
-        seconds: for all engines together.
+        threads: threads of each engine without a `threads` option of its own.
+        seconds: time budget for all engines together.
 
     Raises:
-        TargetError: an engine does not come up, or fails.
+        TargetError: an engine does not start, or fails.
     """
     with Children() as children:
         for done, (name, start) in enumerate(engines.items()):

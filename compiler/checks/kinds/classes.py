@@ -1,4 +1,4 @@
-"""Classifiers: accuracy, or without labels how often both models predict the same."""
+"""Classifiers: accuracy, or without labels the share of samples for which both models predict the same class."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trimtab.compiler.checks.kinds.result import Result
 
 
 class Classification(Result):
-    """Accuracy on labelled samples; all shares lie in 0..1.
+    """Accuracy on labelled samples; all shares are between 0 and 1.
 
     Attributes:
         difference: compiled minus dense accuracy.
-        interval: its 95 % confidence interval, paired, since both classify the same samples.
-        agreement: share of samples to which both give the same class.
-        decisions: the same corrected for chance.
+        interval: 95 % confidence interval of the difference, paired, since both models classify the same samples.
+        agreement: share of samples to which both models give the same class.
+        decisions: the agreement corrected for chance.
     """
 
     kind: Literal["classification"] = "classification"
@@ -73,13 +73,13 @@ class Agreement(Result):
 
 
 def difference_line(difference: float, interval: tuple[float, float]) -> str:
-    """A difference of shares and its interval, in points."""
+    """The line for a difference of shares and its interval, in points."""
     low, high = (100 * bound for bound in interval)
     return f"difference {100 * difference:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
 
 
 def compare_predictions(dense: np.ndarray, compiled: np.ndarray, names: Sequence[str] | None = None) -> Agreement:
-    """Two lists of predicted classes without labels; `names` are those of the classes."""
+    """Compare two lists of predicted classes without labels; `names` are the class names."""
     return Agreement(
         samples=len(dense),
         agreement=float(np.mean(dense == compiled)),

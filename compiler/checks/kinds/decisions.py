@@ -1,4 +1,4 @@
-"""Decisions of two models beside each other, corrected for chance: where one answer is common, most agree anyway."""
+"""Agreement of two models' decisions, corrected for chance: where one answer is common, most decisions agree anyway."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import norm
 
-_TAIL = 0.025  # of each upper end, for an interval of 95 %
+_TAIL = 0.025  # probability beyond the upper end of a two-sided 95 % interval
 
 
 class Decisions(BaseModel):
-    """How well compiled decisions keep to the dense ones.
+    """How well the compiled decisions agree with the dense ones.
 
     Attributes:
         kappa: Cohen's kappa, agreement beyond chance: 0 for a constant answer, 1 for equal decisions.
-        kappa_upper: upper end of its 95 % interval.
-        worst_class: the class that both models give to the smallest share of the samples to which either gives it;
-            name, else number. None where neither model gives any.
+        kappa_upper: upper end of kappa's 95 % interval.
+        worst_class: the class with the smallest ratio of samples to which both models give it to samples to which
+            either gives it; its name, or its number without names. None where neither model gives any class.
         worst_f1: F1 of that class, compiled against dense decisions.
-        worst_f1_upper: upper end of its 95 % interval, over all classes together.
+        worst_f1_upper: upper end of the 95 % interval of `worst_f1`, valid for all classes together.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,7 +42,7 @@ def compare_decisions(dense: np.ndarray, compiled: np.ndarray, names: Sequence[s
     """Compare classes [samples], or decisions on labels, bool [samples, labels].
 
     Args:
-        names: of the classes or labels; by default their numbers.
+        names: names of the classes or labels; by default their numbers.
     """
     if dense.ndim == 2:
         classes, both, either = np.arange(dense.shape[1]), (dense & compiled).sum(0), (dense | compiled).sum(0)
@@ -56,7 +56,7 @@ def compare_decisions(dense: np.ndarray, compiled: np.ndarray, names: Sequence[s
         return Decisions(kappa=kappa, kappa_upper=upper)
     ends = _upper_share(both, np.maximum(either, 1), int(np.count_nonzero(either)))
     shares = np.where(either > 0, both / np.maximum(either, 1), 1.0)
-    worst = int(np.lexsort((shares, np.where(either > 0, ends, 2.0)))[0])  # the one that chance explains least
+    worst = int(np.lexsort((shares, np.where(either > 0, ends, 2.0)))[0])  # the class whose loss chance explains least
     number = int(classes[worst])
     return Decisions(
         kappa=kappa,
@@ -80,9 +80,9 @@ def _kappa(dense: np.ndarray, compiled: np.ndarray) -> tuple[float, float]:
     return kappa, min(1.0, kappa + float(norm.ppf(1 - _TAIL)) * error)
 
 
-def _upper_share(part: np.ndarray, whole: np.ndarray, looks: int) -> np.ndarray:
-    """Upper ends of Wilson's score intervals of `part` of `whole`, which hold for all of `looks` shares together."""
-    z = float(norm.ppf(1 - _TAIL / looks))
+def _upper_share(part: np.ndarray, whole: np.ndarray, comparisons: int) -> np.ndarray:
+    """Upper ends of Wilson's score intervals of part / whole, valid for all `comparisons` shares together."""
+    z = float(norm.ppf(1 - _TAIL / comparisons))
     p = part / whole
     centre = p + z**2 / (2 * whole)
     ends: np.ndarray = (centre + z * np.sqrt(p * (1 - p) / whole + z**2 / (4 * whole**2))) / (1 + z**2 / whole)

@@ -1,4 +1,4 @@
-"""Embeddings: whether they lie where the dense model's lie, and have the same neighbours."""
+"""Embeddings: cosines between compiled and dense embeddings, and whether samples keep their neighbours."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _RANKED = 2000  # samples whose neighbours are compared, all against all
 
 
 class Embeddings(Result):
-    """How near compiled embeddings lie to dense ones, and whether the same texts stay neighbours.
+    """How near compiled embeddings are to dense ones, and whether the same texts stay neighbours.
 
     Attributes:
-        mean_cosine: between the two embeddings of a sample.
+        mean_cosine: mean cosine between the two embeddings of a sample.
         neighbour_overlap: mean share of a sample's 10 nearest neighbours that are the same.
         spearman: mean rank correlation of a sample's similarities to all others.
     """
@@ -52,7 +52,7 @@ def mean_pool(hidden: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def compare_embeddings(dense: np.ndarray, compiled: np.ndarray) -> Embeddings:
-    """Compare two lists of embeddings, [samples, width] each. Neighbours are by cosine, among the first 2000 samples.
+    """Compare two lists of embeddings, [samples, width] each. Cosine ranks neighbours, among the first 2000 samples.
 
     Raises:
         DataError: fewer than three samples, which have no ranks to compare.
@@ -79,7 +79,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _similarities(rows: np.ndarray) -> np.ndarray:
-    """Cosines of each row with every other, [n, n - 1]: the diagonal, a row with itself, is taken out."""
+    """Cosines of each row with every other, [n, n - 1]: the diagonal, a row with itself, is removed."""
     n = len(rows)
     return (rows @ rows.T)[~np.eye(n, dtype=bool)].reshape(n, n - 1)
 
@@ -89,7 +89,7 @@ def _top(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each row of `a` with that of `b`; 1 where both rows are constant alike."""
+    """Pearson's correlation of each row of `a` with the same row of `b`; 1 where both rows are constant and equal."""
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     product = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return np.where(product > 0, (a * b).sum(1) / np.where(product > 0, product, 1), (a == b).all(1))

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Result(BaseModel, ABC):
-    """Quality of a compiled model beside its dense self.
+    """Quality of a compiled model beside its dense model.
 
     Attributes:
-        samples: that both were run on.
-        worst: place of the sample on which the two differ most, in the order in which `Dataset.sample` gives them.
+        samples: number of samples that both models ran on.
+        worst: index of the sample on which the two models differ most, in the order of `Dataset.sample`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -23,16 +23,16 @@ class Result(BaseModel, ABC):
     @property
     @abstractmethod
     def measured(self) -> str:
-        """What `score` is, in words."""
+        """The name of `score`, for people."""
 
     @property
     @abstractmethod
     def score(self) -> float:
-        """What a limit on quality is held against; 1 is best."""
+        """The number that a limit on quality is compared with; 1 is best."""
 
     @property
     def drop(self) -> float | None:
-        """Points (of 100) that the compiled model is below the dense one against labels; None without labels."""
+        """Points (of 100) of `score` that the compiled model loses against the dense one; None without labels."""
         return None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Rerankers and regressions: rank correlation with the dense scores, and against labels that or NDCG."""
+"""Rerankers and regressions: rank correlation with the dense scores; with labels, rank correlation or NDCG."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from trimtab.compiler.checks.kinds.classes import difference_line
 from trimtab.compiler.checks.kinds.result import Result
 from trimtab.passes.errors import DataError
 
-_RANKS = 10  # of NDCG@10
+_RANKS = 10  # the 10 of NDCG@10
 
 
 class Scores(Result):
     """How near compiled scores are to dense ones, and how both rank against labels.
 
     Attributes:
-        spearman, pearson: correlation of compiled and dense scores; the mean over the scores of a sample, where it has
-            several.
+        spearman, pearson: correlation of compiled and dense scores; where a sample has several scores, their mean.
         mean_error: mean |compiled - dense| of the scores as they are served.
-        relative_error: mean error of the standard deviation of the dense scores, the mean over the scores of a sample;
-            None where dense scores are all alike.
+        relative_error: mean error, divided by the standard deviation of the dense scores; where a sample has several
+            scores, their mean. None where all dense scores are equal.
         dense_spearman, compiled_spearman: rank correlation with the labels; None without labels.
-        queries: with at least two documents and two different labels; their pairs share the first text.
+        queries: number of queries with at least two documents and two different labels; the pairs of a query share
+            their first text.
         dense_ndcg, compiled_ndcg: mean NDCG@10 of those queries; None where there are none.
-        difference: compiled minus dense, of NDCG@10 where there is one, else of the rank correlation with the labels.
-        interval: the 95 % confidence interval of a difference of NDCG@10, paired by query.
+        difference: compiled minus dense NDCG@10 where there are queries, else compiled minus dense rank correlation
+            with the labels.
+        interval: 95 % confidence interval of the difference of NDCG@10, paired by query.
     """
 
     kind: Literal["scores"] = "scores"
@@ -66,21 +67,21 @@ class Scores(Result):
         return None if self.difference is None else -100 * self.difference
 
     def lines(self) -> list[str]:
-        found = [
+        lines = [
             f"scores of {self.samples} samples against dense ones: rank correlation {self.spearman:.4f}, "
             f"correlation {self.pearson:.4f}, mean error {self.mean_error:.4g}"
         ]
         if self.dense_ndcg is not None and self.interval is not None and self.difference is not None:
-            found.append(
+            lines.append(
                 f"NDCG@10 of {self.queries} queries: dense {self.dense_ndcg:.4f}, compiled {self.compiled_ndcg:.4f}"
             )
-            found.append(difference_line(self.difference, self.interval))
+            lines.append(difference_line(self.difference, self.interval))
         if self.dense_spearman is not None:
-            found.append(
+            lines.append(
                 f"rank correlation with the labels: dense {self.dense_spearman:.4f}, "
                 f"compiled {self.compiled_spearman:.4f}"
             )
-        return found
+        return lines
 
 
 def compare_scores(
@@ -95,9 +96,9 @@ def compare_scores(
 
     Args:
         labels: [samples, width].
-        queries: number of the query of each sample; NDCG needs it, labels that are not negative, and a width of 1.
-        ranks_of: dense and compiled values that rank as the scores do, such as logits, which a sigmoid rounds to the
-            same score where they are large; by default the scores.
+        queries: the query number of each sample. NDCG needs it, labels that are not negative, and a width of 1.
+        ranks_of: dense and compiled values that rank as the scores do; by default the scores. Logits serve here: a
+            sigmoid rounds large logits to the same score.
 
     Raises:
         DataError: fewer than three samples, or labels that are all the same.
@@ -106,7 +107,7 @@ def compare_scores(
         raise DataError(f"{len(dense)} samples are too few to compare their ranks", hint="give at least three")
     theirs, ours = (np.asarray(each, np.float64) for each in ranks_of or (dense, compiled))
     dense, compiled = np.asarray(dense, np.float64), np.asarray(compiled, np.float64)
-    found = Scores(
+    result = Scores(
         samples=len(dense),
         spearman=_spearman(theirs, ours),
         pearson=_correlation(dense, compiled),
@@ -114,7 +115,7 @@ def compare_scores(
         relative_error=_relative_error(dense, compiled),
     )
     if labels is None:
-        return found
+        return result
     if np.all(labels == labels[0]):
         raise DataError(
             f"all {len(labels)} labels are {labels[0].tolist()}, so there is nothing to rank",
@@ -130,7 +131,7 @@ def compare_scores(
         gains = _per_query(labels[:, 0], theirs[:, 0], ours[:, 0], np.asarray(queries))
         if len(gains):
             update |= _ndcg_fields(gains)
-    return found.model_copy(update=update)
+    return result.model_copy(update=update)
 
 
 def _relative_error(dense: np.ndarray, compiled: np.ndarray) -> float | None:
@@ -141,17 +142,18 @@ def _relative_error(dense: np.ndarray, compiled: np.ndarray) -> float | None:
 
 
 def _per_query(labels: np.ndarray, dense: np.ndarray, compiled: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """NDCG@10 of both for each query in which labels differ, [queries, 2]."""
+    """NDCG@10 of both models for each query in which labels differ, [queries, 2]."""
     order = np.argsort(queries, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(queries[order])) + 1)
-    found = [[ndcg(labels[g], scores[g]) for scores in (dense, compiled)] for g in groups if np.ptp(labels[g]) > 0]
-    return np.array(found).reshape(-1, 2)
+    per_query = [[ndcg(labels[g], scores[g]) for scores in (dense, compiled)] for g in groups if np.ptp(labels[g]) > 0]
+    return np.array(per_query).reshape(-1, 2)
 
 
 def _ndcg_fields(gains: np.ndarray) -> dict[str, object]:
-    apart = gains[:, 1] - gains[:, 0]
-    spread = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 1.0  # one query tells nothing
-    half, difference = float(norm.ppf(0.975)) * spread, float(apart.mean())
+    differences = gains[:, 1] - gains[:, 0]
+    count = len(differences)
+    spread = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else 1.0  # one query gives no spread
+    half, difference = float(norm.ppf(0.975)) * spread, float(differences.mean())
     return {
         "queries": len(gains),
         "dense_ndcg": float(gains[:, 0].mean()),
@@ -162,15 +164,15 @@ def _ndcg_fields(gains: np.ndarray) -> dict[str, object]:
 
 
 def ndcg(labels: np.ndarray, scores: np.ndarray, ranks: int = _RANKS) -> float:
-    """NDCG@`ranks` of one query's documents: DCG by `scores`, of the DCG by the labels themselves.
+    """NDCG@`ranks` of one query's documents: DCG in the order of `scores`, divided by DCG in the order of the labels.
 
     DCG = Σᵢ labelᵢ / log₂(i + 1) over the first ranks i (Järvelin & Kekäläinen 2002, Cumulated gain-based evaluation of
     IR techniques; gains are the labels, as trec_eval and BEIR have them). Documents of equal score share the ranks they
     take: each counts with its group's mean label (McSherry & Najork 2008, Computing information retrieval performance
-    measures efficiently in the presence of tied scores), so that a model that scores all alike is not lucky.
+    measures efficiently in the presence of tied scores), so that a model of equal scores gains nothing by chance.
 
     Args:
-        labels: [documents], none negative, one positive.
+        labels: [documents], none negative, at least one positive.
         scores: [documents].
     """
     discounts = np.zeros(len(labels))
@@ -188,7 +190,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of columns, their mean. Where one is constant: 1 if both are the same, else 0."""
+    """Mean of Pearson's correlations of the columns. Where a column is constant: 1 if both are equal, else 0."""
     x, y = a - a.mean(0), b - b.mean(0)
     product = np.sqrt((x**2).sum(0) * (y**2).sum(0))
     same = np.all(a == b, axis=0).astype(np.float64)

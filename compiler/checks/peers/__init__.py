@@ -1,4 +1,4 @@
-"""What a compiled model is timed against: the dense model, as users would run it otherwise."""
+"""Peers of a compiled model: engines of the dense model, as users run it without trimtab."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _PEERS = {
     "openvino-bf16": "trimtab.compiler.checks.peers.openvino:bf16",
     "openvino-int8": "trimtab.compiler.checks.peers.openvino_int8:int8",
 }
-"""Name → a function of (PeerModel, threads) that gives a Run; imported when asked for."""
+"""Name → a function of (PeerModel, threads) that gives a Run; its module is imported on first use."""
 
 PEER_NAMES = tuple(_PEERS)
 
 
 def check_peers(names: Iterable[str], more: Iterable[str] = ()) -> None:
-    """Refuse names that are no peer's.
+    """Refuse names of unknown peers.
 
     Args:
-        more: names that are good as well.
+        more: further names that are allowed.
 
     Raises:
         TargetError: no such peer; names the nearest.
@@ -46,8 +46,8 @@ def open_peer(name: str, dense: Path | PeerModel, threads: int) -> Run:
     """The dense model, ready to run as the peer called `name` runs it.
 
     Args:
-        dense: the dense model, or one ONNX file of it for all its forms.
-        threads: CPU threads it may use.
+        dense: the dense model, or one ONNX file that serves as all of its forms.
+        threads: CPU threads of the peer.
 
     Raises:
         TargetError: no such peer (names the nearest), its runtime is not installed, or it needs data and has none.

@@ -1,4 +1,4 @@
-"""Models that peers make of the dense one, kept in the cache."""
+"""Models that peers derive from the dense one, stored in the cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trimtab.passes.hashing import hash_bytes
 def cached_model(
     kind: str, dense: Path, parts: Sequence[str], make: Callable[[Path], object], name: str = "model.onnx"
 ) -> Path:
-    """The file `name` that `make` writes, made once.
+    """The file `name` that `make` writes; it runs once per cache key.
 
     Args:
         kind: folder of the cache.
-        dense: the ONNX file it is made from.
-        parts: what else it depends on.
-        make: called with the path to write, which may get files beside it.
+        dense: the ONNX file that `make` reads.
+        parts: the rest of the cache key, such as versions.
+        make: called with the path to write; it may write further files beside it.
     """
 
     def fill(folder: Path) -> None:

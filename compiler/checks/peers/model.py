@@ -18,11 +18,11 @@ from trimtab.passes.graph import load_graph
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Inputs for peers that are calibrated statically: those that `trimtab calibrate` takes of the same file.
+    """Inputs for peers that are calibrated statically: the inputs that `trimtab calibrate` takes from the same file.
 
     Attributes:
-        source: the dense model, whose tokenizer makes inputs of texts.
-        options: how many samples, and where texts are cut.
+        source: the dense model, whose tokenizer turns texts into inputs.
+        options: number of samples, and length at which texts are cut.
     """
 
     source: Source
@@ -31,7 +31,7 @@ class CalibrationData:
 
     @property
     def key(self) -> str:
-        """Names the inputs: equal keys, equal inputs for one model."""
+        """Cache key of the inputs: equal keys mean equal inputs of one model."""
         return f"{self.dataset.sha256} {self.options.model_dump_json()}"
 
     def feeds(self) -> Iterator[dict[str, np.ndarray]]:
@@ -51,8 +51,8 @@ class PeerModel:
 
     Attributes:
         canonical: the ONNX file after trimtab's pass `canonicalize`, from which passes and our own peers start.
-        export: gives the ONNX file as the user gave it or the exporter wrote it; called if a peer starts from it, since
-            it may be gone where the canonical one is in the cache.
+        export: returns the ONNX file as the user gave it or the exporter wrote it. It is called only if a peer starts
+            from that file, which may be gone where the canonical one is in the cache.
         calibration: for peers that need data; None where the user gave none.
     """
 
@@ -71,7 +71,7 @@ def peer_model(build: Build, *, dense: Path | None = None, data: Path | None = N
 
     Args:
         dense: the dense ONNX file, in both forms; by default the one that the build was compiled from.
-        data: to calibrate on, as the build's recipe says.
+        data: calibration data, used with the calibration options of the build's recipe.
 
     Raises:
         ModelError: the dense model is gone and not in the cache.

@@ -39,7 +39,7 @@ def open_model(model: Path, threads: int, precision: str) -> Run:
     """Compile an ONNX file, or an OpenVINO file (.xml), for the CPU.
 
     Args:
-        precision: of what is not quantized: "f32" or "bf16".
+        precision: type of everything that is not quantized: "f32" or "bf16".
 
     Raises:
         TargetError: OpenVINO is not installed, or does not take the model.
@@ -61,7 +61,7 @@ def open_model(model: Path, threads: int, precision: str) -> Run:
     request = compiled.create_infer_request()
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = request.infer(dict(feeds))
-        return {name: found[i] for i, name in enumerate(names)}
+        outputs = request.infer(dict(feeds))
+        return {name: outputs[i] for i, name in enumerate(names)}
 
     return run

@@ -18,7 +18,7 @@ from trimtab.passes.optional import import_optional
 
 
 def int8(model: PeerModel, threads: int) -> Run:
-    """What `nncf.quantize` makes of the dense model for transformers; what it leaves in floating point is float32.
+    """The dense model through `nncf.quantize` for transformers; what NNCF leaves in floating point is float32.
 
     Raises:
         DataError: there are no data to calibrate on.
@@ -56,12 +56,12 @@ def _quantize(openvino: Any, nncf: Any, dense: Path, data: CalibrationData, out:
 
 
 def _import_nncf() -> Any:
-    """The module nncf, which then says nothing on stdout and sends nothing to its makers."""
-    os.environ.setdefault("NNCF_CI", "1")  # read at import: no telemetry
-    known = logging.getLoggerClass()
+    """The module nncf, without its output on stdout and without its telemetry."""
+    os.environ.setdefault("NNCF_CI", "1")  # nncf reads it at import: no telemetry
+    logger_class = logging.getLoggerClass()
     try:
         nncf = import_optional("nncf", TargetError, what="the peer openvino-int8", extra=EXTRA)
     finally:
-        logging.setLoggerClass(known)  # it sets its own for the whole process
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes whatever handlers hang on that logger
+        logging.setLoggerClass(logger_class)  # nncf sets its own class for the whole process
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf's own function also changes the logger's handlers
     return nncf

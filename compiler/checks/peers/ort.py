@@ -15,12 +15,12 @@ from trimtab.passes.dynamic_int8 import quantize_file
 
 
 def dense_fp32(model: PeerModel, threads: int) -> Run:
-    """The dense model, canonicalized, under the session options of trimtab's own engines: both profit alike."""
+    """The dense model, canonicalized, under the session options of trimtab's own engines."""
     return _open(model.canonical, threads)
 
 
 def dense_int8(model: PeerModel, threads: int) -> Run:
-    """The dense model with int8 weights, one scale per output channel, and activations quantized as they come."""
+    """The dense model with int8 weights, one scale per output channel, and activation scales computed at run time."""
     return _open(quantized(model.canonical), threads)
 
 
@@ -29,7 +29,7 @@ def _open(path: Path, threads: int) -> Run:
 
 
 def quantized(dense: Path) -> Path:
-    """The dense model through onnxruntime.quantization.quantize_dynamic; made once per model, kept in the cache."""
+    """The dense model through onnxruntime.quantization.quantize_dynamic; made once and stored in the cache."""
     saturates = get_target("onnxruntime").probe().saturates
     parts = (onnxruntime.__version__, str(saturates))
     return cached_model("dense-int8", dense, parts, lambda out: quantize_file(dense, out, reduce_range=saturates))

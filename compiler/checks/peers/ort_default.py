@@ -15,7 +15,7 @@ from trimtab.passes.errors import TargetError
 
 
 def fp32(model: PeerModel, threads: int) -> Run:
-    """The exported file under default session options; the number of threads alone is that of the other engines."""
+    """The exported file under default session options; only the number of threads is set, as for the other engines."""
     return _open(model.export(), threads)
 
 
@@ -29,7 +29,7 @@ def int8(model: PeerModel, threads: int) -> Run:
 
 
 def quantized(exported: Path) -> Path:
-    """The quantized file; made once per model, kept in the cache.
+    """The quantized file; made once per model and stored in the cache.
 
     Raises:
         TargetError: quantize_dynamic does not take the file.
@@ -40,7 +40,7 @@ def quantized(exported: Path) -> Path:
 def _quantize(exported: Path, out: Path) -> None:
     try:
         quantize_file(exported, out, per_channel=False)
-    except Exception as error:  # of many kinds: shape inference, protobuf, the quantizer's own
+    except Exception as error:  # shape inference, protobuf and the quantizer raise errors of many kinds
         reason = str(error).strip().splitlines()[:1]
         raise TargetError(
             f"{exported}: quantize_dynamic with its default arguments does not take this model "

@@ -1,4 +1,4 @@
-"""The dense model on the target that a build was made for, so that both run on the same runtime and device."""
+"""The dense model on the target of a build, so that both run on the same runtime and device."""
 
 from __future__ import annotations
 

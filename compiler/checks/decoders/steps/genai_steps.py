@@ -1,8 +1,8 @@
 """One token behind `context` others, by ONNX Runtime GenAI.
 
 Options: path (the folder that its model builder wrote), threads, context, vocabulary; text (a .npy file of blocks, for
-their perplexity). Every step goes back to the same length and appends one token, which is the
-generator's own loop without the choice of the token.
+their perplexity). Every step rewinds to the same length and appends one token: the generator's own loop without the
+choice of the token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from text import perplexity, read
 
 
 def main(path: str, threads: int, context: int, vocabulary: int, text: str | None = None) -> None:
-    # Stopped spinning: or its idle threads would slow the engine whose turn comes next.
-    wanted = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
+    # Threads must not spin: idle spinning threads would slow the engine whose turn comes next.
+    session_options = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
     config = genai.Config(path)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": wanted}}}))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
     model = genai.Model(config)
     blocks, (row,) = read(text, vocabulary, 2 * context)
     about: dict[str, object] = {"version": importlib.metadata.version("onnxruntime-genai")}

@@ -19,7 +19,7 @@ from text import perplexity, read
 
 @api.llama_log_callback
 def quiet(level: int, message: bytes, data: object) -> None:
-    """llama.cpp tells every tensor otherwise."""
+    """Drop the log: llama.cpp writes a line for every tensor."""
 
 
 def main(path: str, threads: int, context: int, vocabulary: int, text: str | None = None) -> None:
@@ -29,20 +29,20 @@ def main(path: str, threads: int, context: int, vocabulary: int, text: str | Non
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp does not load {path}")
-    known = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    if known != vocabulary:
-        raise SystemExit(f"{path} has {known} tokens, and the build {vocabulary}: it is another model")
-    wanted = api.llama_context_default_params()
-    wanted.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
-    wanted.n_batch = wanted.n_ubatch = context
-    wanted.n_threads = wanted.n_threads_batch = threads
-    session = api.llama_init_from_model(model, wanted)
+    vocabulary_of_file = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    if vocabulary_of_file != vocabulary:
+        raise SystemExit(f"{path} has {vocabulary_of_file} tokens, and the build {vocabulary}: the models differ")
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx = max(2 * context, 0 if blocks is None else blocks.shape[1])
+    parameters.n_batch = parameters.n_ubatch = context
+    parameters.n_threads = parameters.n_threads_batch = threads
+    session = api.llama_init_from_model(model, parameters)
     if not session:
-        raise SystemExit(f"llama.cpp has no room for {wanted.n_ctx} tokens of {path}")
+        raise SystemExit(f"llama.cpp has no room for {parameters.n_ctx} tokens of {path}")
 
     def decode(tokens: Sequence[int]) -> np.ndarray:
-        given = (api.llama_token * len(tokens))(*map(int, tokens))
-        code = api.llama_decode(session, api.llama_batch_get_one(given, len(tokens)))
+        ids = (api.llama_token * len(tokens))(*map(int, tokens))
+        code = api.llama_decode(session, api.llama_batch_get_one(ids, len(tokens)))
         assert code == 0, f"llama_decode: {code}"
         return np.ctypeslib.as_array(api.llama_get_logits(session), (vocabulary,))
 

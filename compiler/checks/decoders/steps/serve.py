@@ -1,7 +1,7 @@
-"""The side of a timed child: says what it is, then does what each line that it is sent asks for.
+"""The child's side of the protocol: report facts about the engine, then run the call that each input line names.
 
-Needs the standard library and numpy alone, since peers have interpreters of their own. A child that waits for its next
-line blocks on it, and takes no time from the one whose turn it is.
+This module needs the standard library alone, since peers have interpreters of their own. A child that waits for its
+next line blocks, and takes no CPU time from the engine whose turn it is.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 DONE = "done"
-"""The line that answers each one that was sent; libraries may print others."""
+"""The answer to each input line; libraries may print other lines."""
 
 
 def start(main: Callable[..., object]) -> None:
-    """Call `main` with what the process was started with, by name. What goes wrong is said in a line."""
+    """Call `main` with the options of the command line, by name. An exception is reported in a line on stderr."""
     options: dict[str, Any] = json.loads(sys.argv[1])
     try:
         main(**options)
@@ -25,7 +25,7 @@ def start(main: Callable[..., object]) -> None:
 
 
 def serve(about: dict[str, object], **calls: Callable[[], object]) -> None:
-    """Print `about` as one line of JSON, then answer every line of input after the call of that name."""
+    """Print `about` as one line of JSON, then run the call that each line of input names, and answer it."""
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         calls[line.strip()]()

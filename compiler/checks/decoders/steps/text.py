@@ -1,4 +1,4 @@
-"""How well a decoder predicts real text, token by token, as it generates. Needs numpy alone."""
+"""Perplexity of a decoder on real text, token by token, as in generation. This module needs numpy alone."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def perplexity(blocks: np.ndarray, begin: Callable[[], object], step: Callable[[
         begin()
         for token, following in pairwise(block):
             logits = np.asarray(step(int(token)), np.float64)
-            most = logits.max()
-            total += most + np.log(np.exp(logits - most).sum()) - logits[following]
+            largest = logits.max()
+            total += largest + np.log(np.exp(logits - largest).sum()) - logits[following]
     return float(np.exp(total / blocks[:, 1:].size))
 
 
 def read(text: str | None, vocabulary: int, tokens: int, batch: int = 1) -> tuple[np.ndarray | None, np.ndarray]:
     """Blocks of real text, [n, tokens], of the .npy file `text`, and rows to time with, [batch, tokens].
 
-    Without a file rows are of random tokens.
+    Without a file, rows have random tokens.
     """
     if text is not None:
         blocks = np.load(Path(text))

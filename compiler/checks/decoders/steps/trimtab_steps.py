@@ -1,7 +1,7 @@
 """One token behind `context` others, by a build of trimtab, or by ONNX Runtime of a dense ONNX file.
 
-Options: path, threads, context, vocabulary; dense (whether the path is an ONNX file), batch, dials, text (a .npy file
-of blocks, for their perplexity).
+Options: path, threads, context, vocabulary; dense (whether `path` is an ONNX file), batch, dials, text (a .npy file of
+blocks, for their perplexity).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main(
     about: dict[str, object] = {}
     if blocks is not None:
         about["perplexity"] = perplexity_of(runner, blocks, feeds)
-    following = runner.steps(batch, context + 1)
+    generation = runner.steps(batch, context + 1)
     prompt, mask, tokens = rows[:, :context], np.ones((batch, context + 1), np.int64), cycle(rows[:, context:].T)
-    following.run(prompt, mask[:, :-1], feeds)
+    generation.run(prompt, mask[:, :-1], feeds)
     serve(
         about,
-        step=lambda: following.run(next(tokens)[:, None], mask, feeds),
+        step=lambda: generation.run(next(tokens)[:, None], mask, feeds),
         prompt=lambda: runner.steps(batch, context + 1).run(prompt, mask[:, :-1], feeds),
     )
 
