@@ -1,4 +1,4 @@
-"""trimtab's public API. What is named here is imported when it is asked for, so that loading a build needs no compiler.
+"""trimtab's public API. Each name is imported at its first use, so that loading a build does not import the compiler.
 
 ```python
 from trimtab.compiler import compile_model, load
@@ -28,13 +28,13 @@ _PUBLIC = {
     "load": "engine:load",
     "open_source": "sources:open_source",
 }
-"""Name → module of this package, and the name there. None is also the name of a module, which would hide it."""
+"""Public name → "module:name" inside this package. No public name is also a module's: the module would hide it."""
 
 __all__ = ["calibrate_model", "compile_model", "from_torch", "inspect_model", "load", "open_source"]
 
 
 def inspect_model(model: Source | Path | str, *, tokens: int = 128, allow_pickle: bool = False) -> dict[str, Any]:
-    """What `trimtab inspect --json` prints: the parts of `model`, where its work is, and what was not recognised.
+    """Return what `trimtab inspect --json` prints: the parts of `model`, the work of each, and what was not recognised.
 
     Args:
         tokens: sequence length at which attention is counted.

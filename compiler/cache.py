@@ -1,4 +1,4 @@
-"""Where trimtab keeps what it can make again: made by one process at a time, stored whole, verified when it is read."""
+"""trimtab's cache. One process at a time makes an entry; an entry is stored whole and verified when it is read."""
 
 from __future__ import annotations
 
@@ -26,39 +26,41 @@ _PART = ".part"
 
 
 def cache_dir() -> Path:
-    """$TRIMTAB_CACHE, else $XDG_CACHE_HOME/trimtab, else ~/.cache/trimtab; made if it is missing.
+    """$TRIMTAB_CACHE, else $XDG_CACHE_HOME/trimtab, else ~/.cache/trimtab. The folder is created if it is missing.
 
     Raises:
-        BuildError: it cannot be made or written.
+        BuildError: the folder cannot be created or written.
     """
     named = os.environ.get("TRIMTAB_CACHE")
     path = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
-    in_the_way = next((each for each in (path, *path.parents) if each.exists()), path)
-    if in_the_way.exists() and not in_the_way.is_dir():
+    existing = next((each for each in (path, *path.parents) if each.exists()), path)
+    if existing.exists() and not existing.is_dir():
         raise BuildError(
-            f"cache folder {path}: {in_the_way} is a file, not a folder",
+            f"cache folder {path}: {existing} is a file, not a folder",
             hint="set TRIMTAB_CACHE to a folder, or remove that file",
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BuildError(f"cache folder {path}: cannot be made ({reason(error)})", hint=_hint(error, path)) from error
+        raise BuildError(
+            f"cache folder {path}: cannot be created ({reason(error)})", hint=_hint(error, path)
+        ) from error
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise BuildError(f"cache folder {path}: cannot be read and written", hint=_ELSEWHERE)
     return path.resolve()
 
 
 def entry(kind: str, name: str, make: Callable[[Path], object], *, again: bool = False) -> Path:
-    """The file or folder `name` of `kind`: the one in the cache if every byte is as it was written, else a new one.
+    """The file or folder `name` of `kind`: the cached one if every byte is as it was written, else a new one.
 
-    Of several processes that ask for the same entry, one makes it and the others wait. An entry that is damaged,
-    truncated or incomplete, or has files too many, is logged and made again.
+    If several processes ask for the same entry, one makes it and the others wait. An entry that is damaged,
+    truncated or incomplete, or has extra files, is logged and made again.
 
     Args:
-        kind: folder of the cache.
-        name: what the content depends on, as a hash; a file has its suffix, too.
-        make: called with a path where nothing is yet; writes the file, or makes and fills the folder.
-        again: make it in any case.
+        kind: subfolder of the cache.
+        name: the cache key, a hash of all that the content depends on; for a file, with its suffix.
+        make: called with a path that does not exist yet; writes the file, or creates and fills the folder.
+        again: make the entry even if the cached one is sound.
 
     Raises:
         BuildError: the cache cannot be written.
@@ -69,17 +71,17 @@ def entry(kind: str, name: str, make: Callable[[Path], object], *, again: bool =
     with _writing(path), _locked(path):
         reason = None if again else fault(cache_dir(), kind, name)
         if not again and reason is None:
-            return path  # another process has made it by now
+            return path  # another process has made the entry in the meantime
         if os.path.lexists(path) and not again:
             log.warning("cache: %s: %s; it is made again", path, reason)
-        with _part_of(path) as made:
-            make(made)
-            _store(kind, name, made, path)
+        with _part_of(path) as part_path:
+            make(part_path)
+            _store(kind, name, part_path, path)
     return path
 
 
 def is_sound(path: Path) -> bool:
-    """Whether `path` is an entry, or a file of an entry, of which every byte is as it was written."""
+    """Whether `path` belongs to an entry in which every byte is as it was written."""
     try:
         kind, name = path.resolve().relative_to(cache_dir()).parts[:2]
     except ValueError:
@@ -89,21 +91,21 @@ def is_sound(path: Path) -> bool:
 
 @contextmanager
 def part(kind: str) -> Iterator[Path]:
-    """A path for what has to be written before its name is known; whatever is there afterwards is removed.
+    """A path for content whose cache key is known only after it is written; whatever is there afterwards is removed.
 
     Raises:
         BuildError: the cache cannot be written.
     """
     path = cache_dir() / kind / f"unnamed-{secrets.token_hex(8)}"
-    with _writing(path), _locked(path), _part_of(path) as made:
-        yield made
+    with _writing(path), _locked(path), _part_of(path) as part_path:
+        yield part_path
 
 
 @contextmanager
 def updated(kind: str, name: str) -> Iterator[Path]:
-    """The path of a file that a library reads and changes in place in the body; a damaged one is removed first.
+    """The path of a file that a library reads and changes in place in the body. A damaged file is removed first.
 
-    Several processes may update it at once, if the library permits that.
+    Several processes may update the file at once, if the library permits that.
 
     Raises:
         BuildError: the cache cannot be written.
@@ -112,7 +114,7 @@ def updated(kind: str, name: str) -> Iterator[Path]:
     with _writing(path), _locked(path):
         reason = fault(cache_dir(), kind, name)
         if reason is not None and os.path.lexists(path):
-            log.warning("cache: %s: %s; it is begun again", path, reason)
+            log.warning("cache: %s: %s; it is started again", path, reason)
             _remove(path)
     yield path
     with _writing(path), _locked(path):
@@ -120,19 +122,19 @@ def updated(kind: str, name: str) -> Iterator[Path]:
             write_sealed(record_path(cache_dir(), kind, name), describe(kind, name, path))
 
 
-def _store(kind: str, name: str, made: Path, path: Path) -> None:
-    """Put what was made in its place. Killed in between, it leaves an entry without a record, which is not sound."""
-    content = describe(kind, name, made)
+def _store(kind: str, name: str, part_path: Path, path: Path) -> None:
+    """Move the finished `part_path` to `path`. If the process is killed in between, the entry has no record."""
+    content = describe(kind, name, part_path)
     record_path(cache_dir(), kind, name).unlink(missing_ok=True)
-    if made.is_dir() or path.is_dir():
+    if part_path.is_dir() or path.is_dir():
         _remove(path)
-    made.replace(path)
+    part_path.replace(path)
     write_sealed(record_path(cache_dir(), kind, name), content)
 
 
 @contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of its lock's holder. What killed processes left there is removed first."""
+    """A temporary path next to `path`, for the holder of its lock. Files of killed processes are removed first."""
     for left in path.parent.glob(f"*{_PART}"):
         stem = left.name.removesuffix(_PART)
         owner = path.parent / (stem.rpartition(".")[0] or stem)
@@ -142,11 +144,12 @@ def _part_of(path: Path) -> Iterator[Path]:
             else:
                 with _locked(owner, timeout=0):
                     _remove(left)
-    made = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PART}")  # a killed process's child may write on
+    # The name is random, because a child of a killed process may still write to the old one.
+    part_path = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PART}")
     try:
-        yield made
+        yield part_path
     finally:
-        _remove(made)
+        _remove(part_path)
 
 
 def _remove(path: Path) -> None:
@@ -158,10 +161,10 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the right to write `path`. Whoever opened the lock file before it was removed tries again, as filelock does.
+    """Hold the lock for writing `path`. filelock tries again if the lock file was removed after it was opened.
 
     Raises:
-        TimeoutError: another process has held it for `timeout` seconds.
+        TimeoutError: another process held the lock for `timeout` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f"{path.name}.lock")
@@ -174,7 +177,7 @@ def _locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn failures of the file system below the folder of `path` into one clear error."""
+    """Turn file-system errors below the folder of `path` into a BuildError."""
     try:
         yield
     except OSError as error:
@@ -187,5 +190,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _hint(error: OSError, folder: Path) -> str:
-    """What to do about an error of writing to the cache."""
+    """The remedy for an error while writing to the cache."""
     return f"{remedy(error, folder)} (TRIMTAB_CACHE)" if error.errno in _FULL else _ELSEWHERE

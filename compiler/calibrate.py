@@ -1,7 +1,7 @@
-"""Calibration: run the exported graph on data, and keep what passes need to know of it.
+"""Calibration: run the exported graph on data and store in the Profile what passes need.
 
-The graph itself runs, in ONNX Runtime, with what meters read as its outputs, such as the inputs and the hidden
-activations of its FFNs; so any source will do, and torch is not needed.
+ONNX Runtime runs the graph; the tensors that meters read, such as the inputs and the hidden activations of FFNs, are
+its outputs. So calibration works for every source, and does not need torch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_INLINE_LIMIT = 1 << 24  # bytes of weights in the graph itself up to which it is handed to the runtime in memory
-_ROOM = 1 << 24  # bytes of activations to take out of the runtime at a time, however deep the model is
+_INLINE_LIMIT = 1 << 24  # largest size of inline weights, in bytes, at which the runtime gets the graph in memory
+_ROOM = 1 << 24  # bytes of activations that one run returns, however deep the model is
 
 
 def calibrate(
@@ -51,20 +51,19 @@ def calibrate(
     seed: int = 0,
     needs: Collection[Need] = DEFAULT,
 ) -> Profile:
-    """Measure what passes need to know of a model on data.
+    """Measure the Profile of a model on data.
 
-    Memory does not grow with the number of samples. Padding (0 in `attention_mask`) counts for nothing.
+    Memory does not grow with the number of samples. Padding (0 in `attention_mask`) is not counted.
 
     Args:
-        samples: how many samples of the data to use, chosen at random.
-        max_tokens: texts are cut to so many tokens.
-        states: rows of each FFN's input to keep, chosen at random, of the same tokens in every layer.
+        samples: number of samples to use, chosen at random.
+        max_tokens: texts are cut to this many tokens.
+        states: number of rows of each FFN's input to keep, chosen at random; the tokens are the same in every layer.
         progress: called with (what, done, total).
         needs: what to measure.
 
     Raises:
-        ModelError: the model has nothing of what is to be measured, or does not run, or has activations that are not
-            finite.
+        ModelError: the model has no part that `needs` measures, does not run, or has activations that are not finite.
         DataError: the data do not fit the model's inputs.
     """
     before = resident_bytes()
@@ -76,16 +75,16 @@ def calibrate(
     for meter in meters:
         meter.tensors = ()
     del graph, anatomy
-    give_back(before)  # or the weights that were read would stay until the next collection
+    give_back(before)  # otherwise the weights stay in memory until the next garbage collection
 
     used, tokens, total = 0, 0, min(samples, data.count)
     for batch in batches(data, source, batch_size, max_tokens, samples, seed=seed, inputs=inputs, positions=positions):
         mask = batch.get("attention_mask")
         length = 0 if mask is None else mask.shape[-1]
-        room = _ROOM // max(sum(meter.token_bytes(length) for meter in meters), 1)
-        for feeds in _split(batch, room):
-            found = {**feeds, **run({tensor.name: feeds[tensor.name] for tensor in inputs})}
-            counts = [meter.add(found, feeds.get("attention_mask")) for meter in meters]
+        tokens_per_run = _ROOM // max(sum(meter.token_bytes(length) for meter in meters), 1)
+        for feeds in _split(batch, tokens_per_run):
+            values = {**feeds, **run({tensor.name: feeds[tensor.name] for tensor in inputs})}
+            counts = [meter.add(values, feeds.get("attention_mask")) for meter in meters]
             tokens += counts[0] if counts else 0
         used += len(batch[inputs[0].name])
         if progress is not None:
@@ -105,7 +104,7 @@ def calibrate(
 
 
 def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:
-    """The shape of an input. Some exporters leave a symbol for the head size of a decoder's cache."""
+    """The shape of an input. Where an exporter left a symbol for the head size of a cache, the size replaces it."""
     sizes = {attention.head_dim for attention in anatomy.attentions}
     if tensor.name.startswith("past") and tensor.shape and isinstance(tensor.shape[-1], str) and len(sizes) == 1:
         return [*tensor.shape[:-1], sizes.pop() or tensor.shape[-1]]
@@ -113,7 +112,7 @@ def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:
 
 
 def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batch in parts of at most `tokens` tokens, or of one sample; whole, where tokens cannot be told."""
+    """Parts of the batch with at most `tokens` tokens, but at least one sample; without a mask, the whole batch."""
     mask = feeds.get("attention_mask")
     samples = len(next(iter(feeds.values())))
     step = samples if mask is None else max(1, tokens // mask.shape[-1])
@@ -122,24 +121,26 @@ def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.n
 
 
 def _runner(graph: gs.Graph, anatomy: Anatomy, meters: Sequence[Meter], base: Path) -> OnnxRuntimeRunner:
-    """A session of `graph`, cut down to what `meters` read.
+    """A session of `graph`, reduced to what `meters` read.
 
-    Weights in external data are read where they lie, below `base`. Others are written to a temporary file first: a
-    graph in memory would be held by Python, by protobuf and by the runtime at once.
+    Weights in external data are read from their files, below `base`. Large inline weights are written to a temporary
+    file first: a graph in memory would exist three times, in Python, in protobuf and in the runtime.
     """
     readers = [linear for ffn in anatomy.ffns for linear in ffn.linears]
     readers += anatomy.head.linears if anatomy.head is not None else ()
     types = {id(m.x): m.weight.dtype if m.quantized is None else np.dtype(np.float32) for m in readers}
-    wanted = {}
+    read_tensors = {}
     for tensor in (tensor for meter in meters for tensor in meter.tensors):
         if tensor.dtype is None:  # exporters need not annotate inner tensors
             tensor.dtype = types.get(id(tensor), np.dtype(np.float32))
-        wanted[tensor.name] = tensor
-    graph.outputs = [tensor for tensor in wanted.values() if tensor.inputs]  # an input of the graph is known anyway
+        read_tensors[tensor.name] = tensor
+    graph.outputs = [
+        tensor for tensor in read_tensors.values() if tensor.inputs
+    ]  # an input of the graph is in the feeds
     graph.cleanup(remove_unused_graph_inputs=False)
     repack(graph)
     options = session_options()
-    options.enable_cpu_mem_arena = False  # the arena would keep the room of the largest batch for good
+    options.enable_cpu_mem_arena = False  # the arena would never free the memory of the largest batch
     graphs = (graph, *graph.subgraphs(recursive=True))
     weights = [tensor for part in graphs for tensor in part.tensors().values() if isinstance(tensor, gs.Constant)]
     if sum(stored_bytes(weight) for weight in weights if not is_external(weight)) <= _INLINE_LIMIT:
@@ -152,13 +153,13 @@ def _runner(graph: gs.Graph, anatomy: Anatomy, meters: Sequence[Meter], base: Pa
 
 
 def _data_folder(weights: Sequence[gs.Constant], base: Path) -> Path:
-    """The folder below which all external data of `weights` are; they are named from there.
+    """The folder that contains all external data of `weights`; their locations become relative to it.
 
-    ONNX Runtime reads nothing outside the folder, not even what a link in it leads to, as those of a hub's cache do.
+    ONNX Runtime reads no file outside the folder, not even through a link in it, such as those of a hub's cache.
     """
-    held = [weight._values for weight in weights if isinstance(weight._values, ExternalValues)]
-    folder = Path(os.path.commonpath([base, *(values.path.parent for values in held)]))
-    for values in held:
+    external = [weight._values for weight in weights if isinstance(weight._values, ExternalValues)]
+    folder = Path(os.path.commonpath([base, *(values.path.parent for values in external)]))
+    for values in external:
         place = next(entry for entry in values.tensor.external_data if entry.key == "location")
         place.value = values.path.relative_to(folder).as_posix()
     return folder

@@ -1,7 +1,7 @@
-"""A decoder's cache of keys and values: how its inputs and outputs are called, and what a step feeds beside them.
+"""A decoder's cache of keys and values: the names of its inputs and outputs, and the other inputs of a step.
 
-Every runtime keeps the cache its own way; the names and the feeds are those of the graph. A Triton repository carries
-this module, so it imports what reads a model only where that is asked for.
+Every runtime stores the cache in its own way; the names and the feeds are those of the graph. A Triton repository
+carries this module, so functions that read a model import what they need themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PAST, PRESENT = "past_key_values.", "present."
 """Prefixes of the inputs that hold the cache, and of the outputs that hold it with the new tokens."""
 
 LOGITS = "logits"
-"""The output of a step that tokens are chosen by, [batch, tokens, vocabulary]."""
+"""The output of a step from which the next token is chosen, [batch, tokens, vocabulary]."""
 
 _IN_PLACE = {"GroupQueryAttention"}
-"""Ops that append to the cache where past and present are one buffer."""
+"""Ops that can append to the cache in place, with past and present in one buffer."""
 
 
 def present_of(past: str) -> str:
@@ -28,16 +28,16 @@ def present_of(past: str) -> str:
 
 
 def pasts(inputs: Iterable[str]) -> list[str]:
-    """Those of `inputs` that hold the cache."""
+    """The names in `inputs` that hold the cache."""
     return [name for name in inputs if name.startswith(PAST)]
 
 
 def step_feeds(input_ids: np.ndarray, attention_mask: np.ndarray, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Inputs of a step besides the cache, as far as a decoder with the inputs `names` takes them.
+    """Inputs of a step besides the cache; only those among `names`, the inputs of the decoder.
 
     Args:
         input_ids: [batch, tokens], int64.
-        attention_mask: [batch, all tokens so far with these], int64.
+        attention_mask: [batch, tokens of the past and of this step], int64.
     """
     feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
     if "position_ids" in names:
@@ -49,11 +49,11 @@ def step_feeds(input_ids: np.ndarray, attention_mask: np.ndarray, names: Collect
 
 @dataclass(frozen=True)
 class Cache:
-    """What a decoder's file tells of its cache beyond its inputs.
+    """What a decoder's file says about its cache beyond the shapes of its inputs.
 
     Attributes:
-        in_place: every part of it goes into an op that can append to it where it lies.
-        head_dim: width of keys and values, of which some exporters leave but a symbol in the inputs.
+        in_place: every op that reads the cache can append to it in place.
+        head_dim: width of keys and values; some exporters leave only a symbol for it in the inputs.
     """
 
     in_place: bool
@@ -71,11 +71,11 @@ class Cache:
         widths = sizes if 0 not in sizes else _head_dims(model)
         return cls(readers == _IN_PLACE, widths.pop() if len(widths) == 1 else None)
 
-    def room(self, shape: Sequence[int | str], batch: int, length: int) -> tuple[int, int, int, int] | None:
-        """The shape that an input of `shape` starts with: for `length` tokens where it is filled in place, else for 0.
+    def initial_shape(self, shape: Sequence[int | str], batch: int, length: int) -> tuple[int, int, int, int] | None:
+        """The shape of a cache input before the first step: `length` tokens where the cache is filled in place, else 0.
 
         Returns:
-            None where `shape` is not [batch, heads, past, width] of known heads and width.
+            None where `shape` is not [batch, heads, past, width] with known heads and width.
         """
         if len(shape) != 4:
             return None
@@ -86,7 +86,7 @@ class Cache:
 
 
 def _head_dims(model: Path) -> set[int]:
-    """Widths of the heads, where the inputs leave but a symbol for them: from the products of attention."""
+    """Widths of the heads, read from the products of attention; for inputs that have only a symbol for the width."""
     from trimtab.passes.anatomy import find_anatomy
     from trimtab.passes.graph import load_graph
 

@@ -23,17 +23,17 @@ from trimtab.passes.errors import ModelError
 class Engine:
     """A loaded build.
 
-    Every method may be called from many threads at once. Calls of an engine in one process run side by side where its
-    runtime can do that; those of a build in shards, and of TensorRT, wait for each other. It reads nothing from the
-    build's directory any more, which may be replaced or removed.
+    Every method may be called from many threads at once. Calls of an ONNX Runtime engine in one process run in
+    parallel; calls of a build in shards, and of TensorRT, wait for each other. A loaded engine reads nothing from the
+    build's directory, which may be replaced or removed.
 
     Attributes:
         path: where the build was loaded from.
-        manifest: what the build says of itself.
-        hash: sha256 of the manifest, which stands for the whole build.
+        manifest: the description of the build.
+        hash: sha256 of the manifest, which contains the hashes of all files: it identifies the whole build.
         inputs, outputs: name, type and shape of each; a dynamic dimension has a name.
-        dials: numbers that a call may set, with what each of them does; none for most builds.
-        runner: what runs it; generation takes it step by step.
+        dials: numbers that a call may set, with their meanings; most builds have none.
+        runner: runs the engine; generation calls it step by step.
     """
 
     def __init__(self, build: Build, runner: Runner) -> None:
@@ -54,23 +54,23 @@ class Engine:
         dials: Mapping[str, Setting] | None = None,
         speed: Setting | None = None,
     ) -> dict[str, np.ndarray]:
-        """Run once.
+        """Run the engine once.
 
         Args:
             inputs: a numpy array for each input, of its type and shape. Nothing is converted or filled in.
-            dials: dial → value, for the whole call or [batch] for each sample; those left out have the value of
-                `speed`, or their default.
-            speed: 0 (as exact as the build is) to 1 (as fast as its dials go), or [batch] of them: one number for all
-                dials, along the path that the build holds.
+            dials: dial → value: one number for the whole call, or [batch], one for each sample. A dial that is left out
+                has the value at `speed`, or its default.
+            speed: 0 (as exact as the build can be) to 1 (as fast as its dials go), or [batch] of these. It sets all
+                dials at once, along the path that the build stores.
 
         Returns:
             output name → array.
 
         Raises:
-            InputError: an input is missing, unknown, or of another type or shape; an index lies outside its table; a
-                mask is none of 0 and 1, or has padding where attention takes it for tokens; a text is longer than the
-                model has positions for. Says which, and what is wanted. A dial is unknown, or a value no number or out
-                of range.
+            InputError: an input is missing, unknown, or has another type or shape; an index is outside its table; a
+                mask is not of 0 and 1, or has padding that attention would take for tokens; a text is longer than the
+                model has positions for; a dial is unknown, or its value is not a number or out of range. The message
+                names the input and what the engine takes.
         """
         check_inputs(self.inputs, inputs, self.manifest.packed, self.manifest.positions)
         if not self.dials and not dials and speed is None:
@@ -80,27 +80,27 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's own.
+        """The model's own tokenizer.
 
         Raises:
-            ModelError: the build has none.
+            ModelError: the build has no tokenizer.
         """
         if self._tokenizer is None:
             raise ModelError(f"{self.path}: has no tokenizer", hint="make the inputs yourself and call run")
         return self._tokenizer.get()
 
     def tokenize(self, texts: Sequence[Text], max_tokens: int | None = None) -> dict[str, np.ndarray]:
-        """Inputs for `run` from texts, by the model's own tokenizer, filled up to the longest, or to the one length
-        that the engine takes.
+        """Tokenize texts into inputs for `run`, padded to the longest text, or to the one length that the engine
+        takes.
 
         Args:
-            texts: strings; or pairs of strings, where the model reads two texts together. Of a pair, the longer one is
+            texts: strings; or pairs of strings, where the model reads two texts together. In a pair, the longer text is
                 cut first.
-            max_tokens: texts are cut there; by default at the longest that the workload declares.
+            max_tokens: texts are cut to this length; by default the longest that the workload declares.
 
         Raises:
             ModelError: the build has no tokenizer, or the engine takes other inputs than texts give.
-            InputError: `texts` is no list of strings and pairs, or `max_tokens` leaves no room for a text's own tokens.
+            InputError: `texts` is not a list of strings and pairs, or `max_tokens` has no room for a text's own tokens.
         """
         limit = self.manifest.workload["tokens"][-1] if max_tokens is None else max_tokens
         shape = next((tensor.shape for tensor in self.inputs if tensor.name == "input_ids"), None) or ()
@@ -113,7 +113,7 @@ class Engine:
         return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
 
     def close(self) -> None:
-        """End the processes of a build in shards; they end with this one otherwise. The engine cannot run any more."""
+        """End the processes of a build in shards, which otherwise end with this process. A closed engine cannot run."""
         self.runner.close()
 
     def __repr__(self) -> str:
@@ -123,19 +123,19 @@ class Engine:
 def load(
     folder: Path | str, *, threads: int | None = None, verify: bool = True, trusted_hash: str | None = None
 ) -> Engine:
-    """Load a build. If another process replaces it meanwhile, the new one is loaded, never parts of both.
+    """Load a build. If another process replaces the build meanwhile, the new one is loaded, never parts of both.
 
     Args:
-        threads: CPU threads of one run, in each process; by default what the recipe says, else the runtime's own
-            choice, which for a build in shards is its share of the cores.
+        threads: CPU threads of one run, in each process; by default the recipe's, else the runtime's own choice, which
+            for a build in shards is each process's share of the cores.
         verify: hash every file first.
-        trusted_hash: sha256 of the manifest, as `trimtab compile` prints it: any other build is refused. Every file is
-            hashed in any case.
+        trusted_hash: sha256 of the manifest, as `trimtab compile` prints it. Any other build is refused, and every file
+            is hashed, whatever `verify` is.
 
     Raises:
-        BuildError: not a build, damaged, or not the trusted one; names the damaged file.
-        TargetError: its runtime or hardware is missing here.
-        InputError: `threads` is a count that no machine has.
+        BuildError: `folder` is not a build, is damaged, or is not the trusted build; names the damaged file.
+        TargetError: the runtime or hardware of the build is missing on this machine.
+        InputError: `threads` is not an integer from 1 to `MAX_THREADS`.
     """
     check_threads(threads)
     engine = read_build(

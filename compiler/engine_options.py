@@ -1,4 +1,4 @@
-"""How engines are built, beyond the sizes they serve: a section of the recipe, for targets that build engines."""
+"""The recipe's section `engine`: how targets that build engines build them, apart from the sizes they serve."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from trimtab.passes.errors import InputError, RecipeError
 
 MAX_THREADS = 1024
-"""CPU threads of one run: more than any machine gains from. ONNX Runtime starts as many as it is asked for, and does
-not come back where the system has no room for them. A constant, so that a recipe is valid on every machine or on none.
+"""Maximum of CPU threads of one run; no machine gains from more. ONNX Runtime starts as many threads as it is asked
+for, and hangs where the system has no memory for them. A constant, so that a recipe is valid on every machine or none.
 """
 
 
 def check_threads(threads: int | None, name: str = "threads") -> None:
-    """Refuse a number of CPU threads that no run can have; None leaves it to the runtime.
+    """Refuse a number of CPU threads that no run can have. None leaves the number to the runtime.
 
     Args:
-        name: of the argument or option, for the message.
+        name: name of the argument or option, for the message.
 
     Raises:
-        InputError: it is not an integer from 1 to `MAX_THREADS`.
+        InputError: `threads` is not an integer from 1 to `MAX_THREADS`.
     """
     if threads is None:
         return
     if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
         raise InputError(
             f"{name} is {threads!r}, not an integer from 1 to {MAX_THREADS}",
-            hint="give at most the number of cores, or leave it out: the runtime chooses",
+            hint="give at most the number of cores, or remove it: the runtime chooses",
         )
 
 
 class EngineOptions(BaseModel):
-    """Wishes for engines.
+    """Options for building engines.
 
     Attributes:
-        segments: engines that the model is cut into, which run one after the other. None: one, and where samples leave
-            early, one up to each exit and one for the rest.
-        gpus: compute capabilities to build for, such as "8.9"; none: what the library takes for usual.
-        weight_streaming: weights may stay in host memory and come as they are needed.
-        refit: weights can be replaced without building again.
-        timeout_s: seconds after which a build is given up.
+        segments: number of engines that the model is cut into, which run one after the other. None: one engine, but
+            where samples exit early, one up to each exit and one for the rest.
+        gpus: compute capabilities to build for, such as "8.9"; empty: the library's default.
+        weight_streaming: weights may stay in host memory and are copied to the GPU when they are needed.
+        refit: weights can be replaced without building the engine again.
+        timeout_s: seconds after which the builder is stopped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -54,7 +54,7 @@ class EngineOptions(BaseModel):
     timeout_s: float = Field(3600, gt=0)
 
     def meant_for(self, gpu: str | None) -> bool:
-        """Whether GPUs of compute capability `gpu` are to run the engines: portable ones may be for another machine."""
+        """Whether the engines are built for GPUs of compute capability `gpu`; some are built for another machine."""
         return not self.gpus or gpu in self.gpus
 
     @field_validator("gpus")
@@ -62,5 +62,5 @@ class EngineOptions(BaseModel):
     def _numbers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for gpu in value:
             if not re.fullmatch(r"\d+\.\d", gpu):
-                raise RecipeError(f"engine.gpus: {gpu!r} is no compute capability", hint='such as "8.9"')
+                raise RecipeError(f"engine.gpus: {gpu!r} is no compute capability", hint='give one such as "8.9"')
         return value

@@ -1,5 +1,5 @@
-"""Inputs that a model accepts: random ones, with ids inside their tables; real ones brought to the least size; those
-of one model in the types of another."""
+"""Inputs that a model accepts: random ones, with ids inside their tables; real ones padded to the minimum size of an
+engine; those of one model converted to the types of another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 MAX_BYTES = 4 << 30
 """Of the random inputs of one call, all together."""
 
-_UNKNOWN = (0, 1)  # of integers whose tables were not found: any table has such rows
+_UNKNOWN = (0, 1)  # values of integers whose table is unknown: any table has these rows
 
 
 def random_feeds(
@@ -33,23 +33,24 @@ def random_feeds(
     padded: bool = False,
     ids: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """One random value for every input of `graph`.
+    """A random array for every input of `graph`.
 
     Args:
         graph: the dense graph.
         dims: sizes of the dimensions as `Workload` names them, such as {"batch": 8, "tokens": 48}.
-        rng: where the randomness comes from.
-        padded: end some rows of `attention_mask` early, as a tokenizer does with texts of unequal length. Row 0 of
-            several stays full, since a batch is as long as its longest text. Behind a past, rows of the past end
-            early: a decoder has filled up its prompts, and every new token is a real one.
-        ids: token ids of real text, one after the other; rows of `input_ids` are then runs of them from random places.
-            Without, ids are drawn evenly, which is far from any text: a model compressed for text errs more on them.
+        rng: source of randomness.
+        padded: end some rows of `attention_mask` early, as a tokenizer does with texts of unequal length. If there are
+            several rows, row 0 stays full, since a batch is as long as its longest text. With a past, the padding is
+            in the past: a decoder has padded its prompts, and every new token is real.
+        ids: token ids of real text, concatenated; each row of `input_ids` is then a run of them from a random place.
+            Without `ids`, uniform random ids are used. They are unlike text, so a model compressed for text has
+            larger errors on them.
 
     Returns:
-        input name → array of the input's type and shape. Integers lie inside the smallest table they look up, and
-        are 0 or 1 where none was found; floats that are cast to indices lie there, too. `attention_mask` is 1 (0 where
-        padded); `position_ids` counts along the last axis, from the past on; `token_type_ids` is 0; other floats are
-        standard normal.
+        input name → array of the input's type and shape. Integers, and floats that are cast to indices, are inside the
+        smallest table that they index, and 0 or 1 where the table is unknown. `attention_mask` is 1 (0 where padded);
+        `position_ids` counts along the last axis, from the past on; `token_type_ids` is 0; other floats are standard
+        normal.
 
     Raises:
         RecipeError: `dims` lacks a dimension of the model, or the inputs would take more than `MAX_BYTES`.
@@ -71,8 +72,8 @@ def random_feeds(
             starts = rng.integers(0, len(ids), shape[:-1])
             feeds[tensor.name] = ids[(starts[..., None] + np.arange(shape[-1])) % len(ids)].astype(dtype)
         elif np.issubdtype(dtype, np.integer) or safe_values(tensor) is not None:
-            least, most = safe_values(tensor) or _UNKNOWN
-            feeds[tensor.name] = rng.integers(least, most + 1, shape).astype(dtype)
+            low, high = safe_values(tensor) or _UNKNOWN
+            feeds[tensor.name] = rng.integers(low, high + 1, shape).astype(dtype)
         else:
             feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
     return feeds
@@ -98,7 +99,7 @@ def _check_bytes(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...]], dims: M
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool, past: int) -> np.ndarray:
-    """Ones, [rows, columns]; where `padded`, zeros from a random place in the second half of a row (or its past) on."""
+    """Ones, [rows, columns]. If `padded`, each row (or its past) is 0 from a random place in its second half on."""
     rows, columns = shape
     filled = min(past, columns) or columns  # the part that may end in padding
     lengths = np.full(rows, filled)
@@ -112,7 +113,7 @@ def _mask(shape: tuple[int, ...], rng: np.random.Generator, padded: bool, past: 
 
 
 def converted(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorInfo | gs.Tensor]) -> dict[str, np.ndarray]:
-    """`feeds` with their floats in the types of `inputs`: a build may take others than its dense model does."""
+    """`feeds` with floats converted to the types of `inputs`; a build may take other types than its dense model."""
     types = {tensor.name: np.dtype(tensor.dtype) for tensor in inputs}
     floats = {name for name, kind in types.items() if kind.kind == "f"}
     return {
@@ -122,15 +123,15 @@ def converted(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorInfo | gs.
 
 
 def converting(run: Run, inputs: Sequence[TensorInfo]) -> Run:
-    """`run` of a build with these `inputs`, taking the feeds of its dense model."""
+    """Wrap `run` of a build with these `inputs`, so that it takes the feeds of the dense model."""
     return lambda feeds: run(converted(feeds, inputs))
 
 
 def within(run: Run, graph: gs.Graph, workload: Workload) -> Run:
-    """`run`, given only the inputs that `graph` has, and never less than the least of `workload`, which engines refuse.
+    """Wrap `run`, so that it gets only the inputs of `graph`, in at least the minimum sizes of `workload`.
 
-    Rows are repeated, and columns added as padding where `attention_mask` can mark it; rows and tokens of the outputs
-    are cut again.
+    Engines refuse smaller inputs. Rows are repeated, and padding is added where `attention_mask` can mark it; the added
+    rows and tokens of the outputs are cut off.
     """
     axes, by_token = workload.axes(graph), token_outputs(graph)
     run = in_whole_batches(run, graph.inputs)
@@ -150,7 +151,7 @@ def within(run: Run, graph: gs.Graph, workload: Workload) -> Run:
 
 
 def _grown(value: np.ndarray, axes: Sequence[int | str], rows: np.ndarray, padding: int) -> np.ndarray:
-    """An input with these `rows` of its batch, and `padding` more columns wherever tokens are counted."""
+    """An input with the given `rows` of its batch, and `padding` more columns in each axis of tokens."""
     if "batch" in axes and value.shape[axes.index("batch")] != len(rows):
         value = value.take(rows, axes.index("batch"))
     if not padding:

@@ -1,4 +1,4 @@
-"""Models that were exported for one batch and one length of text."""
+"""Models that were exported with a fixed batch size or a fixed length of texts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ if TYPE_CHECKING:
 
 
 def fixed_batch(inputs: Sequence[gs.Tensor]) -> int | None:
-    """The one batch that a model takes; None if it takes any."""
+    """The fixed batch size of a model; None if its batch is dynamic."""
     return next((_fixed(tensor, 0) for tensor in inputs), None)
 
 
 def fixed_tokens(inputs: Sequence[gs.Tensor]) -> int | None:
-    """The one length of texts that a model takes; None if it takes any."""
+    """The fixed length of texts of a model; None if the length is dynamic."""
     return next((_fixed(tensor, 1) for tensor in inputs if tensor.name == "input_ids"), None)
 
 
 def in_whole_batches(run: Run, inputs: Sequence[gs.Tensor]) -> Run:
-    """`run`, which may be given fewer samples than the one batch that it takes: some are repeated, and their outputs
-    are cut off. Samples are the first axis of outputs, alone or with what each sample has.
+    """Wrap `run` of a model with a fixed batch, so that it takes fewer samples.
+
+    Samples are repeated to fill the batch, and the outputs of the repetitions are cut off. The first axis of an output
+    is the samples, or samples · rows of each sample.
     """
     size = fixed_batch(inputs)
     if size is None:

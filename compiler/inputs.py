@@ -1,4 +1,4 @@
-"""Inputs of an engine, checked before it runs: what a runtime would take and answer wrongly is refused by name."""
+"""Checks of an engine's inputs before it runs: input that a runtime would answer wrongly is refused by name."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ _PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 
 
 def check_inputs(
-    wanted: Sequence[TensorInfo],
-    given: Mapping[str, np.ndarray],
+    specs: Sequence[TensorInfo],
+    feeds: Mapping[str, np.ndarray],
     packed: Sequence[Packed] = (),
     positions: Positions | None = None,
 ) -> None:
-    """Check a call's inputs: names, types, shapes, sizes that agree, indices and masks, and the length of texts.
+    """Check a call's inputs: names, types, shapes, sizes that agree, indices, masks, and the length of texts.
 
     Args:
-        wanted: the engine's inputs.
-        packed: those of its masks that attention takes as counts of tokens.
-        positions: of the model; None where they limit nothing.
+        specs: the engine's inputs.
+        feeds: the inputs of the call.
+        packed: the masks that attention reads as counts of tokens.
+        positions: the model's positions; None where they do not limit the length.
 
     Raises:
-        InputError: names the input, and what is wanted.
+        InputError: names the input and what the engine takes.
     """
-    names = [tensor.name for tensor in wanted]
-    for name in given:
+    names = [tensor.name for tensor in specs]
+    for name in feeds:
         if name not in names:
             from trimtab.compiler.schema.explain import suggest
 
             raise InputError(f"unknown input {name!r}", hint=suggest(name, names, "the engine takes"))
     sizes: dict[str, tuple[int, str]] = {}
-    for tensor in wanted:
-        if tensor.name not in given:
+    for tensor in specs:
+        if tensor.name not in feeds:
             raise InputError(f"input {tensor.name!r} is missing", hint=f"the engine takes: {', '.join(names)}")
-        _check_shape(tensor, given[tensor.name], sizes)
-    _check_rows(given)
-    check_values(wanted, given, packed)
-    check_length(given, positions)
+        _check_shape(tensor, feeds[tensor.name], sizes)
+    _check_rows(feeds)
+    check_values(specs, feeds, packed)
+    check_length(feeds, positions)
 
 
-def check_length(given: Mapping[str, np.ndarray], positions: Positions | None) -> None:
-    """Refuse inputs that are longer than the model has positions for.
+def check_length(feeds: Mapping[str, np.ndarray], positions: Positions | None) -> None:
+    """Refuse texts that are longer than the model has positions for.
 
     Raises:
-        InputError: says how long they are, and may be.
+        InputError: states the length and the maximum.
     """
-    longest = 0 if positions is None else positions.longest(given)
+    longest = 0 if positions is None else positions.longest(feeds)
     if positions is not None and longest > positions.most:
         raise InputError(
             f"input 'input_ids' has texts of {longest} tokens, the model has positions for {positions.most}",
@@ -65,13 +66,13 @@ def check_length(given: Mapping[str, np.ndarray], positions: Positions | None) -
 
 
 def check_sizes(where: str, tokens: int, past: int, positions: Positions | None) -> None:
-    """Refuse texts of `tokens` behind `past` others, where the model does not have so many positions.
+    """Refuse texts of `tokens` tokens after a past of `past` tokens if the model has fewer positions.
 
     Args:
-        where: what asks for them, such as "workload.tokens".
+        where: the option that asks for them, such as "workload.tokens".
 
     Raises:
-        RecipeError: says how many it has.
+        RecipeError: states how many positions the model has.
     """
     if positions is not None and tokens + past > positions.most:
         behind = f" behind a past of {past}" if past else ""
@@ -81,46 +82,46 @@ def check_sizes(where: str, tokens: int, past: int, positions: Positions | None)
         )
 
 
-def check_values(wanted: Sequence[TensorInfo], given: Mapping[str, np.ndarray], packed: Sequence[Packed] = ()) -> None:
-    """The part of `check_inputs` that looks at values: indices and masks.
+def check_values(specs: Sequence[TensorInfo], feeds: Mapping[str, np.ndarray], packed: Sequence[Packed] = ()) -> None:
+    """The part of `check_inputs` that reads values: indices and masks.
 
     Raises:
-        InputError: names the input, and what is wanted.
+        InputError: names the input and what the engine takes.
     """
-    counted = {mask.mask for mask in packed}
-    for tensor in wanted:
+    packed_masks = {mask.mask for mask in packed}
+    for tensor in specs:
         if tensor.bounds is not None:
-            _check_bounds(tensor.name, given[tensor.name], tensor.bounds)
-        if tensor.name in _MASKS or tensor.name in counted:
-            _check_mask(tensor.name, given[tensor.name], tensor.name in counted)
+            _check_bounds(tensor.name, feeds[tensor.name], tensor.bounds)
+        if tensor.name in _MASKS or tensor.name in packed_masks:
+            _check_mask(tensor.name, feeds[tensor.name], tensor.name in packed_masks)
     for mask in packed:
-        _check_packed(mask, given)
+        _check_packed(mask, feeds)
 
 
 def _check_bounds(name: str, array: np.ndarray, bounds: tuple[int, int]) -> None:
-    """Refuse an index that no row of its table has: runtimes take one below 0 for a row from the end.
+    """Refuse an index outside its table. Runtimes count an index below 0 from the end of the table.
 
-    Floats are cut to whole numbers on their way to a table; ids are whole as they come.
+    Graphs truncate floats before they index a table; ids must be whole numbers.
     """
-    least, most = bounds
+    low, high = bounds
     rows = np.trunc(array) if array.dtype.kind == "f" else array
-    right = (rows >= least) & (rows <= most)  # NaN is none of both
+    valid = (rows >= low) & (rows <= high)  # NaN is neither
     if name.endswith("ids"):
-        right &= rows == array
-    if right.all():
+        valid &= rows == array
+    if valid.all():
         return
-    wrong = np.argwhere(~right)[0]
-    own = name in ("input_ids", "token_type_ids")
+    wrong = np.argwhere(~valid)[0]
+    from_tokenizer = name in ("input_ids", "token_type_ids")
     raise InputError(
-        f"input {name!r} holds {array[tuple(wrong)]} at {[int(i) for i in wrong]}, the engine takes {least} to {most}",
+        f"input {name!r} holds {array[tuple(wrong)]} at {[int(i) for i in wrong]}, the engine takes {low} to {high}",
         hint="make the inputs with the model's own tokenizer, as engine.tokenize does"
-        if own
-        else f"give whole numbers from {least} to {most}: the rows that the model's table has",
+        if from_tokenizer
+        else f"give whole numbers from {low} to {high}: the rows that the model's table has",
     )
 
 
 def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[int, str]]) -> None:
-    """Check one input; `sizes` remembers the size of each named dimension, and which input set it."""
+    """Check one input. `sizes` stores the size of each named dimension, and the input that set it."""
     if not isinstance(array, np.ndarray):
         raise InputError(
             f"input {tensor.name!r} is a {type(array).__name__}, not a numpy array",
@@ -135,29 +136,29 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
         return
     shown = "[" + ", ".join("?" if size is None else str(size) for size in tensor.shape) + "]"
     fits = array.ndim == len(tensor.shape) and all(
-        size == have for size, have in zip(tensor.shape, array.shape, strict=True) if isinstance(size, int)
+        size == actual for size, actual in zip(tensor.shape, array.shape, strict=True) if isinstance(size, int)
     )
     if not fits:
         raise InputError(f"input {tensor.name!r} has the shape {list(array.shape)}, the engine takes {shown}")
-    for name, have in zip(tensor.shape, array.shape, strict=True):
+    for name, actual in zip(tensor.shape, array.shape, strict=True):
         if isinstance(name, str):
-            size, other = sizes.setdefault(name, (have, tensor.name))
-            if size != have:
-                raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {have}")
+            size, other = sizes.setdefault(name, (actual, tensor.name))
+            if size != actual:
+                raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {actual}")
 
 
-def _check_rows(given: Mapping[str, np.ndarray]) -> None:
-    """Refuse what does not go with `input_ids` where the graph's names of the axes do not say so.
+def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:
+    """Refuse inputs that do not match `input_ids` where the names of the graph's axes do not show the mismatch.
 
-    One row of types or positions for a whole batch is spread as it should be. A mask has a row of its own for each
-    text, and at least the columns of the ids; more of them stand for a past. A decoder beside an encoder may have the
-    mask of what the encoder saw, of any length.
+    One row of types or positions is broadcast to the whole batch. A mask has one row per text, and at least as many
+    columns as the ids; further columns are a past. The mask of a decoder with an encoder may be the encoder's mask, of
+    any length.
     """
-    ids = given.get("input_ids")
+    ids = feeds.get("input_ids")
     if ids is None or ids.ndim != 2:
         return
     for name in _PER_TOKEN:
-        array = given.get(name)
+        array = feeds.get(name)
         if array is None or array.ndim != 2:
             continue
         mask = name == "attention_mask"
@@ -166,54 +167,54 @@ def _check_rows(given: Mapping[str, np.ndarray]) -> None:
                 f"inputs 'input_ids' and {name!r} disagree on their rows: {len(ids)} and {len(array)}",
                 hint="give a row for each row of 'input_ids'",
             )
-        if mask and array.shape[1] < ids.shape[1] and "encoder_hidden_states" not in given:
+        if mask and array.shape[1] < ids.shape[1] and "encoder_hidden_states" not in feeds:
             raise InputError(
                 f"input {name!r} has {array.shape[1]} columns for {ids.shape[1]} of 'input_ids'",
                 hint="give 1 for each token and 0 for padding",
             )
 
 
-def _check_mask(name: str, mask: np.ndarray, counted: bool) -> None:
-    """A mask of integers holds 1 for tokens and 0 for padding: what models make of other numbers is no attention.
+def _check_mask(name: str, mask: np.ndarray, packed: bool) -> None:
+    """Refuse masks that hold other values than 1 for tokens and 0 for padding.
 
-    One of floats may be what is added to scores, unless attention counts it; it is no number nowhere.
+    A mask of floats may be a term that is added to the scores, unless attention counts it; then only NaN is refused.
     """
     if mask.ndim != 2 or mask.dtype.kind not in "iuf":
         return
-    additive = mask.dtype.kind == "f" and not counted
-    right = ~np.isnan(mask) if additive else (mask == 0) | (mask == 1)
-    if not right.all():
-        wrong = np.argwhere(~right)[0]
+    additive = mask.dtype.kind == "f" and not packed
+    valid = ~np.isnan(mask) if additive else (mask == 0) | (mask == 1)
+    if not valid.all():
+        wrong = np.argwhere(~valid)[0]
         raise InputError(
             f"input {name!r} holds {mask[tuple(wrong)]} at {[int(i) for i in wrong]}",
-            hint="leave out what is no number" if additive else "give 1 for tokens and 0 for padding",
+            hint="replace NaN by numbers" if additive else "give 1 for tokens and 0 for padding",
         )
 
 
-def _check_packed(packed: Packed, given: Mapping[str, np.ndarray]) -> None:
-    """Refuse rows whose tokens do not come first, which attention would take for others."""
-    mask, name = given[packed.mask], packed.mask
-    earlier = None if packed.past is None else given[packed.past]
+def _check_packed(packed: Packed, feeds: Mapping[str, np.ndarray]) -> None:
+    """Refuse rows whose tokens do not come first: packed attention would read other tokens instead."""
+    mask, name = feeds[packed.mask], packed.mask
+    earlier = None if packed.past is None else feeds[packed.past]
     if mask.ndim != 2 or (earlier is not None and earlier.ndim != 4):
         return
     past = 0 if earlier is None else earlier.shape[2]
-    # Some may be of another size, such as one number for each row; the mask goes with one of them at least.
-    columns = [given[other].shape[1] for other in packed.tokens if given[other].ndim == 2]
+    # Some inputs may have another size, such as one number per row; the mask must match at least one of them.
+    columns = [feeds[other].shape[1] for other in packed.tokens if feeds[other].ndim == 2]
     if columns and mask.shape[1] - past not in columns:
-        have = max(columns)
+        new = max(columns)
         raise InputError(
-            f"input {name!r} has {mask.shape[1]} columns, for {past} tokens of the past and {have} new ones",
-            hint=f"give {past + have}: 1 for each token of the past that is real, too",
+            f"input {name!r} has {mask.shape[1]} columns, for {past} tokens of the past and {new} new ones",
+            hint=f"give {past + new}: 1 for each token of the past that is real, too",
         )
     _check_past(name, mask[:, :past] != 0)
     _check_new(name, mask[:, past:] != 0, past)
 
 
 def _check_past(name: str, real: np.ndarray) -> None:
-    """Refuse a past, [batch, past], that no calls leave behind.
+    """Refuse a past, [batch, past], that no sequence of calls produces.
 
-    A prompt that was shorter than others has zeros behind it, and ones again for the tokens of later steps, which
-    attention has written over the padding. A row without any past only begins.
+    A prompt that was shorter than others has zeros after it, and then ones for the tokens of later steps, which
+    attention wrote over the padding. A row without any past starts now.
     """
     late = real.any(1) & ~real[:, :1].all(1)
     if late.any():
@@ -224,7 +225,7 @@ def _check_past(name: str, real: np.ndarray) -> None:
 
 
 def _check_new(name: str, new: np.ndarray, past: int) -> None:
-    """Refuse new tokens, [batch, tokens], that do not come first in their row."""
+    """Refuse new tokens, [batch, tokens], that are not at the start of their row."""
     counts = new.sum(1)
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))

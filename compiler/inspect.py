@@ -1,4 +1,4 @@
-"""An Anatomy as JSON and as tables: what a model consists of, where its work goes, and what there is to gain."""
+"""An Anatomy as JSON and as tables: the parts of a model, the work of each, and the speed-up that is possible."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trimtab.passes.graph import stored_bytes
 from trimtab.passes.graph.linear import Linear, distinct_bytes, distinct_params
 
 _HEAVY = 0.25
-"""Share of an FFN's neurons that is computed in the second bound of `gains`."""
+"""Share of the FFN neurons that are computed in the second bound of `gains`."""
 
 
 def describe(anatomy: Anatomy, *, tokens: int = 128) -> dict[str, Any]:
-    """All that is known of a model, in JSON types.
+    """The description of a model, in JSON types.
 
     Args:
         tokens: sequence length at which the work of attention scores is counted.
@@ -74,7 +74,7 @@ def _part(name: str, params: int, flops: float, read: int) -> dict[str, Any]:
 
 
 def _products(linears: Sequence[Linear]) -> tuple[int, int]:
-    """(FLOPs, bytes of weights) of one row through `linears`; weights that layers share are read once."""
+    """(FLOPs, bytes of weights) for one row through `linears`; weights that layers share are counted once."""
     return sum(2 * m.in_features * m.out_features for m in linears), distinct_bytes(linears)
 
 
@@ -87,7 +87,9 @@ def _ffns(anatomy: Anatomy) -> dict[str, Any]:
 def _attention(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
     linears = [m for each in anatomy.attentions for m in each.linears]
     flops, read = _products(linears)
-    flops += sum(4 * tokens * (a.heads or 0) * (a.head_dim or 0) for a in anatomy.attentions)  # QKᵀ and its use on V
+    flops += sum(
+        4 * tokens * (a.heads or 0) * (a.head_dim or 0) for a in anatomy.attentions
+    )  # QKᵀ and its product with V
     return _part("attention", distinct_params(linears), flops, read)
 
 
@@ -108,14 +110,14 @@ def _head(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
 
 
 def _once_per_text(x: gs.Tensor) -> bool:
-    """True for [batch, features]: the head sees one vector of each text."""
+    """True for [batch, features]: the head reads one vector per text."""
     return x.shape is not None and len(x.shape) == 2
 
 
 def _gains(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Bounds by Amdahl's law on what doing less in the FFNs gives: of compute (many tokens), of bytes read (one token).
+    """Upper bounds of the speed-up by Amdahl's law, for compute (many tokens) and for bytes read (one token).
 
-    `free` if FFNs cost nothing; `heavy_25` if a quarter of their neurons is computed and the rest costs nothing.
+    `free`: FFNs cost nothing. `heavy_25`: a quarter of their neurons is computed, and the rest costs nothing.
     """
     gains: dict[str, Any] = {}
     for key, what in (("flops_per_token", "flops"), ("bytes_per_token", "bytes")):
@@ -129,46 +131,46 @@ def _gains(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return gains
 
 
-def summary(found: dict[str, Any]) -> str:
-    """One line that says what the model is."""
-    ffn = found["ffn"][0] if found["ffn"] else None
+def summary(report: dict[str, Any]) -> str:
+    """One line that describes the model."""
+    ffn = report["ffn"][0] if report["ffn"] else None
     kind = (
         f"{ffn['activation']}{', gated' if ffn['gated'] else ''}, {ffn['d_model']} -> {ffn['d_ff']}" if ffn else "none"
     )
-    attention = found["attention"][0] if found["attention"] else None
+    attention = report["attention"][0] if report["attention"] else None
     heads = (
         f"{attention['heads']} heads ({attention['kv_heads']} key-value) of {attention['head_dim']}"
         if attention
         else "none"
     )
     return (
-        f"{found['family']}: {found['layers']} layers, {found['params'] / 1e6:.1f} M parameters; "
+        f"{report['family']}: {report['layers']} layers, {report['params'] / 1e6:.1f} M parameters; "
         f"FFN {kind}; attention {heads.replace('None', '?')}"
     )
 
 
-def cost_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def cost_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(part, parameters, MFLOPs per token, MB per token), each with its share of the whole."""
 
     def cell(part: dict[str, Any], key: str) -> str:
-        total = sum(p[key] for p in found["parts"]) or 1
+        total = sum(p[key] for p in report["parts"]) or 1
         return f"{part[key] / 1e6:.2f} ({100 * part[key] / total:.0f} %)"
 
     return [
-        (p["part"], cell(p, "params"), cell(p, "flops_per_token"), cell(p, "bytes_per_token")) for p in found["parts"]
+        (p["part"], cell(p, "params"), cell(p, "flops_per_token"), cell(p, "bytes_per_token")) for p in report["parts"]
     ]
 
 
-def gain_lines(found: dict[str, Any]) -> list[str]:
-    """What there is to gain, in words."""
-    if not found["ffn"]:
+def gain_lines(report: dict[str, Any]) -> list[str]:
+    """The possible speed-ups, in words."""
+    if not report["ffn"]:
         return ["No FFN was found: there is nothing that trimtab could make smaller."]
     lines = []
     for key, what in (
         ("flops", "compute-bound (many tokens at once)"),
         ("bytes", "memory-bound (one token at a time)"),
     ):
-        gain = found["gains"][key]
+        gain = report["gains"][key]
         free = f"{gain['free']:.2f}x" if gain["free"] else "any"
         lines.append(
             f"{what}: FFNs are {100 * gain['ffn_share']:.0f} % of the {key}; at most {gain['heavy_25']:.2f}x faster "

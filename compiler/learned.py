@@ -1,4 +1,4 @@
-"""Errors about weights that are not learned yet name the command that learns them, with the user's own paths."""
+"""Errors about weights that no training has learned yet name the command that learns them, with the user's paths."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trimtab.passes.errors import NotLearnedError, TrimtabError
 def remedies(
     *, model: Any = None, recipe: Any = None, settings: Sequence[str] = (), data: Any = None, profile: Any = None
 ) -> Iterator[None]:
-    """Put the user's paths into the hint of a NotLearnedError, or of the error of a pass that one has caused.
+    """Put the user's paths into the hint of a NotLearnedError, or into that of the pass error that it caused.
 
-    What is no path, such as a Recipe or a Source, is left to the user.
+    Arguments that are no paths, such as a Recipe or a Source, keep their placeholder.
 
     Args:
         settings: changes to the recipe, "pass.option=value".
@@ -26,7 +26,7 @@ def remedies(
     except TrimtabError as error:
         cause = error if isinstance(error, NotLearnedError) else error.__cause__
         if isinstance(cause, NotLearnedError):
-            given = {"model": model, "recipe": recipe, "data": data, "profile": profile}
-            paths = {key: value for key, value in given.items() if isinstance(value, str | Path)}
+            arguments = {"model": model, "recipe": recipe, "data": data, "profile": profile}
+            paths = {key: value for key, value in arguments.items() if isinstance(value, str | Path)}
             error.hint = cause.remedy(settings=settings, **paths)
         raise

@@ -1,4 +1,4 @@
-"""The memory of this process: how much it holds, the most it held, and how to return what was freed."""
+"""The memory of this process: its resident set size (RSS), the peak of it, and returning freed memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 
 _MIN_GROWTH = 8 << 20
-"""Minimum growth of the resident memory, in bytes, before `gc.collect()` runs."""
+"""Minimum growth of RSS, in bytes, before `gc.collect()` runs."""
 
 
 def give_back(since: int | None) -> int | None:
-    """Return freed memory to the system. Graphs are cycles, and glibc keeps what a phase needed for itself alone.
+    """Return freed memory to the system. Graphs are reference cycles, and glibc keeps the memory that a phase freed.
 
-    Where the process has hardly grown there is little to return, and it costs: a collection looks at every object of
-    the process, which beside torch and what the caller holds may take a second.
+    If RSS has hardly grown, nothing is done: a garbage collection visits every object of the process, which with torch
+    and the caller's objects may take a second.
 
     Args:
-        since: `resident_bytes` before.
+        since: `resident_bytes` before the phase.
 
     Returns:
-        what to compare with the next time.
+        The RSS to pass as `since` the next time.
     """
     resident = resident_bytes()
     if resident is not None and since is not None and resident - since < _MIN_GROWTH:
@@ -34,20 +34,20 @@ def give_back(since: int | None) -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """The resident memory of this process; None where the system does not tell."""
+    """RSS of this process; None where the system does not report it."""
     return _status_bytes("VmRSS")
 
 
 def peak_memory_bytes() -> int | None:
-    """The most resident memory that this process ever held; None where the system does not tell.
+    """Peak RSS of this process; None where the system does not report it.
 
-    Linux alone: getrusage would count the parent's memory too, which a child has until it starts its own program.
+    Only Linux reports it. getrusage would include the parent's memory, which a child has until it starts its program.
     """
     return _status_bytes("VmHWM")
 
 
 def _status_bytes(label: str) -> int | None:
-    """A number of Linux's on this process; None on another system."""
+    """The value of `label` in /proc/self/status, in bytes; None on another system than Linux."""
     status = Path("/proc/self/status")
-    found = re.search(rf"{label}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"{label}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(match[1]) * 1024 if match else None

@@ -1,4 +1,4 @@
-"""What calibration keeps of each run of a model: one meter for each part of the Profile that passes ask for."""
+"""Meters: each accumulates, over all runs of a calibration, one part of the Profile that passes ask for."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _CHUNK = 256  # rows that are widened to float64 at a time
 
 
 class Meter(ABC):
-    """Running statistics, which take the same room however many tokens are seen.
+    """Running statistics, whose size does not depend on the number of tokens.
 
     Attributes:
-        tensors: of the graph, whose values `add` reads.
+        tensors: tensors of the graph whose values `add` reads.
     """
 
     tensors: tuple[gs.Tensor, ...]
 
     def token_bytes(self, tokens: int) -> int:
-        """Bytes that the values for one token take, in a sample of `tokens`."""
+        """Bytes of the values for one token, in a sample of `tokens` tokens."""
         return 0
 
     @abstractmethod
-    def add(self, found: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
-        """Take in the values of one run; returns how many tokens were counted.
+    def add(self, values: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
+        """Add the values of one run; returns the number of tokens counted.
 
         Args:
-            found: tensor name → values.
-            mask: [batch, tokens], 0 where there is padding; None where there is none.
+            values: tensor name → values.
+            mask: [batch, tokens], 0 for padding; None if nothing is padded.
 
         Raises:
             ModelError: a value is not finite.
@@ -51,21 +51,21 @@ def meters_for(needs: Collection[Need], anatomy: Anatomy, origin: str, states: i
     """The meters that measure `needs`.
 
     Args:
-        origin: how messages call the model.
-        states: rows that a sample keeps.
-        seed: of the samples; those of all meters are of the same tokens.
+        origin: name of the model in messages.
+        states: number of rows in a sample.
+        seed: random seed of the samples; the samples of all meters are of the same tokens.
 
     Raises:
-        ModelError: the model has nothing of what is to be measured.
+        ModelError: the model has no part that `needs` measures.
     """
-    found: list[Meter] = []
+    meters: list[Meter] = []
     if FFNStates() in needs:
         if not anatomy.ffns:
-            raise ModelError(f"{origin}: no FFN found in it", hint="`trimtab inspect` tells what was not recognised")
-        found += [FFNMeter(ffn, states, seed) for ffn in anatomy.ffns]
+            raise ModelError(f"{origin}: no FFN found in it", hint="`trimtab inspect` lists what was not recognised")
+        meters += [FFNMeter(ffn, states, seed) for ffn in anatomy.ffns]
     head = anatomy.head.vocabulary if anatomy.head is not None else None
     if HeadStates() in needs and head is not None:
-        found.append(HeadMeter(head, states, seed))
+        meters.append(HeadMeter(head, states, seed))
     if AttentionReceived() in needs:
         visible = [a for a in anatomy.attentions if a.probabilities is not None]
         if not visible:
@@ -75,14 +75,14 @@ def meters_for(needs: Collection[Need], anatomy: Anatomy, origin: str, states: i
                 f"{origin}: no attention whose probabilities are a tensor was found in it{why}",
                 hint="export the model with attention written out (attn_implementation='eager')",
             )
-        found += [AttentionMeter(attention, states, seed) for attention in visible]
-    return found
+        meters += [AttentionMeter(attention, states, seed) for attention in visible]
+    return meters
 
 
 class Reservoir:
     """A uniform random sample of all rows seen (Vitter 1985, algorithm R), many rows at a time.
 
-    Reservoirs of one size and seed keep the rows of the same positions, however the rows come in batches.
+    Reservoirs of the same size and seed keep rows at the same positions, whatever the batches are.
     """
 
     def __init__(self, size: int, width: int, seed: int) -> None:
@@ -97,7 +97,7 @@ class Reservoir:
         slots = (self._random.random(len(rows)) * (positions + 1)).astype(np.int64)
         slots = np.where(positions < size, positions, slots)
         taken = slots < size
-        self._rows[slots[taken]] = rows[taken]  # of rows for one slot numpy leaves the last, as algorithm R does
+        self._rows[slots[taken]] = rows[taken]  # numpy keeps the last of several rows for one slot, as algorithm R does
         self.seen += len(rows)
 
     @property
@@ -107,7 +107,7 @@ class Reservoir:
 
 
 class FFNMeter(Meter):
-    """The sums over the activations of one FFN, and a sample of its inputs."""
+    """Sums of the activations of one FFN, and a sample of its inputs."""
 
     def __init__(self, ffn: FFN, states: int, seed: int) -> None:
         self.number, self.where = ffn.layer, ffn.where
@@ -120,8 +120,8 @@ class FFNMeter(Meter):
     def token_bytes(self, tokens: int) -> int:
         return self._token_bytes
 
-    def add(self, found: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
-        x, hidden = _rows(found[self.x], mask), _rows(found[self.hidden], mask)
+    def add(self, values: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
+        x, hidden = _rows(values[self.x], mask), _rows(values[self.hidden], mask)
         with np.errstate(invalid="ignore"):  # what is not finite is reported below
             for start in range(0, len(hidden), _CHUNK):
                 h = hidden[start : start + _CHUNK].astype(np.float64)
@@ -137,15 +137,15 @@ class FFNMeter(Meter):
 
 
 class HeadMeter(Meter):
-    """A sample of what the vocabulary head reads."""
+    """A sample of the inputs of the vocabulary head."""
 
     def __init__(self, head: Linear, states: int, seed: int) -> None:
         self.tensors = (head.x,)
         self.x = head.x.name
         self.reservoir = Reservoir(states, head.in_features, seed)
 
-    def add(self, found: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
-        rows = _rows(found[self.x], mask)
+    def add(self, values: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
+        rows = _rows(values[self.x], mask)
         _check_finite("head", rows)
         self.reservoir.add(rows)
         return len(rows)
@@ -155,7 +155,7 @@ class HeadMeter(Meter):
 
 
 class AttentionMeter(Meter):
-    """A sample of the attention that tokens receive in one layer, with the lengths of their texts and their places."""
+    """A sample of the attention that tokens receive in one layer, with the length of the text and the position."""
 
     def __init__(self, attention: Attention, states: int, seed: int) -> None:
         assert attention.probabilities is not None
@@ -167,8 +167,8 @@ class AttentionMeter(Meter):
     def token_bytes(self, tokens: int) -> int:
         return 4 * self.heads * tokens
 
-    def add(self, found: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
-        weights = found[self.name]
+    def add(self, values: Mapping[str, np.ndarray], mask: np.ndarray | None) -> int:
+        weights = values[self.name]
         queries, keys = weights.shape[-2:]
         if weights.ndim == 3:  # [batch · heads, queries, keys]
             weights = weights.reshape(-1, self.heads, queries, keys)
@@ -178,13 +178,13 @@ class AttentionMeter(Meter):
             real = mask != 0
         lengths = real.sum(1)
         rows = real if queries == keys else np.ones((batch, queries), bool)
-        from_real = np.where(rows[:, None, :, None], weights, 0).astype(np.float32)  # padding attends to anything
+        from_real = np.where(rows[:, None, :, None], weights, 0).astype(np.float32)  # rows of padding are arbitrary
         received = from_real.sum((1, 2)) / (weights.shape[1] * np.maximum(rows.sum(1), 1))[:, None]
         positions = np.cumsum(real, 1) - 1
-        kept = np.stack([received, np.broadcast_to(lengths[:, None], real.shape), positions], -1)[real]
-        _check_finite(f"layer {self.number} attention", kept)
-        self.reservoir.add(kept)
-        return len(kept)
+        samples = np.stack([received, np.broadcast_to(lengths[:, None], real.shape), positions], -1)[real]
+        _check_finite(f"layer {self.number} attention", samples)
+        self.reservoir.add(samples)
+        return len(samples)
 
     def store(self, profile: Profile) -> None:
         values, lengths, positions = self.reservoir.rows.T
@@ -200,7 +200,7 @@ def _check_finite(where: str, *arrays: np.ndarray) -> None:
 
 
 def _rows(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[batch, tokens, d] or [batch·tokens, d] → the rows to keep; all, where rows are not tokens (after pooling)."""
+    """[batch, tokens, d] or [batch·tokens, d] → the rows of real tokens; after pooling, all rows."""
     keep = mask.reshape(-1) != 0 if mask is not None and mask.ndim == 2 else None
     flat = array.reshape(-1, array.shape[-1])
     return flat[keep] if keep is not None and len(keep) == len(flat) else flat

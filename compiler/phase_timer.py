@@ -1,4 +1,4 @@
-"""Times of a compile's phases."""
+"""Times the phases of a compile."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trimtab.compiler.progress import Progress
 
 
 class PhaseTimer:
-    """Times phases and announces them.
+    """Times phases and reports them as progress.
 
     Attributes:
-        seconds: phase → how long it took.
-        progress: for work that can tell how far it is.
+        seconds: phase → duration.
+        progress: the callback, for phases that report their own progress.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
@@ -25,7 +25,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
-        """Time the body, and give the memory it freed back. Not `shown`: the body shows its own progress."""
+        """Time the body, and return the memory it freed. Pass `shown=False` if the body reports its own progress."""
         start = time.perf_counter()
         if shown:
             self.progress(name, 0, 1)
@@ -36,5 +36,5 @@ class PhaseTimer:
             self.progress(name, 1, 1)
 
     def give_back(self) -> None:
-        """Return what was freed since this was last done."""
+        """Return the memory freed since the last call."""
         self._resident = give_back(self._resident)

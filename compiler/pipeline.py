@@ -1,4 +1,4 @@
-"""Model in, build out: the phases of a compile, in order."""
+"""`compile_model`: the phases of a compile, in order, from a model to a build."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from trimtab.passes.contract import check_needs
 from trimtab.passes.dials import Dials, straight_path
 from trimtab.passes.errors import DataError, ModelError, TargetError
 from trimtab.passes.graph import is_new, save_graph, scratch, stored_bytes
-from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.limits import Positions
+from trimtab.passes.graph.linear import distinct_bytes
 from trimtab.passes.graph.positions import find_positions
 from trimtab.passes.graph.ranges import packed_mask
 from trimtab.passes.needs import FFNStates, to_measure
@@ -75,61 +75,61 @@ def compile_model(
 ) -> Build:
     """Compile `model` into the build directory `out`, which appears whole or not at all.
 
-    Where `out` already holds a build of the same inputs, that one is returned. Weights that no pass touches are copied
+    If `out` already holds a build of the same inputs, that build is returned. Weights that no pass changes are copied
     from file to file, so a model may be larger than memory.
 
     Args:
         model: Hugging Face directory, ONNX file, or a Source.
         recipe: YAML file, mapping or Recipe; None for the default one.
-        out: where the build goes; an earlier build there is replaced, anything else is left alone.
-        data: file to calibrate on, where a pass needs a Profile and none is given.
-        profile: of this model. By default, where a pass needs one, that in the model's own folder; else it is measured
-            on `data`, and kept in the cache.
-        target, shards: override the recipe's.
+        out: directory of the build; an earlier build there is replaced, anything else is left alone.
+        data: file to calibrate on if a pass needs a Profile and none is given.
+        profile: a Profile of this model, or its file. By default, if a pass needs one, the Profile in the model's own
+            folder; else a new one is measured on `data` and stored in the cache.
+        target, shards: override the recipe's options.
         progress: called with (what, done, total).
-        force: compile, and calibrate, even if nothing changed.
+        force: compile and calibrate again, even if nothing changed.
         allow_pickle: read pickled weights, which can run code of their author.
 
     Raises:
-        TrimtabError: one of its kinds; `out` is then as it was.
+        TrimtabError: any kind of it; `out` then stays as it was.
     """
-    written = recipe
+    original_recipe = recipe
     recipe = load_recipe(recipe)
-    told = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
-    if told:
-        recipe = load_recipe(dict(recipe) | told)
+    overrides = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
+    if overrides:
+        recipe = load_recipe(dict(recipe) | overrides)
     if recipe.shards > 1:
         _check_shards(recipe)
-    with remedies(model=model, recipe=written, data=data, profile=profile):
+    with remedies(model=model, recipe=original_recipe, data=data, profile=profile):
         choice = choose_profile(profile, model, recipe, data=data is not None)
-    given = choice.profile
-    learned = partial(remedies, model=model, recipe=written, data=data, profile=choice.path or profile)
-    with learned():
-        check_needs(recipe.passes, given)
-    if recipe.needs_profile and given is None and data is None:
+    chosen_profile = choice.profile
+    with_remedies = partial(remedies, model=model, recipe=original_recipe, data=data, profile=choice.path or profile)
+    with with_remedies():
+        check_needs(recipe.passes, chosen_profile)
+    if recipe.needs_profile and chosen_profile is None and data is None:
         raise DataError(
             f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
             hint="give calibration texts with --data FILE, or a profile with --profile FILE",
         )
     capability = get_target(recipe.target).probe()
     check_fit(recipe, capability)
-    dataset = read_data(data) if data is not None and given is None and recipe.needs_profile else None
+    dataset = read_data(data) if data is not None and chosen_profile is None and recipe.needs_profile else None
     phases = PhaseTimer(progress)
     with BuildWriter(out) as writer:
         with phases("open the model"):
             source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
-            with learned():
+            with with_remedies():
                 choice.check(source.fingerprint)
             hashes = source.hashes
-            key = _key(source, hashes, recipe, capability, dataset, given)
-        if not force and (found := find_build(writer.out, key)):
-            return found
+            key = _key(source, hashes, recipe, capability, dataset, chosen_profile)
+        if not force and (existing := find_build(writer.out, key)):
+            return existing
         return _Compile(writer, source, hashes, recipe, capability, key, phases, force).run(dataset, choice)
 
 
 @dataclass(frozen=True)
 class _Compile:
-    """One compile that has to be done, from the opened model to the committed build."""
+    """One compile, from the opened model to the committed build."""
 
     writer: BuildWriter
     source: Source
@@ -154,7 +154,7 @@ class _Compile:
             workload = self.recipe.workload.fitting(positions.most if positions else None)
             check_sizes("workload.tokens", workload.tokens[0], workload.past[0], positions)
             if self.recipe.check:
-                corners(graph, workload)  # refuses a workload without a call that the model takes
+                corners(graph, workload)  # refuses a workload without any call that the model takes
             max_tokens = _shorter(self.source.max_tokens, positions)
             _check_suited(self.recipe, find_task(graph.inputs, graph.outputs, self.source.head))
             cached = bool(pasts(tensor.name for tensor in graph.inputs))
@@ -181,16 +181,16 @@ class _Compile:
                     crossover=get_target(self.recipe.target).crossover(self.recipe.threads),
                 )  # fmt: skip
                 results = run_passes(graph, self.recipe.passes, context)
-                # What passes computed; everything else was looked at above.
-                made = [constant for constant in _constants(graph) if is_new(constant)]
-                check_finite(made, hint="the calibration data drive a pass out of range; try milder options")
+                # Weights that passes computed; all others were checked above.
+                new_weights = [constant for constant in _constants(graph) if is_new(constant)]
+                check_finite(new_weights, hint="the calibration data drive a pass out of range; try milder options")
                 declared = workload.tokens[2] + workload.past[2]
-                most = None if max_tokens is None else max(max_tokens, declared)
-                get_target(self.recipe.target).settle(graph, most, self.recipe.shards)
-                positions = positions or find_positions(graph)  # tables of angles are limits, too
+                limit = None if max_tokens is None else max(max_tokens, declared)
+                get_target(self.recipe.target).settle(graph, limit, self.recipe.shards)
+                positions = positions or find_positions(graph)  # a table of rotary angles limits positions, too
             with phases("write the model"), self.writer.writing():
-                models, divided = self._write(graph, profile)
-                results += divided
+                models, shard_results = self._write(graph, profile)
+                results += shard_results
         dials = tuple(context.dials.values())
         dials_and_path = Dials(dials, straight_path(dials))
         inputs = [TensorInfo.of(tensor) for tensor in graph.inputs if tensor.name not in context.dials]
@@ -198,13 +198,13 @@ class _Compile:
         packed = [mask for tensor in graph.inputs if (mask := packed_mask(tensor))]
         sizes = Sizes(**before, compiled_bytes=_total(graph), compiled_ffn_bytes=_ffn_bytes(results, before))
         family = anatomy.family
-        del graph, anatomy, made
-        phases.give_back()  # the weights would stay while the engine is built and run
+        del graph, anatomy, new_weights
+        phases.give_back()  # otherwise the weights stay in memory while the engine is built and run
         with phases("build the engine"), self.writer.writing():
             for model in models:
-                wishes = self.recipe.engine
+                options = self.recipe.engine
                 get_target(self.recipe.target).build(
-                    model, workload, folder / ENGINE, timeout_s=wishes.timeout_s, options=wishes
+                    model, workload, folder / ENGINE, timeout_s=options.timeout_s, options=options
                 )
         recipe = self.recipe.model_copy(update={"workload": workload})
         with phases("check the engine"):
@@ -215,7 +215,9 @@ class _Compile:
             key=self.key,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             origin=_origin(self.source),
-            source=os.path.abspath(self.source.onnx),  # links stay: what is beside them is the model's
+            source=os.path.abspath(
+                self.source.onnx
+            ),  # links are not resolved: the files next to a link belong to the model
             graph=self.hashes.graph,
             fingerprint=self.hashes.weights,
             family=family,
@@ -245,15 +247,15 @@ class _Compile:
         return self.writer.commit(manifest)
 
     def _write(self, graph: gs.Graph, profile: Profile | None) -> tuple[list[Path], list[PassResult]]:
-        """Write all but the engine; returns the ONNX files, and what was divided among shards."""
+        """Write all files but the engine; returns the ONNX files, and what was divided among shards."""
         folder = self.writer.folder
         (folder / MODEL).parent.mkdir()
-        models, divided = [folder / MODEL], []
+        models, shard_results = [folder / MODEL], []
         if self.recipe.shards > 1:
             from trimtab.compiler.targets.sharded.plan import write_shards
 
             result, models = write_shards(graph, self.recipe.shards, folder)
-            divided.append(result)
+            shard_results.append(result)
         else:
             repack(graph)
             save_graph(graph, folder / MODEL)
@@ -266,11 +268,11 @@ class _Compile:
                 if (self.source.tokenizer / name).is_file():
                     shutil.copyfile(self.source.tokenizer / name, folder / TOKENIZER / name)
             read_preparation(self.source.tokenizer).write(folder / TOKENIZER)
-        return models, divided
+        return models, shard_results
 
 
 def _check_shards(recipe: Recipe) -> None:
-    """That the target runs a divided model, and what that takes is here, before the long work."""
+    """Check, before any long phase, that the target can run shards and that their packages are installed."""
     if not get_target(recipe.target).divides:
         raise TargetError(
             f"target {recipe.target} does not run a model in {recipe.shards} shards", hint="choose --target onnxruntime"
@@ -281,48 +283,48 @@ def _check_shards(recipe: Recipe) -> None:
 
 
 def check_fit(recipe: Recipe, capability: Capability) -> None:
-    """Check that the target runs what the passes make, and knows what the recipe wishes of its engines.
+    """Check that the target runs the graphs that the passes make, and supports the recipe's section `engine`.
 
     Raises:
-        TargetError: it does not.
+        TargetError: the target does not.
     """
     for step in recipe.passes:
         reason = step.unfit(capability)
         if reason is not None:
             raise TargetError(
                 f"target {recipe.target} cannot run what pass {step.name} makes: {reason}",
-                hint="leave the pass out, or choose --target onnxruntime",
+                hint="remove the pass, or choose --target onnxruntime",
             )
     if recipe.engine != EngineOptions() and not get_target(recipe.target).builds_engines:
         raise TargetError(
-            f"engine: target {recipe.target} builds no engines, so it has no use for these wishes",
-            hint="leave the section out, or choose --target tensorrt-rtx",
+            f"engine: target {recipe.target} builds no engines, and ignores the section `engine`",
+            hint="remove the section, or choose --target tensorrt-rtx",
         )
     packing = [step.name for step in recipe.passes if step.packs]
     if packing and (recipe.engine.segments or 1) > 1:
         raise TargetError(
-            f"engine.segments: {recipe.engine.segments} engines, cut between layers, would hand on packed tokens, "
-            f"which {packing[0]} counts at run time",
-            hint="leave it out, or ask for 1; of a model that exits early there is an engine up to each exit by itself",
+            f"engine.segments: {recipe.engine.segments} engines, cut between layers, would pass on packed tokens, "
+            f"whose number {packing[0]} counts at run time",
+            hint="remove it, or set it to 1; a model that exits early has an engine up to each exit without it",
         )
 
 
 def _check_suited(recipe: Recipe, task: Task | None) -> None:
-    """Check that the passes go with what the model is for, as its files tell; a graph by itself does not."""
+    """Check that the passes suit the task of the model, which its files define; the graph alone does not."""
     for step in recipe.passes:
         reason = step.unsuited(task.kind if task is not None else None)
         if reason is not None:
-            raise ModelError(f"pass {step.name}: {reason}", hint=f"take {step.name} out of the recipe")
+            raise ModelError(f"pass {step.name}: {reason}", hint=f"remove {step.name} from the recipe")
 
 
 def _shorter(max_tokens: int | None, positions: Positions | None) -> int | None:
-    """The longest text that the model takes, as its files and its positions say."""
+    """The length of the longest text that the model takes, by its files and its positions."""
     limits = (max_tokens, positions.most if positions is not None else None)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _origin(source: Source) -> str:
-    """How the model can be found again, from any working directory."""
+    """The model's path, valid from any working directory, or the name of a torch model."""
     return source.origin if source.kind == "torch" else str(Path(source.origin).expanduser().resolve())
 
 
@@ -334,7 +336,7 @@ def _key(
     dataset: Dataset | None,
     profile: Profile | None,
 ) -> str:
-    """A hash of all that decides what a build contains.
+    """The key of a build: a hash of all that decides what it contains.
 
     The ONNX file is hashed whole, and the fingerprint covers every byte of weights in external files.
     """
@@ -368,20 +370,20 @@ def _total(graph: gs.Graph) -> int:
 
 
 def _sizes(graph: gs.Graph, anatomy: Anatomy) -> dict[str, int]:
-    """Bytes of the dense model; a weight that layers share counts once, as it is stored."""
+    """Bytes of the dense model; a weight that layers share counts once, because it is stored once."""
     ffn = distinct_bytes(linear for ffn in anatomy.ffns for linear in ffn.linears)
     return {"dense_bytes": _total(graph), "dense_ffn_bytes": ffn}
 
 
 def _ffn_bytes(results: list[PassResult], before: dict[str, int]) -> int | None:
-    """What is left of the FFN weights: the last pass that touched them tells, as `ffn_bytes` in its details.
+    """Bytes of the compiled FFN weights: the last pass that changed them reports them, as `ffn_bytes` in its details.
 
-    None where that is not known: `precision` narrows weights wherever they are, and does not tell FFNs from the rest.
+    None where they are unknown: `precision` narrows all weights, and does not distinguish FFNs from the rest.
     """
-    known: int | None = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
+    ffn_bytes: int | None = None if any(result.changed for result in results) else before["dense_ffn_bytes"]
     for result in results:
         if result.changed and "ffn_bytes" in result.details:
-            known = result.details["ffn_bytes"]
+            ffn_bytes = result.details["ffn_bytes"]
         elif result.name == Precision.name and result.changed:
-            known = None
-    return known
+            ffn_bytes = None
+    return ffn_bytes

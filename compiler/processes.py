@@ -1,4 +1,4 @@
-"""Child processes: how one has ended, in words, and that none outlives the process that started it."""
+"""Child processes: describing how one ended, and ending each with the process that started it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_TAIL = 12  # lines of a log that go into an error
+_TAIL = 12  # lines of a log that an error shows
 _PR_SET_PDEATHSIG = 1
 _CRASHES = {
-    "SIGABRT": "a library in it gave up: the log says which, if anything does; update it",
-    "SIGBUS": "a disk or /dev/shm may be full, or a file was cut while it was mapped: make room, and start again",
+    "SIGABRT": "a library in it aborted: its log may name the library; update it",
+    "SIGBUS": "a disk or /dev/shm may be full, or a file was truncated while it was mapped: free space, start again",
     "SIGFPE": "a library in it divided by zero; update it",
     "SIGILL": "a library in it uses instructions that this processor lacks: install a build of it for this processor",
     "SIGSEGV": "a library in it accessed memory that is not its own; update it",
     "SIGSYS": "a sandbox forbids a system call that it makes: allow it, or run outside of the sandbox",
-    "SIGTRAP": "a library in it gave up: the log says which, if anything does; update it",
+    "SIGTRAP": "a library in it aborted: its log may name the library; update it",
 }
-"""Signals by which the system ends a process for its own fault, and what to do."""
+"""Signals with which the system ends a process because of the process's own error, and what to do."""
 
 _OUTSIDE = {
-    "SIGKILL": "most often memory ran out: end other programs, take smaller sizes, or a machine with more memory",
+    "SIGKILL": "most often memory ran out: end other programs, use smaller sizes, or a machine with more memory",
     "SIGXCPU": "it used up its limit of CPU time: raise it (ulimit -t)",
     "SIGXFSZ": "a file reached the limit of sizes: raise it (ulimit -f)",
 }
@@ -33,11 +33,11 @@ _ENDED = "something outside of trimtab ended it: start again"
 
 
 class Ending(NamedTuple):
-    """How a process has ended.
+    """How a process ended.
 
     Attributes:
-        words: what happened, to go behind the name of the process: "crashed (SIGSEGV)".
-        hint: what to do about it; None where its own words have to say.
+        words: what happened, to follow the name of the process: "crashed (SIGSEGV)".
+        hint: what to do; None where only the process's own output can say.
     """
 
     words: str
@@ -45,7 +45,7 @@ class Ending(NamedTuple):
 
 
 def ending(code: int) -> Ending:
-    """How the process with the return code `code` has ended, as `subprocess` has it: below 0 for a signal."""
+    """How the process with the return code `code` of `subprocess` ended; a negative code is a signal."""
     if code >= 0:
         return Ending(f"failed (exit code {code})", None)
     name = signal_name(-code)
@@ -55,7 +55,7 @@ def ending(code: int) -> Ending:
 
 
 def signal_name(number: int) -> str:
-    """Such as SIGKILL."""
+    """The name of a signal, such as SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -63,15 +63,15 @@ def signal_name(number: int) -> str:
 
 
 def tail(log: Path) -> str:
-    """The end of a log, to go behind a message; nothing of an empty one."""
+    """The last lines of a log, to follow a message; "" for an empty log."""
     lines = log.read_text(errors="replace").strip().splitlines()[-_TAIL:]
-    return "\n  ".join(["; its last words:", *lines]) if lines else ""
+    return "\n  ".join(["; its last output:", *lines]) if lines else ""
 
 
 def end_with_parent() -> Callable[[], None] | None:
     """A `preexec_fn` for `subprocess`: the system ends the child when this process is killed (Linux; else None).
 
-    The signal comes when the *thread* that starts the child ends: it has to wait for the child.
+    The system sends the signal when the *thread* that started the child ends, so that thread must wait for the child.
     """
     parent, prctl = os.getpid(), _PRCTL
     if prctl is None:
@@ -79,14 +79,14 @@ def end_with_parent() -> Callable[[], None] | None:
 
     def ask_system() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before the system knew
+        if os.getppid() != parent:  # the parent was killed before prctl took effect
             os._exit(1)
 
     return ask_system
 
 
 def _find_prctl() -> Any:
-    """The C library's function, or None where it has none."""
+    """The C library's function `prctl`, or None where the library has none."""
     try:
         return ctypes.CDLL(None).prctl
     except (OSError, AttributeError, TypeError):
@@ -94,4 +94,4 @@ def _find_prctl() -> Any:
 
 
 _PRCTL = _find_prctl()
-"""Looked up when this module is imported: between fork and exec, a lock that another thread holds stays locked."""
+"""Looked up at import: between fork and exec, a lock that another thread held stays locked, and a look-up may block."""

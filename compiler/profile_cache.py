@@ -1,4 +1,4 @@
-"""Profiles that a compile measured, kept in the cache, so that an interrupted compile need not measure again."""
+"""Profiles that a compile measured are stored in the cache, so that an interrupted compile does not measure again."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def measured_profile(
     progress: Callable[[str, int, int], None] | None = None,
     again: bool = False,
 ) -> Profile:
-    """The Profile of `source` on `dataset`: from the cache where the same was measured before, else measured now.
+    """The Profile of `source` on `dataset`: from the cache if it was measured before, else measured now.
 
     Args:
-        needs: of the passes that it is for.
-        again: measure in any case.
+        needs: the needs of the passes that use the Profile.
+        again: measure even if the cache has the Profile.
     """
-    wanted = to_measure(needs)
+    measured_needs = to_measure(needs)
     parts = [*source.hashes, source.tokenizer_hashes, dataset.sha256, options.model_dump(), package_versions()]
-    parts.append(sorted(map(repr, wanted)))
+    parts.append(sorted(map(repr, measured_needs)))
     measured: list[Profile] = []
 
     def make(part: Path) -> None:
-        profile = calibrate(source, dataset, needs=wanted, **options.model_dump(), progress=progress)
+        profile = calibrate(source, dataset, needs=measured_needs, **options.model_dump(), progress=progress)
         if dataset.arrays is None and read_data(dataset.path).sha256 != dataset.sha256:
             raise DataError(f"{dataset.path}: changed while the model was calibrated on it", hint="compile again")
         measured.append(profile)
@@ -56,12 +56,12 @@ def measured_profile(
     except (BuildError, ProfileError) as error:
         if not measured:
             raise
-        log.warning("the profile cannot be kept in the cache: %s", error)
+        log.warning("the profile cannot be stored in the cache: %s", error)
     return measured[0] if measured else Profile.load(path)
 
 
 def profile_digest(profile: Profile) -> str:
-    """A hash of all that passes can see of a Profile."""
+    """A hash of all that passes can read from a Profile."""
     digest = hashlib.sha256(profile.info.model_dump_json().encode())
     for name in sorted(profile.tensors):
         tensor = np.ascontiguousarray(profile.tensors[name])

@@ -1,4 +1,4 @@
-"""Which Profile a compile or a training uses: the one given, or the one in the folder of the model itself."""
+"""The choice of the Profile that a compile or a training uses: the user's, or the one in the model's folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProfileChoice:
-    """The Profile that a compile uses, if there is one before it measures any.
+    """The Profile that a compile uses, if one exists before calibration.
 
     Attributes:
-        profile: None where there is none.
-        path: the file it was read from; None where it was given as an object.
-        unused: the file in the model's folder, where the compile does without it.
-        method: of `trimtab train`, where passes need what it learns.
+        profile: the Profile; None where there is none.
+        path: the file of the Profile; None if it was given as an object.
+        unused: the Profile's file in the model's folder, if the compile does not use it.
+        method: the method of `trimtab train` whose results passes need; None if calibration is enough.
     """
 
     profile: Profile | None = None
@@ -37,19 +37,19 @@ class ProfileChoice:
 
     @property
     def origin(self) -> str | None:
-        """What manifest and report call it."""
+        """The name of the Profile in the manifest and the report."""
         if self.profile is None:
             return None
         return str(self.path.resolve()) if self.path is not None else "an object in memory"
 
     def check(self, fingerprint: str) -> None:
-        """Check that the Profile is of the model; of one that is not used, note where it is not.
+        """Check that the Profile belongs to the model; for an unused Profile of another model, log a warning.
 
         Args:
             fingerprint: `model_fingerprint` of the model.
 
         Raises:
-            ProfileError: it is of another model; a NotLearnedError where passes need what only training gives.
+            ProfileError: the Profile belongs to another model; a NotLearnedError if passes need results of training.
         """
         if self.profile is not None:
             where = "the profile" if self.path is None else f"the profile {self.path}"
@@ -57,46 +57,46 @@ class ProfileChoice:
                 self.profile.check(fingerprint, where)
         elif self.unused is not None:
             try:
-                other = read_info(self.unused).model != fingerprint
+                of_other_model = read_info(self.unused).model != fingerprint
             except ProfileError as error:
                 log.warning("not used: %s", error.message)
                 return
-            if other:
+            if of_other_model:
                 log.warning("not used: the profile %s belongs to another model", self.unused)
 
 
 def choose_profile(
-    given: Profile | Path | str | None, model: Source | Path | str, recipe: Recipe, *, data: bool
+    profile: Profile | Path | str | None, model: Source | Path | str, recipe: Recipe, *, data: bool
 ) -> ProfileChoice:
-    """Choose the Profile for `model`: the one given, else the one in the model's folder if `recipe` needs it.
+    """Choose the Profile for `model`: `profile`, else the one in the model's folder if `recipe` needs one.
 
     Args:
-        given: a Profile, or its file.
-        data: calibration data are given. They are preferred to what the folder's Profile measured, not to what it
-            learned.
+        profile: a Profile, or its file.
+        data: whether calibration data are given. They take precedence over the measurements of the Profile in the
+            folder, but not over what training learned.
 
     Raises:
-        ProfileError: the Profile is missing, damaged, or of another format; a NotLearnedError where passes need what
-            only training gives.
+        ProfileError: the Profile is missing, damaged, or of another format; a NotLearnedError if passes need results of
+            training.
     """
     method = _method(recipe)
-    if isinstance(given, Profile):
-        return ProfileChoice(given, method=method)
-    if given is None:
+    if isinstance(profile, Profile):
+        return ProfileChoice(profile, method=method)
+    if profile is None:
         _warn_of_routers(model, recipe)
-    path = Path(given) if given is not None else _in_folder(model, PROFILE)
+    path = Path(profile) if profile is not None else _in_folder(model, PROFILE)
     if path is None:
         return ProfileChoice()
-    if given is None and method is None and (data or not recipe.needs_profile):
+    if profile is None and method is None and (data or not recipe.needs_profile):
         return ProfileChoice(unused=path)
-    if given is None:
+    if profile is None:
         log.info("the profile is %s, in the folder of the model", path)
     with _to_learn(method):
         return ProfileChoice(Profile.load(path), path, method=method)
 
 
 def _in_folder(model: Source | Path | str, name: str) -> Path | None:
-    """The file `name` in the folder of `model`; None where the model is no folder, or has none in it."""
+    """The file `name` in the folder of `model`; None if the model is not a folder, or does not have the file."""
     if isinstance(model, Source) and model.kind == "torch":
         return None
     path = Path(model.origin if isinstance(model, Source) else model).expanduser() / name
@@ -104,15 +104,15 @@ def _in_folder(model: Source | Path | str, name: str) -> Path | None:
 
 
 def _warn_of_routers(model: Source | Path | str, recipe: Recipe) -> None:
-    """Say that the model was trained to compute some neurons alone, if the recipe has it compute all of them."""
+    """Warn that the model was trained to compute only some neurons, if the recipe makes it compute all of them."""
     if Learned("lte") in recipe.needs:
         return
     profile, record = (_in_folder(model, name) for name in (PROFILE, "lte.json"))
-    with suppress(OSError, ValueError, AttributeError, ProfileError):  # told where the Profile is read
+    with suppress(OSError, ValueError, AttributeError, ProfileError):  # reported when the Profile is loaded
         if profile is not None and read_info(profile).learned.get("lte", {}).get("routers"):
             log.warning(
-                "%s has routers, and this recipe no pass that uses them: the model was trained to compute the neurons "
-                "that they choose, and will compute all of them; add `ffn-route` to the recipe", profile,
+                "%s has routers, but this recipe has no pass that uses them: the model was trained to compute the "
+                "neurons that they choose, and will compute all of them; add `ffn-route` to the recipe", profile,
             )  # fmt: skip
         elif profile is None and record is not None and json.loads(record.read_text(encoding="utf-8")).get("routers"):
             log.warning(
@@ -122,7 +122,7 @@ def _warn_of_routers(model: Source | Path | str, recipe: Recipe) -> None:
 
 
 def _method(recipe: Recipe) -> str | None:
-    """The first method of `trimtab train` whose results passes need; None where calibration is enough."""
+    """The first method of `trimtab train` whose results passes need; None if calibration is enough."""
     try:
         check_needs(recipe.passes, None)
     except NotLearnedError as error:
@@ -132,7 +132,7 @@ def _method(recipe: Recipe) -> str | None:
 
 @contextmanager
 def _to_learn(method: str | None, instead: str | None = None) -> Iterator[None]:
-    """Of a Profile that cannot be used where `method` has to have learned, say how to learn again."""
+    """If a Profile cannot be used and passes need the results of `method`, say how to train again."""
     try:
         yield
     except ProfileError as error:

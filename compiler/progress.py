@@ -1,4 +1,4 @@
-"""How work tells how far it is."""
+"""The type of the callback that reports progress."""
 
 from __future__ import annotations
 

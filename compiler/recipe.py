@@ -1,4 +1,4 @@
-"""The recipe: what to do to a model. YAML or a mapping in, one strict object out."""
+"""The recipe: what to do to a model. Read from YAML or a mapping into one strictly validated object."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Calibration(BaseModel):
     """How the Profile is measured.
 
     Attributes:
-        samples: texts or rows used at most.
-        batch_size: samples run at a time.
-        max_tokens: texts are cut there.
-        states: FFN inputs kept per layer, a uniform sample of all tokens.
-        seed: of that sample.
+        samples: maximum number of texts or rows.
+        batch_size: number of samples in one run.
+        max_tokens: texts are cut to this many tokens.
+        states: number of FFN inputs stored per layer, a uniform sample of all tokens.
+        seed: random seed of that sample.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -43,14 +43,14 @@ class Recipe(BaseModel):
     """What to do to a model.
 
     Attributes:
-        passes: in the order they run. Written as names or {name: {option: value}}.
+        passes: the passes in the order they run. Written as names or {name: {option: value}}.
         target: name of the runtime to build for.
-        workload: the shapes it must serve.
-        calibration: how the Profile is measured, when a pass needs one and none is given.
+        workload: the sizes that the engine must serve.
+        calibration: how the Profile is measured, if a pass needs one and none is given.
         threads: CPU threads of the engine, of each shard, and of calibration; None leaves it to the runtime.
-        engine: wishes for engines, of targets that build some.
-        shards: processes among which FFNs and head are divided; 1 divides nothing.
-        check: compare the finished engine with the dense model before the build is let out.
+        engine: options for building engines; only for targets that build engines.
+        shards: number of processes among which FFNs and head are divided; 1 divides nothing.
+        check: compare the finished engine with the dense model before the build is committed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -94,16 +94,16 @@ class Recipe(BaseModel):
 
     @property
     def needs_profile(self) -> list[str]:
-        """Names of the passes that look at calibration data."""
+        """Names of the passes that need a Profile."""
         return [step.name for step in self.passes if step.needed()]
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the passes take from the Profile."""
+        """What the passes read from the Profile."""
         return frozenset().union(*(step.needed() for step in self.passes))
 
     def canonical(self) -> str:
-        """The same text for the same recipe, however it was written: with every default filled in, as sorted JSON."""
+        """A canonical text of the recipe, as sorted JSON with every default filled in; equal for equal recipes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     def to_yaml(self) -> str:
@@ -115,7 +115,8 @@ def load_recipe(recipe: Path | str | Mapping[str, Any] | Recipe | None = None) -
     """Read a recipe from a YAML file or a mapping; None stands for the default one.
 
     Raises:
-        RecipeError: not YAML, an unknown key (names the nearest known one) or an impossible value (says the bound).
+        RecipeError: the file is not YAML, a key is unknown (suggests the nearest), or a value is impossible (states the
+            bound).
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -126,8 +127,8 @@ def load_recipe(recipe: Path | str | Mapping[str, Any] | Recipe | None = None) -
     try:
         return _validate(read_yaml(Path(recipe)))
     except RecipeError as error:
-        named = error.message if error.message.startswith(str(recipe)) else f"{recipe}: {error.message}"
-        raise RecipeError(named, hint=error.hint) from error
+        message = error.message if error.message.startswith(str(recipe)) else f"{recipe}: {error.message}"
+        raise RecipeError(message, hint=error.hint) from error
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
@@ -138,7 +139,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             option; "workload.batch=[1, 8, 8]" and "target=tensorrt-rtx" set the recipe's own keys. Values are YAML.
 
     Raises:
-        RecipeError: no "=", no such pass or key, or an impossible value.
+        RecipeError: a setting has no "=", names no pass or key of the recipe, or has an impossible value.
     """
     data = recipe.model_dump(mode="json")
     for setting in settings:
@@ -147,33 +148,33 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if not equals or not key or not all(sections):
             raise RecipeError(f"--set {setting}: not of the form pass.option=value")
         value = parse_yaml(text, f"--set {setting}")
-        for place in _places(data, sections[:1]):
-            _nested(place, sections[1:])[key] = value
+        for mapping in _mappings(data, sections[:1]):
+            _nested(mapping, sections[1:])[key] = value
     return _validate(data)
 
 
-def _places(data: dict[str, Any], sections: list[str]) -> list[dict[str, Any]]:
-    """The mappings of a recipe that go by a name: the recipe itself, one of its sections, or every pass so called."""
+def _mappings(data: dict[str, Any], sections: list[str]) -> list[dict[str, Any]]:
+    """The mappings with a name: every pass, or the section, of that name; without a name, the recipe itself."""
     if not sections:
         return [data]
     (name,) = sections
-    found = [item[name] for item in data["passes"] if name in item]
-    if not found and isinstance(data.get(name), dict):
-        found = [data[name]]
-    if not found:
+    matches = [item[name] for item in data["passes"] if name in item]
+    if not matches and isinstance(data.get(name), dict):
+        matches = [data[name]]
+    if not matches:
         parts = [key for key, value in data.items() if isinstance(value, dict)]
         names = [*(key for item in data["passes"] for key in item), *parts]
         raise RecipeError(f"--set {name}: the recipe has no such pass or section; {suggest(name, names, 'it has')}")
-    return found
+    return matches
 
 
-def _nested(place: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The mapping under `keys` in `place`; a new one where there is none."""
+def _nested(mapping: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The mapping under `keys` in `mapping`; a new one is added if there is none."""
     for key in keys:
-        inner = place.get(key)
-        place[key] = dict(inner) if isinstance(inner, dict) else {}
-        place = place[key]
-    return place
+        inner = mapping.get(key)
+        mapping[key] = dict(inner) if isinstance(inner, dict) else {}
+        mapping = mapping[key]
+    return mapping
 
 
 def _validate(data: Mapping[str, Any]) -> Recipe:
@@ -184,7 +185,7 @@ def _validate(data: Mapping[str, Any]) -> Recipe:
 
 
 def _read_pass(item: Any, where: str) -> Pass:
-    """The pass that an item of `passes` asks for: "name" or {name: {option: value}}."""
+    """Read an item of `passes`: "name" or {name: {option: value}}."""
     if isinstance(item, Pass):
         return item
     if isinstance(item, str):

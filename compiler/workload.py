@@ -1,4 +1,4 @@
-"""The workload: the sizes an engine must serve; hence optimization profiles, and the corners to check."""
+"""The workload: the sizes an engine must serve. It yields optimization profiles and the corners to check."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trimtab.passes.errors import RecipeError, quoted
 Shape = tuple[int, ...]
 
 MAX_SIZE = 1 << 20
-"""Of one dimension. The longest contexts of models have as many tokens."""
+"""Maximum of one dimension. The longest contexts of models have as many tokens."""
 
 MAX_TOKENS = 1 << 24
-"""Of one call: samples times tokens, those of the cache among them. No machine runs more at once."""
+"""Maximum tokens of one call: samples times tokens, with those of the cache. No machine runs more at once."""
 
 _ALIASES = {
     "batch_size": "batch", "sequence": "tokens", "sequence_length": "tokens", "seq": "tokens", "seq_len": "tokens",
     "past_sequence_length": "past", "total_sequence_length": "total",
 }  # fmt: skip
-"""How other exporters call the axes."""
+"""Other exporters' names of the axes → ours."""
 
 
 def _fixed(value: object) -> object:
-    """A single size stands for all three."""
+    """Expand one number to (min, opt, max)."""
     return (value,) * 3 if isinstance(value, int) else value
 
 
@@ -42,8 +42,8 @@ class Workload(BaseModel):
     Attributes:
         batch: samples in one call.
         tokens: tokens in one sample, padding included.
-        past: tokens that a decoder's cache holds already; 0 is a prompt. "total" is both together.
-        dims: any other symbolic dimension of the model's inputs, by its name in the ONNX file.
+        past: tokens in a decoder's cache before the call; 0 is a prompt. "total" is past and tokens together.
+        dims: every other symbolic dimension of the model's inputs, by its name in the ONNX file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,7 +57,7 @@ class Workload(BaseModel):
     @classmethod
     def _ordered(cls, value: tuple[int, int, int], info: object) -> tuple[int, int, int]:
         name = str(getattr(info, "field_name", ""))
-        return _check(name, value, least=0 if name == "past" else 1)
+        return _check(name, value, lower_bound=0 if name == "past" else 1)
 
     @field_validator("dims")
     @classmethod
@@ -83,18 +83,18 @@ class Workload(BaseModel):
         return self
 
     def fitting(self, longest: int | None) -> Workload:
-        """This workload for a model of at most `longest` tokens: the default range ends there, a declared one stays."""
+        """This workload for a model of at most `longest` tokens: a default range is clipped, a declared one stays."""
         if longest is None or self.tokens != type(self).model_fields["tokens"].default:
             return self
         return self.model_copy(update={"tokens": tuple(min(size, longest) for size in self.tokens)})
 
     def tokens_of_call(self, *, cached: bool, fixed: int | None = None) -> int:
-        """Tokens, in all samples together, of the calls for which the engine is to be fastest.
+        """Total tokens, over all samples, of the call for which the engine is optimized.
 
         Args:
-            cached: the model is a decoder with a cache. What is repeated then is its step, of a token of each sample;
-                or of one sample, where the workload declares prompts alone.
-            fixed: tokens of each sample, where the model has no choice, as those of images.
+            cached: the model is a decoder with a cache. Its most frequent call is a step, with one token per sample;
+                with one sample, if the workload declares prompts only.
+            fixed: tokens per sample if the model fixes their number, as models of images do.
         """
         batch, tokens = self.batch[1], fixed or self.tokens[1]
         if not cached:
@@ -102,12 +102,12 @@ class Workload(BaseModel):
         return batch if self.past[2] > 0 or tokens == 1 else 1
 
     def axes(self, graph: gs.Graph) -> dict[str, tuple[int | str, ...]]:
-        """Shape of every input, each dynamic axis by the name of its dimension: "batch", "tokens", "past", "total" or
-        a key of `dims`.
+        """Shape of every input. A dynamic axis is the name of its dimension: "batch", "tokens", "past", "total" or a
+        key of `dims`.
 
-        An axis is known by its key in `dims`; else by its role in a decoder's cache, [batch, heads, past, width], and
-        mask, [batch, total]; else by its name in the ONNX file. Where that says nothing, an input's first dynamic axis
-        is the batch and its second the tokens. An axis without a name is called "<input>.<position>".
+        The dimension of an axis is its key in `dims`; else its role in a decoder's cache, [batch, heads, past, width],
+        and mask, [batch, total]; else that of its name in the ONNX file. If none of these is known, an input's first
+        dynamic axis is the batch and its second the tokens. An axis without a name is called "<input>.<position>".
 
         Raises:
             RecipeError: a dynamic axis has no range in this workload.
@@ -117,10 +117,10 @@ class Workload(BaseModel):
         for name, shape in sorted(inputs.items(), key=lambda item: -_dynamic(item[1])):
             order = iter(("batch", "tokens"))
             for axis in (axis for axis in shape if isinstance(axis, str)):
-                place = next(order, None)
-                role = axis if axis in self.dims else roles.get(axis) or _named(axis) or place
+                by_order = next(order, None)
+                role = axis if axis in self.dims else roles.get(axis) or _dimension(axis) or by_order
                 if role is None:
-                    key = json.dumps(axis)  # YAML, whatever characters the exporter has put into the name
+                    key = json.dumps(axis)  # valid YAML, whatever characters the name has
                     raise RecipeError(
                         f"input {name!r}: its dynamic axis {axis!r} has no range in the workload",
                         hint=f"add `dims: {{{key}: [min, opt, max]}}` to the recipe's workload",
@@ -132,18 +132,18 @@ class Workload(BaseModel):
         }
 
     def dimensions(self, graph: gs.Graph) -> set[str]:
-        """Names of the dimensions on which a shape of an input depends: of "batch", "tokens", "past" and `dims`."""
+        """Names of the dimensions on which an input's shape depends, among "batch", "tokens", "past" and `dims`."""
         used = {axis for axes in self.axes(graph).values() for axis in axes if isinstance(axis, str)}
         return used - {"total"}
 
     def shapes_at(self, graph: gs.Graph, sizes: Mapping[str, int]) -> dict[str, Shape]:
-        """Shape of every input where the dimensions have `sizes`, such as one of `corners()`."""
+        """Shape of every input for the `sizes` of the dimensions, such as one of `corners()`."""
         axes, past = self.axes(graph), sizes.get("past", 0)
-        new = axes.get("input_ids", ())[1:2]  # a file for steps alone has a fixed size there
+        new = axes.get("input_ids", ())[1:2]  # a file for steps only has a fixed size here
         tokens = new[0] if new and isinstance(new[0], int) else sizes["tokens"]
-        known = {**sizes, "past": past, "total": past + tokens}
+        all_sizes = {**sizes, "past": past, "total": past + tokens}
         return {
-            name: tuple(known[axis] if isinstance(axis, str) else axis for axis in shape)
+            name: tuple(all_sizes[axis] if isinstance(axis, str) else axis for axis in shape)
             for name, shape in axes.items()
         }
 
@@ -153,7 +153,7 @@ class Workload(BaseModel):
         return {name: (low[name], opt[name], high[name]) for name in low}
 
     def corners(self) -> list[dict[str, int]]:
-        """Sizes to check a build at: min, opt, max, and batch against tokens at opposite ends. Each once."""
+        """Distinct sizes at which to check a build: min, opt, max, and batch and tokens at opposite extremes."""
         low, opt, high = (self._sizes(level) for level in range(3))
         mixed = [low | {"batch": high["batch"]}, high | {"batch": low["batch"]}]
         unique = {tuple(sizes.items()): sizes for sizes in (low, opt, high, *mixed)}
@@ -165,22 +165,22 @@ class Workload(BaseModel):
         return {name: sizes[level] for name, sizes in ranges.items()}
 
 
-def _check(name: str, value: tuple[int, int, int], least: int = 1) -> tuple[int, int, int]:
+def _check(name: str, value: tuple[int, int, int], lower_bound: int = 1) -> tuple[int, int, int]:
     low, opt, high = value
     if high > MAX_SIZE:
         raise RecipeError(
             f"workload.{name}: {quoted(high)} is more than the largest size, {MAX_SIZE}", hint="give sizes of calls"
         )
-    if not least <= low <= opt <= high:
+    if not lower_bound <= low <= opt <= high:
         raise RecipeError(
-            f"workload.{name}: {list(value)} is not [min, opt, max] with {least} <= min <= opt <= max",
+            f"workload.{name}: {list(value)} is not [min, opt, max] with {lower_bound} <= min <= opt <= max",
             hint="for one fixed size n, give n alone",
         )
     return value
 
 
 def _symbols(tensor: gs.Tensor) -> tuple[int | str, ...]:
-    """The shape of an input; every dynamic axis as a name."""
+    """The shape of an input, with a name for every dynamic axis."""
     if tensor.shape is None:
         raise RecipeError(f"input {tensor.name!r} has no shape in the ONNX file", hint="export the model with shapes")
     return tuple(
@@ -189,13 +189,13 @@ def _symbols(tensor: gs.Tensor) -> tuple[int | str, ...]:
     )
 
 
-def _named(axis: str) -> str | None:
-    """The dimension that exporters mean by the name of an axis."""
+def _dimension(axis: str) -> str | None:
+    """The dimension for an exporter's name of an axis; None for an unknown name."""
     return axis if axis in ("batch", "tokens", "past", "total") else _ALIASES.get(axis.lower())
 
 
 def _cache_roles(inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, str]:
-    """Dynamic axis → its role, of a decoder's cache and of the mask over it, whatever the exporter calls them."""
+    """Dynamic axis → dimension, for a decoder's cache and its mask, whatever names the exporter uses."""
     caches = [inputs[name] for name in pasts(inputs) if len(inputs[name]) == 4]
     if not caches:
         return {}

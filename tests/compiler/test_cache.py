@@ -219,7 +219,7 @@ def test_a_file_that_a_library_changes_in_place(caplog: pytest.LogCaptureFixture
     assert is_sound(path)
     flip(path)
     assert [use(b"one"), use(b"two")] == [b"", b"one"]
-    assert "begun again" in caplog.text
+    assert "started again" in caplog.text
     with pytest.raises(ModelError):
         use(b"")
     assert use(b"three") == b"onetwo"  # the failing use changed nothing

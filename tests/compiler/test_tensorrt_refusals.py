@@ -49,7 +49,7 @@ def test_an_engine_of_another_version_is_refused_before_it_is_loaded(tmp_path: P
     folder = build(tmp_path)
     edited(folder, version="1.2.3")
     (folder / "engine" / "model.engine").write_bytes(b"nobody reads this")
-    with pytest.raises(TargetError, match=r"are of tensorrt_rtx 1\.2\.3, and here is .*compile the model again"):
+    with pytest.raises(TargetError, match=r"need tensorrt_rtx 1\.2\.3, and .* is installed.*compile the model again"):
         get_target(RTX).open(folder)
 
 
@@ -69,7 +69,7 @@ def test_an_engine_of_another_gpu_is_refused_before_it_is_loaded(
 def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
     folder = build(tmp_path)
     (folder / "engine" / "engine.json").write_text('{"target": "tensorrt-rtx"}')
-    with pytest.raises(TargetError, match=r"engine\.json: says nothing of the engines \(Field required"):
+    with pytest.raises(TargetError, match=r"engine\.json: is missing or not valid \(Field required"):
         get_target(RTX).open(folder)
     with pytest.raises(TargetError, match="No such file"):
         EngineInfo.read(tmp_path)
@@ -110,7 +110,7 @@ def test_what_a_target_cannot_run_is_refused_before_the_model_is_opened(tmp_path
     with pytest.raises(TargetError, match="engine: target onnxruntime builds no engines"):
         compile_model(tmp_path / "none", {"passes": [], "engine": {"segments": 2}}, tmp_path / "out")
     packed = {"passes": ["unpad"], "target": RTX, "engine": {"segments": 2}}
-    with pytest.raises(TargetError, match=r"engine\.segments: 2 engines.*which unpad counts at run time"):
+    with pytest.raises(TargetError, match=r"engine\.segments: 2 engines.*whose number unpad counts at run time"):
         compile_model(tmp_path / "none", packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
