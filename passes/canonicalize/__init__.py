@@ -30,7 +30,7 @@ class Canonicalize(Pass):
       tools such as onnxruntime.quantization refuse these.
     * A decoder's cache whose inputs leave the number or width of heads open gets the sizes of its attention.
 
-    Inputs and outputs keep names, types and all other sizes; model-local functions and other domains' nodes stay unchanged.
+    Inputs and outputs keep names, types and all other sizes; model-local functions and other domains' nodes stay.
     """
 
     name: ClassVar[str] = "canonicalize"

@@ -29,12 +29,12 @@ def remove_nodes(graph: gs.Graph, nodes: Collection[gs.Node]) -> None:
 
 
 def remove_copies(graph: gs.Graph) -> int:
-    """Remove Identity, inference-time Dropout, Concat of one tensor, and Casts to the type that the tensor already has."""
+    """Remove Identity, inference-time Dropout, Concat of one tensor, and Casts that keep the type."""
     return _remove(graph, _is_copy)
 
 
 def remove_reshapes(graph: gs.Graph) -> int:
-    """Remove Reshapes to the shape that the tensor already has."""
+    """Remove Reshapes that keep the shape."""
     return _remove(graph, lambda node: node.op == "Reshape" and same_shape(node))
 
 

@@ -17,7 +17,9 @@ from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.shapes import token_outputs
 from trimtab.plugins import PACKED_ATTENTION
 
-_OFFSETS, _BIAS = ([given.name for given in PACKED_ATTENTION.inputs].index(name) for name in ("offsets", "bias"))
+_OFFSETS, _BIAS = (
+    [parameter.name for parameter in PACKED_ATTENTION.inputs].index(name) for name in ("offsets", "bias")
+)
 
 
 class _Result(Protocol):

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["nodes_between", "open_part", "run_part"]
 
 
-def nodes_between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
-    """The nodes that compute `outputs` from `given`, constants and the graph's inputs."""
-    seen = {id(tensor) for tensor in given}
+def nodes_between(starts: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> Iterator[gs.Node]:
+    """The nodes that compute `outputs` from `starts`, constants and the graph's inputs."""
+    seen = {id(tensor) for tensor in starts}
     nodes: set[int] = set()
     stack = [tensor for tensor in outputs if id(tensor) not in seen]
     while stack:
@@ -34,15 +34,15 @@ def nodes_between(given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> I
 
 
 def run_part(
-    graph: gs.Graph, given: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], feeds: dict[str, np.ndarray]
+    graph: gs.Graph, starts: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], feeds: dict[str, np.ndarray]
 ) -> list[np.ndarray]:
     """The values of `outputs`, computed by ONNX Runtime on the CPU, in one thread, without the dialect's kernels.
 
     Args:
-        given: tensors within the graph with known values; the nodes that compute them do not run.
-        feeds: name → values, for the tensors in `given` and the graph's inputs that `outputs` depend on.
+        starts: tensors within the graph with known values; the nodes before them do not run.
+        feeds: name → values, for the tensors in `starts` and the graph's inputs that `outputs` depend on.
     """
-    session = open_part(graph, given, outputs, {name: list(array.shape) for name, array in feeds.items()})
+    session = open_part(graph, starts, outputs, {name: list(array.shape) for name, array in feeds.items()})
     with running(_part_name(outputs)):
         results: list[np.ndarray] = session.run(
             None, {tensor.name: feeds[tensor.name] for tensor in session.get_inputs()}
@@ -52,24 +52,24 @@ def run_part(
 
 def open_part(
     graph: gs.Graph,
-    given: Sequence[gs.Tensor],
+    starts: Sequence[gs.Tensor],
     outputs: Sequence[gs.Tensor],
     shapes: Mapping[str, Sequence[int | None]],
 ) -> ort.InferenceSession:
     """A session that computes `outputs`, as `run_part` does.
 
     Args:
-        shapes: name → shape, for the tensors in `given` and the graph's inputs that `outputs` depend on.
+        shapes: name → shape, for the tensors in `starts` and the graph's inputs that `outputs` depend on.
     """
     import onnxruntime as ort  # late: commands that only read manifests do not need it
 
     for tensor in outputs:
         tensor.dtype = tensor.dtype or np.float32  # unknown after ops without type inference
-    nodes = list(nodes_between(given, outputs))
+    nodes = list(nodes_between(starts, outputs))
     read = {tensor.name for node in nodes for tensor in node.inputs}
     inputs = [
         gs.Variable(tensor.name, tensor.dtype or np.float32, list(shapes[tensor.name]))
-        for tensor in {id(tensor): tensor for tensor in (*given, *graph.inputs)}.values()
+        for tensor in {id(tensor): tensor for tensor in (*starts, *graph.inputs)}.values()
         if tensor.name in read
     ]
     part = gs.Graph(

@@ -69,8 +69,8 @@ def _fixed(graph: gs.Graph) -> set[int]:
     """Ids of the tensors that are computed from constants only."""
     fixed: set[int] = set()
     for node in topological(graph):
-        given = [tensor for tensor in node.inputs if tensor.name]
-        if given and all(isinstance(tensor, gs.Constant) or id(tensor) in fixed for tensor in given):
+        node_inputs = [tensor for tensor in node.inputs if tensor.name]
+        if node_inputs and all(isinstance(tensor, gs.Constant) or id(tensor) in fixed for tensor in node_inputs):
             fixed.update(id(tensor) for tensor in node.outputs)
     return fixed
 

@@ -122,15 +122,15 @@ class _Lowering:
     def of(self, name: str, node: gs.Node) -> list[gs.Tensor | None]:
         """The tensors that replace the outputs of `node`."""
         first = len(self.graph.nodes)
-        made = self._rules[name](self._nodes(node.name or node.outputs[0].name), node)
+        results = self._rules[name](self._nodes(node.name or node.outputs[0].name), node)
         for later in self.graph.nodes[first:]:  # a rule may write a TopK with too large a k
             if name != "TopK" and needs_rounds(later):
                 again = in_rounds(self._nodes(later.name), later)
-                made = [_swapped(tensor, later.outputs, again) for tensor in made]
+                results = [_swapped(tensor, later.outputs, again) for tensor in results]
                 for old, new in zip(list(later.outputs), again, strict=True):
                     _take_over(self.graph, old, new)
                 later.outputs.clear()
-        return made
+        return results
 
     def _nodes(self, name: str) -> Nodes:
         return Nodes(self.graph, name, constant, values, self.tokens)

@@ -1,1 +1,1 @@
-"""Weight matrices as passes make them: the forms they take, how they are rounded, and how they are fitted."""
+"""Weight matrices of passes: their stored forms, quantization, and least-squares fits."""

@@ -1,4 +1,4 @@
-"""The forms a weight matrix can take: each knows its values, bytes and cost, and how a graph multiplies with it."""
+"""The stored forms of a weight matrix, each with its values, bytes, cost, and the nodes that multiply with it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.graph import constant, insert
 
 Product = Callable[[gs.Graph, gs.Tensor, str], gs.Variable]
-"""Appends nodes called by the last argument that multiply a tensor with a stored matrix; returns their output."""
+"""Appends nodes that multiply a tensor with a stored matrix; the last argument is their name. Returns the output."""
 
 OPSETS = {"int8": 21, "int4": 21, "int2": 25}
-"""Form → the first opset whose DequantizeLinear takes such weights in blocks."""
+"""Form → the first opset whose DequantizeLinear supports such weights in blocks."""
 
-INTEGER_ACTIVATIONS = 4  # `accuracy_level` of MatMulNBits that ONNX Runtime takes where it fuses DequantizeLinear
+INTEGER_ACTIVATIONS = 4  # the `accuracy_level` that ONNX Runtime sets when it fuses DequantizeLinear into MatMulNBits
 
 
 class Matrix(ABC):
     """W of y = x W, [in_features, out_features]."""
 
-    __array_ufunc__ = None  # so that `array @ matrix` asks the matrix
+    __array_ufunc__ = None  # so that `array @ matrix` calls __rmatmul__
 
     @property
     @abstractmethod
@@ -52,20 +52,20 @@ class Matrix(ABC):
 
     @abstractmethod
     def store(self, name: str, dtype: np.dtype, uses: int = 1) -> Product:
-        """Make the constants, called `name`..., of x W in `dtype`; all products with the matrix read the same ones.
+        """Create the constants `name`... of x W in `dtype`, which all products with the matrix share.
 
         Args:
-            uses: how many products there will be.
+            uses: the number of products.
         """
 
     def emit(self, graph: gs.Graph, x: gs.Tensor, name: str, dtype: np.dtype) -> gs.Variable:
-        """Append nodes called `name`... that compute x W in `dtype`; returns their output."""
+        """Append nodes `name`... that compute x W in `dtype`; returns their output."""
         return self.store(name, dtype)(graph, x, name)
 
 
 @dataclass(frozen=True)
 class Dense(Matrix):
-    """As it is, in the graph's own precision."""
+    """A plain matrix in the graph's own precision."""
 
     weight: np.ndarray
 
@@ -165,7 +165,7 @@ class Quantized(Matrix):
         return self._in_standard_form(name, dtype) if uses == 1 else self._for_several(name, dtype)
 
     def _in_standard_form(self, name: str, dtype: np.dtype) -> Product:
-        """DequantizeLinear, which every runtime reads; ONNX Runtime fuses it into one MatMulNBits."""
+        """DequantizeLinear and MatMul, which every runtime supports; ONNX Runtime fuses them into one MatMulNBits."""
         kind = {8: onnx.TensorProto.INT8, 4: onnx.TensorProto.INT4, 2: onnx.TensorProto.INT2}[self.bits]
         q = onnx.helper.make_tensor("", kind, self.q.shape, pack(self.q, self.bits), raw=True)
         parts = [constant(f"{name}.weight", q), constant(f"{name}.scale", self.scale.astype(dtype))]
@@ -178,15 +178,15 @@ class Quantized(Matrix):
         return product
 
     def _for_several(self, name: str, dtype: np.dtype) -> Product:
-        """MatMulNBits itself: ONNX Runtime 1.31 fuses no DequantizeLinear whose integers or scales are used twice.
+        """MatMulNBits, since ONNX Runtime 1.31 fuses no DequantizeLinear whose integers or scales are used twice.
 
-        Left as they are, such products of 1024 features take 8 to 120 times as long.
+        Without fusion, such products of 1024 features take 8 to 120 times as long.
         """
         k, n = self.q.shape
         attrs: dict[str, object] = {
             "K": k, "N": n, "bits": self.bits, "block_size": self.block, "accuracy_level": INTEGER_ACTIVATIONS,
         }  # fmt: skip
-        centre = 1 << (self.bits - 1)  # where zero lies in unsigned integers
+        centre = 1 << (self.bits - 1)  # the unsigned integer that represents zero
         q = (np.ascontiguousarray(self.q.T).view(np.uint8) + np.uint8(centre)) & np.uint8(2 * centre - 1)
         packed = np.frombuffer(pack(q.view(np.int8), self.bits), np.uint8).reshape(n, k // self.block, -1)
         parts = [constant(f"{name}.weight", packed), constant(f"{name}.scale", self.scale.T.astype(dtype))]

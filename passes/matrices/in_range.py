@@ -1,4 +1,4 @@
-"""Fits of numbers that are out of range: refused in words, where LAPACK would give its own."""
+"""Explains why a fit fails on numbers out of range, in place of LAPACK's error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trimtab.passes.errors import ModelError
 
 @contextmanager
 def in_range() -> Iterator[None]:
-    """Of a decomposition that does not exist in floating point, say what the reason is. Also serves as a decorator.
+    """Turn errors of matrix decompositions in the body into a ModelError. Also usable as a decorator.
 
     Raises:
-        ModelError: the matrix holds NaN or infinity, or is not positive definite although its diagonal was raised.
+        ModelError: the matrix contains NaN or infinity, or is not positive definite although its diagonal was raised.
     """
     try:
         yield

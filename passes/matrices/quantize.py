@@ -11,13 +11,13 @@ from trimtab.passes.matrices.in_range import in_range
 
 _SHRINK = np.linspace(0.7, 1.0, 13)  # clipping the largest weight of a block a little often lowers the block's error
 TYPICAL = 0.9
-"""Of the largest weight of a block: the clipping that is good on average, without a search."""
+"""Clipping, relative to the largest weight of a block, that is good on average without a search."""
 _BITS = {"int8": 8, "int4": 4}
 _DAMP = 0.01  # of the mean diagonal, so that unused inputs do not make the second moments singular
 
 
 def fit_block(block: int, in_features: int) -> int | None:
-    """The largest block size up to `block` that divides `in_features`; None below 16, the least that kernels take."""
+    """The largest block size up to `block` that divides `in_features`; None below 16, the smallest block of kernels."""
     sizes = (size for size in (256, 128, 64, 32, 16) if size <= block and in_features % size == 0)
     return next(sizes, None)
 
@@ -25,12 +25,12 @@ def fit_block(block: int, in_features: int) -> int | None:
 def round_to_nearest(
     weight: np.ndarray, bits: int, block: int, *, search: bool = True, by_largest: bool = False
 ) -> Quantized:
-    """Each block on its own, with the scale of least squared error.
+    """Round each block by itself, with the scale of least squared error.
 
     Args:
         weight: [in_features, out_features]; in_features is a multiple of `block`.
-        search: try several scales; without, one that is good on average.
-        by_largest: take the scale of `scale_by_largest` instead, which may be negative.
+        search: try several scales; otherwise use one that is good on average.
+        by_largest: use the scale of `scale_by_largest` instead, which may be negative.
     """
     blocks = weight.reshape(-1, block, weight.shape[1]).astype(np.float32)
     if by_largest:
@@ -42,26 +42,26 @@ def round_to_nearest(
 
 
 def scale_by_largest(blocks: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Scales by which the value of largest size becomes the least integer, as in GGML's Q4_0; 1 where all are 0.
+    """Scales that map the value of largest size to the smallest integer, as in GGML's Q4_0; 1 for blocks of zeros.
 
-    All levels are in use, and the largest value keeps its size, as far as bfloat16 has it. SmolLM2-135M in int4, read
-    from Q4_1, has a perplexity of 38.9 so, and 42.3 to 47.1 with scales of least squared error, although those leave
-    its weights nearer. MiniLM, whose weights were never rounded, moves as far as with positive scales that are
-    searched; signed ones, searched, would move it 14 % less.
+    All levels are used, and the largest value is exact up to bfloat16. SmolLM2-135M in int4, converted from Q4_1, has a
+    perplexity of 38.9 with these scales, and 42.3 to 47.1 with scales of least squared error, although the latter are
+    closer to its weights. For MiniLM, whose weights were never quantized, the error equals that of searched positive
+    scales; searched signed scales would lower it by 14 %.
 
     Args:
-        blocks: values that share a scale lie along `axis`, which the result keeps.
+        blocks: values along `axis` share a scale; the result keeps this axis.
     """
     largest = np.take_along_axis(blocks, np.expand_dims(np.abs(blocks).argmax(axis), axis), axis)
     return _short(np.where(largest != 0, largest / -(2 ** (bits - 1)), 1), bits)
 
 
 def in_form(weight: np.ndarray, form: str, block: int, *, search: bool = False) -> Matrix:
-    """`weight` in fp32, or in int8 or int4 in blocks; as it is where no block divides its inputs.
+    """`weight` in fp32, or in int8 or int4 in blocks; in fp32 if no block size divides its inputs.
 
     Args:
-        block: inputs that share a scale, at most.
-        search: as of `round_to_nearest`.
+        block: maximum number of inputs that share a scale.
+        search: as in `round_to_nearest`.
     """
     size = fit_block(block, len(weight)) if form in _BITS else None
     return Dense(weight) if size is None else round_to_nearest(weight, _BITS[form], size, search=search)
@@ -69,7 +69,7 @@ def in_form(weight: np.ndarray, form: str, block: int, *, search: bool = False) 
 
 @in_range()
 def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray) -> Quantized:
-    """Round row by row, and let the rows to come make up for each row's error.
+    """Round row by row, and let later rows compensate the error of each row.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1.
 
@@ -98,25 +98,25 @@ def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray
 
 
 def _scale(block: np.ndarray, bits: int, shrinks: np.ndarray) -> np.ndarray:
-    """Per column of `block`, the scale of least squared rounding error among some, [out_features], float32."""
+    """For each column of `block`, the scale with the least squared rounding error, [out_features], float32."""
     top = np.maximum(np.abs(block).max(0), 1e-12) / (2 ** (bits - 1) - (0.5 if bits == 2 else 1))
-    best, least = _short(top, bits), np.full(top.shape, np.inf, np.float32)
+    best, least_error = _short(top, bits), np.full(top.shape, np.inf, np.float32)
     for shrink in shrinks if bits < 8 else (1.0,):
         tried = _short(top * np.float32(shrink), bits)
         error = np.square(_round(block, tried, bits) * tried - block).sum(0)
-        best, least = np.where(error < least, tried, best), np.minimum(error, least)
+        best, least_error = np.where(error < least_error, tried, best), np.minimum(error, least_error)
     return best
 
 
 def _short(scale: np.ndarray, bits: int) -> np.ndarray:
-    """Scales of int4 as bfloat16 has them, at most 0.4 % off, and 1 for what it has no number of; others as they are.
+    """Scales of int4 rounded to bfloat16 (at most 0.4 % off), and other scales unchanged; 1 in place of 0.
 
-    Int4Linear stores them so: 4.5 bits a weight in blocks of 32, instead of 5.
+    Int4Linear stores bfloat16 scales: 4.5 bits per weight in blocks of 32, instead of 5.
     """
-    kept = scale.astype(np.float32)
+    rounded = scale.astype(np.float32)
     if bits == 4:
-        kept = kept.astype(ml_dtypes.bfloat16).astype(np.float32)
-    return np.where(kept != 0, kept, np.float32(1))
+        rounded = rounded.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return np.where(rounded != 0, rounded, np.float32(1))
 
 
 def _round(weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:

@@ -22,7 +22,7 @@ class Moments:
 
     Attributes:
         z_mean, y_mean: [n], [m].
-        cov: covariance of z, [n, n]: it is the largest array of a fit.
+        cov: covariance of z, [n, n]; the largest array of a fit.
         cross: covariance of z and y, [n, m].
     """
 
@@ -36,13 +36,13 @@ class Moments:
         cls, parts: Sequence[np.ndarray], y: np.ndarray, weights: np.ndarray | None = None,
         dtype: type[np.floating] = np.float32,
     ) -> Moments:  # fmt: skip
-        """From samples of groups of features, [samples, n_i] each, and of targets, [samples, m].
+        """The moments of samples of groups of features, [samples, n_i] each, and of targets, [samples, m].
 
-        Products are formed over rows at a time, so that centring copies no more than that.
+        Products are summed over chunks of rows, so that centring copies only one chunk.
 
         Args:
-            weights: what each sample counts for, [samples], none below 0; all the same, if not given.
-            dtype: of the products and their sums.
+            weights: the weight of each sample, [samples], at least 0; None for equal weights.
+            dtype: the type of the products and their sums.
         """
         z_mean = np.concatenate([_mean(part, weights) for part in parts])
         y_mean = _mean(y, weights)
@@ -58,22 +58,22 @@ class Moments:
 
     @in_range()
     def solve(self, ridge: float = RIDGE) -> np.ndarray:
-        """C of least E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
+        """C that minimises E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
         scale = np.sqrt(np.diag(self.cov).astype(np.float64))
         scale = np.where(scale > 1e-12 * max(scale.max(initial=0), 1e-30), scale, np.inf)
         normal = self.cov / scale
         normal /= scale[:, None]
         normal[np.diag_indices_from(normal)] = np.where(np.isinf(scale), 1.0, 1.0 + ridge)
-        factor = cho_factor(normal.T, overwrite_a=True)  # symmetric; LAPACK would copy what is not in Fortran's order
-        found: np.ndarray = cho_solve(factor, self.cross / scale[:, None]) / scale[:, None]
-        return found
+        factor = cho_factor(normal.T, overwrite_a=True)  # symmetric; LAPACK would copy a matrix in C order
+        coefficients: np.ndarray = cho_solve(factor, self.cross / scale[:, None]) / scale[:, None]
+        return coefficients
 
     def part(self, features: slice) -> Moments:
         """The moments of some of the features."""
         return Moments(self.z_mean[features], self.y_mean, self.cov[features, features], self.cross[features])
 
     def compressed(self, left: np.ndarray) -> Moments:
-        """The moments where the first d features x become x A, for A of [d, rank]; the others stay."""
+        """The moments if the first d features x are replaced by x A, for A [d, rank]."""
         d = len(left)
         mixed = left.T @ self.cov[:d, d:]
         cov = np.block([[left.T @ self.cov[:d, :d] @ left, mixed], [mixed.T, self.cov[d:, d:]]])
@@ -82,7 +82,7 @@ class Moments:
 
 
 def cross_covariance(parts: Sequence[np.ndarray], y: np.ndarray) -> np.ndarray:
-    """Covariance of features and targets alone, as in `Moments.of`, [n, m], float32."""
+    """Only the covariance of features and targets, as in `Moments.of`, [n, m], float32."""
     z_mean = np.concatenate([part.mean(0, dtype=np.float64) for part in parts])
     cross = np.zeros((len(z_mean), y.shape[1]), np.float32)
     for i, z in _centred(parts, z_mean, np.float32):
@@ -91,7 +91,7 @@ def cross_covariance(parts: Sequence[np.ndarray], y: np.ndarray) -> np.ndarray:
 
 
 def _mean(samples: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Of samples [samples, n], in float64."""
+    """The weighted mean of samples [samples, n], in float64."""
     if weights is None:
         return np.asarray(samples.mean(0, dtype=np.float64))
     return np.asarray(weights.astype(np.float64) @ samples / weights.sum(dtype=np.float64))
@@ -100,30 +100,31 @@ def _mean(samples: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
 def _centred(
     parts: Sequence[np.ndarray], z_mean: np.ndarray, dtype: type[np.floating]
 ) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    """Some rows of the features side by side, less their means, and the number of the first of them."""
+    """Chunks of rows: the index of the first row, and the features side by side, minus their means."""
     for i in range(0, len(parts[0]), _ROWS):
         yield i, np.concatenate([part[i : i + _ROWS] for part in parts], axis=1) - z_mean.astype(dtype)
 
 
 @in_range()
-def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, most: int) -> np.ndarray:
-    """Orthonormal directions of the weighted outputs x M diag(gain), [m, most], those of largest variance first.
+def leading_directions(coefficients: np.ndarray, cov: np.ndarray, gain: np.ndarray, count: int) -> np.ndarray:
+    """Orthonormal directions of the weighted outputs x M diag(gain), [m, count], those of largest variance first.
 
     Args:
         coefficients: M, [n, m].
-        cov: of x, [n, n].
-        gain: what each output weighs, [m].
+        cov: the covariance of x, [n, n].
+        gain: the weight of each output, [m].
+        count: the maximum number of directions.
     """
     weighted = coefficients * gain
     last = len(gain) - 1
-    found = eigh(weighted.T @ cov @ weighted, subset_by_index=(max(0, last + 1 - most), last))[1]
-    return found[:, ::-1]
+    directions = eigh(weighted.T @ cov @ weighted, subset_by_index=(max(0, last + 1 - count), last))[1]
+    return directions[:, ::-1]
 
 
 def reduce_rank(
     coefficients: np.ndarray, directions: np.ndarray, rank: int, gain: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best map of `rank` in place of a full one, in the sense of its weighted outputs.
+    """The map of `rank` that best approximates the weighted outputs of a full one.
 
     Minimises E‖(x M − x A B) diag(gain)‖² by projecting the outputs on their leading directions: reduced-rank
     regression (Izenman 1975), not the SVD of M.

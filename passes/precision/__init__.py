@@ -1,4 +1,4 @@
-"""Precision in the graph: half-precision types where they suffice, casts at the borders."""
+"""Precision in the graph: half-precision types where they suffice, and casts where types meet."""
 
 from trimtab.passes.precision.precision import Precision
 

@@ -1,9 +1,9 @@
-"""Additive masks: numbers that stand for minus infinity in front of a softmax, and must stay finite in half precision.
+"""Additive masks: large negative numbers before a softmax that mean minus infinity, but stay finite in half precision.
 
     mask -> Where (0, -3.4e38) -> Add (scores) -> Softmax
 
-As minus infinity they would make NaN of a row that is masked throughout, such as padding on the left of a causal
-decoder; and NaN in the states of padding reaches every token, since 0 times NaN is NaN.
+With minus infinity, a fully masked row, such as left padding in a causal decoder, would become NaN. NaN in the states
+of padding would reach every token, since 0 times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from trimtab.passes.graph import constant, insert, values
 from trimtab.passes.precision.tensors import MOVES, has_subgraphs, is_float
 
 MASK = 1e30
-"""From here on a number is no weight, but stands for minus infinity."""
+"""Numbers from this size on are not weights, but mean minus infinity."""
 
-_FAR = 1e4  # the least of numbers that exporters mask by
-_COARSE = 1 / 16  # in a score: a change of its probability by 6 %
+_FAR = 1e4  # the smallest number that exporters use for masking
+_COARSE = 1 / 16  # rounding error of a score: its probability changes by 6 %
 
 _READ = {
     ("", "Softmax"): 0, ("", "LogSoftmax"): 0, ("", "Attention"): 3, ("com.microsoft", "Attention"): 5,
     ("com.microsoft", "MultiHeadAttention"): 5, ("com.microsoft", "GroupQueryAttention"): 10,
 }  # fmt: skip
-"""Domain and op -> which input is the scores, or is added to them."""
+"""Domain and op -> the input that contains scores, or is added to them."""
 _ARITHMETIC = frozenset(["Add", "Clip", "Concat", "Div", "Max", "Min", "Mul", "Neg", "Sub", "Where"])
 
 
 def bound(dtype: np.dtype) -> float:
-    """What minus infinity becomes, negated: two such numbers and a score have a finite sum in `dtype`."""
+    """The number whose negative replaces minus infinity: two of them and a score have a finite sum in `dtype`."""
     return min(float(ml_dtypes.finfo(dtype).max) / 3, MASK)
 
 
 def mask_tensors(nodes: Collection[gs.Node]) -> set[int]:
-    """Ids of tensors from which a softmax's input is computed by sums, selections and changes of shape alone."""
+    """Ids of tensors from which a softmax's input is computed only by arithmetic, selections and changes of shape."""
     reached: set[int] = set()
     pending: list[gs.Tensor] = []
     for node in nodes:
@@ -58,16 +58,16 @@ def mask_tensors(nodes: Collection[gs.Node]) -> set[int]:
 
 
 def biased_softmaxes(nodes: Collection[gs.Node], masks: set[int], counted: set[int], dtype: np.dtype) -> set[int]:
-    """Ids of the softmaxes that read positions in their scores, as with ALiBi, and of the nodes between.
+    """Ids of the softmaxes whose scores include positions, as with ALiBi, and of the nodes from the bias to them.
 
-    A bias grows with the position, or is a table of such; from some hundreds on `dtype` tells neighbours apart no more,
-    in the bias or in its sum with a score.
+    The bias grows with the position, or is a table of such values. From some hundreds on, `dtype` rounds neighbouring
+    positions to the same number, in the bias or in its sum with a score.
 
     Args:
         masks: `mask_tensors(nodes)`.
         counted: `counted_nodes` of the graph.
     """
-    kept: set[int] = set()
+    biased: set[int] = set()
     reached: set[int] = set()
     for node in nodes:
         place = _READ.get(((node.domain or "").removeprefix("ai.onnx"), node.op))
@@ -77,13 +77,13 @@ def biased_softmaxes(nodes: Collection[gs.Node], masks: set[int], counted: set[i
             continue
         adds = node.op in ("Add", "Sub") or place is not None
         if any(id(t) in reached or (id(t) in masks and _is_bias(t, adds, counted, dtype)) for t in read):
-            kept.add(id(node))
+            biased.add(id(node))
             reached |= {id(t) for t in node.outputs if between}
-    return kept
+    return biased
 
 
 def _is_bias(tensor: gs.Tensor, adds: bool, counted: set[int], dtype: np.dtype) -> bool:
-    """Whether `tensor` has been computed of positions, or is a table that `dtype` holds too coarsely."""
+    """Whether `tensor` is computed from positions, or is a table that `dtype` rounds too coarsely."""
     if isinstance(tensor, gs.Constant):
         if not is_float(tensor) or int(np.prod(tensor.shape)) <= 2:
             return False
@@ -95,9 +95,9 @@ def _is_bias(tensor: gs.Tensor, adds: bool, counted: set[int], dtype: np.dtype) 
 
 
 def reaches_far(tensor: gs.Tensor, limit: float) -> bool:
-    """Whether `tensor`, of `mask_tensors`, may hold numbers of `limit` or more.
+    """Whether `tensor`, one of `mask_tensors`, may contain numbers of `limit` or more.
 
-    It does where it is computed of such a constant, or of what comes from outside: an input, a branch, a loop.
+    It may if it is computed from such a constant, or from an unknown tensor: an input, a branch or a loop.
     """
     seen: set[int] = set()
     pending = [tensor]
@@ -118,12 +118,12 @@ def reaches_far(tensor: gs.Tensor, limit: float) -> bool:
 
 
 def saturated(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
-    """`tensor`, float32, with its finite numbers within ± `bound(dtype)`. Infinities stay, since they were meant."""
+    """`tensor`, float32, with finite numbers clipped to ± `bound(dtype)`. Infinities of the model stay."""
     name, limit = f"precision/{tensor.name}", bound(dtype)
     ends = [constant(f"{name}/{end}", np.array(sign * limit, np.float32)) for end, sign in (("low", -1), ("high", 1))]
     clipped = insert(graph, "Clip", [tensor, *ends], f"{name}/clipped", dtype=np.dtype(np.float32))
     infinite = insert(graph, "IsInf", [tensor], f"{name}/infinite", dtype=np.dtype(bool))
-    made = insert(graph, "Where", [infinite, tensor, clipped], f"{name}/finite", dtype=np.dtype(np.float32))
-    for each in (clipped, infinite, made):
+    finite = insert(graph, "Where", [infinite, tensor, clipped], f"{name}/finite", dtype=np.dtype(np.float32))
+    for each in (clipped, infinite, finite):
         each.shape = tensor.shape
-    return made
+    return finite

@@ -1,9 +1,10 @@
-"""LayerNorms that an exporter spelled out, as one LayerNormalization each.
+"""Fuses each LayerNorm that an exporter wrote out into one LayerNormalization.
 
     x -> ReduceMean -> Sub -> Pow 2 -> ReduceMean -> Add -> Sqrt -> Div [-> Mul scale] [-> Add bias]
 
-The op takes half precision, and sums in float32 inside. Spelled out in float32 between casts, a norm is what ONNX
-Runtime's LayerNormFusion makes a node of two types of, and then refuses (findings/layernorm_fusion_mixed_types.sh).
+The op supports half precision, and sums in float32 inside. If a norm stayed written out in float32 between casts, ONNX
+Runtime's LayerNormFusion would build a node with two types and then refuse it
+(findings/layernorm_fusion_mixed_types.sh).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CHAIN = frozenset(["Add", "Div", "Mul", "Pow", "ReduceMean", "Sqrt", "Sub"])
 
 @dataclass(frozen=True)
 class _Core:
-    """(x - mean) / sqrt(variance + epsilon) over the last `sizes` of `x`."""
+    """(x - mean) / sqrt(variance + epsilon) over the last axes of `x`, which have `sizes`."""
 
     x: gs.Tensor
     sizes: tuple[int, ...]
@@ -30,10 +31,10 @@ class _Core:
 
 
 def fuse_norms(graph: gs.Graph, keep: Collection[str] = ()) -> None:
-    """Replace spelled-out LayerNorms of float32 by LayerNormalization. Types and shapes must be known (`infer_shapes`).
+    """Replace written-out LayerNorms in float32 by LayerNormalization. Types and shapes must be known (`infer_shapes`).
 
-    Of a norm that is none of LayerNormalization's, the square becomes a product, which ONNX Runtime does not fuse: one
-    over sizes that are not known, or one with an op of `keep`, which are to stay.
+    Norms over unknown sizes, or with an op of `keep`, are not replaced. Their square becomes a product, so that ONNX
+    Runtime does not fuse them either.
     """
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in topological(graph):
@@ -47,7 +48,7 @@ def fuse_norms(graph: gs.Graph, keep: Collection[str] = ()) -> None:
 
 
 def _fuse(graph: gs.Graph, last: gs.Node, core: _Core, outputs: set[int]) -> None:
-    """Replace the norm whose quotient is `last`, with the scale and the bias behind it where these are constants."""
+    """Replace the norm whose quotient is `last`, with its scale and bias if these are constants."""
     quotient = last
     scale, bias = np.ones(core.sizes, np.float32), None
     multiplied = _affine(last, "Mul", core.sizes, outputs)
@@ -67,7 +68,7 @@ def _fuse(graph: gs.Graph, last: gs.Node, core: _Core, outputs: set[int]) -> Non
 
 
 def _affine(node: gs.Node, op: str, sizes: tuple[int, ...], outputs: set[int]) -> tuple[gs.Node, np.ndarray] | None:
-    """The only reader of `node`, if it is an `op` with a constant that is one number or one for each of `sizes`."""
+    """The only reader of `node`, if it is an `op` with a constant that has one number, or one for each of `sizes`."""
     (result,) = node.outputs
     if id(result) in outputs or len(result.outputs) != 1 or result.outputs[0].op != op:
         return None
@@ -86,7 +87,7 @@ def _affine(node: gs.Node, op: str, sizes: tuple[int, ...], outputs: set[int]) -
 
 
 def _remove(graph: gs.Graph, node: gs.Node, outputs: set[int]) -> None:
-    """Remove `node`, and before it what nothing reads then."""
+    """Remove `node`, and then the nodes before it that have no readers left."""
     pending = [node]
     while pending:
         node = pending.pop()
@@ -99,7 +100,7 @@ def _remove(graph: gs.Graph, node: gs.Node, outputs: set[int]) -> None:
 
 
 def _core(node: gs.Node) -> _Core | None:
-    """What the Div `node` normalizes, if it ends a LayerNorm."""
+    """The core of the LayerNorm that ends in the Div `node`; None if none does."""
     root = _maker(node.inputs[1], "Sqrt")
     total = _maker(root.inputs[0], "Add") if root else None
     if total is None or not is_float(node.outputs[0]) or node.outputs[0].shape is None:
@@ -121,7 +122,7 @@ def _core(node: gs.Node) -> _Core | None:
 
 
 def _squared(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[int, ...]] | None:
-    """`_centred` of what `tensor` is the square of."""
+    """`_centred` of the tensor whose square is `tensor`; None if it is no square."""
     power, product = _maker(tensor, "Pow"), _maker(tensor, "Mul")
     if power is not None and _squares(power):
         return _centred(power.inputs[0])
@@ -131,7 +132,7 @@ def _squared(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[int, ...]] | None:
 
 
 def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[int, ...]] | None:
-    """The x and the axes of x - mean(x), negative and in order."""
+    """x, and the axes (negative, in order), if `tensor` is x - mean(x); else None."""
     difference = _maker(tensor, "Sub")
     mean = _maker(difference.inputs[1], "ReduceMean") if difference else None
     if difference is None or mean is None or _bare(mean.inputs[0]) is not _bare(difference.inputs[0]):
@@ -140,12 +141,12 @@ def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[int, ...]] | None:
 
 
 def _axes(mean: gs.Node) -> tuple[int, ...]:
-    """The axes of a ReduceMean that keeps them, negative and in order; () where they are not known, or all."""
-    given = mean.inputs[1] if len(mean.inputs) > 1 else None
-    if not mean.attrs.get("keepdims", 1) or not isinstance(given, gs.Constant) or mean.inputs[0].shape is None:
+    """The axes of a ReduceMean that keeps them, negative and in order; () if they are unknown, or all axes."""
+    axes_input = mean.inputs[1] if len(mean.inputs) > 1 else None
+    if not mean.attrs.get("keepdims", 1) or not isinstance(axes_input, gs.Constant) or mean.inputs[0].shape is None:
         return ()
     rank = len(mean.inputs[0].shape)
-    return tuple(sorted(int(axis) - rank if axis >= 0 else int(axis) for axis in values(given).reshape(-1)))
+    return tuple(sorted(int(axis) - rank if axis >= 0 else int(axis) for axis in values(axes_input).reshape(-1)))
 
 
 def _maker(tensor: gs.Tensor, op: str) -> gs.Node | None:
@@ -156,7 +157,7 @@ def _maker(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _bare(tensor: gs.Tensor) -> gs.Tensor:
-    """`tensor` before the casts that change no type, which exporters put before a Pow."""
+    """`tensor` before casts that do not change the type, which exporters write before a Pow."""
     while tensor.inputs and tensor.inputs[0].op in ("Cast", "Identity") and is_float(tensor):
         before = tensor.inputs[0].inputs[0]
         if not is_float(before):
@@ -166,7 +167,7 @@ def _bare(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def _squares(power: gs.Node) -> bool:
-    """Whether the Pow `power` is a square, of the shape of its base."""
+    """Whether the Pow `power` is a square with the shape of its base."""
     base, exponent = power.inputs
     if not isinstance(exponent, gs.Constant) or int(np.prod(exponent.shape)) != 1:
         return False

@@ -1,11 +1,11 @@
-"""Which floats are counted, not learned: positions, distances, numbers of tokens, and what is computed of them.
+"""Finds floats that are counted, not learned: positions, distances, numbers of tokens, and values computed from them.
 
     ids -> Shape -> Range -> Cast -> Div -> Log -> Mul -> Cast -> Gather     relative position buckets
     positions -> Cast -> MatMul (frequencies) -> Cos                         rotary angles
     distances -> Cast -> Mul (slopes)                                        ALiBi
 
-float16 has no integer above 2048 that is odd, and bfloat16 none above 256; a bucket, an angle or a bias that is
-computed of rounded positions is that of another position.
+float16 has no odd integers above 2048, and bfloat16 none above 256. A bucket, an angle or a bias that is computed from
+a rounded position belongs to another position.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from trimtab.passes.precision.tensors import has_subgraphs, has_weights, is_floa
 from trimtab.plugins import DOMAIN
 
 _ROUNDERS = frozenset(["ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QuantizeLinear"])
-"""Ops whose integers are rounded activations, and sums of products of these."""
+"""Ops whose integer outputs are rounded activations, or sums of products of these."""
 
 
 def counted_nodes(graph: gs.Graph) -> set[int]:
     """Ids of the nodes all of whose floats come from integers and small constants.
 
-    The walk ends at a layer with weights, such as an embedding or the product that reads sinusoids, and at whatever
-    joins other floats.
+    The search stops at layers with weights, such as an embedding or a product that reads sinusoids, and at nodes that
+    read other floats, too.
     """
     nodes: set[int] = set()
     tensors: set[int] = set()
@@ -46,7 +46,7 @@ def counted_nodes(graph: gs.Graph) -> set[int]:
 
 
 def _converts(node: gs.Node) -> bool:
-    """Whether `node` makes floats of integers."""
+    """Whether `node` converts integers to floats."""
     if node.op not in ("Cast", "CastLike") or not is_float(node.outputs[0]):
         return False
     return is_integer(node.inputs[0]) and not isinstance(node.inputs[0], gs.Constant)

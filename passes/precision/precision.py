@@ -1,4 +1,4 @@
-"""The pass: activations and weights in half precision, strongly typed, so that the graph alone decides."""
+"""The pass `precision`: half-precision activations and weights as types in the graph, which the runtime follows."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from trimtab.plugins.emit import add_body, type_of
 
 _TYPES: dict[str, np.dtype] = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _OPSETS = {"float16": 19, "bfloat16": 22}
-"""In which QuantizeLinear takes half precision, and in which nearly every op takes bfloat16."""
+"""Opsets from which QuantizeLinear supports half precision, and nearly every op supports bfloat16."""
 _FLOAT = np.dtype(np.float32)
 
 
 class Precision(Pass):
-    """Compute in half precision what does not need more; inputs and outputs keep their types unless told.
+    """Compute in half precision where float32 is not needed; inputs and outputs keep their types unless `io` is set.
 
-    TensorRT takes precision from the graph, and GPUs multiply twice as fast and more in half; CPUs rarely do. It stands
-    behind the passes that need weights in floating point.
+    TensorRT takes precision from the graph, and GPUs multiply at least twice as fast in half precision; CPUs rarely do.
+    The pass comes after those that need weights in float32.
     Exact end: type=float32.
     """
 
     name: ClassVar[str] = "precision"
     summary: ClassVar[str] = "float16 or bfloat16 in the graph, float32 where sums and ranges need it"
 
-    type: Literal["float32", "float16", "bfloat16"] = Field("float16", description="of activations and weights")
-    io: bool = Field(False, description="inputs and outputs too, such as a decoder's cache and logits")
+    type: Literal["float32", "float16", "bfloat16"] = Field("float16", description="type of activations and weights")
+    io: bool = Field(False, description="convert inputs and outputs, too, such as a decoder's cache and logits")
     keep: tuple[str, ...] = Field((), description="further ops, by their ONNX names, that stay in float32")
 
     def bars(self, later: Pass) -> str | None:
         if self.type == "float32" or not (later.reads_layers or later.name in ("precision", "dynamic-int8")):
             return None
-        return f"the graph has its types then, {self.type} among them"
+        return f"after it, the graph has {self.type} tensors"
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Retype `graph`. Reads its weights, one at a time."""
@@ -57,7 +57,7 @@ class Precision(Pass):
         infer_shapes(graph)
         fuse_norms(graph, self.keep)
         dtype = _TYPES[self.type]
-        # On CPUs the dialect's kernels take float32.
+        # On CPUs, the dialect's kernels only support float32.
         regions = divide(graph, dtype, self.keep, dialect=context.capability.float16)
         typing = _Typing(graph, dtype, regions, self.io)
         typing.run()
@@ -68,16 +68,16 @@ class Precision(Pass):
             "why": dict(sorted(Counter(regions.kept.values()).items())),
             "ops": dict(sorted(Counter(node.op for node in regions.half).items())),
         }  # fmt: skip
-        why = f"decides in float32, by values that {self.type} has rounded: near ties may fall otherwise"
+        why = f"decides in float32 by values rounded to {self.type}: near ties may have another outcome"
         left = tuple(Left(output_name_of(node), why) for node in regions.deciding)
         return PassResult(self.name, len(regions.half), left, details)
 
 
 class _Typing:
-    """Gives the half of `regions` the type `dtype`, with casts where it meets what stays.
+    """Gives the half-precision nodes of `regions` the type `dtype`, with casts between them and other nodes.
 
     Attributes:
-        casts: how many there are.
+        casts: the number of new casts.
     """
 
     def __init__(self, graph: gs.Graph, dtype: np.dtype, regions: Regions, io: bool) -> None:
@@ -95,13 +95,13 @@ class _Typing:
                     self._retype(tensor)
         for node in topological(graph):
             if has_subgraphs(node):
-                continue  # what it reads has stayed as it was
-            wanted = id(node) in self.half
-            if wanted and node.op in QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
+                continue  # its inputs are unchanged
+            is_half = id(node) in self.half
+            if is_half and node.op in QUANTIZERS and isinstance(node.inputs[1], gs.Constant):
                 self._scales(node.inputs[1])
             kept = self._kept_by_declaration(node)
-            node.inputs = [self._as(t, wanted and i not in kept[0]) for i, t in enumerate(list(node.inputs))]
-            if wanted:
+            node.inputs = [self._as(t, is_half and i not in kept[0]) for i, t in enumerate(list(node.inputs))]
+            if is_half:
                 self._attributes(node)
                 for i, tensor in enumerate(node.outputs):
                     if is_float(tensor) and i not in kept[1]:
@@ -115,7 +115,7 @@ class _Typing:
         graph.nodes = topological(graph)
 
     def _kept_by_declaration(self, node: gs.Node) -> tuple[set[int], set[int]]:
-        """Places of the inputs and outputs that an op of the dialect has in float32, whatever the others are."""
+        """Indices of the inputs and outputs that an op of the dialect always has in float32."""
         op = OPS.get(node.op) if node.domain == DOMAIN else None
         if op is None:
             return set(), set()
@@ -130,7 +130,7 @@ class _Typing:
         self._in_half.add(id(tensor))
 
     def _as(self, tensor: gs.Tensor, half: bool) -> gs.Tensor:
-        """`tensor` in half precision, or in float32; itself where it is neither or that already."""
+        """`tensor` in half precision, or in float32; unchanged if it already is, or is of another type."""
         is_half = id(tensor) in self._in_half
         if half == is_half or not (is_half or is_float(tensor)):
             return tensor
@@ -144,7 +144,7 @@ class _Typing:
         return self._made[key]
 
     def _limits(self, tensor: gs.Constant) -> dict[str, float]:
-        """From where on numbers of `tensor` stand for infinity, and what they become."""
+        """Arguments of `narrowed`: from which size on numbers of `tensor` mean infinity, and what replaces them."""
         if id(tensor) in self._masks:
             return {"above": bound(self.dtype)}
         if all(reader.op == "Clip" for reader in tensor.outputs):
@@ -154,41 +154,41 @@ class _Typing:
     def _narrow(self, tensor: gs.Tensor) -> gs.Tensor:
         maker = tensor.inputs[0] if tensor.inputs else None
         if maker is not None and maker.op == "Cast" and is_integer(maker.inputs[0]):
-            return self._cast(maker.inputs[0], self.dtype)  # at once
+            return self._cast(maker.inputs[0], self.dtype)  # in one cast
         if id(tensor) in self._masks and reaches_far(tensor, bound(self.dtype)):
             return self._cast(saturated(self.graph, tensor, self.dtype), self.dtype)
         return self._cast(tensor, self.dtype)
 
     def _scales(self, tensor: gs.Constant) -> None:
-        """Scales stay positive, as runtimes demand, also of blocks that are all zeros."""
+        """Narrow scales, but keep them positive, as runtimes require, also for blocks of zeros."""
         if is_float(tensor) and (id(tensor), True) not in self._made:
-            least = ml_dtypes.finfo(self.dtype).smallest_subnormal
-            array = np.maximum(narrowed(values(tensor), self.dtype), least)
+            smallest = ml_dtypes.finfo(self.dtype).smallest_subnormal
+            array = np.maximum(narrowed(values(tensor), self.dtype), smallest)
             self._made[id(tensor), True] = constant(f"{tensor.name}/{self.dtype.name}", array)
 
     def _cast(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Variable:
         self.casts += 1
         name = f"precision/{tensor.name}/{dtype.name}"
         to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-        made = insert(self.graph, "Cast", [tensor], name, attrs={"to": to}, dtype=dtype)
-        made.shape = tensor.shape
-        return made
+        cast = insert(self.graph, "Cast", [tensor], name, attrs={"to": to}, dtype=dtype)
+        cast.shape = tensor.shape
+        return cast
 
     def _output(self, tensor: gs.Tensor, dtype: np.dtype) -> None:
-        """Let the graph put out `tensor` in another type, under its name."""
-        made, shape = self._as(tensor, dtype != _FLOAT), tensor.shape
-        if made is not tensor:
-            rename_output(self.graph, tensor, made)
-        made.dtype, made.shape = dtype, shape
+        """Output `tensor` in another type, under its name."""
+        converted, shape = self._as(tensor, dtype != _FLOAT), tensor.shape
+        if converted is not tensor:
+            rename_output(self.graph, tensor, converted)
+        converted.dtype, converted.shape = dtype, shape
 
     def _attributes(self, node: gs.Node) -> None:
-        """Types that attributes tell."""
+        """Change types that attributes contain."""
         for key in ("to", "dtype", "output_dtype"):
             if node.attrs.get(key) == onnx.TensorProto.FLOAT:
                 node.attrs[key] = self._onnx
         if node.op == "ConstantOfShape":
-            held = node.attrs.get("value")
-            array = np.zeros(1, np.float32) if held is None else np.asarray(held.values)
+            value = node.attrs.get("value")
+            array = np.zeros(1, np.float32) if value is None else np.asarray(value.values)
             node.attrs["value"] = gs.Constant(f"{node.name}/value", narrowed(array, self.dtype))
 
 
@@ -201,7 +201,7 @@ def narrowed(array: np.ndarray, dtype: np.dtype, *, above: float = MASK, becomes
 
 
 def _renew_bodies(graph: gs.Graph) -> None:
-    """Reference bodies for the types that the dialect's nodes have now."""
+    """Write the reference bodies again, for the new types of the dialect's nodes."""
     graph.functions = [function for function in graph.functions if function.domain != DOMAIN]
     for node in graph.nodes:
         if node.domain == DOMAIN:

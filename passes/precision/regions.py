@@ -1,4 +1,4 @@
-"""Which nodes may compute in half precision, and which stay in float32, for which reason."""
+"""Decides which nodes compute in half precision, and which stay in float32, with the reason."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ STATISTICS = frozenset([
     "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Resize", "Sin", "Cos",
     "Sqrt", "RoiAlign",
 ])  # fmt: skip
-"""Sums over many, powers and their roots (the statistics of norms, where an exporter spells them out), angles and
-coordinates: what onnxconverter-common and TensorRT's guides keep in float32 too. LayerNormalization, RMSNormalization
-and Softmax sum in float32 by themselves."""
+"""Sums over many values, powers and roots (the statistics of written-out norms), angles and coordinates.
+onnxconverter-common and TensorRT's guides keep these in float32, too. LayerNormalization, RMSNormalization and Softmax
+sum in float32 inside."""
 
 DECISIONS = frozenset([
     "ArgMax", "ArgMin", "Bernoulli", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Hardmax", "Less",
     "LessOrEqual", "Mod", "Multinomial", "NonMaxSuppression", "NonZero", "OneHot", "Round", "Sign", "TopK", "Unique",
 ])  # fmt: skip
-"""What turns floats into something discrete, as a Cast to integers does: a rounding before it changes the outcome."""
+"""Ops that turn floats into discrete values, like a Cast to integers: rounding before them changes the outcome."""
 
 _FOREIGN = frozenset([
     "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "Gelu", "GroupQueryAttention", "MatMulNBits",
     "MultiHeadAttention", "QuickGelu", "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 ])  # fmt: skip
-"""Ops of com.microsoft that take half precision."""
+"""Ops of com.microsoft that support half precision."""
 
 _PRODUCTS = frozenset([
     "Attention", "Conv", "ConvTranspose", "Einsum", "FusedMatMul", "Gemm", "GroupQueryAttention", "MatMul",
     "MatMulNBits", "MultiHeadAttention",
 ])  # fmt: skip
-"""What half precision is for; no wish for exactness reaches across one."""
+"""Ops that profit most from half precision. The need for float32 does not extend across them."""
 
 _ARITHMETIC = MOVES | {"Abs", "Add", "Clip", "Max", "Min", "Neg", "Sub", "Where"}
 _INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger")
@@ -57,13 +57,13 @@ _INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger")
 
 @dataclass(frozen=True)
 class Regions:
-    """How a graph is divided.
+    """The division of a graph into half precision and float32.
 
     Attributes:
         half: the nodes that compute in half precision.
-        kept: id of a node that stays in float32 → why.
-        masks: ids of the tensors that additive masks are computed in.
-        deciding: the nodes that decide something discrete by values that half precision has rounded.
+        kept: id of each node that stays in float32 → the reason.
+        masks: ids of the tensors from which additive masks are computed.
+        deciding: the nodes that compute discrete values from values rounded to half precision.
     """
 
     half: list[gs.Node]
@@ -73,12 +73,12 @@ class Regions:
 
 
 def divide(graph: gs.Graph, dtype: np.dtype, extra: Collection[str] = (), *, dialect: bool = False) -> Regions:
-    """Divide the nodes of `graph` that compute in float32. Types of its tensors must be known (`infer_shapes`).
+    """Divide the nodes of `graph` that compute in float32. The types of its tensors must be known (`infer_shapes`).
 
     Args:
         dtype: the half type.
-        extra: further ops that stay.
-        dialect: trimtab's ops may compute in half.
+        extra: further ops that stay in float32.
+        dialect: trimtab's ops may compute in half precision.
     """
     nodes = [node for node in topological(graph) if any(map(is_float, (*node.inputs, *node.outputs)))]
     masks = mask_tensors(nodes)
@@ -105,7 +105,7 @@ def divide(graph: gs.Graph, dtype: np.dtype, extra: Collection[str] = (), *, dia
 
 
 def decides(node: gs.Node) -> bool:
-    """Whether the floats that `node` reads become something discrete."""
+    """Whether `node` turns floats into discrete values."""
     if node.domain not in (None, "", "ai.onnx"):
         return False
     to_integers = node.op in ("Cast", "CastLike") and is_float(node.inputs[0]) and is_integer(node.outputs[0])
@@ -113,7 +113,7 @@ def decides(node: gs.Node) -> bool:
 
 
 def _reason(node: gs.Node, extra: Collection[str], dialect: bool) -> str | None:
-    """Why `node` by itself stays, if it does."""
+    """Why `node` stays in float32, judged by itself; None if it need not."""
     if node.op in extra:
         return "asked for"
     if has_subgraphs(node):
@@ -133,14 +133,14 @@ def _reason(node: gs.Node, extra: Collection[str], dialect: bool) -> str | None:
 
 
 def _range(node: gs.Node, dtype: np.dtype, masks: set[int]) -> str | None:
-    """Whether a constant of `node` leaves the range of `dtype`: too large and no mask, or all of it too small."""
+    """ "range" if a constant of `node` is outside the range of `dtype`: too large and no mask, or all too small."""
     limits = ml_dtypes.finfo(dtype)
     masking = any(id(tensor) in masks for tensor in node.outputs)
     for tensor in node.inputs:
         if not isinstance(tensor, gs.Constant) or not is_float(tensor) or not np.prod(tensor.shape):
             continue
         if has_weights(node) and float(limits.max) >= MASK:
-            continue  # nothing to find: not every weight need be read
+            continue  # no weight is out of range, so none is read
         sizes = np.abs(values(tensor))
         if not masking and bool(np.any((sizes > float(limits.max)) & (sizes < MASK))):
             return "range"
@@ -151,30 +151,30 @@ def _range(node: gs.Node, dtype: np.dtype, masks: set[int]) -> str | None:
 
 
 def _bridge(graph: gs.Graph, nodes: list[gs.Node], kept: dict[int, str]) -> None:
-    """Keep what lies between kept nodes, such as attention between integer products; products and all, but weights."""
-    known = {id(node) for node in nodes}
-    given = {id(t) for t in graph.inputs}
+    """Keep the nodes between kept nodes, such as attention between integer products, except layers with weights."""
+    node_ids = {id(node) for node in nodes}
+    graph_inputs = {id(t) for t in graph.inputs}
     outputs = {id(t) for t in graph.outputs}
     behind = set(kept)
     for node in nodes:
         floats = [t for t in reads(node) if is_float(t)]
-        fits = all(id(t) not in given and t.inputs and id(t.inputs[0]) in behind for t in floats)
+        fits = all(id(t) not in graph_inputs and t.inputs and id(t.inputs[0]) in behind for t in floats)
         if fits and not has_weights(node):
             behind.add(id(node))
     before = set(kept)
     for node in reversed(nodes):
         readers = [reader for t in node.outputs if is_float(t) for reader in t.outputs]
         ends = any(id(t) in outputs for t in node.outputs)
-        if readers and not ends and all(id(r) in before for r in readers if id(r) in known):
+        if readers and not ends and all(id(r) in before for r in readers if id(r) in node_ids):
             before.add(id(node))
     kept |= dict.fromkeys((behind & before) - set(kept), "between")
 
 
 def _follow(nodes: list[gs.Node], kept: dict[int, str], counted: set[int]) -> None:
-    """Keep what statistics are used in, until they meet activations in half: the rest of a norm, a mean, a softmax.
+    """Keep the nodes that use statistics, up to activations in half precision: the rest of a norm, a mean, a softmax.
 
-    A sum may be beyond float16 and its mean within, a variance below it and its root within; so the quotient comes
-    first, and the cast after it.
+    A sum may exceed the range of float16 though its mean does not, and a variance may be too small though its root is
+    not. So the quotient is computed first, and then cast.
     """
     reasons = ("statistics", "range", "integer products")
     asked = {id(node) for node in nodes if kept.get(id(node)) == "asked for" and node.op in STATISTICS}
@@ -188,40 +188,40 @@ def _follow(nodes: list[gs.Node], kept: dict[int, str], counted: set[int]) -> No
         makers = [id(t.inputs[0]) if t.inputs else 0 for t in floats]
         if not any(maker in wide for maker in makers):
             continue
-        alone = all(maker in wide | counted for maker in makers)
-        if node.op in ("Div", "Mul") or (alone and node.op in _ARITHMETIC):
+        only_wide = all(maker in wide | counted for maker in makers)
+        if node.op in ("Div", "Mul") or (only_wide and node.op in _ARITHMETIC):
             wide.add(id(node))
             kept[id(node)] = "statistics"
             if node.op in MOVES:
                 moved.append(node)
-    for node in reversed(moved):  # what only moves them on into half precision need not be wide
+    for node in reversed(moved):  # moves whose readers are all in half precision need not be wide
         if not any(id(reader) in kept for reader in node.outputs[0].outputs):
             del kept[id(node)]
 
 
 def _lead(graph: gs.Graph, nodes: list[gs.Node], kept: dict[int, str]) -> None:
-    """Keep what is read by kept nodes alone, back to the last product or layer with weights.
+    """Keep the nodes that only kept nodes read, back to the last product or layer with weights.
 
-    In half precision it would only be rounded on its way: what a decision is taken by, an epsilon, a square.
+    Half precision would only round their values before their use: the inputs of a decision, an epsilon, a square.
     """
     outputs = {id(t) for t in graph.outputs}
-    known = {id(node) for node in nodes}
+    node_ids = {id(node) for node in nodes}
     for node in reversed(nodes):
         if id(node) in kept or node.op in _PRODUCTS or has_weights(node) or node.domain == DOMAIN:
             continue
         results = [t for t in node.outputs if is_float(t)]
-        readers = [r for t in results for r in t.outputs if id(r) in known and r.op not in ("Shape", "Size")]
+        readers = [r for t in results for r in t.outputs if id(r) in node_ids and r.op not in ("Shape", "Size")]
         if readers and not any(id(t) in outputs for t in results) and all(id(r) in kept for r in readers):
             kept[id(node)] = kept[id(readers[0])]
 
 
 def _deciding(nodes: list[gs.Node], kept: dict[int, str]) -> list[gs.Node]:
-    """Nodes that decide by what comes, through kept nodes, from products and layers in half precision."""
-    known = {id(node) for node in nodes}
-    rounded: set[int] = set()  # nodes whose values have been half somewhere before
+    """Nodes that compute discrete values from outputs of half-precision nodes, perhaps through kept nodes."""
+    node_ids = {id(node) for node in nodes}
+    rounded: set[int] = set()  # nodes whose values depend on half precision
     for node in nodes:
         makers = [t.inputs[0] for t in node.inputs if is_float(t) and t.inputs]
-        if id(node) not in kept or any(id(maker) in rounded for maker in makers if id(maker) in known):
+        if id(node) not in kept or any(id(maker) in rounded for maker in makers if id(maker) in node_ids):
             rounded.add(id(node))
     return [node for node in nodes if id(node) in rounded and decides(node)]
 

@@ -1,4 +1,4 @@
-"""What the analyses of precision ask of a tensor or a node."""
+"""Properties of tensors and nodes that the analyses of precision need."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import onnx
 import onnx_graphsurgeon as gs
 
 MOVES = frozenset(["Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"])
-"""Ops that give back the elements of their first input."""
+"""Ops that return the elements of their first input."""
 
 QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
 
-_SMALL = 1024  # elements of a constant that is no layer's weight
+_SMALL = 1024  # maximum elements of a constant that is no layer's weight
 
 
 def is_float(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is float32. What has no type is: everything between the layers of a model is."""
+    """Whether `tensor` is float32. A tensor without a type counts as float32, like most tensors between layers."""
     if not tensor.name or is_sequence(tensor):
         return False
     if tensor.dtype is None:
@@ -27,12 +27,12 @@ def is_float(tensor: gs.Tensor) -> bool:
 
 
 def is_sequence(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is a sequence of tensors, or what else is no tensor itself."""
+    """Whether `tensor` is a sequence of tensors, or another type that is not a tensor."""
     return isinstance(tensor, gs.Variable) and tensor.type != "tensor_type"
 
 
 def is_integer(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` holds integers or truth values."""
+    """Whether `tensor` contains integers or booleans."""
     try:
         return bool(tensor.name) and tensor.dtype is not None and np.dtype(tensor.dtype).kind in "iub"
     except TypeError:
@@ -40,7 +40,7 @@ def is_integer(tensor: gs.Tensor) -> bool:
 
 
 def has_weights(node: gs.Node) -> bool:
-    """Whether `node` reads a layer's weights: a large constant of several axes. Vectors, as of biases, are none."""
+    """Whether `node` reads a layer's weights: a large constant with several axes, so no bias."""
     shapes = (tensor.shape for tensor in node.inputs if isinstance(tensor, gs.Constant))
     return any(int(np.prod(shape)) > _SMALL and sum(size > 1 for size in shape) > 1 for shape in shapes)
 

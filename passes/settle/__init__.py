@@ -1,6 +1,6 @@
-"""What passes have made, as ONNX Runtime computes it best: the same results and layers, in fewer or faster nodes.
+"""Rewrites the graph of the passes into the nodes that ONNX Runtime computes fastest; results stay the same.
 
-No pass of recipes: the target asks for it when all passes have run.
+This is not a pass of recipes: the target applies it after all passes.
 """
 
 from trimtab.passes.settle.bias_gelu import fuse_bias_gelu

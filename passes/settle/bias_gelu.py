@@ -1,4 +1,4 @@
-"""Biases in front of GELU, as ONNX Runtime computes them fastest where tokens are packed."""
+"""Fuses a bias with the GELU behind it, for ONNX Runtime with packed tokens."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from trimtab.plugins import PACKED_ATTENTION
 
 _MICROSOFT = "com.microsoft"
 _FUSED = {"none": "BiasGelu", "tanh": "FastGelu"}
-"""`approximate` of ONNX's Gelu → the op that adds a bias, too."""
+"""`approximate` of ONNX's Gelu → the op that also adds a bias."""
 
 
 def fuse_bias_gelu(graph: gs.Graph) -> int:
-    """Let one op of ONNX Runtime's add the bias of a product and apply GELU, in place, where tokens are packed.
+    """Fuse a product's bias and GELU into one op of ONNX Runtime, in place, where tokens are packed.
 
-    With three axes ONNX Runtime 1.31 does so by itself. With two it makes a Gemm of MatMul and Add, which writes the
-    bias into every row of its output before it adds the product: of 1536 tokens that is 9 MB more in each layer of
+    With three axes, ONNX Runtime 1.31 fuses them itself. With two, it fuses MatMul and Add into a Gemm that writes the
+    bias into every row of its output before it adds the product. For 1536 tokens it writes 9 MB more in each layer of
     MiniLM, and packed encoders take 3 to 8 % longer.
 
     Returns:
-        how many.
+        the number of fusions.
     """
     if all(node.op != PACKED_ATTENTION.name for node in graph.nodes):
         return 0
@@ -43,7 +43,7 @@ def fuse_bias_gelu(graph: gs.Graph) -> int:
 
 
 def _product_and_bias(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """A product with a weight and the constant that is added to each of its rows; None if `tensor` is no such sum."""
+    """A product with a weight, and the constant added to each of its rows; None if `tensor` is not their sum."""
     if len(tensor.inputs) != 1 or tensor.inputs[0].op != "Add" or len(tensor.outputs) != 1:
         return None
     for x, bias in (tensor.inputs[0].inputs, tensor.inputs[0].inputs[::-1]):

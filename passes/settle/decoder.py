@@ -1,4 +1,4 @@
-"""A decoder's attention with nothing around it: the op rotates heads, and reads one product's output as it is."""
+"""Tightens a decoder's attention: the op rotates heads itself, and reads the output of one product."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from trimtab.passes.settle.rotation import fuse_rotation
 
 
 def tighten_decoder(graph: gs.Graph, max_tokens: int | None, *, gates: bool = True, glu: bool = False) -> int:
-    """Make layers with GroupQueryAttention as few nodes as the op allows, in place; results are the same.
+    """Reduce layers with GroupQueryAttention to the fewest nodes that the op allows, in place; results are the same.
 
-    Sums and norms stay apart: SkipSimplifiedLayerNormalization of ONNX Runtime 1.31 takes as long as both for a token,
-    for 64 twice as long, and its sums of squares are several times less exact.
+    Sums and norms are not fused: SkipSimplifiedLayerNormalization of ONNX Runtime 1.31 takes as long as both for one
+    token, twice as long for 64, and its sums of squares are several times less exact.
 
     Args:
-        max_tokens: of the longest text that may be run, its past included; None where no limit is known.
+        max_tokens: tokens of the longest text, including its past; None if there is no known limit.
         gates: gate and up may become one product.
-        glu: and what is made of both the op Glu: a kernel of it is there.
+        glu: gate and up may become the op Glu, for which a kernel is available.
 
     Returns:
-        how many rewrites.
+        the number of rewrites.
     """
-    found = attentions(graph)
-    if not found:
+    attention_nodes = attentions(graph)
+    if not attention_nodes:
         return 0
-    infer_shapes(graph)  # passes do not tell all of them
-    unknown = [node for node in found if node.outputs[0].shape is None and node.inputs[1].name]
-    for node in unknown:  # nothing infers what ops of ONNX Runtime put out
+    infer_shapes(graph)  # passes do not set all shapes
+    unknown = [node for node in attention_nodes if node.outputs[0].shape is None and node.inputs[1].name]
+    for node in unknown:  # shape inference does not know ONNX Runtime's ops
         node.outputs[0].shape, node.outputs[0].dtype = node.inputs[0].shape, node.inputs[0].dtype
     if unknown:
         infer_shapes(graph)

@@ -1,4 +1,4 @@
-"""act(gate) * up as one op, where one product makes both."""
+"""Replaces act(gate) * up by the op Glu, where one product computes both gate and up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.plugins.sparse_up import ACTIVATIONS
 
 @dataclass(frozen=True)
 class _Gated:
-    """act(gate) * up: which of two tensors is the gate, and what is made of both."""
+    """act(gate) * up: which of two tensors is the gate, the activation, and the result."""
 
     gate: int
     activation: str
@@ -27,27 +27,27 @@ class _Gated:
 
 @dataclass
 class Glus:
-    """Puts Glu in place of activations and products. A model has one body of an op: the first one decides its form."""
+    """Replaces act(gate) * up by Glu. A model has one body per op, so the first Glu determines the form of all."""
 
     graph: gs.Graph
-    wanted: bool
+    enabled: bool
     _form: tuple[int, str] | None = field(default=None, init=False)
 
     def fits(self, parts: Sequence[gs.Tensor]) -> _Gated | None:
-        """What Glu would compute of two tensors of float32 that nothing else reads; None where it is not that."""
-        if not self.wanted or self.graph.opset < OPSET or len(parts) != 2:
+        """The act(gate) * up of two float32 tensors if Glu can compute it and they have no other readers."""
+        if not self.enabled or self.graph.opset < OPSET or len(parts) != 2:
             return None
         if self._form is None and any(function.name == GLU.name for function in self.graph.functions):
-            return None  # of a model that has been compiled before
+            return None  # the model has been compiled before
         outputs = {id(tensor) for tensor in self.graph.outputs}
         for gate in (0, 1):
-            found = _gated(parts, gate, outputs)
-            if found is not None and (found.gate, found.activation) == (self._form or (found.gate, found.activation)):
-                return found
+            gated = _gated(parts, gate, outputs)
+            if gated is not None and (gated.gate, gated.activation) == (self._form or (gated.gate, gated.activation)):
+                return gated
         return None
 
     def put(self, y: gs.Variable, gated: _Gated) -> None:
-        """Let what reads act(gate) * up read Glu of `y`, which is both side by side."""
+        """Replace act(gate) * up by Glu of `y`, which contains both side by side."""
         self._form = gated.gate, gated.activation
         name = f"settle/{gated.hidden.name}"
         h = add_node(self.graph, GLU, {"x": y}, name, activation=gated.activation, gate=gated.gate)
@@ -73,8 +73,8 @@ def _gated(parts: Sequence[gs.Tensor], gate: int, outputs: set[int]) -> _Gated |
 
 
 def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
-    """The nodes that make y of x and numbers alone, element by element, in order; None if others do."""
-    found: dict[int, gs.Node] = {}
+    """The elementwise nodes, in order, that compute y from x and scalars only; None if y depends on more."""
+    visited: dict[int, gs.Node] = {}
 
     def visit(tensor: gs.Tensor) -> bool:
         if tensor is x:
@@ -82,16 +82,16 @@ def _between(x: gs.Tensor, y: gs.Tensor) -> list[gs.Node] | None:
         if isinstance(tensor, gs.Constant):
             return len(tensor.shape) <= 1 and int(np.prod(tensor.shape, dtype=np.int64)) == 1
         node = only_producer(tensor)
-        if node is None or not is_elementwise(node) or len(found) > _MOST:
+        if node is None or not is_elementwise(node) or len(visited) > _MAX_NODES:
             return False
-        if id(node) not in found:
+        if id(node) not in visited:
             if not all(visit(each) for each in node.inputs if each.name):
                 return False
-            found[id(node)] = node
+            visited[id(node)] = node
         return True
 
-    return list(found.values()) if visit(y) else None
+    return list(visited.values()) if visit(y) else None
 
 
-_MOST = 32
-"""Nodes of an activation, at most."""
+_MAX_NODES = 32
+"""Maximum number of nodes of an activation."""

@@ -1,4 +1,4 @@
-"""Tensors of heads in front of and behind attention, as the op takes and gives them: [B, T, heads · D]."""
+"""Removes changes of shape around attention, whose op reads and writes heads as [B, T, heads · D]."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 
 def attentions(graph: gs.Graph) -> list[gs.Node]:
-    """The ops that attend with a cache."""
+    """The nodes of GroupQueryAttention in `graph`."""
     return [node for node in graph.nodes if (node.domain, node.op) == _GQA]
 
 
 def drop_reshapes(graph: gs.Graph) -> int:
-    """Let GroupQueryAttention read what Reshapes only divide into heads and join again, and its readers the op itself.
+    """Bypass Reshapes around GroupQueryAttention that only divide heads and join them again.
 
     Returns:
-        how many Reshapes fewer.
+        the number of removed Reshapes.
     """
     before = _reshapes(graph)
     for node in attentions(graph):
@@ -42,20 +42,20 @@ def _reshapes(graph: gs.Graph) -> int:
 
 
 def same_rows(a: gs.Tensor, b: gs.Tensor) -> bool:
-    """Whether both are [B, T, width] of the same tokens; two that are reshaped into each other then are the same."""
+    """Whether both are [B, T, width] with the same B and T; if one is a Reshape of the other, they are then equal."""
     shapes = a.shape, b.shape
     return all(shape is not None and len(shape) == 3 for shape in shapes) and list(a.shape[:2]) == list(b.shape[:2])
 
 
 def before_transpose(tensor: gs.Tensor) -> gs.Tensor | None:
-    """What a Transpose made [B, heads, T, D] of: [B, T, heads, D]; None if there is none."""
+    """The tensor [B, T, heads, D] of which `tensor` [B, heads, T, D] is a Transpose; None if it is not one."""
     node = only_producer(tensor)
     turned = node is not None and node.op == "Transpose" and list(node.attrs["perm"]) == _HEADS_FIRST
     return node.inputs[0] if node is not None and turned else None
 
 
 def heads_joined(graph: gs.Graph, tensor: gs.Tensor, rows: gs.Tensor, name: str) -> gs.Tensor:
-    """`tensor` [B, T, heads, D] as [B, T, heads · D]: the one that it was divided from, if such is there.
+    """`tensor` [B, T, heads, D] as [B, T, heads · D]: the tensor before the Reshape that divided it, or a new Reshape.
 
     Args:
         rows: a tensor [B, T, ...] of the same tokens.
@@ -78,7 +78,7 @@ def _whole(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def _joined_behind(reader: gs.Node, start: gs.Tensor) -> gs.Tensor | None:
-    """The tensor behind `reader` and further Reshapes, each the only use of the last, that has the rows of `start`."""
+    """The tensor with the rows of `start` behind `reader` and further Reshapes, each the only reader of the last."""
     end = reader.outputs[0]
     while not same_rows(end, start):
         if len(end.outputs) != 1 or end.outputs[0].op != "Reshape":

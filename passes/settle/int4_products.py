@@ -1,4 +1,4 @@
-"""Products with int4 weights in blocks as the dialect's own op, whose native kernel reads them faster."""
+"""Replaces products with blockwise int4 weights by the dialect's Int4Linear, whose native kernel is faster."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class _Product:
 
     Attributes:
         node: MatMul behind a DequantizeLinear, or MatMulNBits.
-        weight, scale: its integers and their scales, as they are stored.
-        in_features, out_features, block: its sizes; `block` inputs share a scale.
-        packed: rows of two integers to a byte, as MatMulNBits has them.
+        weight, scale: the stored integers and their scales.
+        in_features, out_features, block: the sizes; `block` inputs share a scale.
+        packed: rows with two integers per byte, as in MatMulNBits.
     """
 
     node: gs.Node
@@ -38,67 +38,67 @@ class _Product:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The same for products whose constants are the same for Int4Linear, too."""
+        """A key that is equal for products whose Int4Linear has the same constants."""
         return id(self.weight), id(self.scale), self.out_features, self.block, self.packed
 
     @property
     def scales(self) -> np.ndarray:
-        """Of every 32 inputs of each output, [out_features, in_features / 32]."""
+        """The scales of blocks of 32 inputs, [out_features, in_features / 32]."""
         scale = values(self.scale)
         scale = scale.reshape(self.out_features, -1) if self.packed else scale.T
         return np.ascontiguousarray(np.repeat(scale, self.block // BLOCK, axis=1))
 
 
 def use_int4_linear(graph: gs.Graph) -> int:
-    """Make an Int4Linear of each product with int4 weights of which ONNX Runtime makes one of integers, in place.
+    """Replace products with int4 weights that ONNX Runtime computes in integers by Int4Linear, in place.
 
-    That is MatMulNBits, of accuracy_level 4, and MatMul behind a DequantizeLinear that nothing else reads. Integers and
-    scales stay as they are. As there, x is rounded to bytes by blocks; these are of 32 also where those of the weights
-    are larger. Scales are stored in bfloat16 where that holds all of them exactly. Reads scales, and leaves integers to
-    whoever writes the model.
+    These are MatMulNBits with accuracy_level 4, and MatMul behind a DequantizeLinear without other readers. Integers
+    and scales keep their values. As in ONNX Runtime, x is rounded to bytes in blocks, here always of 32, even if
+    those of the weights are larger. Scales are stored in bfloat16 if that represents all of them exactly. Only scales
+    are read here; integers are read when the model is written.
 
     Returns:
-        how many.
+        the number of replaced products.
     """
     outputs = {id(tensor) for tensor in graph.outputs}
-    found = [product for node in graph.nodes if (product := _match(node, outputs)) is not None]
-    if not found or graph.opset < OPSET:
+    products = [product for node in graph.nodes if (product := _match(node, outputs)) is not None]
+    if not products or graph.opset < OPSET:
         return 0
-    scales = {product.key: product.scales for product in found}
+    scales = {product.key: product.scales for product in products}
     short = all(np.array_equal(scale.astype(ml_dtypes.bfloat16).astype(np.float32), scale) for scale in scales.values())
     present = [node.inputs[2] for node in graph.nodes if (node.domain, node.op) == (DOMAIN, INT4_LINEAR.name)]
-    if present:  # a model has one form of an op
+    if present:  # a model has only one form of an op
         was_short = present[0].dtype != np.float32
         if was_short and not short:
             return 0
         short = was_short
-    made: dict[tuple[int, ...], tuple[gs.Constant, gs.Constant]] = {}
+    constants: dict[tuple[int, ...], tuple[gs.Constant, gs.Constant]] = {}
     own = {id(node) for node in graph.nodes}
-    for product in found:
+    for product in products:
         label, key = f"settle/{output_name_of(product.node)}", product.key
-        if key not in made:
+        if key not in constants:
             stored = scales[key].astype(ml_dtypes.bfloat16) if short else scales[key]
-            made[key] = gs.Constant(f"{label}/weight", _Rows(product)), constant(f"{label}/scale", stored)
+            constants[key] = gs.Constant(f"{label}/weight", _Rows(product)), constant(f"{label}/scale", stored)
         y, bias = _with_bias(product, own, outputs)
-        given = {"x": product.node.inputs[0], "weight": made[key][0], "weight_scale": made[key][1]}
-        new = add_node(graph, INT4_LINEAR, given | {"bias": constant(f"{label}/bias", bias)}, f"{label}/y")
+        arguments = {"x": product.node.inputs[0], "weight": constants[key][0], "weight_scale": constants[key][1]}
+        new = add_node(graph, INT4_LINEAR, arguments | {"bias": constant(f"{label}/bias", bias)}, f"{label}/y")
         y.inputs[0].outputs.clear()
         new.inputs[0].outputs = [y]
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
-    return len(found)
+    return len(products)
 
 
 def _match(node: gs.Node, outputs: set[int]) -> _Product | None:
     if (node.domain, node.op) == ("com.microsoft", "MatMulNBits"):
-        found = _match_blocks(node)
+        product = _match_blocks(node)
     elif node.op == "MatMul" and not node.domain:
-        found = _match_dequantized(node, outputs)
+        product = _match_dequantized(node, outputs)
     else:
         return None
-    if found is None or found.scale.dtype != np.float32 or not found.in_features or not found.out_features:
+    if product is None or product.scale.dtype != np.float32 or not product.in_features or not product.out_features:
         return None
-    return found if found.block and not found.block % BLOCK and not found.in_features % found.block else None
+    return product if product.block and not product.block % BLOCK and not product.in_features % product.block else None
 
 
 def _match_blocks(node: gs.Node) -> _Product | None:
@@ -131,7 +131,7 @@ def _match_dequantized(node: gs.Node, outputs: set[int]) -> _Product | None:
 
 
 def _with_bias(product: _Product, own: set[int], outputs: set[int]) -> tuple[gs.Tensor, np.ndarray]:
-    """What the new node makes, and its bias: that of an Add behind the product, or zeros."""
+    """The output of the new node, and its bias: the constant of an Add behind the product, or zeros."""
     y, size = product.node.outputs[0], product.out_features
     after = y.outputs[0] if len(y.outputs) == 1 and id(y) not in outputs else None
     if after is not None and after.op == "Add" and not after.domain and id(after) in own:
@@ -142,7 +142,7 @@ def _with_bias(product: _Product, own: set[int], outputs: set[int]) -> tuple[gs.
 
 
 class _Rows(Derived):
-    """The integers of a product as the op takes them, [out_features, in_features / 2], two to a byte."""
+    """The integers of a product in the op's form, [out_features, in_features / 2], two per byte."""
 
     def __init__(self, product: _Product) -> None:
         self._weight, self._packed = product.weight, product.packed

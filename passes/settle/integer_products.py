@@ -1,4 +1,4 @@
-"""Products of integers with what is added to them, as ONNX Runtime keeps them: findings/qdq_matmul_add_rank_2.sh."""
+"""Keeps integer products with a bias from fusion in ONNX Runtime: findings/qdq_matmul_add_rank_2.sh."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from trimtab.plugins import PACKED_ATTENTION
 
 
 def keep_integer_products(graph: gs.Graph) -> int:
-    """Let Sum add to products whose factors come of DequantizeLinear, in place, where tokens are packed.
+    """Replace Add by Sum behind products of two DequantizeLinear, in place, where tokens are packed.
 
-    With two axes ONNX Runtime 1.31 makes a Gemm of MatMul and Add, which dequantizes the weight in each run and
-    multiplies in float. It does not look for Sum.
+    With two axes, ONNX Runtime 1.31 fuses MatMul and Add into a Gemm, which dequantizes the weight in each run and
+    multiplies in float. It does not fuse Sum.
 
     Returns:
-        how many.
+        the number of replaced nodes.
     """
     if all(node.op != PACKED_ATTENTION.name for node in graph.nodes):
         return 0
@@ -26,7 +26,7 @@ def keep_integer_products(graph: gs.Graph) -> int:
 
 
 def _multiplies_integers(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is a product of two factors that DequantizeLinear gives."""
+    """Whether `tensor` is a product of two outputs of DequantizeLinear."""
     if len(tensor.inputs) != 1 or tensor.inputs[0].op != "MatMul":
         return False
     factors = tensor.inputs[0].inputs

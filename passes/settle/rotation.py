@@ -1,4 +1,4 @@
-"""Rotary embeddings inside the attention op, from tables of all positions."""
+"""Moves rotary embeddings into the attention op, with tables of all positions."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trimtab.passes.graph.part import nodes_between, run_part
 from trimtab.passes.settle.heads import attentions, before_transpose, heads_joined
 
 _BY_POSITION = frozenset(["Cast", "Concat", "Cos", "Mul", "Sin", "Slice", "Transpose", "Unsqueeze"])
-"""Ops that tables of angles are made with."""
+"""Ops from which exporters compute angles."""
 
-_MOST_BYTES = 1 << 26  # of a table; the rotation of longer texts stays outside
-_UNIT = 16  # ONNX Runtime 1.31 rotates heads of multiples of this, by halves of multiples of 8
-_GIVEN = slice(7, 10)  # inputs of the op that hold tables and positions
+_MAX_BYTES = 1 << 26  # of a table; with longer texts, the rotation stays outside
+_UNIT = 16  # ONNX Runtime 1.31 rotates heads whose size is a multiple of this, in halves that are multiples of 8
+_ROTARY = slice(7, 10)  # the op's inputs for tables and positions
 _CALLS = ((2, 0, 5), (1, 3, 4))  # batch, past, tokens
 
 
 @dataclass(frozen=True)
 class _Rotated:
-    """RotaryEmbedding in front of attention.
+    """A RotaryEmbedding in front of attention.
 
     Attributes:
-        x: what it rotates, [B, T, heads, D].
+        x: the tensor that it rotates, [B, T, heads, D].
         cos, sin: [B, T, R / 2].
-        interleaved: whether neighbours are rotated, and not the halves of a head.
+        interleaved: whether it rotates neighbouring features, not the halves of a head.
     """
 
     x: gs.Tensor
@@ -40,31 +40,31 @@ class _Rotated:
 
 @dataclass(frozen=True)
 class _Tables:
-    """Cosines and sines [positions, R / 2], and the tensor of positions [B, T] that they were made of."""
+    """Cosines and sines [positions, R / 2], and the tensor of positions [B, T] from which they are computed."""
 
     cos: gs.Constant
     sin: gs.Constant
     positions: gs.Tensor
 
 
-def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
+def fuse_rotation(graph: gs.Graph, max_tokens: int | None) -> int:
     """Let each GroupQueryAttention rotate queries and keys itself (`do_rotary`), in place.
 
-    Cosines and sines become constants, where they are made of the position alone. Of positions the op sees the first of
-    a call, and counts on from there: others than those of a text and its past leave everything as it is.
+    Cosines and sines that depend only on the position become constants. The op reads the first position of a call and
+    counts from there, so nothing is changed if the graph has other positions than those of a text and its past.
 
     Args:
-        most: tokens of the longest text, its past included; no other may be run. None leaves everything as it is.
+        max_tokens: tokens of the longest allowed text, including its past. None: nothing is changed.
 
     Returns:
-        how many.
+        the number of changed nodes.
     """
-    if most is None:
+    if max_tokens is None:
         return 0
-    known: dict[Hashable, _Tables | None] = {}
+    tables_by_key: dict[Hashable, _Tables | None] = {}
     fused = 0
     for node in attentions(graph):
-        if node.attrs.get("do_rotary") or any(tensor.name for tensor in node.inputs[_GIVEN]):
+        if node.attrs.get("do_rotary") or any(tensor.name for tensor in node.inputs[_ROTARY]):
             continue
         q, k = (_rotated(tensor) for tensor in node.inputs[:2])
         if q is None or k is None or q.interleaved != k.interleaved:
@@ -73,9 +73,9 @@ def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
         if None in made_of or made_of[:2] != made_of[2:]:
             continue
         key = tuple(made_of[:2])
-        if key not in known:
-            known[key] = _tables(graph, q, most, f"settle/rotation.{len(known)}")
-        tables = known[key]
+        if key not in tables_by_key:
+            tables_by_key[key] = _tables(graph, q, max_tokens, f"settle/rotation.{len(tables_by_key)}")
+        tables = tables_by_key[key]
         if tables is None:
             continue
         rows = node.inputs[2]
@@ -91,7 +91,7 @@ def fuse_rotation(graph: gs.Graph, most: int | None) -> int:
 
 
 def _rotated(tensor: gs.Tensor) -> _Rotated | None:
-    """The rotation that gives `tensor` [B, T, heads · D], through Reshape and Transpose."""
+    """The rotation that computes `tensor` [B, T, heads · D], before Reshape and Transpose."""
     node = only_producer(tensor)
     heads = before_transpose(node.inputs[0]) if node is not None and node.op == "Reshape" else None
     rotation = only_producer(heads) if heads is not None else None
@@ -104,7 +104,7 @@ def _rotated(tensor: gs.Tensor) -> _Rotated | None:
 
 
 def _made_of(tensor: gs.Tensor) -> Hashable | None:
-    """What `tensor` is computed of and how, equal for equal computations; None if of anything but positions."""
+    """A key of how `tensor` is computed, equal for equal computations; None if it depends on more than positions."""
     if isinstance(tensor, gs.Constant):
         return id(tensor)
     if _is_positions(tensor):
@@ -121,39 +121,44 @@ def _is_positions(tensor: gs.Tensor) -> bool:
 
 
 def _positions_of(tensor: gs.Tensor) -> list[gs.Tensor]:
-    """The tensors of positions that `tensor` is made of, each once."""
+    """The distinct tensors of positions from which `tensor` is computed."""
     if isinstance(tensor, gs.Constant):
         return []
     if _is_positions(tensor):
         return [tensor]
     node = only_producer(tensor)
-    found = [one for before in (node.inputs if node is not None else ()) for one in _positions_of(before)]
-    return list({id(one): one for one in found}.values())
+    positions = [one for before in (node.inputs if node is not None else ()) for one in _positions_of(before)]
+    return list({id(one): one for one in positions}.values())
 
 
-def _tables(graph: gs.Graph, rotated: _Rotated, most: int, name: str) -> _Tables | None:
-    """The angles of all positions; None if they are not made of each position of a text alone, or too large."""
-    found = {id(one): one for tensor in (rotated.cos, rotated.sin) for one in _positions_of(tensor)}
+def _tables(graph: gs.Graph, rotated: _Rotated, max_tokens: int, name: str) -> _Tables | None:
+    """The angles of all positions; None if they depend on more than the position, or are too large."""
+    position_tensors = {id(one): one for tensor in (rotated.cos, rotated.sin) for one in _positions_of(tensor)}
     half = rotated.cos.shape[-1] if rotated.cos.shape else None
-    if len(found) != 1 or not isinstance(half, int) or half % (_UNIT // 2) or 4 * most * half > _MOST_BYTES:
+    if (
+        len(position_tensors) != 1
+        or not isinstance(half, int)
+        or half % (_UNIT // 2)
+        or 4 * max_tokens * half > _MAX_BYTES
+    ):
         return None
-    (positions,) = found.values()
+    (positions,) = position_tensors.values()
     if not _counts_tokens(graph, positions):
         return None
-    forth = np.arange(most)
+    forth = np.arange(max_tokens)
     angles, mirrored = (
         run_part(graph, [positions], [rotated.cos, rotated.sin], {positions.name: order[None]})
         for order in (forth, forth[::-1].copy())
     )
     for table, other in zip(angles, mirrored, strict=True):
-        if table.shape != (1, most, half) or not np.array_equal(table[:, ::-1], other):
+        if table.shape != (1, max_tokens, half) or not np.array_equal(table[:, ::-1], other):
             return None
     cos, sin = (constant(f"{name}.{what}", table[0]) for what, table in zip(("cos", "sin"), angles, strict=True))
     return _Tables(cos, sin, positions)
 
 
 def _counts_tokens(graph: gs.Graph, positions: gs.Tensor) -> bool:
-    """Whether `positions` [B, T] are, of real tokens, 0, 1, ... in every row, and go on behind a past; tried out."""
+    """Whether `positions` [B, T] of real tokens count 0, 1, ... in each row, and on from a past, when run."""
     nodes = list(nodes_between([], [positions]))
     read = {id(tensor) for node in nodes for tensor in node.inputs}
     inputs = [tensor for tensor in graph.inputs if id(tensor) in read]
@@ -173,9 +178,9 @@ def _counts_tokens(graph: gs.Graph, positions: gs.Tensor) -> bool:
                 feeds[tensor.name] = np.zeros([n if isinstance(n, int) else 1 for n in shape], tensor.dtype)
             else:
                 return False
-        (found,) = run_part(graph, [], [positions], feeds)
+        (values,) = run_part(graph, [], [positions], feeds)
         real = mask[:, past:] == 1
-        wanted = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-        if found.shape != (batch, tokens) or not np.array_equal(found[real], wanted[real]):
+        expected = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+        if values.shape != (batch, tokens) or not np.array_equal(values[real], expected[real]):
             return False
     return True

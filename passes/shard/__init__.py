@@ -1,4 +1,4 @@
-"""One graph divided among ranks: each computes its share of the neurons and of the vocabulary, and they join."""
+"""Divides a graph among ranks: each computes its share of the neurons and of the vocabulary, and joins the results."""
 
 from trimtab.passes.shard.divide import Join, Rank, divide
 

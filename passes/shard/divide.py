@@ -1,4 +1,4 @@
-"""A compiled graph into the graphs of s ranks: FFNs by their neurons, the head by its vocabulary."""
+"""Divides a compiled graph into the graphs of s ranks: FFNs by their neurons, the head by its vocabulary."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ How = Literal["sum", "concat"]
 
 @dataclass(frozen=True)
 class Join:
-    """Where the ranks have to meet.
+    """A point where the ranks exchange their results.
 
     Attributes:
-        tensor: of which each rank computes its own.
-        how: the tensor that all go on with: the sum of theirs, or theirs side by side along the last axis.
+        tensor: each rank computes its own values of it.
+        how: how the values are joined for all ranks: by their sum, or side by side along the last axis.
     """
 
     tensor: gs.Tensor
@@ -41,7 +41,7 @@ class Rank:
 
     Attributes:
         joins: in the order of computation, at the same tensors in all ranks.
-        result: what was divided and what was not, for the report; the same for all ranks.
+        result: the divided and the undivided parts, for the report; the same for all ranks.
     """
 
     graph: gs.Graph
@@ -51,11 +51,12 @@ class Rank:
 
 @dataclass(frozen=True)
 class _Site:
-    """Something that may be divided.
+    """A part of the graph that may be divided.
 
     Attributes:
         node: the product, or the op, whose output the ranks join.
-        linear: of a dense head.
+        what: the name, in messages, of the divided units, such as "neurons".
+        linear: the projection of a dense head.
     """
 
     where: str
@@ -66,11 +67,11 @@ class _Site:
 
 
 def divide(graph: gs.Graph, rank: int, shards: int) -> Rank:
-    """The graph of `rank` of `shards`; `graph` stays as it is, and they share the weights that are whole.
+    """The graph of `rank` of `shards`. `graph` does not change; it shares undivided weights with the result.
 
-    Each FFN computes the rank's neurons and what they add to the output; biases behind are added once, after the join.
-    The head computes the rank's logits. Attention and all else every rank computes for itself. Together the ranks
-    compute the same products as the one graph; sums alone are taken in another order.
+    Each FFN computes the rank's neurons and their part of the output; its output bias is added once, after the join.
+    The head computes the rank's logits. Every rank computes attention and all other parts itself. Together the ranks
+    compute the same products as the one graph; only sums have another order.
     """
     own = graph.copy()
     own.nodes = topological(own)
@@ -114,7 +115,7 @@ def _sites(graph: gs.Graph, anatomy: Anatomy) -> Iterator[_Site]:
 
 
 def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
-    """Put the rank's part in the place of `site`; returns it, and how many things were divided."""
+    """Replace `site` by the rank's part; returns its output, and the number of divided units (neurons or rows)."""
     node, graph = site.node, narrow.graph
     whole = node.outputs[0]
     if site.how == "concat":
@@ -123,7 +124,7 @@ def _divide(narrow: Narrow, site: _Site) -> tuple[gs.Tensor, int]:
         narrow.commit()
         shape = whole.shape
         replace_uses(graph, whole, tensor)
-        tensor.shape = None if shape is None else [*shape[:-1], None]  # a part before the join, and the whole behind
+        tensor.shape = None if shape is None else [*shape[:-1], None]  # partial before the join, whole after it
         return tensor, size
     bias: gs.Tensor | None = None
     op = op_of(node)
@@ -152,7 +153,7 @@ def _sparse_down(narrow: Narrow, node: gs.Node, op: Op) -> tuple[int, gs.Variabl
 
 
 def _dense_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable, gs.Tensor | None]:
-    """The product with the rows of W that belong to the rank; its bias is to be added after the join."""
+    """The product with the rank's rows of W, and the bias, which must be added after the join."""
     if node.op not in ("MatMul", "Gemm"):
         raise Whole(f"its down projection is {node.op}, which is not divided")
     x, weight, *bias = node.inputs
@@ -169,11 +170,11 @@ def _dense_down(narrow: Narrow, node: gs.Node) -> tuple[int, gs.Variable, gs.Ten
     assert size is not None
     part = narrow(x, size)
     along = 1 if node.attrs.get("transB", 0) else 0
-    rows = narrow.slices.weight(weight, along, narrow.what, narrow.made, narrow.pieces(x))
-    given = bias[0] if bias and bias[0].name else None
-    if given is not None and node.attrs.get("beta", 1.0) != 1.0:
+    rows = narrow.slices.weight(weight, along, narrow.what, narrow.new_nodes, narrow.pieces(x))
+    own_bias = bias[0] if bias and bias[0].name else None
+    if own_bias is not None and node.attrs.get("beta", 1.0) != 1.0:
         raise Whole("its bias is scaled")
-    return size, narrow.add(node, [part, rows]), given
+    return size, narrow.add(node, [part, rows]), own_bias
 
 
 def _vocabulary(node: gs.Node, linear: Linear | None) -> int:
@@ -188,7 +189,7 @@ def _product(linear: Linear) -> gs.Node:
 
 
 def _around(node: gs.Node) -> bool:
-    """Whether a product reads what ffn-split makes: neurons beside a linear part that goes around the activation."""
+    """Whether a product reads the output of ffn-split: neurons beside a linear part that bypasses the activation."""
     before = node.inputs[0].inputs if node.op == "MatMul" else []
     splits = before[0].inputs if before and before[0].op == "Concat" else []
     return any(tensor.inputs and tensor.inputs[0].op == "Split" for tensor in splits)
@@ -204,10 +205,10 @@ def _is(node: gs.Node, op: str) -> bool:
 
 
 def _integer(graph: gs.Graph) -> list[Left]:
-    """Products of integers with integers, whose operands dynamic quantization has rounded."""
+    """A note on integer products, whose activations dynamic quantization has rounded."""
     count = sum(
         node.op in ("Int8Linear", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
         for node in graph.nodes
     )
-    why = "their activations are rounded by the range of a whole tensor or row, of which a rank sees a part"
+    why = "their activations are rounded by the range of a whole tensor or row, of which a rank has only a part"
     return [Left(f"{count} products of integers", why)] if count else []

@@ -1,4 +1,4 @@
-"""A rank's part of a constant, or of what a graph makes of constants alone; on disk as long as it lies there."""
+"""A rank's part of a constant, or of a tensor computed from constants; values on disk are not loaded."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Pieces: TypeAlias = tuple[tuple[int, int], ...]
 """Starts and sizes along an axis."""
 
 
-class Whole(Exception):  # noqa: N818  (no error: what it says goes into the report)
+class Whole(Exception):  # noqa: N818  (not an error: the message goes into the report)
     """Something cannot be divided, and stays whole on every rank; the message says why."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Part `rank` of `shards` equal ones."""
+    """Part `rank` of `shards` equal parts."""
 
     rank: int
     shards: int
 
     def of(self, size: int, what: str) -> slice:
-        """The share of `size` things, called `what`.
+        """The rank's share of `size` units, called `what`.
 
         Raises:
-            Whole: they do not divide.
+            Whole: `size` is not divisible by the number of shards.
         """
         if size % self.shards:
             raise Whole(f"{size} {what} are not divisible by {self.shards} shards")
@@ -40,32 +40,32 @@ class Share:
 
 
 class Slices:
-    """A rank's parts of constants, each made once, and names for what is new."""
+    """A rank's parts of constants, each created once, and names for new tensors and nodes."""
 
     def __init__(self, share: Share) -> None:
         self.share = share
-        self._known: dict[tuple[int, int, Pieces | None], gs.Constant] = {}
+        self._parts: dict[tuple[int, int, Pieces | None], gs.Constant] = {}
         self._names: dict[str, int] = {}
 
     def name(self, whole: str) -> str:
-        """For the part of what is called `whole`; never the same twice."""
+        """A new name for a part of the tensor or node `whole`."""
         count = self._names[whole] = self._names.get(whole, 0) + 1
         return f"{whole}/part" if count == 1 else f"{whole}/part.{count}"
 
     def constant(self, tensor: gs.Constant, axis: int, what: str, pieces: Pieces | None = None) -> gs.Constant:
-        """The part of `tensor` along `axis`, a view: what lies on disk is read when it is written.
+        """The part of `tensor` along `axis`, a view: values on disk are read when the graph is saved.
 
         Args:
-            pieces: each is divided on its own, and what lies outside is left out; by default all is one.
+            pieces: ranges that are divided one by one; elements outside are dropped. Default: the whole axis.
 
         Raises:
-            Whole: its size, of so many `what`, does not divide.
+            Whole: the size of a piece is not divisible.
         """
         axis %= len(tensor.shape)
-        if (id(tensor), axis, pieces) not in self._known:
-            held = tensor._values
-            known = type(held) is LazyValues  # in memory: graphsurgeon would warn of types that numpy lacks
-            array = onnx.numpy_helper.to_array(held.tensor) if known else values(tensor)
+        if (id(tensor), axis, pieces) not in self._parts:
+            stored = tensor._values
+            in_memory = type(stored) is LazyValues  # graphsurgeon would warn about types that numpy lacks
+            array = onnx.numpy_helper.to_array(stored.tensor) if in_memory else values(tensor)
             taken = [
                 slice(start + own.start, start + own.stop)
                 for start, size in pieces or ((0, array.shape[axis]),)
@@ -74,56 +74,56 @@ class Slices:
             parts = [array[(slice(None),) * axis + (one,)] for one in taken]
             part = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
             if part.dtype.isbuiltin == 1:
-                found = gs.Constant(self.name(tensor.name), part)
+                own_part = gs.Constant(self.name(tensor.name), part)
             else:  # a type that numpy lacks
                 proto = onnx.numpy_helper.from_array(np.ascontiguousarray(part))
-                found = constant(self.name(tensor.name), proto)
-            self._known[id(tensor), axis, pieces] = found
-        return self._known[id(tensor), axis, pieces]
+                own_part = constant(self.name(tensor.name), proto)
+            self._parts[id(tensor), axis, pieces] = own_part
+        return self._parts[id(tensor), axis, pieces]
 
     def weight(
-        self, tensor: gs.Tensor, axis: int, what: str, made: list[gs.Node], pieces: Pieces | None = None
+        self, tensor: gs.Tensor, axis: int, what: str, new_nodes: list[gs.Node], pieces: Pieces | None = None
     ) -> gs.Tensor:
-        """The part along `axis` of a 2-D weight, which may stand behind Transpose, Cast and DequantizeLinear.
+        """The part along `axis` of a 2-D weight, perhaps behind Transpose, Cast and DequantizeLinear.
 
         Args:
-            made: gets the nodes that compute it.
-            pieces: as of `constant`.
+            new_nodes: receives the nodes that compute the part.
+            pieces: as in `constant`.
 
         Raises:
-            Whole: it comes from something else, or its blocks do not divide.
+            Whole: the weight has another origin, or its blocks are not divisible.
         """
         if isinstance(tensor, gs.Constant):
             return self.constant(tensor, axis, what, pieces)
         node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
         if node is not None and node.op == "Transpose" and node.attrs.get("perm", [1, 0]) == [1, 0]:
-            inputs = [self.weight(node.inputs[0], 1 - axis, what, made, pieces)]
+            inputs = [self.weight(node.inputs[0], 1 - axis, what, new_nodes, pieces)]
         elif node is not None and node.op == "Cast":
-            inputs = [self.weight(node.inputs[0], axis, what, made, pieces)]
+            inputs = [self.weight(node.inputs[0], axis, what, new_nodes, pieces)]
         elif node is not None and node.op == "DequantizeLinear" and pieces is None:
             inputs = self._quantized(node, axis, what)
         else:
             raise Whole(f"its weight comes from {node.op if node else 'outside'}, not from a constant")
         y = gs.Variable(self.name(tensor.name), tensor.dtype)
-        made.append(gs.Node(node.op, self.name(node.name or node.op), dict(node.attrs), inputs, [y], node.domain))
+        new_nodes.append(gs.Node(node.op, self.name(node.name or node.op), dict(node.attrs), inputs, [y], node.domain))
         return y
 
     def _quantized(self, node: gs.Node, axis: int, what: str) -> list[gs.Tensor]:
-        """The inputs of a DequantizeLinear: integers, scales and zero points, along `axis` of the integers."""
+        """The rank's part of a DequantizeLinear's integers, scales and zero points, along `axis` of the integers."""
         q, *others = node.inputs
         if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs if tensor.name):
-            raise Whole("its quantized weight is no constant")
+            raise Whole("its quantized weight is not a constant")
         along = int(node.attrs.get("axis", 1)) % len(q.shape)
         block = int(node.attrs.get("block_size", 0))
         part = self.share.of(int(q.shape[axis]), what)
         if block and axis == along and (part.stop - part.start) % block:
-            raise Whole(f"{part.stop - part.start} {what} of a shard are no whole blocks of {block}")
-        found: list[gs.Tensor] = [self.constant(q, axis, what)]
+            raise Whole(f"{part.stop - part.start} {what} of a shard are not whole blocks of {block}")
+        parts: list[gs.Tensor] = [self.constant(q, axis, what)]
         for tensor in others:
             if tensor.name and block and len(tensor.shape) == len(q.shape):
-                found.append(self.constant(tensor, axis, "blocks"))
+                parts.append(self.constant(tensor, axis, "blocks"))
             elif tensor.name and int(np.prod(tensor.shape)) > 1 and axis == along:
-                found.append(self.constant(tensor, 0, what))
+                parts.append(self.constant(tensor, 0, what))
             else:
-                found.append(tensor)  # one for the whole tensor, or along the other axis
-        return found
+                parts.append(tensor)  # one for the whole tensor, or along the other axis
+        return parts

@@ -1,4 +1,4 @@
-"""unpad: an encoder computes the real tokens of a batch alone."""
+"""unpad: an encoder computes only the real tokens of a batch."""
 
 from trimtab.passes.unpad.unpad import Unpad
 

@@ -1,4 +1,4 @@
-"""What the nodes between an attention's projections compute, found by running them on random numbers."""
+"""Recognises what an attention computes between its projections, by running the nodes on random numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trimtab.passes.unpad.inputs import feed, shape_of
 
 __all__ = ["Core", "RefusedError", "find_core"]
 
-_CLOSE = 1e-3  # of what is compared: rounding in float32, and what an exporter's mask adds to real keys
-_HIDES = 1e4  # what is added to scores that are to become 0; biases are smaller
+_CLOSE = 1e-3  # relative tolerance: float32 rounding, and what an exporter's mask adds to real keys
+_HIDES = 1e4  # size of numbers that mask a score; biases are smaller
 _SEED = 0
 
 
 class RefusedError(Exception):
-    """Why a model stays as it is."""
+    """The reason why a model is left unchanged."""
 
     def __init__(self, where: str, why: str) -> None:
         super().__init__(why)
@@ -29,10 +29,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Core:
-    """softmax(scale q kᵀ + bias) v over the real keys, of one attention.
+    """One attention that computes softmax(scale q kᵀ + bias) v over the real keys.
 
     Attributes:
-        attention: its `out.x` is the context, [batch, tokens, heads · dim].
+        attention: the attention, whose `out.x` is the context, [batch, tokens, heads · dim].
         scale: None for 1 / √dim.
         bias: [.., 1 or heads, tokens, tokens] by position, or None.
     """
@@ -46,7 +46,7 @@ class Core:
 
     @property
     def sources(self) -> tuple[gs.Tensor, ...]:
-        """The outputs of its projections: q, k and v, or one that holds all three side by side."""
+        """The outputs of its projections: q, k and v, or one tensor with all three side by side."""
         return _sources(self.attention)
 
     @property
@@ -56,14 +56,14 @@ class Core:
 
 
 def find_core(graph: gs.Graph, attention: Attention, streams: Sequence[gs.Tensor], mask: gs.Tensor | None) -> Core:
-    """Measure scale and bias, and check the whole against attention in float64.
+    """Measure the scale and bias of `attention`, and compare its output with attention in float64.
 
     Args:
-        streams: the residual stream between the layers, which nothing within an attention computes anew.
-        mask: the graph's input that tells real tokens, [batch, tokens]; None where all are.
+        streams: the tensors of the residual stream between layers; the trial sets their values.
+        mask: the graph's input that marks real tokens, [batch, tokens]; None if all tokens are real.
 
     Raises:
-        RefusedError: it computes something else.
+        RefusedError: the nodes compute something else.
     """
     where = f"attention {attention.layer}"
     if attention.q is None or attention.k is None or attention.v is None or attention.out is None:
@@ -83,9 +83,9 @@ def find_core(graph: gs.Graph, attention: Attention, streams: Sequence[gs.Tensor
     elif "scale" in attention.nodes[-1].attrs:
         scale = float(attention.nodes[-1].attrs["scale"])
     core = Core(attention, heads, kv_heads, dim, scale, bias)
-    wanted = trial.attend(core)
-    (got,) = trial.run([context], trial.feeds)
-    if got.shape != wanted.shape or not _close(got[trial.real], wanted[trial.real]):
+    expected = trial.attend(core)
+    (computed,) = trial.run([context], trial.feeds)
+    if computed.shape != expected.shape or not _close(computed[trial.real], expected[trial.real]):
         raise RefusedError(where, "it is not attention of every real token to all real tokens")
     if scale is not None and abs(scale * dim**0.5 - 1) < _CLOSE / 10:
         core = Core(attention, heads, kv_heads, dim, None, bias)
@@ -93,7 +93,7 @@ def find_core(graph: gs.Graph, attention: Attention, streams: Sequence[gs.Tensor
 
 
 class _Trial:
-    """The nodes behind an attention's projections, with random inputs."""
+    """Runs the nodes behind an attention's projections on random inputs."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Trial:
     def scale_and_bias(
         self, softmax: gs.Node, sizes: tuple[int, int, int], where: str
     ) -> tuple[float, gs.Tensor | None]:
-        """By the scores of random q, and of q = 0."""
+        """Derive scale and bias from the scores for random q and for q = 0."""
         heads, kv_heads, dim = sizes
         scores = softmax.inputs[0]
         biases = [t for t in self._biases(scores, heads) if t is not scores]
@@ -148,7 +148,7 @@ class _Trial:
             of_q = np.where(real, full - rest, 0)
         scale = float((of_q * products).sum() / np.where(real, products**2, 0).sum())
         if not _close(of_q[real], scale * products[real]):
-            raise RefusedError(where, "its scores are not those of q and k alone")
+            raise RefusedError(where, "its scores depend on more than q and k")
         if _constant(rest, real):
             return scale, None
         for tensor, value in zip(biases, values, strict=True):
@@ -158,22 +158,22 @@ class _Trial:
         raise RefusedError(where, "its scores have a bias, or a mask by position, that is not recognised")
 
     def _biases(self, scores: gs.Tensor, heads: int) -> list[gs.Tensor]:
-        """What the scores are made of that could be a bias: floats by position that hang on neither q nor the mask."""
+        """Possible biases of the scores: floats by position that depend neither on q nor on the mask."""
         starts = [*self._given, *([self.mask] if self.mask is not None else [])]
         changing = _reached(starts)
         tokens = self.real.shape[1]
         nodes = [node for node in nodes_between(self._given, [scores]) if id(node) not in changing]
-        made = [tensor for node in nodes for tensor in node.outputs if tensor.dtype is not None]
-        found = []
-        for tensor, value in zip(made, self.run(made, self.feeds) if made else [], strict=True):
+        candidates = [tensor for node in nodes for tensor in node.outputs if tensor.dtype is not None]
+        biases = []
+        for tensor, value in zip(candidates, self.run(candidates, self.feeds) if candidates else [], strict=True):
             lead = value.shape[:-2]
             of_heads = lead in ((), (1,), (heads,), (1, 1), (1, heads))
             if value.dtype == np.float32 and value.ndim >= 2 and value.shape[-2:] == (tokens, tokens) and of_heads:
-                found.append(tensor)
-        return found
+                biases.append(tensor)
+        return biases
 
     def _split(self, heads: int, kv_heads: int, dim: int) -> list[np.ndarray]:
-        """q, k and v in float64, [batch, tokens, heads, dim], those of keys as often as heads share them."""
+        """q, k and v in float64, [batch, tokens, heads, dim]; k and v are repeated for the heads that share them."""
         parts = [self.feeds[source.name].astype(np.float64) for source in self.sources]
         if len(parts) == 1:
             parts = np.split(parts[0], np.cumsum([heads * dim, kv_heads * dim]), axis=-1)
@@ -181,7 +181,7 @@ class _Trial:
         return [split[0], *(np.repeat(part, heads // kv_heads, axis=2) for part in split[1:])]
 
     def attend(self, core: Core) -> np.ndarray:
-        """The context, in float64."""
+        """The context that `core` should compute, in float64."""
         q, k, v = self._split(core.heads, core.kv_heads, core.dim)
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) * (core.dim**-0.5 if core.scale is None else core.scale)
         if core.bias is not None:
@@ -200,7 +200,7 @@ def _sources(attention: Attention) -> tuple[gs.Tensor, ...]:
 
 
 def _reached(tensors: Sequence[gs.Tensor]) -> set[int]:
-    """Ids of the nodes whose values hang on those of `tensors`; their sizes do not count."""
+    """Ids of the nodes whose values depend on the values (not only the sizes) of `tensors`."""
     nodes: set[int] = set()
     stack = list(tensors)
     while stack:
@@ -212,16 +212,18 @@ def _reached(tensors: Sequence[gs.Tensor]) -> set[int]:
 
 
 def _constant(scores: np.ndarray, real: np.ndarray) -> bool:
-    """Whether the real keys of a real query all have the same score, which softmax does not notice."""
+    """Whether all real keys of each real query have the same score, which softmax ignores."""
     low, high = np.where(real, scores, np.inf).min(axis=-1), np.where(real, scores, -np.inf).max(axis=-1)
     queries = real.any(axis=-1)
     return bool((high[queries] - low[queries]).max() < _CLOSE)
 
 
 def _by_distance(square: np.ndarray) -> bool:
-    """Whether a bias hangs on the distance of query and key alone, wherever padding puts the first token."""
+    """Whether a bias depends only on the distance of query and key, so that leading padding does not change it."""
     return bool(np.allclose(square[:, 1:, 1:], square[:, :-1, :-1], atol=_CLOSE))
 
 
-def _close(got: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.allclose(got, wanted, rtol=_CLOSE, atol=_CLOSE * max(1e-6, float(np.abs(wanted).max(initial=0)))))
+def _close(computed: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(
+        np.allclose(computed, expected, rtol=_CLOSE, atol=_CLOSE * max(1e-6, float(np.abs(expected).max(initial=0))))
+    )

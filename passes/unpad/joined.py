@@ -1,4 +1,4 @@
-"""q, k and v as one product."""
+"""Joins the projections to q, k and v into one product."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["join_projections"]
 
 
 def join_projections(graph: gs.Graph, core: Core, replaced: Mapping[int, gs.Tensor]) -> dict[str, gs.Tensor]:
-    """The inputs q, k and v of a PackedAttention, or q alone, which holds all three.
+    """The inputs q, k and v of a PackedAttention, or only q, a tensor with all three.
 
-    Three products of one tensor with weights in floating point become one: it reads the tensor once, and an integer
-    product rounds it once.
+    Three products of one tensor with float weights become one, which reads the tensor once; as an integer product, it
+    also rounds the tensor only once.
 
     Args:
-        replaced: what is read in place of a tensor, by its id.
+        replaced: id of a tensor → its replacement.
     """
     attention = core.attention
     linears = [linear for linear in (attention.q, attention.k, attention.v) if linear is not None]
@@ -47,6 +47,6 @@ def join_projections(graph: gs.Graph, core: Core, replaced: Mapping[int, gs.Tens
 
 
 def _plain(linear: Linear) -> bool:
-    """Whether its weight is a float32 constant, its product used for nothing else."""
+    """Whether the weight is a float32 constant, and the product has a single reader."""
     outputs = linear.y.outputs
     return linear.quantized is None and linear.weight.dtype == np.float32 and len(outputs) == 1

@@ -1,4 +1,4 @@
-"""The nodes that pack the tokens of a batch, and those that put packed tokens back into their places."""
+"""The nodes that pack the tokens of a batch, and those that unpack them to their positions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _END = np.iinfo(np.int64).max
 
 
 class Packing:
-    """Rows of the real tokens of a batch, made of the graph's mask; of all tokens, where it has none.
+    """Packs the real tokens of a batch, which the graph's mask marks; without a mask, all tokens.
 
-    Nodes are made when first asked for, and once. All are right for a batch of no samples.
+    Each node is created once, at its first use. All nodes also work for a batch without samples.
 
     Attributes:
-        offsets: [batch + 1], int32: sample b is the rows offsets[b] to offsets[b + 1] of what is packed.
+        offsets: [batch + 1], int32: sample b has the rows offsets[b] to offsets[b + 1] of a packed tensor.
     """
 
     def __init__(self, graph: gs.Graph, stream: gs.Tensor, mask: gs.Tensor | None) -> None:
@@ -37,7 +37,7 @@ class Packing:
         samples = self._node("Squeeze", [self._batch, self._constant("axis", [0], np.int64)], "samples", np.int64)
         stop = self._node("Add", [samples, one], "stop", np.int64)
         numbers = self._node("Range", [zero, stop, one], "numbers", np.int64)
-        places = self._node("Mul", [numbers, self._tokens], "first_places", np.int64)  # and, at the end, of all samples
+        places = self._node("Mul", [numbers, self._tokens], "first_places", np.int64)  # and one past the last sample
         if mask is None:
             self._real: gs.Tensor | None = None
             self.offsets = self._node("Cast", [places], "offsets", np.int32, to=_INT32)
@@ -57,14 +57,14 @@ class Packing:
         size = self._node("Concat", [self._places, tail], f"{tensor.name}/flat_size", np.int64, axis=0)
         packed = self._node("Reshape", [tensor, size], f"{tensor.name}/flat", tensor.dtype, allowzero=1)
         if self._real is not None:
-            found = self._node("NonZero", [self._real], "found", np.int64)
-            rows = self._node("Squeeze", [found, self._constant("axis", [0], np.int64)], "rows", np.int64)
+            indices = self._node("NonZero", [self._real], "found", np.int64)
+            rows = self._node("Squeeze", [indices, self._constant("axis", [0], np.int64)], "rows", np.int64)
             packed = self._node("Gather", [packed, rows], f"{tensor.name}/packed", tensor.dtype, axis=0)
         packed.shape = None if tensor.shape is None else [f"{_NAME}.real", *tensor.shape[2:]]
         return packed
 
     def unpack(self, packed: gs.Tensor) -> gs.Tensor:
-        """[real tokens, ...] → [batch, tokens, ...], zeros where there is no real token."""
+        """[real tokens, ...] → [batch, tokens, ...], zeros for padding."""
         tail = self._tail(packed)
         size = self._node("Concat", [self._batch, self._tokens, tail], f"{packed.name}/size", np.int64, axis=0)
         flat = packed
@@ -77,7 +77,7 @@ class Packing:
         return self._node("Reshape", [flat, size], f"{packed.name}/padded", packed.dtype, allowzero=1)
 
     def first(self, packed: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-        """A tensor, and its rows [batch] that hold each sample's first real token; zeros for a sample without any."""
+        """A tensor, and its rows [batch] with each sample's first real token; zeros for a sample without any."""
         start, last = self._constant("start", [0], np.int64), self._constant("last", [-1], np.int64)
         starts = self._node("Slice", [self.offsets, start, last], "starts", np.int32)
         if self._real is None:
@@ -89,7 +89,7 @@ class Packing:
         return self._with_zeros(packed), rows
 
     def pooled(self, packed: gs.Tensor, kind: Literal["mean", "first"]) -> gs.Tensor:
-        """[real tokens, d] → [batch, d]: the mean of a sample's real tokens, or the first of them."""
+        """[real tokens, d] → [batch, d]: the mean of each sample's real tokens, or the first of them."""
         name = f"{_NAME}/{packed.name}/{kind}"
         if name not in self._made:
             if kind == "first":
@@ -98,12 +98,12 @@ class Packing:
         return self._made[name]
 
     def _count(self) -> gs.Tensor:
-        """The number of real tokens, which is the row of zeros behind them, [1]."""
+        """The number of real tokens, [1], which is also the index of the row of zeros behind them."""
         return self._node("Slice", [self.offsets, self._constant("last", [-1], np.int64),
                                     self._constant("end", [_END], np.int64)], "count", np.int32)  # fmt: skip
 
     def _with_zeros(self, packed: gs.Tensor) -> gs.Tensor:
-        """`packed` and a row of zeros."""
+        """`packed` with a row of zeros at the end."""
         one = self._constant("second", [1], np.int64)
         size = self._node("Concat", [one, self._tail(packed)], f"{packed.name}/row", np.int64, axis=0)
         zeros = self._node("ConstantOfShape", [size], f"{packed.name}/zeros", packed.dtype)

@@ -1,4 +1,4 @@
-"""What is pooled of the last layer, found by running the nodes behind it on random numbers."""
+"""Recognises tensors that pool the tokens of the last layer, by running the nodes behind it on random numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["Pooled", "find_pooled"]
 
 _CLOSE = 1e-4
 _SEED = 0
-_MOST = 16  # tensors that are tried
+_MAX_CANDIDATES = 16  # tensors that are tried
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """A tensor [batch, d] that is made of `tokens`, [batch, tokens, d].
+    """A tensor [batch, d] that pools `tokens`, [batch, tokens, d].
 
     Attributes:
-        kind: "mean" of a sample's real tokens, or "first" of them; 0 for a sample without any.
+        kind: "mean" of each sample's real tokens, or the "first" of them; 0 for a sample without any.
     """
 
     tensor: gs.Tensor
@@ -37,18 +37,20 @@ class Pooled:
 def find_pooled(
     graph: gs.Graph, tensors: Sequence[gs.Tensor], mask: gs.Tensor | None, inside: set[int]
 ) -> list[Pooled]:
-    """What is pooled of `tensors`, [batch, tokens, d] each, by whatever nodes.
+    """The tensors that pool one of `tensors`, [batch, tokens, d] each.
 
     Args:
-        mask: the graph's input that tells real tokens, [batch, tokens]; None where all are.
-        inside: ids of the nodes that compute each token for itself.
+        mask: the graph's input that marks real tokens, [batch, tokens]; None if all tokens are real.
+        inside: ids of the nodes that compute each token by itself.
     """
     return [pooled for tensor in tensors for pooled in _pooled_of(graph, tensor, mask, inside)]
 
 
 def _pooled_of(graph: gs.Graph, tokens: gs.Tensor, mask: gs.Tensor | None, inside: set[int]) -> Iterator[Pooled]:
     sized = tokens.shape is not None and len(tokens.shape) == 3 and isinstance(tokens.shape[-1], int)
-    candidates = list(_candidates(graph, tokens, inside))[:_MOST] if sized and tokens.dtype == np.float32 else []
+    candidates = (
+        list(_candidates(graph, tokens, inside))[:_MAX_CANDIDATES] if sized and tokens.dtype == np.float32 else []
+    )
     if not candidates:
         return
     rng = np.random.default_rng(_SEED)
@@ -61,7 +63,7 @@ def _pooled_of(graph: gs.Graph, tokens: gs.Tensor, mask: gs.Tensor | None, insid
     feeds = {tensor.name: feed(tensor, batch, length, rng) for tensor in graph.inputs} | {tokens.name: x}
     if mask is not None:
         feeds[mask.name] = real.astype(mask.dtype)
-    mean = np.stack([rows[kept].mean(0) for rows, kept in zip(x.astype(np.float64), real, strict=True)])
+    mean = np.stack([rows[is_real].mean(0) for rows, is_real in zip(x.astype(np.float64), real, strict=True)])
     first = x[np.arange(batch), real.argmax(1)]
     for tensor, value in zip(candidates, run_part(graph, [tokens], candidates, feeds), strict=True):
         if value.shape != mean.shape:
@@ -73,7 +75,7 @@ def _pooled_of(graph: gs.Graph, tokens: gs.Tensor, mask: gs.Tensor | None, insid
 
 
 def _candidates(graph: gs.Graph, tokens: gs.Tensor, inside: set[int]) -> Iterator[gs.Tensor]:
-    """Tensors [batch, d] that hang on `tokens` by other nodes than those `inside`."""
+    """Tensors [batch, d] that depend on `tokens` through other nodes than those `inside`."""
     reached = {id(tokens)}
     for node in topological(graph):
         if (

@@ -1,4 +1,4 @@
-"""Which nodes compute each token for itself, so that they run on packed tokens as they stand, or with another axis."""
+"""Recognises nodes that compute each token by itself, so that they work on packed tokens, perhaps with another axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.passes.graph.linear import match_linear
 __all__ = ["Change", "pack_node"]
 
 Change = Callable[[], None]
-"""What has to be done to a node, or to its constants, when its inputs lose an axis."""
+"""A change of a node, or of its constants, that is needed when its inputs lose an axis."""
 
 _ELEMENTWISE = frozenset([
     "Abs", "Add", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "FastGelu",
@@ -32,10 +32,10 @@ _SPARSE = frozenset(["GatherBlocks", "SelectBlocks", "SparseDown", "SparseUp"])
 
 
 def pack_node(node: gs.Node, packed: Mapping[int, int]) -> tuple[str | None, list[Change]]:
-    """Why `node` does not compute each token for itself, or None and what has to be changed.
+    """Why `node` does not compute each token by itself; or None, and the changes that packed tokens need.
 
     Args:
-        packed: id of each tensor that will be packed → its axes now, [batch, tokens, ...].
+        packed: id of each tensor that will be packed → its number of axes before, [batch, tokens, ...].
     """
     axes = max(packed[id(t)] for t in node.inputs if id(t) in packed)
     firsts = id(node.inputs[0]) in packed and not any(id(t) in packed for t in node.inputs[1:])
@@ -45,12 +45,12 @@ def pack_node(node: gs.Node, packed: Mapping[int, int]) -> tuple[str | None, lis
         return _others_fixed(node, packed), []
     if node.op == "Concat":
         whole = all(packed.get(id(t)) == axes for t in node.inputs)
-        return _last_axis(node, packed, axes) if whole else ("an operand of it is not of tokens", [])
+        return _last_axis(node, packed, axes) if whole else ("one of its operands does not depend on tokens", [])
     if not firsts and node.op not in _SPARSE:
-        return "an operand of it is computed of tokens", []
+        return "an operand other than the first depends on tokens", []
     if node.op in _PRODUCTS:
         matrix = match_linear(node) is not None or len(node.inputs[1].shape or ()) == 2
-        return (_others_fixed(node, packed) if matrix else "its second operand is no matrix"), []
+        return (_others_fixed(node, packed) if matrix else "its second operand is not a matrix"), []
     if node.op in _QUANTIZERS:
         return _quantizer(node, axes)
     if node.op in _NORMS or node.op in _LAST_AXIS:
@@ -60,12 +60,12 @@ def pack_node(node: gs.Node, packed: Mapping[int, int]) -> tuple[str | None, lis
     if node.op == "Slice":
         return _slice(node, packed, axes)
     if node.op in _SPARSE:
-        return ("its choice is one for all tokens" if node.attrs.get("shared") else _others_fixed(node, packed)), []
-    return "it does not compute each token for itself", []
+        return ("its choice is shared by all tokens" if node.attrs.get("shared") else _others_fixed(node, packed)), []
+    return "it does not compute each token by itself", []
 
 
 def _fixed(tensor: gs.Tensor) -> bool:
-    """Whether it is made of constants alone."""
+    """Whether `tensor` depends only on constants."""
     stack = [tensor]
     while stack:
         current = stack.pop()
@@ -79,7 +79,7 @@ def _fixed(tensor: gs.Tensor) -> bool:
 
 def _others_fixed(node: gs.Node, packed: Mapping[int, int]) -> str | None:
     odd = [t for t in node.inputs if id(t) not in packed and not _fixed(t)]
-    return f"its operand {odd[0].name} is no constant" if odd else None
+    return f"its operand {odd[0].name} is not a constant" if odd else None
 
 
 def _elementwise(node: gs.Node, packed: Mapping[int, int], axes: int) -> tuple[str | None, list[Change]]:
@@ -92,12 +92,12 @@ def _elementwise(node: gs.Node, packed: Mapping[int, int], axes: int) -> tuple[s
                 return "its operands have different numbers of axes", []
             continue
         if not _fixed(tensor) or tensor.shape is None:
-            return f"its operand {tensor.name} is no constant", []
+            return f"its operand {tensor.name} is not a constant", []
         shape = list(tensor.shape)
         by_token = shape[: max(0, len(shape) - (axes - 2))]
         if any(size != 1 for size in by_token):
             return f"its operand {tensor.name} differs from token to token", []
-        if len(by_token) > 1:  # it would add an axis to what is packed
+        if len(by_token) > 1:  # it would add an axis to packed tokens
             if not isinstance(tensor, gs.Constant):
                 return f"its operand {tensor.name} is computed", []
             changes.append(partial(_reshape, node, number, shape[len(by_token) - 1 :]))
@@ -117,9 +117,9 @@ def _last_axis(node: gs.Node, packed: Mapping[int, int], axes: int) -> tuple[str
 
 
 def _quantizer(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:
-    """Scales of the whole tensor, or one for each feature; not those computed of the tokens, or of one token."""
+    """Accept one scale for the tensor, or one per feature; refuse scales computed from tokens, or per token."""
     if not all(_fixed(tensor) for tensor in node.inputs[1:]):
-        return "its scales are computed of tokens", []
+        return "its scales are computed from tokens", []
     shape = node.inputs[1].shape
     if shape is not None and int(np.prod(shape)) == 1:
         return None, []
@@ -129,17 +129,17 @@ def _quantizer(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:
 
 
 def _reduction(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is None and "axes" not in node.attrs:
+    axes_input = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes_input is None and "axes" not in node.attrs:
         return "it reduces all axes", []
-    if given is not None and not isinstance(given, gs.Constant):
+    if axes_input is not None and not isinstance(axes_input, gs.Constant):
         return "its axes are computed", []
-    over = [int(a) for a in (node.attrs["axes"] if given is None else values(given).reshape(-1))]
+    over = [int(a) for a in (node.attrs["axes"] if axes_input is None else values(axes_input).reshape(-1))]
     if any(a not in (-1, axes - 1) for a in over) or not over or not int(node.attrs.get("keepdims", 1)):
-        return "it does not reduce the last axis alone", []
+        return "it reduces other axes than the last", []
 
     def change() -> None:
-        if "axes" in node.attrs:  # raising the opset may have made an input of them since
+        if "axes" in node.attrs:  # raising the opset may have turned the attribute into an input
             node.attrs["axes"] = [-1]
         else:
             node.inputs[1] = constant(f"unpad/{node.outputs[0].name}/axes", np.array([-1], np.int64))
@@ -150,7 +150,7 @@ def _reduction(node: gs.Node, axes: int) -> tuple[str | None, list[Change]]:
 def _slice(node: gs.Node, packed: Mapping[int, int], axes: int) -> tuple[str | None, list[Change]]:
     over = node.inputs[3] if len(node.inputs) > 3 else None
     if not isinstance(over, gs.Constant) or any(int(a) not in (-1, axes - 1) for a in values(over).reshape(-1)):
-        return "it does not take of the last axis alone", []
+        return "it slices other axes than the last", []
 
     def change() -> None:
         node.inputs[3] = constant(f"unpad/{node.outputs[0].name}/axes", np.full(over.shape, -1, np.int64))

@@ -1,4 +1,4 @@
-"""The pass `unpad`: between its first layer and its last, an encoder computes real tokens alone, without padding."""
+"""The pass `unpad`: from its first layer to its last, an encoder computes only real tokens, without padding."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _FUSED = {"Attention", "MultiHeadAttention", "QAttention"}  # by ONNX Runtime's 
 class Unpad(Pass):
     """Pack the real tokens of a batch one behind the other, from the first layer to the last.
 
-    The input that attentions hide padding by tells which tokens are real. What computes each token for itself stays as
-    it is, attention becomes the op PackedAttention, and q, k and v one product. Whatever reads the stream behind the
-    last layer gets it padded again, with zeros, or each sample's first token.
-    Exact: for real tokens the graph computes the same, up to the rounding of float32. A model in which something else
-    mixes tokens is left alone, with the node and the reason.
+    The mask input of the attentions marks the real tokens. Nodes that compute each token by itself stay, attention
+    becomes the op PackedAttention, and q, k and v become one product. Nodes behind the last layer read the stream
+    padded again, with zeros, or only each sample's first token.
+    Exact: for real tokens the graph computes the same, up to the rounding of float32. If another node mixes tokens,
+    the model is left unchanged, and the report names the node and the reason.
     """
 
     name: ClassVar[str] = "unpad"
-    summary: ClassVar[str] = "encoders compute real tokens alone, packed without padding"
+    summary: ClassVar[str] = "encoders compute only real tokens, packed without padding"
     reads_layers: ClassVar[bool] = True
     packs: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
-        """Rewrite `graph`, or leave all of it."""
+        """Rewrite the whole `graph`, or leave it unchanged."""
         anatomy = find_anatomy(graph)
         if not anatomy.attentions:
             return PassResult(self.name, 0, (Left("the model", "no attention is recognised"),))
@@ -62,38 +62,38 @@ class Unpad(Pass):
         return PassResult(self.name, len(cores), (), {"mask": None if mask is None else mask.name})
 
     def bars(self, later: Pass) -> str | None:
-        return "training does not know the op that it makes" if later.name == "recover" else None
+        return "training does not support the op PackedAttention" if later.name == "recover" else None
 
     def unfit(self, capability: Capability) -> str | None:
         if capability.counted_sizes:
             return None
-        return "it takes no tensors whose sizes are counted at run time"
+        return "it does not support tensors whose sizes are counted at run time"
 
 
 def _fused(attentions: Sequence[Attention]) -> str:
-    """What to say where another tool made one op of an attention, whose bias and mask are hidden in it."""
+    """The note for messages if another tool fused attention into one op, which hides bias and mask."""
     ops = {node.op for attention in attentions for node in attention.nodes if node.domain == _MICROSOFT}
     if not ops & _FUSED:
         return ""
-    return f" (fused as com.microsoft.{min(ops & _FUSED)}: give the file that was exported, not an optimized one)"
+    return f" (fused as com.microsoft.{min(ops & _FUSED)}: use the exported file, not an optimized one)"
 
 
 def _mask(graph: gs.Graph, contexts: Sequence[gs.Tensor], streams: Sequence[gs.Tensor]) -> gs.Tensor | None:
-    """The input that tells real tokens; None where attention sees all.
+    """The input that marks real tokens; None if attention reads all tokens.
 
     Raises:
-        RefusedError: attention hangs on something else beside the stream.
+        RefusedError: attention depends on something else than the stream and a mask.
     """
-    found = mask_of(graph, contexts, streams)
-    if len(found) > 1:
+    masks = mask_of(graph, contexts, streams)
+    if len(masks) > 1:
         raise RefusedError(
-            "the model", f"attention hangs on several inputs: {', '.join(sorted(t.name for t in found))}"
+            "the model", f"attention depends on several inputs: {', '.join(sorted(t.name for t in masks))}"
         )
-    if found and (found[0].shape is None or len(found[0].shape) != 2 or not _is_mask(found[0])):
+    if masks and (masks[0].shape is None or len(masks[0].shape) != 2 or not _is_mask(masks[0])):
         raise RefusedError(
-            "the model", f"attention hangs on the input {found[0].name}, which is no mask [batch, tokens]"
+            "the model", f"attention depends on the input {masks[0].name}, which is not a mask [batch, tokens]"
         )
-    return found[0] if found else None
+    return masks[0] if masks else None
 
 
 def _is_mask(tensor: gs.Tensor) -> bool:
@@ -108,15 +108,15 @@ def _check_mask(stream: gs.Tensor, mask: gs.Tensor | None) -> None:
 
 
 class _Plan:
-    """What is packed, and what each node needs for it. Making it changes nothing.
+    """The tensors to pack, and the changes that each node needs. Creating the plan changes nothing.
 
     Raises:
-        RefusedError: a node on the way to an attention, or to another layer, does not compute each token for itself.
+        RefusedError: a node before an attention or another layer does not compute each token by itself.
     """
 
     def __init__(self, graph: gs.Graph, stream: gs.Tensor, cores: Sequence[Core], mask: gs.Tensor | None) -> None:
         self.graph, self.stream, self.cores = graph, stream, cores
-        self.packed: dict[int, int] = {id(stream): 3}  # → axes, as they are
+        self.packed: dict[int, int] = {id(stream): 3}  # tensor id → number of axes before packing
         self.nodes: dict[int, list[Change]] = {}
         self._tensors: list[gs.Tensor] = [stream]
         pending, stopped = list(cores), {}
@@ -143,7 +143,7 @@ class _Plan:
         self.pooled = find_pooled(graph, states, mask, set(self.nodes))
 
     def _leaves(self, tensor: gs.Tensor) -> bool:
-        """Whether nodes read `tensor` that do not compute each token for itself, beside attention."""
+        """Whether nodes other than attention read `tensor` and do not compute each token by itself."""
         sources = {id(source) for core in self.cores for source in core.sources}
         return id(tensor) not in sources and any(id(node) not in self.nodes for node in tensor.outputs)
 
@@ -156,7 +156,7 @@ class _Plan:
         return any(id(tensor) in self.packed for tensor in node.inputs)
 
     def _first_stop(self, stopped: dict[int, tuple[gs.Node, str]], core: Core) -> tuple[str, str]:
-        """The first node before an attention's projections that does not let packed tokens through."""
+        """The first node before an attention's projections that does not support packed tokens."""
         before: set[int] = set()
         stack = list(core.sources)
         while stack:
@@ -171,7 +171,7 @@ class _Plan:
         return f"attention {core.attention.layer}", "its input does not come from the first layer's"
 
     def rewrite(self, packing: Packing) -> None:
-        """Pack the stream, replace the attentions, and unpack for those who read what is packed otherwise."""
+        """Pack the stream, replace the attentions, and unpack tensors for all other readers."""
         graph = self.graph
         nodes = {id(node): node for node in graph.nodes}
         replaced: dict[int, gs.Tensor] = {id(self.stream): packing.pack(self.stream)}
@@ -205,11 +205,11 @@ class _Plan:
         for tensor, readers in outside:
             if tensor is self.stream:
                 continue
-            now = replaced.get(id(tensor), tensor)
+            packed = replaced.get(id(tensor), tensor)
             for node in readers:
-                _read(node, tensor, now, packing)
+                _read(node, tensor, packed, packing)
             if any(tensor is output for output in graph.outputs):
-                output = packing.unpack(now)
+                output = packing.unpack(packed)
                 rename_output(graph, tensor, output)
                 output.shape = padded[id(tensor)]
         graph.cleanup(remove_unused_graph_inputs=False)
@@ -220,12 +220,12 @@ def _scale(core: Core) -> gs.Constant:
     return gs.Constant(f"unpad/attention.{core.attention.layer}/scale", np.array(core.scale, np.float32))
 
 
-def _read(node: gs.Node, tensor: gs.Tensor, now: gs.Tensor, packing: Packing) -> None:
-    """Let `node`, which mixes tokens, read what is packed `now`."""
+def _read(node: gs.Node, tensor: gs.Tensor, packed: gs.Tensor, packing: Packing) -> None:
+    """Let `node`, which mixes tokens, read `tensor` from its packed form `packed`."""
     if node.op == "Gather" and node.inputs[0] is tensor and node.attrs.get("axis", 0) == 1 and _is_zero(node.inputs[1]):
-        node.inputs, node.attrs["axis"] = list(packing.first(now)), 0
+        node.inputs, node.attrs["axis"] = list(packing.first(packed)), 0
         return
-    node.inputs = [packing.unpack(now) if t is tensor else t for t in node.inputs]
+    node.inputs = [packing.unpack(packed) if t is tensor else t for t in node.inputs]
 
 
 def _is_zero(index: gs.Tensor) -> bool:

@@ -212,7 +212,7 @@ def check_ids(graph: gs.Graph, shards: int, folder: Path) -> list[Rank]:
         ("llama", 2, [], "head", "131 vocabulary rows are not divisible by 2 shards"),
         ("opt", 3, [topk()], "layer 0 FFN", "92 neurons are not divisible by 3 shards"),
         ("llama", 2, [topk(block=4)], "layer 1 FFN", "27 blocks of 4 neurons are not divisible by 2 shards"),
-        ("bert", 2, [("weight-only", {"block": 16})], "layer 0 FFN", "40 neurons of a shard are no whole blocks of 16"),
+        ("bert", 2, [("weight-only", {"block": 16})], "layer 0 FFN", "40 neurons of a shard are not whole blocks of 16"),
         ("bert", 3, [("ffn-split", {"heavy": 0.5})], "layer 0 FFN", "neurons are not divisible by 3 shards"),
         ("bert", 2, [("dynamic-int8", {})], "products of integers", "the range of a whole tensor"),
     ],

@@ -11,24 +11,24 @@ from trimtab.passes.graph.wellformed.nodes import subgraphs, where
 
 
 def check_scope(
-    nodes: Sequence[NodeProto], given: Iterable[str], outputs: Iterable[str], outer: frozenset[str] = frozenset()
+    nodes: Sequence[NodeProto], defined: Iterable[str], outputs: Iterable[str], outer: frozenset[str] = frozenset()
 ) -> None:
     """Check that exactly one input, weight or node defines each name in `nodes` and `outputs`, without a cycle.
 
     Subgraphs of the nodes are not checked, except for the names of this scope that they use.
 
     Args:
-        given: names of inputs and weights.
+        defined: names of inputs and weights.
         outer: names that surrounding graphs define.
 
     Raises:
         MalformedError: the message names the tensor or the node.
     """
-    given = frozenset(given)
+    defined = frozenset(defined)
     producer: dict[str, int] = {}
     for place, node in enumerate(nodes):
         for name in filter(None, node.output):
-            if name in producer or name in given:
+            if name in producer or name in defined:
                 raise MalformedError(f"tensor {name_of(name)} is given twice, the second time by {where(node)}")
             producer[name] = place
     readers: list[list[int]] = [[] for _ in nodes]
@@ -39,7 +39,7 @@ def check_scope(
             if name in producer:
                 readers[producer[name]].append(place)
                 waiting[place] += 1
-            elif name not in given and name not in outer and name in node.input:
+            elif name not in defined and name not in outer and name in node.input:
                 raise MalformedError(f"nothing gives the tensor {name_of(name)} that {where(node)} uses")
     ready = [place for place, count in enumerate(waiting) if not count]
     for done in ready:  # grows while it is read
@@ -51,7 +51,7 @@ def check_scope(
         stuck = next(node for node, count in zip(nodes, waiting, strict=True) if count)
         raise MalformedError(f"the graph has a cycle in front of {where(stuck)}")
     for name in outputs:
-        if name not in producer and name not in given and name not in outer:
+        if name not in producer and name not in defined and name not in outer:
             raise MalformedError(f"nothing gives the output {name_of(name)}")
 
 
