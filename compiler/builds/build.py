@@ -1,7 +1,7 @@
-"""A build directory, opened: verified, and read as one even while another process puts a new build in its place.
+"""Opening a build directory: verified, and read as one build even while another process replaces it.
 
-A build is never changed in place: a compile writes another directory and switches the two. So whoever holds the
-directory, reads, and then finds it under the same name, has read one build.
+A build is never changed in place: a compile writes another directory and swaps the two. So a reader that holds the
+directory open and afterwards still finds it under the same name has read one build.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _CHUNK = 1 << 20  # bytes hashed at a time, which fit a core's cache
-_ATTEMPTS = 10  # to read a build that others replace meanwhile
-_ABSENT_S = 5.0  # that a build may be absent where a switch takes two renames
+_ATTEMPTS = 10  # to read a build that other processes keep replacing
+_ABSENT_S = 5.0  # seconds that a build may be absent while a swap needs two renames
 _POLL_S = 0.01
 
 
@@ -41,9 +41,9 @@ class Build:
 
     Attributes:
         path: the directory.
-        manifest: what it says of itself.
-        hash: sha256 of the manifest, which has the hashes of all files: it stands for the whole build.
-        reused: True where a compile found it up to date and did nothing.
+        manifest: the description of the build.
+        hash: sha256 of the manifest, which contains the hashes of all files: it identifies the whole build.
+        reused: True if a compile found the build up to date and did nothing.
     """
 
     path: Path
@@ -58,12 +58,12 @@ class Build:
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder with tokenizer.json, or None where the model has none."""
+        """Folder with tokenizer.json, or None if the model has no tokenizer."""
         return self.path / TOKENIZER if self.files_in(TOKENIZER) else None
 
     @property
     def measured(self) -> Measured:
-        """What `trimtab validate` and `trimtab bench` have recorded."""
+        """The results that `trimtab validate`, `bench` and `cost` recorded."""
         return read_measured(self.path, self.hash)
 
     def files_in(self, folder: Path) -> list[Path]:
@@ -72,10 +72,10 @@ class Build:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """That the directory holds this build while the body reads from it.
+        """Ensure that the directory holds this build while the body reads from it.
 
         Raises:
-            BuildError: another process has replaced it; whatever the body ran into then comes of that.
+            BuildError: another process replaced the build, which also explains any error of the body.
         """
         with unchanged(self.path, self.hash):
             yield
@@ -85,11 +85,11 @@ def open_build(folder: Path | str, *, verify: bool = True, trusted_hash: str | N
     """Open a build directory.
 
     Args:
-        verify: hash every file, and not only look whether it is there.
-        trusted_hash: sha256 that the manifest has to have; every file is then hashed in any case.
+        verify: hash every file, instead of only checking that it exists with the right size.
+        trusted_hash: sha256 that the manifest must have; every file is then hashed, whatever `verify` is.
 
     Raises:
-        BuildError: not a build, of another format, damaged, or not the trusted one; names the damaged file.
+        BuildError: not a build, of another format, damaged, or not the trusted build; names the damaged file.
     """
     return read_build(folder, lambda build: build, verify=verify, trusted_hash=trusted_hash)
 
@@ -102,16 +102,16 @@ def read_build(
     trusted_hash: str | None = None,
     discard: Callable[[T], None] | None = None,
 ) -> T:
-    """What `read` makes of the build in `folder`, from which it may open files; all of them are of one build.
+    """The result of `read` on the build in `folder`. All files that `read` opens there belong to one build.
 
-    Where another process replaces the build meanwhile, it is opened and read again.
+    If another process replaces the build meanwhile, the build is opened and read again.
 
     Args:
-        verify, trusted_hash: as `open_build` takes them.
-        discard: takes what was read in vain.
+        verify, trusted_hash: as in `open_build`.
+        discard: releases a result that was read from a replaced build.
 
     Raises:
-        BuildError: as `open_build`; or it was replaced again and again.
+        BuildError: as in `open_build`; or the build was replaced in every attempt.
     """
     folder = Path(folder)
     for _ in range(_ATTEMPTS):
@@ -135,7 +135,7 @@ def read_build(
 
 @contextmanager
 def unchanged(folder: Path, manifest_hash: str) -> Iterator[None]:
-    """That `folder` holds the build of that manifest while the body reads from it; see `Build.unchanged`."""
+    """Ensure that `folder` holds the build with this manifest while the body reads from it; see `Build.unchanged`."""
     replaced = BuildError(f"{folder}: another process has replaced the build that was loaded", hint="load it again")
     with _hold(folder) as is_there:
         if read_manifest(folder)[1] != manifest_hash:
@@ -151,7 +151,7 @@ def unchanged(folder: Path, manifest_hash: str) -> Iterator[None]:
 
 
 def of_one_build(function: Callable[Concatenate[Build, P], T]) -> Callable[Concatenate[Build, P], T]:
-    """Decorator of functions that read from a build: it is unchanged while they run."""
+    """Decorator for functions that read from a build: an error if the build is replaced while they run."""
 
     @wraps(function)
     def run(build: Build, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -162,7 +162,7 @@ def of_one_build(function: Callable[Concatenate[Build, P], T]) -> Callable[Conca
 
 
 def find_build(folder: Path, key: str) -> Build | None:
-    """The build in `folder`, if it was made from the inputs that `key` stands for and is sound."""
+    """The build in `folder`, if its key is `key` and every file is intact; else None."""
     if not is_build(folder):
         return None
     try:
@@ -170,7 +170,7 @@ def find_build(folder: Path, key: str) -> Build | None:
             return None
         return replace(open_build(folder), reused=True)
     except BuildError as error:
-        log.warning("%s; compiling it anew", error.message)
+        log.warning("%s; compiling it again", error.message)
         return None
 
 
@@ -188,7 +188,7 @@ def _hash(readinto: Callable[[memoryview], int | None]) -> str:
 
 
 def absolute(folder: Path | str) -> Path:
-    """`folder` with links resolved, so that two ways to name one directory share its lock."""
+    """`folder` with links resolved, so that two names of one directory share its lock."""
     folder = Path(folder).expanduser().resolve()
     if folder.parent == folder:
         raise BuildError(f"{folder}: is the root of the file system", hint="give a directory of its own with -o")
@@ -196,12 +196,12 @@ def absolute(folder: Path | str) -> Path:
 
 
 def sibling(out: Path, what: str) -> Path:
-    """The hidden path beside `out` that writers use for `what`."""
+    """The hidden path next to `out` that writers use for `what`, such as "part" or "lock"."""
     return out.with_name(f".{out.name}.trimtab-{what}")
 
 
 _Mark = tuple[int, int, int, int]
-"""Device, inode, size and time of change of a file: what tells it from another that took its place."""
+"""Device, inode, size and modification time of a file: they differ if another file takes its place."""
 
 
 def _open(folder: Path, verify: bool, trusted_hash: str | None) -> tuple[Build, dict[str, _Mark]]:
@@ -209,7 +209,7 @@ def _open(folder: Path, verify: bool, trusted_hash: str | None) -> tuple[Build, 
     if trusted_hash is not None and digest != trusted_hash.strip().lower():
         raise BuildError(
             f"{folder / NAME}: its sha256 is {digest}, and {trusted_hash} is trusted",
-            hint="this is another build than the one you trust, or it was compiled again since",
+            hint="this is not the build you trust, or it was compiled again since",
         )
     check_listing(folder, manifest)
     verify = verify or trusted_hash is not None
@@ -219,7 +219,7 @@ def _open(folder: Path, verify: bool, trusted_hash: str | None) -> tuple[Build, 
 
 
 def _check_file(path: Path, info: FileInfo, verify: bool) -> _Mark:
-    """That the file at `path` is the one that `info` describes."""
+    """Check that the file at `path` is the one that `info` describes."""
     try:
         if not path.is_file():
             raise BuildError(f"{path}: missing from the build", hint="compile it again")
@@ -237,7 +237,7 @@ def _mark(status: os.stat_result) -> _Mark:
 
 
 def _check_marks(folder: Path, marks: dict[str, _Mark]) -> None:
-    """That the files are still those that were verified."""
+    """Check that the files are still those that were verified."""
     for name, mark in marks.items():
         try:
             same = _mark(os.stat(folder / name)) == mark
@@ -249,21 +249,21 @@ def _check_marks(folder: Path, marks: dict[str, _Mark]) -> None:
 
 @contextmanager
 def _hold(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Hold the directory open, so that no other can get its inode.
+    """Hold the directory open, so that no other directory can get its inode.
 
     Yields:
-        tells whether `folder` still names it.
+        A function that returns whether `folder` still names this directory.
     """
     handle = _open_directory(folder)
     try:
-        held = os.fstat(handle)
+        opened = os.fstat(handle)
 
         def is_there() -> bool:
             try:
                 now = os.stat(folder)
             except OSError:
                 return False
-            return (now.st_dev, now.st_ino) == (held.st_dev, held.st_ino)
+            return (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
 
         yield is_there
     finally:
@@ -271,21 +271,21 @@ def _hold(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def _open_directory(folder: Path) -> int:
-    """A handle of the directory; waits for it while a writer that needs two renames is between them."""
+    """A handle of the directory. While a writer is between the two renames of a swap, wait for the directory."""
     deadline = time.monotonic() + _ABSENT_S
     while (handle := _handle(folder)) is None:
         if not _is_being_replaced(folder):
             raise BuildError(f"{folder}: no such build directory", hint="make one with `trimtab compile`")
         if time.monotonic() > deadline:
             raise BuildError(
-                f"{folder}: absent, because the compile that was to replace it was ended", hint="compile it again"
+                f"{folder}: absent, because a compile ended while it replaced the build", hint="compile it again"
             )
         time.sleep(_POLL_S)
     return handle
 
 
 def _handle(folder: Path) -> int | None:
-    """A handle of the directory, or None where there is none."""
+    """A handle of the directory, or None if it does not exist."""
     try:
         return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
@@ -295,6 +295,6 @@ def _handle(folder: Path) -> int | None:
 
 
 def _is_being_replaced(folder: Path) -> bool:
-    """Whether `folder`, absent a moment ago, is there by now, or the build that had its name lies beside it."""
+    """Whether `folder`, absent a moment ago, exists now, or the old build is next to it under its temporary name."""
     path = folder.resolve()
     return bool(path.name) and (sibling(path, "old").is_dir() or path.is_dir())

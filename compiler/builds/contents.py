@@ -1,4 +1,4 @@
-"""Only what the manifest lists is opened: no other file lies where a runtime looks, no link leads out of the build."""
+"""Only files that the manifest lists are opened: no other file in the folders that runtimes search, no outside link."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trimtab.passes.errors import BuildError
 TOKENIZER = Path("tokenizer")
 
 CLOSED = (MODEL.parent, ENGINE, TOKENIZER)
-"""Folders in which runtimes and libraries look for files by themselves."""
+"""Folders in which runtimes and libraries search for files themselves."""
 
 
 def check_listing(folder: Path, manifest: Manifest) -> None:
-    """That `manifest` lists the model, every file of the folders in `CLOSED`, and no link that leads elsewhere.
+    """Check that `manifest` lists the model, every file of the folders in `CLOSED`, and no link out of the build.
 
     Raises:
         BuildError: names the file.
@@ -32,7 +32,7 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
     for path in _entries(folder):
         if path.relative_to(folder).as_posix() not in manifest.files:
             raise BuildError(
-                f"{path}: is no file of this build: the manifest does not list it",
+                f"{path}: does not belong to this build: the manifest does not list it",
                 hint="remove it, or compile the model again",
             )
     root = folder.resolve()
@@ -40,12 +40,12 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
         if not (folder / name).resolve().is_relative_to(root):
             raise BuildError(
                 f"{folder / name}: is a link that leads out of the build",
-                hint="copy the build with the files that links lead to, such as by `cp -rL`",
+                hint="copy the build with the targets of its links, such as with `cp -rL`",
             )
 
 
 def check_references(folder: Path, manifest: Manifest) -> None:
-    """That `manifest` lists the data files in which its ONNX files have their weights.
+    """Check that `manifest` lists the data files from which its ONNX files read weights.
 
     Raises:
         BuildError: names the file.
@@ -64,10 +64,10 @@ def check_references(folder: Path, manifest: Manifest) -> None:
 
 
 def data_files(path: Path) -> set[str]:
-    """The files of external data that an ONNX file names.
+    """The names of the external data files of an ONNX file.
 
     Raises:
-        BuildError: it is no ONNX file.
+        BuildError: the file is not an ONNX file.
     """
     try:
         model = onnx.load(str(path), format="protobuf", load_external_data=False)
@@ -78,7 +78,7 @@ def data_files(path: Path) -> set[str]:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Files in the folders of `CLOSED`, and links to folders, into which nothing looks."""
+    """Files in the folders of `CLOSED`, and links to folders, which are not followed."""
     for part in CLOSED:
         for place, folders, files in os.walk(folder / part):
             yield from (Path(place) / name for name in files)

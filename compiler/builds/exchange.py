@@ -1,4 +1,4 @@
-"""Two directories trade names in one step: Linux' renameat2 with RENAME_EXCHANGE, which Python does not offer."""
+"""Swap the names of two directories atomically: Linux' renameat2 with RENAME_EXCHANGE, which Python does not offer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
-"""What kernels, file systems and sandboxes answer that know no exchange."""
+"""Errors of kernels, file systems and sandboxes that do not support an exchange."""
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Give each of two directories the other's name, so that neither name is without one at any time.
+    """Swap the names of two directories, so that both names exist at all times.
 
     Returns:
-        False where the system or this file system cannot do that; nothing has changed then.
+        False if the system or the file system does not support it; nothing has changed then.
 
     Raises:
         OSError: as `os.rename`.
@@ -37,7 +37,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 @lru_cache
 def _renameat2() -> Any:
-    """The C library's function, or None where it has none."""
+    """The C library's function `renameat2`, or None if the library has none."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):

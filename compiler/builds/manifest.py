@@ -1,4 +1,4 @@
-"""The manifest: what a build says of itself. One JSON file, read back strictly."""
+"""The manifest: the description of a build, in one JSON file that is strictly validated when it is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trimtab.passes.os_errors import unreadable
 
 NAME = "manifest.json"
 HASH = "manifest.sha256"
-"""The file beside the manifest with its hash, as `sha256sum --check` reads it."""
+"""The file next to the manifest with its hash, in the format of `sha256sum --check`."""
 
 FORMAT = 2
 _PACKAGES = (
@@ -38,7 +38,7 @@ _PACKAGES = (
 
 
 _MAX_SIZE = 1 << 24
-"""Of a fixed dimension of an input or output."""
+"""Maximum of a fixed dimension of an input or output."""
 
 
 class _Model(BaseModel):
@@ -56,8 +56,8 @@ class TensorInfo(_Model):
     """One input or output of the engine.
 
     Attributes:
-        shape: a dynamic dimension has a name, or None where the model gives it none.
-        bounds: the least and the most value of an input that indexes a table.
+        shape: a dynamic dimension is its name, or None if the model does not name it.
+        bounds: minimum and maximum of an input that indexes a table.
     """
 
     name: str
@@ -72,14 +72,14 @@ class TensorInfo(_Model):
 
 
 class LeftPlace(_Model):
-    """A place a pass left alone."""
+    """A place that a pass did not change."""
 
     where: str
     why: str
 
 
 class PassReport(_Model):
-    """What a pass did: places changed, places left, and details for the report."""
+    """The result of a pass: number of places changed, places left unchanged, and details for the report."""
 
     name: str
     changed: int
@@ -93,7 +93,7 @@ class PassReport(_Model):
 
 
 class Sizes(_Model):
-    """Bytes of the weights, before and after; of the compiled FFNs where the passes tell, else None."""
+    """Bytes of the weights, dense and compiled. `compiled_ffn_bytes` is None if no pass reports it."""
 
     dense_bytes: int
     compiled_bytes: int
@@ -102,11 +102,11 @@ class Sizes(_Model):
 
 
 class SelfCheck(_Model):
-    """The finished engine against the dense model, on random inputs of one shape.
+    """Comparison of the finished engine with the dense model, on random inputs of one shape.
 
     Attributes:
-        ran: False where it was skipped.
-        why: it was skipped.
+        ran: False if the check was skipped.
+        why: the reason why it was skipped.
         outputs: the error of each output.
     """
 
@@ -116,7 +116,7 @@ class SelfCheck(_Model):
 
 
 class _Recorded(BaseModel):
-    """What is read of a manifest's recipe when its build is used; the rest is kept as it is."""
+    """The parts of a manifest's recipe that are read when the build is used; the rest is stored unchecked."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -127,34 +127,35 @@ class _Recorded(BaseModel):
 
 
 class Manifest(_Model):
-    """What a build says of itself.
+    """The description of a build.
 
     Attributes:
-        tool, format: tell this file from others of its name.
-        key: hash of all that went into the build; the same inputs give the same key.
+        tool, format: distinguish this file from others of the same name.
+        key: hash of all inputs of the build; the same inputs give the same key.
         created: UTC, ISO 8601.
         origin: the model as the user named it.
-        source: the ONNX file it was compiled from, which may lie in the cache.
+        source: the ONNX file that was compiled, which may be in the cache.
         graph: hash of that file.
-        fingerprint: of the dense model's weights.
-        family, labels, max_tokens: of the model.
-        task: what the model is for, by which it is judged and served; None where trimtab knows no use of its outputs.
-        inputs, outputs: of the engine, without its dials.
-        dials: numbers that a call may set; inputs of the engine, too, and float32 [batch].
-        speed: the path through the dials' values that `speed` goes.
-        positions: how long a text the model's positions allow; None where they limit nothing.
-        packed: masks that attention takes as counts of tokens.
-        target, capability: what it was built for, and what that could do.
-        shards: processes among which it is divided.
-        recipe: with every default filled in.
+        fingerprint: hash of the dense model's weights.
+        family, labels, max_tokens: properties of the model.
+        task: what the model is for; decides how it is evaluated and served. None if trimtab knows no use for its
+            outputs.
+        inputs, outputs: tensors of the engine, without its dials.
+        dials: numbers that a call may set; further inputs of the engine, float32 [batch].
+        speed: the path through the dials' values that `speed` follows.
+        positions: limits the length of texts; None if the model's positions do not limit it.
+        packed: masks that attention reads as counts of tokens.
+        target, capability: the runtime the build is for, and what that runtime can do.
+        shards: number of processes among which the model is divided.
+        recipe: the recipe with every default filled in.
         data, profile: hashes of the calibration data and of the Profile.
-        profile_origin: the file of the Profile, or what it was measured on.
-        versions: of the packages involved.
-        passes: what each pass did, in order.
-        files: every file that is read when the build is used, by its path in the build; this one left out.
-        seconds: how long each phase took.
-        peak_memory_bytes: most resident memory of the compiling process since its start, or None where unknown.
-        check: of the engine, before it was let out.
+        profile_origin: the file of the Profile, or the data on which it was measured.
+        versions: versions of the packages involved.
+        passes: the result of each pass, in order.
+        files: every file that is read when the build is used, except the manifest, by its path in the build.
+        seconds: phase → duration.
+        peak_memory_bytes: peak RSS of the compiling process since its start; None if unknown.
+        check: result of the check of the engine before the commit.
     """
 
     tool: Literal["trimtab"] = "trimtab"
@@ -206,12 +207,12 @@ class Manifest(_Model):
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the model knows; None where its graph does not tell."""
+        """Size of the vocabulary; None if the graph does not show it."""
         return next((t.bounds[1] + 1 for t in self.inputs if t.name == "input_ids" and t.bounds is not None), None)
 
     @property
     def engine_inputs(self) -> tuple[TensorInfo, ...]:
-        """What the engine itself takes: `inputs`, and the dials behind them."""
+        """All inputs of the engine: `inputs`, followed by the dials."""
         batch = (self.inputs[0].shape or (None,))[:1] if self.inputs else (None,)
         return (*self.inputs, *(TensorInfo(name=dial.name, dtype="float32", shape=batch) for dial in self.dials))
 
@@ -222,12 +223,12 @@ class Manifest(_Model):
 
     @property
     def workload(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.recipe["workload"]
-        return found
+        workload: dict[str, Any] = self.recipe["workload"]
+        return workload
 
 
 def is_build(folder: Path) -> bool:
-    """Whether `folder` holds a build, of any format, whole or not."""
+    """Whether `folder` holds a build, of any format, complete or damaged."""
     try:
         _Format.model_validate_json((folder / NAME).read_bytes())
     except (OSError, ValidationError):
@@ -236,10 +237,10 @@ def is_build(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest of the build in `folder`, and its sha256, which the file beside it confirms.
+    """The manifest of the build in `folder`, and its sha256, verified against the file next to it.
 
     Raises:
-        BuildError: no build there, of another format, or damaged.
+        BuildError: `folder` has no build, or one of another format, or a damaged one.
     """
     path = folder / NAME
     again = "compile it again"
@@ -247,7 +248,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         text = path.read_bytes()
         form = _Format.model_validate_json(text).format
         if form != FORMAT:
-            raise BuildError(f"{folder}: a build of format {form}, and this trimtab reads {FORMAT}", hint=again)
+            raise BuildError(f"{folder}: is a build of format {form}, and this trimtab reads {FORMAT}", hint=again)
         digest = hashlib.sha256(text).hexdigest()
         if (folder / HASH).read_text(encoding="utf-8") != hash_line(digest):
             raise BuildError(f"{path}: damaged: its sha256 is not that of {HASH}", hint=again)
@@ -266,7 +267,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> str:
-    """Write `manifest` and the file with its hash into `folder`; returns the hash."""
+    """Write `manifest` and its hash file into `folder`; returns the hash."""
     text = manifest.model_dump_json(indent=2)
     digest = hashlib.sha256(text.encode()).hexdigest()
     write_text(folder / NAME, text)
@@ -275,7 +276,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
 
 
 def hash_line(digest: str) -> str:
-    """What the file `HASH` holds."""
+    """The content of the file `HASH`."""
     return f"{digest}  {NAME}\n"
 
 
@@ -285,7 +286,7 @@ class _Format(BaseModel):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, and to the disk itself."""
+    """Write a small file whole or not at all, and flush it to the disk."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -298,8 +299,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that shape a build."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
+    """Versions of the installed packages that influence a build."""
+    return {name: installed for name in _PACKAGES if (installed := _version(name))}
 
 
 @lru_cache
@@ -311,7 +312,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """A hash of trimtab's own code: between releases too, nothing that older code made is taken for this one's."""
+    """A hash of trimtab's own code, so that a build of other code is not reused, even between releases."""
     digest = hashlib.sha256()
     for package in ("compiler", "passes", "plugins"):
         for folder in import_module(f"trimtab.{package}").__path__:

@@ -1,4 +1,4 @@
-"""measured.json: what `trimtab validate`, `bench` and `cost` found of a build. Nothing that runs reads it."""
+"""measured.json: the results of `trimtab validate`, `bench` and `cost` for a build. Engines never read it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MEASURED = Path("measured.json")
 
 
 class Measured(BaseModel):
-    """What was measured of a build since it was compiled.
+    """Measurements of a build since it was compiled.
 
     Attributes:
-        manifest: sha256 of the manifest of that build.
-        quality, speed, cost: found by `trimtab validate`, `trimtab bench` and `trimtab cost`; empty before.
+        manifest: sha256 of the build's manifest.
+        quality, speed, cost: results of `trimtab validate`, `trimtab bench` and `trimtab cost`; empty before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,17 +30,17 @@ class Measured(BaseModel):
 
 
 def read_measured(folder: Path, manifest_hash: str) -> Measured:
-    """What was measured of the build in `folder`. What was measured of another build, or is damaged, does not count."""
+    """The measurements of the build in `folder`; none if the file is damaged or belongs to another build."""
     path = folder / MEASURED
-    nothing = Measured(manifest=manifest_hash)
+    empty = Measured(manifest=manifest_hash)
     try:
         measured = Measured.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return nothing
+        return empty
     except (OSError, ValidationError) as error:
-        log.warning("%s: cannot be read, so it does not count (%s)", path, " ".join(str(error).split())[:200])
-        return nothing
+        log.warning("%s: cannot be read, so it is ignored (%s)", path, " ".join(str(error).split())[:200])
+        return empty
     if measured.manifest != manifest_hash:
-        log.warning("%s: was measured of another build, so it does not count", path)
-        return nothing
+        log.warning("%s: was measured on another build, so it is ignored", path)
+        return empty
     return measured

@@ -1,4 +1,4 @@
-"""What a compile did, as Markdown that a person reads."""
+"""The report of a build, in Markdown for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.compiler.checks.measure import in_brief
 
 
 def render(manifest: Manifest, measured: Measured) -> str:
-    """The report of a build: sizes, what each pass changed and left, the check, and what was measured since."""
+    """The report of a build: sizes, what each pass changed and left, the check, and later measurements."""
     parts = [
         f"# {manifest.origin}, compiled for {manifest.target}",
         f"Made {manifest.created} by trimtab {manifest.versions.get('trimtab', '')} in "
@@ -36,7 +36,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def megabytes(count: int | None) -> str:
-    """Bytes for people."""
+    """A number of bytes in megabytes, for people."""
     return "unknown" if count is None else f"{count / 1e6:,.1f} MB"
 
 
@@ -75,7 +75,7 @@ def _pass(report: PassReport) -> str:
 
 
 def _tables(values: Mapping[str, Any]) -> list[str]:
-    """One table of the single values, and one for each list of mappings, such as one row per layer."""
+    """One table of all single values, and one table for each list of mappings, such as one row per layer."""
     single = [(key, value) for key, value in values.items() if not _is_rows(value)]
     parts = [table(("", "value"), single)] if single else []
     for key, rows in values.items():
@@ -99,10 +99,10 @@ def _check(manifest: Manifest) -> str:
     return "## Check against the dense model\n\n" + table(columns, rows)
 
 
-def _measured(title: str, found: Mapping[str, Any], command: str) -> str:
-    if not found:
-        return f"## {title}\n\nNot measured yet: `{command}` does."
-    return "\n\n".join([f"## {title}", *_tables(found)])
+def _measured(title: str, results: Mapping[str, Any], command: str) -> str:
+    if not results:
+        return f"## {title}\n\nNot measured yet: run `{command}`."
+    return "\n\n".join([f"## {title}", *_tables(results)])
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""A build directory, written: whole or not at all, by one process at a time, and switched with the old one at once."""
+"""Writing a build directory: whole or not at all, by one process at a time, swapped with the old one in one step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from trimtab.passes.errors import BuildError
 from trimtab.passes.os_errors import blames, reason, remedy
 
 REPORT = Path("report.md")
-_UPDATE_WAIT_S = 30.0  # for another process that records what it measured
+_UPDATE_WAIT_S = 30.0  # seconds to wait while another process records measurements
 
 
 class BuildWriter:
-    """Context manager: a folder to write a build into, which takes the place of `out` on `commit`.
+    """Context manager: a folder to write a build into, which replaces `out` on `commit`.
 
-    It lies hidden beside `out`, on the same file system. Leaving without a commit, by an error or Ctrl-C, removes it
-    and leaves `out` as it was; what a killed process left is removed by the next one.
+    The folder is hidden, next to `out`, on the same file system. Leaving without a commit, by an error or Ctrl-C,
+    removes the folder and does not change `out`. The next writer removes what a killed process left.
 
     Raises:
-        BuildError: `out` is something else than a build, is being written by another process, or cannot be written.
+        BuildError: `out` is not a build, is being written by another process, or cannot be written.
     """
 
     def __init__(self, out: Path | str) -> None:
@@ -50,7 +50,7 @@ class BuildWriter:
             _remove(self.folder)
             self._stack.callback(_remove, self.folder)
             self.folder.mkdir()
-            self._stack = self._stack.pop_all()  # nothing failed: what was entered stays so until __exit__
+            self._stack = self._stack.pop_all()  # nothing failed: the contexts stay entered until __exit__
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -58,9 +58,9 @@ class BuildWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn failures of the file system in the body, which writes the build, into one clear error.
+        """Turn file-system errors of the body, which writes the build, into a BuildError.
 
-        Files that the body only reads, such as the model's, are named for themselves.
+        For a file that the body only reads, such as the model's, the error names that file.
         """
         try:
             yield
@@ -71,10 +71,10 @@ class BuildWriter:
             raise BuildError(f"{error.filename}: cannot be read ({reason(error)})", hint=remedy(error)) from error
 
     def commit(self, manifest: Manifest, measured: Measured | None = None) -> Build:
-        """Hash the files, add manifest and report, and put the whole in its place.
+        """Hash the files, add manifest and report, and swap the folder with `out`.
 
         Args:
-            measured: of this build already, under the manifest that it had.
+            measured: measurements of this build, under the manifest that it had.
         """
         with self.writing():
             manifest = manifest.model_copy(update={"files": _describe(self.folder)})
@@ -84,19 +84,19 @@ class BuildWriter:
                 write_text(self.folder / MEASURED, measured.model_dump_json(indent=2))
             write_text(self.folder / REPORT, render(manifest, measured or Measured(manifest=digest)))
             _sync(self.folder)
-            _check_replaceable(self.out)  # again: much time has passed
+            _check_replaceable(self.out)  # again, because much time has passed
             _switch(self.folder, self.out)
         return Build(self.out, manifest, digest)
 
 
 def store_path(build: Build, path: Sequence[SpeedPoint]) -> Build:
-    """Give `build` another path for `speed` to go, in a new directory that takes the place of the old one at once.
+    """Store another path for `speed` in `build`: a new directory replaces the old one in one step.
 
-    Files are links to the same bytes, where the file system has links. What was measured holds on, but for costs, which
-    are told by speed.
+    Files are hard links to the same bytes, if the file system has them. Measurements stay valid, except costs, which
+    are reported by speed.
 
     Returns:
-        The build as it is now, whose manifest has another hash.
+        The new build, whose manifest has another hash.
 
     Raises:
         BuildError: the build is gone, was replaced by another, is being replaced, is damaged, or cannot be written.
@@ -115,7 +115,7 @@ def store_path(build: Build, path: Sequence[SpeedPoint]) -> Build:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give the bytes of `source` one more name; a copy where the file system has no links."""
+    """Make `target` a hard link to `source`; a copy if the file system has no hard links."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -129,15 +129,15 @@ def record(
     speed: dict[str, Any] | None = None,
     cost: dict[str, Any] | None = None,
 ) -> None:
-    """Keep what was measured of `build` beside it, and in its report. What is None stays as it was.
+    """Store measurements of `build` in its directory and in its report. A section that is None stays as it was.
 
     Raises:
         BuildError: the build is gone, was replaced by another, is being replaced, or cannot be written.
     """
     writer = BuildWriter(build.path)
     with writer.writing(), _lock(writer.out, timeout=_UPDATE_WAIT_S), build.unchanged():
-        given = {"quality": quality, "speed": speed, "cost": cost}
-        changes = {key: value for key, value in given.items() if value is not None}
+        sections = {"quality": quality, "speed": speed, "cost": cost}
+        changes = {key: value for key, value in sections.items() if value is not None}
         measured = build.measured.model_copy(update=changes)
         write_text(build.path / MEASURED, measured.model_dump_json(indent=2))
         write_text(build.path / REPORT, render(build.manifest, measured))
@@ -153,13 +153,13 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """That folders can be made beside `out`; where they cannot, filelock may report a lock that is held.
+    """Check that folders can be created next to `out`; if not, filelock may report a lock that another process holds.
 
-    The folder has one name, so that the next writer removes what a killed one left.
+    The folder always has the same name, so that the next writer removes what a killed one left.
     """
     probe = sibling(out, "probe")
     probe.mkdir(exist_ok=True)
-    with suppress(FileNotFoundError):  # another writer looked at the same time
+    with suppress(FileNotFoundError):  # another writer made the same check at the same time
         probe.rmdir()
 
 
@@ -174,10 +174,10 @@ def _describe(folder: Path) -> dict[str, FileInfo]:
 
 @contextmanager
 def _lock(out: Path, *, timeout: float = 0) -> Iterator[None]:
-    """Hold the right to write `out`.
+    """Hold the lock for writing `out`.
 
-    The lock file is removed while it is held. Whoever opened it before then sees that it has no name any more and
-    does not count it as a lock: filelock checks that.
+    The lock file is removed while the lock is held. filelock checks that a lock file still has its name, so a process
+    that opened it before the removal does not count it as a lock.
     """
     path = sibling(out, "lock")
     lock = FileLock(path, timeout=timeout)
@@ -196,7 +196,7 @@ def _lock(out: Path, *, timeout: float = 0) -> Iterator[None]:
 
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Make the folders above `out`, and remove them again if nothing came of it."""
+    """Create the folders above `out`, and remove them again if no build was written."""
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 def _recover(out: Path) -> None:
-    """Undo what a process that was killed between two renames of `_switch` left."""
+    """Undo a swap whose process was killed between the two renames of `_switch`."""
     old = sibling(out, "old")
     if old.exists() and not out.exists():
         old.rename(out)
@@ -217,7 +217,7 @@ def _recover(out: Path) -> None:
 
 
 def _switch(staging: Path, out: Path) -> None:
-    """Give `staging` the name `out`; what had it is removed. `out` is absent at no time, where the system allows."""
+    """Rename `staging` to `out` and remove the old `out`. If the system can swap, `out` exists at all times."""
     if out.exists() and exchange(staging, out):
         _sync_folder(out.parent)
         _remove(staging)  # the old build by now
@@ -233,17 +233,17 @@ def _switch(staging: Path, out: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove `folder` if it is there, read-only folders in it too."""
+    """Remove `folder` if it exists, including read-only folders in it."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.is_dir():
-        for place, _, _ in os.walk(folder):  # from above, so that it gets into what is below
+        for place, _, _ in os.walk(folder):  # top-down, so that subfolders become accessible
             with suppress(OSError):
                 os.chmod(place, stat.S_IRWXU)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Bring every file below `folder` to the disk, so that a renamed build is never an empty one after a power cut."""
+    """Flush every file below `folder` to the disk, so that a renamed build is complete after a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:

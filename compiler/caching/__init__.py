@@ -1,1 +1,1 @@
-"""What the cache is made of: stamps of files, records of entries, hashes that are kept."""
+"""Parts of the cache: stamps of files, records of entries, stored hashes."""

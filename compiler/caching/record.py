@@ -12,21 +12,21 @@ from trimtab.compiler.caching.stamp import Stamp, is_settled, read_stamp
 from trimtab.passes.hashing import hash_file
 
 _verified: dict[Path, dict[str, Stamp]] = {}
-"""Entries that this process has verified, with the stamps their files had: what changes later is read again."""
+"""Entries that this process has verified, with the stamps of their files: a file with another stamp is read again."""
 
 
 def record_path(root: Path, kind: str, name: str) -> Path:
-    """Where the cache `root` stores the record of an entry: apart from it, which holds nothing but its own files."""
+    """The path of an entry's record in the cache `root`; outside the entry, which contains only its own files."""
     return root / "records" / kind / f"{name}.json"
 
 
 def describe(kind: str, name: str, path: Path) -> dict[str, Any]:
-    """The record of the file or folder `path`, which is to become the entry `name`."""
+    """The record for the file or folder `path`, which will become the entry `name`."""
     return {"entry": [kind, name], "files": {inside: list(_describe(file)) for inside, file in _files(path)}}
 
 
 def fault(root: Path, kind: str, name: str) -> str | None:
-    """What is wrong with an entry, of which every byte is read, once in each process; None if it is sound."""
+    """The fault of an entry; None if it is sound. Every byte of an entry is read, once in each process."""
     path = root / kind / name
     if not os.path.lexists(path):
         return "it is missing"
@@ -53,7 +53,7 @@ def fault(root: Path, kind: str, name: str) -> str | None:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    """Every file and link of an entry under its name inside, "." for an entry that is one file."""
+    """Every file and link of an entry, with its name in the entry; "." for an entry that is one file."""
     if path.is_symlink() or not path.is_dir():
         yield ".", path
         return
@@ -65,7 +65,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _describe(file: Path) -> tuple[int, str]:
-    """Size and hash; of a link, which is not followed, its target."""
+    """Size and hash of a file; for a link, which is not followed, its target."""
     if file.is_symlink():
         return 0, f"link to {os.readlink(file)}"
     return _size(file), hash_file(file) if file.is_file() else "no file"  # reading a pipe would wait for its writer

@@ -1,4 +1,4 @@
-"""Hashes of large files, kept: a file whose stamp is that of the last time is not read again."""
+"""Stored hashes of large files: a file whose stamp has not changed is not read again."""
 
 from __future__ import annotations
 
@@ -15,77 +15,77 @@ from trimtab.passes.hashing import hash_bytes, hash_file
 
 log = logging.getLogger(__name__)
 
-_WORTH = 1 << 24  # bytes of files whose hash is kept on disk; fewer are read in the time that looking it up takes
+_WORTH = 1 << 24  # minimum bytes of files whose hash is stored on disk; fewer are read as fast as the stored hash
 
 Reading = Callable[[], tuple[Sequence[Path], Callable[[], str]]]
-"""A function that tells which other files the value depends on, and how to compute it."""
+"""A function that returns the other files on which the value depends, and a function that computes the value."""
 
 _memory: dict[tuple[str, Path], dict[str, Any]] = {}
 
 
 def file_hash(path: Path) -> str:
-    """blake3 of a whole file, which is read only if it changed since it was last hashed."""
+    """blake3 of a whole file. The file is read only if it changed since it was last hashed."""
     return remembered("blake3", path, lambda: ((), lambda: hash_file(path)))
 
 
 def remembered(what: str, path: Path, read: Reading) -> str:
     """A value computed from `path` and other files, such as a hash; computed only if one of them changed.
 
-    The last value of each (what, path) is kept in memory and, where the files are large, in the cache. It is believed
-    while the stamps of all files are the same, and it is kept only if they all were settled before they were read. A
-    change through a memory map that a file system does not date (tmpfs) goes unnoticed.
+    The last value of each (what, path) is stored in memory and, if the files are large, in the cache. It is valid while
+    the stamps of all files are the same, and it is stored only if all files were settled before they were read. A
+    change through a memory map on a file system that does not date it (tmpfs) is not noticed.
 
     Args:
-        what: names the value, and the version of how it is computed.
-        path: the file that decides which others are read.
-        read: called when the value has to be computed.
+        what: names the value and the version of its computation.
+        path: the file that determines which other files are read.
+        read: called if the value has to be computed.
     """
     path = path.resolve()
-    kept = _memory.get((what, path))
-    if kept is None or not _holds(kept):
-        kept = _read(what, path)
-    if kept is not None:
-        _memory[what, path] = kept
-        return str(kept["value"])
+    stored = _memory.get((what, path))
+    if stored is None or not _is_current(stored):
+        stored = _read(what, path)
+    if stored is not None:
+        _memory[what, path] = stored
+        return str(stored["value"])
     stamps = {str(path): read_stamp(path)}
     others, compute = read()
-    # Not resolved: a link may lead to another file the next time.
+    # Links are not resolved: a link may lead to another file the next time.
     stamps |= {str(other): read_stamp(other) for other in (each.absolute() for each in others)}
     settled = all(is_settled(stamp) for stamp in stamps.values())
     value = compute()
-    kept = {"what": what, "path": str(path), "files": {name: list(stamp) for name, stamp in stamps.items()}}
-    kept["value"] = value
-    if settled and _holds(kept):
-        _memory[what, path] = kept
+    stored = {"what": what, "path": str(path), "files": {name: list(stamp) for name, stamp in stamps.items()}}
+    stored["value"] = value
+    if settled and _is_current(stored):
+        _memory[what, path] = stored
         if sum(stamp.size for stamp in stamps.values()) >= _WORTH:
-            _write(what, path, kept)
+            _write(what, path, stored)
     return value
 
 
-def _holds(kept: dict[str, Any]) -> bool:
-    """Whether no file has changed since."""
+def _is_current(stored: dict[str, Any]) -> bool:
+    """Whether no file has changed since `stored` was written."""
     try:
-        return all(read_stamp(Path(name)) == Stamp(*stamp) for name, stamp in kept["files"].items())
+        return all(read_stamp(Path(name)) == Stamp(*stamp) for name, stamp in stored["files"].items())
     except OSError:
         return False
 
 
-def _file(what: str, path: Path) -> Path:
+def _stored_path(what: str, path: Path) -> Path:
     return cache_dir() / "stamps" / f"{hash_bytes(what, str(path))[:32]}.json"
 
 
 def _read(what: str, path: Path) -> dict[str, Any] | None:
     try:
-        kept = read_sealed(_file(what, path))
+        stored = read_sealed(_stored_path(what, path))
     except BuildError:
         return None
-    known = isinstance(kept, dict) and (kept.get("what"), kept.get("path")) == (what, str(path))
-    return kept if known and _holds(kept) else None
+    matches = isinstance(stored, dict) and (stored.get("what"), stored.get("path")) == (what, str(path))
+    return stored if matches and _is_current(stored) else None
 
 
-def _write(what: str, path: Path, kept: dict[str, Any]) -> None:
-    """A cache that cannot be written costs the time of hashing again, nothing else."""
+def _write(what: str, path: Path, stored: dict[str, Any]) -> None:
+    """Store a value. If the cache cannot be written, the only cost is that files are hashed again."""
     try:
-        write_sealed(_file(what, path), kept)
+        write_sealed(_stored_path(what, path), stored)
     except (OSError, BuildError) as error:
-        log.debug("the hash of %s cannot be kept: %s", path, error)
+        log.debug("the hash of %s cannot be stored: %s", path, error)

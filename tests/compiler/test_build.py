@@ -353,7 +353,7 @@ def test_readers_say_that_a_compile_was_ended_between_its_renames(
     out = tmp_path / "build"
     write(out, "old")
     out.rename(sibling(out, "old"))
-    with pytest.raises(BuildError, match="absent, because the compile"):
+    with pytest.raises(BuildError, match="absent, because a compile ended"):
         open_build(out)
     write(out, "new")
     assert text_of(open_build(out)) == "new"

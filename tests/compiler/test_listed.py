@@ -77,7 +77,7 @@ def test_a_stray_file_is_refused_by_its_name(copy: Path, name: str, verify: bool
 def test_a_linked_folder_is_refused(copy: Path) -> None:
     (copy.parent / "elsewhere").mkdir()
     (copy / "model" / "more").symlink_to(copy.parent / "elsewhere")
-    with pytest.raises(BuildError, match=r"model/more: is no file of this build"):
+    with pytest.raises(BuildError, match=r"model/more: does not belong to this build"):
         load(copy)
 
 
