@@ -1,4 +1,4 @@
-"""early-exit: samples leave behind the layer that is sure of them, and the rest of the graph runs on those left."""
+"""early-exit: samples leave after the first layer whose exit is sure; later layers compute the remaining samples."""
 
 from trimtab.passes.early_exit.early_exit import EarlyExit
 

@@ -13,15 +13,15 @@ Criterion = Literal["entropy", "probability", "patience"]
 
 
 class Doubt:
-    """Puts a criterion into a graph, exit by exit. No op reduces: ONNX Runtime 1.31 returns wrong shapes for 0 rows.
+    """Adds a criterion to a graph, exit by exit. No reducing op is used: ONNX Runtime 1.31 errs on 0 rows.
 
-    entropy: of the answer, over that of a uniform one (FastBERT, arXiv 2004.02178).
-    probability: that of all classes but the likeliest.
-    patience: 1 / n for the n exits in a row, this one among them, that chose the same class (PABEE, arXiv 2006.04152).
+    entropy: entropy of the answer over that of a uniform answer (FastBERT, arXiv 2004.02178).
+    probability: total probability of all classes but the likeliest.
+    patience: 1 / n for n exits in a row, including this one, that chose the same class (PABEE, arXiv 2006.04152).
 
     Attributes:
-        counts: of `patience`, [batch, 1] each: exits in a row that chose the same class, and that class. They have to
-            follow the samples that stay.
+        counts: state of `patience`, [batch, 1] each: number of exits in a row that chose the same class, and the class.
+            The caller keeps the rows of the samples that stay.
     """
 
     def __init__(self, criterion: Criterion, classes: int) -> None:
@@ -29,7 +29,7 @@ class Doubt:
         self.counts: list[gs.Variable] = []
 
     def __call__(self, graph: gs.Graph, logits: gs.Tensor, name: str) -> gs.Variable:
-        """Of `logits` [batch, classes], [batch]."""
+        """Append the nodes that compute the doubt of `logits` [batch, classes]; returns it, [batch]."""
 
         def node(
             op: str, inputs: list[gs.Tensor], key: str, dtype: object = np.float32, **attrs: object
@@ -61,9 +61,9 @@ class Doubt:
 
 
 def _best(graph: gs.Graph, values: gs.Tensor, classes: int, name: str) -> tuple[gs.Variable, gs.Variable]:
-    """The largest of each row of `values` [batch, classes] and its place, [batch, 1] each.
+    """The largest value of each row of `values` [batch, classes], and its index, [batch, 1] each.
 
-    A row is added and taken off again: in ONNX Runtime before 1.31, TopK of no rows ends the process.
+    A row is appended and removed again, since TopK of zero rows ends the process in ONNX Runtime before 1.31.
     """
     row = constant(f"{name}/row", np.zeros((1, classes), np.float32))
     more = insert(graph, "Concat", [values, row], f"{name}/more", attrs={"axis": 0}, dtype=np.float32)

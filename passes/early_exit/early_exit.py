@@ -1,4 +1,4 @@
-"""The pass `early-exit`: samples that an exit between two layers is sure of leave, and others go on without them."""
+"""The pass `early-exit`: samples leave at an exit between two layers that is sure of them; others continue."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ _METHOD = "magic-pyramid"
 
 
 class EarlyExit(Pass):
-    """Samples leave at the first exit that doubts less than the dial says (FastBERT, arXiv 2004.02178).
+    """Samples leave at the first exit whose doubt is below the dial (FastBERT, arXiv 2004.02178).
 
-    The graph has no branch: behind an exit the rows of the samples that stay are gathered, what the others got is kept
-    at their places, and the rest of the graph runs on what is left, which may be nothing. It needs packed tokens, which
-    the pass `unpad` makes.
+    The graph has no branch. An exit stores the answers of all samples, and gathers the rows of the samples that stay.
+    The rest of the graph computes these rows, which may be none. The pass needs packed tokens, which `unpad` provides.
     """
 
     name: ClassVar[str] = "early-exit"
@@ -82,37 +81,37 @@ class EarlyExit(Pass):
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         super().check_profile(profile, before)
         assert profile is not None
-        known = exits_of(profile.learned(_METHOD))
-        if not known:
+        exits = exits_of(profile.learned(_METHOD))
+        if not exits:
             raise NotLearnedError("the profile has no exits: their stage was left out", method=_METHOD)
-        if missing := [number for number in self.after or () if number not in known]:
+        if missing := [number for number in self.after or () if number not in exits]:
             raise RecipeError(
                 f"early-exit.after: the profile has no exit behind {missing[0]} layers",
-                hint=f"it has exits behind {', '.join(map(str, known))} layers",
+                hint=f"it has exits behind {', '.join(map(str, exits))} layers",
             )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
-        """Put the exits of the Profile into `graph`, in place.
+        """Insert the exits of the Profile into `graph`, in place.
 
         Raises:
-            ModelError: the model is no classifier of packed tokens, or has fewer layers than the exits want.
+            ModelError: the model is no classifier of packed tokens, or has fewer layers than the exits need.
         """
         anatomy = find_anatomy(graph)
         logits = _logits(graph)
         attentions = packed_attentions(graph, self.name, context.results)
         learned = exits_of(context.measured().learned(_METHOD))
-        wanted = list(learned) if self.after is None else sorted(set(self.after))
+        selected = list(learned) if self.after is None else sorted(set(self.after))
         blocks = anatomy.blocks
         if len(attentions) != len(blocks):
             raise ModelError(f"{len(attentions)} attentions of packed tokens in {len(blocks)} layers that were found")
-        if wanted and wanted[-1] >= len(blocks):
+        if selected and selected[-1] >= len(blocks):
             raise ModelError(
-                f"an exit behind {wanted[-1]} layers of a model in which {len(blocks)} layers were found",
+                f"an exit behind {selected[-1]} layers of a model in which {len(blocks)} layers were found",
                 hint=f"exits can be behind 0 to {len(blocks) - 1} layers",
             )
         classes = int(logits.shape[-1])
         width = _width(blocks)
-        heads = [ExitHead(number, learned[number], width, classes) for number in wanted]
+        heads = [ExitHead(number, learned[number], width, classes) for number in selected]
         before = [tensor for tensor in graph.inputs if tensor.name in context.dials]
         batch = _Batch(graph, [context.add_dial(graph, self.dials()[0]), *before], attentions, logits)
         doubt = Doubt(self.criterion, classes)
@@ -132,11 +131,11 @@ class EarlyExit(Pass):
 
 
 class _Batch:
-    """The samples that are still on their way, and the answers of those that are not.
+    """The samples that have not left yet, and the answers of all samples.
 
     Args:
-        dials: those of the graph, [batch] each; the first is the threshold.
-        attentions: of the layers.
+        dials: the dials of the graph, [batch] each; the first one is the threshold.
+        attentions: attention nodes of the layers.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class _Batch:
         self._start(EarlyExit.name)
 
     def _start(self, name: str) -> None:
-        """All are on their way, and nobody has an answer yet."""
+        """Initial state: no sample has left, and no sample has an answer."""
         graph = self._graph
 
         def number(key: str, value: object, dtype: type = np.int64) -> gs.Constant:
@@ -158,7 +157,7 @@ class _Batch:
 
         batch, one = node("Shape", [self._dials[0]], "batch"), number("row", [1])
         numbers = node("Range", [number("first", 0), node("Squeeze", [batch], "samples"), number("next", 1)], "numbers")
-        self._places = node("Unsqueeze", [numbers, one], "places")  # [left, 1], among all, of those that are left
+        self._places = node("Unsqueeze", [numbers, one], "places")  # batch indices of the remaining samples, [left, 1]
         self._places.shape = [(self._dials[0].shape or [None])[0], 1]
         shape = node("Concat", [batch, one], "rows", axis=0)
         nothing = number("no_answer", np.zeros((1, int(self._logits.shape[-1]))), np.float32)
@@ -166,7 +165,7 @@ class _Batch:
         self._layers = node("Expand", [number("no_layer", [0], np.int32), batch], "layers_none", np.int32)
 
     def leave(self, block: Block, head: ExitHead, doubt: Doubt, name: str) -> str | None:
-        """Let samples leave in front of `block`; returns the reason where they cannot."""
+        """Insert an exit before `block`; returns the reason if samples cannot leave there."""
         graph, x = self._graph, block.x
         offsets = offsets_of(self._attentions[head.after])
         behind = readers_behind(graph, x)
@@ -177,8 +176,8 @@ class _Batch:
             return why_all(graph, behind, others[0])
         answers = head(graph, x, offsets, f"{name}/head")
         unsure = doubt(graph, answers, f"{name}/doubt")
-        given = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
-        stay, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, given, f"{name}/exit")
+        inputs = {"uncertainty": unsure, "threshold": self._dials[0], "offsets": offsets, "x": x}
+        stay, rows, stay_offsets = add_multi_output_node(graph, KEEP_SAMPLES, inputs, f"{name}/exit")
         self._answer(answers, head.after, name)
         dials = [rows_of(graph, dial, stay, f"{name}/dial.{i}") for i, dial in enumerate(self._dials)]
         instead = {id(old): new for old, new in zip(self._dials, dials, strict=True)}
@@ -189,7 +188,7 @@ class _Batch:
         return None
 
     def _answer(self, answers: gs.Tensor, layers: int, name: str) -> None:
-        """Put `answers` at the places of the samples that are on their way; those that go on will get better ones."""
+        """Store `answers` for the samples that have not left. Later exits overwrite the answers of those that stay."""
         graph = self._graph
         count = insert(graph, "Shape", [self._dials[0]], f"{name}/many", dtype=np.int64)
         number = constant(f"{name}/number", np.array([layers], np.int32))
@@ -198,11 +197,11 @@ class _Batch:
         self._answers = self._put(self._answers, answers, f"{name}/known")
         self._layers = self._put(self._layers, ran, f"{name}/layers")
 
-    def _put(self, known: gs.Variable, new: gs.Tensor, name: str) -> gs.Variable:
-        return insert(self._graph, "ScatterND", [known, self._places, new], name, dtype=known.dtype)
+    def _put(self, stored: gs.Variable, new: gs.Tensor, name: str) -> gs.Variable:
+        return insert(self._graph, "ScatterND", [stored, self._places, new], name, dtype=stored.dtype)
 
     def finish(self, layers: int, report: bool, name: str) -> None:
-        """Put the answers of the last layer at their places, and give the graph its outputs."""
+        """Store the answers of the last layer, and set the graph's outputs."""
         logits, batch = self._logits, self._graph.inputs[0].shape[0]
         self._answer(logits, layers, f"{name}/last")
         shape = list(logits.shape)
@@ -214,7 +213,7 @@ class _Batch:
 
 
 def _width(blocks: Sequence[Block]) -> int:
-    """Of the residual stream, which queries are projected from; behind attention it may have been pruned."""
+    """Width of the residual stream, which queries are projected from. Behind attention it may have been pruned."""
     queries = [block.attention.q for block in blocks if block.attention is not None and block.attention.q is not None]
     if not queries:
         raise ModelError("no projection of the queries was recognised in any layer")
@@ -225,7 +224,7 @@ def _logits(graph: gs.Graph) -> gs.Variable:
     """The model's one output, [batch, classes].
 
     Raises:
-        ModelError: it has another one, or is no classifier.
+        ModelError: the model has other outputs, or is no classifier.
     """
     names = [tensor.name for tensor in graph.outputs]
     if names != ["logits"]:

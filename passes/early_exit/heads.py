@@ -1,4 +1,4 @@
-"""Exits as training left them in the Profile: small classifiers between layers, put into a graph of packed tokens."""
+"""Exits from the Profile: small classifiers between layers, written into a graph of packed tokens."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from trimtab.passes.errors import ProfileError
 from trimtab.passes.graph import constant, insert
 from trimtab.passes.graph.segments import segment_first, segment_mean, segment_members
 
-_HEADS = 2  # of FastBERT's attention
-_MASKED = {"far": -1e9, "near": 0.0}  # added to the score of another sample's token, and of an own one
-_EPSILON = 1e-5  # of torch's LayerNorm
+_HEADS = 2  # attention heads of FastBERT's exit
+_MASKED = {"far": -1e9, "near": 0.0}  # added to the scores of other samples' tokens (far) and own tokens (near)
+_EPSILON = 1e-5  # epsilon of torch's LayerNorm
 
 Weights = Mapping[str, np.ndarray]
-"""Parameter of an exit, as torch names it → its values."""
+"""Torch's name of an exit's parameter → its values."""
 
 
 def exits_of(learned: Weights) -> dict[int, dict[str, np.ndarray]]:
-    """Number of layers → the weights of the exit behind so many, of `exit.<number>.<parameter>`."""
-    found: dict[int, dict[str, np.ndarray]] = {}
+    """Number of layers → the weights of the exit after that many layers, read from `exit.<number>.<parameter>`."""
+    exits: dict[int, dict[str, np.ndarray]] = {}
     for name, value in learned.items():
         kind, _, rest = name.partition(".")
         number, _, parameter = rest.partition(".")
         if kind == "exit" and number.isdecimal():
-            found.setdefault(int(number), {})[parameter] = value
-    return dict(sorted(found.items()))
+            exits.setdefault(int(number), {})[parameter] = value
+    return dict(sorted(exits.items()))
 
 
 class ExitHead:
     """One exit.
 
-    Two forms are known, by their parameters (arXiv 2004.02178 and `training/magic_pyramid/exits.py`): FastBERT's
-    attention over all tokens, read at the first; and a perceptron on the first token, or on the first and the mean.
+    The parameters identify one of two forms (arXiv 2004.02178 and `training/magic_pyramid/exits.py`): FastBERT's
+    attention of the first token over all tokens; or a perceptron on the first token, or on the first and the mean.
 
     Args:
-        after: number of layers behind which it is; 0: in front of the first.
-        width: of the model.
-        classes: that the model tells apart.
+        after: number of layers before the exit; 0: before the first layer.
+        width: hidden size of the model.
+        classes: number of the model's classes.
 
     Raises:
         ProfileError: parameters are missing, or of other sizes than the model's.
@@ -49,9 +49,9 @@ class ExitHead:
         self.after, self._weights = after, weights
         self.attends = "narrow.weight" in weights
         names = ("narrow", "query", "key", "value", "attended", "dense", "out") if self.attends else ("dense", "out")
-        wanted = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
-        wanted += [] if self.attends else ["norm.weight", "norm.bias"]
-        if missing := [name for name in wanted if name not in weights]:
+        required = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        required += [] if self.attends else ["norm.weight", "norm.bias"]
+        if missing := [name for name in required if name not in weights]:
             raise ProfileError(f"exit behind {after} layers: the profile lacks {missing[0]!r}", hint=_AGAIN)
         inputs = self._of("narrow" if self.attends else "dense").shape[1]
         self.mean = not self.attends and inputs == 2 * width
@@ -59,8 +59,10 @@ class ExitHead:
             raise ProfileError(
                 f"exit behind {after} layers: reads {inputs} numbers, the model has {width}", hint=_AGAIN
             )
-        if (found := len(self._of("out"))) != classes:
-            raise ProfileError(f"exit behind {after} layers: tells {found} classes, the model {classes}", hint=_AGAIN)
+        if (exit_classes := len(self._of("out"))) != classes:
+            raise ProfileError(
+                f"exit behind {after} layers: tells {exit_classes} classes, the model {classes}", hint=_AGAIN
+            )
 
     def __call__(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
         """Logits [batch, classes] of the packed tokens `x`, [T, width]."""
@@ -76,9 +78,9 @@ class ExitHead:
         return self._classify(graph, read, name)
 
     def _attend(self, graph: gs.Graph, x: gs.Tensor, offsets: gs.Tensor, name: str) -> gs.Variable:
-        """Attention of each sample's first token over its own, of which no other row is computed.
+        """Attention of each sample's first token over the sample's tokens. No other row is computed.
 
-        A row of zeros at the end is what a sample without tokens attends to: no softmax is of nothing.
+        A sample without tokens attends to a row of zeros at the end, so that no softmax is empty.
         """
 
         def node(op: str, inputs: list[gs.Tensor], key: str, **attrs: object) -> gs.Variable:

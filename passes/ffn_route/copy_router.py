@@ -1,4 +1,4 @@
-"""Routers that guess what neurons add to the output, by int4 copies of the projections in front of the activation."""
+"""Routers that estimate the neurons' contributions with int4 copies of the projections before the activation."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from trimtab.passes.matrices.quantize import fit_block, in_form
 from trimtab.passes.sampled_ffn import FFNWeights
 
 FORM, BITS, BLOCK = "int4", 4, 64
-"""Of the copies: rounded to nearest, with a scale for so many inputs of a neuron, or for fewer that divide them."""
+"""Form, bits and block of the copies. They are rounded to nearest, with one scale per block of a neuron's inputs."""
 
 
 @dataclass(frozen=True)
 class CopyRouter(Router):
     """G(x) = s / (1 + s), s = Σ size_j |ĥ_j| over the neurons of a group.
 
-    ĥ are the activations that int4 copies of W_up, and of W_gate if there is one, give. In a gated FFN no linear
-    function of x says how large |silu(x W_gate) · x W_up| is; copies in an eighth of the bytes do (HiRE, arXiv
-    2402.09360, predicts so, too). What is learned is how large a contribution has to be.
-    ONNX Runtime rounds the inputs of such products to bytes; that decides about groups next to the threshold alone.
+    ĥ are the activations computed with int4 copies of W_up, and of W_gate if there is one. In a gated FFN no linear
+    function of x predicts |silu(x W_gate) · x W_up|; copies in an eighth of the bytes do (HiRE, arXiv 2402.09360, uses
+    such a predictor too). Training learns how large a contribution has to be.
+    ONNX Runtime rounds the inputs of such products to bytes. This changes only decisions close to the threshold.
 
     Attributes:
-        sizes: [groups, neurons of a group], float32: 1 / size_j is what |ĥ_j| alone must be for a score of 0.5.
-        ffn: whose weights are copied; None of a router that is not at work.
+        sizes: size_j, [groups, neurons of a group], float32. A neuron alone gives its group a score of 0.5 if
+            |ĥ_j| = 1 / size_j.
+        ffn: the FFN whose weights are copied; None until the router is bound to an FFN.
     """
 
     sizes: np.ndarray
@@ -57,8 +58,8 @@ class CopyRouter(Router):
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         added = self._predictor.scores(x)
-        found: np.ndarray = added / (1 + added)
-        return found
+        scores: np.ndarray = added / (1 + added)
+        return scores
 
     def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
         added = self._predictor.store(f"{at}/router", 1, in_rows=False)(graph, ffn, f"{at}/router")
@@ -83,7 +84,7 @@ class CopyRouter(Router):
 
     @cached_property
     def _predictor(self) -> Predictor:
-        assert self.ffn is not None, "a router at work has an FFN"
+        assert self.ffn is not None, "a bound router has an FFN"
         guesses = [
             Guess(in_form(linear.w().astype(np.float32), FORM, BLOCK), linear.b()) for linear in self.ffn.linears[:-1]
         ]
@@ -91,7 +92,7 @@ class CopyRouter(Router):
 
 
 def unfit_for_copies(d_model: int) -> str | None:
-    """Why an FFN of this width cannot be copied, or None."""
+    """Why the weights of an FFN of this width cannot be copied in int4, or None."""
     if fit_block(BLOCK, d_model) is None:
         return f"it reads {d_model} features, which no block of {FORM} weights divides (16, 32 or 64)"
     return None

@@ -1,4 +1,4 @@
-"""Selection by cumulative probability: the best groups, until they hold a share of the sum of all scores."""
+"""Selection by cumulative probability: the best groups, until their scores reach a share of the sum of all scores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from trimtab.passes.graph import constant, insert
 
 
 def shares_before(graph: gs.Graph, scores: gs.Tensor, groups: int, at: str) -> gs.Variable:
-    """For each group what is missing, [..., groups]: 1 less the share of the sum that better groups have.
+    """The missing share of each group, [..., groups]: 1 minus the share of the sum that better groups have.
 
-    Less the dial, which is 1 less the share that is wanted, it is not below 0 where the group is to be computed. It is
-    above 0 for every group, however small its score.
+    A group is computed if its missing share is not below the dial, which is 1 minus the wanted share. The missing share
+    is above 0 for every group, however small its score.
     """
 
     def node(op: str, inputs: list[gs.Tensor], key: str, **attrs: object) -> gs.Variable:
@@ -32,7 +32,7 @@ def shares_before(graph: gs.Graph, scores: gs.Tensor, groups: int, at: str) -> g
             "TopK", f"{at}/share/order", {"axis": -1}, [scores, number("all", np.array([groups]))], [ordered, places]
         )
     )
-    # what is left behind each group, from the last one on: a sum of what is positive, which never rounds to 0
+    # the sum of a group's and all lower scores, from the last one on: positive terms never round to 0
     left = node("CumSum", [ordered, number("axis", np.array(-1))], "left", reverse=1)
     total = node(
         "Slice",

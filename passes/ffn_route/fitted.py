@@ -1,4 +1,4 @@
-"""Routers without training (MoEfication, arXiv 2110.01786): groups and routers that follow from calibration states."""
+"""Routers without training (MoEfication, arXiv 2110.01786): groups and routers fitted to calibration states."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from trimtab.passes.sparse_ffn import Rest, check_sparsity, fit_rest
 from trimtab.passes.sparse_ffn.shares import cuts
 
 THRESHOLD = 0.5
-"""Score from which on a group is computed, for the sparsity that was asked for."""
+"""Score from which on a group is computed at the requested sparsity."""
 
 GroupBy = Literal["need", "weights"]
 
-_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the variance of each feature; states that no fit sees choose
-_APART = 5  # every fifth state to fit to is kept from the fit, to choose the ridge and the threshold
-_FLOOR = 1e-3  # of the mean contribution: what adds less counts as this much
-_TOKENS = 2048  # that say which neurons are needed together
+_RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # relative to the variance of each feature; states outside the fit choose one
+_APART = 5  # every fifth state is kept out of the fit, to choose the ridge and the threshold
+_FLOOR = 1e-3  # lower bound of contributions, relative to their mean
+_TOKENS = 2048  # tokens in the comparison of which neurons are needed together
 _ROWS = 256  # states whose contributions are computed at a time
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is found for FFNs that share their weights.
+    """Fitted router of FFNs that share their weights.
 
     Attributes:
-        order: of the neurons, [d_ff]: those of a group are neighbours, and the router counts groups in this order.
+        order: order of the neurons, [d_ff]. The neurons of a group are neighbours; groups are numbered in this order.
         sparsity: share of the neurons that is left out, on held-out states.
-        error: squared error of the outputs on held-out states, relative to their variance, without the rest.
-        rest: what stands for the groups that are left out.
+        error: squared error of the outputs on held-out states, relative to their variance, without the rest map.
+        rest: the rest map, which approximates the groups left out.
     """
 
     router: LinearRouter
@@ -50,17 +50,17 @@ def fit(
     layer: SampledFFN, group: int, sparsity: float, by: GroupBy, *, cut: float = THRESHOLD, cap: float = 1.0,
     rank: int | None = None,
 ) -> Fitted:  # fmt: skip
-    """Groups, a router and perhaps a rest for `layer`, whose neurons are put in the order of their groups.
+    """Fit groups, a router and, if `rank` is given, a rest map to `layer`. Its neurons are put in group order.
 
     Args:
-        group: neurons of a group; divides their number.
-        sparsity: share of the neurons that is left out where scores of `THRESHOLD` are computed.
-        cut: score from which on groups are computed; what is measured, and the rest, are of this.
+        group: neurons per group; divides the number of neurons.
+        sparsity: share of the neurons that is left out if groups with scores from `THRESHOLD` on are computed.
+        cut: score from which on groups are computed in the measurement and in the fit of the rest map.
         cap: share of the groups that a token may take.
-        rank: of the rest.
+        rank: rank of the rest map.
 
     Raises:
-        RecipeError: each token computes one group at least, and so more than is asked for.
+        RecipeError: the FFN cannot reach the sparsity, since each token computes at least one group.
     """
     check_sparsity(layer.ffn, sparsity, group, "group")
     order = order_neurons(layer, group, sparsity, by)
@@ -78,11 +78,11 @@ def fit(
 
 
 def order_neurons(layer: SampledFFN, group: int, sparsity: float, by: GroupBy) -> np.ndarray:
-    """An order in which groups are neighbours, [d_ff].
+    """An order of the neurons in which the neurons of a group are neighbours, [d_ff].
 
     Args:
-        by: "need": neurons of a group are among those that add most to the output of the same tokens. "weights": their
-            rows of W_up, or of W_gate, point the same way, as in the paper.
+        by: "need": the same tokens need the neurons of a group. "weights": the neurons' rows of W_up, or of W_gate,
+            point the same way, as in the paper.
     """
     if by == "weights":
         return group_neurons(layer.ups[0].T, group)
@@ -98,32 +98,32 @@ def contributions(h: np.ndarray, down: np.ndarray, group: int) -> np.ndarray:
     groups = h.shape[1] // group
     rows = down.reshape(groups, group, -1)
     products = rows @ rows.swapaxes(1, 2)  # of each group, [groups, group, group]
-    found = np.empty((len(h), groups), np.float32)
+    sizes = np.empty((len(h), groups), np.float32)
     for i in range(0, len(h), _ROWS):
         part = h[i : i + _ROWS].reshape(-1, groups, group).swapaxes(0, 1)
-        found[i : i + _ROWS] = ((part @ products) * part).sum(-1).T
-    return np.maximum(found, 0)
+        sizes[i : i + _ROWS] = ((part @ products) * part).sum(-1).T
+    return np.maximum(sizes, 0)
 
 
 def fit_router(layer: SampledFFN, group: int, sparsity: float) -> LinearRouter:
-    """A router whose scores are c / (c + c₀): c what a group is expected to add to the output, c₀ the threshold.
+    """A router with scores c / (c + c₀): c is the expected contribution of a group to the output, c₀ the threshold.
 
-    log c is a linear function of the FFN's input, by least squares with a ridge penalty. Scores of 0.5 and more leave
-    out the sparsity that is asked for.
+    log c is a linear function of the FFN's input, fitted by least squares with a ridge penalty. Computing the groups
+    with scores of at least 0.5 gives the requested sparsity.
 
     Args:
-        layer: its neurons in the order of their groups.
+        layer: the FFN, with its neurons in group order.
     """
     added = contributions(layer.h_fit, layer.down, group)
-    wanted = np.log(np.maximum(added, _FLOOR * float(added.mean()) or 1.0))
-    apart = np.arange(len(wanted)) % _APART == _APART - 1
+    targets = np.log(np.maximum(added, _FLOOR * float(added.mean()) or 1.0))
+    apart = np.arange(len(targets)) % _APART == _APART - 1
     if not apart.any():
         apart[-1:] = True
     seen = ~apart if len(apart) > 1 else apart
-    moments = Moments.of((layer.fit[seen],), wanted[seen])
+    moments = Moments.of((layer.fit[seen],), targets[seen])
     solutions = [(moments.solve(ridge).astype(np.float32)) for ridge in _RIDGES]
     x = layer.fit[apart] - moments.z_mean.astype(np.float32)
-    missing = wanted[apart] - moments.y_mean.astype(np.float32)
+    missing = targets[apart] - moments.y_mean.astype(np.float32)
     best = solutions[int(np.argmin([np.square(x @ slopes - missing).sum() for slopes in solutions]))]
     bias = moments.y_mean - moments.z_mean @ best
     cut = float(cuts(layer.fit[apart] @ best + bias.astype(np.float32), np.array([sparsity]))[0])

@@ -1,6 +1,6 @@
 """Groups of neurons of one size: balanced k-means on the directions of their weights.
 
-Neurons whose rows point the same way are active for the same inputs, so a router can switch a group as one.
+Neurons whose rows point the same way are active for the same inputs, so a router can switch them together.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from trimtab.passes.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
-_ROUNDS = 20  # of k-means: later ones move hardly any neuron
-_NARROW = 512  # width of a random projection in which wide rows are grouped first, which is a few times quicker
-_FULL_ROUNDS = 4  # behind it, in full width
-_MOVED = 0.002  # share of the neurons that still moves when k-means has converged
-_SINKHORN = 30  # steps in each round, which go on from the prices of the round before
-_SHARPNESS = 5.0  # of the entropic transport, in units of the spread of similarities
-_EXACT = 512  # neurons that are placed by an exact assignment, whose cost grows with the cube of their number
+_ROUNDS = 20  # rounds of k-means: later ones move hardly any neuron
+_NARROW = 512  # width of a random projection in which wide rows are grouped first, which is a few times faster
+_FULL_ROUNDS = 4  # rounds in full width after the projection
+_MOVED = 0.002  # k-means has converged when at most this share of the neurons moves
+_SINKHORN = 30  # steps per round, starting from the prices of the previous round
+_SHARPNESS = 5.0  # sharpness of the entropic transport, relative to the spread of similarities
+_EXACT = 512  # number of neurons placed by an exact assignment, whose cost grows with the cube of this number
 
 
 def check_groups(d_ff: int, group: int, where: str) -> None:
     """Refuse a group size that does not divide an FFN's neurons.
 
     Args:
-        where: what the message calls the FFN.
+        where: name of the FFN in the message.
 
     Raises:
         RecipeError: names the sizes near `group` that do divide it.
@@ -49,7 +49,7 @@ def group_neurons(rows: np.ndarray, group: int, *, seed: int = 0) -> np.ndarray:
     Args:
         rows: [d_ff, d_model].
         group: neurons per group; divides d_ff.
-        seed: of the first centres; the same seed gives the same order.
+        seed: seed of the initial centres; the same seed gives the same order.
 
     Returns:
         numbers of the neurons, [d_ff]: those of group g are order[g * group : (g + 1) * group], in ascending order.
@@ -72,7 +72,7 @@ def group_neurons(rows: np.ndarray, group: int, *, seed: int = 0) -> np.ndarray:
 
 
 def _k_means(features: np.ndarray, order: np.ndarray, group: int, rounds: int) -> np.ndarray:
-    """An order as `group_neurons` gives it, from an order to begin with; both [rows]."""
+    """Improve an order in the format of `group_neurons`, [rows]."""
     labels = np.empty(len(order), int)
     labels[order] = np.arange(len(order)) // group
     prices = np.zeros(len(order) // group, np.float32)
@@ -80,7 +80,7 @@ def _k_means(features: np.ndarray, order: np.ndarray, group: int, rounds: int) -
     for number in range(rounds):
         centres = features[order].reshape(-1, group, features.shape[1]).mean(1)
         similarity = features @ centres.T
-        own = np.arange(len(labels)), labels  # without the neuron's own part, which would hold it where it is
+        own = np.arange(len(labels)), labels  # leave out the neuron's own part, which would keep it in its group
         similarity[own] = (group * similarity[own] - lengths) / (group - 1)
         before = labels
         labels, prices = _assign(similarity, group, prices)
@@ -110,14 +110,14 @@ def inertia(rows: np.ndarray, order: np.ndarray, group: int) -> float:
 
 
 def _assign(similarity: np.ndarray, group: int, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A label for each row, each label `group` times, of nearly the largest sum of similarities.
+    """A label for each row with a nearly maximal sum of similarities. Each label is used `group` times.
 
-    Sinkhorn's steps (Cuturi 2013, arXiv 1306.0895) give each centre a price at which about as many rows want it as
-    there is room for. The few rows that are too many at one centre go where there is room.
+    Sinkhorn's steps (Cuturi 2013, arXiv 1306.0895) give each centre a price at which about `group` rows prefer it. The
+    few surplus rows of a centre are placed at other centres.
 
     Args:
         similarity: [rows, centres], float32.
-        prices: [centres] to begin with.
+        prices: initial prices, [centres].
 
     Returns:
         labels [rows] and prices.
@@ -135,7 +135,7 @@ def _assign(similarity: np.ndarray, group: int, prices: np.ndarray) -> tuple[np.
 
 
 def _place(wishes: np.ndarray, group: int) -> np.ndarray:
-    """A label for each row of `wishes` [rows, centres], each label `group` times: greedy, exact at the end."""
+    """A label for each row of `wishes` [rows, centres], each used `group` times: greedy, and exact at the end."""
     rows, centres = wishes.shape
     labels, room = np.full(rows, -1), np.full(centres, group)
     waiting = np.arange(rows)
@@ -145,13 +145,13 @@ def _place(wishes: np.ndarray, group: int) -> np.ndarray:
         first = open_wishes[np.arange(len(waiting)), best]
         open_wishes[np.arange(len(waiting)), best] = -np.inf
         margin = first - np.maximum(open_wishes.max(1), -1e30)
-        order = np.lexsort((-margin, best))  # of each centre those first that lose most elsewhere
+        order = np.lexsort((-margin, best))  # at each centre, the rows that lose most elsewhere come first
         ranks = np.arange(len(order)) - np.searchsorted(best[order], best[order])
         placed = order[ranks < room[best[order]]]
         labels[waiting[placed]] = best[placed]
         room -= np.bincount(best[placed], minlength=centres)
         waiting = np.setdiff1d(waiting, waiting[placed])
     slots = np.repeat(np.arange(centres), room)
-    found, places = linear_sum_assignment(-wishes[np.ix_(waiting, slots)]) if len(waiting) else ([], [])
-    labels[waiting[found]] = slots[places]
+    chosen_rows, places = linear_sum_assignment(-wishes[np.ix_(waiting, slots)]) if len(waiting) else ([], [])
+    labels[waiting[chosen_rows]] = slots[places]
     return labels

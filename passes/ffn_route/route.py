@@ -1,4 +1,4 @@
-"""The pass: learned routers choose the groups of an FFN's neurons that a token needs; no others are computed."""
+"""The pass `ffn-route`: routers choose the groups of an FFN's neurons that a token needs; only these are computed."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ from trimtab.plugins import SELECT_BLOCKS, add_node
 from trimtab.plugins.dialect import OPSET
 
 DIAL = "route_threshold"
-_USUAL = 0.5  # of the dial, where no Profile tells what training had
-_SPARSITY, _GROUP = 0.5, 32  # of fitted routers
+_USUAL = 0.5  # default of the dial without a Profile
+_SPARSITY, _GROUP = 0.5, 32  # defaults of fitted routers
 _INTEGERS = ("int8", "int4")
 
 
 class FFNRoute(Pass):
     """Compute the groups of neurons whose router says that a token needs them (LTE, arXiv 2402.06126).
 
-    A router is a linear layer on the FFN's input, with a sigmoid behind it, or int4 copies of the projections in front
-    of the activation. A group is computed where its score is not below the dial, and the best one always.
-    `trimtab train --method lte` learns routers and fits the model to them. Without training, routers can be fitted to
-    the states of a calibration (MoEfication, arXiv 2110.01786).
-    A `rest` adds a low-rank map of the input that stands for the groups that a token leaves out; it is fitted to the
-    dense outputs at the dial's default.
+    A router is a linear layer on the FFN's input with a sigmoid, or int4 copies of the projections before the
+    activation. A group is computed if its score is not below the dial. The best group is always computed.
+    `trimtab train --method lte` learns routers and fits the model to them. Without training, routers are fitted to
+    calibration states (MoEfication, arXiv 2110.01786).
+    A `rest` adds a low-rank map of the input that approximates the groups left out; it is fitted to the dense outputs
+    at the dial's default.
     Exact end of the dial: at 0 all groups are computed.
     """
 
@@ -113,9 +113,9 @@ class FFNRoute(Pass):
 
     @model_validator(mode="after")
     def _fits_its_routers(self) -> FFNRoute:
-        given = [name for name in ("sparsity", "group", "group_by") if getattr(self, name) is not None]
-        if self.router == "trained" and given:
-            raise ValueError(f"{given[0]}: trained routers have their own; it goes with `router: fitted`")
+        fitted_options = [name for name in ("sparsity", "group", "group_by") if getattr(self, name) is not None]
+        if self.router == "trained" and fitted_options:
+            raise ValueError(f"{fitted_options[0]}: trained routers have their own; it goes with `router: fitted`")
         return self
 
     def needed(self) -> frozenset[Need]:
@@ -153,18 +153,18 @@ class FFNRoute(Pass):
         """Rewrite the FFNs of `graph` that have routers in the Profile, or that routers are fitted for.
 
         Raises:
-            ProfileError: the routers are those of another model, or there is nothing to fit to.
-            RecipeError: groups of the size asked for do not divide the neurons, or cannot leave out as many.
+            ProfileError: the routers belong to another model, or the Profile has no states for a fit.
+            RecipeError: the group size does not divide the neurons, or the FFNs cannot reach the requested sparsity.
         """
         anatomy = find_anatomy(graph)
         profile = context.measured()
-        wanted = select_ffns(anatomy, self.layers)
+        selected = select_ffns(anatomy, self.layers)
         left: list[Left] = []
         fitted: dict[int, Fitted] = {}
         if self.router == "fitted":
-            fitted, left = self._fit(wanted, profile, context)
+            fitted, left = self._fit(selected, profile, context)
             routers = Routers({layer: each.router for layer, each in fitted.items()}, THRESHOLD, None)
-            wanted = [ffn for ffn in wanted if ffn.layer in fitted]
+            selected = [ffn for ffn in selected if ffn.layer in fitted]
         else:
             routers = Routers.of(profile.learned(METHOD)).bound({ffn.layer: ffn for ffn in anatomy.ffns})
         if self.weights in _INTEGERS and BITS in context.capability.weight_bits:
@@ -175,7 +175,7 @@ class FFNRoute(Pass):
         emit = _Emit(self, graph, TokenDial(graph, tensor, f"{self.name}/dial"), routers, fitted)
         done = 0
         rows: list[dict[str, Any]] = []
-        for group in by_weights(wanted):
+        for group in by_weights(selected):
             for ffn in group:
                 router = routers.by_layer.get(ffn.layer)
                 reason: str | None = "the profile has no router of it"
@@ -185,23 +185,25 @@ class FFNRoute(Pass):
                 often = None
                 if reason is None and router is not None:
                     often = self._often(ffn, router, routers, profile, dial.default)
-                    reason = self._not_worth(ffn, router, often, len(wanted), context)
-                made: dict[str, Any] | str | None = reason
+                    reason = self._not_worth(ffn, router, often, len(selected), context)
+                row_or_reason: dict[str, Any] | str | None = reason
                 if reason is None and router is not None:
                     rest = fitted[ffn.layer].rest if fitted else self._rest(ffn, router, routers, profile, dial.default)
-                    made = emit.replace(ffn, group[0], router, None if often is None else float(often.mean()), rest)
-                if isinstance(made, dict):
-                    rows.append(made)
+                    row_or_reason = emit.replace(
+                        ffn, group[0], router, None if often is None else float(often.mean()), rest
+                    )
+                if isinstance(row_or_reason, dict):
+                    rows.append(row_or_reason)
                 else:
-                    left.append(Left(ffn.where, str(made)))
+                    left.append(Left(ffn.where, str(row_or_reason)))
                 done += 1
                 if context.progress is not None:
-                    context.progress("route neurons", done, len(wanted))
+                    context.progress("route neurons", done, len(selected))
         return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def _fit(self, ffns: Sequence[FFN], profile: Profile, context: PassContext) -> tuple[dict[int, Fitted], list[Left]]:
-        """Routers for FFNs, by number; and those that stay dense. Layers that share weights share all of it."""
-        found: dict[int, Fitted] = {}
+        """Fitted routers by layer, and the FFNs that stay dense. Layers that share weights share a router."""
+        fitted: dict[int, Fitted] = {}
         left: list[Left] = []
         group = self.group or _GROUP
         for same in by_weights(ffns):
@@ -212,15 +214,15 @@ class FFNRoute(Pass):
                     sample_ffn(same[0], profile, same[1:]), group, self.sparsity or _SPARSITY, self.group_by or "need",
                     cut=self._dial(THRESHOLD).default, cap=self.cap, rank=self.rest.rank if self.rest else None,
                 )  # fmt: skip
-                found |= {ffn.layer: one for ffn in same}
+                fitted |= {ffn.layer: one for ffn in same}
             else:
                 left += [Left(ffn.where, reason) for ffn in same]
             if context.progress is not None:
-                context.progress("fit routers", len(found) + len(left), len(ffns))
-        return found, left
+                context.progress("fit routers", len(fitted) + len(left), len(ffns))
+        return fitted, left
 
     def _often(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> np.ndarray | None:
-        """Share of the states of the Profile that compute each group at `cut`, [groups]; None without any states."""
+        """Share of the Profile's states that compute each group at `cut`, [groups]; None without states."""
         states = profile.states(ffn.layer)
         if not len(states) or states.shape[1] != ffn.d_model:
             return None
@@ -228,12 +230,12 @@ class FFNRoute(Pass):
         return often
 
     def _rest(self, ffn: FFN, router: Router, routers: Routers, profile: Profile, cut: float) -> Rest | None:
-        """What stands for the groups that are left out at `cut`; None if none is asked for, or it would win nothing.
+        """The rest map for the groups left out at `cut`; None without the option, or if it would not lower the error.
 
-        Of FFNs that share their weights each has its own, as it has its own router.
+        FFNs that share weights have separate rest maps, because they have separate routers.
 
         Raises:
-            ProfileError: there are no states of the FFN.
+            ProfileError: the Profile has no states of the FFN.
         """
         if self.rest is None:
             return None
@@ -243,22 +245,22 @@ class FFNRoute(Pass):
         )
 
     def taken(self, router: Router) -> int:
-        """The most groups of one token."""
+        """Limit of the groups that one token computes."""
         return router.share(self.cap)
 
     def _not_worth(
         self, ffn: FFN, router: Router, often: np.ndarray | None, layers: int, context: PassContext
     ) -> str | None:
-        """Why the FFN stays dense, or None; where its density is not known, nothing speaks against it."""
+        """Why the FFN stays dense, or None. An FFN of unknown density is rewritten."""
         if often is None:
             return None
         if self.most is not None:
             return too_dense(float(often.mean()), self.most)
-        found = self._crossover(ffn, router, layers, context)
-        if found is None:
+        crossover = self._crossover(ffn, router, layers, context)
+        if crossover is None:
             return None
         load = Load.of_call(often, context.tokens, shared=self.shared, dense_above=self.dense_above)
-        return found.not_faster("its neurons", load, (router.nbytes + rest_bytes(ffn, self.rest)) / ffn.params)
+        return crossover.not_faster("its neurons", load, (router.nbytes + rest_bytes(ffn, self.rest)) / ffn.params)
 
     def _crossover(self, ffn: FFN, router: Router, layers: int, context: PassContext) -> Crossover | None:
         if context.crossover is None:
@@ -272,19 +274,19 @@ class FFNRoute(Pass):
 
 
 class _Emit:
-    """Puts routers and sparse ops in the place of FFNs; weights that several share are stored once."""
+    """Replaces FFNs by routers and sparse ops. Weights that several FFNs share are stored once."""
 
     def __init__(
         self, step: FFNRoute, graph: gs.Graph, dial: TokenDial, routers: Routers, fitted: Mapping[int, Fitted]
     ) -> None:
         self._step, self._graph, self._dial, self._routers, self._fitted = step, graph, dial, routers, fitted
         self._rows = Rows(step.weights)
-        self._made: dict[tuple[int, int], SparseFFN] = {}
+        self._stored: dict[tuple[int, int], SparseFFN] = {}
 
     def replace(
         self, ffn: FFN, first: FFN, router: Router, density: float | None, rest: Rest | None
     ) -> dict[str, Any] | str:
-        """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
+        """Rewrite `ffn`, which shares the weights of `first`; returns the report's entry, or why `ffn` stays dense."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
         block, k, fitted = ffn.d_ff // router.groups, step.taken(router), self._fitted.get(ffn.layer)
         scores = router.emit(graph, ffn, at)
@@ -294,15 +296,15 @@ class _Emit:
         if isinstance(above, str):
             return above
         key = first.layer, block
-        once = key not in self._made
+        once = key not in self._stored
         if once:
             name = f"{step.name}/layer.{ffn.layer}"
             weights, rows = FFNWeights(first), self._rows
             if fitted is not None:
                 weights.reorder(fitted.order)
                 rows = Rows(step.weights)  # no other FFN has this order
-            self._made[key] = SparseFFN(first, weights, rows, block, name)
-        sparse = self._made[key]
+            self._stored[key] = SparseFFN(first, weights, rows, block, name)
+        sparse = self._stored[key]
         dense_above = -1 if step.dense_above is None else step.dense_above
         chosen = add_node(
             graph, SELECT_BLOCKS, {"scores": above}, f"{at}/blocks", k=k, shared=int(step.shared), at_most=1,

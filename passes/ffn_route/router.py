@@ -1,4 +1,4 @@
-"""A router: what scores the groups of one FFN's neurons. The linear one is the paper's."""
+"""Routers, which score the groups of one FFN's neurons. The linear router is the paper's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trimtab.passes.matrices.forms import OPSETS, Matrix
 from trimtab.passes.matrices.quantize import fit_block, in_form
 
 BITS = 8
-"""Of the weights of routers beside integer rows."""
+"""Bits of the router's weights if the FFN's weights are integers."""
 _BLOCK = 64
 _LARGE = 1 << 20
-"""Bytes in fp32 of a router that is worth integers: more than stays in a core's cache from one token to the next."""
+"""Size in fp32, in bytes, from which on a router is stored as integers. Smaller ones stay in a core's cache."""
 
 HINT = "compile the model that they were trained with; `trimtab train --method lte` writes both into one folder"
 
@@ -31,18 +31,18 @@ class Router(ABC):
 
     @property
     def opset(self) -> int:
-        """The least that its nodes need."""
+        """The lowest opset that the router's nodes need."""
         return 0
 
     @property
     @abstractmethod
     def groups(self) -> int:
-        """How many there are."""
+        """Number of groups."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Read per token."""
+        """Bytes read per token."""
 
     @property
     @abstractmethod
@@ -51,7 +51,7 @@ class Router(ABC):
 
     @abstractmethod
     def scores(self, x: np.ndarray) -> np.ndarray:
-        """[tokens, groups] of states x [tokens, d_model]."""
+        """Scores of states x [tokens, d_model], [tokens, groups]."""
 
     @abstractmethod
     def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
@@ -59,22 +59,22 @@ class Router(ABC):
 
     @abstractmethod
     def bound(self, ffn: FFN) -> Router:
-        """The router at work at its FFN.
+        """The router bound to its FFN.
 
         Raises:
-            ProfileError: it is of another model.
+            ProfileError: the router belongs to another model.
         """
 
     def in_integers(self) -> Router:
-        """The router as it stands beside an FFN whose weights are integers."""
+        """The router for an FFN whose weights are integers."""
         return self
 
     def unfit(self, ffn: FFN, capability: Capability) -> str | None:
-        """Why the FFN cannot have it, or None."""
+        """Why the FFN cannot use this router, or None."""
         return None
 
     def share(self, cap: float) -> int:
-        """How many groups the share `cap` of them is, at least one."""
+        """The number of groups in the share `cap`, at least one."""
         return max(1, round(cap * self.groups))
 
 
@@ -108,10 +108,10 @@ class LinearRouter(Router):
         return int(self.weight.size)
 
     def in_integers(self) -> LinearRouter:
-        """In int8, where it is large: beside int8 rows its bytes count four times as much.
+        """A large router in int8: next to int8 rows, its fp32 bytes weigh four times as much.
 
-        Small ones stay: ONNX Runtime rounds the inputs of such products to bytes, too, and a rounded score can change
-        what is computed.
+        A small router stays in fp32. ONNX Runtime also rounds the inputs of int8 products to bytes, and a rounded score
+        can change which groups are computed.
         """
         fits = self.weight.nbytes >= _LARGE and fit_block(_BLOCK, self.weight.shape[1]) is not None
         return replace(self, form="int8") if fits else self
@@ -122,8 +122,8 @@ class LinearRouter(Router):
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            found: np.ndarray = 1 / (1 + np.exp(-(x @ self._matrix + self.bias)))
-        return found
+            scores: np.ndarray = 1 / (1 + np.exp(-(x @ self._matrix + self.bias)))
+        return scores
 
     def emit(self, graph: gs.Graph, ffn: FFN, at: str) -> gs.Variable:
         x = ffn.x

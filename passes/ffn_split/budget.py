@@ -1,4 +1,4 @@
-"""A budget for all FFNs together: the plan of each layer that costs least error, or least bytes, on the whole."""
+"""A budget for all FFNs together: chooses one plan per layer so that the total error, or the total size, is minimal."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ FINE_SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 """Shares of heavy neurons that a search tries where all weights keep their precision: small ones save time."""
 
 LARGEST = 3
-"""How many times the mean share a budget of time lets one layer have: fits take time with the cube of it."""
+"""Limit of one layer's share under a time budget, in multiples of the mean share. The time of a fit grows with the cube
+of a layer's share."""
 
 COARSE_SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
-"""Those that it tries where forms vary too."""
+"""Shares of heavy neurons that a search tries where weight forms vary too."""
 
 RANKS = (16, 64, 128)
 """Ranks of the affine map that a search tries."""
 
 
 class Budget(BaseModel):
-    """What all FFNs together may cost. Exactly one of the three.
+    """Limit of the cost of all FFNs together. Exactly one attribute is set.
 
     Attributes:
-        size: bytes of the FFN weights as stored, as a fraction of their size in fp32; the error is minimised. Weights
-            that layers share count once in both.
+        size: bytes of the stored FFN weights, as a fraction of their size in fp32; the error is minimised. Weights that
+            layers share count once.
         time: multiply-adds of the FFNs, as a fraction of the dense ones; the error is minimised. At equal precision an
-            FFN's time is proportional to them, whether memory or arithmetic bounds it.
+            FFN's time is proportional to its multiply-adds, whether memory or arithmetic bounds it.
         error: squared error of the FFN outputs on held-out states relative to their variance, the mean over layers; the
             bytes are minimised.
     """
@@ -55,11 +56,11 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a plan costs and what it loses, without the weights that showed it.
+    """Cost and error of a plan, without the fitted weights.
 
     Attributes:
-        error, macs: summed over the layers that share the weights.
-        nbytes: of the one set of weights.
+        error, macs: error and multiply-adds, summed over the layers that share the weights.
+        nbytes: bytes of the shared weights.
     """
 
     plan: Plan
@@ -80,16 +81,19 @@ def choose(
     budget: Budget,
     layers: int | None = None,
 ) -> list[int]:
-    """Which candidate each layer, or each group of layers that share weights, takes.
+    """Choose a candidate for each group of layers that share weights.
 
     Args:
-        candidates: per group, what it could become, with errors measured.
-        dense_bytes: of each group's dense FFN, in fp32, once.
-        dense_macs: of each group's layers together.
-        layers: of all groups together; as many as there are groups, if not given.
+        candidates: candidates of each group, with measured errors.
+        dense_bytes: bytes of each group's dense FFN in fp32; shared weights count once.
+        dense_macs: multiply-adds of each group's dense layers together.
+        layers: number of layers in all groups; by default one per group.
+
+    Returns:
+        number of the chosen candidate of each group.
 
     Raises:
-        RecipeError: no choice keeps the budget; says what the least is.
+        RecipeError: no choice keeps the budget. The message states the smallest possible budget.
     """
     cost: Callable[[Candidate], float] = (
         (lambda s: float(s.macs)) if budget.time is not None else (lambda s: float(s.nbytes))
@@ -107,18 +111,18 @@ def choose(
 
 
 def _knapsack(values: list[list[float]], weights: list[list[float]], limit: float, what: str) -> list[int]:
-    """One item of each group, of least total value within the total weight `limit`: a multiple-choice knapsack."""
+    """Multiple-choice knapsack: one item per group with the least total value, within the total weight `limit`."""
     least = sum(min(group) for group in weights)
     if least > limit:
         raise RecipeError(f"budget.{what}: the least that can be reached is {least:.4f}", hint="give a larger budget")
     flat_values, flat_weights = np.concatenate(values), np.concatenate(weights)
     group = np.repeat(np.arange(len(values)), [len(v) for v in values])
     one_each = coo_array((np.ones(len(group)), (group, np.arange(len(group)))))
-    found = milp(
+    solution = milp(
         flat_values,
         integrality=np.ones(len(group)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(flat_weights[None], -np.inf, limit)],
     )
-    assert found.x is not None, found.message
-    return [int(np.argmax(found.x[group == g])) for g in range(len(values))]
+    assert solution.x is not None, solution.message
+    return [int(np.argmax(solution.x[group == g])) for g in range(len(values))]

@@ -1,4 +1,4 @@
-"""A fitted split as nodes in the graph."""
+"""Writes a fitted split into the graph as nodes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PASS = "ffn-split"
 
 
 def emit(graph: gs.Graph, ffns: Sequence[FFN], split: Split) -> None:
-    """Put `split` in the place of each of `ffns`, which had the same weights; its constants are made once.
+    """Replace each of `ffns`, which have the same weights, by `split`. Its constants are stored once.
 
-    The dense nodes are left without use for the clean-up.
+    The dense nodes remain unused, and the clean-up removes them.
     """
     first = ffns[0]
     name = f"{_PASS}/layer.{first.layer}"
@@ -27,7 +27,7 @@ def emit(graph: gs.Graph, ffns: Sequence[FFN], split: Split) -> None:
     heavy, rest = split.heavy, split.rest
     around = 0
     if heavy is not None and isinstance(rest, LowRank):
-        joined = _joined(heavy, rest)
+        joined = _join(heavy, rest)
         if joined is not None:
             around = rest.rank
             heavy, rest = joined, None
@@ -44,11 +44,11 @@ def emit(graph: gs.Graph, ffns: Sequence[FFN], split: Split) -> None:
 
 @dataclass(frozen=True)
 class _StoredNeurons:
-    """Neurons whose constants are made.
+    """Neurons with their constants in the graph.
 
     Attributes:
-        around: the last features of the first matrix, which go around the activation.
-        sizes: of the neurons and of what goes around them, where something does.
+        around: number of the first matrix's last outputs, which bypass the activation.
+        sizes: sizes of the Split into neurons and bypassing outputs; None without bypassing outputs.
     """
 
     ups: tuple[Product, ...]
@@ -79,7 +79,7 @@ class _StoredNeurons:
         for label, product, bias in zip(_labels(ffn), self.ups, self.up_biases, strict=True):
             out = product(graph, ffn.x, f"{name}/{label}")
             if self.sizes is not None and not pre:
-                out, linear = _parted(graph, out, self.sizes, f"{name}/{label}/part", dtype)
+                out, linear = _split_output(graph, out, self.sizes, f"{name}/{label}/part", dtype)
             if bias is not None:
                 out = insert(graph, "Add", [out, bias], f"{name}/{label}/shift", dtype=dtype)
             pre.append(out)
@@ -91,7 +91,7 @@ class _StoredNeurons:
 
 @dataclass(frozen=True)
 class _Parts:
-    """All of a split whose constants are made; each part is None where there is none."""
+    """The parts of a split with their constants in the graph; None for a part that the split does not have."""
 
     heavy: _StoredNeurons | None
     bias: gs.Constant | None
@@ -99,7 +99,7 @@ class _Parts:
     linear: Product | None
 
     def emit(self, graph: gs.Graph, ffn: FFN, dtype: np.dtype) -> gs.Tensor:
-        """Nodes that compute y of `ffn`; returns it."""
+        """Append the nodes that compute the output of `ffn`; returns the output."""
         name = f"{_PASS}/layer.{ffn.layer}"
         y: gs.Tensor | None = None
         if self.heavy is not None:
@@ -123,20 +123,20 @@ def _labels(ffn: FFN) -> tuple[str, ...]:
 
 
 def _zeros(graph: gs.Graph, ffn: FFN, name: str, dtype: np.dtype) -> gs.Variable:
-    """Zeros in the shape of the output, for an FFN of which only its bias is left."""
+    """Zeros in the shape of the output, for an FFN of which only the bias remains."""
     return insert(graph, "Mul", [ffn.x, constant(f"{name}/zero", np.zeros((), dtype))], f"{name}/nothing", dtype=dtype)
 
 
-def _joined(heavy: Neurons, rest: LowRank) -> Neurons | None:
-    """FFN1 with the map's first matrix beside its first one and the second below its last; None if forms differ.
+def _join(heavy: Neurons, rest: LowRank) -> Neurons | None:
+    """FFN1 joined with the map: the map's first matrix extends FFN1's first one, its second matrix FFN1's last one.
 
-    Two thin products more would take as long as the map saves.
+    Two separate thin products would cost the time that the map saves. Returns None if the forms differ.
     """
     up, down = heavy.ups[0].joined(rest.left, 1), heavy.down.joined(rest.right, 0)
     return None if up is None or down is None else Neurons((up, *heavy.ups[1:]), heavy.up_biases, down)
 
 
-def _parted(
+def _split_output(
     graph: gs.Graph, tensor: gs.Tensor, sizes: gs.Constant, name: str, dtype: np.dtype
 ) -> tuple[gs.Variable, gs.Variable]:
     outputs = gs.Variable(f"{name}.0", dtype=dtype), gs.Variable(f"{name}.1", dtype=dtype)

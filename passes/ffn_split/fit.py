@@ -1,4 +1,4 @@
-"""From a plan to weights: the two parts of one FFN, fitted to its dense outputs."""
+"""Turns a plan into weights: fits the two parts of one FFN to its dense outputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trimtab.passes.sampled_ffn import SampledFFN
 
 
 class Fitter:
-    """Splits one FFN in as many ways as there are plans. What they have in common is computed once.
+    """Splits one FFN by several plans. Intermediate results that plans share are computed once.
 
     Args:
         kind: the score that orders the neurons.
-        plans: all that `split` will be asked for.
+        plans: all plans that `split` will be called with.
         precise: round integers with error feedback; without it, fits are cheap estimates for a search.
     """
 
@@ -54,7 +54,7 @@ class Fitter:
         down = (self.layer.down[:n] + correction).astype(np.float32)
         head = ordered.neurons(heavy, plan.heavy_form, plan.block, down) if n else None
         offset = self.layer.mean_output - self._mean_output(plan, head, tail)
-        error = self.layer.error(self._held_output(plan, head, tail) + offset)
+        error = self.layer.error(self._held_out_output(plan, head, tail) + offset)
         return Split(plan, head, tail, (dense_bias + offset).astype(np.float32), error)
 
     @property
@@ -62,7 +62,7 @@ class Fitter:
         return self.layer.ffn.d_model
 
     def _residual(self, plan: Plan, tail: Neurons | LowRank | None) -> Moments:
-        """Moments of [x, h of heavy neurons] and of what the dense outputs are beyond both parts."""
+        """Moments of [x, h of heavy neurons] and of the residual: the dense outputs minus both parts."""
         n, d = plan.heavy, self._inputs
         everything = self.ordered.moments(plan.heavy_form, plan.block)
         cross = everything.cross[: d + n] - everything.cov[: d + n, d : d + n] @ self.layer.down[:n]
@@ -83,22 +83,22 @@ class Fitter:
             rank = left.shape[1]
             again = moments.compressed(left).solve()
             right, correction = again[:rank], again[rank:]
-        # In between, values as large as activations are, so that integers in common serve both alike.
+        # Scale the bottleneck to the activations, so that both share one quantization range.
         h = self.ordered.hidden(plan.heavy_form, plan.block)[:, : n or None]
-        wanted = np.square(h).mean() or 1.0  # neurons may all be silent on the calibration data
-        size = np.sqrt(wanted / np.maximum(np.square(self.layer.fit @ left).mean(0), 1e-30))
+        mean_square = np.square(h).mean() or 1.0  # all neurons may be 0 on the calibration data
+        size = np.sqrt(mean_square / np.maximum(np.square(self.layer.fit @ left).mean(0), 1e-30))
         left, right = left * size, right / size[:, None]
         form = "int8" if plan.heavy_form in BITS else plan.heavy_form
         pair = (self.ordered.matrix(m.astype(np.float32), form, plan.block) for m in (left, right))
         return LowRank(*pair), correction
 
     def _full_map(self, plan: Plan, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-        """The best map of x of any rank, and the directions of its outputs, most important first; for all ranks."""
+        """The best map of x without a limit of rank, and the directions of its outputs, most important first."""
         key = (plan.heavy, plan.heavy_form, plan.block, plan.refit)
         if key not in self._maps:
             d = self._inputs
             if plan.refit:
-                full = moments.solve()[:d].copy()  # not a view, which would keep the rest
+                full = moments.solve()[:d].copy()  # a view would keep the whole solution in memory
             else:
                 n, ordered = plan.heavy, self.ordered
                 cross = ordered.cross("fp32", "fp32", plan.block)[:d, n:] @ self.layer.down[n:]
@@ -107,7 +107,7 @@ class Fitter:
         return self._maps[key]
 
     def _low_rank(self, plan: Plan) -> Neurons:
-        """The rest as neurons whose projections are low-rank pairs, of least error on the calibration inputs."""
+        """The rest as neurons with low-rank pairs as projections, of least error on the calibration inputs."""
         ordered, part = self.ordered, slice(plan.heavy, self.layer.ffn.d_ff)
         h = ordered.hidden("fp32", plan.block)[:, part]
         ones = np.ones(part.stop - part.start)
@@ -118,7 +118,7 @@ class Fitter:
         )
 
     def _mean_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
-        """Mean of what both parts compute on the states to fit to, [d_model]."""
+        """Mean output of both parts on the states for fits, [d_model]."""
         n, total = plan.heavy, np.zeros(self._inputs)
         if head is not None:
             total += self.ordered.mean(plan.heavy_form, plan.block)[:n] @ head.down.array
@@ -130,8 +130,8 @@ class Fitter:
             total += self.ordered.mean(plan.rest_form, plan.block)[n:] @ tail.down.array
         return total
 
-    def _held_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
-        """What both parts compute on the held-out states, without bias, [m, d_model]."""
+    def _held_out_output(self, plan: Plan, head: Neurons | None, tail: Neurons | LowRank | None) -> np.ndarray:
+        """Output of both parts on the held-out states, without bias, [m, d_model]."""
         n, y = plan.heavy, np.zeros((len(self.layer.held_out), self._inputs), np.float32)
         if head is not None:
             y += self.ordered.hidden(plan.heavy_form, plan.block, held_out=True)[:, :n] @ head.down.array

@@ -1,4 +1,4 @@
-"""All neurons of one FFN in the order of their score, in every form asked for: parts of it are slices."""
+"""All neurons of one FFN, ordered by score, in several weight forms. Parts of an FFN are slices of this order."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 class OrderedNeurons:
-    """What the neurons of one FFN compute, heavy hitters first.
+    """Activations and weights of the neurons of one FFN, heavy hitters first.
 
-    A neuron's activation depends on its own columns of the up projections alone. So activations are computed once per
+    A neuron's activation depends only on its own columns of the up projections. So activations are computed once per
     form for all neurons, and any prefix or rest of them is a slice.
 
     Args:
-        layer: is put in that order.
-        kind: the score that orders them.
-        reach: how many of the heaviest the second moments cover; their memory grows with its square.
+        layer: the FFN; its neurons are reordered.
+        kind: the score that orders the neurons.
+        reach: number of heaviest neurons in the second moments, whose memory grows with its square.
         precise: round integers with error feedback; without it, rounding is a cheap estimate for a search.
     """
 
@@ -56,17 +56,17 @@ class OrderedNeurons:
         return Neurons(ups, biases, self.matrix(down, form, block, moments))
 
     def matrix(self, weight: np.ndarray, form: str, block: int, moments: np.ndarray | None = None) -> Matrix:
-        """`weight` in `form`; as it is where no block size divides its input features.
+        """`weight` in `form`; unchanged if no block size divides its input features.
 
         Args:
-            moments: E[x xᵀ] of its inputs; without, integers are rounded to nearest.
+            moments: E[x xᵀ] of the weight's inputs; without it, integers are rounded to nearest.
         """
         if form == "fp16":
             return Half(weight)
         return Dense(weight) if form not in BITS else self._quantized(weight, form, block, moments)
 
     def hidden(self, form: str, block: int, *, held_out: bool = False) -> np.ndarray:
-        """Activations of all neurons in `form`, on the states to fit to or the held-out ones, [n, d_ff]."""
+        """Activations of all neurons in `form`, on the states for fits or the held-out states, [n, d_ff]."""
         states = self.layer.held_out if held_out else self.layer.fit
 
         def make() -> np.ndarray:
@@ -78,13 +78,13 @@ class OrderedNeurons:
         return self._once(("hidden", self._values_of(form), block, held_out), make)
 
     def mean(self, form: str, block: int) -> np.ndarray:
-        """Mean activations on the states to fit to, [d_ff]."""
+        """Mean activations on the states for fits, [d_ff]."""
         return self._once(
             ("mean", self._values_of(form), block), lambda: self.hidden(form, block).mean(0, dtype=np.float64)
         )
 
     def moments(self, form: str, block: int) -> Moments:
-        """Of [x, h within reach] and the dense outputs, with h in `form`."""
+        """Moments of [x, h within reach] and the dense outputs, with h in `form`."""
         parts = (self.layer.fit, self.hidden(form, block)[:, : self.reach])
         return self._once(("moments", self._values_of(form), block), lambda: Moments.of(parts, self.layer.y_fit))
 
@@ -104,7 +104,7 @@ class OrderedNeurons:
 
     @staticmethod
     def _values_of(form: str) -> str:
-        """Forms that leave the activations as they are, are one: rounding to half precision changes them too little."""
+        """Cache key of a form's activations. Half precision changes activations so little that fp16 shares fp32's."""
         return form if form in BITS else "fp32"
 
     def _feeds_back(self, form: str) -> bool:
@@ -125,7 +125,7 @@ class OrderedNeurons:
         return round_to_nearest(weight, BITS[form], size, search=self.precise)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
-        """What `make` returns, kept for as long as this layer is worked on."""
+        """The result of `make`, cached for the lifetime of this object."""
         if key not in self._cache:
             self._cache[key] = make()
         return cast("T", self._cache[key])

@@ -1,4 +1,4 @@
-"""What is to become of one FFN, and what became of it."""
+"""The plan for splitting one FFN, and the fitted split."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Plan:
     """How to split one FFN.
 
     Attributes:
-        heavy: neurons of FFN1.
-        heavy_form: of FFN1's weights.
-        rest_form: what becomes of FFN2.
-        rank: of FFN2's low-rank matrices or affine map.
-        block: input features that share a scale in integer forms, at most.
-        refit: fit FFN1's down projection anew to the dense outputs, so that it makes up for what FFN2 lost.
+        heavy: number of neurons in FFN1.
+        heavy_form: form of FFN1's weights.
+        rest_form: form of FFN2.
+        rank: rank of FFN2's low-rank matrices or affine map.
+        block: limit of the input features that share a scale in integer forms.
+        refit: fit FFN1's down projection again to the dense outputs, to compensate the error of FFN2.
     """
 
     heavy: int
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Neurons:
-    """Neurons that are computed: y += act(x W_up + b_up) W_down, gated likewise.
+    """Neurons that compute y += act(x W_up + b_up) W_down, with a gate if the FFN has one.
 
     Attributes:
         ups: W_up, or (W_gate, W_up); [d_model, neurons] each.
@@ -70,8 +70,8 @@ class Split:
 
     Attributes:
         heavy: FFN1, or None if no neuron is heavy.
-        rest: FFN2 as neurons, as the linear part of an affine map, or None where it was dropped or is empty.
-        bias: the down projection's bias and all constant parts, [d_model], or None if there is none.
+        rest: FFN2 as neurons or as the linear part of an affine map; None if FFN2 is dropped or empty.
+        bias: sum of the down projection's bias and all constant parts, [d_model], or None.
         error: squared error of the outputs on held-out states, relative to their variance.
     """
 

@@ -1,4 +1,4 @@
-"""How heavily a neuron hits: the scores that order the neurons of an FFN."""
+"""The scores that order the neurons of an FFN: a neuron with a high score is a heavy hitter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def score(layer: SampledFFN, kind: Score) -> np.ndarray:
 
     With h_j the activation of neuron j over the calibration tokens and v_j its row of W_down:
 
-    - contribution: Σ |h_j| ‖v_j‖, the size of its part of the output (FFSplit, arXiv 2401.04044, §3).
+    - contribution: Σ |h_j| ‖v_j‖, the size of the neuron's part of the output (FFSplit, arXiv 2401.04044, §3).
     - activation: Σ |h_j|, without the output weights.
     - energy: (Σ h_j²)^½ ‖v_j‖.
-    - deviation: (Σ (h_j − h̄_j)²)^½ ‖v_j‖, what is left once its mean is folded into the bias.
-    - residual: like deviation, of what is left of h_j after its best linear prediction from x: what neither a bias nor
-      an affine map can replace.
+    - deviation: (Σ (h_j − h̄_j)²)^½ ‖v_j‖, the part that remains after the mean is folded into the bias.
+    - residual: deviation of h_j minus its best linear prediction from x, the part that neither a bias nor an affine map
+      can replace.
     """
     stats = layer.stats
     norm = np.linalg.norm(layer.down * layer.gain, axis=1)

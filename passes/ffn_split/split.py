@@ -1,4 +1,4 @@
-"""The pass: every FFN becomes its heavy hitters and something cheaper for the rest."""
+"""The pass `ffn-split`: keeps the heavy hitters of every FFN and makes the rest cheap."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trimtab.passes.needs import FFNStates, Need
 from trimtab.passes.sampled_ffn import sample_ffn
 
 _CHOICE = TypeAdapter(list[tuple[int, int, int, Plan]])
-"""Layer, d_ff, d_model and plan of each FFN: what a budget chose, as the Profile keeps it."""
+"""Layer, d_ff, d_model and plan of each FFN: a budget's choice, in the format of the Profile."""
 
 
 class FFNSplit(Pass):
@@ -92,7 +92,7 @@ class FFNSplit(Pass):
             split = Fitter(sample_ffn(group[0], profile, group[1:]), self.score, [plan]).split(plan)
             emit(graph, group, split)
             rows += [_row(ffn, split, group[0]) for ffn in group]
-            _tell(context, "split FFNs", len(rows), sum(map(len, groups)))
+            _report_progress(context, "split FFNs", len(rows), sum(map(len, groups)))
         split_layers = {row["layer"] for row in rows}
         untouched = [linear for ffn in anatomy.ffns if ffn.layer not in split_layers for linear in ffn.linears]
         details = {
@@ -105,13 +105,12 @@ class FFNSplit(Pass):
         return Plan(self._neurons(ffn, self.heavy), self.heavy_form, self.rest_form, self.rank, self.block, self.refit)
 
     def _neurons(self, ffn: FFN, share: float) -> int:
-        """`share` of the FFN's neurons, as a multiple where there is room for one."""
-        wanted = share * ffn.d_ff
-        rounded = self.multiple * max(round(wanted / self.multiple), 1 if share > 0 else 0)
+        """`share` of the FFN's neurons, rounded to a multiple of `multiple`, at most all neurons."""
+        rounded = self.multiple * max(round(share * ffn.d_ff / self.multiple), 1 if share > 0 else 0)
         return min(rounded, ffn.d_ff) if share < 1 else ffn.d_ff
 
     def _budgeted(self, groups: list[tuple[FFN, ...]], context: PassContext) -> list[Plan]:
-        """A plan for each group of FFNs with the same weights, chosen over all of them by measured output error."""
+        """A plan for each group of FFNs with the same weights, chosen together by measured output error."""
         numbers = [number for number, group in enumerate(groups) for _ in group]
         sizes = [(ffn.layer, ffn.d_ff, ffn.d_model) for group in groups for ffn in group]
 
@@ -120,9 +119,9 @@ class FFNSplit(Pass):
             rows = [(*size, plans[number]) for size, number in zip(sizes, numbers, strict=True)]
             return _CHOICE.dump_python(rows, mode="json")
 
-        def fits(known: Any) -> bool:
+        def fits(stored: Any) -> bool:
             try:
-                chosen = _CHOICE.validate_python(known)
+                chosen = _CHOICE.validate_python(stored)
             except ValidationError:
                 return False
             bits = {BITS[form] for *_, plan in chosen for form in (plan.heavy_form, plan.rest_form) if form in BITS}
@@ -130,7 +129,7 @@ class FFNSplit(Pass):
             if not possible or [tuple(size) for *size, _ in chosen] != sizes:
                 return False
             plans = {(number, plan) for number, (*_, plan) in zip(numbers, chosen, strict=True)}
-            return len(plans) == len(groups)  # one of each group
+            return len(plans) == len(groups)  # FFNs of one group have the same plan
 
         rows = _CHOICE.validate_python(context.choice(self, search, fits))
         plan_of = {number: plan for number, (*_, plan) in zip(numbers, rows, strict=True)}
@@ -144,7 +143,7 @@ class FFNSplit(Pass):
             plans = list(self._candidates(group[0], context))
             fitter = Fitter(sample_ffn(group[0], profile, group[1:]), self.score, plans, precise=False)
             candidates.append([Candidate.of(fitter.split(plan), len(group)) for plan in plans])
-            _tell(context, "search the budget", len(candidates), len(groups))
+            _report_progress(context, "search the budget", len(candidates), len(groups))
         dense = [4 * group[0].params for group in groups]
         macs = [len(group) * sum(m.in_features * m.out_features for m in group[0].linears) for group in groups]
         chosen = choose(candidates, dense, macs, self.budget, sum(map(len, groups)))
@@ -204,7 +203,7 @@ class FFNSplit(Pass):
 
 
 def _row(ffn: FFN, split: Split, first: FFN) -> dict[str, Any]:
-    """What the report says of one layer; bytes that it shares with `first` count there."""
+    """The report's entry of one layer. Bytes that the layer shares with `first` count in the entry of `first`."""
     plan, once = split.plan, int(ffn is first)
     has_rest = plan.heavy < ffn.d_ff
     return {
@@ -221,6 +220,6 @@ def _row(ffn: FFN, split: Split, first: FFN) -> dict[str, Any]:
     } | ({} if once else {"weights_of": first.layer})
 
 
-def _tell(context: PassContext, what: str, done: int, total: int) -> None:
+def _report_progress(context: PassContext, what: str, done: int, total: int) -> None:
     if context.progress is not None:
         context.progress(what, done, total)

@@ -1,4 +1,4 @@
-"""The thresholds of all FFNs at a dial that says which share of the neurons is left out."""
+"""The thresholds of all FFNs as functions of a dial, the share of neurons that is left out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trimtab.passes.graph import constant, insert
 
 
 class Levels:
-    """Thresholds of FFNs, looked up in one table for all of them, wherever tokens have a dial.
+    """Looks up the thresholds of FFNs for a dial. All FFNs share one table.
 
     Args:
-        table: thresholds of the shares 0 to 1 in equal steps, of each FFN, [FFNs, STEPS + 1].
-        name: begins the names of the nodes.
+        table: thresholds of each FFN for the shares 0 to 1 in equal steps, [FFNs, STEPS + 1].
+        name: prefix of the nodes' names.
     """
 
     def __init__(self, graph: gs.Graph, table: Sequence[np.ndarray], name: str) -> None:
@@ -24,20 +24,20 @@ class Levels:
         values = np.stack(table, -1).astype(np.float32)  # [STEPS + 1, FFNs]
         self._low = constant(f"{name}/thresholds", values[:-1])
         self._rise = constant(f"{name}/rises", np.diff(values, axis=0))
-        self._made: dict[int, tuple[gs.Tensor, gs.Variable]] = {}
+        self._levels: dict[int, tuple[gs.Tensor, gs.Variable]] = {}
 
     def at(self, dial: gs.Tensor, place: int, at: str) -> gs.Variable:
         """The threshold of FFN number `place` of the table, in the shape of `dial`, [..., 1]."""
-        if id(dial) not in self._made:
-            self._made[id(dial)] = dial, self._of_all(dial, f"{self._name}/of_tokens.{len(self._made)}")
+        if id(dial) not in self._levels:
+            self._levels[id(dial)] = dial, self._of_all(dial, f"{self._name}/of_tokens.{len(self._levels)}")
         index = constant(f"{at}/place", np.array([place]))
         return insert(
-            self._graph, "Gather", [self._made[id(dial)][1], index], f"{at}/threshold", attrs={"axis": -1},
+            self._graph, "Gather", [self._levels[id(dial)][1], index], f"{at}/threshold", attrs={"axis": -1},
             dtype=np.float32,
         )  # fmt: skip
 
     def _of_all(self, dial: gs.Tensor, name: str) -> gs.Variable:
-        """[..., FFNs]: between two steps in a straight line."""
+        """Thresholds of all FFNs, [..., FFNs], interpolated between two steps."""
         last = self._axis(name)
         flat = self._node("Squeeze", [dial, last], f"{name}/flat")
         scaled = self._node("Mul", [flat, self._number("steps", STEPS)], f"{name}/scaled")

@@ -1,4 +1,4 @@
-"""How large the activations of an FFN's blocks of neurons are, and below which size a share of them lies."""
+"""Sizes of the activations of an FFN's blocks of neurons, and their quantiles."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from trimtab.passes.sampled_ffn import SampledFFN
 from trimtab.passes.sparse_ffn.shares import cuts
 
 STEPS = 100
-"""Shares, in equal steps from 0 to 1, whose thresholds are kept; between two, thresholds go in a straight line."""
+"""Number of equal steps from share 0 to 1 whose thresholds are stored; others are interpolated."""
 
-_LEAST = 1e-6  # of the largest size: what is smaller counts as 0, since float32 has to tell it from 0 in sums
+_LEAST = 1e-6  # relative to the largest size: smaller sizes count as 0, since float32 sums cannot resolve them
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the blocks of one FFN: Σ w_j |a_j| over the neurons of each.
 
-    a = act(x W_gate), or act(x W_up) where there is no gate.
+    a = act(x W_gate), or act(x W_up) without a gate.
 
     Attributes:
-        weight: w, [d_ff], float32; None where all are 1.
-        block: neighbouring neurons of a block.
+        weight: w, [d_ff], float32; None if all weights are 1.
+        block: number of neighbouring neurons in a block.
     """
 
     weight: np.ndarray | None
     block: int
 
     def of(self, activations: np.ndarray) -> np.ndarray:
-        """[tokens, blocks], of activations a [tokens, d_ff]."""
+        """Sizes of the activations a [tokens, d_ff], [tokens, blocks]."""
         sizes = np.abs(activations)
         if self.weight is not None:
             sizes *= self.weight
@@ -39,16 +39,17 @@ class Sizes:
 
 
 def first_activations(layer: SampledFFN, x: np.ndarray) -> np.ndarray:
-    """a = act(x W_gate), or act(x W_up) of FFNs without a gate, [n, d_ff], of states x [n, d_model]."""
+    """a = act(x W_gate), or act(x W_up) without a gate, [n, d_ff], for states x [n, d_model]."""
     w, bias = layer.ups[0], layer.up_biases[0]
     y = x @ w if bias is None else x @ w + bias
     return layer.act((y, np.ones_like(y)) if layer.ffn.gated else (y,))
 
 
 def contributions(layer: SampledFFN) -> np.ndarray:
-    """What one unit of a neuron's activation a_j adds to the output, on average, [d_ff].
+    """Average size that one unit of a neuron's activation a_j adds to the output, [d_ff].
 
-    ‖v_j‖, its row of W_down; of gated FFNs times the root mean square of what a_j is multiplied with.
+    This is ‖v_j‖ with v_j the neuron's row of W_down. In a gated FFN it is multiplied by the root mean square of the
+    factor of a_j.
     """
     weight = norms(layer)
     if not layer.ffn.gated:
@@ -59,9 +60,10 @@ def contributions(layer: SampledFFN) -> np.ndarray:
 
 
 def thresholds(sizes: np.ndarray) -> np.ndarray:
-    """Thresholds at which the shares 0, 1 / STEPS, ... 1 of all blocks are left out, [STEPS + 1], float32.
+    """Thresholds that leave out the shares 0, 1 / STEPS, ... 1 of all blocks, [STEPS + 1], float32.
 
-    As `cuts` has them, so that zeros of ReLU go together. The first is 0: no size is below it.
+    They are computed by `cuts`, so equal sizes, such as ReLU's zeros, are left out together. The first threshold is 0:
+    no size is below it.
 
     Args:
         sizes: [tokens, blocks].
@@ -71,16 +73,16 @@ def thresholds(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.maximum(above, least)]).astype(np.float32)
 
 
-def threshold_at(found: np.ndarray, share: float) -> float:
-    """The threshold of a share, between those of `thresholds`, as the graph computes it."""
-    return float(np.interp(share, np.arange(STEPS + 1) / STEPS, found))
+def threshold_at(table: np.ndarray, share: float) -> float:
+    """The threshold of a share, interpolated in the table of `thresholds` as in the graph."""
+    return float(np.interp(share, np.arange(STEPS + 1) / STEPS, table))
 
 
-def chosen(sizes: np.ndarray, threshold: float, most: int) -> np.ndarray:
-    """Which blocks are computed, bool [tokens, blocks]: at most `most`, those not below the threshold, and the best."""
+def chosen(sizes: np.ndarray, threshold: float, limit: int) -> np.ndarray:
+    """Which blocks are computed, bool [tokens, blocks]: the best one and those from the threshold on, up to `limit`."""
     best = np.arange(sizes.shape[1]) == sizes.argmax(1)[:, None]
-    found = (sizes >= threshold) | best
-    if most < sizes.shape[1]:
-        last = -np.partition(-sizes, most - 1, axis=1)[:, most - 1 : most]
-        found &= sizes >= last
-    return found
+    computed = (sizes >= threshold) | best
+    if limit < sizes.shape[1]:
+        last = -np.partition(-sizes, limit - 1, axis=1)[:, limit - 1 : limit]
+        computed &= sizes >= last
+    return computed

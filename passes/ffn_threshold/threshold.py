@@ -1,4 +1,4 @@
-"""The pass: neurons whose activations are small for a token are left out of the rest of the FFN."""
+"""The pass `ffn-threshold`: an FFN leaves out the neurons whose activations are small for a token."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ DIAL = "ffn_sparsity"
 
 @dataclass(frozen=True)
 class Choice:
-    """What calibration tells of one FFN.
+    """Thresholds of one FFN and their measured effect.
 
     Attributes:
-        sizes: of its blocks of neurons.
-        table: thresholds, as `quantiles.thresholds` has them.
-        threshold: that of the sparsity asked for.
+        sizes: computes the sizes of the blocks of neurons.
+        table: thresholds as of `quantiles.thresholds`.
+        threshold: threshold of the requested sparsity.
         often: share of the held-out states that compute each block, [blocks].
-        error: squared error of the outputs on held-out states, relative to their variance, without the rest.
-        rest: what stands for the neurons that are left out.
+        error: squared error of the outputs on held-out states, relative to their variance, without the rest map.
+        rest: the rest map, which approximates the neurons left out.
     """
 
     sizes: Sizes
@@ -78,12 +78,12 @@ class Choice:
 
 
 class FFNThreshold(Pass):
-    """Leave out of each token the neurons whose activations lie below a threshold of the layer.
+    """Leave out the neurons whose activations are below the layer's threshold, for each token.
 
-    Of gated FFNs the gate is computed whole, and neurons are left out of up and down (CATS, arXiv 2404.08763). Of the
-    others up is computed whole, and neurons are left out of down (TEAL, arXiv 2408.14690). Thresholds are quantiles on
+    Gated FFNs compute the whole gate, and leave neurons out of up and down (CATS, arXiv 2404.08763). Other FFNs compute
+    the whole up projection, and leave neurons out of down (TEAL, arXiv 2408.14690). Thresholds are quantiles on
     calibration data; nothing is trained.
-    A `rest` adds a low-rank map of the input that stands for the neurons that a token leaves out.
+    A `rest` adds a low-rank map of the input that approximates the neurons left out.
     Exact end of the dial: at 0 all neurons are computed.
     """
 
@@ -135,59 +135,59 @@ class FFNThreshold(Pass):
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile.
 
         Raises:
-            RecipeError: an FFN cannot leave out as many of its neurons.
+            RecipeError: an FFN cannot reach the requested sparsity.
         """
         anatomy = find_anatomy(graph)
-        wanted = select_ffns(anatomy, self.layers)
+        selected = select_ffns(anatomy, self.layers)
         profile = context.measured()
         raise_opset(graph, OPSET)
         left: list[Left] = []
         plans: list[tuple[Sequence[FFN], Choice]] = []  # without the layers, whose activations are large
         done = 0
-        for group in by_weights(wanted):
+        for group in by_weights(selected):
             reason = unfit(group[0], self.block, self.weights)
             if reason is None:
                 layer = sample_ffn(group[0], profile, group[1:])
                 choice = self._choose(layer)
-                reason = self._not_worth(group[0], choice, len(wanted), context)
+                reason = self._not_worth(group[0], choice, len(selected), context)
                 if reason is None:
                     plans.append((group, replace(choice, rest=self._rest(layer, choice))))
             if reason is not None:
                 left += [Left(ffn.where, reason) for ffn in group]
             done += len(group)
             if context.progress is not None:
-                context.progress("find thresholds", done, len(wanted))
+                context.progress("find thresholds", done, len(selected))
         rows = self._rewrite(graph, plans, left, context) if plans else []
         return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def taken(self, blocks: int) -> int:
-        """The most blocks of one token."""
+        """Limit of the blocks that one token computes."""
         return max(1, round(self.cap * blocks))
 
     def _choose(self, layer: SampledFFN) -> Choice:
-        """Thresholds of one FFN, and what comes of them.
+        """Thresholds of one FFN, and their measured effect.
 
         Raises:
-            RecipeError: each token computes one block at least, and so more than is asked for.
+            RecipeError: the FFN cannot reach the sparsity, since each token computes at least one block.
         """
         blocks = layer.ffn.d_ff // self.block
         check_sparsity(layer.ffn, self.sparsity, self.block, "block")
         weight = contributions(layer).astype(np.float32) if self.by == "contribution" else None
         sizes = Sizes(weight, self.block)
         table = thresholds(sizes.of(first_activations(layer, layer.fit)))
-        threshold, most = threshold_at(table, self.sparsity), self.taken(blocks)
-        taken = chosen(sizes.of(first_activations(layer, layer.held_out)), threshold, most)
+        threshold, max_blocks = threshold_at(table, self.sparsity), self.taken(blocks)
+        taken = chosen(sizes.of(first_activations(layer, layer.held_out)), threshold, max_blocks)
         y = (layer.h_held_out * np.repeat(taken, self.block, 1)) @ layer.down
         return Choice(sizes, table, threshold, taken.mean(0), layer.error(y))
 
     def _rest(self, layer: SampledFFN, choice: Choice) -> Rest | None:
-        """What stands for the neurons that are left out; None if nothing is to, or it would win nothing."""
+        """The rest map for the neurons left out; None if the option is not set or the map would not lower the error."""
         if self.rest is None:
             return None
-        most = self.taken(layer.ffn.d_ff // self.block)
+        max_blocks = self.taken(layer.ffn.d_ff // self.block)
         return fit_rest(
             layer,
-            lambda x: chosen(choice.sizes.of(first_activations(layer, x)), choice.threshold, most),
+            lambda x: chosen(choice.sizes.of(first_activations(layer, x)), choice.threshold, max_blocks),
             self.rest.rank,
         )
 
@@ -195,14 +195,14 @@ class FFNThreshold(Pass):
         """Why the FFN stays dense, or None."""
         if self.most is not None:
             return too_dense(choice.density, self.most)
-        found = self._crossover(ffn, layers, context)
-        if found is None:
+        crossover = self._crossover(ffn, layers, context)
+        if crossover is None:
             return None
         load = Load.of_call(choice.often, context.tokens, shared=self.shared, dense_above=self.dense_above)
-        return found.not_faster("its neurons", load, rest_bytes(ffn, self.rest) / ffn.params)
+        return crossover.not_faster("its neurons", load, rest_bytes(ffn, self.rest) / ffn.params)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
-        """Of the projections that the first one spares; its own time is the same in both forms."""
+        """The crossover of the projections behind the first one. The first one takes the same time in both forms."""
         if context.crossover is None:
             return None
         form = context.dense_form("ffn")
@@ -215,7 +215,7 @@ class FFNThreshold(Pass):
         self, graph: gs.Graph, plans: Sequence[tuple[Sequence[FFN], Choice]], left: list[Left],
         context: PassContext,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Put the sparse ops in the place of FFNs; returns what the report says of each, and adds to `left`."""
+        """Replace FFNs by the sparse ops; returns the report's entry of each, and appends unchanged FFNs to `left`."""
         (dial,) = self.dials()
         tensor = context.add_dial(graph, dial)
         levels = Levels(graph, [choice.table for _, choice in plans], f"{self.name}/levels")
@@ -223,38 +223,38 @@ class FFNThreshold(Pass):
         rows = []
         for place, (group, choice) in enumerate(plans):
             for ffn in group:
-                made = emit.replace(ffn, group[0], choice, place)
-                if isinstance(made, str):
-                    left.append(Left(ffn.where, made))
+                row_or_reason = emit.replace(ffn, group[0], choice, place)
+                if isinstance(row_or_reason, str):
+                    left.append(Left(ffn.where, row_or_reason))
                 else:
-                    rows.append(made)
+                    rows.append(row_or_reason)
         return rows
 
 
 class _Emit:
-    """Puts thresholds and sparse ops in the place of FFNs; weights that several share are stored once."""
+    """Replaces FFNs by thresholds and sparse ops. Weights that several FFNs share are stored once."""
 
     def __init__(self, step: FFNThreshold, graph: gs.Graph, dial: TokenDial, levels: Levels) -> None:
         self._step, self._graph, self._dial, self._levels = step, graph, dial, levels
         self._rows = Rows(step.weights)
-        self._made: dict[int, tuple[SparseFFN, RestNodes | None]] = {}
+        self._stored: dict[int, tuple[SparseFFN, RestNodes | None]] = {}
 
     def replace(self, ffn: FFN, first: FFN, choice: Choice, place: int) -> dict[str, Any] | str:
-        """Rewrite `ffn`, which has the weights of `first`; returns what the report says, or why it stays."""
+        """Rewrite `ffn`, which shares the weights of `first`; returns the report's entry, or why `ffn` stays dense."""
         step, graph, at = self._step, self._graph, f"{self._step.name}/layer.{ffn.layer}"
         blocks, rest = ffn.d_ff // step.block, choice.rest
         k = step.taken(blocks)
         dense_above = -1 if step.dense_above is None else step.dense_above
-        once = place not in self._made
+        once = place not in self._stored
         if once:
             name, stand_in = f"{step.name}/layer.{first.layer}", None
             if rest is not None:
                 stand_in = RestNodes(
                     rest, f"{name}/rest", blocks=blocks, taken=k, at_most=True, dense_above=dense_above
                 )
-            made = SparseFFN(first, FFNWeights(first), self._rows, step.block, name, first_whole=True)
-            self._made[place] = made, stand_in
-        sparse, stand_in = self._made[place]
+            sparse = SparseFFN(first, FFNWeights(first), self._rows, step.block, name, first_whole=True)
+            self._stored[place] = sparse, stand_in
+        sparse, stand_in = self._stored[place]
         assert sparse.first is not None
         activations = sparse.first.emit(graph, ffn, at)
         sizes = self._sizes(activations, choice.sizes, at)
@@ -281,18 +281,20 @@ class _Emit:
     def _sizes(self, activations: gs.Variable, sizes: Sizes, at: str) -> gs.Variable:
         """Append the nodes that compute the sizes of the blocks, [..., blocks]."""
         graph, shape = self._graph, activations.shape
-        found = insert(graph, "Abs", [activations], f"{at}/size", dtype=np.float32)
-        found.shape = shape
+        sizes_of = insert(graph, "Abs", [activations], f"{at}/size", dtype=np.float32)
+        sizes_of.shape = shape
         if sizes.weight is not None:
             weight = constant(f"{at}/size.weight", sizes.weight)
-            found = insert(graph, "Mul", [found, weight], f"{at}/size.weighted", dtype=np.float32)
-            found.shape = shape
+            sizes_of = insert(graph, "Mul", [sizes_of, weight], f"{at}/size.weighted", dtype=np.float32)
+            sizes_of.shape = shape
         if sizes.block == 1 or shape is None:
-            return found
+            return sizes_of
         lead, blocks = len(shape) - 1, int(shape[-1]) // sizes.block
         parts = constant(f"{at}/size.parts", np.array([0] * lead + [blocks, sizes.block]))
         axis = constant(f"{at}/size.axis", np.array([lead + 1]))  # ONNX Runtime 1.31 keeps axis -1 of an empty tensor
-        found = insert(graph, "Reshape", [found, parts], f"{at}/size.of_blocks", dtype=np.float32)
-        found = insert(graph, "ReduceSum", [found, axis], f"{at}/size.sum", attrs={"keepdims": 0}, dtype=np.float32)
-        found.shape = [*shape[:-1], blocks]
-        return found
+        sizes_of = insert(graph, "Reshape", [sizes_of, parts], f"{at}/size.of_blocks", dtype=np.float32)
+        sizes_of = insert(
+            graph, "ReduceSum", [sizes_of, axis], f"{at}/size.sum", attrs={"keepdims": 0}, dtype=np.float32
+        )
+        sizes_of.shape = [*shape[:-1], blocks]
+        return sizes_of

@@ -1,4 +1,4 @@
-"""Which blocks of one FFN are computed, and how well that was seen to serve."""
+"""Which blocks of one FFN are computed, and the measured recall and error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from trimtab.passes.sampled_ffn import SampledFFN
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for one FFN.
+    """The chosen predictor of one FFN and its settings.
 
     Attributes:
-        k: blocks wanted of each token; take: blocks computed, k' of the paper.
-        recall: share of the wanted ones among those computed, on held-out states.
-        shards: parts of the blocks, of which each takes its own best, all as many.
+        k: number of the most important blocks of a token that are wanted.
+        take: number of blocks computed, k' of the paper.
+        recall: share of the wanted blocks that are computed, on held-out states.
+        shards: number of equal parts of the blocks. Each part takes the same number of its own best blocks.
     """
 
     predictor: Predictor
@@ -34,12 +35,12 @@ class Choice:
         return best_of_shards(self.predictor.scores(x), self.take // self.shards, self.shards)
 
     def error(self, layer: SampledFFN) -> float:
-        """Squared error of the FFN's outputs on held-out states, relative to their variance, without a rest."""
+        """Squared error of the FFN's outputs on held-out states, relative to their variance, without the rest map."""
         taken = np.repeat(self.computed(layer.held_out), self.predictor.block, 1)
         return layer.error((layer.h_held_out * taken) @ layer.down)
 
     def by_shards(self, neurons: int, block: int) -> dict[str, Any]:
-        """For the report: neurons that each shard takes, and the recall if the wanted ones fell at random."""
+        """Entries of the report: neurons that each shard takes, and the recall if wanted neurons were random."""
         local = self.take // self.shards
         expected = expected_recall(neurons // block, self.k, self.shards, local)
         return {"shards": self.shards, "of_each_shard": local * block, "expected_recall": round(expected, 4)}

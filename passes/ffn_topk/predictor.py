@@ -1,4 +1,4 @@
-"""Cheap guesses of what an FFN's neurons will do: low-rank or quantized copies of its projections."""
+"""Cheap predictors of an FFN's activations: low-rank or quantized copies of its projections."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from trimtab.passes.matrices.forms import Matrix, Product
 from trimtab.passes.matrices.in_range import in_range
 from trimtab.passes.sampled_ffn import FFNWeights
 
-_DAMP = 1e-3  # of the mean variance of the inputs
-_PROBES = 16  # directions beyond the rank that the subspace iteration follows
+_DAMP = 1e-3  # damping, relative to the mean variance of the inputs
+_PROBES = 16  # oversampling of the subspace iteration: directions beyond the rank
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One projection's outputs, guessed: x Ŵ + b.
+    """Cheap estimate of one projection's outputs: x Ŵ + b.
 
     Attributes:
-        weight: stands for W_up or W_gate, [d_model, d_ff].
-        bias: the projection's own, [d_ff], or None.
+        weight: Ŵ, an approximation of W_up or W_gate, [d_model, d_ff].
+        bias: b, the projection's own bias, [d_ff], or None.
     """
 
     weight: Matrix
@@ -37,7 +37,7 @@ class Guess:
         return y if self.bias is None else y + self.bias
 
     def store(self, name: str, uses: int) -> Product:
-        """Make its constants, which `uses` products read."""
+        """Create the constants, which `uses` products read."""
         product = self.weight.store(name, np.dtype(np.float32), uses)
         if self.bias is None:
             return product
@@ -50,13 +50,13 @@ class Guess:
 
 
 class Predictor:
-    """Scores of blocks from guesses of what goes into the activation.
+    """Scores of blocks from estimates of the activation's inputs.
 
-    Of a gated FFN the gate alone may be guessed; typical sizes stand for the other projection then.
+    For a gated FFN, the gate alone may be estimated; typical sizes then replace the other projection.
 
     Args:
-        guesses: of (up,), of (gate,) or of (gate, up).
-        typical: root mean square of W_up's outputs, [d_ff], where the gate alone is guessed.
+        guesses: estimates of (up,), (gate,) or (gate, up).
+        typical: root mean square of W_up's outputs, [d_ff], if only the gate is estimated.
         norm: ‖v_j‖ of each neuron, [d_ff].
         common: blocks that are always taken.
     """
@@ -71,25 +71,27 @@ class Predictor:
 
     @property
     def nbytes(self) -> int:
-        """Read per token."""
+        """Bytes of weights that a token reads."""
         return sum(guess.weight.nbytes for guess in self.guesses)
 
     def scores(self, x: np.ndarray) -> np.ndarray:
-        """[tokens, blocks] of states x [tokens, d_model]."""
+        """Scores of states x [tokens, d_model], [tokens, blocks]."""
         pre = tuple(guess(x) for guess in self.guesses)
         if self.gate_alone:
             pre = (*pre, np.ones_like(pre[0]))
-        found = pool(np.abs(self.layer.act(pre)) * self.weight, self.block)
+        scores = pool(np.abs(self.layer.act(pre)) * self.weight, self.block)
         if self.common is not None:
-            found[:, self.common] = np.inf
-        return found
+            scores[:, self.common] = np.inf
+        return scores
 
     def store(self, name: str, uses: int, *, in_rows: bool = True) -> Callable[[gs.Graph, FFN, str], gs.Variable]:
-        """Make the constants, called `name`...; returns what appends the nodes that compute the scores of an FFN.
+        """Create the constants; returns a function that appends the nodes which compute the scores of an FFN.
 
         Args:
-            uses: how many FFNs there will be.
-            in_rows: of blocks of several neurons, [tokens, blocks]; else in the leading sizes of what the FFN reads.
+            name: prefix of the constants' names.
+            uses: number of FFNs that use the constants.
+            in_rows: scores of blocks of several neurons are [tokens, blocks]; else scores have the leading sizes of the
+                FFN's input.
         """
         guesses = [guess.store(f"{name}/guess.{i}", uses) for i, guess in enumerate(self.guesses)]
         blocks = len(self.weight) // self.block
@@ -127,7 +129,7 @@ class Predictor:
 def low_rank(
     weight: np.ndarray, x: np.ndarray, importance: np.ndarray, rank: int, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A [d, r] and B [r, n] of least E‖(x W − x A B) diag(importance)‖² over the states x.
+    """A [d, r] and B [r, n] with the least E‖(x W − x A B) diag(importance)‖² over the states x.
 
     Reduced-rank regression (Izenman 1975) of x W on x: with Cov x = L Lᵀ, the leading left singular vectors Q of
     Lᵀ W diag(importance) give A = L⁻ᵀ Q, B = Qᵀ Lᵀ W. They come from a subspace iteration (Halko et al. 2011,
@@ -136,7 +138,7 @@ def low_rank(
     Args:
         weight: W, [d, n].
         x: states, [tokens, d].
-        importance: what an output weighs, [n].
+        importance: weight of each output, [n].
     """
     d = x.shape[1]
     moments = x.T @ x / len(x)

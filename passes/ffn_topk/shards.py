@@ -1,7 +1,7 @@
-"""DA-TOP-k: each of s devices takes the best of its own part; how many those have to be for a wanted recall.
+"""DA-TOP-k: each of s devices takes the best candidates of its own part.
 
-Source: HiRE (arXiv 2402.09360) for the method. Where the wanted ones fall at random, the recall follows from sampling
-without replacement; where they really fall, held-out states tell.
+Source: HiRE (arXiv 2402.09360). If the wanted candidates are spread over the parts at random, the recall follows from
+sampling without replacement. The real recall is measured on held-out states.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from scipy.stats import hypergeom
 
 
 def expected_recall(n: int, k: int, shards: int, local: int) -> float:
-    """Share of the k wanted of n things that are found if each shard takes its `local` best, and scores are true.
+    """Expected share of the k wanted among n candidates if each shard takes its `local` best, with exact scores.
 
-    The wanted ones fall into the shards at random: X ~ Hypergeometric(n, k, n / s) of them into each, of which it takes
-    min(X, m). So the share is (s / k) · E[min(X, m)], and E[min(X, m)] = Σ_{i < m} P(X > i).
+    The wanted candidates are spread over the shards at random: a shard has X ~ Hypergeometric(n, k, n / s) of them and
+    takes min(X, m). So the share is (s / k) · E[min(X, m)], and E[min(X, m)] = Σ_{i < m} P(X > i).
 
     Args:
         shards: s; divides n.

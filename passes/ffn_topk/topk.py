@@ -1,4 +1,4 @@
-"""The pass: FFNs compute the neurons that a predictor chooses, by the sparse ops of the dialect."""
+"""The pass `ffn-topk`: FFNs compute only the neurons that a predictor chooses, with the dialect's sparse ops."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from trimtab.plugins.dialect import OPSET
 
 
 class FFNTopK(Pass):
-    """Predict the neurons that matter for a token, and compute those alone.
+    """Predict the neurons that matter for a token, and compute only those.
 
-    Source: HiRE (arXiv 2402.09360). More neurons are taken than wanted (k' > k), so that a cheap predictor finds nearly
-    all of the wanted ones; k' is the least that does so on held-out states. Layers that share weights share all of it,
-    fitted and measured on the states of all of them.
-    A `rest` adds a low-rank map of the input that stands for what is left out, misses of the predictor among it.
+    Source: HiRE (arXiv 2402.09360). The pass takes more neurons than wanted (k' > k), so that a cheap predictor finds
+    nearly all wanted neurons; k' is the smallest number that reaches the recall on held-out states. Layers that share
+    weights share predictor and k', fitted and measured on the states of all of them.
+    A `rest` adds a low-rank map of the input that approximates the neurons left out, including the predictor's misses.
     Exact end: density=1 with weights=fp32 computes the dense FFN.
     """
 
@@ -116,20 +116,22 @@ class FFNTopK(Pass):
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         """Rewrite the FFNs of `graph`. Reads states of each from the Profile."""
         if self.exact and context.shards > 1:
-            raise RecipeError("exact: shards choose without knowing each other's neurons", hint="leave out one of them")
+            raise RecipeError(
+                "exact: shards choose without knowing each other's neurons", hint="remove `exact`, or set `shards: 1`"
+            )
         anatomy = find_anatomy(graph)
-        wanted = select_ffns(anatomy, self.layers)
+        selected = select_ffns(anatomy, self.layers)
         profile = context.measured()
         raise_opset(graph, max(OPSET, OPSETS.get(self.form, 0)))
         left: list[Left] = []
         rows: list[dict[str, Any]] = []
         weights = Rows(self.weights)
         best, measured = 0.0, False
-        for group in by_weights(wanted):
+        for group in by_weights(selected):
             reason = unfit(group[0], self.block, self.weights)
             if reason is None:
                 layer = sample_ffn(group[0], profile, group[1:])
-                crossover = self._crossover(group[0], len(wanted), context)
+                crossover = self._crossover(group[0], len(selected), context)
                 measured = crossover is not None and self.most is None
                 choice = self._choose(layer, crossover, context.shards)
                 best = max(best, choice.recall)
@@ -140,7 +142,7 @@ class FFNTopK(Pass):
             if reason is not None:
                 left += [Left(ffn.where, reason) for ffn in group]
             if context.progress is not None:
-                context.progress("predict neurons", len(rows) + len(left), len(wanted))
+                context.progress("predict neurons", len(rows) + len(left), len(selected))
         if not rows and best and not measured:
             raise RecipeError(
                 f"recall: no FFN finds {self.recall:.0%} with so few of its neurons; the best has {best:.1%}",
@@ -149,7 +151,7 @@ class FFNTopK(Pass):
         return rewritten(self.name, anatomy.ffns, rows, left, self.max_error)
 
     def _crossover(self, ffn: FFN, layers: int, context: PassContext) -> Crossover | None:
-        """What the target measures for this shape, if anything hangs on it."""
+        """The target's measurement for this shape; None if no option depends on it, or there is no target."""
         asked = self.dense_above is not None and (self.most is not None or self.take is not None)
         if context.crossover is None or asked:
             return None
@@ -160,7 +162,7 @@ class FFNTopK(Pass):
             SparseShape(each, ffn.d_model, matrices, self.weights, self.block, layers, form, context.tokens)
         )
 
-    def _most(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
+    def _max_density(self, ffn: FFN, predictor: Predictor, crossover: Crossover | None) -> float:
         """The largest share of the neurons that may be computed."""
         return bounds(crossover, self.most, predictor.nbytes / ffn.params)
 
@@ -176,7 +178,7 @@ class FFNTopK(Pass):
             reason = crossover.not_faster("its neurons", load, beside)
             if reason is not None:
                 return reason
-        most = self._most(layer.ffn, choice.predictor, crossover)
+        most = self._max_density(layer.ffn, choice.predictor, crossover)
         if choice.recall < self.recall:
             return f"{most:.0%} of its neurons hold {choice.recall:.1%} of the wanted ones, not {self.recall:.0%}"
         return None
@@ -186,26 +188,26 @@ class FFNTopK(Pass):
         return limit(crossover, density) if self.dense_above is None else self.dense_above
 
     def _choose(self, layer: SampledFFN, crossover: Crossover | None = None, shards: int = 1) -> Choice:
-        """Fit a predictor, and find how many blocks it takes; of each shard, where they divide into shards."""
+        """Fit a predictor and find the number of blocks to take, per shard if the blocks divide into shards."""
         blocks, norm = layer.ffn.d_ff // self.block, norms(layer)
         shards = shards if blocks % shards == 0 else 1
         k = max(1, round(self.density * blocks))
         common = self._common(importance(layer.h_fit, norm, self.block), k)
         predictor = self._fit(layer, norm, common)
-        found_at = places(predictor.scores(layer.held_out), importance(layer.h_held_out, norm, self.block), k, shards)
+        ranks = places(predictor.scores(layer.held_out), importance(layer.h_held_out, norm, self.block), k, shards)
         least = -(-k // shards)
         if common is not None:  # a shard may have more than its share of them
             least = max(least, int(np.bincount(common // (blocks // shards)).max()))
         if self.take is not None:
             local = -(-round(self.take * blocks) // shards)
         else:
-            most = self._most(layer.ffn, predictor, crossover)
-            local = min(smallest(found_at, self.recall), int(most * blocks) // shards)
+            most = self._max_density(layer.ffn, predictor, crossover)
+            local = min(smallest(ranks, self.recall), int(most * blocks) // shards)
         local = min(max(least, local), blocks // shards)
-        return Choice(predictor, k, shards * local, recall_at(found_at, local), shards)
+        return Choice(predictor, k, shards * local, recall_at(ranks, local), shards)
 
     def _common(self, truth: np.ndarray, k: int) -> np.ndarray | None:
-        """The blocks that are among the k most important most often."""
+        """The blocks that are most often among the k most important ones."""
         count = round(self.common * truth.shape[1])
         if not count:
             return None
@@ -235,7 +237,7 @@ class FFNTopK(Pass):
         self, graph: gs.Graph, group: Sequence[FFN], layer: SampledFFN, choice: Choice, crossover: Crossover | None,
         weights: Rows,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
-        """Put the sparse ops in the place of FFNs with the same weights; yields what the report says of each."""
+        """Replace FFNs with the same weights by the sparse ops; yields the report's entry of each FFN."""
         first = group[0]
         name, blocks = f"{self.name}/layer.{first.layer}", first.d_ff // self.block
         above = self._dense_above(choice.take / blocks, crossover)

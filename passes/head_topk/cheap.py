@@ -1,4 +1,4 @@
-"""The cheap head: a low-rank map of the last hidden states to logits, and how well its candidates hold the truth."""
+"""The cheap head, a low-rank map of the last hidden states to logits, and the measured quality of its candidates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Head:
     """logits = x W + b.
 
     Attributes:
-        weight: [d_model, vocabulary]; bias: [vocabulary] or None.
+        weight: W, [d_model, vocabulary].
+        bias: b, [vocabulary] or None.
     """
 
     weight: np.ndarray
@@ -38,8 +39,8 @@ class CheapHead:
 
     Attributes:
         left, right: A [d_model, rank] and B [rank, vocabulary].
-        offset: c, [vocabulary]. It makes up for the mean of what the map leaves out, and for half its variance: if the
-            rest of a logit is normal, E exp(logit) = exp(cheap + σ² / 2). So the tail keeps its share of a softmax.
+        offset: c, [vocabulary], the mean of the map's residual plus half its variance. If the residual of a logit is
+            normal, E exp(logit) = exp(cheap + σ² / 2), so the tail keeps its share of a softmax.
     """
 
     left: np.ndarray
@@ -47,8 +48,8 @@ class CheapHead:
     offset: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        found: np.ndarray = x @ self.left @ self.right + self.offset
-        return found
+        logits: np.ndarray = x @ self.left @ self.right + self.offset
+        return logits
 
     @classmethod
     def fit(cls, head: Head, states: np.ndarray, rank: int) -> CheapHead:
@@ -64,11 +65,11 @@ class CheapHead:
 
 
 @dataclass(frozen=True)
-class Found:
-    """How the candidates of a cheap head hold the truth, on held-out states.
+class LikeliestRanks:
+    """Ranks of the likeliest token in the cheap head's order, on held-out states.
 
     Attributes:
-        places: for each state, how many candidates, of each shard, are needed to have the likeliest token among them.
+        places: number of candidates per shard that each state needs to include the likeliest token.
     """
 
     places: np.ndarray
@@ -78,38 +79,38 @@ class Found:
         return float((self.places <= take).mean())
 
     def miss_bound(self, take: int) -> float:
-        """Upper bound of the probability to miss the likeliest token, at 95 % confidence (Clopper and Pearson 1934)."""
+        """Upper bound of the probability of missing the likeliest token, at 95 % confidence (Clopper, Pearson 1934)."""
         count, missed = len(self.places), int((self.places > take).sum())
         return 1.0 if missed == count else float(beta.ppf(_CONFIDENCE, missed + 1, count - missed))
 
     def reaching(self, agreement: float) -> int:
-        """The fewest candidates that find the likeliest token in this share of the states."""
+        """The smallest number of candidates that includes the likeliest token in this share of the states."""
         return smallest(self.places, agreement - 1e-9)  # a count over a count: rounding must not ask for one more
 
     def least(self, miss: float) -> int | None:
-        """The fewest candidates with a bound of at most `miss`; None if no number is enough to show it."""
+        """The smallest number of candidates with a `miss_bound` of at most `miss`; None if no number has it."""
         for take in np.unique(self.places):
             if self.miss_bound(int(take)) <= miss:
                 return int(take)
         return None
 
 
-def look(head: Head, cheap: CheapHead, states: np.ndarray, shards: int = 1) -> Found:
-    """Where the likeliest token stands among the candidates of each state.
+def rank_likeliest(head: Head, cheap: CheapHead, states: np.ndarray, shards: int = 1) -> LikeliestRanks:
+    """The rank of the likeliest token among the cheap head's candidates, for each state.
 
     Args:
-        shards: neighbouring parts of the vocabulary, of which each has candidates of its own.
+        shards: neighbouring parts of the vocabulary. Each part has its own candidates.
     """
     places = []
     for x in parts(states):
         best, guess = head(x).argmax(-1)[:, None], cheap(x)
         own = np.arange(guess.shape[1]) // (guess.shape[1] // shards) == best // (guess.shape[1] // shards)
         places.append((own & (guess > np.take_along_axis(guess, best, 1))).sum(-1) + 1)
-    return Found(np.concatenate(places))
+    return LikeliestRanks(np.concatenate(places))
 
 
 def chosen_often(cheap: CheapHead, states: np.ndarray, take: int, shards: int = 1) -> np.ndarray:
-    """Share of the states that have each token among their `take` candidates, [vocabulary]; shards as for `look`."""
+    """Share of the states whose `take` candidates include each token, [vocabulary]; shards as for `rank_likeliest`."""
     count = sum(best_of_shards(cheap(x), take // shards, shards).sum(0) for x in parts(states))
     return count / len(states)
 
@@ -118,7 +119,7 @@ def divergence(head: Head, cheap: CheapHead, states: np.ndarray, take: int, shar
     """Mean KL(dense ‖ approximate) of the predicted distributions, in nats, with `take` exact candidates.
 
     Args:
-        shards: parts of the vocabulary, of which each has as many of the candidates.
+        shards: parts of the vocabulary. Each part has the same number of candidates.
     """
     total, local = 0.0, take // shards
     for x in parts(states):

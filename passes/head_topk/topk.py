@@ -1,4 +1,4 @@
-"""The pass: a vocabulary head that reads few rows of its matrix per token."""
+"""The pass `head-topk`: a vocabulary head that reads few rows of its matrix per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.graph import constant, insert, replace_uses, stored_bytes
 from trimtab.passes.graph.linear import Linear
 from trimtab.passes.graph.opset import raise_opset
-from trimtab.passes.head_topk.cheap import CheapHead, Head, chosen_often, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Head, chosen_often, divergence, rank_likeliest
 from trimtab.passes.matrices.forms import OPSETS, LowRank
 from trimtab.passes.matrices.quantize import in_form
 from trimtab.passes.needs import HeadStates, Need
@@ -24,14 +24,14 @@ from trimtab.passes.sparse_ffn.rows import INT4_BLOCK, RowForm, row_bytes, row_c
 from trimtab.plugins import SELECT_BLOCKS, SPARSE_HEAD, add_node
 from trimtab.plugins.dialect import OPSET
 
-_HELD_OUT = 5  # every fifth state measures, and is never fitted to
+_HELD_OUT = 5  # every fifth state measures errors and is never used in a fit
 
 
 class HeadTopK(Pass):
-    """Exact logits for the candidates of a cheap head, the cheap logits for all other tokens.
+    """Computes exact logits for the candidates of a cheap head, and keeps the cheap logits of all other tokens.
 
-    Source: HiRE (arXiv 2402.09360), which renormalises over the candidates; here the tail keeps corrected cheap logits,
-    so that softmax, sampling and log-probabilities stay right.
+    Source: HiRE (arXiv 2402.09360), which renormalises over the candidates. Here the tail keeps corrected cheap logits,
+    so softmax, sampling and log-probabilities stay correct.
     Exact end: take = the vocabulary, with weights=fp32.
     """
 
@@ -60,7 +60,7 @@ class HeadTopK(Pass):
     )
 
     def run(self, graph: gs.Graph, context: PassContext) -> PassResult:
-        """Rewrite the head of `graph`. Reads the states before it from the Profile."""
+        """Rewrite the head of `graph`. Reads the head's input states from the Profile."""
         anatomy = find_anatomy(graph)
         reason = self._unfit(anatomy)
         if reason is not None:
@@ -80,17 +80,18 @@ class HeadTopK(Pass):
         held_out = np.arange(len(states)) % _HELD_OUT == _HELD_OUT - 1
         cheap = CheapHead.fit(head, states[~held_out], self.rank)
         shards = context.shards if vocabulary % context.shards == 0 else 1
-        ranks = look(head, cheap, states[held_out], shards)
+        ranks = rank_likeliest(head, cheap, states[held_out], shards)
         if self.miss is None:
             local = -(-self.take // shards)
-            if shards > 1:  # or more, so that they find the likeliest token as often as one choice among all does
-                among_all = look(head, cheap, states[held_out]).agreement(self.take)
+            if shards > 1:  # take more, until shards include the likeliest token as often as one choice among all
+                among_all = rank_likeliest(head, cheap, states[held_out]).agreement(self.take)
                 local = min(max(local, ranks.reaching(among_all)), vocabulary // shards)
         else:
             least = ranks.least(self.miss)
             if least is None:
                 raise RecipeError(
-                    f"miss: {int(held_out.sum())} held-out states show no bound below {ranks.miss_bound(vocabulary):.2%}",
+                    f"miss: {int(held_out.sum())} held-out states show no bound below "
+                    f"{ranks.miss_bound(vocabulary):.2%}",
                     hint="calibrate on more data (calibration.states), or allow more",
                 )
             local = least
@@ -111,19 +112,19 @@ class HeadTopK(Pass):
                 f"the dense distribution on held-out states, more than {self.max_divergence:g}",
                 hint="give a larger `take` or `rank` or more calibration.states; `max_divergence: null` takes any",
             )
-        told: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "agreement": round(ranks.agreement(local), 4), "miss_bound": round(ranks.miss_bound(local), 4),
             "divergence": round(nats, 6),
         }  # fmt: skip
         if context.shards > 1:
-            told |= {"shards": shards, "of_each_shard": local}
+            metrics |= {"shards": shards, "of_each_shard": local}
             if self.miss is None:
-                told["expected_recall"] = round(expected_recall(vocabulary, self.take, shards, local), 4)
-        told["dense_above"] = above
-        return self._result(graph, anatomy, linear, head, (pair, cheap.offset), take, told, shards)
+                metrics["expected_recall"] = round(expected_recall(vocabulary, self.take, shards, local), 4)
+        metrics["dense_above"] = above
+        return self._result(graph, anatomy, linear, head, (pair, cheap.offset), take, metrics, shards)
 
     def _crossover(self, linear: Linear, context: PassContext) -> Crossover | None:
-        """What the target measures for this shape, if anything hangs on it."""
+        """The target's measurement for this shape; None if no option depends on it, or there is no target."""
         if context.crossover is None or (self.dense_above is not None and self.most is not None):
             return None
         rows = linear.out_features
@@ -134,7 +135,7 @@ class HeadTopK(Pass):
         )
 
     def _too_many(self, density: float) -> str | None:
-        """Why the head stays dense that computes more of its rows than `most`, or None."""
+        """Why the head stays dense if it computes more of its rows than `most`; else None."""
         if self.most is None or density <= self.most:
             return None
         return f"{density:.0%} of its rows would be computed, more than {self.most:.0%}"
@@ -157,9 +158,9 @@ class HeadTopK(Pass):
     def _result(
         self, graph: gs.Graph, anatomy: Anatomy, linear: Linear, head: Head, cheap: tuple[LowRank, np.ndarray] | None,
         take: int,
-        told: dict[str, Any], shards: int = 1,
+        metrics: dict[str, Any], shards: int = 1,
     ) -> PassResult:  # fmt: skip
-        """Put the new head in the place of the old one, and say what it is."""
+        """Replace the head by the new one; returns the result with the report's details."""
         vocabulary, name = linear.out_features, self.name
         x, predictor = linear.x, 0
         parts: dict[str, gs.Tensor] = {"x": x} | self._rows(anatomy, head)
@@ -181,7 +182,7 @@ class HeadTopK(Pass):
                 f"{name}/rows",
                 k=take,
                 shards=shards,
-                dense_above=told["dense_above"],
+                dense_above=metrics["dense_above"],
             )
             exact = add_node(graph, SPARSE_HEAD, parts | {"blocks": rows}, f"{name}/exact")
             wide = insert(graph, "Cast", [rows], f"{name}/wide", attrs={"to": 7}, dtype=np.int64)
@@ -192,17 +193,17 @@ class HeadTopK(Pass):
         logits.shape = linear.y.shape
         replace_uses(graph, linear.y, logits)
         row = row_bytes(self.weights, linear.in_features)
-        details = told | {
+        details = metrics | {
             "vocabulary": vocabulary, "computed": take, "dense_bytes": linear.bytes,
             "read_bytes": round(predictor + row * take), "bytes": round(predictor + row * vocabulary),
         }  # fmt: skip
         table = anatomy.head.table if anatomy.head is not None else None
-        if table is not None:  # it stays for the embedding; in fp32 it is the head's own matrix
+        if table is not None:  # the embedding keeps the table; in fp32 it is also the head's matrix
             details["table_bytes"] = stored_bytes(table)
         return PassResult(self.name, 1, (), details)
 
     def _like(self, graph: gs.Graph, rows: gs.Tensor, exact: gs.Tensor) -> gs.Tensor:
-        """`rows`, [tokens, k] or one for all tokens, in the shape of `exact`, [..., tokens, k]."""
+        """`rows`, [tokens, k] or [1, k] for all tokens, in the shape of `exact`, [..., tokens, k]."""
         name = self.name
         shape = insert(graph, "Shape", [exact], f"{name}/shape", dtype=np.int64)
         k = insert(graph, "Shape", [exact], f"{name}/k", attrs={"start": -1}, dtype=np.int64)
@@ -214,7 +215,7 @@ class HeadTopK(Pass):
         return insert(graph, "Reshape", [each, shape], f"{name}/places", dtype=np.int64)
 
     def _rows(self, anatomy: Anatomy, head: Head) -> dict[str, gs.Tensor]:
-        """The head's matrix row by row; a table of embeddings that it is tied to serves both, and lies on disk once."""
+        """The head's matrix as rows. A tied embedding table serves both head and embedding, and is stored once."""
         table = anatomy.head.table if anatomy.head is not None else None
         if self.weights == "fp32" and table is not None:
             return {"weight": table}

@@ -1,4 +1,4 @@
-"""FFNs in the sparse ops of the dialect, whatever chooses their neurons: rows of weights, and the ops in place."""
+"""FFNs as the dialect's sparse ops, for all passes that choose neurons: rows of weights, and nodes in the graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dial of samples, brought to their tokens."""
+"""Expands a dial with one value per sample to the samples' tokens."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _KEPT_OFFSETS = [output.name for output in KEEP_TOKENS.outputs].index("offsets_o
 
 
 class TokenDial:
-    """A dial [batch] as scores of tokens need it, whatever form the tokens of a batch have.
+    """A dial [batch], expanded to the shape of the tokens' scores, for all layouts of the tokens of a batch.
 
     Args:
         dial: float32 [batch].
-        name: begins the names of the nodes.
+        name: prefix of the nodes' names.
     """
 
     def __init__(self, graph: gs.Graph, dial: gs.Tensor, name: str) -> None:
         self._graph, self._dial, self._name = graph, dial, name
         self._order = {id(node): at for at, node in enumerate(topological(graph))}
         self._packed = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
-        self._made: dict[object, gs.Variable] = {}
+        self._expanded: dict[object, gs.Variable] = {}
 
     def taken_off(
         self, scores: gs.Tensor, x: gs.Tensor, at: str, level: Callable[[gs.Tensor], gs.Tensor] | None = None
     ) -> gs.Variable | str:
-        """`scores` less the dial of the sample that each token belongs to; or why that cannot be told.
+        """`scores` minus the dial of each token's sample; or the reason why the samples are unknown.
 
         Args:
-            scores: [..., groups], in the leading sizes of `x`.
+            scores: [..., groups], with the leading sizes of `x`.
             x: a tensor of the graph, [batch, tokens, width], [T, width] packed, or [batch · tokens, width].
-            level: of the dial at the tokens, [batch, 1, ...] or [T, 1], makes what is taken off instead, in its shape.
+            level: maps the expanded dial, [batch, 1, ...] or [T, 1], to the value to subtract, of the same shape.
         """
         rank = None if x.shape is None else len(x.shape)
         if rank is None or rank < 2:
-            return "the form of its input is not known, so neither is whose tokens are whose"
+            return "the shape of its input is unknown, so the samples of its tokens are unknown too"
         if rank > 2:
             dial = self._of_rank(rank)
         elif self._packed:
@@ -56,15 +56,15 @@ class TokenDial:
         return insert(self._graph, "Sub", [scores, taken], f"{at}/above", dtype=np.float32)
 
     def _of_rank(self, rank: int) -> gs.Variable:
-        """[batch, 1, ...]."""
-        if rank not in self._made:
+        """The dial as [batch, 1, ...]."""
+        if rank not in self._expanded:
             axes = constant(f"{self._name}/axes.{rank}", np.arange(1, rank))
             name = f"{self._name}/of_samples.{rank}"
-            self._made[rank] = insert(self._graph, "Unsqueeze", [self._dial, axes], name, dtype=np.float32)
-        return self._made[rank]
+            self._expanded[rank] = insert(self._graph, "Unsqueeze", [self._dial, axes], name, dtype=np.float32)
+        return self._expanded[rank]
 
     def _in_samples(self, scores: gs.Tensor, at: str) -> gs.Variable:
-        """Of [batch · tokens, groups], [batch, tokens, groups]."""
+        """Reshape scores [batch · tokens, groups] to [batch, tokens, groups]."""
         batch = self._node("Shape", [self._dial], f"{at}/batch", np.int64)
         shape = self._node("Shape", [scores], f"{at}/sizes", np.int64)
         rows = self._node("Slice", [shape, self._number("none", [0]), self._number("one", [1])], f"{at}/rows", np.int64)
@@ -77,10 +77,10 @@ class TokenDial:
         return self._node("Reshape", [scores, size], f"{at}/of_samples", np.float32, allowzero=1)
 
     def _of_packed(self, offsets: gs.Tensor) -> gs.Variable:
-        """[T, 1]: the one of the sample whose rows, by `offsets`, each token is in. Exact: all other terms are 0."""
-        if id(offsets) not in self._made:
-            self._made[id(offsets)] = self._picked(offsets, f"{self._name}/of_tokens.{len(self._made)}")
-        return self._made[id(offsets)]
+        """The dial of each packed token's sample, [T, 1], selected by `offsets`. Exact, since all other terms are 0."""
+        if id(offsets) not in self._expanded:
+            self._expanded[id(offsets)] = self._picked(offsets, f"{self._name}/of_tokens.{len(self._expanded)}")
+        return self._expanded[id(offsets)]
 
     def _picked(self, offsets: gs.Tensor, name: str) -> gs.Variable:
         inside = segment_members(self._graph, offsets, name)
@@ -90,11 +90,11 @@ class TokenDial:
         return self._node("Transpose", [each], name, np.float32, perm=[1, 0])
 
     def _offsets(self, x: gs.Tensor) -> gs.Tensor:
-        """Of the samples at `x`: those of the last op before it that has any."""
-        found = [node for node in _before(x) if node.op in (PACKED_ATTENTION.name, KEEP_TOKENS.name)]
-        if not found:
+        """The offsets of the samples at `x`, from the last op before `x` that has offsets."""
+        sources = [node for node in _before(x) if node.op in (PACKED_ATTENTION.name, KEEP_TOKENS.name)]
+        if not sources:
             return offsets_of(self._packed[0])
-        node = max(found, key=lambda one: self._order.get(id(one), -1))
+        node = max(sources, key=lambda one: self._order.get(id(one), -1))
         return node.outputs[_KEPT_OFFSETS] if node.op == KEEP_TOKENS.name else offsets_of(node)
 
     def _number(self, key: str, value: list[int]) -> gs.Tensor:
@@ -105,7 +105,7 @@ class TokenDial:
 
 
 def bars_token_dial(later: str) -> str | None:
-    """Why the pass `later` cannot run behind one with such a dial, or None: as `Pass.bars` has it."""
+    """Why the pass `later` cannot run after a pass with such a dial, or None. Serves `Pass.bars`."""
     if later == "recover":
         return "training does not know the ops that it makes"
     if later in ("unpad", "token-prune"):
@@ -126,7 +126,7 @@ def _before(x: gs.Tensor) -> list[gs.Node]:
 
 
 def _flattened(x: gs.Tensor) -> bool:
-    """Whether the rows of `x` are those of [batch, tokens, width], by the Reshape that made them so."""
+    """Whether a Reshape of [batch, tokens, width] produced the rows of `x`."""
     while x.inputs:
         node = x.inputs[0]
         if node.op == "Reshape":

@@ -1,4 +1,4 @@
-"""The ops SparseUp and SparseDown in the place of FFNs."""
+"""Replaces FFNs by the ops SparseUp and SparseDown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.plugins.sparse_up import ACTIVATIONS
 
 
 def unfit(ffn: FFN, block: int, form: RowForm) -> str | None:
-    """Why an FFN cannot be computed by the sparse ops, in blocks of so many neurons with weights of `form`; or None."""
+    """Why the sparse ops cannot compute an FFN in blocks of `block` neurons with weights of `form`, or None."""
     if any(linear.quantized is not None for linear in ffn.linears):
         return "its weights are quantized already; choose `weights` of this pass instead"
     if ffn.activation.name not in ACTIVATIONS:
@@ -31,19 +31,19 @@ def unfit(ffn: FFN, block: int, form: RowForm) -> str | None:
 
 
 class SparseFFN:
-    """The constants of FFNs that share their weights, and the ops in the place of each.
+    """The constants of FFNs that share their weights, and the sparse ops of each FFN.
 
     Args:
-        first: one of them.
-        weights: its weights.
-        rows: makes the constants, each matrix once for all FFNs that read it.
+        first: one of the FFNs.
+        weights: the shared weights.
+        rows: creates the constants; FFNs that read the same matrix share a constant.
         block: neighbouring neurons that are chosen together.
-        name: of the constants.
-        first_whole: the gate, or up of FFNs without one, computes all neurons, and `put` is given its activations.
+        name: prefix of the constants' names.
+        first_whole: the gate, or up without a gate, computes all neurons, and `put` receives its activations.
 
     Attributes:
-        nbytes: of the constants that were made.
-        first: that projection; None where it is computed for the chosen neurons alone.
+        nbytes: bytes of the new constants.
+        first: the projection that computes all neurons; None without `first_whole`.
     """
 
     def __init__(
@@ -67,7 +67,11 @@ class SparseFFN:
         self.nbytes = rows.nbytes - before
 
     def read_bytes(self, blocks: float, kept: float | None = None) -> float:
-        """Of the weights of so many blocks; `kept`: those of which W_down is read, where they are fewer."""
+        """Bytes of the weights that `blocks` chosen blocks read.
+
+        Args:
+            kept: number of blocks whose rows of W_down are read; all chosen blocks by default.
+        """
         chosen = self.block * (self._matrices * blocks + (blocks if kept is None else kept))
         return self._whole + self._row * chosen
 
@@ -75,26 +79,26 @@ class SparseFFN:
         self, graph: gs.Graph, ffn: FFN, blocks: gs.Tensor, at: str, *, importance: gs.Tensor | None = None,
         keep: int = 0, at_most: bool = False, activations: gs.Tensor | None = None, rest: RestNodes | None = None,
     ) -> None:  # fmt: skip
-        """Compute `ffn` by its chosen blocks.
+        """Replace `ffn` by ops that compute only its chosen blocks.
 
         Args:
-            blocks: their numbers, [tokens or 1, k], int32.
-            at: begins the names of the nodes.
-            importance: of each neuron, by which the `keep` blocks that add most are kept.
-            at_most: blocks may be -1.
-            activations: of the first projection, of all neurons, [..., d_ff], where that is computed whole.
-            rest: what stands for the other blocks.
+            blocks: numbers of the chosen blocks, [tokens or 1, k], int32.
+            at: prefix of the nodes' names.
+            importance: importance of each neuron. Only the `keep` blocks that add most to the output are kept.
+            at_most: blocks may be -1, which means none.
+            activations: activations of all neurons after the first projection, [..., d_ff], with `first_whole`.
+            rest: the rest map, which approximates the other blocks.
         """
-        given = {"x": ffn.x, "blocks": blocks} | self._ups
+        inputs = {"x": ffn.x, "blocks": blocks} | self._ups
         if importance is not None:
-            given["importance"] = importance
+            inputs["importance"] = importance
         shared = {"block": self.block, "at_most": int(at_most)}
         if activations is None:
-            h = add_node(graph, SPARSE_UP, given, f"{at}/up.h", activation=ffn.activation.name, keep=keep, **shared)
+            h = add_node(graph, SPARSE_UP, inputs, f"{at}/up.h", activation=ffn.activation.name, keep=keep, **shared)
         else:
             h = add_node(graph, GATHER_BLOCKS, {"x": activations, "blocks": blocks}, f"{at}/first.h", **shared)
         if activations is not None and ffn.gated:
-            up = add_node(graph, SPARSE_UP, given, f"{at}/up.h", **shared)
+            up = add_node(graph, SPARSE_UP, inputs, f"{at}/up.h", **shared)
             size = h.shape
             h = insert(graph, "Mul", [h, up], f"{at}/gated.h", dtype=np.float32)
             h.shape = size

@@ -1,4 +1,4 @@
-"""The projection of an FFN that tells which of its neurons matter: computed whole, before any is left out."""
+"""The first projection of an FFN, which decides the important neurons. It is computed for all neurons."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trimtab.plugins import SPARSE_UP, add_node
 
 
 class FirstProjection:
-    """act(x W + b) of all neurons, for FFNs that share their weights; W is the gate, or up where there is none.
+    """act(x W + b) of all neurons, for FFNs that share their weights; W is the gate, or up without a gate.
 
-    Weights in float32 stay one product, which all runtimes do best, and which later passes make integers of. Weights in
-    other forms are rows, as those of the other projections, and SparseUp takes all of them.
+    With float32 weights the projection stays one MatMul: all runtimes optimize it, and later passes can quantize it.
+    Weights in other forms are stored as rows, like the other projections, and SparseUp reads all rows.
 
     Args:
-        first, weights, rows, block, name: as of `SparseFFN`.
+        first, weights, rows, block, name: as for `SparseFFN`.
     """
 
     def __init__(self, first: FFN, weights: FFNWeights, rows: Rows, block: int, name: str) -> None:
@@ -31,8 +31,8 @@ class FirstProjection:
         if rows.form == "fp32":
             self._weight = rows.whole(first.linears[0], w, label, name)
         else:
-            made = rows.of(first.linears[0], w.T, label, name)
-            self._rows = {key.replace(label, "up", 1): tensor for key, tensor in made.items()}
+            row_tensors = rows.of(first.linears[0], w.T, label, name)
+            self._rows = {key.replace(label, "up", 1): tensor for key, tensor in row_tensors.items()}
             self._every = constant(f"{name}/all", np.arange(first.d_ff // block, dtype=np.int32)[None])
             if bias is None and any(other is not None for other in weights.up_biases):
                 bias = np.zeros(first.d_ff, np.float32)  # a model has one form of SparseUp, with biases or without
@@ -43,18 +43,18 @@ class FirstProjection:
         """Append the nodes that compute the activations of `ffn`, [..., d_ff]."""
         y = self._product(graph, ffn.x, f"{at}/first")
         pre: list[gs.Tensor] = [y] if self._one is None else [y, self._one]
-        found = clone_activation(graph, ffn.activation, pre, f"{at}/first")
-        assert isinstance(found, gs.Variable)
-        found.dtype, found.shape = np.float32, y.shape
-        return found
+        activations = clone_activation(graph, ffn.activation, pre, f"{at}/first")
+        assert isinstance(activations, gs.Variable)
+        activations.dtype, activations.shape = np.float32, y.shape
+        return activations
 
     def _product(self, graph: gs.Graph, x: gs.Tensor, name: str) -> gs.Variable:
         """x W + b."""
         if self._weight is None:
-            given = {"x": x, "blocks": self._every} | self._rows
+            inputs = {"x": x, "blocks": self._every} | self._rows
             if self._bias is not None:
-                given["up_bias"] = self._bias
-            return add_node(graph, SPARSE_UP, given, f"{name}/product", block=self._block, at_most=1)
+                inputs["up_bias"] = self._bias
+            return add_node(graph, SPARSE_UP, inputs, f"{name}/product", block=self._block, at_most=1)
         shape = None if x.shape is None else [*x.shape[:-1], self._d_ff]
         y = insert(graph, "MatMul", [x, self._weight], f"{name}/product", dtype=np.float32)
         y.shape = shape

@@ -1,4 +1,4 @@
-"""What stands for the neurons that are left out: a low-rank affine map of the FFN's input, fitted to what they add."""
+"""The rest map: a low-rank affine map of the FFN's input that approximates the output of the neurons left out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trimtab.passes.matrices.regress import Moments, leading_directions, reduce_
 from trimtab.passes.sampled_ffn import SampledFFN
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge penalties of a fit, relative to the variance of each feature, among which held-out states choose."""
+"""Ridge penalties of a fit, relative to the variance of each feature. Held-out states choose among them."""
 
-_FIRST = 3  # the one that most layers take
+_FIRST = 3  # index of the penalty that is best for most layers
 _ROWS = 256  # states whose activations are copied at a time
 
 Choose = Callable[[np.ndarray], np.ndarray]
@@ -36,17 +36,18 @@ class RestOption(BaseModel):
 class Rest:
     """s · (x A B + c), where s is the share of its blocks that a token leaves out.
 
-    What is missing is a sum over the blocks that are left out, so it grows with their number, and the same map serves
-    tokens that leave out few and many, and all values of a dial. Where all blocks are computed, whatever the reason,
-    s is 0 and nothing is added. With a constant in place of s, a map errs more (measured on SmolLM2-135M with groups of
-    32 neurons), most of all where a dial computes more than it was fitted for: it may do worse than nothing there.
+    The missing output is a sum over the blocks left out, so it grows with their number. The factor s lets one map serve
+    tokens that leave out few or many blocks, and all values of a dial. If all blocks are computed, s is 0 and nothing
+    is added. With a constant instead of s, the error is larger (measured on SmolLM2-135M with groups of 32 neurons). It
+    is largest if a dial computes more blocks than in the fit: there such a map can be worse than none.
 
     Attributes:
         left: A, [d_model, rank]; x A has a mean square of 1 in each column.
-        right: B, [rank, d_model]; shift: c, [d_model].
+        right: B, [rank, d_model].
+        shift: c, [d_model].
         ridge: penalty of the fit.
-        error_without, error: squared error of the FFN's outputs on held-out states, relative to their variance, with
-            nothing in place of what is left out, and with the map.
+        error_without, error: squared error of the FFN's outputs on held-out states, relative to their variance, without
+            and with the map.
     """
 
     left: np.ndarray
@@ -65,22 +66,22 @@ class Rest:
         return 4 * (self.left.size + self.right.size + self.shift.size)
 
     def __call__(self, x: np.ndarray, share: np.ndarray) -> np.ndarray:
-        """What is added for states x, [tokens, d_model], that leave out `share` [tokens] of their blocks."""
+        """The output of the map for states x, [tokens, d_model], that leave out `share` [tokens] of their blocks."""
         y: np.ndarray = share[:, None] * (x @ self.left @ self.right + self.shift)
         return y
 
 
 def rest_bytes(ffn: FFN, option: RestOption | None) -> int:
-    """Of the map that `option` asks for at `ffn`."""
+    """Bytes of the rest map of `ffn` with this option."""
     return 0 if option is None else 4 * ffn.d_model * (2 * option.rank + 1)
 
 
 def report_rest(rest: Rest | None, once: int = 1) -> dict[str, Any]:
-    """What a pass reports of the rest of one layer.
+    """The report's entries on the rest map of one layer.
 
     Args:
-        rest: None where nothing stands for what is left out, since it would win nothing.
-        once: 0 where the bytes are those of an earlier layer, too; else 1.
+        rest: the map; None if it would not lower the error.
+        once: 0 if an earlier layer shares the map, whose bytes count there; else 1.
     """
     if rest is None:
         return {"rest_rank": 0, "rest_bytes": 0}
@@ -91,14 +92,14 @@ def report_rest(rest: Rest | None, once: int = 1) -> dict[str, Any]:
 
 
 def fit_rest(layer: SampledFFN, choose: Choose, rank: int) -> Rest | None:
-    """The map of `rank` of least error on the layer's states, in closed form; None where there is nothing to win.
+    """The rest map of least error on the layer's states, in closed form; None if no map lowers the held-out error.
 
-    With m_t what token t lacks and s_t its share of blocks left out, A, B and c minimise Σ ‖m_t − s_t (x_t A B + c)‖²
-    plus a ridge penalty: least squares of m_t / s_t with weights s_t², whose solution is projected on the leading
-    directions of its outputs (reduced-rank regression, Izenman 1975).
+    Let m_t be the missing output of token t, and s_t its share of blocks left out. A, B and c minimise
+    Σ ‖m_t − s_t (x_t A B + c)‖² plus a ridge penalty. This is least squares of m_t / s_t with weights s_t². Its
+    solution is projected on the leading directions of its outputs (reduced-rank regression, Izenman 1975).
 
     Args:
-        choose: which blocks the pass computes, at the default of its dial.
+        choose: returns which blocks the pass computes at the default of its dial.
     """
     share, missing = _left_out(layer, choose, layer.fit, layer.h_fit)
     some = share > 0
@@ -116,17 +117,17 @@ def fit_rest(layer: SampledFFN, choose: Choose, rank: int) -> Rest | None:
             directions = leading_directions(full, moments.cov, layer.gain, rank)
             left, right = reduce_rank(full, directions, min(rank, len(full)), layer.gain)
             shift = moments.y_mean - moments.z_mean @ left @ right
-            size = np.sqrt(np.maximum(np.square(x @ left).mean(0), 1e-30))  # so that integers serve all columns alike
+            size = np.sqrt(np.maximum(np.square(x @ left).mean(0), 1e-30))  # one quantization range suits all columns
             left, right, shift = (a.astype(np.float32) for a in (left / size, right * size[:, None], shift))
-            found = Rest(left, right, shift, ridge, without, 0.0)
-            return replace(found, error=layer.error(sparse + found(layer.held_out, held_out_share)))
+            rest = Rest(left, right, shift, ridge, without, 0.0)
+            return replace(rest, error=layer.error(sparse + rest(layer.held_out, held_out_share)))
 
         best = _least(fitted)
     return best if best.error < without else None
 
 
 def _least(fitted: Callable[[float], Rest]) -> Rest:
-    """The fit of least error, sought from the usual ridge on, first to smaller ones and else to larger ones."""
+    """The fit of least error. The search starts at the usual ridge, and tries smaller ridges, else larger ones."""
     best = fitted(RIDGES[_FIRST])
     for towards in (RIDGES[_FIRST - 1 :: -1], RIDGES[_FIRST + 1 :]):
         before = best
@@ -141,7 +142,7 @@ def _least(fitted: Callable[[float], Rest]) -> Rest:
 
 
 def _left_out(layer: SampledFFN, choose: Choose, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of its blocks that each state leaves out, [tokens]; and what they would add, [tokens, d_model].
+    """Share of the blocks that each state leaves out, [tokens], and their missing output, [tokens, d_model].
 
     Args:
         h: activations of all neurons, [tokens, d_ff].

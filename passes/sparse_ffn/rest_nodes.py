@@ -1,4 +1,4 @@
-"""The map that stands for neurons that are left out, as nodes in the graph."""
+"""Writes the rest map, which approximates the neurons left out, into the graph."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _Node = Callable[..., gs.Variable]
 
 
 class RestNodes:
-    """The constants of a `Rest`, and the nodes of each FFN that has it.
+    """The constants of a `Rest`, and the nodes of each FFN that uses it.
 
-    They compute (s · [x A, 1]) [B; c]: the share s multiplies a few numbers of each token, and not its whole output.
+    The nodes compute (s · [x A, 1]) [B; c]: the share s multiplies rank + 1 numbers per token, not the whole output.
 
     Args:
-        name: begins the names of the constants.
-        blocks: of the FFN's neurons.
-        taken: the most of them that a token computes.
-        at_most: tokens compute different numbers of blocks, and s differs from token to token.
-        dense_above: calls of more tokens compute all blocks, so that s is 0; -1: none does.
+        name: prefix of the constants' names.
+        blocks: number of the FFN's blocks of neurons.
+        taken: limit of the blocks that a token computes.
+        at_most: tokens compute different numbers of blocks, and each token has its own s.
+        dense_above: calls of more tokens compute all blocks, so s is 0; -1: no limit.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class RestNodes:
             self._limit = constant(f"{name}/dense_above", np.array(dense_above * len(rest.left)))
 
     def __call__(self, graph: gs.Graph, x: gs.Tensor, blocks: gs.Tensor, at: str) -> gs.Variable:
-        """Append the nodes that compute what is added to an FFN's output; returns it, in the shape of `x`.
+        """Append the nodes of the map; returns its output, to be added to the FFN's output, in the shape of `x`.
 
         Args:
             x: the FFN's input, [..., d_model].
-            blocks: numbers of those that are computed, [tokens or 1, taken], -1 in places left over.
-            at: begins the names of the nodes.
+            blocks: numbers of the computed blocks, [tokens or 1, taken], filled up with -1.
+            at: prefix of the nodes' names.
         """
 
         def node(
@@ -75,16 +75,16 @@ class RestNodes:
         return y
 
     def _shares(self, node: _Node, x: gs.Tensor, blocks: gs.Tensor) -> list[gs.Variable]:
-        """What [x A, 1] is multiplied with, numbers or [tokens or 1, 1]: s, unless the second matrix has it."""
-        found = []
+        """Factors of [x A, 1], scalars or [tokens or 1, 1]. Their product is s, unless the second matrix contains s."""
+        factors = []
         if self._limit is not None:
             few = node("LessOrEqual", [node("Size", [x], "values", np.int64), self._limit], "few", np.bool_)
-            found.append(node("Cast", [few], "sparse", to=1))
+            factors.append(node("Cast", [few], "sparse", to=1))
             blocks = node("Slice", [blocks, *self._first], "first", np.int32) if self._at_most else blocks
         if self._at_most:
             none = node("Less", [blocks, self._none], "none", np.bool_)
             share = node(
                 "MatMul", [node("Cast", [none], "spared", to=1), self._each], "share"
             )  # ReduceSum errs at 0 rows
-            found.append(share if self._beyond is None else node("Add", [share, self._beyond], "share_beyond"))
-        return found
+            factors.append(share if self._beyond is None else node("Add", [share, self._beyond], "share_beyond"))
+        return factors

@@ -1,4 +1,4 @@
-"""What a pass that leaves neurons out says of its run, and why it refuses one."""
+"""Results of passes that leave neurons out, and their common checks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trimtab.passes.errors import RecipeError
 from trimtab.passes.graph.linear import distinct_bytes
 
 MAX_ERROR = 0.5
-"""Half of what the layers compute: a model is of no use then. From 0.01 on `compile` warns, and SmolLM2-135M has four
-times its perplexity at 0.23 (benchmarks/results/rest.json); a model of random weights, which people try first, has
-0.25 to 0.3 with a third of its neurons."""
+"""Half of the variance of the layers' outputs: such a model is useless. `compile` warns from 0.01 on. At 0.23,
+SmolLM2-135M has four times its perplexity (benchmarks/results/rest.json). A model of random weights, which many users
+try first, has 0.25 to 0.3 with a third of its neurons."""
 
 
 def error_bound() -> Any:
@@ -34,14 +34,14 @@ def rewritten(
     """The result of the pass `name`.
 
     Args:
-        ffns: all of the graph.
-        rows: what the report says of each FFN that was rewritten; "layer" and "bytes" among it, and "error" where the
-            pass measured what leaving neurons out costs.
-        left: those that were not, of the ones that were wanted.
-        max_error: the option of that name.
+        ffns: all FFNs of the graph.
+        rows: the report's entry of each rewritten FFN, with "layer" and "bytes", and with "error" if the pass measured
+            the error of leaving neurons out.
+        left: selected FFNs that were not rewritten.
+        max_error: the option `max_error`.
 
     Raises:
-        RecipeError: more is lost than that.
+        RecipeError: the error is larger than `max_error`.
     """
     layers = {row["layer"] for row in rows}
     untouched = [linear for ffn in ffns if ffn.layer not in layers for linear in ffn.linears]
@@ -62,14 +62,14 @@ def rewritten(
 
 
 def check_sparsity(ffn: FFN, sparsity: float, size: int, part: Literal["block", "group"]) -> None:
-    """Refuse a sparsity that an FFN cannot have, since each token computes its best part in any case.
+    """Refuse a sparsity that an FFN cannot reach, since each token always computes its best part.
 
     Args:
-        size: neurons of a part.
-        part: what it is called, and the option of its size.
+        size: neurons per part.
+        part: name of a part, and of the option that sets its size.
 
     Raises:
-        RecipeError: it is more than that.
+        RecipeError: the FFN cannot reach the sparsity.
     """
     parts = ffn.d_ff // size
     if sparsity > 1 - 1 / parts:
@@ -81,5 +81,5 @@ def check_sparsity(ffn: FFN, sparsity: float, size: int, part: Literal["block", 
 
 
 def too_dense(density: float, most: float) -> str | None:
-    """Why an FFN stays dense that computes more of its neurons than the option `most`, or None."""
+    """Why an FFN stays dense if it computes more of its neurons than the option `most`; else None."""
     return f"{density:.0%} of its neurons are computed, more than {most:.0%}" if density > most else None

@@ -1,4 +1,4 @@
-"""An FFN's weights as the sparse ops read them: one row per neuron, in the wanted type."""
+"""An FFN's weights in the layout of the sparse ops: one row per neuron, in the type of the option `weights`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 
 
 
 def row_bytes(form: RowForm, width: int) -> float:
-    """Of one row, its scales included."""
+    """Bytes of one row, including its scales."""
     return _BYTES[form] * width + (4 if form == "int8" else 0)
 
 
 def row_constants(weight: np.ndarray, form: RowForm, label: str, name: str) -> dict[str, gs.Constant]:
-    """Inputs `label`, and `label`_scale for integers, of a sparse op.
+    """The inputs `label` and, for integers, `label`_scale of a sparse op.
 
     Args:
         weight: [neurons, width].
-        name: of the constants, before the label.
+        name: prefix of the constants' names, before the label.
     """
     if form == "fp32":
         return {label: constant(f"{name}/{label}", np.ascontiguousarray(weight, np.float32))}
@@ -43,33 +43,33 @@ def row_constants(weight: np.ndarray, form: RowForm, label: str, name: str) -> d
 
 
 class Rows:
-    """Weights as `row_constants`, each matrix made once for all FFNs that share it."""
+    """Weights as of `row_constants`. FFNs that share a matrix share its constants."""
 
     def __init__(self, form: RowForm) -> None:
         self.form = form
-        self._made: dict[tuple[int, bool, bool], list[gs.Constant]] = {}
+        self._constants: dict[tuple[int, bool, bool], list[gs.Constant]] = {}
         self._bytes = 0.0
 
     @property
     def nbytes(self) -> float:
-        """Of all that was made so far."""
+        """Bytes of all constants so far."""
         return self._bytes
 
     def of(self, linear: Linear, weight: np.ndarray, label: str, name: str) -> dict[str, gs.Tensor]:
-        """As `row_constants`, of `weight`, which holds the rows of `linear`."""
+        """The constants of `row_constants` for `weight`, the rows of `linear`."""
         key = id(linear.weight), linear.transposed, False
-        if key not in self._made:
-            self._made[key] = list(row_constants(weight, self.form, label, name).values())
+        if key not in self._constants:
+            self._constants[key] = list(row_constants(weight, self.form, label, name).values())
             self._bytes += row_bytes(self.form, weight.shape[1]) * len(weight)
-        return dict(zip((label, f"{label}_scale"), self._made[key], strict=False))
+        return dict(zip((label, f"{label}_scale"), self._constants[key], strict=False))
 
     def whole(self, linear: Linear, weight: np.ndarray, label: str, name: str) -> gs.Constant:
-        """`weight` of `linear`, [width, neurons], as one product with all of it has it, in float32."""
+        """`weight` of `linear`, [width, neurons], float32, as the constant of one MatMul over all neurons."""
         key = id(linear.weight), linear.transposed, True
-        if key not in self._made:
-            self._made[key] = [constant(f"{name}/{label}", np.asarray(weight, np.float32))]
+        if key not in self._constants:
+            self._constants[key] = [constant(f"{name}/{label}", np.asarray(weight, np.float32))]
             self._bytes += 4 * weight.size
-        return self._made[key][0]
+        return self._constants[key][0]
 
 
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,9 +80,9 @@ def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int4, two to a byte with zero at 8, uint8 [neurons, width / 2], and scales [neurons, width / 32].
+    """int4 with zero point 8, two per byte, uint8 [neurons, width / 2], and scales [neurons, width / 32].
 
-    The value of largest size of a block becomes -8.
+    The value of largest magnitude in a block becomes -8.
     """
     blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
     scale = scale_by_largest(blocks, 4, axis=-1)

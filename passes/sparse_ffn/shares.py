@@ -1,4 +1,4 @@
-"""Which score a share of all blocks lies below, where each token computes its best block in any case."""
+"""Quantiles of blocks' scores, for selections in which each token always computes its best block."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 def cuts(scores: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Numbers that leave out `shares` of all blocks, those of lower score, [shares], float32.
+    """Cuts below which the given shares of all blocks have their scores, [shares], float32.
 
-    Each is the least number that is above so many scores, so that equal ones go together. The best block of a token is
-    computed whatever its score, and so is none of those that are left out.
+    Each cut is the smallest number above that many scores, so blocks of equal score are left out together. The best
+    block of a token is always computed, so it does not count among the blocks left out.
 
     Args:
         scores: [tokens, blocks].
-        shares: above 0; those that leave less than a block of each token count as the largest that does not.
+        shares: above 0. The largest effective share leaves each token one block.
     """
     others = np.ones(scores.shape, bool)
     np.put_along_axis(others, scores.argmax(1)[:, None], False, axis=1)

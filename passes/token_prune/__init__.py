@@ -1,4 +1,4 @@
-"""token-prune: tokens that receive little attention are removed behind the attention of a layer."""
+"""token-prune: removes tokens that receive little attention, after the attention of a layer."""
 
 from trimtab.passes.token_prune.token_prune import TokenPrune
 

@@ -1,4 +1,4 @@
-"""The pass `token-prune`: behind the attention of a layer, tokens that receive little of it leave for good."""
+"""The pass `token-prune`: removes tokens that receive little attention, after the attention of a layer."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from trimtab.plugins import KEEP_TOKENS, PACKED_ATTENTION, add_multi_output_node
 
 DIAL = "prune"
 _METHOD = "magic-pyramid"
-_MOST = 4.0  # times the thresholds that were learned
+_MAX_STRENGTH = 4.0  # limit of the dial, in multiples of the learned thresholds
 _RECEIVED = [output.name for output in PACKED_ATTENTION.outputs].index("received")
 
 
 class TokenPrune(Pass):
     """Removes tokens by the attention that they receive, averaged over heads and queries (LTP, arXiv 2107.00910).
 
-    A layer attends to all tokens that enter it; what follows, in the layer and above, is computed for those that stay.
-    The first token of a sample and the most important other one always stay.
+    A layer attends to all tokens that enter it. The rest of the layer and later layers compute only the tokens that
+    stay. The first token of a sample and the most important other token always stay.
 
-    threshold mode: tokens stay whose importance reaches the layer's threshold, which training has learned. The dial
-    scales the thresholds. ratio mode: of each sample the given share stays behind each layer, the most important ones.
-    The dial scales the share that goes. It needs packed tokens, which the pass `unpad` makes.
+    threshold mode: a token stays if its importance reaches the layer's threshold, which training has learned. The dial
+    scales the thresholds. ratio mode: after each layer, the given share of each sample's tokens stays, the most
+    important ones. The dial scales the share that is removed. The pass needs packed tokens, which `unpad` provides.
     """
 
     name: ClassVar[str] = "token-prune"
@@ -50,7 +50,7 @@ class TokenPrune(Pass):
     reads_layers: ClassVar[bool] = True
 
     strength: float = Field(
-        1.0, ge=0, le=_MOST, description="default of the dial: 0 keeps all, 1 prunes as it was learned or given"
+        1.0, ge=0, le=_MAX_STRENGTH, description="default of the dial: 0 keeps all, 1 prunes as it was learned or given"
     )
     keep: tuple[float, ...] | None = Field(
         None,
@@ -63,9 +63,9 @@ class TokenPrune(Pass):
         return self.keep is not None
 
     def dials(self) -> tuple[Dial, ...]:
-        most = 1.0 if self.ratio else _MOST
+        high = 1.0 if self.ratio else _MAX_STRENGTH
         what = "share of the tokens that goes, of what `keep` lets go" if self.ratio else "factor of all thresholds"
-        return (Dial(DIAL, what, 0.0, most, min(self.strength, most), exact=0.0, fast=most),)
+        return (Dial(DIAL, what, 0.0, high, min(self.strength, high), exact=0.0, fast=high),)
 
     def check_profile(self, profile: Profile | None, before: Sequence[Pass]) -> None:
         if self.keep is not None:
@@ -111,13 +111,13 @@ class TokenPrune(Pass):
         return PassResult(self.name, len(blocks) - len(left), tuple(left), details)
 
     def _settings(self, context: PassContext, layers: int) -> np.ndarray:
-        """One for each layer: thresholds, or shares that stay."""
+        """One setting per layer: a threshold, or the share of tokens that stays."""
         if self.keep is not None:
             return np.array(self.keep * layers if len(self.keep) == 1 else self.keep, np.float64)
         return np.asarray(context.measured().learned(_METHOD)["thresholds"], np.float64)
 
     def _prune(self, graph: gs.Graph, block: Block, attention: gs.Node, dial: gs.Tensor, setting: float) -> str | None:
-        """Let tokens leave behind the attention of `block`; returns the reason where they cannot."""
+        """Remove tokens after the attention of `block`; returns the reason if tokens cannot be removed there."""
         name = f"{self.name}/layer.{block.layer}"
         x, context, offsets = block.x, attention.outputs[0], offsets_of(attention)
         behind = readers_behind(graph, context)
@@ -128,15 +128,15 @@ class TokenPrune(Pass):
         received = gs.Variable(f"{name}/received", np.float32, (context.shape or [None])[:1])
         attention.outputs = [context, *attention.outputs[1:_RECEIVED], received]
         limit = self._limit(graph, dial, setting, name)
-        given = {"importance": received, "offsets": offsets, "threshold": limit}
+        inputs = {"importance": received, "offsets": offsets, "threshold": limit}
         mode = "ratio" if self.ratio else "threshold"
-        kept, kept_offsets = add_multi_output_node(graph, KEEP_TOKENS, given, f"{name}/keep", mode=mode)
+        kept, kept_offsets = add_multi_output_node(graph, KEEP_TOKENS, inputs, f"{name}/keep", mode=mode)
         instead = {id(t): rows_of(graph, t, kept, f"{name}/{key}") for key, t in (("x", x), ("context", context))}
         reread(behind, instead | {id(offsets): kept_offsets})
         return None
 
     def _limit(self, graph: gs.Graph, dial: gs.Tensor, setting: float, name: str) -> gs.Tensor:
-        """What KeepTokens compares with, for each sample: threshold · dial, or 1 - (1 - share) · dial."""
+        """The limit that KeepTokens compares with, for each sample: threshold · dial, or 1 - (1 - share) · dial."""
         factor = 1 - setting if self.ratio else setting
         scale = constant(f"{name}/scale", np.array(factor, np.float32))
         scaled = insert(graph, "Mul", [dial, scale], f"{name}/scaled", dtype=np.float32)

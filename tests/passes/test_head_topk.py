@@ -18,7 +18,7 @@ from trimtab.passes import PassContext, PassResult, run_passes
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import PassError
 from trimtab.passes.graph import save_graph
-from trimtab.passes.head_topk.cheap import CheapHead, Found, Head, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Head, LikeliestRanks, divergence, rank_likeliest
 from trimtab.passes.head_topk.topk import HeadTopK
 
 
@@ -91,7 +91,7 @@ def test_divergence_and_places_are_those_of_their_definition() -> None:
     states = rng.standard_normal((150, 12))
     head = Head(rng.standard_normal((12, 90)), None)
     cheap = CheapHead.fit(head, states, 4)
-    found = look(head, cheap, states)
+    found = rank_likeliest(head, cheap, states)
     for i, x in enumerate(states):
         order = np.argsort(-cheap(x[None])[0], kind="stable")
         assert found.places[i] == 1 + int(np.flatnonzero(order == head(x[None])[0].argmax())[0])
@@ -108,13 +108,13 @@ def test_the_bound_holds_at_its_confidence(truth: float) -> None:
     """Over all that may be missed, the true probability lies above the bound once in twenty times at most."""
     count = 400
     missed = np.arange(count + 1)
-    bounds = np.array([Found(np.repeat((99, 1), (n, count - n))).miss_bound(10) for n in missed])
+    bounds = np.array([LikeliestRanks(np.repeat((99, 1), (n, count - n))).miss_bound(10) for n in missed])
     too_low = binom.pmf(missed, count, truth)[bounds < truth].sum()
     assert too_low <= 0.05
     assert too_low > 0.03 or truth < -np.log(0.05) / count  # no wider than numbers that are whole make it
     places = np.ones(400, int)
-    assert Found(places).miss_bound(1) == pytest.approx(1 - 0.05 ** (1 / 400))
-    assert binom.cdf(0, 400, Found(places).miss_bound(1)) == pytest.approx(0.05)
+    assert LikeliestRanks(places).miss_bound(1) == pytest.approx(1 - 0.05 ** (1 / 400))
+    assert binom.cdf(0, 400, LikeliestRanks(places).miss_bound(1)) == pytest.approx(0.05)
 
 
 def test_a_bound_chooses_the_fewest_candidates() -> None:
@@ -125,7 +125,7 @@ def test_a_bound_chooses_the_fewest_candidates() -> None:
     head = Head(linear.w().astype(np.float32), linear.b())
     states = head_profile(canonical(zoo.exported("llama")), 2000).head(64)
     held = np.arange(len(states)) % 5 == 4
-    found = look(head, CheapHead.fit(head, states[~held], 16), states[held])
+    found = rank_likeliest(head, CheapHead.fit(head, states[~held], 16), states[held])
     assert found.miss_bound(details["computed"] - 1) > 0.1
 
 

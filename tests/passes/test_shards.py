@@ -16,7 +16,7 @@ from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.ffn_topk.importance import importance, norms, places
 from trimtab.passes.ffn_topk.shards import expected_recall
 from trimtab.passes.ffn_topk.topk import FFNTopK
-from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, look
+from trimtab.passes.head_topk.cheap import CheapHead, Head, divergence, rank_likeliest
 from trimtab.passes.head_topk.topk import HeadTopK
 from trimtab.passes.sampled_ffn import SampledFFN
 
@@ -132,7 +132,7 @@ def test_candidates_by_shards_find_as_much() -> None:
     states = rng.standard_normal((600, 16))
     head = Head(rng.standard_normal((16, 120)), rng.standard_normal(120))
     cheap = CheapHead.fit(head, states, 6)
-    found = look(head, cheap, states, 3)
+    found = rank_likeliest(head, cheap, states, 3)
     exact, guess = head(states), cheap(states)
     for i in range(len(states)):
         best = int(exact[i].argmax())
