@@ -10,7 +10,7 @@ import numpy as np
 from trimtab.compiler.builds.build import Build, read_build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.builds.manifest import Manifest
-from trimtab.compiler.data.held_tokenizer import HeldTokenizer
+from trimtab.compiler.data.lazy_tokenizer import LazyTokenizer
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import Tokenizer
 from trimtab.compiler.engine_options import check_threads
@@ -45,7 +45,7 @@ class Engine:
         self.dials = build.manifest.dials
         self.runner = runner
         files = {path.name: path.read_bytes() for path in build.files_in(TOKENIZER)}
-        self._tokenizer = HeldTokenizer(build.path / TOKENIZER, files, self.manifest.max_tokens) if files else None
+        self._tokenizer = LazyTokenizer(build.path / TOKENIZER, files, self.manifest.max_tokens) if files else None
 
     def run(
         self,

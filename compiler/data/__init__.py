@@ -1,4 +1,4 @@
-"""Data in: texts and tensors from files, and the tokenizer that makes inputs of texts."""
+"""Calibration and evaluation data: texts and tensors from files, and the tokenizer that turns texts into inputs."""
 
 from trimtab.compiler.data.dataset import (
     LABEL,

@@ -1,7 +1,7 @@
-"""The arrays of an .npz file: a ZIP archive of NumPy's .npy files, of which only plain numbers are read.
+"""Reads the arrays of an .npz file, a ZIP archive of NumPy's .npy files. Only arrays of plain numbers are read.
 
-An archive says itself how large its members are, and a member says itself how large its array is. Both are compared
-with limits and with each other before anything is unpacked.
+The archive states the size of each member, and the member's header states the size of its array. Both sizes are
+compared with limits and with each other before anything is unpacked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 1 << 12
 _MAX_MEMBERS = 1 << 10
 _CHUNK = 1 << 20
-_ENCRYPTED = 1  # bit of a member's flags
+_ENCRYPTED = 1  # bit of ZipInfo.flag_bits
 _DESCR = re.compile(r"'descr'\s*:\s*'([<>|=]?(?:b1|[iu][1248]|f[248]))'")
 _FORTRAN = re.compile(r"'fortran_order'\s*:\s*(True|False)\b")
 _SHAPE = re.compile(r"'shape'\s*:\s*\(([0-9, L]*)\)")
@@ -33,14 +33,14 @@ _FAULTS = (
     ArithmeticError, EOFError, LookupError, OSError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile,
     zlib.error,
 )  # fmt: skip
-"""What zipfile raises of damaged archives."""
+"""Exceptions that zipfile raises for damaged archives."""
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays in an .npz file, by name.
 
     Raises:
-        DataError: not such a file, damaged, over a limit, or a member is no array of numbers; says which.
+        DataError: `path` is not an .npz file, is damaged or exceeds a limit, or a member is no array of numbers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -75,7 +75,7 @@ def _check_packing(where: str, member: zipfile.ZipInfo) -> None:
 
 
 def _read_array(file: IO[bytes], size: int, where: str) -> np.ndarray:
-    """The array of an .npy file of `size` bytes (format 1 to 3 of numpy.lib.format)."""
+    """Read the array of an .npy file of `size` bytes (numpy.lib.format, versions 1 to 3)."""
     start = file.read(len(_MAGIC) + 2)
     if start[:-2] != _MAGIC or start[-2] not in (1, 2, 3):
         raise DataError(f"{where} is no array", hint=_HINT)
@@ -87,16 +87,16 @@ def _read_array(file: IO[bytes], size: int, where: str) -> np.ndarray:
         raise DataError(f"{where} is not an array of plain numbers ({text.strip()[:80]})", hint=_HINT)
     dtype = np.dtype(descr[1])
     dims = [int(dim[:20].rstrip("L")) for dim in shape[1].replace(" ", "").split(",") if dim]
-    wanted, there = math.prod(dims) * dtype.itemsize, size - len(start) - width - length
-    if wanted != there:
+    expected, available = math.prod(dims) * dtype.itemsize, size - len(start) - width - length
+    if expected != available:
         raise DataError(
-            f"{where}: its shape {dims} of {dtype} takes {wanted} bytes, and it has {max(there, 0)}",
+            f"{where}: its shape {dims} of {dtype} takes {expected} bytes, and it has {max(available, 0)}",
             hint=_DAMAGED,
         )
-    content, at = np.empty(wanted, np.uint8), 0
+    content, offset = np.empty(expected, np.uint8), 0
     while chunk := file.read(_CHUNK):
-        content.data[at : at + len(chunk)] = chunk
-        at += len(chunk)
-    if at < wanted:
-        raise DataError(f"{where}: ends after {at} of {wanted} bytes", hint=_DAMAGED)
+        content.data[offset : offset + len(chunk)] = chunk
+        offset += len(chunk)
+    if offset < expected:
+        raise DataError(f"{where}: ends after {offset} of {expected} bytes", hint=_DAMAGED)
     return content.view(dtype).reshape(dims, order="F" if fortran[1] == "True" else "C")

@@ -4,11 +4,11 @@
 | --- | --- | --- |
 | .txt | line; blank lines are skipped | the text |
 | .jsonl | line | "text" (or "sentence"), optional "text_pair" and "label"; `textfile` lists other names of pairs |
-| .tsv | line, without quoting | by the same names as columns of the header; without a header, the first column |
+| .tsv | line, without quoting | the header's columns of the same names; without a header, the first column |
 | .npz (no .gz) | first axis of its arrays | arrays named as the model's inputs; "label" for labels |
 
-A label is a class, by number or name; a score; or in .jsonl a list of class names, each of which the text has. `.npz`
-files have integers [samples], floats [samples] or [samples, scores], or ones and zeros [samples, labels].
+A label is a class (its number or name), a score, or in .jsonl a list of all class names that apply to the text. The
+labels of .npz files are integers [samples], floats [samples] or [samples, scores], or ones and zeros [samples, labels].
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ LABEL = "label"
 """The array of an .npz file that holds the samples' labels, unless the model has an input of that name."""
 
 _SHOWN = 60  # characters of a text in messages
-_WINDOW = 512  # samples that are sorted by length together; not tied to the batch size, so that neither is the order
+_WINDOW = 512  # samples that are sorted by length together; a constant, so that the order ignores the batch size
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples of one file, checked from end to end.
+    """The samples of one file. All of them have been checked.
 
     Attributes:
         path: the file.
-        sha256: of its content, unpacked.
+        sha256: hash of the unpacked content.
         count: number of samples.
-        arrays: of an .npz file, its arrays; else None.
+        arrays: the arrays of an .npz file; None for other files.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Dataset:
 
     @property
     def texts(self) -> Iterator[Example]:
-        """(text or pair of texts, label or None) in the order of the file, read anew each time.
+        """Each (text or pair of texts, label or None), in the order of the file. Each access reads the file anew.
 
         Raises:
             DataError: the data are raw tensors.
@@ -78,24 +78,24 @@ class Dataset:
         return read_texts(self.path)
 
     def sample(self, samples: int, seed: int = 0) -> Iterator[Example]:
-        """At most `samples` texts, uniformly without replacement, in the order in which `batches` takes them.
+        """Draw at most `samples` texts uniformly without replacement, in the order in which `batches` takes them.
 
-        Selection sampling (Knuth, The Art of Computer Programming, 3.4.2, algorithm S) takes them in one reading with
-        constant memory. Then texts of like length are brought together, a window at a time, for little padding.
+        Selection sampling (Knuth, The Art of Computer Programming, 3.4.2, algorithm S) draws them in one reading with
+        constant memory. Each window of drawn texts is then sorted by length, so that batches need little padding.
         """
         chosen = _select(self.texts, self.count, samples, seed)
         while window := list(islice(chosen, _WINDOW)):
             yield from sorted(window, key=lambda example: _length(example[0]))
 
     def labels(self, samples: int, seed: int = 0) -> list[Label] | np.ndarray | None:
-        """Labels in the order of `sample(samples, seed)`, or the rows of an .npz file's array; None if it has none."""
+        """Labels in the order of `sample(samples, seed)`; for .npz, rows of the label array, or None without one."""
         if self.arrays is None:
             return [label for _, label in self.sample(samples, seed)]
-        found = self.arrays.get(LABEL)
-        return None if found is None else found[list(_select(range(self.count), self.count, samples, seed))]
+        labels = self.arrays.get(LABEL)
+        return None if labels is None else labels[list(_select(range(self.count), self.count, samples, seed))]
 
     def shown(self, place: int, samples: int, seed: int = 0) -> str:
-        """How messages call the sample at `place` of `sample(samples, seed)`, or of `batches` with these arguments."""
+        """Name in messages of sample `place` of `sample(samples, seed)`, or of `batches` with these arguments."""
         if self.arrays is not None:
             row = next(islice(_select(range(self.count), self.count, samples, seed), place, None))
             return f"sample {row}"
@@ -108,7 +108,7 @@ def read_data(path: Path | str) -> Dataset:
     """Open a data file and check all of it.
 
     Raises:
-        DataError: missing, empty, not UTF-8, malformed, or of an unknown kind; names the file and the line.
+        DataError: the file is missing, empty, not UTF-8, malformed, or of an unknown kind; names the file and the line.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -133,16 +133,16 @@ def batches(
     inputs: Sequence[gs.Tensor] | None = None,
     positions: Positions | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Feeds for the model, from a random sample of the data, always the same for the same arguments.
+    """Yield feeds for the model from a random sample of the data. Equal arguments give equal feeds.
 
     Args:
-        inputs: those of the model's graph, if at hand; else they are read from the model.
-        positions: of the model: texts are cut there, and longer tensors refused.
+        inputs: inputs of the model's graph; None reads them from the model.
+        positions: limit of the model's positions: longer texts are cut, and longer tensors are refused.
 
     Yields:
-        input name → array whose first axis has at most `batch_size` samples, or as many as the model's one size. Texts
-        are cut and filled up to the one length that a model may have. Text gives `attention_mask`
-        [batch, tokens] even to a graph without that input, since padding must be known.
+        input name → array. Its first axis has at most `batch_size` samples, or the model's batch size if that is fixed.
+        If the model's number of tokens is fixed, texts are cut and padded to it. Feeds of texts have `attention_mask`
+        [batch, tokens] even if the graph has no such input, since padding must be known.
 
     Raises:
         DataError: the data do not fit the model's inputs.
@@ -155,7 +155,7 @@ def batches(
         rows = list(_select(range(dataset.count), dataset.count, samples, seed))
         for start in range(0, len(rows), batch_size):
             feed = {name: array[rows[start : start + batch_size]] for name, array in arrays.items()}
-            with _of(dataset):
+            with _as_data_error(dataset):
                 check_length(feed, positions)
             yield feed
         return
@@ -166,10 +166,10 @@ def batches(
 
 
 def check_inputs(dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], max_tokens: int) -> None:
-    """Check that `dataset` gives the inputs of a model, before it is read as a whole.
+    """Check that `dataset` gives the inputs of a model, before all of it is read.
 
     Raises:
-        ModelError, DataError: it does not; says what is missing.
+        ModelError, DataError: `dataset` does not; says what is missing.
     """
     if dataset.arrays is not None:
         fit_arrays(dataset, inputs)
@@ -180,7 +180,7 @@ def check_inputs(dataset: Dataset, source: Source, inputs: Sequence[gs.Tensor], 
 def text_feeds(
     source: Source, inputs: Sequence[gs.Tensor], max_tokens: int
 ) -> Callable[[Sequence[Text]], dict[str, np.ndarray]]:
-    """A function that makes feeds of a batch of texts or pairs; they are as `batches` describes them.
+    """Return a function that turns a batch of texts or pairs into feeds, which `batches` describes.
 
     Raises:
         ModelError: the model has no tokenizer. The function raises DataError where the model has inputs that texts do
@@ -191,38 +191,42 @@ def text_feeds(
             f"{source.origin}: has no tokenizer, so texts cannot be fed to it", hint="give tensors as .npz"
         )
     tokenizer = load_tokenizer(source.tokenizer, source.max_tokens)
-    wanted = {tensor.name: tensor for tensor in inputs}
+    model_inputs = {tensor.name: tensor for tensor in inputs}
     width = fixed_tokens(inputs)
 
     def feeds_of(texts: Sequence[Text]) -> dict[str, np.ndarray]:
         feeds = tokenizer.encode(texts, max_tokens, width=width)
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
-        feeds |= {name: _no_past(tensor, len(texts)) for name, tensor in wanted.items() if name.startswith("past")}
-        missing = [name for name in wanted if name not in feeds]
+        feeds |= {
+            name: _no_past(tensor, len(texts)) for name, tensor in model_inputs.items() if name.startswith("past")
+        }
+        missing = [name for name in model_inputs if name not in feeds]
         if missing:
             raise DataError(f"{source.origin}: texts do not give the input {missing[0]!r}", hint="give tensors as .npz")
         return {"attention_mask": feeds["attention_mask"]} | {
-            name: feeds[name].astype(tensor.dtype) for name, tensor in wanted.items()
+            name: feeds[name].astype(tensor.dtype) for name, tensor in model_inputs.items()
         }
 
     return feeds_of
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
-    """Whether samples of an array's `shape` are of the model's; the first axis is that of all samples."""
-    return len(shape) == len(wanted) and all(
-        have == want for have, want in zip(shape[1:], wanted[1:], strict=True) if isinstance(want, int) and want >= 0
+def _fits(shape: Sequence[int], input_shape: Sequence[int | str]) -> bool:
+    """Whether an array's `shape` fits the model's `input_shape`. The first axis, that of the samples, is ignored."""
+    return len(shape) == len(input_shape) and all(
+        size == fixed
+        for size, fixed in zip(shape[1:], input_shape[1:], strict=True)
+        if isinstance(fixed, int) and fixed >= 0
     )
 
 
 def _shortened(text: str) -> str:
-    """A text on one line, cut."""
+    """The beginning of a text, on one line."""
     line = " ".join(text[: 4 * _SHOWN].split())
     return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
 
 
 def _length(text: Text) -> int:
-    """Characters of a text, or of both of a pair, which a model reads one after the other."""
+    """Number of characters of a text, or of both texts of a pair, which a model reads one after the other."""
     return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
@@ -253,7 +257,7 @@ def _read_arrays(path: Path) -> Dataset:
     if len(set(counts.values())) > 1:
         raise DataError(f"{path}: its arrays differ in the number of samples ({counts})")
     for name, array in arrays.items():
-        if array.ndim == 2 and len(array) and not array.size:  # of more axes it may be a cache without a past
+        if array.ndim == 2 and len(array) and not array.size:  # an array with more axes may be a cache without a past
             raise DataError(f"{path}: array {name!r} has the shape {list(array.shape)}, so its samples are empty")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(f"{path}: array {name!r} holds NaN or Inf")
@@ -264,7 +268,7 @@ def _read_arrays(path: Path) -> Dataset:
 
 
 def with_labels(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> list[gs.Tensor]:
-    """`inputs`, and the array of labels where the arrays hold one that is no input of the model."""
+    """Append the array of labels to `inputs`, if `dataset` has one that is no input of the model."""
     labels = (dataset.arrays or {}).get(LABEL)
     if labels is None or any(tensor.name == LABEL for tensor in inputs):
         return list(inputs)
@@ -278,7 +282,7 @@ def with_labels(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> list[gs.Tensor
 
 
 def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.ndarray]:
-    """The arrays as the model's inputs, in their types."""
+    """Check the arrays against the model's inputs and cast them to the inputs' types."""
     arrays = dict(dataset.arrays or {})
     names = [tensor.name for tensor in inputs]
     if set(arrays) != set(names):
@@ -296,14 +300,14 @@ def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.nd
             )
         arrays[tensor.name] = array.astype(tensor.dtype, copy=False)
     packed = [mask for tensor in inputs if (mask := packed_mask(tensor))]
-    with _of(dataset):
+    with _as_data_error(dataset):
         check_values([TensorInfo.of(tensor) for tensor in inputs], arrays, packed)
     return arrays
 
 
 @contextmanager
-def _of(dataset: Dataset) -> Iterator[None]:
-    """Inputs that a model does not take are a fault of the data."""
+def _as_data_error(dataset: Dataset) -> Iterator[None]:
+    """Turn an InputError of the body into a DataError: the data hold inputs that the model does not take."""
     try:
         yield
     except InputError as error:

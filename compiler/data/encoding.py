@@ -1,8 +1,8 @@
-"""Token ids of texts and pairs, cut as transformers cuts them, by a tokenizer that any number of threads share.
+"""Token ids of texts and pairs. Encoders cut texts as transformers does, and any number of threads may share one.
 
-The tokenizers library keeps the length at which texts are cut inside of its object, so two threads would cut each
-other's texts. Here its object never changes: texts are tokenized without special tokens, as far as `Cutter` says that
-they matter, then cut, and get special tokens by its own post-processor.
+The tokenizers library stores the length at which texts are cut in its object, so two threads would change each other's
+limit. Here that object never changes: the encoder tokenizes the part of a text that `Cutter` selects, without special
+tokens, cuts the tokens, and adds special tokens with the library's post-processor.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Tokens(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Makes token ids. Its methods may be called from several threads at once."""
+    """Turns texts into token ids. Several threads may call its methods at once."""
 
     def special_tokens(self, pair: bool) -> int:
-        """How many tokens are added to a text, or to a pair."""
+        """Number of special tokens that are added to a text, or to a pair."""
         ...
 
     def special_ids(self) -> frozenset[int]:
@@ -46,7 +46,7 @@ class Encoder(Protocol):
         ...
 
     def encode(self, texts: Sequence[Text], limit: int | None) -> list[Row]:
-        """Tokenize; a row has at most `limit` tokens, and of a pair the longer text is cut first."""
+        """Tokenize `texts`. A row has at most `limit` tokens; the longer text of a pair is cut first."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -55,17 +55,17 @@ class Encoder(Protocol):
 
 
 class FastEncoder:
-    """By the tokenizers library.
+    """An encoder that uses the tokenizers library.
 
     Args:
-        inner: belongs to this object from now on.
-        from_left: texts lose their first tokens where they are too long, and not their last.
-        lower_case: letters become lower case first, unless the tokenizer does that by itself.
+        inner: the library's tokenizer; this object owns it and changes it.
+        from_left: texts that are too long lose their first tokens instead of their last.
+        lower_case: add a Lowercase step in front of the normalizer, unless it has one.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, from_left: bool, lower_case: bool = False) -> None:
         if lower_case:
-            _lower(inner)
+            _add_lowercase(inner)
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
@@ -92,43 +92,43 @@ class FastEncoder:
             other = None if isinstance(text, str) else next(second)
             if room is not None:
                 self._cut(part, other, room)
-            whole = self._inner.post_process(part.tokens, other and other.tokens)
-            rows.append(Row(whole.ids, whole.type_ids))
+            processed = self._inner.post_process(part.tokens, other and other.tokens)
+            rows.append(Row(processed.ids, processed.type_ids))
         return rows
 
     def _read(self, texts: Sequence[str], rooms: Sequence[int | None], *, second: bool = False) -> list[_Tokens]:
-        """Tokens of texts, or of the parts of them that give more tokens than there is room.
+        """Tokenize texts, or parts of them that give more tokens than there is room for.
 
         Args:
-            second: the texts are the second of pairs.
+            second: the texts are the second texts of pairs.
 
         Raises:
-            InputError: the tokenizer does not take a text, or a part of the largest size gives too few tokens.
+            InputError: the tokenizer cannot read a text, or a part of the largest size gives too few tokens.
         """
-        read: dict[int, _Tokens] = {}
+        encoded_texts: dict[int, _Tokens] = {}
         sizes = [
             [len(text)] if room is None else self._cutter.sizes(room) for text, room in zip(texts, rooms, strict=True)
         ]
         left = list(range(len(texts)))
         while left:
             parts = [self._cutter.part(texts[i], sizes[i].pop(0)) for i in left]
-            # Behind an empty text, so that tokens have the type of a pair's second text, which post-processors keep.
+            # A second text follows an empty one, so its tokens have the second text's type, which post-processors keep.
             encoded = self._tokenize([("", part.text) if second else part.text for part in parts])
             for i, part, tokens in zip(left, parts, encoded, strict=True):
                 room, kept = rooms[i], self._cutter.kept(part, tokens)
                 if part.safe is None or (room is not None and kept > room):
-                    read[i] = _Tokens(texts[i], tokens, part.safe is None)
+                    encoded_texts[i] = _Tokens(texts[i], tokens, part.safe is None)
                 elif not sizes[i]:
                     raise InputError(
                         f"a text has {len(texts[i])} characters, and {len(part.text)} of them, the limit, do not give "
                         f"the {room} tokens that fit",
                         hint="leave out what is no text, such as long runs without spaces",
                     )
-            left = [i for i in left if i not in read]
-        return [read[i] for i in range(len(texts))]
+            left = [i for i in left if i not in encoded_texts]
+        return [encoded_texts[i] for i in range(len(texts))]
 
     def _tokenize(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
-        try:  # not encode_batch_fast, which gives every token the type of a first text
+        try:  # encode_batch_fast would give every token the type of a first text
             return self._inner.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # the library raises Exception itself
             raise InputError(
@@ -140,14 +140,14 @@ class FastEncoder:
             part.tokens.truncate(room, direction=self._side)
             return
         counts = len(part.tokens), len(other.tokens)
-        # How many more tokens than room there are does not matter, but an odd token is the longer text's.
+        # Counts above `room` need not be exact, except that the longer text keeps the odd token of an odd `room`.
         if room % 2 and not (part.whole and other.whole) and min(counts) > room:
             counts = self._lengths(part.text, other.text)
-        for each, most in zip((part, other), _longest_first(*counts, room), strict=True):
-            each.tokens.truncate(most, direction=self._side)
+        for each, limit in zip((part, other), _longest_first(*counts, room), strict=True):
+            each.tokens.truncate(limit, direction=self._side)
 
     def _lengths(self, *texts: str) -> tuple[int, int]:
-        """Lengths that compare as the texts' numbers of tokens do; of characters, where a text is over the limit."""
+        """Lengths to compare: tokens of both whole texts, or characters if a text is over the limit."""
         if max(map(len, texts)) > MAX_CHARACTERS:
             first, second = map(len, texts)
         else:
@@ -158,17 +158,17 @@ class FastEncoder:
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
 
-def _lower(inner: tokenizers.Tokenizer) -> None:
-    """Let the normalizer begin with Lowercase, as sentence-transformers does."""
+def _add_lowercase(inner: tokenizers.Tokenizer) -> None:
+    """Make Lowercase the first step of the normalizer, as sentence-transformers does."""
     normalizer: Any = inner.normalizer
-    whole = type(normalizer) is normalizers.Sequence
-    steps = list(normalizer) if whole else [normalizer] if normalizer is not None else []
+    is_sequence = type(normalizer) is normalizers.Sequence
+    steps = list(normalizer) if is_sequence else [normalizer] if normalizer is not None else []
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of a pair's texts stay, as the tokenizers library shares `room` among them."""
+    """Number of tokens that each text of a pair keeps, as the tokenizers library divides `room` between them."""
     if first + second <= room:
         return first, second
     short = min(first, second)
@@ -179,10 +179,10 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class SlowEncoder:
-    """By a tokenizer of transformers that is written in Python: one thread at a time, as Python itself runs.
+    """An encoder that uses a transformers tokenizer written in Python. A lock admits one thread at a time.
 
     Args:
-        inner: belongs to this object from now on.
+        inner: the transformers tokenizer; this object owns it.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -200,7 +200,7 @@ class SlowEncoder:
             return [self._row(text, limit) for text in texts]
 
     def _row(self, text: Text, limit: int | None) -> Row:
-        # As lists of one: given alone, an empty second text counts as none.
+        # Lists of one text: transformers ignores an empty second text that is a plain string.
         first, second = ([text], None) if isinstance(text, str) else ([text[0]], [text[1]])
         rows = self._inner(first, second, truncation=limit is not None, max_length=limit, return_token_type_ids=True)
         return Row(list(rows["input_ids"][0]), list(rows["token_type_ids"][0]))

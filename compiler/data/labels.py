@@ -1,4 +1,4 @@
-"""The labels of data as numbers that a model's outputs are held against."""
+"""Converts the labels of data to numbers that are compared with a model's outputs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from trimtab.passes.errors import DataError
 
 
 def class_number(label: Label, names: Sequence[str] | None) -> int | None:
-    """The class that a text's label means, by number or by name.
+    """The number of the class that a text's label gives as a number or a name; None for a label of None.
 
-    A cell's text is looked for among the names first, and only there if these are numbers themselves, such as ratings
-    from "1" to "5": file and model may count from different ends. Numbers below 0 are no classes in any case.
+    The text of a .tsv cell is matched with the class names first. If class names are numbers, such as ratings "1" to
+    "5", it is matched with the names alone, since file and model may count from different numbers. Numbers below 0 are
+    never classes.
 
     Raises:
         DataError: the model has no class of that name, or the label is a score or a list.
@@ -24,7 +25,7 @@ def class_number(label: Label, names: Sequence[str] | None) -> int | None:
     if isinstance(label, WholeCell | ScoreCell) and names and _is_name(label, names):
         return _index(label.text, names)
     if label is None or isinstance(label, int):
-        return None if label is None else int(label)  # also of a cell, without its text
+        return None if label is None else int(label)  # a plain int, without a cell's text
     if isinstance(label, float):
         raise DataError(
             f"label {label!r} is a score, and the model gives each sample one class",
@@ -41,27 +42,27 @@ def class_number(label: Label, names: Sequence[str] | None) -> int | None:
 def label_values(
     labels: Sequence[Label] | np.ndarray, task: Task, names: Sequence[str] | None, width: int | None
 ) -> np.ndarray | None:
-    """Labels as the task has them.
+    """Convert labels to the task's form.
 
     Args:
-        labels: of each sample, as texts or an .npz file give them.
-        names: of the model's classes.
-        width: of its logits, where that is known before it runs.
+        labels: the label of each sample, as read from a file of texts or an .npz file.
+        names: names of the model's classes.
+        width: number of the model's logits, or None if it is unknown before the model runs.
 
     Returns:
         int64 [samples] for classes, bool [samples, labels] for labels, float64 [samples, scores] for scores. None where
         the task has no labels, or a sample has none.
 
     Raises:
-        DataError: labels of another kind than the task's, or a class that the model does not have.
+        DataError: labels are of another kind than the task's, or name a class that the model does not have.
     """
     if task.kind not in ("classes", "labels", "score"):
         return None
     if isinstance(labels, np.ndarray):
         return _of_array(labels, task, width)
-    known = [label for label in labels if label is not None]
-    values = {"classes": _classes, "labels": _lists, "score": _scores}[task.kind](known, names, width)
-    return values if len(known) == len(labels) and known else None
+    present = [label for label in labels if label is not None]
+    values = {"classes": _classes, "labels": _lists, "score": _scores}[task.kind](present, names, width)
+    return values if len(present) == len(labels) and present else None
 
 
 def _classes(labels: Sequence[Label], names: Sequence[str] | None, width: int | None) -> np.ndarray:
@@ -98,7 +99,7 @@ def _scores(labels: Sequence[Label], names: Sequence[str] | None, width: int | N
 
 
 def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
-    """The array of an .npz file."""
+    """Convert the label array of an .npz file."""
     what = f"labels are {labels.dtype} {list(labels.shape)}"
     if task.kind == "score":
         values = labels.astype(np.float64).reshape(len(labels), -1)
@@ -119,19 +120,19 @@ def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
 
 def _in_range(values: np.ndarray, width: int | None) -> np.ndarray:
     if width is not None and len(values) and (values.min() < 0 or values.max() >= width):
-        raise DataError(f"a label lies outside 0..{width - 1}, the classes of the model")
+        raise DataError(f"a label is outside 0..{width - 1}, the classes of the model")
     return values
 
 
 def _index(label: str, names: Sequence[str] | None) -> int:
     if names is None or label not in names:
-        known = f"the model's are {_listed(names)}" if names else "the model does not name its classes"
-        raise DataError(f"label {label!r} is no class of the model; {known}")
+        choices = f"the model's are {_listed(names)}" if names else "the model does not name its classes"
+        raise DataError(f"label {label!r} is no class of the model; {choices}")
     return list(names).index(label)
 
 
 def _is_name(label: WholeCell | ScoreCell, names: Sequence[str]) -> bool:
-    """Whether the cell of `label` holds a class's name, or has to."""
+    """Whether the cell's text is a class name, or must be one because class names are numbers."""
     if label.text in names:
         return True
     return isinstance(label, WholeCell) and label >= 0 and any(n.isascii() and n.isdecimal() for n in names)

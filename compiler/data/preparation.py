@@ -1,4 +1,4 @@
-"""What happens to texts before their tokenizer: sentence-transformers may want lower case, and a prompt in front."""
+"""Preparation of texts before they are tokenized: a sentence-transformers model may need lower case and a prompt."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from trimtab.compiler.schema.json_text import Schema, optional_json, read_json
 from trimtab.passes.errors import ModelError
 
 FILE = "texts.json"
-"""Holds a `Preparation` beside the tokenizer of a build."""
+"""File beside the tokenizer of a build that stores a `Preparation`."""
 
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""Names that sentence-transformers gave to the configuration of its Transformer module; the first that says anything
-counts."""
+"""File names that versions of sentence-transformers use for the configuration of the Transformer module. The first file
+that is not empty counts."""
 
 TOKENIZER_CONFIG: Schema = {
     "model_max_length": float, "tokenizer_class": str, "truncation_side": str, "do_lower_case": bool,
     "strip_accents": bool, "tokenize_chinese_chars": bool,
 }  # fmt: skip
-"""Of tokenizer_config.json, what trimtab reads."""
+"""The keys of tokenizer_config.json that trimtab reads."""
 
 MODULES: Schema = [{"type": str, "path": str}]
-"""Of modules.json."""
+"""The keys of modules.json that trimtab reads."""
 
 SENTENCE_CONFIG: Schema = {"model_type": str, "default_prompt_name": str, "prompts": {}, "truncate_dim": int}
-"""Of config_sentence_transformers.json."""
+"""The keys of config_sentence_transformers.json that trimtab reads."""
 
 _TRANSFORMER: Schema = {
     "do_lower_case": bool, "max_seq_length": float, "transformer_task": str, "processing_kwargs": {},
@@ -40,29 +40,29 @@ _TRANSFORMER: Schema = {
 _PREPARATION: Schema = {"lower_case": bool, "prompt": str}
 
 _ALWAYS = {"SentenceTransformer": ("query", "document")}
-"""Prompts that a model has though its files do not name them; they are empty."""
+"""model_type → prompts that exist even if the files do not list them. These prompts are empty."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to a text.
+    """How a text is changed before it is tokenized.
 
     Attributes:
         lower_case: letters become lower case, as the first step of the tokenizer's normalizer.
-        prompt: is put in front; of a pair, in front of the first text.
+        prompt: text that is put in front of a text, or of the first text of a pair.
     """
 
     lower_case: bool = False
     prompt: str = ""
 
     def write(self, folder: Path) -> None:
-        """Keep it beside the tokenizer in `folder`, if there is anything to keep."""
+        """Store the preparation beside the tokenizer in `folder`, unless it changes nothing."""
         if self != Preparation():
             (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def read_preparation(folder: Path) -> Preparation:
-    """What the tokenizer's `folder` wants: by its own `FILE`, else by the sentence-transformers folder that it is in.
+    """Read the preparation for the tokenizer in `folder` from `FILE`, or else from its sentence-transformers folder.
 
     Raises:
         ModelError: a file is damaged, or names a default prompt that it does not have.
@@ -85,17 +85,17 @@ def transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path, schema: Schema) -> dict[str, Any]:
-    """The object in a JSON file beside the tokenizer; {} where there is no such file.
+    """Read a JSON file beside the tokenizer; {} where there is no such file.
 
     Raises:
-        ModelError: not JSON, or not of `schema`.
+        ModelError: the file is not JSON, or does not follow `schema`.
     """
     settings: dict[str, Any] = optional_json(path, ModelError, schema, hint="save the model with its tokenizer again")
     return settings
 
 
 def _transformer_path(modules: Path) -> str:
-    """Where modules.json says that the transformer is, below its folder."""
+    """Path of the transformer in modules.json, relative to its folder; "" if there is none."""
     for module in read_json(modules, ModelError, MODULES):
         if (module.get("type") or "").rpartition(".")[2] == "Transformer":
             return str(module.get("path") or "")

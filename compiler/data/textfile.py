@@ -17,29 +17,29 @@ from trimtab.passes.errors import DataError
 
 
 class WholeCell(int):
-    """A whole number in a cell, and the cell's text, which may as well be the name of a class."""
+    """A whole number in a .tsv cell, with the cell's text, which may also be the name of a class."""
 
     text: str
 
     def __new__(cls, text: str) -> WholeCell:
-        made = super().__new__(cls, text)
-        made.text = text
-        return made
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
 
 
 class ScoreCell(float):
-    """A number with a fraction or an exponent in a cell, and the cell's text."""
+    """A number with a fraction or an exponent in a .tsv cell, with the cell's text."""
 
     text: str
 
     def __new__(cls, text: str) -> ScoreCell:
-        made = super().__new__(cls, text)
-        made.text = text
-        return made
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
 
 
 Label = int | float | str | tuple[str, ...] | None
-"""A class by number or name, a score, the names of all classes that a text has, or nothing."""
+"""A class (its number or name), a score, the names of all classes that apply to a text, or no label."""
 
 Example = tuple[Text, Label]
 
@@ -48,8 +48,8 @@ PAIRS = (
     ("query", "document"), ("query", "passage"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"),
 )  # fmt: skip
-"""Names under which files hold pairs, as known data sets call them. The first of which both are there counts; where
-"text" is there, only a pair that begins with it."""
+"""Names of the two texts of a pair, as in well-known data sets. The first pair of names that a file has counts. If the
+file has "text", only pairs of names that begin with "text" are considered."""
 
 _TEXT_KEYS = ("text", "sentence")
 _LABEL, _SCORE = "label", "score"
@@ -58,19 +58,19 @@ _DECIMAL = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+
 
 _WHOLE, _CELL, _LIST = "a whole number", "a number", "a list of class names"
 
-_Row = tuple[int, Any, Any]  # line from 1, text or pair as it was written, label as it was written
+_Row = tuple[int, Any, Any]  # line number from 1, unchecked text or pair, unchecked label
 
 
 def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Iterator[Example]:
-    """(text or pair of texts, label or None) of each sample, read as asked for: memory does not grow with the file.
+    """Yield each (text or pair of texts, label or None). Lines are read one by one, so memory does not grow.
 
     Args:
         path: a file of texts (the kinds are listed in `dataset.py`).
-        seen: is called with the bytes of each line, unpacked; for hashing.
+        seen: function that is called with the unpacked bytes of each line, for hashing.
 
     Raises:
-        DataError: not readable, not UTF-8, malformed, or of an unknown kind; some samples are pairs and others not, or
-            labels are of several kinds. Names the file and the line.
+        DataError: the file is not readable, not UTF-8, malformed, or of an unknown kind; or it mixes pairs with single
+            texts, or labels of several kinds. Names the file and the line.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
@@ -80,25 +80,25 @@ def read_texts(path: Path, seen: Callable[[bytes], object] | None = None) -> Ite
             f"{path}: data of unknown kind {kind!r}",
             hint=f"known kinds: {', '.join(readers)}, each also with .gz, and .npz",
         )
-    alike = _Alike(path)
+    consistency = _Consistency(path)
     for number, text, label in readers[kind](path, _lines(path, seen)):
         where = f"{path} line {number}"
         checked = _checked_text(text, where)
         label = _checked_label(label, where)
-        alike.check(number, checked, label)
+        consistency.check(number, checked, label)
         yield checked, label
 
 
-class _Alike:
-    """Checks that the samples of a file are of one kind, as they come."""
+class _Consistency:
+    """Checks that all samples of a file are of one kind, while they are read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._first: tuple[int, bool] | None = None
-        self._kinds: dict[int, str] = {}  # the first line of each kind of label
+        self._kinds: dict[int, str] = {}  # number of the first line → kind of its label
 
     def check(self, number: int, text: Text, label: Label) -> None:
-        """Check the sample of line `number` against those before it."""
+        """Compare the sample on line `number` with the samples before it."""
         where = f"{self._path} line {number}"
         is_pair = isinstance(text, tuple)
         if self._first is None:
@@ -129,12 +129,12 @@ def _kind(label: Label) -> str | None:
 
 
 def _fit(kind: str, other: str) -> bool:
-    """Whether both may be in one file: a whole number is a class or a score, and so is any number in a cell."""
+    """Whether labels of both kinds may be in one file. Whole numbers and numbers in cells are classes or scores."""
     return kind == other or (not {_WHOLE, _CELL}.isdisjoint((kind, other)) and _LIST not in (kind, other))
 
 
 def _checked_text(text: Any, where: str) -> Text:
-    """`text` as it is, if it is a text or a pair of them."""
+    """Check that `text` is a text or a pair of texts, and return it."""
     parts = text if isinstance(text, tuple) else (text,)
     for part, which in zip(parts, ("the text", "the second text"), strict=False):
         if not isinstance(part, str) or not part.strip():
@@ -176,7 +176,7 @@ def _cut(value: Any) -> str:
 
 
 def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of each line."""
+    """Yield each line as (number from 1, text without the line end)."""
     number = unpacked = 0
     packed = path.suffix.lower() == ".gz"
     try:
@@ -202,7 +202,7 @@ def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple
 
 
 def _keys(names: Collection[str]) -> tuple[str | None, str | None, str]:
-    """The names among `names` of the text, of its pair if there is one, and of the label."""
+    """Find the names of the text, of the second text (None without one) and of the label in `names`."""
     for first, second in PAIRS:
         if first in names and second in names and ("text" not in names or first == "text"):
             return first, second, _LABEL if _LABEL in names else _SCORE
@@ -234,7 +234,7 @@ def _short(text: str) -> str:
 
 
 def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
-    first, second, labels = 0, None, None  # columns
+    first, second, labels = 0, None, None  # column numbers
     for number, line in lines:
         cells = line.split("\t")
         if number == 1:
@@ -247,11 +247,11 @@ def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
         if len(cells) <= max(first, second or 0, labels or 0):
             raise DataError(f"{path} line {number}: {len(cells)} columns, fewer than the header's")
         label = "" if labels is None else cells[labels].strip()
-        yield number, cells[first] if second is None else (cells[first], cells[second]), _of_cell(label)
+        yield number, cells[first] if second is None else (cells[first], cells[second]), _parse_cell(label)
 
 
-def _of_cell(label: str) -> Label:
-    """A cell's text as a number that keeps it, or as a class name, which `007`, `+1` and integers over 64 bits are."""
+def _parse_cell(label: str) -> Label:
+    """Parse a cell as a number that keeps the cell's text, or as a class name (also `007`, `+1`, ints over 64 bits)."""
     if _INTEGER.fullmatch(label) and len(label) <= 20 and abs(int(label)) < 1 << 63:
         return WholeCell(label)
     if _DECIMAL.fullmatch(label) and math.isfinite(score := ScoreCell(label)):

@@ -1,4 +1,4 @@
-"""Texts → the input tensors of a transformer. Needs the `tokenizers` library alone, not transformers nor torch."""
+"""Texts → the input tensors of a transformer. tokenizer.json needs neither transformers nor torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.compiler.schema.json_text import mismatch
 from trimtab.passes.errors import ModelError
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of transformers that take tokenizer.json as it is."""
+"""Tokenizer classes of transformers that use tokenizer.json unchanged."""
 
 _BERT_SETTINGS = {
     "do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars",
@@ -29,10 +29,10 @@ class Tokenizer:
     """A model's own tokenizer. Any number of threads may share it.
 
     Attributes:
-        pad_id: token that fills short rows up; the attention mask is 0 there.
-        max_tokens: the longest text that the model takes, special tokens included, or None.
-        end_ids: tokens that end what the model generates.
-        prompt: is put in front of each text, of a pair in front of the first; not in front of `prompts`.
+        pad_id: token that pads short rows; the attention mask is 0 there.
+        max_tokens: maximum tokens of a text, special tokens included, or None if there is no limit.
+        end_ids: tokens that end generation.
+        prompt: text that `encode` puts in front of each text, or of the first text of a pair.
     """
 
     pad_id: int
@@ -44,12 +44,12 @@ class Tokenizer:
     def encode(
         self, texts: Sequence[Text], max_tokens: int | None = None, *, width: int | None = None
     ) -> dict[str, np.ndarray]:
-        """Tokenize `texts`, cut to `max_tokens` each, and fill them up on the right to the longest.
+        """Tokenize `texts`, cut each to `max_tokens`, and pad them on the right to the longest.
 
         Args:
-            texts: strings, or pairs of strings; of a pair, the longer text is cut first.
-            max_tokens: the most tokens of a row, special tokens included.
-            width: of each row, whatever the texts: they are cut there, and filled up to it.
+            texts: strings, or pairs of strings; the longer text of a pair is cut first.
+            max_tokens: maximum tokens of a row, special tokens included.
+            width: fixed number of tokens of each row: longer texts are cut to it, and shorter ones padded.
 
         Returns:
             input_ids, attention_mask and token_type_ids, each [len(texts), longest], int64. A model may use only some.
@@ -72,14 +72,14 @@ class Tokenizer:
         return self.prompt + text if isinstance(text, str) else (self.prompt + text[0], text[1])
 
     def prompt_tokens(self) -> int:
-        """How many tokens at the beginning of a row are the prompt's; the special tokens in front of it count."""
+        """Number of tokens at the beginning of a row that belong to the prompt, with the special tokens before it."""
         if not self.prompt:
             return 0
         ids = self._encoder.encode([self.prompt], self.max_tokens)[0].ids
         return len(ids) - (bool(ids) and ids[-1] in self._encoder.special_ids())
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts to go on from: none is cut, and none ends with a token that ends texts.
+        """Token ids of texts that generation continues. No text is cut, and trailing tokens of `end_ids` are removed.
 
         Raises:
             InputError: `texts` is no list of strings.
@@ -91,19 +91,19 @@ class Tokenizer:
         return prompts
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """The text of token ids, without special tokens."""
         return self._encoder.decode(ids)
 
 
 def load_tokenizer(folder: Path | str, max_tokens: int | None = None) -> Tokenizer:
-    """Read the tokenizer in `folder`: tokenizer.json, or what transformers can read if it is installed.
+    """Read the tokenizer in `folder`: tokenizer.json, or other files if transformers is installed and can read them.
 
     Args:
-        folder: of the model.
-        max_tokens: the longest text that the model takes.
+        folder: folder of the model.
+        max_tokens: maximum tokens of a text that the model takes.
 
     Raises:
-        ModelError: there is none, or it is damaged.
+        ModelError: the folder has no tokenizer, or the tokenizer is damaged.
     """
     folder = Path(folder)
     preparation = read_preparation(folder)
@@ -131,7 +131,7 @@ def _load_json(folder: Path, max_tokens: int | None, preparation: Preparation) -
 
 
 def _follow_settings(inner: Any, settings: dict[str, Any]) -> None:
-    """Let tokenizer_config.json overrule the normalizer of BERT and its kin, as their classes in transformers do."""
+    """Apply tokenizer_config.json to the normalizer of BERT and its relatives, as their transformers classes do."""
     from tokenizers import normalizers
 
     normalizer = inner.normalizer
@@ -144,20 +144,20 @@ def _follow_settings(inner: Any, settings: dict[str, Any]) -> None:
 
 
 def _pad_id(folder: Path, token_to_id: Callable[[str], int | None]) -> int:
-    """The padding token; else the end of text, as is usual for models without one; else 0. The mask hides it anyway."""
+    """The padding token, else the end-of-text token, else 0. The attention mask hides padding in any case."""
     settings = read_settings(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     for key in ("pad_token", "eos_token"):
         token = settings.get(key)
         text = token.get("content") if isinstance(token, dict) else token
-        found = token_to_id(text) if isinstance(text, str) else None
-        if found is not None:
-            return found
+        pad_id = token_to_id(text) if isinstance(text, str) else None
+        if pad_id is not None:
+            return pad_id
     number = read_settings(folder / "config.json", {}).get("pad_token_id")
     return number if isinstance(number, int) and 0 <= number < 1 << 31 else 0
 
 
 def _end_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozenset[int]:
-    """Tokens that end what a model generates, by the first of the model's files that names any."""
+    """Tokens that end generation, from the first of the model's files that names any."""
     for name in ("generation_config.json", "config.json"):
         ends = read_settings(folder / name, {}).get("eos_token_id")
         if ends is not None:
@@ -188,7 +188,7 @@ def _load_with_transformers(folder: Path, max_tokens: int | None, preparation: P
     if backend is not None:
         encoder = FastEncoder(backend, from_left=inner.truncation_side == "left", lower_case=preparation.lower_case)
     elif preparation.lower_case:
-        raise ModelError(f"{folder}: wants texts in lower case, which needs a fast tokenizer", hint=hint)
+        raise ModelError(f"{folder}: needs texts in lower case, which only a fast tokenizer provides", hint=hint)
     pad = inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
     ends = _end_ids(folder, inner.get_vocab().get)
     return Tokenizer(pad or 0, max_tokens, ends, encoder, preparation.prompt)

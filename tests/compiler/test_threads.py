@@ -13,7 +13,7 @@ import tiny
 import zoo
 
 from trimtab.compiler import compile_model, load
-from trimtab.compiler.data import held_tokenizer
+from trimtab.compiler.data import lazy_tokenizer
 from trimtab.compiler.data import tokenizer as tokenizer_module
 from trimtab.compiler.engine import Engine
 from trimtab.compiler.generation import generate
@@ -79,7 +79,7 @@ def test_texts_of_many_threads(texts: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for given, limit in asked:
         feeds = alone.tokenize(given, limit)
         wanted.append((feeds, alone.run(feeds)))
-    monkeypatch.setattr(held_tokenizer, "load_tokenizer", counted)
+    monkeypatch.setattr(lazy_tokenizer, "load_tokenizer", counted)
     found = together(
         [lambda g=given, n=limit: (f := engine.tokenize(g, n), engine.run(f)) for given, limit in asked]  # type: ignore[misc]
     )

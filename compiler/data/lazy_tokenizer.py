@@ -1,4 +1,4 @@
-"""A tokenizer whose files are in memory: read with the build that they belong to, and parsed at the first use."""
+"""A tokenizer whose files stay in memory: they are read with their build, and parsed when they are first used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trimtab.passes.errors import ModelError
 from trimtab.passes.temporary import temporary_folder
 
 
-class HeldTokenizer:
-    """The files of a tokenizer. Safe from many threads.
+class LazyTokenizer:
+    """The files of a tokenizer, parsed on demand. Any number of threads may share it.
 
     Args:
-        folder: where they were, for messages.
+        folder: folder that the files were read from, for messages.
         files: name → content.
         max_tokens: the longest text that the model takes.
     """
@@ -29,7 +29,7 @@ class HeldTokenizer:
         """The tokenizer; the first call parses the files.
 
         Raises:
-            ModelError: they are none that can be read.
+            ModelError: the files are no tokenizer that can be read.
         """
         with self._lock:
             if self._tokenizer is None:
