@@ -237,6 +237,7 @@ def test_ops_that_are_asked_to_stay(tmp_path: Path) -> None:
 def test_bfloat16(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime's CPU has no kernels for it: ONNX's own evaluator runs a small graph."""
     rng = seeded()
+    capfd.readouterr()  # the seed
     w = rng.normal(size=(16, 8)).astype(np.float32)
     graph = model("g (float[n, 16] x) => (float[n, 8] y) { h = MatMul (x, w) \n y = Relu (h) }", w=w)
     in_half(graph, type="bfloat16")
