@@ -31,15 +31,18 @@ AFTER = {
 SLOW = {"serve", "triton", "composed", "demo"}
 """Examples that need a server, hours of training or another model; their commands are only read."""
 
-SMALLER = {"--min-quality": "-1", "--max-error": "9", "--seconds": "0", "--minutes": "9"}
+SMALLER = {"--min-quality": "-1", "--max-error": "9", "--seconds": "0.1", "--minutes": "9"}
 """Values of options with which a small model is done in seconds."""
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command in a document's code blocks, without its comment."""
+def commands(text: str, *languages: str) -> Iterator[list[str]]:
+    """The words of each command in a document's code blocks of these languages, without its comment.
+
+    A README's `bash` blocks run on small models; blocks without a language need a server, a peer or another model.
+    """
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if language in ("", "bash") and re.match(r"(trimtab|python) ", line):
+            if language in languages and re.match(r"(trimtab|python) ", line):
                 yield shlex.split(line, comments=True)
 
 
@@ -59,7 +62,9 @@ def test_every_command_and_topic_has_an_example() -> None:
     index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"({name}/README.md)" in index for name in folders)
     for name in COMMANDS:
-        assert any(words[:2] == ["trimtab", name] for words in commands(readme(name))), f"{name}: no command is shown"
+        assert any(words[:2] == ["trimtab", name] for words in commands(readme(name), "bash")), (
+            f"{name}: no command is shown"
+        )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -69,7 +74,7 @@ def test_an_example_shows_output(name: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_use_options_that_exist(document: Path) -> None:
-    for words in commands(document.read_text(encoding="utf-8")):
+    for words in commands(document.read_text(encoding="utf-8"), "", "bash"):
         if words[0] == "trimtab" and words[1] in COMMANDS:
             known = {option for each in load(words[1]).params for option in (*each.opts, *each.secondary_opts)}
             given = {word.partition("=")[0] for word in words[2:] if word.startswith("-") and word != "-"}
@@ -107,7 +112,7 @@ def run(name: str, place: Path) -> str:
         run(AFTER[name], place)
     models = {"MODEL": "minilm", "SMOLLM": "smollm", "FOCUS": "focus.onnx"}
     printed = []
-    for words in commands(readme(name)):
+    for words in commands(readme(name), "bash"):
         words = [re.sub(r"\$(\w+)", lambda match: models[match[1]], word) for word in words]
         words = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
         if words[:2] == ["trimtab", "train"]:
