@@ -1,4 +1,4 @@
-"""The generation loop: prompts in, tokens out one step at a time, with the cache where it is."""
+"""The generation loop: from prompts to tokens, one step at a time; the runtime stores the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimtab.compiler.targets.base import Runner, Steps
 from trimtab.passes.errors import InputError
 
 NONE = -1
-"""In place of a token of a row that is done."""
+"""Stands for the token of a row that is finished."""
 
 
 def generate(
@@ -27,22 +27,22 @@ def generate(
     vocabulary: int | None = None,
     dials: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continue `prompts`, all together.
+    """Continue all `prompts` in one batch.
 
     Args:
-        prompts: token ids of each.
-        max_new_tokens: of each prompt.
+        prompts: token ids of each prompt.
+        max_new_tokens: maximum number of new tokens per prompt.
         stop: tokens that end a row; they are yielded too.
-        context: the most tokens that the model takes, prompt and answer together.
-        pad: token that fills shorter prompts up.
-        vocabulary: how many tokens the model knows; None where that is not known.
-        dials: of the build, [prompts] each.
+        context: maximum number of tokens that the model takes, prompt and answer together.
+        pad: token that pads shorter prompts.
+        vocabulary: size of the vocabulary; None if it is unknown.
+        dials: dials of the build, [prompts] each.
 
     Yields:
-        the next token of every prompt, [prompts], NONE for those that are done; until all are.
+        The next token of every prompt, [prompts]; NONE for finished ones. The loop ends when all are finished.
 
     Raises:
-        InputError: a prompt is empty, longer than the context, or no list of tokens that the model knows.
+        InputError: a prompt is empty, is longer than the context, or has tokens outside the vocabulary.
     """
     _check(prompts, vocabulary)
     if max_new_tokens < 1:
@@ -81,13 +81,15 @@ def _check(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> None:
             raise InputError(f"prompt {number} is not a list of token ids", hint="give tokenizer.prompts([text])")
         if ids.size and (ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary)):
             wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            known = "" if vocabulary is None else f", the model's tokens are 0 to {vocabulary - 1}"
-            raise InputError(f"prompt {number} holds the token {wrong}{known}", hint="use the model's own tokenizer")
+            valid_ids = "" if vocabulary is None else f", the model's tokens are 0 to {vocabulary - 1}"
+            raise InputError(
+                f"prompt {number} holds the token {wrong}{valid_ids}", hint="use the model's own tokenizer"
+            )
 
 
 def _last(
-    steps: Steps, ids: np.ndarray, mask: np.ndarray, at: np.ndarray, dials: Mapping[str, np.ndarray] | None
+    steps: Steps, ids: np.ndarray, mask: np.ndarray, position: np.ndarray, dials: Mapping[str, np.ndarray] | None
 ) -> np.ndarray:
-    """Logits behind the token at place `at` of each row, [batch, vocabulary]."""
+    """Logits of the token at `position` of each row, [batch, vocabulary]."""
     logits = steps.run(ids, mask, dials) if dials else steps.run(ids, mask)
-    return logits[np.arange(len(ids)), at]
+    return logits[np.arange(len(ids)), position]

@@ -1,4 +1,4 @@
-"""Texts in, texts out, piece by piece."""
+"""Text generation: from prompts to answers, piece by piece."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:  # a Triton repository carries this module, without what compi
     from trimtab.compiler.engine import Engine
     from trimtab.passes.dials import Setting
 
-_UNFINISHED = "\ufffd"  # what decoders make of the bytes of half a character
+_UNFINISHED = "\ufffd"  # a tokenizer decodes an incomplete character to this
 
 
 @dataclass
 class Answer:
-    """What has come of one prompt so far.
+    """The answer to one prompt so far.
 
     Attributes:
-        tokens: ids.
-        text: of them, without the token that ended it.
-        new: the end of `text` that this step added; text is held back where it may yet become a stop.
-        ended: why no more comes: by a "stop" token or text, or at the "length" allowed; None while it goes on.
+        tokens: token ids.
+        text: text of the tokens, without the end token.
+        new: the end of `text` that this step added; text that may become a stop text is held back.
+        ended: why the answer ended: a "stop" token or text, or the maximum "length"; None while it continues.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -37,32 +37,32 @@ def generate_text(
     engine: Engine, prompts: Sequence[str], *, max_tokens: int = 128, sampling: Sampling | None = None,
     stop: Sequence[str] = (), dials: Mapping[str, Setting] | None = None, speed: Setting | None = None,
 ) -> Iterator[list[Answer]]:  # fmt: skip
-    """Answers to `prompts`, after each step.
+    """Yield the answers to `prompts` after each step.
 
     Args:
-        max_tokens: new tokens of each answer.
-        stop: texts that end an answer, and are cut from it; the model's own end-of-text tokens do in any case.
-        dials, speed: as `Engine.run` has them; one number, or one for each prompt.
+        max_tokens: maximum number of new tokens per answer.
+        stop: texts that end an answer and are cut from it; the model's end-of-text tokens always end it.
+        dials, speed: as in `Engine.run`; one number, or one per prompt.
 
     Raises:
         ModelError: the build has no tokenizer.
-        InputError: a prompt is no text, or longer than the model's context.
-        TargetError: the build does not generate.
+        InputError: a prompt is not a text, or is longer than the model's context.
+        TargetError: the build does not generate text.
     """
     tokenizer = engine.tokenizer
     ids = tokenizer.prompts(prompts)
-    turned = engine.manifest.all_dials.feeds(len(ids), dials, speed)
+    dial_values = engine.manifest.all_dials.feeds(len(ids), dials, speed)
     answers = [Answer() for _ in ids]
 
     def decode(row: int) -> str:
-        """The answer's text; behind its prompt's last token, since a decoder trims what begins a text."""
+        """The answer's text, decoded after the prompt's last token, because a tokenizer trims the start of a text."""
         before = ids[row][-1:]
         return tokenizer.decode(before + answers[row].tokens)[len(tokenizer.decode(before)) :]
 
     steps = generate(
         engine.runner, ids, max_new_tokens=max_tokens, sampling=sampling,
         stop=tokenizer.end_ids, context=engine.manifest.max_tokens, pad=tokenizer.pad_id,
-        vocabulary=engine.manifest.vocabulary, dials=turned,
+        vocabulary=engine.manifest.vocabulary, dials=dial_values,
     )  # fmt: skip
     for tokens in steps:
         for row, (answer, token) in enumerate(zip(answers, tokens.tolist(), strict=True)):
@@ -82,7 +82,7 @@ def generate_text(
 
 
 def _grow(answer: Answer, whole: str, at_end: bool, stop: Sequence[str]) -> None:
-    """Add to `answer` what of its text `whole` is certain."""
+    """Add to `answer` the part of its text `whole` that further tokens cannot change."""
     cuts = [place for text in stop if (place := whole.find(text)) >= 0]
     if cuts:
         certain, answer.ended = whole[: min(cuts)], "stop"
@@ -96,5 +96,5 @@ def _grow(answer: Answer, whole: str, at_end: bool, stop: Sequence[str]) -> None
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """The number of characters at the end of `text` that may be the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

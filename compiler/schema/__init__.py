@@ -1,1 +1,1 @@
-"""The border: files that trimtab did not write, read by schema and within limits."""
+"""Reading foreign files: files that trimtab did not write, validated by a schema and within limits."""

@@ -1,4 +1,4 @@
-"""What is wrong with values that a schema refuses: the path of each fault, what is wanted there, and what is given."""
+"""Messages for values that a schema refuses: the path of each fault, the expected value, and the actual one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.passes.errors import RecipeError
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes `nan` for `.nan`, and the same list twice rather than an alias."""
+    """SafeDumper that writes `nan` for `.nan`, and repeats a shared list instead of an alias."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -25,29 +25,29 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(float, _Dumper.represent_float)
 
-_SHOWN = 60  # most characters of a value in a message
-_LISTED = 10  # most faults in a message
+_MAX_SHOWN = 60  # characters of a value in a message
+_MAX_LISTED = 10  # faults in a message
 
-_WANTED = {
+_EXPECTED = {
     "dict_type": "should be a mapping", "model_type": "should be a mapping",
     "model_attributes_type": "should be a mapping", "list_type": "should be a list", "tuple_type": "should be a list",
 }  # fmt: skip
-"""Of pydantic's kinds of faults those whose messages name types of Python."""
+"""Our texts for those kinds of pydantic faults whose messages name Python types."""
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") -> RecipeError:
-    """What is wrong with options that were validated against `model`, with the path of each fault.
+    """The error for options that `model` refused, with the path of each fault.
 
     Args:
-        where: path of the options themselves ("passes[1].ffn-split").
+        where: path of the options ("passes[1].ffn-split").
     """
     faults: dict[str, str] = {}
-    given = error.errors(include_url=False)
-    parents = {fault["loc"][:-1] for fault in given}
-    for fault in given:
+    reported = error.errors(include_url=False)
+    parents = {fault["loc"][:-1] for fault in reported}
+    for fault in reported:
         loc = fault["loc"]
         if fault["type"] == "too_short" and loc in parents:
-            continue  # pydantic does not count items that are faults themselves
+            continue  # pydantic does not count items that have faults themselves
         path = dotted(where, loc)
         if fault["type"] == "extra_forbidden":
             names = list(_names(model, [str(part) for part in loc[:-1]]))
@@ -55,15 +55,15 @@ def explain(error: ValidationError, model: type[BaseModel], *, where: str = "") 
         else:
             # A union reports one fault for each of its members, whose names end the path.
             faults.setdefault(path, _reason(fault))
-    lines = [f"{short(path, 200)}: {text}" for path, text in list(faults.items())[:_LISTED]]
+    lines = [f"{short(path, 200)}: {text}" for path, text in list(faults.items())[:_MAX_LISTED]]
     if len(faults) == 1:
         return RecipeError(lines[0])
-    more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+    more = [f"and {len(faults) - _MAX_LISTED} more"] if len(faults) > _MAX_LISTED else []
     return RecipeError("\n  ".join([f"{len(faults)} faults", *lines, *more]))
 
 
 def _reason(fault: Any) -> str:
-    """What is wanted at a place, and what is there; of options that do not go together, the reason alone."""
+    """The expected value and the actual one; for options that conflict, only the reason."""
     kind, value = fault["type"], fault["input"]
     text = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if kind == "missing" or (kind == "value_error" and isinstance(value, Mapping | BaseModel)):
@@ -73,11 +73,11 @@ def _reason(fault: Any) -> str:
             ("least", fault["ctx"]["min_length"]) if kind == "too_short" else ("most", fault["ctx"]["max_length"])
         )
         text = f"should have at {word} {count} item{'s' * (count != 1)}"
-    return f"{_WANTED.get(kind, text)}, not {shown(value)}"
+    return f"{_EXPECTED.get(kind, text)}, not {shown(value)}"
 
 
 def shown(value: Any) -> str:
-    """`value` as YAML has it, on one line and short; NaN as `nan`, and what YAML does not have as Python shows it."""
+    """`value` in YAML, on one line and shortened; NaN as `nan`, a value that YAML cannot express as in Python."""
     try:
         text = yaml.dump(
             value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
@@ -87,13 +87,13 @@ def shown(value: Any) -> str:
     return short(" ".join(text.split()))
 
 
-def short(text: str, limit: int = _SHOWN) -> str:
-    """`text`, or its beginning."""
+def short(text: str, limit: int = _MAX_SHOWN) -> str:
+    """`text`, or its beginning if it is longer than `limit`."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def suggest(wrong: str, names: Sequence[str], what: str) -> str:
-    """A question after the nearest of `names`, or the list of them all."""
+    """A question that suggests the nearest of `names`, or else the list of all names."""
     near = difflib.get_close_matches(short(wrong), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(names) or 'none'}"
 
@@ -106,13 +106,13 @@ def dotted(where: str, loc: Sequence[int | str]) -> str:
 
 
 def _names(model: type[BaseModel], loc: list[str]) -> Iterator[str]:
-    """The keys that `model` knows at `loc`, looking through unions, lists and optional fields."""
-    found: list[type[BaseModel]] = [model]
+    """The valid keys of `model` at `loc`, through unions, lists and optional fields."""
+    models: list[type[BaseModel]] = [model]
     for part in loc:
-        fields = [m.model_fields[part].annotation for m in found if part in m.model_fields]
-        # A part that is no field is the position in a list or the member of a union: the models stay the same.
-        found = [inner for annotation in fields for inner in _models(annotation)] if fields else found
-    for each in found:
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        # A part that is not a field is a position in a list or a member of a union: the models stay the same.
+        models = [inner for annotation in fields for inner in _models(annotation)] if fields else models
+    for each in models:
         yield from each.model_fields
 
 

@@ -1,6 +1,6 @@
-"""JSON that others wrote, read within limits of size and nesting, and checked against a schema.
+"""JSON of other programs, read within limits of size and nesting, and validated against a schema.
 
-Triton models carry this module, so it imports nothing but trimtab's errors.
+Triton models carry this module, so it imports only trimtab's errors.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from trimtab.passes.errors import TrimtabError
 from trimtab.passes.os_errors import unreadable
 
 MAX_BYTES = 32 << 20
-"""Largest JSON file that is read. The index of a model of a thousand shards has 10 MB."""
+"""Maximum size of a JSON file. The index of a model of a thousand shards has 10 MB."""
 
 MAX_DEPTH = 64
-"""Deepest nesting of lists and objects."""
+"""Maximum nesting of lists and objects."""
 
 AGAIN = "download or save the model again"
 
 Schema = type | Sequence[Any] | Mapping[str, Any]
-"""What a value may be. A type of JSON; `[schema]`: a list of these; `{"*": schema}`: an object of these;
-`{"key": schema}`: an object in which `key`, if it is there, is of this kind or null, and other keys are free."""
+"""The type of a value: a type of JSON; `[schema]`: a list of `schema`; `{"*": schema}`: an object of `schema`;
+`{"key": schema}`: an object in which `key`, if it exists, has `schema` or is null, and other keys are free."""
 
 _NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a number"}
 
@@ -34,11 +34,12 @@ def read_json(path: Path, error: type[TrimtabError], schema: Schema, *, hint: st
     """The content of a JSON file.
 
     Args:
-        error: is raised.
-        schema: of the content.
+        error: type of the error that is raised.
+        schema: schema of the content.
 
     Raises:
-        error: missing, over a limit, not JSON, or not of `schema`; names the file, and the path of the value.
+        error: the file is missing, over a limit, not JSON, or does not match `schema`; names the file and the path of
+            the value.
     """
     try:
         status = path.stat()
@@ -58,15 +59,15 @@ def read_json(path: Path, error: type[TrimtabError], schema: Schema, *, hint: st
 
 
 def optional_json(path: Path, error: type[TrimtabError], schema: Schema, *, hint: str = AGAIN) -> Any:
-    """As `read_json`, of an object; {} where there is no such file."""
+    """Like `read_json`, for an object; {} if the file does not exist."""
     return read_json(path, error, schema, hint=hint) if os.path.isfile(path) else {}
 
 
 def parse_json(content: bytes | str, where: str, error: type[TrimtabError], *, hint: str | None = None) -> Any:
-    """The value that JSON stands for.
+    """Parse JSON.
 
     Raises:
-        error: not UTF-8, not JSON, nested too deep, or with half a surrogate pair; begins with `where`.
+        error: `content` is not UTF-8, not JSON, nested too deep, or has half a surrogate pair; begins with `where`.
     """
     deep = f"nested deeper than {MAX_DEPTH}"
     try:
@@ -79,7 +80,7 @@ def parse_json(content: bytes | str, where: str, error: type[TrimtabError], *, h
         reason = f"not JSON (not UTF-8 at byte {fault.start})"
     except RecursionError:
         reason = deep
-    except ValueError:  # Python converts no integers of thousands of digits
+    except ValueError:  # Python does not convert integers of thousands of digits
         reason = "holds an integer of thousands of digits"
     if reason is not None:
         raise error(f"{where}: {reason}", hint=hint)
@@ -87,7 +88,7 @@ def parse_json(content: bytes | str, where: str, error: type[TrimtabError], *, h
 
 
 def mismatch(value: Any, schema: Schema) -> str | None:
-    """Where `value` is not of `schema`, what is wanted there, and what is given; None if it fits."""
+    """The first mismatch of `value` with `schema`: its path, the expected type and the value; None if it matches."""
     return _mismatch(value, schema, "")
 
 
@@ -96,21 +97,21 @@ def _mismatch(value: Any, schema: Any, path: str) -> str | None:
         fits = isinstance(value, (int, float) if schema is float else schema)
         if fits and (schema is bool or not isinstance(value, bool)):
             return None
-        return _wanted(_NAMES[schema], value, path)
+        return _expected(_NAMES[schema], value, path)
     if isinstance(schema, Mapping):
         if not isinstance(value, dict):
-            return _wanted("an object", value, path)
+            return _expected("an object", value, path)
         named = [(key, inner) for key, inner in schema.items() if key != "*" and value.get(key) is not None]
         others = [(key, schema["*"]) for key in value if key not in schema] if "*" in schema else []
         parts = ((value[key], kind, f"{path}.{_short(key)}" if path else _short(key)) for key, kind in named + others)
     else:
         if not isinstance(value, list):
-            return _wanted("a list", value, path)
+            return _expected("a list", value, path)
         parts = ((item, schema[0], f"{path}[{place}]") for place, item in enumerate(value))
     return next((wrong for part in parts if (wrong := _mismatch(*part)) is not None), None)
 
 
-def _wanted(kind: str, value: Any, path: str) -> str:
+def _expected(kind: str, value: Any, path: str) -> str:
     return f"{path + ': ' if path else ''}should be {kind}, not {_short(json.dumps(value, default=str))}"
 
 
@@ -119,7 +120,7 @@ def _short(text: str) -> str:
 
 
 def _unfit(value: Any, deep: str) -> str | None:
-    """What of a value cannot be worked with; looks at its parts layer by layer, without recursion."""
+    """What makes a value unusable, or None. Visits its parts layer by layer, without recursion."""
     layer = [value]
     for depth in range(MAX_DEPTH + 1):
         containers = [part for part in layer if isinstance(part, dict | list)]

@@ -1,6 +1,6 @@
-"""YAML that a user wrote, read strictly and within limits: no key twice, faults with their line.
+"""A user's YAML, read strictly and within limits: a key may not repeat, and faults have a line number.
 
-PyYAML has no limits of its own: nesting is recursion, and aliases of aliases stand for any number of values.
+PyYAML has no limits: it recurses for each level of nesting, and aliases of aliases expand to any number of values.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from trimtab.compiler.schema.explain import short
 from trimtab.passes.errors import RecipeError
 
 MAX_BYTES = 100_000
-"""Largest recipe. Those of the examples have 1 KB."""
+"""Maximum size of a recipe. Recipes of the examples have 1 KB."""
 
 MAX_DEPTH = 32
-"""Deepest nesting of lists and mappings. Recipes have five."""
+"""Maximum nesting of lists and mappings. Recipes have five levels."""
 
 MAX_VALUES = 10_000
-"""Most values and keys, those behind an alias counted at each use."""
+"""Maximum number of values and keys; those of an alias count at each use."""
 
 _TAGS = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-"""What a recipe may hold: the types of JSON. An unquoted date would be another."""
+"""Types that a recipe may hold: those of JSON. An unquoted date has another type."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML forbids and PyYAML lets pass, and values of other types."""
+    """SafeLoader that refuses repeated keys, which YAML forbids and PyYAML accepts, and values of other types."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag not in _TAGS:
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
             raise _fault(f"{what} a {short(node.tag.rsplit(':', 1)[-1])}; put text in quotes", node)
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:  # of a scalar that its tag does not fit
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # the scalar does not match its tag
             raise _fault(f"{short(str(node.value))!r} is no {_TAGS[node.tag]}", node) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -56,10 +56,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        RecipeError: missing, over a limit, not UTF-8, not YAML, a key twice, or not a mapping; with the line.
+        RecipeError: the file is missing, over a limit, not UTF-8, not YAML, not a mapping, or has a repeated key; names
+            the line.
     """
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe", hint="give a YAML file, or leave it out for the default recipe")
+        raise RecipeError(f"{path}: no such recipe", hint="give a YAML file, or no recipe for the default one")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -67,7 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        if len(content) > MAX_BYTES:  # what was read may end inside a character
+        if len(content) > MAX_BYTES:  # the content may end inside a character
             raise _too_large(str(path)) from error
         raise RecipeError(
             f"{path}: is not UTF-8 text, from byte {error.start} on",
@@ -80,11 +81,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that YAML `text` stands for.
+    """Parse the YAML `text`.
 
     Raises:
-        RecipeError: over a limit, not YAML, a key twice, or a value of another type than those of JSON; names `where`
-            and the line.
+        RecipeError: `text` is over a limit, not YAML, or has a repeated key or a value of another type than JSON's;
+            names `where` and the line.
     """
     if len(text) > MAX_BYTES:
         raise _too_large(where)
@@ -111,9 +112,9 @@ def _fault(problem: str, node: yaml.Node) -> ConstructorError:
 
 
 def _check_nesting(text: str) -> None:
-    """Count what the parser finds, which reads on only as far as it is asked to; composing it would recurse."""
+    """Check depth and number of values on the parser's events, one at a time; composing nodes would recurse."""
     depth = values = 0
-    section = ""  # the recipe's own key, under which the parser is
+    section = ""  # the recipe's top-level key at the parser's position
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -129,7 +130,7 @@ def _check_nesting(text: str) -> None:
 
 
 def _check_aliases(root: yaml.Node) -> None:
-    """Count values as often as aliases repeat them. A value that holds itself has no count."""
+    """Count the values at each use of an alias. A value that contains itself is refused."""
     counts: dict[int, int | None] = {}  # None: being counted
     stack: list[tuple[yaml.Node, Iterator[yaml.Node]]] = [(root, _parts(root))]
     counts[id(root)] = None

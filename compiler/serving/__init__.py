@@ -1,4 +1,4 @@
-"""Triton Inference Server on this machine: found or installed, started, and stopped."""
+"""Triton Inference Server on this machine: find or install it, start it, and stop it."""
 
 from trimtab.compiler.serving.build import Serving, serve_build
 from trimtab.compiler.serving.process import Ports

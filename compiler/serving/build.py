@@ -1,4 +1,4 @@
-"""A build, served: packaged for the server at hand, started, and asked once."""
+"""Serving a build: package it for the available server, start the server, and send one request."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
 from trimtab.passes.errors import InputError, TargetError
 from trimtab.plugins.driver import gpu_present
 
-_CONTAINER = "run NVIDIA's container on what `trimtab package --triton` writes"
+_CONTAINER = "run NVIDIA's container on the repository that `trimtab package --triton` writes"
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A build that is served.
+    """A served build.
 
     Attributes:
         server: the running server.
-        package: what it serves.
+        package: the repository that it serves.
         example: a request that it answered.
     """
 
@@ -48,44 +48,46 @@ def serve_build(
     start_s: float = 120.0,
     progress: Progress | None = None,
 ) -> Iterator[Serving]:
-    """Serve `build` for the time of the body.
+    """Serve `build` while the body runs.
 
     Args:
-        repository: folder that is written for the server; it must not exist, and stays.
-        log: file for what the server says.
-        name, backend, batch: as `package_triton` takes them; backend "auto" is what the server at hand can run.
-        start_s: seconds that loading may take.
-        progress: of the installation of a server, where there is none.
+        repository: folder to write for the server; it must not exist, and is not removed.
+        log: file for the server's output.
+        name, backend, batch: as in `package_triton`; backend "auto" is one that the available server has.
+        start_s: maximum seconds for starting the server.
+        progress: reports the installation of a server, if none is available.
 
     Raises:
-        TargetError: no server, no GPU for an engine that needs one, or the server did not start.
+        TargetError: there is no server, or no GPU for an engine that needs one, or the server did not start.
         InputError: a port is taken, or `log` cannot be written.
-        BuildError, ModelError: as `package_triton`.
+        BuildError, ModelError: as in `package_triton`.
     """
-    wanted = check_backend(build, backend)
-    if wanted == "tensorrt" and not gpu_present():
+    needed_backend = check_backend(build, backend)
+    if needed_backend == "tensorrt" and not gpu_present():
         raise TargetError(
             f"{build.path}: a {build.manifest.target} engine runs on an NVIDIA GPU, and this machine has none",
             hint="serve it on a machine with a GPU and its driver, or compile with --target onnxruntime",
         )
-    check_package(build, repository, name=name, batch=batch)  # all that can be known before a server is installed
+    check_package(
+        build, repository, name=name, batch=batch
+    )  # all checks that are possible before a server is installed
     try:
         log.open("wb").close()
     except OSError as error:
         raise InputError(f"--log {log}: cannot be written ({error.strerror})", hint="give another file") from error
-    chosen = choose_ports(host, ports or Ports())
+    free_ports = choose_ports(host, ports or Ports())
     server = find_server(progress)
-    package = package_triton(build, repository, name=name, backend=_fit(server, wanted, backend), batch=batch)
-    with serve(server, package.path, log, host=host, ports=chosen, start_s=start_s) as served:
+    package = package_triton(build, repository, name=name, backend=_fit(server, needed_backend, backend), batch=batch)
+    with serve(server, package.path, log, host=host, ports=free_ports, start_s=start_s) as served:
         yield Serving(served, package, first_answer(served.url, package))
 
 
-def _fit(server: TritonServer, wanted: str, asked: str) -> str:
-    """The backend that `server` has for `wanted`: where ONNX Runtime's was not asked for by name, Python's will do."""
+def _fit(server: TritonServer, needed: str, option: str) -> str:
+    """The backend of `server` for `needed`. For the option "auto", Python's replaces a missing ONNX Runtime backend."""
     if not server.has("python"):
         raise TargetError(f"{server.binary}: has no Python backend in {server.backends}", hint=_CONTAINER)
-    if wanted == "onnxruntime" and asked == "auto" and not server.has("onnxruntime"):
+    if needed == "onnxruntime" and option == "auto" and not server.has("onnxruntime"):
         return "python"
-    if not server.has(wanted):
-        raise TargetError(f"{server.binary}: has no {wanted} backend in {server.backends}", hint=_CONTAINER)
-    return wanted
+    if not server.has(needed):
+        raise TargetError(f"{server.binary}: has no {needed} backend in {server.backends}", hint=_CONTAINER)
+    return needed

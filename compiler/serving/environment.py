@@ -1,7 +1,7 @@
-"""A tritonserver without a container: NVIDIA's package nvidia-pytriton, in a virtual environment of its own.
+"""A tritonserver without a container: NVIDIA's package nvidia-pytriton, in its own virtual environment.
 
-The package carries the server (CPU, Python backend). Its backend returns garbage under numpy 2, which trimtab itself
-runs with, hence an environment apart. It is made once, in trimtab's cache.
+The package contains the server (CPU, Python backend). Its backend returns garbage with numpy 2, which trimtab uses, so
+it needs a separate environment. The environment is created once, in trimtab's cache.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 SERVER = "nvidia-pytriton==0.7.0"
 _NUMPY = "numpy==1.26.4"
-_LIKE_OURS = ("onnxruntime", "tokenizers", "pydantic")
-"""Packages that the repository's Python models import, in the versions that trimtab runs with."""
+_SAME_VERSION = ("onnxruntime", "tokenizers", "pydantic")
+"""Packages that the repository's Python models import, in the versions that trimtab uses."""
 
 _INSTALL_S = 1800.0
 _STUB = "triton_python_backend_stub"
 
 
 def requirements() -> list[str]:
-    """What is installed, besides the server, whose own dependencies are for its Python interface."""
-    return [_NUMPY, *(f"{name}=={_version(name)}" for name in _LIKE_OURS)]
+    """Packages to install besides the server. The server's own dependencies are only for its Python interface."""
+    return [_NUMPY, *(f"{name}=={_version(name)}" for name in _SAME_VERSION)]
 
 
 def _version(name: str) -> str:
-    """The one that is installed here, where ONNX Runtime may be the package for GPUs; the server's is for CPUs."""
+    """The version that is installed here. ONNX Runtime may be the package for GPUs; the server's is for CPUs."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -48,13 +48,13 @@ def _version(name: str) -> str:
 
 
 def installed() -> Path | None:
-    """The environment, if it was made and every file in it is as it was written."""
+    """The environment, if it exists and every file in it is as it was written."""
     folder = _folder()
     return folder if is_sound(folder) else None
 
 
 def install(progress: Progress | None = None) -> Path:
-    """The environment, made if it is missing or damaged: some 400 MB, in half a minute where the network is fast.
+    """The environment; created if it is missing or damaged: about 400 MB, half a minute on a fast network.
 
     Raises:
         TargetError: pip or the interpreter's shared library is missing, or pip fails; shows the end of its log.
@@ -87,21 +87,21 @@ def binary(folder: Path) -> Path:
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Environment variables that the server of the environment `folder` needs: its stub finds Python by PATH."""
+    """Environment variables that the server in the environment `folder` needs; its stub finds Python by PATH."""
     libraries = [str(_python_library().parent), str(_packages(folder) / "nvidia_pytriton.libs")]
     if os.environ.get("LD_LIBRARY_PATH"):
         libraries.append(os.environ["LD_LIBRARY_PATH"])
     return {
         "PATH": f"{_python(folder).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-        "PYTHONDONTWRITEBYTECODE": "1",  # every file in the environment is one that was installed
+        "PYTHONDONTWRITEBYTECODE": "1",  # the environment contains only files that were installed
     }
 
 
 def _folder() -> Path:
-    """By what lies in it, so that another version of trimtab, its packages or Python makes another."""
-    wanted = "\n".join([SERVER, *requirements(), sys.version, sys.prefix, "1"])
-    return cache_dir() / "tritonserver" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
+    """The environment's folder. Its name is a hash of its contents, so new versions get a new folder."""
+    contents = "\n".join([SERVER, *requirements(), sys.version, sys.prefix, "1"])
+    return cache_dir() / "tritonserver" / hashlib.sha256(contents.encode()).hexdigest()[:16]
 
 
 def _python(folder: Path) -> Path:
@@ -113,7 +113,7 @@ def _packages(folder: Path) -> Path:
 
 
 def _python_library() -> Path:
-    """The interpreter as a shared library, which the stub of the Python backend is linked against.
+    """The interpreter's shared library, which the stub of the Python backend is linked against.
 
     Raises:
         TargetError: this Python has none.
@@ -125,28 +125,28 @@ def _python_library() -> Path:
         if folder and (Path(folder) / name).is_file():
             return Path(folder) / name
     raise TargetError(
-        f"{name}: not found beside {sys.executable}, and Triton's Python backend needs it",
+        f"{name}: not found next to {sys.executable}, and Triton's Python backend needs it",
         hint=f"install a Python with its shared library (Debian: libpython3.{sys.version_info.minor}), or give a "
         "server of your own with TRIMTAB_TRITONSERVER",
     )
 
 
 def _lay_out_backends(folder: Path) -> None:
-    """Put the stub for this Python beside the Python backend, where the server looks for it."""
+    """Copy the stub for this Python next to the Python backend, where the server searches for it."""
     server = _packages(folder) / "pytriton" / "tritonserver"
     stubs = server / "python_backend_stubs"
     stub = stubs / f"{sys.version_info.major}.{sys.version_info.minor}" / _STUB
     if not stub.is_file():
-        known = ", ".join(sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.split(".")[-1])))
+        versions = ", ".join(sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.split(".")[-1])))
         raise TargetError(
-            f"{SERVER} has no stub for Python {sys.version_info.major}.{sys.version_info.minor} (it has {known})",
-            hint="run trimtab with one of those, or give a server of your own with TRIMTAB_TRITONSERVER",
+            f"{SERVER} has no stub for Python {sys.version_info.major}.{sys.version_info.minor} (it has {versions})",
+            hint="run trimtab with one of these, or give a server of your own with TRIMTAB_TRITONSERVER",
         )
     shutil.copy(stub, server / "backends" / "python" / _STUB)
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a step of the installation; constraints are those of trimtab's environment, so pip must not see them."""
+    """Run a step of the installation. pip must not see the user's constraints, which are for trimtab's environment."""
     env = {key: value for key, value in os.environ.items() if key not in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -159,13 +159,15 @@ def _run(command: list[str], folder: Path) -> None:
                     timeout=_INSTALL_S, preexec_fn=end_with_parent(),
                 ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise TargetError(f"gave up installing tritonserver after {_INSTALL_S:g} s{tail(output)}") from error
+            raise TargetError(
+                f"the installation of tritonserver was stopped after {_INSTALL_S:g} s{tail(output)}"
+            ) from error
         log.debug("%s: %.1f s", " ".join(command), time.monotonic() - start)
         if code:
             how = ending(code)
             raise TargetError(
                 f"tritonserver could not be installed: the installation {how.words}{tail(output)}",
                 hint=how.hint
-                or "it comes from PyPI as nvidia-pytriton (Linux x86-64, aarch64); see that pip reaches it, or give "
+                or "the package nvidia-pytriton is on PyPI (Linux x86-64, aarch64); check that pip reaches it, or give "
                 "a server of your own with TRIMTAB_TRITONSERVER",
             )

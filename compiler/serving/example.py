@@ -1,4 +1,4 @@
-"""The first request, which shows that a server answers, and how to ask it."""
+"""The first request to a server: it shows that the server answers, and how to send requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.passes.errors import TargetError
 
 _ANSWER_S = 300.0
 _SHOWN = 200  # characters of an answer
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would look for its own localhost
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would connect to its own localhost
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Example:
     """A request that was answered.
 
     Attributes:
-        curl: the command line that asks the same.
-        answer: its beginning.
+        curl: the command line that sends the same request.
+        answer: the beginning of the answer.
     """
 
     curl: str
@@ -31,13 +31,13 @@ class Example:
 
 
 def first_answer(url: str, package: Package) -> Example:
-    """Ask the text model of `package` at `url`; where there is none, for the description of the engine.
+    """Send a request to the text model of `package` at `url`; without a text model, get the engine's description.
 
     Raises:
         TargetError: the answer is an error.
     """
     where, body = f"{url}/v2/models/{package.name}/generate", json.dumps({"TEXT": "It works."})
-    if package.kind == "score":  # of a reranker, whose texts are pairs
+    if package.kind == "score":  # a reranker's texts are pairs
         body = json.dumps({"TEXT": "Does it work?", "TEXT_PAIR": "It works."})
     if package.kind == "text":
         body = json.dumps({"text_input": "Once", "max_tokens": 8})
@@ -49,10 +49,10 @@ def first_answer(url: str, package: Package) -> Example:
 
 
 def ask(url: str, body: str = "", timeout_s: float = _ANSWER_S) -> str:
-    """The answer to a GET, or with `body`, a POST.
+    """The answer to a GET, or with `body`, to a POST.
 
     Raises:
-        TargetError: it is an error, or none came.
+        TargetError: the answer is an error, or there is none.
     """
     try:
         with _DIRECT.open(url, body.encode() or None, timeout=timeout_s) as response:

@@ -1,4 +1,4 @@
-"""Which tritonserver: one that is named, one on PATH, or the one that trimtab installs."""
+"""The choice of a tritonserver: the one that the user names, one on PATH, or the one that trimtab installs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class TritonServer:
     """A server that can be started.
 
     Attributes:
-        binary: of it.
+        binary: its executable.
         backends: folder of its backends.
-        env: variables that it needs besides ours.
+        env: environment variables that it needs besides ours.
     """
 
     binary: Path
@@ -29,22 +29,22 @@ class TritonServer:
     env: dict[str, str] = field(default_factory=dict)
 
     def has(self, backend: str) -> bool:
-        """Whether `backend` is installed in it."""
+        """Whether the server has `backend`."""
         return (self.backends / backend).is_dir()
 
 
 def find_server(progress: Progress | None = None) -> TritonServer:
-    """$TRIMTAB_TRITONSERVER, else what is on PATH, else trimtab's own, which is installed if it has to be.
+    """$TRIMTAB_TRITONSERVER, else the server on PATH, else trimtab's own, which is installed if necessary.
 
     Raises:
-        TargetError: the one that is named is no server, or none can be installed.
+        TargetError: $TRIMTAB_TRITONSERVER is not a program, or no server can be installed.
     """
     named = os.environ.get(VARIABLE)
     if named and not (Path(named).is_file() and os.access(named, os.X_OK)):
         raise TargetError(f"{VARIABLE}: {named} is no program", hint="name the file tritonserver, or unset it")
-    found = named or shutil.which("tritonserver")
-    if found:
-        binary = Path(found).resolve()
+    executable = named or shutil.which("tritonserver")
+    if executable:
+        binary = Path(executable).resolve()
         return TritonServer(binary, binary.parents[1] / "backends")
     folder = environment.installed() or environment.install(progress)
     binary = environment.binary(folder)

@@ -1,4 +1,4 @@
-"""A running tritonserver: started, waited for, and stopped with all its children."""
+"""A tritonserver process: start it, wait for it, and stop it with all its children."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trimtab.passes.errors import InputError, TargetError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_HEALTH_S = 5.0  # seconds for an answer to whether it is ready
-_WATCH_S = 0.5  # between looks at the processes of its models
-_LEAVE_S = 3  # seconds for requests under way and open connections
-_KILL_S = _LEAVE_S + 1.0  # seconds after which a server that was told to end is ended by force
-_RESTARTS = 3  # in `_WINDOW_S`, after which the model is at fault, and not a bad day
+_HEALTH_S = 5.0  # seconds to wait for the answer to a health request
+_WATCH_S = 0.5  # seconds between checks of the processes of its models
+_LEAVE_S = 3  # seconds for active requests and open connections
+_KILL_S = _LEAVE_S + 1.0  # seconds after which a server that should end is killed
+_RESTARTS = 3  # restarts within `_WINDOW_S` after which the model is considered faulty
 _WINDOW_S = 120.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens. 0 becomes a port that is free."""
+    """The ports of a server. 0 stands for a free port."""
 
     http: int = 8000
     grpc: int = 8001
@@ -47,8 +47,8 @@ class Served:
     Attributes:
         host, ports: where it listens.
         process: the server itself.
-        log: file with what it says.
-        restart: stops it and starts it again; None: where the process of a model ends, it stays ended.
+        log: file with its output.
+        restart: stops the server and starts it again; if None, a model's process that ended is not started again.
     """
 
     host: str
@@ -59,14 +59,14 @@ class Served:
 
     @property
     def url(self) -> str:
-        """Of HTTP."""
+        """URL of the HTTP port."""
         return f"http://{in_url(self.host)}:{self.ports.http}"
 
     def wait(self) -> None:
-        """Until it ends, which it should not. Where the process of a model ends, the server is started again.
+        """Wait until the server ends, which is an error. If the process of a model ends, start the server again.
 
         Raises:
-            TargetError: it ended, or the process of a model did again and again; shows the end of its log.
+            TargetError: the server ended, or the process of a model ended too often; shows the end of the log.
         """
         restarts: list[float] = []
         stubs = find_stubs(self.process.pid)
@@ -98,15 +98,15 @@ def serve(
     ports: Ports,
     start_s: float = 120.0,
 ) -> Iterator[Served]:
-    """Run `server` on `repository` for the time of the body.
+    """Run `server` on `repository` while the body runs.
 
     Args:
-        log: file for what it says.
-        ports: free ones, as `choose_ports` finds them.
-        start_s: seconds that loading may take.
+        log: file for its output.
+        ports: free ports, from `choose_ports`.
+        start_s: maximum seconds for loading the models.
 
     Yields:
-        the server, ready to answer.
+        The server, ready to answer.
 
     Raises:
         TargetError: the server ended or was not ready in time; shows the end of its log.
@@ -114,7 +114,7 @@ def serve(
     prefix = f"trimtab_{os.getpid()}_{ports.http}_"
     command = [
         str(server.binary), f"--model-repository={repository}", f"--backend-directory={server.backends}",
-        "--disable-auto-complete-config",  # what is written is complete, and completing it starts every model twice
+        "--disable-auto-complete-config",  # the configuration is complete, and completing it starts every model twice
         f"--http-address={host}", f"--http-port={ports.http}", f"--grpc-address={host}", f"--grpc-port={ports.grpc}",
         f"--metrics-address={host}", f"--metrics-port={ports.metrics}", f"--exit-timeout-secs={_LEAVE_S}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
@@ -127,7 +127,7 @@ def serve(
                 _stop(running[-1])
                 running.pop()
         finally:
-            for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # what a server that was killed could not remove
+            for region in _SHARED_MEMORY.glob(f"{prefix}*"):  # regions that a killed server could not remove
                 region.unlink(missing_ok=True)
 
     def start() -> subprocess.Popen[bytes]:
@@ -137,7 +137,7 @@ def serve(
                 subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                     env=os.environ | server.env,
-                    start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
+                    start_new_session=True,  # so that Ctrl-C reaches only trimtab, which then stops the server
                     preexec_fn=end_with_parent(),
                 )
             )  # fmt: skip
@@ -151,35 +151,35 @@ def serve(
 
 
 def in_url(host: str) -> str:
-    """`host` as addresses write it before a port: IPv6 in brackets."""
+    """`host` as it is written in a URL: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def choose_ports(host: str, ports: Ports) -> Ports:
-    """`ports`, each of them free now.
+    """`ports`, all free now, with a free port for each 0.
 
     Raises:
-        InputError: one is taken.
+        InputError: a port is taken.
     """
-    with ExitStack() as held:  # all at once, so that no two are the same
-        return Ports(*(held.enter_context(_take(host, port, name)) for name, port in vars(ports).items()))
+    with ExitStack() as sockets:  # all ports are bound at the same time, so that no two are equal
+        return Ports(*(sockets.enter_context(_take(host, port, name)) for name, port in vars(ports).items()))
 
 
 @contextmanager
 def _take(host: str, port: int, name: str) -> Iterator[int]:
-    """The number of a port that is ours for the time of the body."""
+    """Bind a port while the body runs; yields its number."""
     option = "--port" if name == "http" else f"--{name}-port"
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose connections are closing is free
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose connections are closing is free
         try:
-            held.bind((host, port))
+            listener.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise InputError(
                 f"{option} {port}: cannot listen there on {host} ({reason})",
                 hint=f"give another {option}, or 0 for any",
             ) from error
-        yield int(held.getsockname()[1])
+        yield int(listener.getsockname()[1])
 
 
 def _await(process: subprocess.Popen[bytes], url: str, start_s: float, log: Path) -> None:
@@ -194,20 +194,21 @@ def _await(process: subprocess.Popen[bytes], url: str, start_s: float, log: Path
             return
         if time.monotonic() > deadline:
             raise TargetError(
-                f"tritonserver was not ready in {start_s:g} s{_reason(log)}", hint="give more with --start-timeout"
+                f"tritonserver was not ready in {start_s:g} s{_reason(log)}",
+                hint="give more seconds with --start-timeout",
             )
         time.sleep(_POLL_S)
 
 
 def _reason(log: Path) -> str:
-    """What the log says of the failure: the errors in it, else its end."""
+    """The cause of the failure in the log: errors about models, and the last lines."""
     lines = log.read_text(errors="replace").splitlines()
-    told = [line.strip() for line in lines if "failed to load" in line and line[:1] == "E"]
-    return "".join(f"\n  {line}" for line in told) + tail(log)
+    errors = [line.strip() for line in lines if "failed to load" in line and line[:1] == "E"]
+    return "".join(f"\n  {line}" for line in errors) + tail(log)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server in order, and whatever of it is left by force: at once, where a second Ctrl-C comes."""
+    """Stop the server, then kill what is left of it; at once on a second Ctrl-C."""
     try:
         if process.poll() is None:
             process.terminate()

@@ -1,7 +1,7 @@
-"""Processes in which Triton's Python backend runs models ("stubs"): which there are, and whether one has ended.
+"""The processes in which Triton's Python backend runs models ("stubs"): find them, and detect that one has ended.
 
-A server that loses one answers every request to its model with an error, as healthy as it reports itself: Triton up to
-24.05 started it again, later versions do not (triton-inference-server/server issue 8604).
+A server that loses a stub answers every request to its model with an error but reports itself as healthy. Triton up to
+24.05 started the stub again, later versions do not (triton-inference-server/server issue 8604).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Stub(NamedTuple):
     """A process that runs a model.
 
     Attributes:
-        model: its name in the repository.
+        model: the model's name in the repository.
     """
 
     process: psutil.Process
@@ -29,17 +29,17 @@ class Stub(NamedTuple):
 
 
 def find_stubs(server: int) -> list[Stub]:
-    """Those of the server with the process id `server`."""
+    """The stubs of the server with the process id `server`."""
     try:
         children = psutil.Process(server).children(recursive=True)
         running = [each for each in children if each.name().startswith(_NAME) and each.status() != psutil.STATUS_ZOMBIE]
         return [Stub(process, _model_of(process.cmdline())) for process in running]
-    except psutil.Error:  # it ends at this moment; whoever waits for the server sees it
+    except psutil.Error:  # the server is ending now; `Served.wait` reports that
         return []
 
 
 def first_ended(stubs: list[Stub]) -> tuple[str, Ending] | None:
-    """The model of a stub that has ended, and how; None while all of them run."""
+    """The model of a stub that has ended, and how it ended; None while all stubs run."""
     for stub in stubs:
         try:
             if stub.process.is_running() and stub.process.status() != psutil.STATUS_ZOMBIE:
@@ -57,7 +57,7 @@ def _model_of(command: list[str]) -> str:
 
 
 def _ending_of(pid: int) -> Ending:
-    """How a process ended that its parent has not waited for: the last field of its state is what `wait` would give."""
+    """How a process ended for which its parent has not waited: the last field of its state is the status of `wait`."""
     try:
         status = int(Path(f"/proc/{pid}/stat").read_text().rsplit(maxsplit=1)[-1])
     except (OSError, ValueError):
