@@ -1,7 +1,7 @@
-"""Learning, with torch: what passes need beyond statistics. Only `trimtab train` imports this package.
+"""Training with torch, for passes that need learned weights. Only `trimtab train` imports this package.
 
-Each method of `trimtab train` is one folder, whose `trainer.py` has a subclass of `Trainer`. Listing the methods, and
-reading their settings, imports no torch.
+Each method of `trimtab train` is one folder, whose `trainer.py` has a subclass of `Trainer`. Listing the methods and
+reading their settings do not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _METHODS = {
     "magic-pyramid": "trimtab.training.magic_pyramid.trainer:MagicPyramid",
     "lte": "trimtab.training.lte.trainer:LTE",
 }
-"""Name → where its class is; imported when asked for."""
+"""Method name → module and class. `trainer_class` imports the module."""
 
 METHOD_NAMES = tuple(_METHODS)
 
@@ -25,7 +25,7 @@ def trainer_class(name: str) -> type[Trainer]:
     """The trainer of the method called `name`.
 
     Raises:
-        TrimtabError: there is none; names the nearest.
+        TrimtabError: no method has this name; the hint is the nearest name.
     """
     trainer: type[Trainer] = import_named(name, _METHODS, "training method", "training methods", TrimtabError)
     return trainer

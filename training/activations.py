@@ -18,4 +18,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-"""Names of `Activation` in the graph's anatomy → what they compute."""
+"""Name of an `Activation` in the graph's anatomy → torch function."""

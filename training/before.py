@@ -1,4 +1,4 @@
-"""What earlier runs left in the folder of the model: training goes on from there, and keeps what others learned."""
+"""Results of earlier trainings in the model's folder. Training continues from them and keeps those of other methods."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def learned_before(folder: Path, method: str) -> bool:
-    """Whether the Profile in a model's folder says that `method` learned something.
+    """Whether the Profile in a model's folder has weights learned by `method`.
 
     Raises:
-        ProfileError: it is damaged.
+        ProfileError: the Profile is damaged.
     """
     return (folder / PROFILE).is_file() and method in read_info(folder / PROFILE).learned
 
 
 def load_learned(folder: Path, *methods: str) -> list[Mapping[str, np.ndarray]]:
-    """What each of `methods` learned, as the Profile in a model's folder has it; none if it is damaged or not of the
-    model.
+    """The tensors that each of `methods` learned, from the Profile in the model's folder. They are empty if the Profile
+    is damaged or belongs to another model.
 
     Args:
-        methods: the one that goes on, and others that it takes something from.
+        methods: the method that continues, and other methods whose tensors it reads.
     """
     nothing: list[Mapping[str, np.ndarray]] = [{} for _ in methods]
     try:
@@ -50,15 +50,15 @@ def load_learned(folder: Path, *methods: str) -> list[Mapping[str, np.ndarray]]:
 def learned_by_others(
     folder: Path, method: str, weights: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
-    """What other methods learned for the model in `folder` that is of use to the one that `method` has made of it.
+    """Records and tensors of other methods for the model in `folder` that stay useful after `method` has tuned it.
 
-    Warns of what cannot be kept, and of what was learned for weights that have changed since.
+    Warns about tensors that cannot be kept, and about tensors learned for weights that have changed since.
 
     Args:
         weights: fingerprint of the new model.
 
     Returns:
-        Method → its record; and tensors, as a Profile names them.
+        Method → its record; and tensors by their names in a Profile.
     """
     path = folder / PROFILE
     try:

@@ -1,24 +1,24 @@
-"""How much of a training run is over, by time or by steps, and the learning rate that follows it."""
+"""The elapsed share of a training run, by time or by steps, and the learning-rate schedule over it."""
 
 from __future__ import annotations
 
 import math
 import time
 
-_WARM_UP = 0.05  # of the schedule
-_CHECKS = 10  # times the held-out samples are looked at, besides the beginning
-_LOOKING = 0.1  # share of the time that looking may take
+_WARM_UP = 0.05  # share of the schedule
+_CHECKS = 10  # evaluations on the held-out samples after the first one
+_LOOKING = 0.1  # limit of the share of time spent on evaluations
 
 
 class Clock:
-    """How much of a run is over.
+    """Measures the elapsed share of a run.
 
     Args:
         minutes: time limit.
-        steps: follow a number of steps instead, with `minutes` as a mere end.
+        steps: number of steps that the share is measured by instead; `minutes` then only limits the run.
         start: reading of the monotonic clock from which the time limit counts.
-        look: seconds that a look at the held-out samples takes; the last one must still fit in.
-        ran: seconds that the run had gone on when it was interrupted; `start` lies as far back.
+        look: seconds that an evaluation takes; the limit leaves time for the last one.
+        ran: seconds that the run took before it was interrupted; the caller has moved `start` back by them.
     """
 
     def __init__(self, minutes: float, steps: int | None, start: float, look: float, ran: float = 0.0) -> None:
@@ -27,15 +27,15 @@ class Clock:
         self.total = max(1, steps if steps is not None else round(60 * minutes))
         by_time = steps is None and self._seconds > 0
         self.every = max(1 / _CHECKS, look / self._seconds / _LOOKING) if by_time else 1 / _CHECKS
-        """Share of the run from one look to the next."""
+        """Share of the run between two evaluations."""
 
     @property
     def ran(self) -> float:
-        """Seconds that the run has gone on."""
+        """Seconds since the run began."""
         return time.monotonic() - self._begin
 
     def at(self, step: int) -> float:
-        """0 at the beginning; 1 and more is the end."""
+        """Elapsed share of the run at `step`: 0 at the beginning, 1 or more at the end."""
         by_time = _share(time.monotonic() - self._begin, self._seconds)
         return by_time if self._steps is None or by_time >= 1 else _share(step, self._steps)
 

@@ -1,4 +1,4 @@
-"""What a training method is: settings, what it needs, and a run that ends in a Profile or a model folder."""
+"""The interface of a training method: its settings, its needs, and a run that returns a Profile or a model folder."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from trimtab.passes.profile import Profile
 
 Need = Literal["recipe", "profile", "folder", "labels"]
-"""What a method cannot train without.
+"""Inputs that a method requires.
 
-"recipe": the recipe that the model will be compiled with. "profile": statistics of the model, which are measured on the
-training data if no Profile is given. "folder": a Hugging Face directory. "labels": a label for each sample.
+"recipe": the recipe that the model will be compiled with. "profile": statistics of the model, measured on the training
+data if no Profile is given. "folder": a Hugging Face directory. "labels": a label for each sample.
 """
 
 
 class Settings(BaseModel):
-    """How to train: what every method has. A field is an option of the command line; its constraints are its bounds."""
+    """Settings of all methods. A field is an option of the command line; its constraints are the option's bounds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -46,16 +46,16 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, on what.
+    """Model, data and result of a training.
 
     Attributes:
         model: Hugging Face directory or ONNX file.
-        dataset: to learn from; a part of it is held out.
-        out: where the result will be written, by `train` and not by the method.
-        recipe: the recipe that the model will be compiled with, if one is given.
-        profile: to add to, if one is given.
+        dataset: training data; a part of it is held out.
+        out: path of the result. `train` writes it, not the method.
+        recipe: the recipe that the model will be compiled with, or None.
+        profile: the Profile that learned weights are added to, or None.
         allow_pickle: read pickled weights, which can run code.
-        progress: is called with (what, done, total).
+        progress: called with (what, done, total).
     """
 
     model: str
@@ -69,12 +69,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run ends in.
+    """Result of a run.
 
     Attributes:
-        record: how it went; JSON types. `history` has a row for each look at the held-out samples.
+        record: settings and metrics; JSON types. `history` has a row for each evaluation on the held-out samples.
         summary: one sentence for the user.
-        write: puts the Profile or the model folder at a path, whole or not at all.
+        write: writes the Profile or the model folder to a path, atomically.
     """
 
     record: dict[str, Any]
@@ -92,25 +92,25 @@ class Trainer(ABC):
     """
 
     name: ClassVar[str]
-    """kebab-case, as `--method` has it."""
+    """Name for `--method`, kebab-case."""
     summary: ClassVar[str]
     """One line for `trimtab methods`."""
     makes: ClassVar[Literal["Profile", "model folder"]]
-    """What `run` ends in: a Profile of the given model, or the folder of a new one."""
+    """Kind of result: a Profile of the given model, or the folder of a new model."""
     needs: ClassVar[frozenset[Need]]
     settings_class: ClassVar[type[Settings]]
     refit: ClassVar[str | None] = None
-    """Options of `trimtab train` that fit what the method learned to weights which another method has tuned since; None
-    where it is of no use to other weights than those it was learned for."""
+    """Options of `trimtab train` that refit learned tensors after another method has tuned the model's weights. None if
+    the learned tensors are useless for other weights."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings: Any = settings
 
     def check(self, job: Job) -> None:
-        """Refuse what cannot be trained, as far as recipe and Profile tell: before the model is opened.
+        """Refuse a job whose recipe or Profile does not fit, before the model is opened.
 
         Raises:
-            TrimtabError: what is missing or does not fit.
+            TrimtabError: names the missing or wrong part.
         """
         return
 
@@ -119,7 +119,7 @@ class Trainer(ABC):
         """Train.
 
         Returns:
-            None in all but the first of several processes of one training.
+            the result in the first process of a training, None in its other processes.
 
         Raises:
             TrimtabError: model or data do not fit the method, or training diverged.
@@ -127,15 +127,15 @@ class Trainer(ABC):
 
 
 def read_settings(trainer: type[Trainer], settings: Settings | Mapping[str, Any] | None) -> Settings:
-    """Settings of a method, checked.
+    """Validate the settings of a method.
 
     Raises:
-        RecipeError: an unknown setting, which is named with the nearest known one; or a value out of bounds.
+        RecipeError: a setting is unknown (the hint is the nearest one), or a value is out of bounds.
     """
     if isinstance(settings, trainer.settings_class):
         return settings
-    given = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
+    values = settings.model_dump() if isinstance(settings, Settings) else dict(settings or {})
     try:
-        return trainer.settings_class.model_validate(given)
+        return trainer.settings_class.model_validate(values)
     except ValidationError as error:
         raise explain(error, trainer.settings_class, where=trainer.name) from error

@@ -1,4 +1,4 @@
-"""Where training computes, and in what precision."""
+"""The device of training, and its precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of one epoch: each sample once, in random order, beside samples of like length."""
+"""Batches of one epoch: each sample once, in random order, together with samples of similar length."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_POOL = 32  # batches whose texts are sorted by length together: little padding, yet a fresh mix in each epoch
+_POOL = 32  # number of batches sorted by length together: little padding, and a new mix in each epoch
 
 
 def epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Places of the samples of each batch. The last, smaller batch of a pool is used too.
+    """Indices of the samples of each batch. The last, smaller batch of a pool is used too.
 
     Args:
-        lengths: of the samples.
+        lengths: lengths of the samples.
     """
     order, pool = rng.permutation(len(lengths)), batch_size * _POOL
     for start in range(0, len(order), pool):

@@ -1,4 +1,4 @@
-"""What a Hugging Face model learns its own task from: a causal language model from texts, a classifier from labels."""
+"""Training data for a Hugging Face model's own task: texts for language models, labelled texts for classifiers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Kind = Literal["language model", "classifier"]
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind:
-    """What the model of `checkpoint` learns.
+    """The kind of the model, which decides its task and loss.
 
     Raises:
-        ModelError: it has no loss to learn from.
+        ModelError: the model is of neither kind.
     """
     if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "language model"
@@ -38,14 +38,14 @@ def kind_of(checkpoint: Checkpoint) -> Kind:
 def read_examples(
     source: Source, checkpoint: Checkpoint, model: PreTrainedModel, dataset: Dataset, settings: Settings, method: str
 ) -> Examples:
-    """The texts of `dataset` as `model` learns from them.
+    """Read the texts of `dataset` as training examples for `model`.
 
     Args:
-        method: what messages call the training.
+        method: name of the training method in messages.
 
     Raises:
         ModelError: the model is of another kind, or has no tokenizer.
-        DataError: texts that do not fit.
+        DataError: the texts do not fit the model's task.
     """
     if source.tokenizer is None:
         raise ModelError(f"{checkpoint.folder}: has no tokenizer", hint="save the model with its tokenizer")

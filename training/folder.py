@@ -1,4 +1,4 @@
-"""The folder of a new model: it appears whole or not at all."""
+"""The folder of a new model, written atomically."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BESIDE = ("*.json", "*.txt", "*.model")
-"""Files of a Hugging Face directory beside its weights, such as those of its tokenizer."""
+"""Files of a Hugging Face directory besides its weights, such as the tokenizer's."""
 
 
 def check_new_folder(out: Path) -> None:
-    """Refuse a path at which no new folder can appear.
+    """Refuse a path that exists, unless it is an empty folder.
 
     Raises:
-        BuildError: something is there already.
+        BuildError: the path exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"{out}: exists already", hint="choose another folder, or remove this one")
@@ -30,10 +30,10 @@ def check_new_folder(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the body ends without an error.
+    """A folder to fill. It is renamed to `out` if the body ends without an error.
 
     Raises:
-        BuildError: it cannot be written.
+        BuildError: the folder cannot be written.
     """
     part = out.with_name(f".{out.name}.part")
     try:
@@ -55,7 +55,7 @@ def save_model(
 
     Args:
         old: the model's folder before training, whose tokenizer is copied.
-        record: how the model came about, kept as the JSON file `name`.
+        record: settings and metrics of the training, written as the JSON file `name`.
         without: names of files in `old` that do not belong to the new model.
     """
     model.save_pretrained(folder)

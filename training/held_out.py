@@ -1,4 +1,4 @@
-"""Which samples of a dataset are learned from, and which are held out to judge by."""
+"""Splits a dataset into training samples and held-out samples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from trimtab.compiler.data import Dataset
 from trimtab.passes.errors import DataError
 
 SHARE = 0.05
-"""Of the samples that are held out: at least one, at most `MOST`."""
+"""Share of the samples that is held out: at least one sample, at most `MAX_SAMPLES`."""
 
-MOST = 512
+MAX_SAMPLES = 512
 
 
 def split(dataset: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the samples to learn from, and of those held out, in random order.
+    """Indices of the training samples and of the held-out samples, in random order.
 
     Raises:
         DataError: fewer than two samples.
@@ -22,5 +22,5 @@ def split(dataset: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     if dataset.count < 2:
         raise DataError(f"{dataset.path}: {dataset.count} sample", hint="training needs two at the very least")
     order = rng.permutation(dataset.count)
-    count = min(max(1, round(SHARE * dataset.count)), MOST)
+    count = min(max(1, round(SHARE * dataset.count)), MAX_SAMPLES)
     return order[count:], order[:count]

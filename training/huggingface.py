@@ -1,6 +1,6 @@
-"""Training of Hugging Face models on transformers' Trainer, which runs in one process or in many.
+"""Training of Hugging Face models with transformers' Trainer, which runs in one process or in many.
 
-Our clock leads: it sets the learning rate, says when the held-out samples are looked at, and ends the run.
+Our clock controls the run: it sets the learning rate, starts evaluations on the held-out samples, and ends the run.
 """
 
 from __future__ import annotations
@@ -124,13 +124,13 @@ class _LikeLengths(Sampler[int]):
 
 
 def last_checkpoint(scratch: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a Trainer, and what its `Follow` kept there; None where there is none.
+    """The newest complete checkpoint of a Trainer and the state of its `Follow` callback; None without a checkpoint.
 
     Args:
-        name: of the class of that callback.
+        name: name of the callback's class.
     """
-    places = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((found for place in places if (found := _kept(place, name)) is not None), None)
+    folders = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((each for folder in folders if (each := _kept(folder, name)) is not None), None)
 
 
 def _kept(place: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -155,15 +155,15 @@ def require_finite(loss: float, method: str, where: str, option: str = "--lr") -
 
 
 class Follow(TrainerCallback, ExportableState):
-    """Lets a run follow the clock.
+    """Trainer callback: the run follows the clock.
 
     Args:
-        what: what progress is called.
-        saves: write a checkpoint after each look at the held-out samples.
-        kept: what `last_checkpoint` has of a run to go on with.
+        what: name of the run in progress messages.
+        saves: write a checkpoint after each evaluation.
+        kept: state of a run to resume, from `last_checkpoint`.
 
     Attributes:
-        history: what `row` made of each look at the held-out samples.
+        history: the result of `row` for each evaluation.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class Follow(TrainerCallback, ExportableState):
         """Called before each step, at the share `at` of the run."""
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """A row of the history, of the Trainer's metrics."""
+        """A row of the history with the Trainer's metrics."""
         return {"step": step, "loss": metrics["eval_loss"]}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this."""
+        """The state that a checkpoint stores."""
         attributes = {"look_at": self._look_at, "history": self.history, "ran": self.clock.ran}
         return {"args": {}, "attributes": attributes}
 

@@ -1,4 +1,4 @@
-"""Linear modules of a torch model: their weights as rows, and which of them a graph's projection is."""
+"""Linear modules of a torch model: their weights as rows, and their match with a graph's projections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trimtab.passes.errors import ModelError
 
 
 class Projection(NamedTuple):
-    """Outputs start .. stop - 1 of a linear module: all of them, or one part where up and gate are packed into one."""
+    """Outputs start .. stop - 1 of a linear module: all outputs, or one part if a module packs up and gate."""
 
     module: nn.Module
     start: int
@@ -38,8 +38,8 @@ class FFNModules(NamedTuple):
 
     Attributes:
         layer: the FFN's number in the graph.
-        where: what messages call it.
-        activation: its name, as `Activation.name` of the graph's anatomy.
+        where: the FFN's name in messages.
+        activation: name of the activation, `Activation.name` of the graph's anatomy.
     """
 
     layer: int
@@ -66,7 +66,7 @@ class FFNModules(NamedTuple):
         return named
 
     def hidden(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the down projection reads, [..., d_ff], of x [..., d_model]."""
+        """Input of the down projection, [..., d_ff], for x [..., d_model]."""
         packed: Tensor = self.up.module(x)
         up = packed[..., self.up.start : self.up.stop]
         if self.gate is None:
@@ -88,20 +88,20 @@ def linear_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def find_linear(linears: Iterable[nn.Module], weight: np.ndarray) -> nn.Module | None:
-    """The first of `linears` that multiplies with `weight`, [inputs, outputs]: a graph has names of its own."""
+    """The first of `linears` with `weight` [inputs, outputs]. Names cannot match: graphs have other names."""
     whole = (module for module in linears if tuple(rows(module).shape) == weight.shape)
     return next((module for module in whole if _part(module, weight) is not None), None)
 
 
 def find_ffns(model: nn.Module, ffns: Sequence[FFN]) -> list[FFNModules]:
-    """The modules of each FFN, each of one FFN alone.
+    """The modules of each FFN. No two FFNs share a module.
 
     Args:
         model: the model that the graph was exported from.
-        ffns: of the graph.
+        ffns: the FFNs of the graph.
 
     Raises:
-        ModelError: an FFN has none, or shares them with another one.
+        ModelError: an FFN has no modules, or shares them with another FFN.
     """
     linears, taken = linear_modules(model), set[tuple[int, int]]()
 
@@ -130,7 +130,7 @@ def find_ffns(model: nn.Module, ffns: Sequence[FFN]) -> list[FFNModules]:
 
 
 def permute_neurons(ffn: FFNModules, order: np.ndarray) -> None:
-    """Put the neurons of an FFN into another order, in place; what it computes stays.
+    """Put the neurons of an FFN into another order, in place. The FFN computes the same.
 
     Args:
         order: numbers of the neurons, [d_ff].
@@ -146,7 +146,7 @@ def permute_neurons(ffn: FFNModules, order: np.ndarray) -> None:
 
 
 def _part(module: nn.Module, weight: np.ndarray) -> Projection | None:
-    """The outputs of `module` whose weights are `weight` [inputs, outputs]: all, or a part as wide."""
+    """The outputs of `module` with the weights `weight` [inputs, outputs]: all outputs, or a part of that width."""
     theirs, width = rows(module), weight.shape[1]
     if theirs.shape[0] != weight.shape[0] or theirs.shape[1] % width:
         return None

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model while it learns: weights stay as they are, and take in at the end what was learned."""
+"""Low-rank adapters for training: the weights are frozen, and the adapters are merged into them at the end."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedModel
 from trimtab.training.linears import linear_modules
 
 RATE = 10.0
-"""Learning rate of adapters, in that of whole weights, which fits them (thinkingmachines.ai/blog/lora)."""
+"""Learning rate of adapters, as a multiple of the rate for whole weights (thinkingmachines.ai/blog/lora)."""
 
 LEARNS = "lora_"
-"""Part of the names of parameters of adapters."""
+"""Part of the names of adapters' parameters."""
 
 
 class Adapters:
-    """W + 2 B A in place of each W of `model`'s linear modules but its output embeddings; A and B alone learn.
+    """Replaces each W of `model`'s linear modules, except output embeddings, by W + 2 B A. Only A and B learn.
 
     Args:
-        rank: of B A.
+        rank: rank of B A.
     """
 
     def __init__(self, model: PreTrainedModel, rank: int) -> None:
@@ -32,14 +32,14 @@ class Adapters:
             if any(module is each for each in linears) and module is not model.get_output_embeddings()
         ]  # fmt: skip
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, lora_dropout=0.0)
-        with warnings.catch_warnings():  # that Conv1D keeps its weights transposed, which peft sees by itself
+        with warnings.catch_warnings():  # peft warns that Conv1D stores its weights transposed, and handles it
             warnings.simplefilter("ignore")
             self._peft = get_peft_model(model, config)  # changes `model` in place
 
     def around(self, linear: nn.Module) -> nn.Module:
-        """The module that stands in for `linear`, or `linear` itself."""
+        """The module that replaces `linear`, or `linear` itself."""
         return next((each for each in self._model.modules() if getattr(each, "base_layer", None) is linear), linear)
 
     def merge(self) -> None:
-        """Add to the weights what was learned; the model is as it was, with other values."""
+        """Merge the adapters into the weights; the model has its original modules again."""
         self._peft.merge_and_unload()

@@ -1,4 +1,4 @@
-"""Distances of what a student computes from what its teacher does, for each row."""
+"""Distances between a student's outputs and its teacher's, for each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """τ² Σ KL(teacher ‖ student) over the logits of each row [..., width], each of which is a choice of its own."""
+    """τ² Σ KL(teacher ‖ student) over the logits of each row [..., width]; each logit is a binary choice."""
     s, t = student.float() / temperature, teacher.float() / temperature
     p = t.sigmoid()
     apart = p * (functional.logsigmoid(t) - functional.logsigmoid(s))
@@ -23,7 +23,7 @@ def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 def scaled_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of each row of scores [..., width], of the mean square of all the teacher's in the batch."""
+    """Squared error of each row of scores [..., width], relative to the mean square of the teacher's rows."""
     t = teacher.float()
     return (student.float() - t).square().sum(-1) / t.square().sum(-1).mean().clamp_min(1e-6)
 

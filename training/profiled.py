@@ -1,4 +1,4 @@
-"""The folder of a tuned model gets its Profile: what calibration measures of the new model, and what was learned."""
+"""Writes the Profile of a tuned model into its folder: calibration statistics of the new model, and learned tensors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from trimtab.training.contract import Job
 def write_profile(
     folder: Path, job: Job, method: str, record: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Write `profile.safetensors` into the folder of a new model: what `trimtab calibrate` would measure of it on the
-    training data, what `method` learned, and what other methods had learned for the model that it began with.
+    """Write `profile.safetensors` into the folder of a new model.
+
+    The Profile has the statistics that `trimtab calibrate` measures on the training data, the tensors that `method`
+    learned, and the tensors that other methods learned for the original model.
 
     Args:
-        job: its recipe, if there is one, says how to calibrate and for which passes.
-        record: of the training, kept in the Profile's metadata.
-        tensors: what was learned.
+        job: the job. Its recipe, if any, sets calibration options and passes.
+        record: record of the training, stored in the Profile's metadata.
+        tensors: the learned tensors.
     """
     calibration = job.recipe.calibration if job.recipe is not None else Calibration()
     needs = DEFAULT | (job.recipe.needs if job.recipe is not None else frozenset())

@@ -1,7 +1,7 @@
-"""What an unfinished training keeps beside its result, so that the same command goes on where it was killed.
+"""The folder of an unfinished training, from which the same command resumes after it was killed.
 
-The folder `.NAME.training` lies beside the result NAME: it has `state.json`, which says what is done, and the files of
-the method. It is bound to a key, a hash of everything that decides the result; a run of another key begins anew.
+The folder `.NAME.training` is stored next to the result NAME. It has `state.json`, the state of the run, and files of
+the method. A key, the hash of everything that decides the result, protects it: a run with another key starts again.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _STATE = "state.json"
 
 
 class Unfinished:
-    """The folder of the run that makes `out`.
+    """The folder of the run that trains `out`.
 
     Args:
-        made_of: everything that decides the result; JSON types.
-        first: this process is the first of those that train together: it alone holds the folder, and writes.
+        origin: everything that decides the result; JSON types.
+        first: this process is the first of those that train together. Only it locks and writes the folder.
 
     Attributes:
-        folder: where the run keeps its files.
-        state: what it wrote with `keep`; {} at the beginning.
+        folder: folder of the run's files.
+        state: the state written by `keep`; {} at the beginning.
 
     Raises:
         BuildError: another process trains to `out`, or the folder cannot be written.
     """
 
-    def __init__(self, out: Path, made_of: Mapping[str, Any], *, first: bool = True) -> None:
+    def __init__(self, out: Path, origin: Mapping[str, Any], *, first: bool = True) -> None:
         self.folder = out.with_name(f".{out.name}.training")
-        self._key, self._first = hash_bytes(json.dumps(made_of, sort_keys=True)), first
+        self._key, self._first = hash_bytes(json.dumps(origin, sort_keys=True)), first
         self._lock = FileLock(f"{self.folder}.lock")
         if first:
             self._hold(out)
@@ -51,7 +51,7 @@ class Unfinished:
             shutil.rmtree(self.folder)
 
     def keep(self, **changes: Any) -> None:
-        """Change `state` and write it, whole or not at all. JSON types."""
+        """Change `state` and write it atomically. JSON types."""
         self.state |= changes
         if not self._first:
             return
@@ -61,8 +61,8 @@ class Unfinished:
         part.replace(self.folder / _STATE)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let other processes go on with the run where what is done here fails."""
+    def released_on_error(self) -> Iterator[None]:
+        """Release the lock if the body fails, so that other processes can resume the run."""
         try:
             yield
         except BaseException:
@@ -70,10 +70,10 @@ class Unfinished:
             raise
 
     def writer(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        """`write`, behind which the run is finished."""
+        """A function that calls `write` and then finishes the run."""
 
         def finished(out: Path) -> None:
-            with self.held():
+            with self.released_on_error():
                 write(out)
             self.finish()
 
@@ -86,7 +86,7 @@ class Unfinished:
             self.release()
 
     def release(self) -> None:
-        """Let other processes go on with the run."""
+        """Release the lock, so that other processes can resume the run."""
         if self._lock.is_locked:
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink()
@@ -104,7 +104,7 @@ class Unfinished:
 
     def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-            if known["key"] == self._key:
-                return dict(known["state"])
+            stored = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            if stored["key"] == self._key:
+                return dict(stored["state"])
         return {}

@@ -1,7 +1,7 @@
-"""Products whose operands are rounded as a pass behind `recover` will round them, with gradients straight through.
+"""Products whose operands are rounded like in a pass after `recover`, with straight-through gradients.
 
-Bengio, Léonard, Courville 2013 ("Estimating or propagating gradients through stochastic neurons"): the rounding counts
-as the identity when gradients are computed, so weights learn to do well where they will be put.
+Bengio, Léonard, Courville 2013 ("Estimating or propagating gradients through stochastic neurons"): gradients treat the
+rounding as the identity, so weights learn to work after rounding.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from trimtab.passes.contract import Rounding
 from trimtab.passes.matrices.quantize import TYPICAL
 
-_LEVELS = 255  # of an activation, uint8
+_LEVELS = 255  # largest level of an activation, uint8
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`rounded`, whose gradient goes to `x` as it is."""
+    """Returns `rounded`; its gradient is passed to `x` unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
@@ -30,10 +30,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def rounded_activations(x: Tensor, *, per_row: bool = False) -> Tensor:
-    """`x` [...] as ONNX's DynamicQuantizeLinear keeps it: 256 levels from its least to its greatest value, and 0.
+    """`x` [...] rounded like ONNX's DynamicQuantizeLinear: 256 levels over the range of its values and 0.
 
     Args:
-        per_row: levels of its own for each row, the last axis, as Int8Linear has them.
+        per_row: each row (last axis) has its own levels, as in Int8Linear.
     """
     x = x.float()
     with torch.no_grad():  # elementary operations: torch's own fake_quantize takes twice to eight times as long
@@ -49,21 +49,21 @@ def rounded_weight(weight: Tensor, axis: int, rounding: Rounding) -> Tensor:
     """`weight` [in_features, out_features], or transposed, as symmetric integers times a scale.
 
     Args:
-        axis: of the output features.
+        axis: axis of the output features.
     """
     weight = weight.float()
     with torch.no_grad():
         size = weight.abs()
-        most = size.amax(1 - axis, keepdim=True) if rounding.per_channel else size.amax()
-        scale = (most / rounding.largest).clamp_min(torch.finfo(torch.float32).tiny)
+        largest = size.amax(1 - axis, keepdim=True) if rounding.per_channel else size.amax()
+        scale = (largest / rounding.largest).clamp_min(torch.finfo(torch.float32).tiny)
         rounded = (weight / scale).round_().mul_(scale)
     return _through(weight, rounded)
 
 
 def rounded_blocks(weight: Tensor, block: int) -> Tensor:
-    """`weight` [out_features, in_features] as int4, a scale for `block` inputs of each output; without a gradient.
+    """`weight` [out_features, in_features] rounded to int4 with a scale per `block` inputs of an output; no gradient.
 
-    As `trimtab.passes.matrices.quantize.round_to_nearest` rounds without a search, scales to bfloat16.
+    Rounds like `trimtab.passes.matrices.quantize.round_to_nearest` without a search; scales are rounded to bfloat16.
     """
     with torch.no_grad():
         blocks = weight.detach().float().unflatten(1, (-1, block))

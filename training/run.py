@@ -1,4 +1,4 @@
-"""`train`: one way to every method, from paths to a written result."""
+"""`train`: runs any method, from paths to a written result."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def train(
     profile: Path | str | Profile | None = None, settings: Settings | Mapping[str, Any] | None = None,
     allow_pickle: bool = False, progress: Progress | None = None,
 ) -> Trained | None:  # fmt: skip
-    """Train a model by a method, and write what is learned.
+    """Train a model with a method, and write the result.
 
     Args:
         method: one of `METHOD_NAMES`.
         model: Hugging Face directory, GGUF or ONNX file.
-        data: to learn from; a part of it is held out.
-        out: the Profile or the model folder to write, whole or not at all.
+        data: training data; a part of it is held out.
+        out: path of the Profile or model folder, written atomically.
         recipe: the recipe that the model will be compiled with.
-        changes: to the recipe, "pass.option=value".
-        profile: to add to, where the method needs one; by default that in the model's folder, if passes of the recipe
-            need what it learned, else one is measured on the data.
-        settings: of the method.
+        changes: changes to the recipe, "pass.option=value".
+        profile: the Profile that the method adds to. By default this is the Profile in the model's folder if passes of
+            the recipe need its learned weights; else a Profile is measured on the data.
+        settings: settings of the method.
         allow_pickle: read pickled weights, which can run code.
-        progress: is called with (what, done, total).
+        progress: called with (what, done, total).
 
     Returns:
-        None in all but the first of several processes of one training, which alone writes.
+        the result in the first process of a training, which writes it; None in its other processes.
 
     Raises:
-        TrimtabError: whatever a user can cause. Nothing is left at `out` then.
+        TrimtabError: a fault of the input or the environment. Nothing is written to `out` then.
     """
     kind = trainer_class(method)
     trainer, out = kind(read_settings(kind, settings)), Path(out)
@@ -59,8 +59,8 @@ def train(
         if is_gguf(Path(model)):
             model = unpacked(Path(model))
         _check_paths(kind, model, profile, out)
-        given = _profile(kind, profile, model, plan)
-        job = Job(str(model), dataset, out, plan, given, allow_pickle, progress)
+        chosen_profile = _profile(kind, profile, model, plan)
+        job = Job(str(model), dataset, out, plan, chosen_profile, allow_pickle, progress)
         trainer.check(job)
         trained = _run(trainer, job)
         if trained is not None:
@@ -86,7 +86,7 @@ def _recipe(
 def _profile(
     kind: type[Trainer], profile: Path | str | Profile | None, model: Path | str, plan: Recipe | None
 ) -> Profile | None:
-    """The Profile to add to: the one given, else that in the model's folder, if it has what another method learned."""
+    """The Profile to add to: the given one, else the one in the model's folder if it has weights of another method."""
     if plan is None or "profile" not in kind.needs:
         return Profile.load(profile) if isinstance(profile, Path | str) else profile
     others = tuple(step for step in plan.passes if Learned(kind.name) not in step.needed())

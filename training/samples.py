@@ -1,4 +1,4 @@
-"""Training batches: shuffled, of texts of like length, with a part held out."""
+"""Training batches: shuffled, with texts of similar length together, and a held-out part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.training.held_out import split
 Feeds = dict[str, np.ndarray]
 
 NO_LABEL = -100
-"""As torch's cross-entropy has it."""
+"""Class of a sample without a label, which torch's cross-entropy ignores."""
 
 _CLASSES = Task("classes", "logits", "softmax")
 _AT_A_TIME = 256  # texts that are tokenized together when their lengths are taken
@@ -28,8 +28,8 @@ class Batch:
     """Some samples.
 
     Attributes:
-        feeds: of the model.
-        labels: of each, as `Samples` has them.
+        feeds: inputs of the model.
+        labels: label of each sample, as in `Samples`.
     """
 
     feeds: Feeds
@@ -44,10 +44,10 @@ class Samples:
     """The samples of a dataset, ready to feed.
 
     Attributes:
-        train: numbers of the samples to learn from.
-        held_out: numbers of the samples to judge by, in order of length.
-        labels: the class of each sample, [samples], NO_LABEL where it has none; or float32 [samples, width], ones and
-            zeros of labels or scores, NaN where it has none.
+        train: indices of the training samples.
+        held_out: indices of the held-out samples, in order of length.
+        labels: class of each sample, [samples], or NO_LABEL; or float32 [samples, width], ones and zeros of labels, or
+            scores, or NaN for a sample without a label.
     """
 
     train: np.ndarray
@@ -63,7 +63,7 @@ class Samples:
                 yield self._batch(self.train[places])
 
     def judged(self, batch_size: int) -> Iterator[Batch]:
-        """The samples held out."""
+        """Batches of the held-out samples."""
         for batch in self._batches(self.held_out, batch_size):
             yield self._batch(batch)
 
@@ -83,13 +83,13 @@ def read_samples(
     """Read a dataset and split it.
 
     Args:
-        inputs: of the model's graph.
-        max_tokens: texts are cut there.
-        task: what labels mean; None: they are not read.
-        width: of the logits.
+        inputs: inputs of the model's graph.
+        max_tokens: length at which texts are cut.
+        task: the meaning of the labels; None: labels are not read.
+        width: width of the logits.
 
     Raises:
-        DataError: fewer than two samples, or they do not fit the model's inputs or classes.
+        DataError: the data has fewer than two samples, or does not fit the model's inputs or classes.
     """
     train, held_out = split(dataset, rng)
     if dataset.arrays is not None:
@@ -120,7 +120,7 @@ def read_samples(
 def _labels(
     given: Sequence[Label] | np.ndarray, task: Task | None, names: Sequence[str] | None, width: int | None
 ) -> np.ndarray:
-    """Labels as `Samples` has them; a class below 0 is none."""
+    """Labels in the format of `Samples`; a class below 0 means no label."""
     if task is None:
         return np.full(len(given), NO_LABEL)
     if task.kind == "classes":
@@ -140,6 +140,6 @@ def _labels(
 
 
 def _tokens(feeds: Feeds) -> np.ndarray:
-    """Tokens of each sample: characters tell batches of like length badly, and padding is work for nothing."""
+    """Number of tokens of each sample. Characters would predict it badly, and padding costs time."""
     lengths: np.ndarray = feeds["attention_mask"].sum(-1)
     return lengths

@@ -1,4 +1,4 @@
-"""The stages of a run, one after the other; a run that was killed goes on where its last checkpoint is."""
+"""The stages of a training run, one after the other. A killed run resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Stages(ABC):
     """The stages of one run.
 
     Args:
-        model: what learns; its state is what stages hand on.
-        settings: of the method.
-        shares: stage → its share of the run, of those that run; they add up to 1.
-        run: what is done already, and where checkpoints go.
+        model: the model to train; its state passes from stage to stage.
+        settings: settings of the method.
+        shares: stage → its share of the run, for stages that run; the shares add up to 1.
+        run: the state of the unfinished run, and its folder for checkpoints.
     """
 
     method: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     """All stages, in the order they run."""
     shown: ClassVar[Mapping[str, str]]
-    """Stage → what progress calls it."""
+    """Stage → its name in progress messages."""
 
     def __init__(
         self, model: nn.Module, settings: Settings, shares: Mapping[str, float], examples: Examples, run: Unfinished,
@@ -56,7 +56,7 @@ class Stages(ABC):
 
     @abstractmethod
     def enter(self, stage: str) -> None:
-        """Have the model do, and learn, what it does in `stage`; "before": it is dense."""
+        """Set up the model for `stage`; "before" is the dense model before any stage."""
 
     @abstractmethod
     def judge(self, prediction: EvalPrediction) -> dict[str, Any]:
@@ -64,29 +64,29 @@ class Stages(ABC):
 
     @abstractmethod
     def row(self, stage: str, step: int, metrics: Mapping[str, Any]) -> Row:
-        """A row of the history, of a look at the held-out samples. JSON types, `stage` and `step` among them."""
+        """A row of the history for one evaluation, with `stage` and `step`; JSON types."""
 
     def skip(self, stage: str) -> None:
         """Called in place of a stage that has no share."""
         return
 
     def behind(self, stage: str) -> None:
-        """Called behind each stage, whether it ran, had run before or has no share."""
+        """Called after each stage, whether it ran now, ran earlier or has no share."""
         return
 
     @property
     def follower(self) -> type[FollowStage]:
-        """What follows the clock of a stage."""
+        """The callback that follows the clock of a stage."""
         return FollowStage
 
     def run(self, start: float) -> dict[str, Any]:
-        """Run what is left to run.
+        """Run the remaining stages.
 
         Args:
-            start: reading of the monotonic clock at which the run began, or went on.
+            start: reading of the monotonic clock when the run began or resumed.
 
         Returns:
-            the record: steps of each stage, history, and how the last look was.
+            the record: steps of each stage, history, and metrics of the last evaluation.
         """
         start -= float(self.unfinished.state.get("seconds", 0.0))  # as if it had never been interrupted
         if not self.history:
@@ -103,7 +103,7 @@ class Stages(ABC):
         return {"stages": self.done, "steps": sum(self.done.values()), "history": self.history} | last
 
     def stage(self, stage: str, start: float) -> float:
-        """Run a stage; returns `start`, which is later where the stage goes on from a checkpoint."""
+        """Run a stage; returns `start`, moved later if the stage resumed from a checkpoint."""
         scratch = self.scratch(stage)
         trainer, look = self.first_look(stage)
         checkpoint = last_checkpoint(scratch, self.follower.__name__)
@@ -126,9 +126,9 @@ class Stages(ABC):
         return start
 
     def first_look(self, stage: str) -> tuple[Trainer, float]:
-        """Enter a stage: its Trainer, and seconds that a look at the held-out samples takes.
+        """Enter a stage; returns its Trainer, and the seconds that one evaluation takes.
 
-        The first look of a run is at the dense model, and begins the history.
+        The first evaluation of a run is that of the dense model, and begins the history.
         """
         self.enter(stage)
         trainer = make_trainer(
@@ -144,7 +144,7 @@ class Stages(ABC):
         return trainer, time.monotonic() - began
 
     def checked_row(self, stage: str, step: int, metrics: Mapping[str, Any]) -> Row:
-        """As `row`.
+        """The result of `row`, checked for a finite loss.
 
         Raises:
             TrimtabError: training diverged.
@@ -153,7 +153,7 @@ class Stages(ABC):
         return self.row(stage, step, metrics)
 
     def finish(self, stage: str, step: int, rows: list[Row], start: float) -> None:
-        """Write the weights behind a stage, and what was needed only to get there goes."""
+        """Write the weights after a stage, and remove the stage's checkpoints."""
         self.history += rows
         self.done[stage] = step
         if is_first_process():
@@ -166,7 +166,7 @@ class Stages(ABC):
             shutil.rmtree(self.scratch(stage), ignore_errors=True)
 
     def warn_if_cut_short(self, stage: str, step: int) -> None:
-        """Say if time has ended a stage before its steps were done, or before there was one."""
+        """Warn if the time limit ended a stage before its last step, or before its first."""
         steps = self.steps(stage)
         if steps is not None and step < steps:
             log.warning(
@@ -184,12 +184,12 @@ class Stages(ABC):
         )
 
     def steps(self, stage: str) -> int | None:
-        """Steps of a stage; None where time ends it."""
+        """Steps of a stage; None if time limits the stage."""
         steps: int | None = self.settings.steps
         return steps and max(1, round(self.shares[stage] * steps))
 
     def scratch(self, stage: str) -> Path:
-        """Where a stage that is under way keeps its checkpoints."""
+        """The folder of checkpoints of a running stage."""
         return self.unfinished.folder / stage
 
     def _file(self, stage: str) -> Path:
@@ -197,17 +197,19 @@ class Stages(ABC):
 
 
 def begin(job: Job, checkpoint: Checkpoint, settings: Settings, method: str) -> Unfinished:
-    """The run that makes the job's result: a new one, or one that was killed.
+    """The run that trains the job's result: a new run, or a killed run to resume.
 
     Raises:
         BuildError: as `Unfinished`.
     """
-    made_of = told(job, settings) | {"method": method, "model": checkpoint.digest, "versions": package_versions()}
-    return Unfinished(job.out, made_of, first=is_first_process())
+    origin = settings_record(job, settings) | {
+        "method": method, "model": checkpoint.digest, "versions": package_versions(),
+    }  # fmt: skip
+    return Unfinished(job.out, origin, first=is_first_process())
 
 
-def told(job: Job, settings: Settings) -> Row:
-    """What a record says of how it came about."""
+def settings_record(job: Job, settings: Settings) -> Row:
+    """Settings and data of a training, for its record."""
     return {"settings": settings.model_dump(), "data": job.dataset.sha256}
 
 
@@ -215,8 +217,8 @@ class FollowStage(Follow):
     """Follows the clock within a stage.
 
     Args:
-        start: reading of the monotonic clock at which the whole run began.
-        kept: what a checkpoint has of this stage.
+        start: reading of the monotonic clock when the whole run began.
+        kept: the state of this stage in a checkpoint.
     """
 
     def __init__(self, stages: Stages, stage: str, clock: Clock, start: float, kept: Mapping[str, Any] | None) -> None:
@@ -224,7 +226,7 @@ class FollowStage(Follow):
         self.stages, self.stage, self._start = stages, stage, start
 
     def end(self) -> None:
-        """Called behind the last step."""
+        """Called after the last step."""
 
     def row(self, step: int, metrics: dict[str, Any]) -> Row:
         return self.stages.checked_row(self.stage, step, metrics)

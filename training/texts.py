@@ -1,4 +1,4 @@
-"""Texts as what a transformers model learns from: packed blocks of tokens, or padded texts with their classes."""
+"""Texts as training examples for transformers models: packed blocks of tokens, or padded texts with their classes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from trimtab.passes.errors import DataError
 from trimtab.training.held_out import SHARE, split
 
 _AT_A_TIME = 256  # texts that are tokenized together
-_JUDGED = 16384  # tokens at most that a language model is judged by: each look at more takes minutes on a CPU
+_JUDGED = 16384  # limit of a language model's held-out tokens: evaluating more takes minutes on a CPU
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a Trainer takes.
+    """The data of a Trainer.
 
     Attributes:
-        train, held_out: samples to learn from, and to judge by.
-        collate: makes the arguments of the model's forward, labels among them, of some samples.
-        lengths: tokens of each sample to learn from, where they differ.
+        train, held_out: training samples and held-out samples.
+        collate: turns samples into the arguments of the model's forward, including labels.
+        lengths: number of tokens of each training sample; None if all are equal.
     """
 
     train: Sequence[Any]
@@ -34,7 +34,7 @@ class Examples:
     lengths: np.ndarray | None = None
 
     def some(self, samples: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the first samples to learn from, the same at each call, of like lengths."""
+        """Batches of the first training samples, sorted by length; the same at each call."""
         count = min(samples, len(self.train))
         order = np.arange(count) if self.lengths is None else np.argsort(self.lengths[:count], kind="stable")
         for i in range(0, count, batch_size):
@@ -42,12 +42,12 @@ class Examples:
 
 
 def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.random.Generator) -> Examples:
-    """Texts one behind the other, cut into blocks of `max_tokens`, each token of which is predicted from those before.
+    """Concatenate texts and cut them into blocks of `max_tokens`, for next-token prediction.
 
-    Where the tokenizer puts nothing between texts, its end-of-text token does.
+    If the tokenizer adds no special tokens, its end-of-text token separates the texts.
 
     Raises:
-        DataError: not even one block to learn from and one to judge by.
+        DataError: the texts fill fewer than one training block and one held-out block.
     """
     texts = [text for text, _ in dataset.texts]
     if isinstance(texts[0], tuple):
@@ -60,8 +60,10 @@ def packed(dataset: Dataset, tokenizer: Tokenizer, max_tokens: int, rng: np.rand
         stream = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return list(stream[: len(stream) // max_tokens * max_tokens].reshape(-1, max_tokens))
 
-    # in random order: the first samples, which say what a model reads, must not be of a few long texts alone
-    train, held_out = ([made[i] for i in rng.permutation(len(made))] for made in map(blocks, split(dataset, rng)))
+    # in random order: the first samples, from which inputs are recorded, must not come from a few long texts only
+    train, held_out = (
+        [blocks_of[i] for i in rng.permutation(len(blocks_of))] for blocks_of in map(blocks, split(dataset, rng))
+    )
     held_out = held_out[: max(1, _JUDGED // max_tokens)]
     if not train or not held_out:
         raise DataError(
@@ -83,22 +85,22 @@ def labelled(
     """Texts or pairs with their classes.
 
     Args:
-        count: of the model's classes.
+        count: number of the model's classes.
 
     Raises:
-        DataError: a text without label, or with one that is none of the model's classes.
+        DataError: a text has no label, or a label that is none of the model's classes.
     """
     samples = [(text, class_number(label, classes)) for text, label in dataset.texts]
     for number, (_, label) in enumerate(samples, 1):
         if label is None or not 0 <= label < count:
-            said = "has no label" if label is None else f"has the label {label}, outside 0..{count - 1}"
-            raise DataError(f"{dataset.path}: text {number} {said}", hint="a classifier learns from labelled texts")
+            problem = "has no label" if label is None else f"has the label {label}, outside 0..{count - 1}"
+            raise DataError(f"{dataset.path}: text {number} {problem}", hint="a classifier learns from labelled texts")
     train, held_out = ([samples[i] for i in numbers] for numbers in split(dataset, rng))
 
     def collate(some: Sequence[tuple[Text, int]]) -> dict[str, torch.Tensor]:
         feeds = tokenizer.encode([text for text, _ in some], max_tokens)
-        made = {name: torch.from_numpy(np.ascontiguousarray(value)).long() for name, value in feeds.items()}
-        return made | {"labels": torch.tensor([label for _, label in some])}
+        feed_tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).long() for name, value in feeds.items()}
+        return feed_tensors | {"labels": torch.tensor([label for _, label in some])}
 
     lengths = np.array([len(row) for row in _rows([text for text, _ in train], tokenizer, max_tokens)])
     return Examples(train, held_out, collate, lengths)

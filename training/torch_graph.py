@@ -1,4 +1,4 @@
-"""A graph as a torch module: whatever its source, and whatever passes have made of it, it can learn."""
+"""A graph as a torch module, so that any model, also after passes, can be trained."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _NORMS = {
 }  # fmt: skip
 
 
-_ROUNDED = "/rounded"  # behind the name of a tensor
+_ROUNDED = "/rounded"  # suffix of the names of rounded tensors
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One call: names of tensors in and out, and those that no later step reads."""
+    """One call: names of its input and output tensors, and of tensors that no later step reads."""
 
     call: Callable[..., Any]
     inputs: tuple[str, ...]
@@ -43,19 +43,19 @@ class _Step:
 
 
 def learnable(graph: gs.Graph) -> list[str]:
-    """Initializers that one would train: weights and biases of its Linears, scales and biases of its norms.
+    """Initializers worth training: weights and biases of Linears, scales and biases of norms.
 
-    Embedding tables are left out: a step would touch all their rows for the few that occur in a batch.
+    Embedding tables are excluded: a step would update all their rows, although a batch uses few.
     """
-    found: dict[str, gs.Constant] = {}
+    trainable: dict[str, gs.Constant] = {}
     for node in graph.nodes:
         linear = match_linear(node)
         if linear is not None:
             parts: Iterable[gs.Tensor | None] = (linear.weight if linear.quantized is None else None, linear.bias)
         else:
             parts = [t for t in node.inputs if _numel(t) > 1] if node.op in _NORMS else []
-        found.update((t.name, t) for t in parts if isinstance(t, gs.Constant))
-    return [name for name, t in found.items() if _is_float(t) and all(user.op != "Gather" for user in t.outputs)]
+        trainable.update((t.name, t) for t in parts if isinstance(t, gs.Constant))
+    return [name for name, t in trainable.items() if _is_float(t) and all(user.op != "Gather" for user in t.outputs)]
 
 
 class GraphModule(nn.Module):
@@ -69,10 +69,10 @@ class GraphModule(nn.Module):
         graph: is read, not kept.
         train: names of the initializers that become parameters; all other constants are buffers.
         outputs: names of the tensors to compute; by default the graph's outputs. Nodes they do not need are left out.
-        rounding: of products with weights in floating point; none by default.
+        rounding: rounding of the operands of floating-point products; none by default.
 
     Raises:
-        ModelError: an operator, or an attribute of it, that has no counterpart here; names node and operator.
+        ModelError: an operator or one of its attributes is not supported; names node and operator.
     """
 
     def __init__(
@@ -111,56 +111,56 @@ class GraphModule(nn.Module):
     @staticmethod
     def _run(step: _Step, arguments: list[Any], have: dict[str, Any]) -> None:
         try:
-            made = step.call(*arguments)
+            result = step.call(*arguments)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
             raise ModelError(f"node {step.where}: cannot run it in torch ({error})") from error
-        if isinstance(made, tuple):
-            have.update(zip(step.outputs, made, strict=False))
+        if isinstance(result, tuple):
+            have.update(zip(step.outputs, result, strict=False))
         else:
-            have[step.outputs[0]] = made
+            have[step.outputs[0]] = result
 
     def _plan(self, graph: gs.Graph, rounding: Rounding | None) -> list[_Step]:
-        """The steps that remain to be run per call, after what is constant has been computed."""
-        wanted = {*self.outputs}
-        fused, covered = _fusable(graph, wanted)
+        """The steps of each call. Steps on constants are computed here, once."""
+        required = {*self.outputs}
+        fused, covered = _fusable(graph, required)
         steps: list[_Step] = []
-        known: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
         for node in reversed(graph.nodes):
-            if id(node) in covered or not wanted.intersection(t.name for t in node.outputs):
+            if id(node) in covered or not required.intersection(t.name for t in node.outputs):
                 continue
             linear = fused.get(id(node))
             steps.append(_step(node) if linear is None else _linear_step(linear, rounding))
             if rounding is not None and _reads_table(node):  # rounded too, with one scale, and not for a tied head
                 step = steps[-1]
                 steps[-1] = _Step(step.call, (step.inputs[0] + _ROUNDED, *step.inputs[1:]), step.outputs, step.where)
-            wanted.update(name.removesuffix(_ROUNDED) for name in steps[-1].inputs)
+            required.update(name.removesuffix(_ROUNDED) for name in steps[-1].inputs)
             if linear is not None and linear.quantized is not None:
-                known[linear.weight.name] = to_torch(linear.w())
+                constants[linear.weight.name] = to_torch(linear.w())
         for name, tensor in graph.tensors().items():
-            if isinstance(tensor, gs.Constant) and name in wanted and name not in {*known, *self.trained}:
-                known[name] = to_torch(values(tensor))
+            if isinstance(tensor, gs.Constant) and name in required and name not in {*constants, *self.trained}:
+                constants[name] = to_torch(values(tensor))
                 if rounding is not None and any(_reads_table(user) for user in tensor.outputs):
-                    known[name + _ROUNDED] = rounded_activations(known[name])
+                    constants[name + _ROUNDED] = rounded_activations(constants[name])
         kept: list[_Step] = []
         round_x = partial(rounded_activations, per_row=rounding is not None and rounding.per_row)
         there: set[str] = set()  # rounded tensors; several products may read one
         for step in reversed(steps):
-            if all(not name or name in known for name in step.inputs):
-                self._run(step, [known[name] if name else None for name in step.inputs], known)
+            if all(not name or name in constants for name in step.inputs):
+                self._run(step, [constants[name] if name else None for name in step.inputs], constants)
             else:
-                for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there - known.keys():
+                for name in {name for name in step.inputs if name.endswith(_ROUNDED)} - there - constants.keys():
                     there.add(name)
                     kept.append(_Step(round_x, (name.removesuffix(_ROUNDED),), (name,), step.where))
                 kept.append(step)
         used = {name for step in kept for name in step.inputs}.union(self.outputs)
-        for name, value in known.items():
+        for name, value in constants.items():
             if name in used:
                 self.register_buffer(f"constant{len(self._constants)}", value, persistent=False)
                 self._constants.append(name)
         return _release(kept, keep={*self.outputs, *self._constants, *self.trained})
 
 
-def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[int]]:
+def _fusable(graph: gs.Graph, required: set[str]) -> tuple[dict[int, Linear], set[int]]:
     """Linears by their last node's id, and the ids of the nodes before it, which need not run."""
     fused: dict[int, Linear] = {}
     covered: set[int] = set()
@@ -168,7 +168,7 @@ def _fusable(graph: gs.Graph, wanted: set[str]) -> tuple[dict[int, Linear], set[
         linear = match_linear(node)
         if linear is None:
             continue
-        if not wanted.intersection(n.outputs[0].name for n in linear.nodes[:-1]):
+        if not required.intersection(n.outputs[0].name for n in linear.nodes[:-1]):
             fused[id(linear.nodes[-1])] = linear
             covered.update(id(n) for n in linear.nodes[:-1])
     return fused, covered
@@ -225,21 +225,21 @@ def _unknown(function: Callable[..., Any], attributes: Mapping[str, Any]) -> str
 
 
 def _release(steps: list[_Step], keep: set[str]) -> list[_Step]:
-    """Let every tensor go after its last use, so that memory is that of the widest point."""
+    """Release every tensor after its last use, to limit peak memory."""
     left = Counter(name for step in steps for name in {*step.inputs} if name)
-    made: set[str] = set()
+    live: set[str] = set()
     result = []
     for step in steps:
-        made.update(name for name in step.outputs if name)
+        live.update(name for name in step.outputs if name)
         left.subtract(name for name in {*step.inputs} if name)
-        done = {n for n in (*step.inputs, *step.outputs) if n in made and left[n] == 0 and n not in keep}
-        made -= done
+        done = {n for n in (*step.inputs, *step.outputs) if n in live and left[n] == 0 and n not in keep}
+        live -= done
         result.append(_Step(step.call, step.inputs, step.outputs, step.where, tuple(done)))
     return result
 
 
 def _together(arguments: list[Any]) -> list[Any]:
-    """Move what was computed from shapes, on the CPU, to the device of the data it meets."""
+    """Move tensors computed from shapes, on the CPU, to the device of the other arguments."""
     device = next((a.device for a in arguments if isinstance(a, Tensor) and a.device.type != "cpu"), None)
     return [a.to(device) if isinstance(a, Tensor) and device is not None else a for a in arguments]
 

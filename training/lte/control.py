@@ -1,4 +1,4 @@
-"""How a training reaches the sparsity that is asked for: by the weight of efficiency, and at last by the threshold."""
+"""Steers a training to the requested sparsity: by the weight of the efficiency loss, at the end by the threshold."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from trimtab.training.lte.routers import Select, choose
 
 TOLERANCE = 0.02
-"""How far from the sparsity that was asked for counts as reached."""
+"""Tolerance of the requested sparsity."""
 
-_FALLS = 0.6  # share of the stage within which the density falls to what is asked for
-_GAIN, _DAMPING = 100.0, 20.0  # of log η: by the integral of the error over the stage, and by the error
+_FALLS = 0.6  # share of the stage within which the density falls to its target
+_GAIN, _DAMPING = 100.0, 20.0  # factors of log η, for the integral of the error over the stage and for the error
 _LOWEST, _HIGHEST = 1e-4, 1e4  # η
 _CLOSE = 0.0025  # error of the density at which a threshold is good enough
 _TRIES, _HALVINGS = 4, 30
 
 
 class Controller:
-    """Moves η, the weight of efficiency, so that the density follows a straight line down to what is asked for.
+    """Adapts η, the weight of the efficiency loss, so that the density falls linearly to its target.
 
     Args:
-        density: share of the neurons to compute at the end.
-        eta: to begin with.
+        density: target share of computed neurons.
+        eta: initial η.
 
     Attributes:
-        eta: for the next step.
+        eta: η of the next step.
     """
 
     def __init__(self, density: float, eta: float) -> None:
@@ -36,7 +36,7 @@ class Controller:
         self._first: float | None = None  # density at the beginning
         self._log, self._at = math.log(eta), 0.0
 
-    def wanted(self, at: float) -> float:
+    def target(self, at: float) -> float:
         """Density at the share `at` of the stage."""
         first = 1.0 if self._first is None else self._first
         return first + min(1.0, at / _FALLS) * (self.density - first)
@@ -46,11 +46,11 @@ class Controller:
 
         Args:
             at: share of the stage that is over.
-            density: of the step before.
+            density: density of the previous step.
         """
         if self._first is None:
             self._first = density
-        error = density - self.wanted(at)
+        error = density - self.target(at)
         self._log += _GAIN * max(0.0, at - self._at) * error
         self._log = min(max(self._log, math.log(_LOWEST)), math.log(_HIGHEST))
         self._at = at
@@ -58,11 +58,11 @@ class Controller:
         return self.eta
 
     def state(self) -> dict[str, float | None]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint stores."""
         return {"first": self._first, "log": self._log, "at": self._at, "eta": self.eta}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint has kept."""
+        """Continue from the state of a checkpoint."""
         self._first, self._log, self._at, self.eta = (state[key] for key in ("first", "log", "at", "eta"))
 
 

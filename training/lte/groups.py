@@ -1,4 +1,4 @@
-"""The neurons of each FFN in order of their groups."""
+"""Puts the neurons of each FFN in the order of their groups."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from trimtab.training.lte.routed import Routed
 from trimtab.training.resume import Unfinished
 from trimtab.training.texts import Examples
 
-_TOKENS = 2048  # that say which neurons are needed together
+_TOKENS = 2048  # tokens in the comparison of which neurons are needed together
 
 
 def group(
     routed: Routed, ffns: Sequence[FFNModules], examples: Examples, run: Unfinished, progress: Progress | None
 ) -> None:
-    """Put the neurons of each FFN in order of their groups, in place; the orders are kept for when the run goes on."""
+    """Put the neurons of each FFN in group order, in place. The orders are saved for a resumed run."""
     settings = routed.settings
     run.keep(grouped=True)
     if settings.group == 1:
         return  # any order will do
     places = {ffn.layer: run.folder / f"order.{ffn.layer}.npy" for ffn in ffns}
-    known = {layer for layer, place in places.items() if place.is_file()}
-    needed = needed_neurons(routed, ffns, examples) if settings.group_by == "need" and len(known) < len(ffns) else {}
+    saved = {layer for layer, place in places.items() if place.is_file()}
+    needed = needed_neurons(routed, ffns, examples) if settings.group_by == "need" and len(saved) < len(ffns) else {}
     for number, ffn in enumerate(ffns):
         place = places[ffn.layer]
-        if ffn.layer in known:
+        if ffn.layer in saved:
             order = np.load(place)
         else:
             features = needed[ffn.layer].T - 0.5 if needed else (ffn.gate or ffn.up).weight.T.float().numpy(force=True)
@@ -49,12 +49,12 @@ def group(
 
 
 def needed_neurons(routed: Routed, ffns: Sequence[FFNModules], examples: Examples) -> dict[int, np.ndarray]:
-    """Which neurons a token needs: of the dense model those that add most to the FFN's output, |h| · ‖row of W_down‖.
+    """Which neurons a token needs: those that add most to the dense FFN's output, |h| · ‖row of W_down‖.
 
-    As many are needed as the sparsity leaves.
+    Their number is the share that the sparsity leaves.
 
     Returns:
-        number of the FFN → bool [tokens, d_ff], of some tokens to learn from.
+        number of the FFN → bool [tokens, d_ff], for some training tokens.
     """
     parts: dict[int, list[np.ndarray]] = {ffn.layer: [] for ffn in ffns}
     hooks, was, real = [], routed.training, torch.zeros(0, dtype=torch.bool)

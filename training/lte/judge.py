@@ -1,4 +1,4 @@
-"""How well a routed model does on the held-out texts, as its compiled model would."""
+"""Metrics of a routed model on the held-out texts, computed like in its compiled model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def judge(prediction: EvalPrediction, groups: Sequence[int], kind: Kind) -> dict
     """Metrics for transformers' Trainer.
 
     Args:
-        prediction: what `Routed.forward` returns besides the loss, and labels.
-        groups: of each FFN.
+        prediction: outputs of `Routed.forward` besides the loss, and labels.
+        groups: number of groups of each FFN.
 
     Returns:
         density, the share of each FFN's neurons that is computed; sparsity, the share of all that is not; and accuracy
@@ -34,11 +34,11 @@ def judge(prediction: EvalPrediction, groups: Sequence[int], kind: Kind) -> dict
 
 
 def row(stage: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the history, of the metrics of a look."""
+    """A row of the history with the metrics of one evaluation."""
     loss = float(metrics["eval_loss"])
-    made: dict[str, Any] = {"stage": stage, "step": step, "loss": loss}
+    history_row: dict[str, Any] = {"stage": stage, "step": step, "loss": loss}
     if "eval_accuracy" in metrics:
-        made["accuracy"] = metrics["eval_accuracy"]
+        history_row["accuracy"] = metrics["eval_accuracy"]
     else:
-        made["perplexity"] = math.exp(min(loss, 100.0))
-    return made | {"sparsity": metrics["eval_sparsity"], "density": metrics["eval_density"]}
+        history_row["perplexity"] = math.exp(min(loss, 100.0))
+    return history_row | {"sparsity": metrics["eval_sparsity"], "density": metrics["eval_density"]}

@@ -1,4 +1,4 @@
-"""Each FFN learns by itself, from recorded inputs, to give its own dense outputs with some groups of neurons alone."""
+"""Fits each FFN separately: some groups of its neurons learn to reproduce its dense outputs on recorded inputs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from trimtab.training.lte.routers import Routing
 from trimtab.training.lte.settings import Settings
 
 _ROUTERS = 0.2  # share of an FFN's time in which its router learns, before its weights do
-_ROUTER_RATE = 0.01  # learning rate, which fits standardised inputs
+_ROUTER_RATE = 0.01  # learning rate for standardised inputs
 _ROWS = 512  # tokens per step
 _AT_A_TIME = 4096  # tokens that the dense FFN computes together
-_NUMBERS = 1 << 26  # contributions that are compared at the most: of more, those of every so-manieth token
-_REFIT = 100  # steps after which copies of other weights are fitted to the density again
-_RIDGE = 0.01  # of the inputs' mean variance
-_RARE = 0.01  # share of the tokens that need a group, and that do not, at the least: logits stay finite
+_NUMBERS = 1 << 26  # limit of the contributions that are compared; beyond it, only every n-th token counts
+_REFIT = 100  # steps after which routers of copied weights are fitted to the density again
+_RIDGE = 0.01  # relative to the inputs' mean variance
+_RARE = 0.01  # lower bound of the shares of tokens that need a group and that do not: logits stay finite
 
 
 class LayerFit:
     """The training of one FFN.
 
     Args:
-        routing: of the whole model; its hooks mask the FFN's activations.
-        recorded: of the FFN.
-        density: share of its groups to compute, apart from the best ones of tokens that need none.
+        routing: routers of the whole model; the hooks mask the FFN's activations.
+        recorded: recorded inputs of the FFN.
+        density: share of its groups to compute. A token that needs no group computes its best one in addition.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class LayerFit:
         self._begin()
 
     def run(self, clock: Clock, generator: torch.Generator, progress: Callable[[float], None]) -> tuple[int, float]:
-        """Train until the clock says that the time is over.
+        """Train until the clock ends the run.
 
         Returns:
-            steps, and the relative error ‖y - dense‖² / ‖dense‖² over the recorded tokens by their weights.
+            number of steps, and the relative error ‖y - dense‖² / ‖dense‖² over the weighted recorded tokens.
         """
         weights = [parameter for module in self._ffn.modules.values() for parameter in module.parameters()]
         routers = list(self._router.parameters())
@@ -86,7 +86,7 @@ class LayerFit:
         return step, self._error()
 
     def _some(self, generator: torch.Generator, weighed: bool) -> Tensor:
-        """Numbers of tokens to learn from: at random, or as often as their weights say."""
+        """Indices of random tokens for a step, drawn uniformly or in proportion to their weights."""
         count = min(_ROWS, len(self._x))
         if weighed and self._weights.any():
             some = torch.multinomial(self._weights.cpu(), count, replacement=True, generator=generator)
@@ -96,10 +96,10 @@ class LayerFit:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Fit the router in closed form, so that even one that no step follows tells groups apart.
+        """Fit the router in closed form, so that it also works without a training step.
 
-        Least squares of p(needed | x), around the share p of tokens that need the group; its logit to first order.
-        Copies only want a density.
+        The fit is least squares of p(needed | x) around the share p of tokens that need the group, as a logit to first
+        order. Copy routers only need a density.
         """
         if not isinstance(self._router, LinearRouter):
             self._fit_bias()
@@ -126,7 +126,7 @@ class LayerFit:
 
     @torch.no_grad()
     def _fit_bias(self) -> None:
-        """Move all logits of the router so that the density is reached on the recorded tokens."""
+        """Shift all logits of the router to reach the density on the recorded tokens."""
         if self._routing.select == "threshold":
             logits = torch.cat([self._router(x) for x in self._x.split(_AT_A_TIME)])
             self._router.bias.sub_(fit_cut([logits], "threshold", self._density) - float(self._routing.cut))
@@ -150,11 +150,11 @@ def forward(ffn: FFNModules, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def contributions(ffn: FFNModules, routing: Routing, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense outputs [n, d_model] of an FFN, and how much each group adds to them, [n, groups].
+    """Dense outputs [n, d_model] of an FFN, and the weighted contribution of each group to them, [n, groups].
 
     Args:
         x: inputs, [n, d_model].
-        weights: of the tokens, [n].
+        weights: weights of the tokens, [n].
     """
     routing.mode = "dense"
     norms, outputs, added = rows(ffn.down).norm(dim=1), [], []
@@ -170,7 +170,7 @@ def contributions(ffn: FFNModules, routing: Routing, x: Tensor, weights: Tensor)
 
 
 def least(added: Tensor, density: float) -> Tensor:
-    """Which contribution the share `density` of them reaches."""
+    """The contribution that the share `density` of all contributions reaches."""
     count = max(1, round(density * added.numel()))
     return added.flatten().kthvalue(added.numel() - count + 1).values
 
@@ -178,7 +178,7 @@ def least(added: Tensor, density: float) -> Tensor:
 def densities(
     ffns: Sequence[FFNModules], routing: Routing, recorded: Mapping[int, Recorded], density: float
 ) -> dict[int, float]:
-    """Number of the FFN → its share of groups to compute, so that those that add most to the model's answers are."""
+    """Number of the FFN → its share of groups to compute: the groups with the largest contributions in all FFNs."""
     added = {}
     numbers = sum(len(recorded[ffn.layer].x) * ffn.d_ff // routing.group for ffn in ffns)
     step = -(-numbers // _NUMBERS)

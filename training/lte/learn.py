@@ -31,7 +31,7 @@ from trimtab.training.lte.routed import Routed
 from trimtab.training.lte.settings import Settings
 from trimtab.training.lte.stages import METHOD, LTEStages
 from trimtab.training.profiled import write_profile
-from trimtab.training.stages import begin, told
+from trimtab.training.stages import begin, settings_record
 
 RECORD = f"{METHOD}.json"
 """In the folder of a trained model: how it came about, and how well it does."""
@@ -63,7 +63,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     examples = read_examples(source, checkpoint, model, job.dataset, settings, METHOD)
     modules = find_ffns(model, ffns)
     run = begin(job, checkpoint, settings, METHOD)
-    with run.held():
+    with run.released_on_error():
         routed = Routed(model, modules, settings, kind).to(best_device())
         group(routed, modules, examples, run, job.progress)
         stages = LTEStages(routed, settings, settings.shares(), examples, run, job.progress)
@@ -71,7 +71,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
         record = stages.run(start)
     if not is_first_process():
         return None
-    record |= told(job, settings) | {
+    record |= settings_record(job, settings) | {
         "ffns": [ffn.layer for ffn in modules], "routers": settings.learns_routers,
         "reached": not settings.learns_routers or abs(record["sparsity"] - settings.sparsity) <= TOLERANCE,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the FFNs of a model read, recorded on texts, and how much hangs on what each token gets from them."""
+"""Records the inputs of a model's FFNs on texts, and how much the model's answers depend on FFN outputs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trimtab.training.lte.router import LinearRouter
 from trimtab.training.texts import Examples
 
 _WEIGHTS = "weights.safetensors"
-_FEWEST = 64  # tokens, from which no router can learn
+_FEWEST = 64  # minimum number of tokens that a router can learn from
 
 
 class Recorded(NamedTuple):
-    """Of one FFN.
+    """Recorded inputs of one FFN.
 
     Attributes:
         x: inputs, [n, d_model], float32.
-        weights: mean square of the slopes of the model's answers by the FFN's output of each token, [n], float32. The
-            answers of a classifier hang on few tokens of its last layers. Of a language model each token is an answer,
-            and all have the mean weight; 1 where no slopes are known.
+        weights: mean square of the gradients of the model's answers by each token's FFN output, [n], float32. The
+            answers of a classifier depend on few tokens of its last layers. In a language model each token is an
+            answer, and all tokens have the mean weight. All weights are 1 if no gradients are recorded.
     """
 
     x: np.ndarray
@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
 
 
 def batches_of(examples: Examples, tokens: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the first samples to learn from, which have about so many tokens; the same at each call."""
+    """Batches of the first training samples with about `tokens` tokens; the same at each call."""
     if examples.lengths is None:
         samples = math.ceil(tokens / len(examples.train[0]))
     else:
@@ -48,13 +48,13 @@ def batches_of(examples: Examples, tokens: int, batch_size: int) -> Iterator[dic
 
 
 def real_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Which tokens of a batch are no padding, bool, [batch * tokens]."""
+    """Which tokens of a batch are not padding, bool, [batch * tokens]."""
     mask = batch.get("attention_mask")
     return (torch.ones_like(batch["input_ids"]) if mask is None else mask).reshape(-1) != 0
 
 
 def to_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A batch where `model` is."""
+    """The batch on the device of `model`."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -63,14 +63,14 @@ def record_inputs(
     routed: Routed, ffns: Sequence[FFNModules], examples: Examples, tokens: int, folder: Path | None = None, *,
     weighed: bool = False,
 ) -> dict[int, Recorded]:  # fmt: skip
-    """What each FFN of the dense model reads: number of the FFN → at most `tokens` rows.
+    """Record the inputs of each FFN of the dense model: number of the FFN → at most `tokens` rows.
 
     Args:
-        folder: keeps them in files, from where parts are read that are used; an earlier recording there is taken.
-        weighed: tell how much hangs on each, too; else all weigh 1.
+        folder: folder of files that store the inputs, read in parts; an earlier recording there is reused.
+        weighed: also record the tokens' weights; else all weights are 1.
 
     Raises:
-        DataError: far too few tokens.
+        DataError: the texts have too few tokens.
     """
     done = None if folder is None else folder / "recorded"
     if done is not None and done.is_file():

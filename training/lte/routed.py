@@ -28,15 +28,14 @@ class Routed(nn.Module):
     Args:
         model: its FFNs get hooks.
         ffns: of the model, their neurons in order of the groups.
-        kind: what it learns.
+        kind: kind of the model, which decides its loss.
 
     Attributes:
         routing: the routers.
         stage: see `enter`.
         eta: weight of efficiency in the loss of the soft stage.
         lambda_: weight of separability.
-        density: share of the groups that the last forward pass in training chose, or would choose; None in its place
-            before there was one.
+        density: share of the groups that the last forward pass in training chose, or would choose; None before it.
     """
 
     def __init__(self, model: PreTrainedModel, ffns: Sequence[FFNModules], settings: Settings, kind: Kind) -> None:
@@ -53,8 +52,8 @@ class Routed(nn.Module):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether it can be told how much hangs on what each FFN gives: a run of `layerwise` alone goes backward
-        through no language model, which may be too large for that."""
+        """Whether gradients by the FFNs' outputs are available. A run of `layerwise` alone does not compute them for a
+        language model, which may be too large for a backward pass."""
         return self.kind == "classifier" or bool(self.settings.soft or self.settings.hard)
 
     def teach(self, teacher: Routed) -> None:
@@ -63,14 +62,14 @@ class Routed(nn.Module):
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def adapt(self) -> None:
-        """Have adapters learn in place of the weights, if the settings say so, until `merge`."""
+        """Train adapters instead of the weights until `merge`, if the settings have a LoRA rank."""
         if self.settings.lora_rank:
             torch.manual_seed(self.settings.seed)
             self._adapters = Adapters(self.model, self.settings.lora_rank)
             self.routing.mask({layer: self._adapters.around(down) for layer, down in self._downs.items()})
 
     def merge(self) -> None:
-        """Put into the weights what adapters have learned."""
+        """Merge the adapters into the weights."""
         if self._adapters is not None:
             self._adapters.merge()
             self._adapters = None
@@ -84,7 +83,7 @@ class Routed(nn.Module):
         self.routing.requires_grad_(stage == "soft")
 
     def groups(self) -> list[dict[str, Any]]:
-        """What learns in this stage, for an optimizer: matrices decay, routers have a rate of their own."""
+        """Parameter groups of this stage for an optimizer: only matrices decay, and routers have their own rate."""
         settings, parameters = self.settings, [p for p in self.model.parameters() if p.requires_grad]
         rate = settings.lr * (1.0 if self._adapters is None else RATE)
         learning = [
@@ -186,9 +185,9 @@ class Routed(nn.Module):
 
 
 def _part_tied(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Copy all but the first of tensors that share their memory, as tied embeddings do: safetensors refuses them."""
-    known: set[int] = set()
+    """Copy all but the first of tensors that share memory, such as tied embeddings: safetensors refuses them."""
+    seen: set[int] = set()
     for name, tensor in state.items():
-        if tensor.data_ptr() in known:
+        if tensor.data_ptr() in seen:
             state[name] = tensor.clone()
-        known.add(tensor.data_ptr())
+        seen.add(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""What scores the groups of one FFN's neurons while a model learns; as `trimtab.passes.ffn_route` computes it."""
+"""Routers in training, which score the groups of one FFN's neurons like `trimtab.passes.ffn_route`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from trimtab.training.activations import ACTIVATIONS
 from trimtab.training.linears import FFNModules, Projection, rows
 from trimtab.training.rounding import rounded_blocks
 
-_START = 2.0  # logit of every score at first, 0.88: all groups are on, and sigmoid still has a slope there
-_LEAST = 1e-12  # of a contribution, so that its logarithm is finite
+_START = 2.0  # initial logit; the score is 0.88: all groups are on, and the sigmoid still has a slope
+_LEAST = 1e-12  # lower bound of a contribution, so that its logarithm is finite
 
 
 class Router(nn.Module, ABC):
@@ -31,21 +31,25 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def tensors(self, cut: float) -> dict[str, np.ndarray]:
-        """As the pass `ffn-route` reads them, of inputs as they are; `cut` is what logits have to reach."""
+        """The tensors that the pass `ffn-route` reads, for inputs that are not standardised.
+
+        Args:
+            cut: logit from which on a group is computed.
+        """
 
     def rate(self, lr: float) -> float:
-        """Of its parameters in the soft stage: so that a step of Adam moves the logits of any router alike."""
+        """Learning rate of the router in the soft stage: a step of Adam moves the logits of all routers equally."""
         return lr
 
     @abstractmethod
     def restore(self, learned: Mapping[str, np.ndarray]) -> None:
-        """Become what `tensors` has written, with a cut of 0."""
+        """Load tensors written by `tensors`, with a cut of 0."""
 
 
 class LinearRouter(Router):
     """A linear layer on standardised inputs.
 
-    Standardised, one learning rate fits all models: a step of Adam moves logits by about lr · √d_model.
+    With standardised inputs, one learning rate suits all models: a step of Adam moves logits by about lr · √d_model.
     """
 
     mean: Tensor
@@ -59,14 +63,14 @@ class LinearRouter(Router):
         self.register_buffer("scale", torch.full((d_model,), d_model**-0.5))
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take inputs of this mean and standard deviation, [d_model] each; features that are constant count for 0."""
+        """Set the inputs' mean and standard deviation, [d_model] each. Constant features are ignored."""
         usual = deviation.mean()
         scale = torch.where(deviation > 1e-4 * usual, 1 / deviation, torch.zeros_like(deviation))
         self.mean.copy_(mean)
         self.scale.copy_(scale * len(mean) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [..., groups], float32, of x [..., d_model]; an engine computes them in float32, too."""
+        """Logits [..., groups] for x [..., d_model], in float32 like in an engine."""
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear((x.float() - self.mean) * self.scale, self.weight, self.bias)
 
@@ -83,10 +87,10 @@ class LinearRouter(Router):
 
 
 class CopyRouter(Router):
-    """log of what a group is guessed to add, Σ |ĥ| · ‖row of W_down‖ by int4 copies of up and gate, and a bias.
+    """Logit = log of a group's estimated contribution, Σ |ĥ| · ‖row of W_down‖ with int4 copies of up and gate, + bias.
 
-    The copies are those of the weights as they are: what these learn, the router follows. Until a density is fitted the
-    scores mean nothing.
+    The copies are those of the current weights, so the router follows their training. The scores are meaningless until
+    a density is fitted.
     """
 
     sizes: Tensor | None
@@ -101,7 +105,7 @@ class CopyRouter(Router):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., groups] of x [..., d_model]; only the bias has a gradient.
 
-        Guesses are in the precision of autocast, where that is on: they are rounded to int4 anyway.
+        Estimates use the precision of autocast, if it is on, as the weights are rounded to int4 anyway.
         """
         (ffn,) = self._ffn
         with torch.no_grad():
@@ -130,7 +134,7 @@ class CopyRouter(Router):
 
 
 def _guess(projection: Projection, x: Tensor) -> Tensor:
-    """The outputs of a projection by its int4 copy."""
+    """The outputs of a projection, computed with its int4 copy."""
     weight, bias = projection.weight.T, projection.bias
     block = fit_block(BLOCK, weight.shape[1])
     return functional.linear(x, (weight if block is None else rounded_blocks(weight, block)).to(x.dtype), bias)

@@ -1,4 +1,4 @@
-"""The routers of a model at work: which groups their scores choose, and the masks that follow."""
+"""The routers of a model during training: the groups that their scores choose, and the masks of activations."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Form = Literal["linear", "copy"]
 Select = Literal["threshold", "cumulative"]
 
 THRESHOLD = 0.5
-"""τ: groups of this score or more are computed."""
-_SHARE = 0.95  # of cumulative selection at first, as in the derivative of LTE for openPangu
+"""τ: groups with at least this score are computed."""
+_SHARE = 0.95  # initial share of cumulative selection, as in openPangu's variant of LTE
 
 
 def choose(logits: Tensor, select: Select, cut: float | Tensor) -> Tensor:
-    """Which groups are computed, bool, of logits [..., groups]: at least the best one.
+    """Which groups are computed for logits [..., groups], bool; at least the best one.
 
     Args:
-        select: "threshold": those whose logit is `cut` or more. "cumulative": the best ones, in falling order of their
-            scores, until the share `cut` of the sum of all scores is reached.
+        select: "threshold": groups whose logit is at least `cut`. "cumulative": the best groups in descending order of
+            scores, until their sum reaches the share `cut` of the sum of all scores.
     """
     best = logits.argmax(-1, keepdim=True)
     if select == "threshold":
@@ -37,24 +37,24 @@ def choose(logits: Tensor, select: Select, cut: float | Tensor) -> Tensor:
     scores = logits.sigmoid()
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    wanted = before < cut * scores.sum(-1, keepdim=True)
-    return torch.zeros_like(wanted).scatter_(-1, order, wanted).scatter_(-1, best, True)
+    selected = before < cut * scores.sum(-1, keepdim=True)
+    return torch.zeros_like(selected).scatter_(-1, order, selected).scatter_(-1, best, True)
 
 
 class Routing(nn.Module):
-    """The routers of a model, at work between up and down projections.
+    """The routers of a model, which mask activations between up and down projections.
 
     Args:
-        ffns: of the model, whose modules get hooks.
+        ffns: FFNs of the model; their modules get hooks.
         group: neurons per group.
 
     Attributes:
         routers: number of the FFN → its router.
-        cut: what `choose` takes; of "threshold" subtracted from the logits of soft masks, too.
-        mode: "dense" lets all pass; "hard" multiplies activations by 1 for chosen groups and 0 for the others; "soft"
-            does so, too, where `masks` is "straight", and gives scores the gradient of these numbers, of groups that
-            are not chosen as well; where it is "scores", it multiplies activations by scores.
-        logits: of the last forward pass, number of the FFN → [..., groups].
+        cut: argument of `choose`. With "threshold" it is also subtracted from the logits of soft masks.
+        mode: "dense" masks nothing. "hard" multiplies activations by 1 for chosen groups and by 0 for others. "soft"
+            with masks "straight" computes the same, and passes gradients to the scores of all groups; with masks
+            "scores" it multiplies activations by scores.
+        logits: number of the FFN → logits of the last forward pass, [..., groups].
     """
 
     cut: Tensor
@@ -70,22 +70,22 @@ class Routing(nn.Module):
         self.logits: dict[str, Tensor] = {}
         self._masks: list[RemovableHandle] = []
         for ffn in ffns:
-            # bound methods go along where the model is copied
+            # bound methods are copied with the model
             ffn.up.module.register_forward_pre_hook(partial(self._read, str(ffn.layer)))
         self.mask({ffn.layer: ffn.down for ffn in ffns})
 
     def mask(self, downs: Mapping[int, nn.Module]) -> None:
-        """Mask what these modules read, number of the FFN → its down projection, and no longer what others do."""
+        """Mask the inputs of these modules, number of the FFN → its down projection, instead of earlier ones."""
         for handle in self._masks:
             handle.remove()
         self._masks = [down.register_forward_pre_hook(partial(self._mask, str(layer))) for layer, down in downs.items()]
 
     @classmethod
     def of(cls, ffns: Sequence[FFNModules], learned: Mapping[str, np.ndarray]) -> Routing:
-        """Routers that were learned before, frozen and at work: hard masks.
+        """Routers from an earlier training, frozen, with hard masks.
 
         Args:
-            learned: as `tensors` gives them; FFNs without a router compute all groups.
+            learned: tensors in the format of `tensors`. FFNs without a router compute all groups.
         """
         of = {ffn.layer: _part(learned, f"router.{ffn.layer}.") for ffn in ffns}
         routed = [ffn for ffn in ffns if of[ffn.layer]]
@@ -101,17 +101,17 @@ class Routing(nn.Module):
         return routing.requires_grad_(False)
 
     def router(self, layer: int | str) -> Router:
-        """Of the FFN of this number."""
+        """The router of the FFN with this number."""
         router = self.routers[str(layer)]
         assert isinstance(router, Router)
         return router
 
     def begin(self) -> None:
-        """Forget the last forward pass."""
+        """Drop the logits of the last forward pass."""
         self.logits = {}
 
     def scores(self, logits: Tensor) -> Tensor:
-        """G(x), 0 to 1, of logits [..., groups]."""
+        """Scores G(x), 0 to 1, for logits [..., groups]."""
         return (logits - self.cut).sigmoid() if self.select == "threshold" else logits.sigmoid()
 
     def chosen(self, logits: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ class Routing(nn.Module):
         return choose(logits, self.select, self.cut)
 
     def soft_mask(self, logits: Tensor) -> Tensor:
-        """What the soft stage multiplies activations by, [..., groups]; its gradient is that of the scores."""
+        """The soft stage's factor of activations, [..., groups]; its gradient is that of the scores."""
         scores = self.scores(logits)
         return scores if self.masks == "scores" else self.chosen(logits) + (scores - scores.detach())
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """As the pass `ffn-route` reads them from a Profile, float32."""
+        """The tensors that the pass `ffn-route` reads from a Profile, float32."""
         by_threshold = self.select == "threshold"
         cut = float(self.cut)
         named = {"threshold": np.array([THRESHOLD], np.float32)} if by_threshold else {}
@@ -153,5 +153,5 @@ def _router(form: Form, ffn: FFNModules, group: int) -> Router:
 
 
 def _part(learned: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors whose names begin so, by the rest of them."""
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): learned[name] for name in learned if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""How to train routers, apart from torch: the command line reads it too."""
+"""Settings of router training. The command line reads them, so this module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARED = {name: Pyramid.model_fields[name].description for name in ("fine_tune"
 
 
 class Settings(Common):
-    """How to train the stages of LTE (arXiv 2402.06126), behind one that learns each FFN by itself."""
+    """Settings of LTE's stages (arXiv 2402.06126), and of the stage before them, which fits each FFN separately."""
 
     sparsity: float = Field(
         0.5, ge=0, lt=1, description="Share of the FFNs' neurons that are left out, over all layers and tokens."
@@ -81,6 +81,6 @@ class Settings(Common):
 
     def shares(self) -> dict[str, float]:
         """Stage → its share of the run, of those that run; they add up to 1."""
-        given = {name: float(getattr(self, name) or 0.0) for name in STAGES}
-        total = sum(given.values())
-        return {name: share / total for name, share in given.items() if share}
+        weights = {name: float(getattr(self, name) or 0.0) for name in STAGES}
+        total = sum(weights.values())
+        return {name: share / total for name, share in weights.items() if share}

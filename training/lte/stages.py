@@ -1,4 +1,4 @@
-"""The stages of one run: dense fine-tuning, each FFN by itself, soft masks, hard masks."""
+"""The stages of one run: dense fine-tuning, fitting FFN by FFN, soft masks, hard masks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from trimtab.training.lte.settings import STAGES
 from trimtab.training.stages import FollowStage, Stages
 
 METHOD = "lte"
-_SOME = 2048  # tokens by which thresholds are set, and the inputs of routers standardised
-_SEPARATES = 0.4  # share of the soft stage from which separability grows: before, it would hold groups where they are
+_SOME = 2048  # tokens that set thresholds and standardise the routers' inputs
+_SEPARATES = 0.4  # share of the soft stage from which separability grows: earlier it would freeze the choice of groups
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class LTEStages(Stages):
     }  # fmt: skip
 
     ffns: Sequence[FFNModules] = ()
-    """Of the model; set by whoever makes it."""
+    """The FFNs of the model, set by the caller."""
 
     def enter(self, stage: str) -> None:
         self.model.enter("fine_tune" if stage == "before" else stage)
@@ -54,7 +54,7 @@ class LTEStages(Stages):
         return row(stage, step, metrics)
 
     def behind(self, stage: str) -> None:
-        """Later stages learn from the model behind `fine_tune`, and the inputs of its FFNs scale the routers."""
+        """After `fine_tune`, the model becomes the teacher, and the inputs of its FFNs standardise the routers."""
         left = {"layerwise", "soft", "hard"} & (self.shares.keys() - self.done.keys())
         if stage != "fine_tune" or not left:
             return
@@ -74,10 +74,10 @@ class LTEStages(Stages):
         return FollowRouted
 
     def trim(self) -> float:
-        """Move the threshold so that the share of neurons that was asked for is computed on some texts to learn from.
+        """Move the threshold so that the requested share of neurons is computed on some training texts.
 
         Returns:
-            the share that is.
+            the share that is reached.
         """
         model, was = self.model, self.model.training
         model.eval()
@@ -98,7 +98,7 @@ class LTEStages(Stages):
         return reached
 
     def _layerwise(self, start: float) -> float:
-        """Fit FFN by FFN; each is kept when it is ready, and a run that was killed goes on with the next."""
+        """Fit FFN by FFN. Each fitted FFN is saved, and a killed run resumes with the next one."""
         stage, scratch, seconds = "layerwise", self.scratch("layerwise"), time.monotonic()
         trainer, look = self.first_look(stage)
         files = scratch if is_first_process() else None  # two processes must not write the same ones
@@ -130,17 +130,17 @@ class LTEStages(Stages):
         self.trim()
         self.enter(stage)
         metrics = trainer.evaluate()
-        made = self.checked_row(stage, min(fewest), metrics) | {"errors": errors}
+        last_row = self.checked_row(stage, min(fewest), metrics) | {"errors": errors}
         log.info("lte: %d FFNs fitted in %.0f s", len(errors), time.monotonic() - seconds)
-        self.finish(stage, min(fewest), [made], start)
+        self.finish(stage, min(fewest), [last_row], start)
         return start
 
     def _densities(self, recorded: Mapping[int, Recorded], file: Path) -> dict[int, float]:
-        """Number of the FFN → its share of neurons; the same for all where no slopes tell them apart."""
+        """Number of the FFN → its share of neurons; the same share for all FFNs if no gradients are recorded."""
         even = 1 - self.settings.sparsity
         if not self.model.has_slopes:
             return {ffn.layer: even for ffn in self.ffns}
-        if file.is_file():  # FFNs may have learned since
+        if file.is_file():  # FFNs may have changed since, so the shares are not computed again
             return {int(layer): share for layer, share in json.loads(file.read_text()).items()}
         shares = densities(self.ffns, self.model.routing, recorded, even)
         if is_first_process():
@@ -172,7 +172,7 @@ class LTEStages(Stages):
 
 
 class FollowRouted(FollowStage):
-    """Moves the weights of the losses in the soft stage, and the threshold wherever masks are hard."""
+    """Adapts the weights of the losses in the soft stage, and the threshold in stages with hard masks."""
 
     stages: LTEStages
 
@@ -209,8 +209,8 @@ class FollowRouted(FollowStage):
             self.stages.trim()
 
     def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        made = super().row(step, metrics)
-        return made if self.controller is None else made | {"eta": self.stages.model.eta}
+        history_row = super().row(step, metrics)
+        return history_row if self.controller is None else history_row | {"eta": self.stages.model.eta}
 
     def state(self) -> dict[str, Any]:
         state = super().state()
@@ -220,7 +220,7 @@ class FollowRouted(FollowStage):
 
 
 def _over_processes(density: float) -> float:
-    """The mean over all processes of a training, so that all weigh the losses alike."""
+    """The mean over all processes of a training, so that all processes use the same weights of losses."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return density
     mean = torch.tensor(density, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""magic-pyramid: a classifier whose unimportant tokens leave on the way up, and whose samples leave once it is sure."""
+"""magic-pyramid: a classifier that prunes tokens layer by layer, and answers samples at the first sure exit."""

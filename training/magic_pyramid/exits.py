@@ -1,4 +1,4 @@
-"""Exits: small classifiers behind the layers, of which each is sure of some samples."""
+"""Exits: small classifiers after the layers, each of which answers the samples that it is sure of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a pyramid does on the held-out texts, as its compiled model would."""
+"""Metrics of a pyramid on the held-out texts, computed like in its compiled model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def judge(prediction: EvalPrediction) -> dict[str, Any]:
 
 
 def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """What `logits` [samples, classes] are to be divided by, so that their probabilities can be believed.
+    """The temperature that calibrates the probabilities of `logits` [samples, classes]: logits are divided by it.
 
-    Guo et al. 2017 ("On calibration of modern neural networks", arXiv 1706.04599), section 4.2. One threshold then
-    means the same at all exits.
+    Guo et al. 2017 ("On calibration of modern neural networks", arXiv 1706.04599), section 4.2. With calibrated exits
+    one threshold has the same meaning at all exits.
     """
 
     def surprise(log_temperature: float) -> float:
@@ -48,15 +48,15 @@ def _temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def row(stage: str, step: int, metrics: Mapping[str, Any], *, pruned: bool, left: bool) -> dict[str, Any]:
-    """A row of the history, of the metrics of a look.
+    """A row of the history with the metrics of one evaluation.
 
     Args:
-        pruned: there are thresholds.
+        pruned: the model prunes by thresholds.
         left: exits have learned.
     """
-    found = {"stage": stage, "step": step, "loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+    history_row = {"stage": stage, "step": step, "loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
     if pruned:
-        found["kept"] = metrics["eval_kept"]
+        history_row["kept"] = metrics["eval_kept"]
     if left:
-        found["exits"], found["temperatures"] = metrics["eval_exits"], metrics["eval_temperatures"]
-    return found
+        history_row["exits"], history_row["temperatures"] = metrics["eval_exits"], metrics["eval_temperatures"]
+    return history_row

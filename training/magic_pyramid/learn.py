@@ -1,4 +1,4 @@
-"""The stages of a pyramid, one after the other; a run that was killed goes on where its last checkpoint is."""
+"""The stages of a pyramid, one after the other. A killed run resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trimtab.training.magic_pyramid.pyramid import Pyramid
 from trimtab.training.magic_pyramid.quantiles import fit_thresholds
 from trimtab.training.magic_pyramid.result import summary, write_result
 from trimtab.training.magic_pyramid.settings import METHOD, STAGES, Settings
-from trimtab.training.stages import Stages, begin, told
+from trimtab.training.stages import Stages, begin, settings_record
 from trimtab.training.texts import labelled
 
 _QUANTILES_OF = 256  # texts
@@ -40,7 +40,7 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     """Train a classifier to a pyramid.
 
     Returns:
-        Of several processes the first has it; the others return None.
+        the result in the first of several processes, None in the others.
 
     Raises:
         ModelError, DataError: model or data do not fit.
@@ -51,11 +51,11 @@ def learn(job: Job, settings: Settings) -> Trained | None:
     checkpoint = read_checkpoint(Path(job.model), allow_pickle=job.allow_pickle)
     set_seed(settings.seed)
     classifier = load_classifier(checkpoint, job.dataset, allow_pickle=job.allow_pickle)
-    most = token_limit(checkpoint.model, checkpoint.config)
-    tokenizer = load_tokenizer(open_tokenizer_folder(checkpoint), most)
+    token_count_limit = token_limit(checkpoint.model, checkpoint.config)
+    tokenizer = load_tokenizer(open_tokenizer_folder(checkpoint), token_count_limit)
     examples = labelled(
         job.dataset, tokenizer, classifier.names, int(classifier.model.config.num_labels or 0),
-        min(settings.max_tokens, most or settings.max_tokens), np.random.default_rng(settings.seed),
+        min(settings.max_tokens, token_count_limit or settings.max_tokens), np.random.default_rng(settings.seed),
     )  # fmt: skip
     assert examples.lengths is not None
     pyramid = Pyramid(classifier.model, settings, float(examples.lengths.mean()))
@@ -70,12 +70,12 @@ def learn(job: Job, settings: Settings) -> Trained | None:
             hint="learn them (--soft 1), or take them from quantiles (--keep)",
         )
     run = begin(job, checkpoint, settings, METHOD)
-    with run.held():
+    with run.released_on_error():
         stages = PyramidStages(pyramid, settings, settings.shares(classifier.new_head), examples, run, job.progress)
         record = stages.run(start)
     if not is_first_process():
         return None
-    record |= told(job, settings) | {"layers": pyramid.layers}
+    record |= settings_record(job, settings) | {"layers": pyramid.layers}
     write = run.writer(lambda out: write_result(pyramid, checkpoint, record, job, out))
     return Trained(record, summary(record, job.out), write)
 
@@ -106,12 +106,12 @@ class PyramidStages(Stages):
         return row(stage, step, metrics, pruned=self._pruned, left=self._left)
 
     def skip(self, stage: str) -> None:
-        """Thresholds that nothing has to learn take the place of the stage `soft`."""
+        """Replace the stage `soft` by thresholds from quantiles."""
         if stage == "soft" and self.settings.takes_quantiles:
             fit_thresholds(self.model, self._some, self.settings.keep)
 
     def behind(self, stage: str) -> None:
-        """What the model answers behind `fine_tune` is what it learns from later."""
+        """After `fine_tune`, the model becomes the teacher of later stages."""
         taught = {"soft", "hard"} & (self.shares.keys() - self.done.keys())
         if stage == "fine_tune" and self.settings.distil and taught:
             self.model.teach(copy.deepcopy(self.model))

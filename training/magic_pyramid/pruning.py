@@ -1,4 +1,4 @@
-"""Tokens that leave on the way up, by learned thresholds of the attention that they receive.
+"""Prunes tokens layer by layer, by learned thresholds of the attention that they receive.
 
 Kim et al. 2022 ("Learned token pruning for transformers", arXiv 2107.00910). The importance of a token in a layer is
 the attention that it receives there, averaged over heads and queries; only tokens that entered the layer count, so
@@ -100,10 +100,10 @@ class Pruning(nn.Module):
 
         The sample that keeps most tokens says how many there are; others are padded.
         """
-        most = states.shape[1] if self.mode == "dense" or self._soft() else int(self._stay.sum(-1).max())
-        if most == states.shape[1]:
+        max_staying = states.shape[1] if self.mode == "dense" or self._soft() else int(self._stay.sum(-1).max())
+        if max_staying == states.shape[1]:
             return states
-        places = self._stay.argsort(dim=-1, descending=True, stable=True)[:, :most]
+        places = self._stay.argsort(dim=-1, descending=True, stable=True)[:, :max_staying]
         self._stay = self._real = self._stay.gather(1, places)
         self._log_stay = torch.zeros_like(self._stay)
         return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))

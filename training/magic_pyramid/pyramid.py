@@ -1,4 +1,4 @@
-"""The model that learns: a classifier, thresholds behind its layers' attention, and exits behind its layers."""
+"""The model in training: a classifier, thresholds after its layers' attention, and exits after its layers."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Pyramid(nn.Module):
 
     @property
     def prunes(self) -> bool:
-        """Whether there are thresholds, once the run is over."""
+        """Whether the model has thresholds at the end of the run."""
         return self.settings.makes_thresholds or self._had_thresholds
 
     def go_on(self, learned: Mapping[str, np.ndarray]) -> None:
-        """Begin with what an earlier run learned, as far as it is of the same form.
+        """Start from the tensors of an earlier run that have the same form.
 
         Args:
-            learned: as `learned_tensors` gives it.
+            learned: tensors in the format of `learned_tensors`.
         """
         thresholds = learned.get("thresholds")
         if thresholds is not None and len(thresholds) == self.layers:
@@ -200,20 +200,22 @@ class Pyramid(nn.Module):
         return (1 - weight) * loss + weight * divergence(logits, dense, 1.0).mean()
 
     def groups(self) -> list[dict[str, Any]]:
-        """What learns in this stage, for an optimizer: matrices decay, thresholds have a rate of their own."""
+        """Parameter groups of this stage for an optimizer: only matrices decay, and thresholds have their own rate."""
         settings = self.settings
-        found: list[dict[str, Any]] = []
+        parameter_groups: list[dict[str, Any]] = []
         if self.stage != "exits":
-            found += _decaying(self.model, settings.lr, settings.weight_decay)
+            parameter_groups += _decaying(self.model, settings.lr, settings.weight_decay)
         if self.exits_learn:
-            found += _decaying(self.exits, settings.exit_lr, settings.weight_decay)
+            parameter_groups += _decaying(self.exits, settings.exit_lr, settings.weight_decay)
         if self.stage == "soft":
-            found.append({"params": [self.pruning.multiples], "lr": settings.threshold_lr, "weight_decay": 0.0})
-        return found
+            parameter_groups.append(
+                {"params": [self.pruning.multiples], "lr": settings.threshold_lr, "weight_decay": 0.0}
+            )
+        return parameter_groups
 
 
 def _decaying(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of the parameters of `module`, of which matrices decay alone."""
+    """Parameter groups of `module`; only matrices decay."""
     parameters = list(module.parameters())
     return [
         {"params": [p for p in parameters if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},

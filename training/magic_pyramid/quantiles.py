@@ -1,4 +1,4 @@
-"""Thresholds that nothing has to learn: quantiles of what tokens receive, layer by layer, on texts that there are."""
+"""Thresholds without training: quantiles of the attention that tokens receive, layer by layer, on training texts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Feeds = dict[str, Any]
 
 
 def shares(keep: float, layers: int) -> np.ndarray:
-    """What stays behind each layer: each lets the same share of its tokens go, and the mean over layers is `keep`."""
+    """Share of tokens that stays after each layer. Each layer removes the same share, and the mean of all is `keep`."""
     numbers = np.arange(1, layers + 1)
     ratio = brentq(lambda r: float(np.mean(r**numbers)) - keep, 0.0, 1.0)
     return np.asarray(ratio**numbers)
 
 
 def fit_thresholds(pyramid: Pyramid, batches: Callable[[], Iterable[Feeds]], keep: float) -> None:
-    """Set the thresholds of `pyramid`, in place, so that of all tokens the share `keep` stays, over all layers.
+    """Set the thresholds of `pyramid`, in place, so that the share `keep` of tokens stays, over all layers.
 
-    A layer's threshold is found with those before it at work, since importance depends on who else is there.
+    A layer's threshold is fitted with the earlier thresholds applied, since importance depends on the other tokens.
 
     Args:
         batches: arguments of `Pyramid.forward`, the same at each call.

@@ -1,4 +1,4 @@
-"""What a pyramid leaves behind: the folder of a new model, with a Profile in it."""
+"""The result of a pyramid: the folder of a new model, with its Profile."""
 
 from __future__ import annotations
 

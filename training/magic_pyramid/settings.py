@@ -1,4 +1,4 @@
-"""How to train a pyramid, apart from torch: the command line reads it too."""
+"""Settings of a pyramid's training. The command line reads them, so this module does not import torch."""
 
 from __future__ import annotations
 

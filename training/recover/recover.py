@@ -1,4 +1,4 @@
-"""recover: a short distillation of a rewritten model from its dense self.
+"""recover: a short distillation of a rewritten model from its dense original.
 
 Outputs are compared as in Hinton et al. 2015 ("Distilling the knowledge in a neural network"), the blocks' states as in
 Jiao et al. 2020 ("TinyBERT", equation 8, scaled per token).
@@ -36,17 +36,16 @@ def recover(
     source: Source, recipe: Recipe, dataset: Dataset, profile: Profile, settings: Settings, *,
     capability: Capability | None = None, progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
-    """Train the model that the recipe's passes before `recover` make, to do as the dense one does.
+    """Train the model after the recipe's passes before `recover` to reproduce the dense model's outputs.
 
-    Where a pass behind `recover` rounds the operands of products, the student learns with them rounded, so that what it
-    learns is good after that pass.
+    If a pass after `recover` rounds the operands of products, the student is trained with rounded operands.
 
     Args:
-        dataset: to learn from, its labels only if they weigh; 5 % of it, at most 512 samples, are held out, and the
-            weights that do best on them are returned, be it those of the beginning.
-        profile: what those passes need. It is not changed.
-        capability: of the target, as the passes will see it when the model is compiled.
-        progress: is called with (what, done, total).
+        dataset: training data; labels are read only with a weight. 5 % of it, at most 512 samples, are held out. The
+            weights with the best held-out result are returned, which may be the initial ones.
+        profile: the Profile that those passes need. It is not changed.
+        capability: capability of the target at compile time.
+        progress: called with (what, done, total).
 
     Returns:
         `profile` with the learned initializers.

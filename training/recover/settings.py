@@ -1,4 +1,4 @@
-"""How to distil, apart from torch: the command line reads it too."""
+"""Settings of distillation. The command line reads them, so this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.training.contract import Settings as Common
 
 
 class Settings(Common):
-    """How to distil a rewritten model from its dense self."""
+    """Settings for distilling a rewritten model from its dense original."""
 
     train: Literal["all", "ffn"] = Field(
         "all", description="Weights to train: all but embeddings, or those of the FFNs alone."

@@ -1,1 +1,1 @@
-"""topk: fine-tune a model whose FFNs keep the activations of the top-k neurons of each token alone (HiRE)."""
+"""topk: fine-tune a model whose FFNs keep only the activations of each token's top-k neurons (HiRE)."""

@@ -1,4 +1,4 @@
-"""Density over a run: it falls as the clock goes, and the learning rate with it."""
+"""Density schedule of a run: the density falls as the clock advances, like the learning rate."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Anneal(Follow):
     """Sets the density before each step.
 
     Args:
-        density: at the end.
-        ramp: share of the run over which it falls.
+        density: density at the end.
+        ramp: share of the run over which the density falls.
     """
 
     def __init__(self, ffns: SparseFFNs, density: float, ramp: float, clock: Clock, progress: Progress | None) -> None:

@@ -1,4 +1,4 @@
-"""Which modules of a torch model are the down projections of its FFNs."""
+"""Finds the modules of a torch model that are the down projections of its FFNs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from trimtab.training.linears import find_linear, linear_modules
 
 
 def down_projections(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
-    """The module of each FFN's down projection, told by its weights: an exported graph has names of its own.
+    """The module of each FFN's down projection, identified by its weights, as exported graphs have other names.
 
     Args:
         model: the model that the graph was exported from.
-        ffns: of the graph.
+        ffns: the FFNs of the graph.
 
     Raises:
-        ModelError: an FFN has none.
+        ModelError: no module has the weights of an FFN's down projection.
     """
     linears = linear_modules(model)
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for ffn in ffns:
         module = find_linear(linears, ffn.down.w())
         if module is None:
@@ -30,5 +30,5 @@ def down_projections(model: nn.Module, ffns: Sequence[FFN]) -> list[nn.Module]:
                 f"{ffn.where}: no linear module of {type(model).__name__} holds its down projection",
                 hint="leave it out with `layers` of ffn-topk",
             )
-        found.append(module)
-    return found
+        modules.append(module)
+    return modules

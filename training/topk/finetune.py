@@ -33,25 +33,25 @@ from trimtab.training.topk.sparse import SparseFFNs
 log = logging.getLogger(__name__)
 
 RECORD = "topk.json"
-"""In the folder of a fine-tuned model: how it came about, and how well it does."""
+"""File in the folder of a fine-tuned model: settings and metrics of the training."""
 
 _PERPLEXITIES = {"dense": "dense", "before": "with the top-k before training", "after": "after"}
 
 
 def finetune(job: Job, step: FFNTopK, settings: Settings) -> Trained | None:
-    """Teach a model to do with the neurons that `step` wants of each token.
+    """Fine-tune a model to work with the top-k neurons that `step` keeps for each token.
 
     Args:
-        job: its texts are for a language model, or labelled ones for a classifier.
+        job: the job, with texts for a language model, or labelled texts for a classifier.
 
     Returns:
-        Of several processes the first has it; the others return None. Its record has the settings, losses on the
+        the result in the first of several processes, None in the others. Its record has settings, losses on the
         held-out texts, and history.
 
     Raises:
         RecipeError: `step` does not fit the model.
-        ModelError: a model of a kind that has no loss to learn from.
-        DataError: texts that do not fit.
+        ModelError: the model is neither a language model nor a classifier.
+        DataError: the texts do not fit.
         TrimtabError: training diverged.
     """
     start = time.monotonic()
@@ -76,18 +76,18 @@ def finetune(job: Job, step: FFNTopK, settings: Settings) -> Trained | None:
         with new_folder(out) as part:
             save_model(model, checkpoint.model, record, RECORD, part)
 
-    told = ", ".join(f"{math.exp(record['losses'][key]):.3f} {what}" for key, what in _PERPLEXITIES.items())
-    return Trained(record, f"perplexity on held-out samples: {told}; the model is in {job.out}", write)
+    perplexities = ", ".join(f"{math.exp(record['losses'][key]):.3f} {what}" for key, what in _PERPLEXITIES.items())
+    return Trained(record, f"perplexity on held-out samples: {perplexities}; the model is in {job.out}", write)
 
 
 def _ffns(source: Source, step: FFNTopK) -> list[FFN]:
     anatomy = find_anatomy(source.graph())
     require_ffns(anatomy)
-    found = list(select_ffns(anatomy, step.layers))
-    for ffn in found:
+    ffns = list(select_ffns(anatomy, step.layers))
+    for ffn in ffns:
         if ffn.d_ff % step.block:
             raise RecipeError(f"block: blocks of {step.block} do not divide the {ffn.d_ff} neurons of {ffn.where}")
-    return found
+    return ffns
 
 
 def _train(

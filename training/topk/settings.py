@@ -1,4 +1,4 @@
-"""How to fine-tune, apart from torch: the command line reads it too."""
+"""Settings of fine-tuning. The command line reads them, so this module does not import torch."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from trimtab.training.linears import rows
 
 
 class SparseFFNs:
-    """FFNs that hand only the activations of largest |h_j| ‖v_j‖ to their down projections.
+    """FFNs that pass only the activations of largest |h_j| ‖v_j‖ to their down projections.
 
-    The neurons chosen are those that the pass `ffn-topk` wants: v_j is the row of W_down, of blocks the sum counts. The
-    rest is zero, forwards and backwards: what is not computed in the engine teaches nothing here.
+    The chosen neurons are those that the pass `ffn-topk` wants: v_j is the row of W_down, and blocks are compared by
+    their sums. All other activations and their gradients are zero, since the engine does not compute them.
 
     Args:
         downs: the down projections, whose inputs are [..., d_ff].
@@ -44,12 +44,12 @@ class SparseFFNs:
 
 
 def wanted(density: float, blocks: int) -> int:
-    """How many of an FFN's blocks are kept: as many as `ffn-topk` wants."""
+    """Number of an FFN's blocks that are kept, as in `ffn-topk`."""
     return max(1, round(density * blocks))
 
 
 def top_k(scores: Tensor, k: int, block: int = 1) -> Tensor:
-    """Whether each neuron belongs to the k blocks of largest sum, bool, of scores [..., d_ff] ≥ 0."""
+    """Whether each neuron belongs to the k blocks of largest sum, bool, for scores [..., d_ff] ≥ 0."""
     pooled = scores.unflatten(-1, (-1, block)).sum(-1)
     chosen = torch.zeros_like(pooled, dtype=torch.bool)
     chosen.scatter_(-1, pooled.topk(k, dim=-1, sorted=False).indices, True)

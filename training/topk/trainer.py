@@ -22,7 +22,7 @@ class TopK(contract.Trainer):
     settings_class: ClassVar[type[contract.Settings]] = Settings
 
     def check(self, job: contract.Job) -> None:
-        """Check that the recipe says how many neurons the model shall need."""
+        """Check that the recipe has `ffn-topk`, which sets the number of neurons."""
         wanted(job)
 
     def run(self, job: contract.Job) -> contract.Trained | None:
@@ -36,7 +36,7 @@ def wanted(job: contract.Job) -> FFNTopK:
     """The recipe's `ffn-topk`.
 
     Raises:
-        RecipeError: it has none.
+        RecipeError: the recipe has no `ffn-topk`.
     """
     from trimtab.passes.ffn_topk.topk import FFNTopK
 
