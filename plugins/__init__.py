@@ -17,24 +17,24 @@ from trimtab.plugins.dialect import DOMAIN, Op
 from trimtab.plugins.emit import add_multi_output_node, add_node
 
 _SHARED = {"gpu", "lowering", "tensorrt"}
-"""Packages that are no op: what ops have in common."""
+"""Packages that are not ops, but shared by ops."""
 
 FOLDERS: dict[str, str] = {}
-"""Name of an op → that of its folder."""
+"""Name of an op → name of its folder."""
 
 OPS: dict[str, Op] = {}
 """Name → op."""
 
-for _found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-    if _found.ispkg and _found.name not in _SHARED:
-        _op: Op = getattr(import_module(f"{__name__}.{_found.name}"), _found.name.upper())
-        OPS[_op.name], FOLDERS[_op.name] = _op, _found.name
+for _package in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _package.ispkg and _package.name not in _SHARED:
+        _op: Op = getattr(import_module(f"{__name__}.{_package.name}"), _package.name.upper())
+        OPS[_op.name], FOLDERS[_op.name] = _op, _package.name
 
 __all__ = ["DOMAIN", "FOLDERS", "OPS", "Op", "add_multi_output_node", "add_node", "redeclared", "register_schemas"]
 
 
 def redeclared(model: onnx.ModelProto) -> str | None:
-    """The name of an op that had other inputs, outputs or attributes when `model` was made; None where none had.
+    """The name of an op that had other inputs, outputs or attributes when `model` was compiled; None if no op had.
 
     A model carries the bodies of its ops, whose signatures are those of that time.
     """
@@ -51,7 +51,7 @@ def redeclared(model: onnx.ModelProto) -> str | None:
 
 @lru_cache
 def register_schemas() -> None:
-    """Tell ONNX of the ops, for the rest of the process: it infers shapes by their rules then, and not by their bodies.
+    """Register the ops with ONNX for this process. ONNX then infers shapes by the ops' rules instead of their bodies.
 
     Of a body with sizes that hang on data it infers nothing, and of all that reads it neither.
     """
@@ -60,7 +60,7 @@ def register_schemas() -> None:
 
 
 def __getattr__(name: str) -> Op:
-    """An op by the name of its constant, as its folder declares it: `from trimtab.plugins import SELECT_BLOCKS`."""
+    """Import an op by the name of its constant: `from trimtab.plugins import SELECT_BLOCKS`."""
     for op, folder in FOLDERS.items():
         if folder.upper() == name:
             return OPS[op]

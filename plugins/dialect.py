@@ -1,4 +1,4 @@
-"""What an op of the dialect is: one declaration, from which schema, reference body and nodes are made."""
+"""The declaration of an op of the dialect. Schema, reference body and nodes are generated from it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ DOMAIN = "trimtab"
 
 VERSION = 1
 OPSET = 18
-"""The oldest opset of a model that the reference bodies can stand in."""
+"""The oldest opset of a model with reference bodies."""
 
 FLOAT = ("tensor(float)",)
 ACTIVATION = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
-"""Types of activations, and of the scales and biases beside weights. Whatever they are, ops compute in float."""
+"""Types of activations, scales and biases. For all of them, ops compute in float."""
 INT32 = ("tensor(int32)",)
 WEIGHTS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)", "tensor(uint8)")
-"""Types of weights: as they are; int8 with a scale per row; two int4 to a byte with a scale per 32 of a row."""
+"""Types of weights: floats; int8 with a scale per row; int4, two per byte, with a scale per 32 values of a row."""
 
 Shape = list[int | str | None]
 Value = int | str
 Rule = Callable[[Shapes, Mapping[str, Value]], list[Any] | None]
-"""Shapes of the inputs and all attributes → the shape of an output; None where nothing is known of it."""
+"""Shapes of the inputs and all attributes → the shape of an output; None if the shape is unknown."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Input:
     """An input of an op.
 
     Attributes:
-        types: ONNX names of those it may have.
-        optional: it may be left out.
+        types: ONNX names of the allowed types.
+        optional: nodes may omit the input.
         role: "rows" is a constant with a row for each neuron or vocabulary entry, and "choice" the numbers of the rows,
             or blocks of them, that are computed. All else is "data".
     """
@@ -69,20 +69,20 @@ class Output:
 
     @property
     def follows(self) -> str | None:
-        """The input whose type it has; None where it has one of its own."""
+        """The input whose type the output has; None if the output has a fixed type."""
         return None if self.type.startswith("tensor(") else self.type
 
-    def type_in(self, given: Mapping[str, str]) -> str:
-        """Its ONNX type in a node whose inputs have the types `given`."""
-        return self.type if self.follows is None else given[self.follows]
+    def type_in(self, input_types: Mapping[str, str]) -> str:
+        """The output's ONNX type in a node whose inputs have these types."""
+        return self.type if self.follows is None else input_types[self.follows]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of an op, an integer or a string. Nodes always carry all: runtimes differ in how they default.
+    """An attribute of an op, an integer or a string. Nodes have all attributes, as runtimes differ in their defaults.
 
     Attributes:
-        choices: of a string, those it may be.
+        choices: allowed values of a string.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Form:
-    """How a node uses its op: what its reference body hangs on.
+    """How a node uses its op. The reference body depends on it.
 
     Attributes:
         given: type of each input that is given, by ONNX name such as "tensor(float)".
@@ -136,11 +136,11 @@ class Op:
             raise ValueError(f"{self.name}: an output has its own type, or that of an input that is always given")
 
     def named(self, form: Form) -> tuple[Output, ...]:
-        """The outputs of a node."""
+        """The named outputs of a node."""
         return tuple(o for o in self.outputs if o.name not in form.unnamed)
 
     def schema(self) -> OpSchema:
-        """For ONNX's checker and shape inference."""
+        """The schema for ONNX's checker and shape inference."""
         option = OpSchema.FormalParameterOption
         kinds = {int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
         made = OpSchema(
@@ -177,21 +177,21 @@ class Op:
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature} ({inputs}) => ({outputs})\n'
             f"{{\n{self.body(form)}\n}}"
         )
-        made: onnx.FunctionProto = onnx.parser.parse_function(text)
-        _constants_as_tensors(made.node)
-        return made
+        function: onnx.FunctionProto = onnx.parser.parse_function(text)
+        _constants_as_tensors(function.node)
+        return function
 
     def infer(self, shapes: Shapes, attributes: Mapping[str, Value]) -> dict[str, list[Any] | None]:
-        """Output → its shape, in whatever the sizes of `shapes` are; None where nothing is known."""
+        """Output → its shape, in the kind of sizes that `shapes` has; None for an unknown shape."""
         return {o.name: o.shape(shapes, attributes) for o in self.outputs}
 
     def shapes(
         self, inputs: Mapping[str, Shape | None], attributes: Mapping[str, Value], node: str | None = None
     ) -> dict[str, Shape | None]:
-        """Output → its shape: numbers, names, and None for sizes that have none; None where nothing is known.
+        """Output → its shape: numbers, names, and None for unnamed sizes; None for an unknown shape.
 
         Args:
-            node: its name, after which sizes that hang on data are called. Without it they have none.
+            node: name of the node, part of the names of sizes that depend on data. Without it such sizes are unnamed.
         """
         sizes = {
             name: None if shape is None else [size if isinstance(size, int) else Size(size) for size in shape]
@@ -203,12 +203,12 @@ class Op:
         }
 
     def _infer(self, context: onnx.shape_inference.InferenceContext) -> None:
-        """Types of the outputs; and their shapes, as far as those of the inputs tell."""
+        """Infer the types of the outputs, and their shapes if the input shapes determine them."""
         protos = {i.name: _input_type(context, number) for number, i in enumerate(self.inputs)}
         attributes = {a.name: _attribute(context, a) for a in self.attributes}
         try:
             inferred = self.shapes({name: _shape(proto) for name, proto in protos.items()}, attributes)
-        except IndexError:  # a rank that the op does not take, of which whoever runs it says more
+        except IndexError:  # the op does not support this rank; the runtime reports the error
             inferred = dict.fromkeys(o.name for o in self.outputs)
         for number, output in enumerate(self.outputs[: context.get_num_outputs()]):
             if output.follows is None:
@@ -220,7 +220,7 @@ class Op:
 
 
 def _constants_as_tensors(nodes: Iterable[onnx.NodeProto]) -> None:
-    """`Constant <value_ints = [1]>` as a tensor, in branches too.
+    """Turn `Constant <value_ints = [1]>` into tensors, in branches too.
 
     Older ONNX Runtimes look into no others when they infer shapes, and graphsurgeon's constant folding makes float64 of
     `value_float`.
@@ -236,7 +236,7 @@ def _constants_as_tensors(nodes: Iterable[onnx.NodeProto]) -> None:
 
 
 def onnx_type(name: str) -> int:
-    """ONNX's number of the type that it calls `name`, such as "tensor(int32)"."""
+    """ONNX's number of the type `name`, such as "tensor(int32)"."""
     return int(onnx.TensorProto.DataType.Value(name[len("tensor(") : -1].upper()))
 
 
@@ -262,5 +262,5 @@ def _attribute(context: onnx.shape_inference.InferenceContext, attribute: Attrib
     proto = context.get_attribute(attribute.name)
     if proto is None:
         return attribute.default
-    found: Value = onnx.helper.get_attribute_value(proto)
-    return found.decode() if isinstance(found, bytes) else found
+    value: Value = onnx.helper.get_attribute_value(proto)
+    return value.decode() if isinstance(value, bytes) else value

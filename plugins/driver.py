@@ -1,4 +1,4 @@
-"""Which NVIDIA GPU this machine has, asked of CUDA's driver, which is all that tells without CUDA's toolkit."""
+"""Finds this machine's NVIDIA GPU by CUDA's driver, since CUDA's toolkit may be missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CAPABILITY = (75, 76)
 
 @lru_cache
 def driver() -> ctypes.CDLL | None:
-    """The driver's library; None where it is not installed."""
+    """The driver's library; None if it is not installed."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -22,7 +22,7 @@ def driver() -> ctypes.CDLL | None:
 
 @lru_cache
 def absent() -> str | None:
-    """Why no GPU can be used; None where one can."""
+    """Why no GPU can be used; None if a GPU is available."""
     library, count = driver(), ctypes.c_int()
     if library is None:
         return "the NVIDIA driver's library is missing"
@@ -38,7 +38,7 @@ def gpu_present() -> bool:
 
 @lru_cache
 def compute_capability() -> str | None:
-    """Of the first GPU, such as "8.9"; None without one."""
+    """Compute capability of the first GPU, such as "8.9"; None without a GPU."""
     library, device, found = driver(), ctypes.c_int(), [ctypes.c_int() for _ in _CAPABILITY]
     if library is None or not gpu_present() or library.cuDeviceGet(ctypes.byref(device), 0):
         return None

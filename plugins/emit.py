@@ -1,4 +1,4 @@
-"""Nodes of the dialect in a graph, each model with the reference bodies of the ops that it uses."""
+"""Appends nodes of the dialect to a graph, and the reference bodies of their ops."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trimtab.plugins.dialect import DOMAIN, OPSET, VERSION, Form, Op, Output, Sh
 
 
 def add_node(graph: gs.Graph, op: Op, inputs: Mapping[str, gs.Tensor], name: str, **attributes: Value) -> gs.Variable:
-    """Append a node of `op` and return its output; the reference body goes into the graph's functions.
+    """Append a node of `op` and return its output. The reference body is added to the graph's functions.
 
     Optional outputs stay unnamed; `add_multi_output_node` gives those.
 
     Args:
-        inputs: by name; those left out must be optional.
-        name: of the node and its output.
-        attributes: those left out take their defaults.
+        inputs: inputs by name; omitted inputs must be optional.
+        name: name of the node and its output.
+        attributes: omitted attributes have their defaults.
 
     Raises:
         ValueError: no such input, attribute or choice; the op has several outputs; or the model already uses the op in
@@ -40,22 +40,22 @@ def add_multi_output_node(
     outputs: Collection[str] | None = None,
     **attributes: Value,
 ) -> tuple[gs.Variable, ...]:
-    """As `add_node`, for an op with several outputs: returns those that are named, in the op's order.
+    """`add_node` for an op with several outputs: returns the named outputs, in the op's order.
 
     Args:
-        name: of the node; its outputs are called <name>/<output>.
-        outputs: those to name; the others must be optional. By default all.
+        name: name of the node; its outputs are called <name>/<output>.
+        outputs: outputs to name, by default all; the others must be optional.
 
     Raises:
         ValueError: as `add_node`; or no such output, or one that has to be named is not.
     """
-    known = [o.name for o in op.outputs]
-    wanted = known if outputs is None else outputs
-    if odd := [o for o in wanted if o not in known]:
-        raise ValueError(f"{op.name} has no output {odd[0]!r}; it has {', '.join(known)}")
-    if missing := [o.name for o in op.outputs if not o.optional and o.name not in wanted]:
+    all_outputs = [o.name for o in op.outputs]
+    named_outputs = all_outputs if outputs is None else outputs
+    if odd := [o for o in named_outputs if o not in all_outputs]:
+        raise ValueError(f"{op.name} has no output {odd[0]!r}; it has {', '.join(all_outputs)}")
+    if missing := [o.name for o in op.outputs if not o.optional and o.name not in named_outputs]:
         raise ValueError(f"{op.name}: its output {missing[0]!r} has to be named")
-    return _append(graph, op, inputs, name, {o: f"{name}/{o}" for o in known if o in wanted}, attributes)
+    return _append(graph, op, inputs, name, {o: f"{name}/{o}" for o in all_outputs if o in named_outputs}, attributes)
 
 
 def _append(
@@ -84,7 +84,7 @@ def _append(
 
 
 def _attributes(op: Op, inputs: Mapping[str, gs.Tensor], attributes: Mapping[str, Value]) -> dict[str, Value]:
-    """All attributes of a node that is given these, once both are found to be the op's."""
+    """Check inputs and attributes against the op; returns all attributes of the node, with defaults."""
     known = {i.name for i in op.inputs}, {a.name for a in op.attributes}
     for given, names in zip((inputs, attributes), known, strict=True):
         for key in given:
@@ -103,7 +103,7 @@ def _attributes(op: Op, inputs: Mapping[str, gs.Tensor], attributes: Mapping[str
 
 
 def _variable(name: str, dtype: object, shape: Shape | None) -> gs.Variable:
-    """Sizes without a name are called after the tensor."""
+    """Name unnamed sizes after the tensor."""
     named = None if shape is None else [f"{name}.{i}" if size is None else size for i, size in enumerate(shape)]
     return gs.Variable(name, dtype, named)
 
@@ -116,7 +116,7 @@ def _dtype(output: Output, inputs: Mapping[str, gs.Tensor]) -> object:
 
 
 def add_body(graph: gs.Graph, op: Op, form: Form) -> None:
-    """Put the reference body of `op` in this form among the graph's functions.
+    """Add the reference body of `op` in this form to the graph's functions.
 
     Raises:
         ValueError: the model uses the op already, in a form with another body.
@@ -135,13 +135,13 @@ def add_body(graph: gs.Graph, op: Op, form: Form) -> None:
 
 
 def _form_key(op: Op, form: Form) -> str:
-    """What two nodes of an op must have in common to share a reference body."""
+    """The properties that nodes of an op must share to use one reference body."""
     strings = {key: value for key, value in form.attributes.items() if isinstance(value, str)}
     return f"{op.doc} Form: {sorted(form.given.items())} {sorted(strings.items())}"
 
 
 def type_of(tensor: gs.Tensor) -> str:
-    """ONNX's name of a tensor's type. What has none yet is float, as everything between the layers of a model is."""
+    """ONNX's name of a tensor's type. A tensor without a type is float, like all tensors between a model's layers."""
     if tensor.dtype is None:
         return "tensor(float)"
     return f"tensor({onnx.TensorProto.DataType.Name(dtype_to_onnx(tensor.dtype)).lower()})"

@@ -1,4 +1,4 @@
-"""The native kernels: where the library lies, and how a session gets it."""
+"""The native kernels: the path of the library, and its registration with a session."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SUFFIXES = (".so", ".dll", ".dylib")
 
 
 def library_path() -> Path | None:
-    """The library, as installed with the package; or what TRIMTAB_OPS_LIBRARY says. None where there is none."""
-    told = os.environ.get("TRIMTAB_OPS_LIBRARY")
-    if told is not None:
-        return Path(told) if Path(told).is_file() else None
+    """Path of the library: TRIMTAB_OPS_LIBRARY, else the one installed with the package; None if it is missing."""
+    path = os.environ.get("TRIMTAB_OPS_LIBRARY")
+    if path is not None:
+        return Path(path) if Path(path).is_file() else None
     beside = [Path(__file__).parent / f"{NAME}{suffix}" for suffix in _SUFFIXES]
     try:  # of an editable install, compiled files lie apart from the sources
         files = importlib.metadata.files("trimtab") or []
@@ -35,19 +35,19 @@ def library_path() -> Path | None:
 
 @lru_cache
 def instruction_set() -> str | None:
-    """Of the kernels here: "portable", "avx2", "avx_vnni", "avx512" or "avx512_vnni"; None without the library."""
+    """Instruction set of the kernels: "portable", "avx2", "avx_vnni", "avx512" or "avx512_vnni"; None if missing."""
     return _answer("trimtab_isa")
 
 
 @lru_cache
 def kernels() -> frozenset[str]:
-    """Ops that the library has a kernel of; those of a later checkout than it was compiled from are missing."""
+    """Ops with a kernel in the library. Ops newer than the library are missing."""
     names = _answer("trimtab_kernels")
     return frozenset(names.split(",")) if names else frozenset()
 
 
 def _answer(name: str) -> str | None:
-    """What a function of the library without arguments returns; None where either is missing."""
+    """Result of a library function without arguments; None if the library or the function is missing."""
     path = library_path()
     if path is None:
         return None
@@ -61,7 +61,7 @@ def _answer(name: str) -> str | None:
 
 
 def register(options: ort.SessionOptions) -> bool:
-    """Give a session the native kernels. Without them it runs the reference bodies: the same numbers, far slower.
+    """Register the native kernels with a session. Without them, it runs the reference bodies: same results, far slower.
 
     Returns:
         whether it has them; a warning says why not.

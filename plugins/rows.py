@@ -1,11 +1,11 @@
-"""Statements that reference bodies of several ops share."""
+"""Statements of ONNX's text form that reference bodies of several ops share."""
 
 from __future__ import annotations
 
 from trimtab.plugins.dialect import FLOAT, Form
 
 _ONNX = {"tensor(float16)": 10, "tensor(bfloat16)": 16}
-"""ONNX's numbers of the types that are brought to float, and back."""
+"""ONNX's numbers of the types that are cast to float and back."""
 
 
 CONSTANTS = """
@@ -15,7 +15,7 @@ CONSTANTS = """
   none = Constant <value_ints = [0]> ()
   minus = Constant <value_ints = [-1]> ()
   end = Constant <value_ints = [9223372036854775807]> ()"""
-"""What statements about packed batches read."""
+"""Constants for statements about packed batches."""
 
 BOUNDS = """
   all = Cast <to = 7> (offsets)

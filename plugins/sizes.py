@@ -1,4 +1,4 @@
-"""Sizes of tensors that are no numbers yet, so that one rule tells shapes before a model runs and while it is built."""
+"""Symbolic sizes of tensors, so that one rule infers shapes before a model runs and while an engine is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shapes = Mapping[str, Sequence[Any] | None]
 
 @dataclass(frozen=True)
 class Size:
-    """A size that is known when the model runs: by its name, if it has one. What changes a size leaves no name."""
+    """A size that is known at run time, with an optional name. Arithmetic on a size gives an unnamed size."""
 
     name: str | None = None
 
@@ -44,11 +44,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Counted:
-    """A size of an output that hangs on data: the kernel counts it while it runs.
+    """A size of an output that depends on data: the kernel counts it at run time.
 
     Attributes:
-        name: of what is counted. Outputs of a node that give the same one have the same size.
-        at_most: a size of the inputs, or made of such, that it never exceeds.
+        name: name of the count. Outputs of a node with the same name have the same size.
+        at_most: upper bound, an expression of the inputs' sizes.
     """
 
     name: str

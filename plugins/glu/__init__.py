@@ -1,4 +1,4 @@
-"""Glu: act(gate) * up of a gated FFN, whose gate and up lie side by side as one product makes them.
+"""Glu: act(gate) * up of a gated FFN, whose gate and up are adjacent outputs of one product.
 
 Gated linear units: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202). In standard ops it is three or more
 nodes, each of which a decoder's step waits for.

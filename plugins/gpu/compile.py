@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: PTX for a GPU generation, which needs no GPU."""
+"""Compiles kernels ahead of time to PTX for a GPU generation. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def compile_kernel(
             fixed.setdefault(name, None)
     source = ASTSource(kernel.function, signature, fixed, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "ptx_version": ptx_version}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = only_parameters(made.asm["ptx"], len(arguments(kernel, form)))
-    return Compiled(made.metadata.name, ptx, tile.warps * 32, made.metadata.shared, constants)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = only_parameters(binary.asm["ptx"], len(arguments(kernel, form)))
+    return Compiled(binary.metadata.name, ptx, tile.warps * 32, binary.metadata.shared, constants)
 
 
 def forms(kernel: GpuKernel, float_: str, weight: str, names: Sequence[str], **attributes: int | str) -> Form:

@@ -1,4 +1,4 @@
-"""What a GPU kernel of an op is: the function, its tiles, and the sizes that it is told at run time."""
+"""The GPU kernel of an op: the function, its tiles, and its run-time sizes."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def of_tile(tile: Tile) -> dict[str, Any]:
 
 def product(sizes: Sequence[Any]) -> Any:
     """Of sizes that may be expressions."""
-    made: Any = None
+    total: Any = None
     for size in sizes:
-        made = size if made is None else made * size
-    return 1 if made is None else made
+        total = size if total is None else total * size
+    return 1 if total is None else total
 
 
 def ceil_div(a: Any, b: int) -> Any:

@@ -1,4 +1,4 @@
-"""Launch compiled PTX as TensorRT does: by CUDA's driver, with pointers and 32-bit sizes and nothing else."""
+"""Launches compiled PTX like TensorRT: by CUDA's driver, with only pointers and 32-bit sizes as arguments."""
 
 from __future__ import annotations
 

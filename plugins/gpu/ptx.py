@@ -1,4 +1,4 @@
-"""PTX as TensorRT can launch it, and what the assembler says of it."""
+"""Rewrites PTX so that TensorRT can launch it, and reads the assembler's statistics."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def only_parameters(ptx: str, count: int) -> str:
 
 @dataclass(frozen=True)
 class Assembled:
-    """What ptxas made of PTX.
+    """Statistics of assembled PTX.
 
     Attributes:
-        registers: of a thread.
+        registers: registers per thread.
         spilled_bytes: stores and loads of registers that did not fit.
         static_shared_bytes: shared memory that the code declares itself.
         parameter_bytes: size of each parameter, by its place, as the machine code has it.

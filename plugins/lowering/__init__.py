@@ -1,4 +1,4 @@
-"""Ops of the dialect in standard ops, for targets that have neither kernels nor plugins of theirs.
+"""Lowers ops of the dialect to standard ops, for targets without kernels or plugins for them.
 
 An op's rule is in its folder's `lower.py`: `RULES`, op → rule. An op without one is left to its reference body. A rule
 pays where TensorRT's parser cannot tell the sizes in the body, or where constants allow for less work.

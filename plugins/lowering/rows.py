@@ -78,12 +78,12 @@ class Weight:
     scale: gs.Tensor | None
 
     @classmethod
-    def of(cls, nodes: Nodes, chosen: Rows, given: Mapping[str, gs.Tensor], label: str, x: gs.Tensor) -> Weight:
+    def of(cls, nodes: Nodes, chosen: Rows, inputs: Mapping[str, gs.Tensor], label: str, x: gs.Tensor) -> Weight:
         """Of the weight `label`, to multiply `x` with: in half precision where the weight or `x` is of it."""
-        if type_of(given[label]) not in (np.uint8, np.int8):
-            return cls(chosen.gather(nodes, given[label]), None)
-        array = nodes.values(given[label])
-        dtype, scale = type_of(x), nodes.values(given[f"{label}_scale"])
+        if type_of(inputs[label]) not in (np.uint8, np.int8):
+            return cls(chosen.gather(nodes, inputs[label]), None)
+        array = nodes.values(inputs[label])
+        dtype, scale = type_of(x), nodes.values(inputs[f"{label}_scale"])
         scale = scale.astype(dtype)
         if array.dtype == np.uint8:
             return cls(_int4(nodes, chosen, array, scale), None)
@@ -113,15 +113,15 @@ def _int4(nodes: Nodes, chosen: Rows, packed: np.ndarray, scale: np.ndarray) -> 
     return nodes("Reshape", nodes("Mul", centred, spread), [0, 0, -1])
 
 
-def product(nodes: Nodes, x: gs.Tensor, given: Mapping[str, gs.Tensor], label: str, chosen: Rows) -> gs.Variable:
+def product(nodes: Nodes, x: gs.Tensor, inputs: Mapping[str, gs.Tensor], label: str, chosen: Rows) -> gs.Variable:
     """x [..., width] with the chosen rows of `label`, [tokens, 1, n]."""
-    weight = Weight.of(nodes, chosen, given, label, x)
+    weight = Weight.of(nodes, chosen, inputs, label, x)
     flat = nodes("Reshape", x, nodes("Concat", [-1, 1], nodes.size(x, -1), axis=0), dtype=type_of(x))
     y = nodes("MatMul", nodes.cast(flat, weight.dtype), nodes("Transpose", weight.rows, perm=[0, 2, 1]))
     if weight.scale is not None:
         y = nodes("Mul", y, weight.scale)
-    if f"{label}_bias" in given:
-        bias = nodes.values(given[f"{label}_bias"]).astype(weight.dtype)
+    if f"{label}_bias" in inputs:
+        bias = nodes.values(inputs[f"{label}_bias"]).astype(weight.dtype)
         y = nodes("Add", y, nodes("Unsqueeze", chosen.gather(nodes, bias), [1]))
     return y
 

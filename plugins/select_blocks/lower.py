@@ -12,12 +12,12 @@ from trimtab.plugins.lowering import Nodes, type_of
 from trimtab.plugins.select_blocks import SELECT_BLOCKS, local_k
 
 
-def _select_blocks(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def _select_blocks(nodes: Nodes, node: gs.Node, inputs: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its blocks, [tokens or 1, k], int32; in the order of the scores where nobody sees the order.
 
     Of the two forms that `dense_above` asks for, one is left out where the tokens of a call decide between them.
     """
-    return [_chosen(nodes, node, given["scores"], _blocks(node))]
+    return [_chosen(nodes, node, inputs["scores"], _blocks(node))]
 
 
 def _blocks(node: gs.Node) -> int:

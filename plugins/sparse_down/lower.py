@@ -10,11 +10,11 @@ from trimtab.plugins.lowering import Nodes, Rows, Weight, like, type_of
 from trimtab.plugins.sparse_down import SPARSE_DOWN
 
 
-def _sparse_down(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def _sparse_down(nodes: Nodes, node: gs.Node, inputs: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its y, [..., width]."""
-    h = given["h"]
-    chosen = Rows.of(nodes, given["blocks"], int(node.attrs["block"]), bool(node.attrs["at_most"]))
-    down = Weight.of(nodes, chosen, given, "down", h)
+    h = inputs["h"]
+    chosen = Rows.of(nodes, inputs["blocks"], int(node.attrs["block"]), bool(node.attrs["at_most"]))
+    down = Weight.of(nodes, chosen, inputs, "down", h)
     flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
     flat = chosen.only_taken(nodes, flat)
     if down.scale is not None:

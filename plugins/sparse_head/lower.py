@@ -10,10 +10,10 @@ from trimtab.plugins.lowering import Nodes, Rows, like, product, type_of
 from trimtab.plugins.sparse_head import SPARSE_HEAD
 
 
-def _sparse_head(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def _sparse_head(nodes: Nodes, node: gs.Node, inputs: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its logits, [..., k]."""
-    x = given["x"]
-    logits = product(nodes, x, given, "weight", Rows.of(nodes, given["blocks"], 1))
+    x = inputs["x"]
+    logits = product(nodes, x, inputs, "weight", Rows.of(nodes, inputs["blocks"], 1))
     return [like(nodes, nodes.cast(logits, type_of(x)), x)]
 
 

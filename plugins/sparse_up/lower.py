@@ -15,27 +15,27 @@ from trimtab.plugins.sparse_up.keep import KEEP_LARGEST
 _FLOAT = np.dtype(np.float32)
 
 
-def _sparse_up(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def _sparse_up(nodes: Nodes, node: gs.Node, inputs: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its h, [..., k · block]."""
-    x, block = given["x"], int(node.attrs["block"])
-    chosen = Rows.of(nodes, given["blocks"], block, bool(node.attrs["at_most"]))
-    up = product(nodes, x, given, "up", chosen)
-    gate = product(nodes, x, given, "gate", chosen) if "gate" in given else None
+    x, block = inputs["x"], int(node.attrs["block"])
+    chosen = Rows.of(nodes, inputs["blocks"], block, bool(node.attrs["at_most"]))
+    up = product(nodes, x, inputs, "up", chosen)
+    gate = product(nodes, x, inputs, "gate", chosen) if "gate" in inputs else None
     h = _activation(nodes, str(node.attrs["activation"]), up if gate is None else gate)
     h = chosen.only_taken(nodes, h if gate is None else nodes("Mul", h, up))
-    if "importance" in given:
-        counts = chosen.gather(nodes, nodes.values(given["importance"]).astype(np.float32))
-        h = _keep(nodes, h, counts, block, _kept(node, given["blocks"]))
+    if "importance" in inputs:
+        counts = chosen.gather(nodes, nodes.values(inputs["importance"]).astype(np.float32))
+        h = _keep(nodes, h, counts, block, _kept(node, inputs["blocks"]))
     return [like(nodes, nodes.cast(h, type_of(x)), x)]
 
 
-def _keep_largest(nodes: Nodes, node: gs.Node, given: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def _keep_largest(nodes: Nodes, node: gs.Node, inputs: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
     """Its y, in the shape of h."""
-    h, block = given["h"], int(node.attrs["block"])
-    chosen = Rows.of(nodes, given["blocks"], block)
-    counts = chosen.gather(nodes, nodes.values(given["importance"]).astype(np.float32))
+    h, block = inputs["h"], int(node.attrs["block"])
+    chosen = Rows.of(nodes, inputs["blocks"], block)
+    counts = chosen.gather(nodes, nodes.values(inputs["importance"]).astype(np.float32))
     flat = nodes("Reshape", h, nodes("Concat", [-1, 1], nodes.size(h, -1), axis=0), dtype=type_of(h))
-    return [nodes("Reshape", _keep(nodes, flat, counts, block, _kept(node, given["blocks"])), nodes("Shape", h))]
+    return [nodes("Reshape", _keep(nodes, flat, counts, block, _kept(node, inputs["blocks"])), nodes("Shape", h))]
 
 
 def _activation(nodes: Nodes, name: str, x: gs.Tensor) -> gs.Tensor:

@@ -1,4 +1,4 @@
-"""Sizes that TensorRT knows when an engine runs, with the arithmetic of integers."""
+"""Symbolic sizes of TensorRT, known when an engine runs, with the arithmetic of integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Expression", "raw", "sizes_of"]
 
 
 class Expression:
-    """A `tensorrt.plugin.ShapeExpr` that computes with integers on either side, which those do not."""
+    """A `tensorrt.plugin.ShapeExpr` that also computes with integers on either side."""
 
     def __init__(self, expr: Any) -> None:
         self.expr = expr
@@ -44,12 +44,12 @@ class Expression:
 
 
 def raw(size: Any) -> Any:
-    """What TensorRT takes: an expression of its own, or an integer."""
+    """The size for TensorRT's API: its own expression, or an integer."""
     return size.expr if isinstance(size, Expression) else int(size)
 
 
 def sizes_of(exprs: Iterable[Any]) -> list[Any]:
-    """Of a tensor's `shape_expr`: integers where they are constants."""
+    """Sizes of a tensor's `shape_expr`; constants become integers."""
     return [expr.constant_value() if not expr.is_fake and expr.is_constant else Expression(expr) for expr in exprs]
 
 

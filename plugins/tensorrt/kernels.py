@@ -1,4 +1,4 @@
-"""The kernel of a plugin: which tiles there are, and each compiled once."""
+"""The kernels of plugins: their tiles, each compiled once."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def has_kernel(op: Op) -> bool:
 @lru_cache
 def launches() -> dict[str, tuple[Op, str]]:
     """Name → op that is one launch on a GPU, and the module of its kernel: ops of the dialect, and parts of such."""
-    made: dict[str, tuple[Op, str]] = {}
+    kernels: dict[str, tuple[Op, str]] = {}
     for op in OPS.values():
         if (gpu := _module(op, "gpu")) is not None:
             divided = _module(op, "launches")
             parts = (op,) if divided is None else importlib.import_module(divided).LAUNCHES
-            made |= {part.name: (part, gpu) for part in parts}
-    return made
+            kernels |= {part.name: (part, gpu) for part in parts}
+    return kernels
 
 
 def divider(op: Op) -> Callable[..., list[tuple[Op, dict[str, Any], dict[str, Any]]]] | None:
-    """What divides a node of `op` into several launches (see `packed_attention/launches.py`); None if it is one."""
+    """The function that divides a node of `op` into launches (see `packed_attention/launches.py`); None for one."""
     divided = _module(op, "launches")
     return None if divided is None else importlib.import_module(divided).divide
 
@@ -51,7 +51,7 @@ def _module(op: Op, name: str) -> str | None:
 
 @lru_cache
 def kernel_of(op: Op) -> GpuKernel:
-    """That of an op of one launch. Raises ModuleNotFoundError where the package `triton` is missing."""
+    """The kernel of an op of one launch. Raises ModuleNotFoundError if the package `triton` is missing."""
     module = importlib.import_module(launches()[op.name][1])
     kernels = module.KERNELS if hasattr(module, "KERNELS") else (module.KERNEL,)
     kernel: GpuKernel = next(each for each in kernels if each.op is op)
@@ -89,27 +89,27 @@ def _spilled_bytes(ptx: str, capability: int) -> int:
 
 
 def tile_of(kernel: GpuKernel, form: Form, shapes: Any, tactic: int) -> Tile:
-    """The tile that a tactic stands for; 0 is TensorRT's word for none in particular."""
+    """The tile of a tactic; TensorRT's tactic 0 means any tile."""
     return kernel.tiles(form, shapes)[max(tactic, 1) - 1]
 
 
-_made: dict[tuple[Any, ...], Compiled] = {}
+_compiled_kernels: dict[tuple[Any, ...], Compiled] = {}
 
 
 def compiled(kernel: GpuKernel, form: Form, shapes: Any, tile: Tile, capability: int) -> Compiled:
-    """Compiled once for all layers of a model that differ in nothing that the kernel has in it."""
+    """The compiled kernel, shared by all layers of a model with the same form, sizes and tile."""
     from trimtab.plugins.gpu.compile import compile_kernel
 
     constants = kernel.constants(form, shapes, tile)
     types = tuple(sorted(form.given.items()))
     key = (kernel.op.name, types, form.unnamed, tuple(sorted(constants.items())), tile, capability)
-    if key not in _made:
-        _made[key] = compile_kernel(kernel, form, shapes, tile, capability, _ptx_version(capability))
-    return _made[key]
+    if key not in _compiled_kernels:
+        _compiled_kernels[key] = compile_kernel(kernel, form, shapes, tile, capability, _ptx_version(capability))
+    return _compiled_kernels[key]
 
 
 def _ptx_version(capability: int) -> int | None:
-    """The newest that this machine's driver takes, where it is older than the assembler; None for the assembler's."""
+    """PTX version of this machine's driver if it is older than the assembler's; else None."""
     from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 
     newest = cuda_version()

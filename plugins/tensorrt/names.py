@@ -73,16 +73,16 @@ PLUGINS: dict[str, Plugin] = {plugin.name: plugin for op, _ in launches().values
 
 def plugins_of(model: onnx.ModelProto) -> tuple[str, ...]:
     """Names of the plugins that a prepared model uses, subgraphs and functions included."""
-    found: set[str] = set()
+    names: set[str] = set()
     for graph in (model.graph, *model.functions):
-        _collect(graph, found)
-    return tuple(sorted(found))
+        _collect(graph, names)
+    return tuple(sorted(names))
 
 
-def _collect(graph: Any, found: set[str]) -> None:
+def _collect(graph: Any, names: set[str]) -> None:
     for node in graph.node:
         if node.domain == DOMAIN and any(a.name == "plugin_namespace" for a in node.attribute):
-            found.add(node.op_type)
+            names.add(node.op_type)
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _collect(attribute.g, found)
+                _collect(attribute.g, names)

@@ -1,4 +1,4 @@
-"""The dialect's nodes of a graph as TensorRT's parser finds plugins for them."""
+"""Rewrites the dialect's nodes of a graph so that TensorRT's parser finds plugins for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Prepared", "prepare", "split_keep"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of the dialect's nodes.
+    """Result of the rewrite.
 
     Attributes:
         plugins: names of those that the graph needs now, for `register`.
@@ -75,14 +75,14 @@ class _Launch:
 
 
 def _launches(op: Op, node: gs.Node) -> list[_Launch]:
-    """Those that a node takes, in order: the node itself, if its op is one launch."""
+    """The launches of a node, in order: the node itself, if its op is one launch."""
     given, named = _given(op, node), _named(op, node)
     divide = divider(op)
     return [_Launch(op, given, named)] if divide is None else [_Launch(*part) for part in divide(node, given, named)]
 
 
 def _to_plugins(part: gs.Graph, node: gs.Node, launches: list[_Launch]) -> list[str]:
-    """Put a node of a plugin for each launch in the place of `node`; their names."""
+    """Replace `node` by a plugin's node for each launch; returns the plugins' names."""
     at, attributes = part.nodes.index(node), node.attrs
     node.inputs, node.outputs = [], []
     made = []
@@ -147,7 +147,7 @@ def _named(op: Op, node: gs.Node) -> dict[str, gs.Tensor]:
 
 
 def _refused(op: Op, launches: list[_Launch], node: gs.Node) -> str | None:
-    """Why a node cannot be plugins."""
+    """Why plugins cannot compute a node, or None."""
     if not has_kernel(op):
         return "the op has no kernel for GPUs"
     return next((reason for launch in launches if (reason := _refused_launch(launch, node)) is not None), None)
@@ -173,6 +173,6 @@ def _drop(graph: gs.Graph, op: Op) -> None:
 
 
 def _drop_unused(graph: gs.Graph) -> None:
-    """Reference bodies that no node of the graph, nor of other functions, asks for."""
+    """Reference bodies that no node of the graph or of other functions uses."""
     asked = {(n.domain, n.op) for part in [*_parts(graph), *graph.functions] for n in part.nodes}
     graph.functions = [f for f in graph.functions if f.domain != DOMAIN or (f.domain, f.name) in asked]

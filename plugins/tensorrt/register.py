@@ -1,4 +1,4 @@
-"""Plugins declared to TensorRT, in the process that builds: what they give, their tactics, and the kernel of each."""
+"""Declares plugins to TensorRT in the process that builds: their outputs, their tactics, and their kernels."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def register(names: Iterable[str] | None = None, capability: int | None = None) 
         ValueError: there is no plugin of that name.
         RuntimeError: `missing()`.
     """
-    wanted = tuple(PLUGINS if names is None else names)
-    for name in wanted:
+    selected = tuple(PLUGINS if names is None else names)
+    for name in selected:
         if name not in PLUGINS:
             raise ValueError(f"no plugin of trimtab is called {name!r}")
-    if wanted and (lack := missing()) is not None:
+    if selected and (lack := missing()) is not None:
         raise RuntimeError(lack)
-    for name in wanted:
+    for name in selected:
         _register(PLUGINS[name], capability)
 
 
@@ -115,8 +115,8 @@ class _Callbacks:
             if not isinstance(size, Counted):
                 return raw(size)
             if size.name not in counts:
-                most = trtp.ShapeExpr(raw(size.at_most))
-                counts[size.name] = trtp.size_tensor(most, most)
+                upper_bound = trtp.ShapeExpr(raw(size.at_most))
+                counts[size.name] = trtp.size_tensor(upper_bound, upper_bound)
             return counts[size.name].expr()
 
         descs = []

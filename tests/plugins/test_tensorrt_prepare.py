@@ -263,7 +263,7 @@ def test_names_tell_plugins_apart() -> None:
 def test_code_is_for_the_driver(newest: str | None, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What assembles the code of an engine is the driver, which takes no PTX that is newer than itself."""
     monkeypatch.setattr(kernels, "cuda_version", lambda: newest)
-    monkeypatch.setattr(kernels, "_made", {})
+    monkeypatch.setattr(kernels, "_compiled_kernels", {})
     kernel = kernels.kernel_of(SPARSE_DOWN)
     form = Form(
         {"h": "tensor(float16)", "blocks": "tensor(int32)", "down": "tensor(float16)"}, {"block": 1, "at_most": 0}

@@ -188,7 +188,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
         constants = kernel.constants(form, shapes, tile)
         return Compiled("none", repr(constants), tile.warps * 32, 1024, constants)
 
-    monkeypatch.setattr(kernels, "_made", {})
+    monkeypatch.setattr(kernels, "_compiled_kernels", {})
     monkeypatch.setattr(kernels, "_spilled_bytes", lambda ptx, capability: 0)
     monkeypatch.setattr("trimtab.plugins.gpu.compile.compile_kernel", made)
 
@@ -271,7 +271,7 @@ def test_tiles_that_ask_too_much_are_no_tactics(spills: bool, monkeypatch: pytes
         constants = kernel.constants(form, shapes, tile)
         return Compiled("none", str(tile.tokens), 32, kernels.SHARED_BUDGET + (tile.tokens > 16), constants)
 
-    monkeypatch.setattr(kernels, "_made", {})
+    monkeypatch.setattr(kernels, "_compiled_kernels", {})
     monkeypatch.setattr(kernels, "_spilled_bytes", lambda ptx, capability: spills or ptx != "1")
     monkeypatch.setattr("trimtab.plugins.gpu.compile.compile_kernel", made)
     case = next(c for c in CASES if c.op.name == "SparseDown" and c.kinds["down"] != "INT8")
@@ -343,7 +343,7 @@ def test_layers_that_are_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch
         calls.append(arguments)
         return compile_kernel(*arguments)
 
-    monkeypatch.setattr(kernels, "_made", {})
+    monkeypatch.setattr(kernels, "_compiled_kernels", {})
     monkeypatch.setattr("trimtab.plugins.gpu.compile.compile_kernel", counted)
     tensors = [Tensor("HALF", ["tokens", 48]), Tensor("INT32", [1, 48]), Tensor("HALF", [192, 64])]
     for _ in range(2):
