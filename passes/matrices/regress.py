@@ -59,7 +59,7 @@ class Moments:
     @in_range()
     def solve(self, ridge: float = RIDGE) -> np.ndarray:
         """C that minimises E‖y − ȳ − (z − z̄) C‖² plus the ridge penalty, [n, m]."""
-        scale = np.sqrt(np.diag(self.cov).astype(np.float64))
+        scale = np.sqrt(np.maximum(np.diag(self.cov).astype(np.float64), 0))  # rounding puts a constant below 0
         scale = np.where(scale > 1e-12 * max(scale.max(initial=0), 1e-30), scale, np.inf)
         normal = self.cov / scale
         normal /= scale[:, None]
