@@ -1,1 +1,1 @@
-"""Builds in the shape that other programs expect."""
+"""Packages of a build in the formats of other programs."""

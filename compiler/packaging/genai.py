@@ -21,7 +21,7 @@ from trimtab.passes.os_errors import blames, reason, remedy, unreadable
 from trimtab.plugins.library import library_path
 
 CONFIG = "genai_config.json"
-_TOKENS = 2048  # of context, for a model that does not say
+_TOKENS = 2048  # context of a model that does not state its own
 
 
 @of_one_build
@@ -30,11 +30,11 @@ def package_genai(build: Build, out: Path | str) -> Path:
 
     Raises:
         BuildError: `out` exists, or cannot be written, or the build was replaced.
-        ModelError: the build is no language model with a cache, or has no tokenizer.
+        ModelError: the build is not a language model with a cache, or has no tokenizer.
     """
     out = Path(out)
     if out.exists():
-        raise BuildError(f"{out}: exists already", hint="give a folder that does not")
+        raise BuildError(f"{out}: exists already", hint="give a folder that does not exist")
     if build.manifest.target != "onnxruntime":
         raise ModelError(f"{build.path}: was built for {build.manifest.target}", hint="compile for onnxruntime")
     if build.manifest.shards > 1:
@@ -76,7 +76,7 @@ def _config(build: Build, anatomy: Anatomy, library: Path | None) -> dict[str, A
     ends = sorted(tokenizer.end_ids)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library is not None:
-        options["custom_ops_library"] = library.name  # GenAI takes it from the folder itself alone
+        options["custom_ops_library"] = library.name  # GenAI loads the library only from this folder
     if build.manifest.recipe["threads"]:
         options["intra_op_num_threads"] = build.manifest.recipe["threads"]
     decoder = {
@@ -96,7 +96,7 @@ def _config(build: Build, anatomy: Anatomy, library: Path | None) -> dict[str, A
         "num_key_value_heads": attention.kv_heads,
     }  # fmt: skip
     model = {
-        "type": "llama",  # how GenAI calls any decoder with this interface
+        "type": "llama",  # GenAI's type for any decoder with this interface
         "vocab_size": int(table.shape[0]), "context_length": context, "pad_token_id": tokenizer.pad_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else tokenizer.pad_id,
         "bos_token_id": tokenizer.prompts(["a"])[0][0], "decoder": decoder,

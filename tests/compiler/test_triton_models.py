@@ -46,13 +46,11 @@ def asked(name: str, text: str, **settings: int) -> Any:
 
 
 def test_a_long_prompt_does_not_cut_the_answers_of_others(backend: Any) -> None:
-    from trimtab.compiler.packaging.triton.served.generate import _wanted
+    from trimtab.compiler.packaging.triton.served.generate import _parse
 
     tokenizer = SimpleNamespace(prompts=lambda texts: [[5] * len(text.split()) for text in texts])
     engine = SimpleNamespace(tokenizer=tokenizer, manifest=SimpleNamespace(max_tokens=64, all_dials=Dials()))
-    long, short, other = (
-        _wanted(asked("text_input", " ".join(["w5"] * n), max_tokens=30), engine) for n in (60, 2, 34)
-    )
+    long, short, other = (_parse(asked("text_input", " ".join(["w5"] * n), max_tokens=30), engine) for n in (60, 2, 34))
     assert (long.max_tokens, short.max_tokens, other.max_tokens) == (4, 30, 30)
     assert long.key != short.key == other.key
 
@@ -65,7 +63,7 @@ def test_a_text_of_which_nothing_is_left_is_refused_alone(backend: Any) -> None:
         return {"attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
 
     model: Any = TritonPythonModel()
-    model._told = {"special_tokens": 0, "tokens": [1, 8]}
+    model._settings = {"special_tokens": 0, "tokens": [1, 8]}
     model._tokenizer, model._dials = SimpleNamespace(encode=encode), Dials()
     assert model._texts(asked("TEXT", "a?")) == ["a?"]
     with pytest.raises(InputError, match="makes no tokens"):
@@ -85,7 +83,7 @@ def test_pairs_of_unequal_rows_are_refused_alone(backend: Any) -> None:
         return SimpleNamespace(given={n: np.array([[b"w"]] * count, object) for n, count in rows.items()})
 
     model: Any = TritonPythonModel()
-    model._told, model._dials = {"special_tokens": 2}, Dials()
+    model._settings, model._dials = {"special_tokens": 2}, Dials()
     model._answer = lambda batch, dials: np.arange(len(batch))
     model._respond = lambda rows: rows
     first, refused, more, last = model.execute([pairs(2, 2), pairs(1, 2), pairs(3, 1), pairs(1, 1)])

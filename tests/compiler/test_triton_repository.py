@@ -274,7 +274,7 @@ def test_carried_code_imports_without_trimtab(model: str, tmp_path: Path) -> Non
         ({}, {"backend": "tensorrt"}, TargetError, "was built for onnxruntime"),
         ({}, {"backend": "openvino"}, BuildError, "onnxruntime, python, tensorrt"),
         ({}, {"batch": 9}, BuildError, "1 to 8"),
-        ({}, {"name": "..."}, BuildError, "no name"),
+        ({}, {"name": "..."}, BuildError, "not a valid name"),
     ],
 )
 def test_what_triton_does_not_serve(

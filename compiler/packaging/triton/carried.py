@@ -1,6 +1,6 @@
-"""The code of a model for Triton's Python backend: modules of trimtab itself, copied, so that nothing is said twice.
+"""The code of a model for Triton's Python backend: copies of trimtab's own modules, so that no code is duplicated.
 
-The server needs numpy, and what the modules import: onnxruntime to run a model, tokenizers for texts, pydantic to
+The server needs numpy and what the modules import: onnxruntime to run a model, tokenizers for texts, pydantic to
 generate. It does not need trimtab.
 """
 
@@ -13,7 +13,9 @@ from pathlib import Path
 _SERVED = "trimtab.compiler.packaging.triton.served"
 _ERRORS = tuple(f"trimtab.passes.{name}" for name in ("errors", "os_errors", "ort_errors"))
 _COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", "trimtab.passes.graph.limits", *_ERRORS)
-_TOKENIZER = tuple(f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "cutting", "preparation", "texts"))
+_TOKENIZER = tuple(
+    f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "cutting", "preparation", "texts")
+)
 _TOKENIZER += ("trimtab.compiler.schema.json_text",)
 _SESSION = f"{_SERVED}.session"
 
@@ -33,7 +35,7 @@ CARRIED = {
         "trimtab.compiler.targets.session_segment",
     ),
 }
-"""Model → the modules that it imports, itself left out."""
+"""Model → the modules that it imports, without the model's own."""
 
 _MODEL = '''\
 """Loaded by Triton's Python backend. The code is trimtab's, in the folder beside this file."""
@@ -48,7 +50,7 @@ from {module} import TritonPythonModel  # noqa: E402, F401
 
 
 def write_code(model: str, folder: Path) -> None:
-    """Write `model.py`, and beside it the modules of `CARRIED` for `model`, into the version folder `folder`."""
+    """Write `model.py` and the modules of `CARRIED` for `model` into the version folder `folder`."""
     module = f"{_SERVED}.{model}"
     (folder / "model.py").write_text(_MODEL.format(module=module), encoding="utf-8")
     for name in (module, *CARRIED[model]):

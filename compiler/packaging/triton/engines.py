@@ -1,4 +1,4 @@
-"""Engines of TensorRT as models of Triton: one, or several behind an ensemble, which hands on what lies on the GPU."""
+"""TensorRT engines as Triton models: one engine, or several in an ensemble, which passes on tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from trimtab.compiler.targets.tensorrt.info import EngineFile, EngineInfo, Tenso
 VERSION = "1"
 _PLAN = "model.plan"
 _NAMES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
-"""TensorRT's names of types, where they are not numpy's."""
+"""TensorRT's names of types → numpy's, where they differ."""
 
 
 def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: bool) -> list[str]:
-    """Write the model `name`, and of several engines those that it runs, `name`_0 and so on; returns all names.
+    """Write the model `name`, and for several engines one model each, `name`_0 and so on; returns all names.
 
     Args:
-        batch: the most samples that Triton joins, if every engine has them as its first dimension.
+        batch: maximum number of samples that Triton joins, if they are the first dimension of every engine.
     """
     info = EngineInfo.read(build.path / ENGINE)
-    whole = configs.is_batched((*build.manifest.inputs, *build.manifest.outputs))  # an engine's own have no names
+    whole = configs.is_batched(
+        (*build.manifest.inputs, *build.manifest.outputs)
+    )  # an engine's own dimensions have no names
     joined = batch if whole and all(_is_batched(e, build.manifest.workload["batch"]) for e in info.engines) else 0
     names = [name] if len(info.engines) == 1 else [f"{name}_{number}" for number in range(len(info.engines))]
     for each, engine in zip(names, info.engines, strict=True):
@@ -43,7 +45,7 @@ def write_engines(build: Build, folder: Path, name: str, *, batch: int, gpu: boo
         configs.add_warmup(config, folder / each, inputs, opt)
         configs.write_config(config, folder / each)
     if len(names) > 1:
-        (folder / name / VERSION).mkdir(parents=True)  # Triton wants a version of an ensemble, empty as it is
+        (folder / name / VERSION).mkdir(parents=True)  # Triton requires a version of an ensemble, though it is empty
         ends = build.manifest.engine_inputs, build.manifest.outputs
         route = info.route(*([tensor.name for tensor in end] for end in ends))
         config = ensemble_config(name, *ends, names, route, batch=joined)
@@ -61,9 +63,9 @@ def ensemble_config(
     *,
     batch: int,
 ) -> Any:
-    """An ensemble of `models`, which hand on what `route` says, as the runner of several segments does."""
+    """An ensemble of `models`, which pass on the tensors of `route`, as the runner of several segments does."""
     config = configs.model_config(name, "", inputs, outputs, batch=batch)
-    for field in ("backend", "instance_group", "dynamic_batching"):  # which are its steps'
+    for field in ("backend", "instance_group", "dynamic_batching"):  # only the steps have these
         config.ClearField(field)
     config.platform = "ensemble"
     for model, leg in zip(models, route.legs, strict=True):
@@ -74,7 +76,7 @@ def ensemble_config(
 
 
 def _is_batched(engine: EngineFile, batch: Sequence[int]) -> bool:
-    """Whether the first dimension of every tensor is the batch: as long as it, in every shape of the profile."""
+    """Whether the first dimension of every tensor is the batch: it has its size in every shape of the profile."""
     shapes = engine.profiles[0].shapes.values()
     firsts = [[size[0] if size else None for size in levels] for levels in shapes]
     return all(first == list(batch) for first in firsts) and all(

@@ -1,4 +1,4 @@
-"""The models of a repository: the text model in front, and what runs the build."""
+"""The models of a repository: the text model, and the model that runs the build."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from trimtab.plugins.library import library_path
 SETTINGS = "served.json"
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _ANSWERS = ("classes", "labels", "score", "embedding", "states")
-"""Kinds of tasks that one answer for each text is made of."""
+"""Kinds of tasks with one answer per text."""
 
-_FRONTS = 2  # instances of a front that asks another model: one tokenizes while the other waits
+_FRONTS = 2  # instances of a text model that calls another model: one tokenizes while the other waits
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is written of `build`, and how; the fields are those of `package_triton`."""
+    """The models to write for `build`; the fields are the arguments of `package_triton`."""
 
     build: Build
     name: str
@@ -64,7 +64,7 @@ class Models:
         return task.kind, None, (self.name, *engines)
 
     def _answer(self) -> tuple[Task | None, str | None]:
-        """What texts are answered by; or None, and why there is nothing.
+        """The task with which texts are answered; or None, and the reason why there is none.
 
         Raises:
             ModelError: the model's files ask for an activation that trimtab does not compute.
@@ -85,19 +85,19 @@ class Models:
         return task, None
 
     def _engine(self, folder: Path, name: str) -> None:
-        """The ONNX file, run by Triton's ONNX Runtime backend, or in its Python backend."""
+        """Write the model that runs the ONNX file, in Triton's ONNX Runtime backend or in its Python backend."""
         manifest, version = self.build.manifest, folder / name / VERSION
         version.mkdir(parents=True)
         batch = self.batch if configs.is_batched((*manifest.inputs, *manifest.outputs)) else 0
         self._copy_model(version)
         if self.backend == "python":
-            told = {"batched": batch > 0, "dials": self._dials(), "limits": self._limits()}
-            self._write_python("engine", version, self._session() | told)
+            settings = {"batched": batch > 0, "dials": self._dials(), "limits": self._limits()}
+            self._write_python("engine", version, self._session() | settings)
             parameters = self._python_parameters()
         else:
             threads = str(manifest.recipe["threads"] or 0)
             parameters = {"intra_op_thread_count": threads, "inter_op_thread_count": "1"}
-        # Triton's own ONNX Runtime backend has nothing to fill in for an input that a request leaves out.
+        # Triton's own ONNX Runtime backend has no defaults for inputs that a request omits.
         optional = [dial.name for dial in manifest.dials] if self.backend == "python" else []
         config = configs.model_config(
             name, self.backend, manifest.engine_inputs, manifest.outputs, batch=batch, gpu=self.gpu,
@@ -111,7 +111,7 @@ class Models:
         configs.write_config(config, folder / name)
 
     def _shapes(self) -> dict[str, list[int]]:
-        """Of every input, at the workload's opt sizes."""
+        """The shape of every input at the workload's opt sizes."""
         manifest = self.build.manifest
         workload = Workload.model_validate(manifest.workload)
         opt = {"batch": workload.batch[1], "tokens": workload.tokens[1]} | {n: s[1] for n, s in workload.dims.items()}
@@ -129,7 +129,7 @@ class Models:
         width = next((tensor.shape or ())[-1] for tensor in manifest.outputs if tensor.name == task.output)
         workload, on_engine = manifest.workload, self.backend == "tensorrt"
         session = self._session() if self.backend == "python" else None
-        told = self._tokenizer(version) | {
+        settings = self._tokenizer(version) | {
             "engine": engine,
             "session": session,
             **asdict(task),
@@ -139,7 +139,7 @@ class Models:
             "tokens": [workload["tokens"][0] if on_engine else 1, workload["tokens"][2]],
             "least_batch": workload["batch"][0] if on_engine else 1,
         }
-        self._write_python("front", version, told)
+        self._write_python("front", version, settings)
         inputs, optional = [_info("TEXT", "bytes", 1)], []
         probabilities = _info("PROBABILITIES", "float32", width)
         if task.kind in ("embedding", "states"):
@@ -151,8 +151,8 @@ class Models:
                 "score": [_info("SCORE", "float32", width)],
             }[task.kind]
             inputs, optional = [*inputs, _info("TEXT_PAIR", "bytes", 1)], ["TEXT_PAIR"]
-        turns = [name.upper() for name in self._turns()]
-        inputs, optional = [*inputs, *(_info(name, "float32", 1) for name in turns)], [*optional, *turns]
+        dials = [name.upper() for name in self._dial_inputs()]
+        inputs, optional = [*inputs, *(_info(name, "float32", 1) for name in dials)], [*optional, *dials]
         config = configs.model_config(
             self.name, "python", inputs, outputs, batch=self.batch, optional=optional,
             gpu=self.gpu and session is not None, instances=_FRONTS if session is None else 1,
@@ -160,17 +160,17 @@ class Models:
         )  # fmt: skip
         configs.write_config(config, folder / self.name)
 
-    def _turns(self) -> tuple[str, ...]:
-        """Inputs that turn the dials of a request of texts."""
+    def _dial_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that set the dials of a request of texts."""
         dials = self.build.manifest.dials
         return ("speed", *(dial.name for dial in dials)) if dials else ()
 
     def _dials(self) -> dict[str, Any]:
-        """As `served.common.read_dials` takes them."""
+        """The dials, in the form that `served.common.read_dials` reads."""
         return asdict(self.build.manifest.all_dials)
 
     def _limits(self) -> dict[str, Any]:
-        """What the inputs of a request are checked by, as `served.common.read_limits` takes it."""
+        """The limits of a request's inputs, in the form that `served.common.read_limits` reads."""
         manifest = self.build.manifest
         return {
             "inputs": [tensor.model_dump(mode="json") for tensor in manifest.inputs],
@@ -182,7 +182,7 @@ class Models:
         version = folder / self.name / VERSION
         if self.backend == "tensorrt":
             raise TargetError(
-                f"{self.build.path}: a decoder; in Triton, trimtab generates with ONNX Runtime",
+                f"{self.build.path}: is a decoder; in Triton, trimtab generates with ONNX Runtime",
                 hint="give --backend python, which runs the build's graph",
             )
         if self.build.tokenizer is None:
@@ -190,16 +190,16 @@ class Models:
         version.mkdir(parents=True)
         cache = Cache.of(self.build.model)
         self._copy_model(version)
-        told = self._session() | self._tokenizer(version) | {
+        settings = self._session() | self._tokenizer(version) | {
             "cache": {"in_place": cache.in_place, "head_dim": cache.head_dim},
             "vocabulary": self.build.manifest.vocabulary, "dials": self._dials(),
         }  # fmt: skip
-        self._write_python("generate", version, told)
+        self._write_python("generate", version, settings)
         inputs = [
             _info("text_input", "bytes", 1), _info("stream", "bool", 1), _info("max_tokens", "int32", 1),
             _info("temperature", "float32", 1), _info("top_k", "int32", 1), _info("top_p", "float32", 1),
             _info("seed", "int64", 1), _info("stop", "bytes", "stops"),
-            *(_info(name, "float32", 1) for name in self._turns()),
+            *(_info(name, "float32", 1) for name in self._dial_inputs()),
         ]  # fmt: skip
         config = configs.model_config(
             self.name, "python", inputs, [_info("text_output", "bytes", 1), _info("finish_reason", "bytes", 1)],
@@ -210,7 +210,7 @@ class Models:
         configs.write_config(config, folder / self.name)
 
     def _session(self) -> dict[str, Any]:
-        """How a session of the model is opened."""
+        """Options for opening a session of the model."""
         providers = ["CPUExecutionProvider"]
         if self.gpu:
             providers.insert(0, "CUDAExecutionProvider")
@@ -222,7 +222,7 @@ class Models:
         }
 
     def _copy_model(self, version: Path) -> None:
-        """The graph as `model.onnx`, with external data in a folder of that name, as Triton wants it; its library."""
+        """Copy the library, and the graph as `model.onnx`, which with external data is a folder, as Triton requires."""
         model, library = self.build.path / MODEL, self._library()
         files = self.build.files_in(MODEL.parent)
         if len(files) == 1:
@@ -235,11 +235,11 @@ class Models:
             shutil.copyfile(library, version / library.name)
 
     def _library(self) -> Path | None:
-        """The native kernels, where the graph uses them and they are at hand; else the graph's own bodies run."""
+        """The library of native kernels, if the graph uses it and it is installed; else the graph's bodies run."""
         return library_path() if uses_dialect(self.build.model) else None
 
     def _tokenizer(self, version: Path) -> dict[str, Any]:
-        """Copy the tokenizer, and say what belongs to it."""
+        """Copy the tokenizer; returns its settings."""
         folder, limit = self.build.tokenizer, self.build.manifest.max_tokens
         assert folder is not None
         if not (folder / "tokenizer.json").is_file():
@@ -253,9 +253,9 @@ class Models:
         empty = load_tokenizer(folder, limit).encode([""])["input_ids"].shape[1]
         return {"max_tokens": limit, "special_tokens": int(empty)}
 
-    def _write_python(self, model: str, version: Path, told: dict[str, Any]) -> None:
+    def _write_python(self, model: str, version: Path, settings: dict[str, Any]) -> None:
         write_code(model, version)
-        (version / SETTINGS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (version / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def _python_parameters(self) -> dict[str, str]:
         return {"EXECUTION_ENV_PATH": self.environment} if self.environment else {}

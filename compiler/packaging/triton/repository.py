@@ -28,12 +28,12 @@ class Package:
 
     Attributes:
         path: the folder for `tritonserver --model-repository`.
-        name: of the build in it.
-        backend: of the model that runs the build.
-        kind: what the text model answers with, of the task's kinds: "classes", "labels", "score", "embedding", "states"
-            (an embedding, their mean) or "text"; None where there is no text model.
-        why: there is none.
-        models: names, in the order in which requests pass through them.
+        name: name of the build in the repository.
+        backend: backend of the model that runs the build.
+        kind: kind of the text model's answers, one of the task's: "classes", "labels", "score", "embedding", "states"
+            (the answer is their mean, an embedding) or "text"; None if there is no text model.
+        why: the reason why there is no text model.
+        models: names of the models, in the order in which requests pass through them.
     """
 
     path: Path
@@ -58,27 +58,27 @@ def package_triton(
     """Write `out`, whole or not at all.
 
     Args:
-        name: of the text model; the engine's is the same with "_engine". By default that of the build's folder.
+        name: name of the text model; the engine's name is the same with "_engine". Default: the build folder's name.
         backend: one of `BACKENDS`; "auto" is the target's own.
-        batch: the most samples that Triton joins in one call; by default the most that the workload declares.
-        gpu: whether models lie on the GPU; by default those of TensorRT do.
-        mounted_at: where the server will see `out`, if elsewhere: ONNX Runtime's backend wants the native kernels by a
-            path that it can open.
-        environment: EXECUTION_ENV_PATH of the Python models: an archive or folder of an environment.
+        batch: maximum number of samples that Triton joins in one call; by default the maximum of the workload.
+        gpu: whether models run on the GPU; by default only TensorRT's do.
+        mounted_at: path at which the server sees `out`, if it differs: the configuration of the ONNX Runtime backend
+            contains the path of the native kernels.
+        environment: EXECUTION_ENV_PATH of the Python models: an archive or folder with an environment.
 
     Raises:
         BuildError: `out` exists or cannot be written, the build was replaced, or tritonclient is not installed.
-        ModelError, TargetError: the build is of a kind that Triton does not serve; says why.
+        ModelError, TargetError: Triton cannot serve the build; the message says why.
     """
     out = Path(out).absolute()
-    model_name, most = check_package(build, out, name=name, batch=batch)
-    chosen = check_backend(build, backend)
+    model_name, max_batch = check_package(build, out, name=name, batch=batch)
+    chosen_backend = check_backend(build, backend)
     models = Models(
         build=build,
         name=model_name,
-        backend=chosen,
-        batch=most,
-        gpu=chosen == "tensorrt" if gpu is None else gpu,
+        backend=chosen_backend,
+        batch=max_batch,
+        gpu=chosen_backend == "tensorrt" if gpu is None else gpu,
         seen_at=Path(mounted_at) if mounted_at else out,
         environment=environment,
     )
@@ -94,61 +94,66 @@ def package_triton(
         if not blames(error, out.parent):
             raise unreadable(error.filename, error, BuildError) from error
         raise BuildError(f"{out}: cannot be written ({reason(error)})", hint=remedy(error, out.parent)) from error
-    return Package(out, models.name, "python" if kind == "text" else chosen, kind, why, names)
+    return Package(out, models.name, "python" if kind == "text" else chosen_backend, kind, why, names)
 
 
 def check_package(build: Build, out: Path, *, name: str | None, batch: int | None) -> tuple[str, int]:
-    """The model's name and the most samples in one call, of the arguments of `package_triton`, before anything is made.
+    """Check the arguments of `package_triton` before any file is written.
+
+    Returns:
+        The model's name, and the maximum number of samples in one call.
 
     Raises:
-        BuildError: as `package_triton`.
+        BuildError: as in `package_triton`.
     """
     if out.exists():
-        raise BuildError(f"{out}: exists already", hint="give a folder that does not")
+        raise BuildError(f"{out}: exists already", hint="give a folder that does not exist")
     configs.schema()
     return _model_name(name or build.path.resolve().name), _batch(build, batch)
 
 
 def _model_name(name: str) -> str:
-    found = re.sub(r"[^A-Za-z0-9_.-]", "_", name).strip(".")
-    if not found:
-        raise BuildError(f"{name!r}: no name for a model in Triton", hint="give one of letters and digits with --name")
-    return found
+    model_name = re.sub(r"[^A-Za-z0-9_.-]", "_", name).strip(".")
+    if not model_name:
+        raise BuildError(
+            f"{name!r}: is not a valid name for a Triton model", hint="give a name of letters and digits with --name"
+        )
+    return model_name
 
 
-def _batch(build: Build, asked: int | None) -> int:
+def _batch(build: Build, batch: int | None) -> int:
     low, _, high = build.manifest.workload["batch"]
-    if asked is not None and not low <= asked <= high:
-        raise BuildError(f"batches of {asked}: the build's workload has {low} to {high}", hint="compile it for more")
-    return int(asked or high)
+    if batch is not None and not low <= batch <= high:
+        raise BuildError(f"batches of {batch}: the build's workload has {low} to {high}", hint="compile it for more")
+    return int(batch or high)
 
 
-def check_backend(build: Build, asked: str) -> str:
-    """The backend that `asked`, one of `BACKENDS`, stands for with `build`.
+def check_backend(build: Build, backend: str) -> str:
+    """The backend for the option `backend`, one of `BACKENDS`, with `build`.
 
     Raises:
-        BuildError, ModelError, TargetError: unknown, or not one that can run the build.
+        BuildError, ModelError, TargetError: the backend is unknown, or cannot run the build.
     """
     target, folder = build.manifest.target, build.path
-    if asked not in BACKENDS:
-        raise BuildError(f"unknown backend {asked!r}", hint=f"known: {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise BuildError(f"unknown backend {backend!r}", hint=f"known: {', '.join(BACKENDS)}")
     if build.manifest.shards > 1:
         raise ModelError(
             f"{folder}: is divided into {build.manifest.shards} shards, and Triton runs a model in one process",
             hint="compile it without --shards",
         )
-    if asked == "auto":
+    if backend == "auto":
         if target == "tensorrt-rtx":
             raise TargetError(
                 f"{folder}: holds an engine of TensorRT-RTX, and Triton's backend loads those of TensorRT alone",
                 hint="compile with --target tensorrt, or serve the same graph with --backend onnxruntime or python",
             )
-        asked = target
-    if asked == "tensorrt" and target != "tensorrt":
+        backend = target
+    if backend == "tensorrt" and target != "tensorrt":
         raise TargetError(f"{folder}: was built for {target}", hint="compile with --target tensorrt")
-    if asked == "tensorrt" and EngineInfo.read(folder / ENGINE).exits is not None:
+    if backend == "tensorrt" and EngineInfo.read(folder / ENGINE).exits is not None:
         raise TargetError(
-            f"{folder}: samples leave between its engines, and an ensemble of Triton hands on whole batches",
+            f"{folder}: samples leave between its engines, and a Triton ensemble passes on whole batches",
             hint="compile it as one engine (`engine: {segments: 1}`), or serve its graph with --backend python",
         )
-    return asked
+    return backend

@@ -1,1 +1,1 @@
-"""Models for Triton's Python backend. A repository carries these modules, so that the server needs no trimtab."""
+"""Models for Triton's Python backend. A repository carries these modules, so the server does not need trimtab."""

@@ -1,4 +1,4 @@
-"""What the models share that run in Triton's Python backend."""
+"""Functions that all models in Triton's Python backend share."""
 
 from __future__ import annotations
 
@@ -17,90 +17,92 @@ from trimtab.passes.graph.limits import Packed, Positions
 from trimtab.passes.ort_errors import exceptions, explain
 
 SETTINGS = "served.json"
-"""What the packager tells the model; it lies beside its code."""
+"""File with the model's settings, which the packager writes next to the model's code."""
 
 
 def version_folder(args: Mapping[str, str]) -> Path:
-    """The folder of the version that Triton loads, of `initialize`'s arguments."""
+    """The folder of the version that Triton loads, from the arguments of `initialize`."""
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def settings(args: Mapping[str, str]) -> dict[str, Any]:
-    """What `SETTINGS` says."""
-    found: dict[str, Any] = json.loads((version_folder(args) / SETTINGS).read_text(encoding="utf-8"))
-    return found
+def read_settings(args: Mapping[str, str]) -> dict[str, Any]:
+    """The content of the file `SETTINGS`."""
+    settings: dict[str, Any] = json.loads((version_folder(args) / SETTINGS).read_text(encoding="utf-8"))
+    return settings
 
 
-def read_dials(told: Mapping[str, Any]) -> Dials:
-    """The dials of `told`, which is `Dials` as JSON."""
-    return Dials(tuple(Dial(**dial) for dial in told["dials"]), tuple(SpeedPoint(**point) for point in told["path"]))
+def read_dials(values: Mapping[str, Any]) -> Dials:
+    """`Dials` from its JSON `values`."""
+    return Dials(
+        tuple(Dial(**dial) for dial in values["dials"]), tuple(SpeedPoint(**point) for point in values["path"])
+    )
 
 
 class Limits(NamedTuple):
-    """What the inputs of an engine are checked by, as `compiler.inputs.check_inputs` takes it."""
+    """The limits of an engine's inputs: arguments of `compiler.inputs.check_inputs`."""
 
     inputs: list[Any]
     packed: list[Packed]
     positions: Positions | None
 
 
-def read_limits(told: Mapping[str, Any]) -> Limits:
-    """The limits of `told`, which the packager writes as JSON."""
-    inputs = [SimpleNamespace(**tensor) for tensor in told["inputs"]]
-    positions = told["positions"]
-    return Limits(inputs, [Packed(**mask) for mask in told["packed"]], Positions(**positions) if positions else None)
+def read_limits(values: Mapping[str, Any]) -> Limits:
+    """`Limits` from the JSON `values` that the packager writes."""
+    inputs = [SimpleNamespace(**tensor) for tensor in values["inputs"]]
+    positions = values["positions"]
+    return Limits(inputs, [Packed(**mask) for mask in values["packed"]], Positions(**positions) if positions else None)
 
 
-def turned(request: Any, dials: Dials, batch: int, spell: Callable[[str], str] = str) -> dict[str, np.ndarray]:
-    """The dials of a request, [batch] each: by "speed", by an input for each of them, or their defaults.
+def request_dials(request: Any, dials: Dials, batch: int, spell: Callable[[str], str] = str) -> dict[str, np.ndarray]:
+    """The dials of a request, [batch] each: from its input "speed", from the dials' own inputs, or their defaults.
 
     Args:
-        spell: makes the name of an input of that of a dial.
+        spell: converts the name of a dial to that of its input.
 
     Raises:
-        InputError: a value that a dial does not take.
+        InputError: a dial does not take a value.
     """
     names = ("speed", *(dial.name for dial in dials.dials)) if dials.dials else ()
     tensors = {name: pb.get_input_tensor_by_name(request, spell(name)) for name in names}
-    asked = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
-    speed = asked.pop("speed", None)
-    return dials.feeds(batch, asked, speed)
+    values = {name: tensor.as_numpy().reshape(-1) for name, tensor in tensors.items() if tensor is not None}
+    speed = values.pop("speed", None)
+    return dials.feeds(batch, values, speed)
 
 
-def together(turned: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The dials of requests that are run in one batch, each [samples of all]."""
-    return {name: np.concatenate([each[name] for each in turned]) for name in turned[0]}
+def joined_dials(dials: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The dials of requests that run in one batch, each [samples of all requests]."""
+    return {name: np.concatenate([each[name] for each in dials]) for name in dials[0]}
 
 
 def texts(request: Any, name: str) -> list[str]:
     """The strings of the input `name`, [batch, 1].
 
     Raises:
-        InputError: one is not UTF-8.
+        InputError: a string is not UTF-8.
     """
-    found = pb.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
+    values = pb.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
     try:
-        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in found]
+        return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in values]
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 ({error})") from error
 
 
 def strings(name: str, values: list[str]) -> Any:
-    """An output of strings, [batch, 1]."""
+    """An output tensor of strings, [batch, 1]."""
     return pb.Tensor(name, np.array([value.encode("utf-8") for value in values], object)[:, None])
 
 
 def refusal(error: Exception) -> Any:
-    """The response to a request that failed: one line, and the hint where there is one.
+    """The response to a request that failed: one line, with the hint if there is one.
 
-    A request at fault gets the status of one (HTTP 400, gRPC INVALID_ARGUMENT), anything else that of a server's fault
-    (500, INTERNAL), so that clients and balancers know whether to send it again.
+    A fault of the request gets HTTP 400 (gRPC INVALID_ARGUMENT), any other fault 500 (INTERNAL), so that clients and
+    load balancers know whether to send the request again.
     """
-    said, by_client = str(error), isinstance(error, InputError)
+    message, by_client = str(error), isinstance(error, InputError)
     if not isinstance(error, TrimtabError):
-        said = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         if isinstance(error, exceptions()):
-            found = explain(error)
-            said, by_client = f"the engine could not run: {found.words}", found.by_inputs
+            explained = explain(error)
+            message, by_client = f"the engine could not run: {explained.words}", explained.by_inputs
     code = pb.TritonError.INVALID_ARG if by_client else pb.TritonError.INTERNAL
-    return pb.InferenceResponse(error=pb.TritonError(" ".join(said.split()), code))
+    return pb.InferenceResponse(error=pb.TritonError(" ".join(message.split()), code))

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the build's ONNX file, for servers without Triton's ONNX Runtime backend."""
+"""The model that runs the build's ONNX file on tensors, for servers without Triton's ONNX Runtime backend."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from trimtab.compiler.inputs import check_inputs
 from trimtab.compiler.packaging.triton.served.common import (
     read_dials,
     read_limits,
+    read_settings,
     refusal,
-    settings,
     version_folder,
 )
 from trimtab.compiler.packaging.triton.served.session import open_session
@@ -21,19 +21,19 @@ from trimtab.passes.errors import InputError
 
 
 class TritonPythonModel:
-    """Runs the requests that Triton batched in one call."""
+    """Runs the requests of one Triton batch in one call."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        told = settings(args)
-        self._batched: bool = told["batched"]
-        self._session = open_session(version_folder(args), told, args["model_instance_device_id"])
+        settings = read_settings(args)
+        self._batched: bool = settings["batched"]
+        self._session = open_session(version_folder(args), settings, args["model_instance_device_id"])
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
-        self._dials, self._limits = read_dials(told["dials"]), read_limits(told["limits"])
+        self._dials, self._limits = read_dials(settings["dials"]), read_limits(settings["limits"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
         feeds: dict[int, dict[str, np.ndarray]] = {}
-        groups: dict[Any, list[int]] = {}  # Triton batches equal shapes alone, unless it is configured to do otherwise
+        groups: dict[Any, list[int]] = {}  # Triton batches only equal shapes, unless it is configured otherwise
         for place, request in enumerate(requests):
             try:
                 feeds[place] = self._feeds(request)
@@ -48,23 +48,23 @@ class TritonPythonModel:
         return responses
 
     def _feeds(self, request: Any) -> dict[str, np.ndarray]:
-        """The inputs of `request`; a dial that it leaves out has its default."""
+        """The inputs of `request`; a dial that the request omits has its default."""
         tensors = {name: pb.get_input_tensor_by_name(request, name) for name in self._inputs}
         feeds = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
         names = [dial.name for dial in self._dials.dials if dial.name in feeds]
-        turned = {name: feeds.pop(name).reshape(-1) for name in names}
+        dial_values = {name: feeds.pop(name).reshape(-1) for name in names}
         check_inputs(self._limits.inputs, feeds, self._limits.packed, self._limits.positions)
-        return feeds | self._dials.feeds(len(next(iter(feeds.values()))), turned)
+        return feeds | self._dials.feeds(len(next(iter(feeds.values()))), dial_values)
 
     def _key(self, place: int, feed: Mapping[str, np.ndarray], request: Any) -> Any:
-        """Equal for requests that can run together."""
+        """A key that is equal for requests that can run in one call."""
         if not self._batched:
             return place
         return tuple(request.requested_output_names()), tuple(array.shape[1:] for array in feed.values())
 
     def _answers(self, feeds: list[dict[str, np.ndarray]], names: Sequence[str]) -> list[Any]:
-        """A response to each of the requests; where they fail together, each is run alone, so that others' faults
-        touch none.
+        """A response to each request. If the joined call fails, each request runs alone, so that one faulty request
+        does not fail the others.
         """
         try:
             return self._run(feeds, names)
