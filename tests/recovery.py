@@ -44,7 +44,7 @@ def onnx_source(family: str) -> Source:
 
 
 def empty_profile(source: Source) -> Profile:
-    tensors: dict[str, Any] = {"head.states": np.ones((1, 1), np.float32)}  # a file needs a tensor
+    tensors: dict[str, Any] = {"head.states": np.full((1, 1), 7, np.float32)}  # a file needs a tensor
     return Profile(ProfileInfo(model=source.fingerprint, data="0" * 64, samples=1, tokens=7), tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def test_a_recipe_can_be_read(path: Path) -> None:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the examples, texts, and small models in place of those that packages bring."""
     folder = tmp_path_factory.mktemp("examples")
-    (folder / "examples").symlink_to(EXAMPLES)
+    shutil.copytree(EXAMPLES, folder / "examples")
     (folder / "texts").mkdir()
     for name, count in (("texts.txt", 300), ("unseen.txt", 60)):
         (folder / "texts" / name).write_text("".join(f"{text}\n" for text in tiny_models.sentences(count)))

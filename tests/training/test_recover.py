@@ -65,7 +65,7 @@ def test_learned_weights_bring_outputs_nearer_to_the_dense(family: str, tmp_path
     after = np.square(outputs(compiled(source, plan, profile), feeds, tmp_path)[0] - dense).mean()
     assert after < 0.8 * before
     assert base.info.learned == {}
-    np.testing.assert_array_equal(profile.tensors["ffn.0.tokens"], 7)
+    np.testing.assert_array_equal(profile.tensors["head.states"], 7)
 
 
 def test_pass_puts_in_what_was_learned(bert: Source, tmp_path: Path) -> None:
