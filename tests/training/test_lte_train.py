@@ -235,7 +235,7 @@ def test_what_cannot_be_trained_is_said(
 
 def test_a_routed_model_compiled_without_its_routers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     info = ProfileInfo(model="m", data="d", samples=1, tokens=1, learned={"lte": {"routers": True}})
-    Profile(info, {"ffn.0.tokens": np.array(7)}).save(tmp_path / "profile.safetensors")
+    Profile(info, {"head.states": np.ones((1, 1), np.float32)}).save(tmp_path / "profile.safetensors")
     choose_profile(None, tmp_path, load_recipe({"passes": ["dynamic-int8"]}), data=True)
     assert "add `ffn-route` to the recipe" in caplog.text
     caplog.clear()
