@@ -1,4 +1,4 @@
-"""Targets: the runtimes that a compiled graph is made for."""
+"""Targets: the runtimes for which a graph is compiled."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _TARGETS = {
     "tensorrt-rtx": "trimtab.compiler.targets.tensorrt.target:TensorRTRTX",
     "tensorrt": "trimtab.compiler.targets.tensorrt.target:TensorRT",
 }
-"""Name → where its class is; imported when asked for."""
+"""Name → module and class of the target; imported on first use."""
 
 TARGET_NAMES = tuple(_TARGETS)
 
 
 def get_target(name: str) -> Target:
-    """The target called `name`. Whether it can be used here, its `probe()` tells.
+    """The target called `name`. Its `probe()` reports whether it can be used here.
 
     Raises:
-        TargetError: there is none; names the nearest.
+        TargetError: no such target; names the nearest.
     """
-    found: type[Target] = import_named(name, _TARGETS, "target", "targets", TargetError)
-    return found()
+    target_class: type[Target] = import_named(name, _TARGETS, "target", "targets", TargetError)
+    return target_class()
 
 
 __all__ = ["TARGET_NAMES", "Runner", "Target", "get_target"]

@@ -1,4 +1,4 @@
-"""What a target is: a runtime that takes a compiled graph, and the runner it gives."""
+"""The interface of a target, a runtime that takes a compiled graph, and of the runner that it opens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from trimtab.passes.errors import TargetError
 
-if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
+if TYPE_CHECKING:  # a Triton repository carries this module without the compiler
     import onnx_graphsurgeon as gs
 
     from trimtab.compiler.engine_options import EngineOptions
@@ -20,21 +20,21 @@ if TYPE_CHECKING:  # a Triton repository carries this module, without what compi
     from trimtab.passes.crossover import Measure
 
 MODEL = Path("model") / "model.onnx"
-"""Where a build directory holds its graph."""
+"""Path of the graph in a build directory."""
 
 PLAN = Path("model") / "shards.json"
-"""Where a build directory says how its graph is divided, if it is."""
+"""Path of the plan of shards in a build directory, where the graph is divided."""
 
 ENGINE = Path("engine")
-"""Where a build directory holds what the target made of it."""
+"""Folder of the target's engines in a build directory."""
 
 
 class Runner(ABC):
     """A loaded engine.
 
     Attributes:
-        inputs: names of its inputs.
-        outputs: names of its outputs, in the order of the graph.
+        inputs: names of the engine's inputs.
+        outputs: names of the engine's outputs, in the order of the graph.
     """
 
     inputs: tuple[str, ...]
@@ -42,14 +42,14 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output, for arrays of the shapes and types that the graph declares.
+        """All outputs, for arrays of the shapes and types that the graph declares.
 
         Raises:
-            TargetError: an input is missing, unknown, or of a shape or type the engine does not take.
+            TargetError: an input is missing or unknown, or has a shape or type that the engine does not take.
         """
 
     def steps(self, batch: int, length: int) -> Steps:
-        """Room for `batch` rows of at most `length` tokens in the cache of a decoder.
+        """A generation with room for `batch` rows of at most `length` tokens in the cache of a decoder.
 
         Raises:
             TargetError: the engine has no cache.
@@ -57,18 +57,18 @@ class Runner(ABC):
         raise TargetError("this engine has no cache of keys and values", hint="compile a causal language model")
 
     def confirm(self, manifest_hash: str) -> None:  # noqa: B027  (most are one process)
-        """Compare the build that was loaded with what the other processes of a launcher have loaded.
+        """Compare the loaded build with the builds that the other processes of a launcher have loaded.
 
         Raises:
-            TargetError: it is another one.
+            TargetError: the builds differ.
         """
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
-        """Let go of what the engine holds beyond this process. It may not be run again."""
+    def close(self) -> None:  # noqa: B027  (most have nothing to release)
+        """Release the engine's resources outside this process. The engine may not run again."""
 
 
 class Steps(ABC):
-    """A decoder that goes on from what it has seen: its cache stays where it is between the calls."""
+    """A generation of a decoder: its cache is kept between the calls."""
 
     @abstractmethod
     def run(
@@ -77,13 +77,13 @@ class Steps(ABC):
         """Logits [batch, tokens, vocabulary] of new tokens.
 
         Args:
-            input_ids: [batch, tokens], int64. Prompts that are shorter than others are filled up behind.
-            attention_mask: [batch, all tokens so far with these], int64; 0 for what fills up.
-            dials: of the build, [batch] each, where it has any.
+            input_ids: [batch, tokens], int64. Shorter prompts are padded at the end.
+            attention_mask: [batch, all tokens so far, these included], int64; 0 at padding.
+            dials: values of the build's dials, [batch] each, where it has any.
         """
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
-        """Let go of the cache. It may not be run again."""
+    def close(self) -> None:  # noqa: B027  (most have nothing to release)
+        """Release the cache. The generation may not run again."""
 
 
 class Target(ABC):
@@ -93,36 +93,38 @@ class Target(ABC):
     summary: ClassVar[str]
     """One line for `trimtab targets`."""
     divides: ClassVar[bool] = False
-    """Whether it runs a model that is divided among processes."""
+    """Whether the target runs a model that is divided into shards."""
     builds_engines: ClassVar[bool] = False
-    """Whether the recipe's `engine` section says anything to it."""
+    """Whether the target reads the recipe's section `engine`."""
 
     @abstractmethod
     def probe(self) -> Capability:
-        """What the runtime can take, found by trying it, once per process.
+        """What the runtime can take, tried out once per process.
 
         Raises:
-            TargetError: it is not installed here; the hint says how to install it.
+            TargetError: the runtime is not installed here; the hint says how to install it.
         """
 
     def cannot_run_here(self) -> str | None:
-        """Why what is built cannot be run on this machine, for checks that would; None where it can."""
+        """The reason why an engine of this target cannot run on this machine; None where it can."""
         return None
 
     def crossover(self, threads: int | None = None) -> Measure | None:
-        """How to tell, for a shape, where its sparse form stops paying; None where it cannot be told.
+        """A function that measures, for a shape, where the sparse form stops being faster; None if unsupported.
 
         Args:
             threads: CPU threads of one run, as `open` takes them.
         """
         return None
 
-    def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:  # noqa: B027  (most leave it as it is)
-        """Write what all passes have made, in place, as the runtime computes it best: same results, same layers.
+    def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:  # noqa: B027  (most keep the graph)
+        """Rewrite the graph after all passes, in place, into the form that the runtime computes fastest.
+
+        Results and layers stay the same.
 
         Args:
-            max_tokens: of the longest text that may be run, a decoder's past included; None where no limit is known.
-            shards: ranks among which it will be divided.
+            max_tokens: tokens of the longest text that may run, a decoder's past included; None without a limit.
+            shards: number of ranks into which the graph will be divided.
         """
 
     @abstractmethod
@@ -135,15 +137,15 @@ class Target(ABC):
         timeout_s: float = 3600,
         options: EngineOptions | None = None,
     ) -> list[Path]:
-        """Make of the ONNX file `model` what the runtime loads.
+        """Build the files that the runtime loads from the ONNX file `model`.
 
         Args:
-            out: folder for the engine's files, made when needed.
-            timeout_s: seconds after which the build is given up.
-            options: wishes for engines, of targets that build some.
+            out: folder for the engine's files, created when needed.
+            timeout_s: time limit of the build in seconds.
+            options: engine options, for targets that build engines.
 
         Returns:
-            The files written. After an error there are none.
+            The files written. After an error, none remain.
 
         Raises:
             TargetError: the runtime is missing, does not take this graph (names the nodes), or failed.
@@ -153,12 +155,12 @@ class Target(ABC):
     def open(
         self, folder: Path, *, threads: int | None = None, shards: int = 1, manifest_hash: str | None = None
     ) -> Runner:
-        """Load the build directory `folder`. What the runner needs of it is read now, and nothing later.
+        """Load the build directory `folder`. The runner reads all its files now, and none later.
 
         Args:
             threads: CPU threads of one run; None lets the runtime choose.
-            shards: processes among which the model is divided.
-            manifest_hash: of the build, which processes that are started again find there or refuse.
+            shards: number of processes into which the model is divided.
+            manifest_hash: hash of the build's manifest; processes that start again refuse a build with another hash.
 
         Raises:
             TargetError: the runtime or its hardware is missing, or refuses the engine.

@@ -85,7 +85,9 @@ def measure(shape: SparseShape, options: Options) -> Crossover:
     with temporary_folder("crossover") as folder:
         native = shape.dense == "int4-blocks" and has_kernel("Int4Linear")
         dense = _session(dense_model(weights, folder / "dense.onnx", shape.dense, native=native), options)
-        sparse = _session(sparse_model(weights, folder / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options)
+        sparse = _session(
+            sparse_model(weights, folder / "sparse.onnx", shape.block, cast("RowForm", shape.form)), options
+        )
         del weights
         few, many = (max(1, round(density * blocks)) for density in _DENSITIES)
 

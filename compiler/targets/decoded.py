@@ -1,4 +1,4 @@
-"""A model as it computes what it generates: every token by its own choice, however many are given at once."""
+"""A model that computes every token as in generation: with its own choice of neurons, however long the call is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.plugins import DOMAIN, SELECT_BLOCKS
 
 
 def decoded(path: Path) -> bytes | None:
-    """The ONNX file with no call so long that it goes the dense way; None where it has none to change."""
+    """The ONNX file without a limit above which calls take the dense path; None where the file has no such limit."""
     model = onnx.load(str(path), load_external_data=False)
     changed = False
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of tiny models here, and which of the dialect's products its session runs natively."""
+"""Tries tiny models in ONNX Runtime: their optimised graphs, and which products of the dialect run natively."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.plugins.library import instruction_set, library_path, register
 
 
 def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[str]] | None:
-    """Output of the trial `model`, and the op types ONNX Runtime made of it; None where it refuses."""
+    """Output of the trial `model`, and the op types of its optimised graph; None where ONNX Runtime refuses it."""
     with temporary_folder("kernels") as folder:
         options = session_options(1)
         if any(domain.domain == DOMAIN for domain in model.opset_import) and library_path() is not None:
@@ -32,14 +32,14 @@ def optimised(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, set[st
 
 
 def has_kernel(op: Literal["Glu", "Int4Linear", "Int8Linear"]) -> bool:
-    """Whether `op` stays one op, which is the native kernel's: the CPU has it, and the library is there.
+    """Whether `op` stays one op with a native kernel: the library is there, and its kernel supports this CPU.
 
-    Of int4 it has to be one of the processor's vector units: portable code is slower than MatMulNBits.
+    The int4 kernel needs the processor's vector units: portable code is slower than MatMulNBits.
     """
     if providers() != ["CPUExecutionProvider"] or (op == "Int4Linear" and instruction_set() == "portable"):
         return False
-    made = {"Glu": (trials.glu, 2), "Int4Linear": (trials.int4_linear, 127), "Int8Linear": (trials.int8_linear, 255)}
-    trial, x = made[op]
+    makers = {"Glu": (trials.glu, 2), "Int4Linear": (trials.int4_linear, 127), "Int8Linear": (trials.int8_linear, 255)}
+    trial, x = makers[op]
     model, want = trial()
-    found = optimised(model, np.full((1, trials.K), x, np.float32))
-    return found is not None and found[1] == {op} and not np.any(found[0] != want)
+    result = optimised(model, np.full((1, trials.K), x, np.float32))
+    return result is not None and result[1] == {op} and not np.any(result[0] != want)

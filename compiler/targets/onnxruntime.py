@@ -1,4 +1,4 @@
-"""ONNX Runtime: the compiled graph is the artifact; the runtime optimises it when it opens it."""
+"""ONNX Runtime: the compiled graph is the artifact; the runtime optimises the graph when it opens it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OnnxRuntime(Target):
     def settle(self, graph: gs.Graph, max_tokens: int | None, shards: int) -> None:
         keep_integer_products(graph)
         fuse_bias_gelu(graph)
-        # Ranks divide gate and up.
+        # Shards divide gate and up, so they are not fused.
         tighten_decoder(graph, max_tokens, gates=shards == 1, glu=self.probe().glu_kernel)
         if shards == 1 and self.probe().int4_kernel:
             use_int4_linear(graph)
@@ -55,9 +55,9 @@ class OnnxRuntime(Target):
         timeout_s: float = 3600,
         options: EngineOptions | None = None,
     ) -> list[Path]:
-        """Checks that the runtime takes the graph; there is nothing to write.
+        """Check that the runtime takes the graph; there is nothing to write.
 
-        Optimisation and prepacking wait until `open`, so that a model larger than memory can be checked too.
+        Optimisation and prepacking are left to `open`, so that a model larger than memory can be checked too.
         """
         light = session_options()
         light.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -86,31 +86,31 @@ def _probe() -> Capability:
 
 
 def _multiplies_blocks(bits: int, *, signed: bool = False) -> bool:
-    """Whether MatMul(x, DequantizeLinear(w)) becomes one MatMulNBits, and computes what it should.
+    """Whether MatMul(x, DequantizeLinear(w)) becomes one MatMulNBits with right results.
 
-    That kernel may round x to int8 by blocks, hence the tolerance.
+    The kernel may round x to int8 by blocks, hence the tolerance.
 
     Args:
-        signed: half of the scales are negative.
+        signed: whether half of the scales are negative.
     """
     model, w = trials.blockwise(bits, signed=signed)
     x = np.random.default_rng(0).normal(size=(3, trials.K)).astype(np.float32)
-    found = optimised(model, x)
+    result = optimised(model, x)
     return (
-        found is not None
-        and found[1] == {"MatMulNBits"}
-        and bool(np.abs(found[0] - x @ w).max() < 0.03 * np.abs(x @ w).max())
+        result is not None
+        and result[1] == {"MatMulNBits"}
+        and bool(np.abs(result[0] - x @ w).max() < 0.03 * np.abs(x @ w).max())
     )
 
 
 def _computes_half() -> bool:
     """Whether float16 stays float16; without such kernels, ONNX Runtime casts to float32 and back."""
-    found = optimised(trials.half(), np.ones((3, trials.K), np.float16))
-    return found is not None and "Cast" not in found[1]
+    result = optimised(trials.half(), np.ones((3, trials.K), np.float16))
+    return result is not None and "Cast" not in result[1]
 
 
 def _saturates() -> bool:
     """Whether sums of integer products overflow on the way, as they do on x86 without VNNI."""
     model, want = trials.largest()
-    found = optimised(model, np.full((1, trials.K), 255, np.uint8))
-    return found is not None and bool(np.any(found[0] != want))
+    result = optimised(model, np.full((1, trials.K), 255, np.uint8))
+    return result is not None and bool(np.any(result[0] != want))

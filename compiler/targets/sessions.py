@@ -1,4 +1,4 @@
-"""How trimtab opens sessions of ONNX Runtime, and a whole model in one of them."""
+"""Opens sessions of ONNX Runtime, and runs a whole model in one session."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from trimtab.plugins.driver import gpu_present
 from trimtab.plugins.library import register
 
 _SLOW_ON_CPU = "SkipLayerNormFusion;BiasSkipLayerNormFusion"
-"""One op for a sum and its norm takes the CPU longer than two in 1.31: findings/skip_layer_norm_slower.sh."""
+"""Optimisers that are off on the CPU: in 1.31, one op for a sum and its norm is slower than two ops.
 
-_FATAL = 4  # log severity: every error becomes a message of ours, so nothing is printed beside it
+Measurement: findings/skip_layer_norm_slower.sh.
+"""
+
+_FATAL = 4  # log severity: every error becomes a TrimtabError, so ONNX Runtime need not print it
 
 
 def session_options(threads: int | None = None, *, spinning: bool = False) -> ort.SessionOptions:
-    """Options of every session that trimtab opens, so that engines and their peers run under the same ones.
+    """Options of every session that trimtab opens, so that engines and their peers run under the same options.
 
     Args:
-        threads: of one run; None for one per physical core.
-        spinning: threads wait for the next run awake for a moment, as ONNX Runtime lets them by default: calls that
-            follow each other start sooner.
+        threads: CPU threads of one run; None for one per physical core.
+        spinning: whether threads spin for a moment after a run, as by default in ONNX Runtime: the next call then
+            starts sooner.
 
     Raises:
         InputError: `threads` is a count that no machine has.
@@ -55,7 +58,7 @@ def session_entries(providers: list[str], *, spinning: bool = False) -> dict[str
 
 
 def providers() -> list[str]:
-    """CUDA where this onnxruntime has it and a GPU is present; the CPU always."""
+    """The CUDA provider where this onnxruntime has it and a GPU is present; the CPU provider always."""
     cuda = "CUDAExecutionProvider" in ort.get_available_providers() and gpu_present()
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
 
@@ -68,26 +71,26 @@ def open_session(
     Args:
         model: the ONNX file, or its bytes. Weights in external data are mapped from disk, not read into a second copy.
         options: `session_options()` by default.
-        device: number of the GPU, where one is used.
+        device: number of the GPU, where the session uses one.
 
     Raises:
-        TargetError: ONNX Runtime does not take it, or it uses the dialect of another version of trimtab.
+        TargetError: ONNX Runtime does not take the file, or the file uses the dialect of another version of trimtab.
     """
     options = options or session_options()
     if uses_dialect(model):
         register(options)
-    given, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
+    source, name = (model, "model in memory") if isinstance(model, bytes) else (str(model), str(model))
     with opening(name):
-        return ort.InferenceSession(given, options, providers=_on(device))
+        return ort.InferenceSession(source, options, providers=_on(device))
 
 
 def _on(device: int) -> list[str | tuple[str, dict[str, int]]]:
-    """`providers()`, where the CUDA one takes the GPU `device`."""
+    """`providers()`, with the GPU `device` for the CUDA provider."""
     return [(name, {"device_id": device}) if device and name.startswith("CUDA") else name for name in providers()]
 
 
 def cache_of(model: Path | bytes, session: ort.InferenceSession) -> Cache | None:
-    """What the ONNX file of `session` tells of a decoder's cache; None where it has none, or is in memory."""
+    """The decoder's cache in the ONNX file of `session`; None where it has none, or the model is in memory."""
     if isinstance(model, bytes) or not pasts(tensor.name for tensor in session.get_inputs()):
         return None
     return Cache.of(model)
@@ -101,7 +104,7 @@ class OnnxRuntimeRunner(SegmentedRunner):
         options: session options; `session_options()` by default.
 
     Attributes:
-        session: which runs it.
+        session: the session that runs the model.
     """
 
     def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None) -> None:
@@ -111,10 +114,10 @@ class OnnxRuntimeRunner(SegmentedRunner):
 
 
 def uses_dialect(model: Path | bytes) -> bool:
-    """Whether an ONNX file declares the operator set of trimtab. What is no ONNX file does not.
+    """Whether an ONNX file declares the operator set of trimtab; False for a file that is no ONNX file.
 
     Raises:
-        TargetError: an op was another one when the file was made, which the kernels of today would misread.
+        TargetError: an op of the file has another definition in this version, so today's kernels would misread it.
     """
     try:
         if isinstance(model, bytes):
@@ -126,7 +129,7 @@ def uses_dialect(model: Path | bytes) -> bool:
     if (op := redeclared(proto)) is not None:
         name = "model in memory" if isinstance(model, bytes) else str(model)
         raise TargetError(
-            f"{name}: was compiled by another version of trimtab, whose op {op} takes or gives something else",
-            hint="compile it again, or run it by that version",
+            f"{name}: was compiled by another version of trimtab, whose op {op} has other inputs or outputs",
+            hint="compile it again, or run it with that version",
         )
     return any(domain.domain == DOMAIN for domain in proto.opset_import)

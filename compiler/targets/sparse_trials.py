@@ -1,4 +1,4 @@
-"""Layers of random weights, dense and in the sparse ops of the dialect, to time the one beside the other."""
+"""Layers of random weights, in dense form and in the dialect's sparse ops, to time both forms."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from trimtab.passes.sparse_ffn.rows import RowForm, row_constants
 from trimtab.plugins import SPARSE_DOWN, SPARSE_HEAD, SPARSE_UP, add_node
 
 _BLOCKS: dict[DenseForm, str] = {"int8-blocks": "int8", "int4-blocks": "int4"}
-_BLOCK = 32  # inputs that share a scale, at most
+_BLOCK = 32  # largest number of inputs that share a scale
 
 Layer = Sequence[np.ndarray]
 """(gate, up, down), (up, down) or (head,): row-major by neuron or token, [rows, width]."""
 
 
 def random_layers(rows: int, width: int, matrices: int, layers: int) -> list[Layer]:
-    """Weights of random values; what they are makes no difference to times."""
+    """Random weights; their values do not affect times."""
     rng = np.random.default_rng(0)
     scale = np.float32(2 * width**-0.5)
     return [[(rng.random((rows, width), np.float32) - 0.5) * scale for _ in range(matrices)] for _ in range(layers)]
@@ -37,10 +37,10 @@ def random_blocks(rng: np.random.Generator, tokens: int, blocks: int, k: int) ->
 
 
 def dense_model(layers: Sequence[Layer], path: Path, form: DenseForm = "fp32", *, native: bool = False) -> Path:
-    """x → y by products, one layer behind the other.
+    """x → y by dense products, layer after layer.
 
     Args:
-        native: those of int4 are the dialect's own.
+        native: whether int4 products are the dialect's own op.
     """
     graph, width = _new(layers), layers[0][0].shape[1]
     x: gs.Tensor = graph.inputs[0]
@@ -66,7 +66,7 @@ def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm,
     """x and the blocks of each layer, blocks0, blocks1, ... [1 or tokens, k] → y, by the sparse ops.
 
     Args:
-        at_most: blocks may be -1.
+        at_most: whether blocks may be -1.
     """
     graph, width = _new(layers), layers[0][0].shape[1]
     x: gs.Tensor = graph.inputs[0]
@@ -89,7 +89,7 @@ def sparse_model(layers: Sequence[Layer], path: Path, block: int, form: RowForm,
 
 
 def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseForm, native: bool) -> Path:
-    """Write the graph that makes y, with its products by dynamic quantization if they are to be."""
+    """Write the graph that computes y, with the products quantized as `form` names."""
     path = _finish(graph, y, width, path)
     if form == "int8":
         quantize_file(path, path.with_name("int8.onnx"), reduce_range=False)
@@ -104,7 +104,7 @@ def _rounded(graph: gs.Graph, y: gs.Tensor, width: int, path: Path, form: DenseF
 
 
 def _new(layers: Sequence[Layer]) -> gs.Graph:
-    # With a batch, as models have it: without, a product and the residual behind it would become one Gemm.
+    # x has a batch axis, as in models: without it, a product and the residual behind it would become one Gemm.
     x = gs.Variable("x", np.float32, ["batch", "tokens", layers[0][0].shape[1]])
     return gs.Graph(inputs=[x], opset=21, ir_version=10, name="trial")
 

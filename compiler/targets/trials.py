@@ -1,4 +1,4 @@
-"""Tiny models that a runtime is tried with, to learn what it can take."""
+"""Tiny models with which `probe` finds out what a runtime can take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from trimtab.plugins import GLU, INT4_LINEAR, INT8_LINEAR, Op, add_node
 
 K, N, BLOCK = 64, 32, 32
-"""Of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
+"""Sizes of every trial product: x [rows, K] times w [K, N], quantized in blocks of BLOCK along K."""
 
 _TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 _OPSET = {2: 25, 4: 21, 8: 21}
@@ -21,7 +21,7 @@ def blockwise(bits: int, *, signed: bool = False) -> tuple[onnx.ModelProto, np.n
     """y = x · DequantizeLinear(w), w of signed `bits`-bit integers in blocks; and the dense w, [K, N] float32.
 
     Args:
-        signed: half of the scales are negative.
+        signed: whether half of the scales are negative.
     """
     rng = np.random.default_rng(bits)
     q = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (K, N))
@@ -44,7 +44,7 @@ def half() -> onnx.ModelProto:
 
 
 def largest() -> tuple[onnx.ModelProto, int]:
-    """y = x w in integers, with the largest weights of int8; and what each y is for the largest x of uint8."""
+    """y = x w in integers, with the largest weights of int8; and the value of each y for the largest x of uint8."""
     weights = [numpy_helper.from_array(np.full((K, N), 127, np.int8), "w")]
     x = helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", K])
     y = helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", N])
@@ -53,13 +53,13 @@ def largest() -> tuple[onnx.ModelProto, int]:
 
 
 def int8_linear() -> tuple[onnx.ModelProto, int]:
-    """y = Int8Linear(x, w) with the largest weights; and what each y is for x of 255, which is its own integer."""
+    """y = Int8Linear(x, w) with the largest weights; and the value of each y for x = 255, which quantizes to 255."""
     parts: dict[str, np.ndarray] = {"weight": np.full((K, N), 127, np.int8), "weight_scale": np.ones(N, np.float32)}
     return _linear(INT8_LINEAR, parts), 255 * 127 * K
 
 
 def int4_linear() -> tuple[onnx.ModelProto, int]:
-    """y = Int4Linear(x, w) with the largest weights; and what each y is for x of 127, which is its own integer."""
+    """y = Int4Linear(x, w) with the largest weights; and the value of each y for x = 127, which quantizes to 127."""
     parts: dict[str, np.ndarray] = {
         "weight": np.full((N, K // 2), 0xFF, np.uint8),
         "weight_scale": np.ones((N, K // BLOCK), np.float32),
@@ -68,14 +68,14 @@ def int4_linear() -> tuple[onnx.ModelProto, int]:
 
 
 def glu() -> tuple[onnx.ModelProto, int]:
-    """y = Glu(x) of ReLU; and what each y is for x of 2."""
+    """y = Glu(x) with ReLU; and the value of each y for x = 2."""
     graph = gs.Graph(inputs=[gs.Variable("x", np.float32, ["rows", K])], opset=21, ir_version=10)
     graph.outputs = [add_node(graph, GLU, {"x": graph.inputs[0]}, "y", activation="relu")]
     return gs.export_onnx(graph), 4
 
 
 def counted() -> onnx.ModelProto:
-    """y [counted, K], the rows of x whose number is an element of x that is not 0."""
+    """y [counted, K]: row i of x once for each nonzero element in row i."""
     nodes = [
         helper.make_node("NonZero", ["x"], ["places"]),
         helper.make_node("Gather", ["places", "first"], ["rows"]),

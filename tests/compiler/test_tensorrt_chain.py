@@ -210,7 +210,7 @@ def test_calls_of_many_threads_wait_for_each_other(tmp_path: Path) -> None:
 def test_a_cache_that_is_too_short_is_told_at_once(tmp_path: Path) -> None:
     model = exported("llama", "cached")
     runner, _ = chain(prepare(model, DECODER, tmp_path, plugins=False, segments=1), model)
-    with pytest.raises(TargetError, match=r"cache takes 24 tokens, and 40 are wanted.*past"):
+    with pytest.raises(TargetError, match=r"cache takes 24 tokens, and 40 are asked for.*past"):
         runner.steps(1, 40)
     encoder = canonical_file("bert", tmp_path)
     other, _ = chain(prepare(encoder, ENCODER, tmp_path, plugins=False, segments=1), encoder)

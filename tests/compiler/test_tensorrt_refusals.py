@@ -82,7 +82,7 @@ def test_tensorrt_wants_its_gpu_before_it_builds(tmp_path: Path, monkeypatch: py
     with pytest.raises(TargetError, match=r"built on the GPU that it is for.*--target tensorrt-rtx"):
         get_target("tensorrt").build(tmp_path / "m.onnx", SIZES, tmp_path / "engine")
     monkeypatch.setattr(module, "gpu_present", lambda: True)
-    with pytest.raises(TargetError, match=r"engine\.gpus: tensorrt builds for the GPU that is here"):
+    with pytest.raises(TargetError, match=r"engine\.gpus: tensorrt builds for the GPU of this machine"):
         get_target("tensorrt").build(tmp_path / "m.onnx", SIZES, tmp_path / "e", options=EngineOptions(gpus=("8.9",)))
     assert not (tmp_path / "engine").exists()
 

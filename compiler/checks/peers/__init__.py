@@ -36,10 +36,10 @@ def check_peers(names: Iterable[str], more: Iterable[str] = ()) -> None:
     Raises:
         TargetError: no such peer; names the nearest.
     """
-    known = (*PEER_NAMES, *more)
+    allowed = (*PEER_NAMES, *more)
     for name in names:
-        if name not in known:
-            raise TargetError(f"unknown peer {name!r}", hint=suggest(name, known, "known peers"))
+        if name not in allowed:
+            raise TargetError(f"unknown peer {name!r}", hint=suggest(name, allowed, "known peers"))
 
 
 def open_peer(name: str, dense: Path | PeerModel, threads: int) -> Run:

@@ -1,5 +1,5 @@
-"""The one executor of models in several segments: a session, TensorRT's engines, a rank's part, segments with exits.
+"""The executor of models in segments: one session, TensorRT's engines, a shard's sessions, segments with exits.
 
-`route` says which tensor goes where, `segment` what a segment is, `runner` runs them, and `hook` and `compaction` are
-what may be done between two of them. A Triton repository carries these modules; they need numpy and nothing else.
+`segment` defines a segment, `route` maps tensors between segments, `runner` runs the segments, and `hook` and
+`compaction` act between two segments. A Triton repository carries these modules; they need numpy and nothing else.
 """

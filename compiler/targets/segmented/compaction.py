@@ -1,4 +1,6 @@
-"""Samples that leave a batch between two segments: what stays is gathered, what is done goes to its place.
+"""Removes finished samples from a batch between two segments.
+
+The outputs of finished samples are stored; the tensors of the other samples are gathered into a smaller batch.
 
 A packed tensor holds the tokens of all samples one after the other, [tokens, ...], and its offsets are [batch + 1]
 integers: offsets[b] .. offsets[b + 1] are the rows of sample b.
@@ -20,12 +22,11 @@ from trimtab.passes.errors import TargetError
 
 @dataclass(frozen=True)
 class Exit:
-    """Where samples may leave.
+    """A point where samples may leave.
 
     Attributes:
-        after: number of the segment behind which they do.
-        stays: what says which of them go on: a tensor of bool, [batch], or the numbers of those that do, [any], of
-            integers.
+        after: number of the segment behind which samples leave.
+        stays: tensor that marks the samples that go on: bool, [batch], or the integer numbers of these samples, [any].
         outputs: output of the whole model → the tensor, [batch, ...], that holds it for a sample that leaves here.
     """
 
@@ -36,11 +37,11 @@ class Exit:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tensors that cross an exit hold their samples: each of them is in one of the three.
+    """How the tensors that cross an exit hold their samples. Each tensor is in one of the three attributes.
 
     Attributes:
         batched: tensors whose first axis is the batch.
-        packed: packed tensor → its offsets.
+        packed: packed tensor → tensor of its offsets.
         common: tensors that are the same for all samples.
     """
 
@@ -50,35 +51,35 @@ class Layout:
 
 
 class Compaction(Hook):
-    """Takes those that are done out of the batch behind each exit; where none is left, later segments are not run.
+    """Removes finished samples from the batch behind each exit. Where no sample is left, later segments do not run.
 
-    Every output of the model holds the batch in its first axis, and comes in the order in which the samples were given.
-    What all samples stay for is handed on without a copy.
+    Every output of the model has the batch as its first axis, in the order of the input samples. Where all samples go
+    on, tensors are passed on without a copy.
 
     Args:
         exits: at most one behind each segment.
-        layout: of every tensor that crosses an exit.
+        layout: layout of every tensor that crosses an exit.
     """
 
     def __init__(self, exits: Sequence[Exit], layout: Layout) -> None:
         self._exits, self._layout = {point.after: point for point in exits}, layout
         self.companions = layout.packed
         if len(self._exits) < len(exits):
-            raise ValueError("two exits lie behind one segment")
+            raise ValueError("there are two exits behind one segment")
 
     def reads(self, number: int) -> Collection[str]:
         point = self._exits.get(number)
         return () if point is None else {point.stays, *point.outputs.values()}
 
     def check(self, route: Route) -> None:
-        """That it fits a model with this route.
+        """Check that the exits fit a model with this route.
 
         Raises:
-            ValueError: an exit lies behind no segment or the last one, does not give just the outputs that later
-                segments compute, or is crossed by a tensor that the layout does not name.
+            ValueError: an exit is behind no segment or behind the last one, its outputs are not those that later
+                segments compute, or a tensor that crosses it is missing in the layout.
         """
         last = len(route.legs) - 1
-        known = {*self._layout.batched, *self._layout.common, *self._layout.packed, *self._layout.packed.values()}
+        in_layout = {*self._layout.batched, *self._layout.common, *self._layout.packed, *self._layout.packed.values()}
         for number, point in self._exits.items():
             if not 0 <= number < last:
                 raise ValueError(f"an exit behind segment {number} of {last + 1}")
@@ -88,20 +89,20 @@ class Compaction(Hook):
                     f"the exit behind segment {number} gives {sorted(point.outputs)}, and later segments compute "
                     f"{sorted(later)}"
                 )
-            if unknown := set(route.legs[number].live) - known:
-                raise ValueError(f"how {sorted(unknown)} hold their samples behind segment {number} is not known")
+            if missing := set(route.legs[number].live) - in_layout:
+                raise ValueError(f"how {sorted(missing)} hold their samples behind segment {number} is not known")
 
     def begin(self, route: Route) -> Hook:
         return _Call(route, self._exits, self._layout)
 
 
 class _Call(Hook):
-    """One call: which samples are left, and what is known of those that are done."""
+    """The state of one call: the samples that go on, and the outputs of those that are finished."""
 
     def __init__(self, route: Route, exits: Mapping[int, Exit], layout: Layout) -> None:
         self._route, self._exits, self._layout = route, exits, layout
-        self._rows: np.ndarray | None = None  # places of the samples that are left; None: all of them
-        self._batch = 0  # of the call; known where the first sample leaves
+        self._rows: np.ndarray | None = None  # places in the batch of the samples that go on; None: all samples
+        self._batch = 0  # samples of the call; set where the first sample leaves
         self._done: dict[str, np.ndarray] = {}
 
     def after(self, number: int, segment: Segment, values: Values) -> Values | None:
@@ -129,7 +130,7 @@ class _Call(Hook):
         return {name: self._done[name] for name in names}
 
     def _place(self, name: str, value: np.ndarray, rows: np.ndarray | None) -> None:
-        """Note `value` of the output `name` for the samples at `rows`, all of them by default."""
+        """Store `value` of the output `name` for the samples at `rows`, by default for all samples."""
         if rows is None:
             self._done[name] = value
             return
@@ -144,7 +145,7 @@ class _Call(Hook):
         whole[rows] = value
 
     def _gather(self, segment: Segment, values: Values, stays: np.ndarray, live: Sequence[str]) -> Values:
-        """`values`, where those that are `live` hold the samples `stays` alone."""
+        """`values`, with the tensors `live` reduced to the samples `stays`."""
         packed, gathered = self._layout.packed, dict(values)
         tokens: dict[str, np.ndarray] = {}  # offsets → rows of the tokens that stay
         for name in live:
@@ -159,7 +160,7 @@ class _Call(Hook):
 
 
 def _numbers(stays: np.ndarray, count: int, name: str) -> np.ndarray:
-    """Numbers of the samples that stay, of a mask or of numbers."""
+    """Numbers of the samples that stay, from a mask or from numbers."""
     if stays.dtype == bool and stays.shape == (count,):
         return np.flatnonzero(stays)
     numbers = stays.astype(np.int64)
@@ -175,7 +176,7 @@ def _distinct(numbers: np.ndarray, count: int) -> bool:
 
 
 def _packed_rows(offsets: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of `samples` in a packed tensor with these `offsets`, and the offsets of what they make together."""
+    """The rows of `samples` in a packed tensor with these `offsets`, and the offsets of the gathered rows."""
     lengths = (offsets[1:] - offsets[:-1])[samples]
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(offsets.dtype)
     rows = np.repeat(offsets[:-1][samples] - ends[:-1], lengths) + np.arange(ends[-1])

@@ -1,4 +1,4 @@
-"""Which tensor goes where among the segments of a model, and after which of them it is dropped."""
+"""Which tensors each segment of a model reads and passes on, and when each tensor is dropped."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trimtab.passes.errors import TargetError
 
 @dataclass(frozen=True)
 class Leg:
-    """What one segment takes and leaves.
+    """The tensors that one segment reads and passes on.
 
     Attributes:
-        reads: its inputs, each an input of the whole model or an output of an earlier segment.
-        gives: those of its outputs that are read behind it, or are the whole model's.
-        drops: tensors that are in no use any more when what is done behind it is done.
-        live: tensors that are read later, of all there are behind it.
-        results: outputs of the whole model that it computes.
+        reads: the segment's inputs, each an input of the whole model or an output of an earlier segment.
+        gives: those outputs of the segment that are read later, or are outputs of the whole model.
+        drops: tensors that are no longer in use after the hook behind the segment.
+        live: tensors behind the segment that later segments or hooks read.
+        results: outputs of the whole model that the segment computes.
     """
 
     reads: tuple[str, ...]
@@ -30,10 +30,10 @@ class Leg:
 
 @dataclass(frozen=True)
 class Route:
-    """The legs of a model, in the order in which its segments run. Tensors of one name are one tensor.
+    """The legs of a model, in the order in which its segments run. Equal names mean the same tensor.
 
     Attributes:
-        inputs, outputs: of the whole model.
+        inputs, outputs: names of the whole model's inputs and outputs.
     """
 
     inputs: tuple[str, ...]
@@ -53,21 +53,23 @@ class Route:
         """The route through `segments`, each (its inputs, its outputs).
 
         Args:
-            between: tensors that are read behind each segment by what is done there; by default none.
-            companions: tensor → another one, which stays in use as long as that.
+            between: tensors that the hook reads behind each segment; by default none.
+            companions: tensor → another tensor that stays in use as long as the first one.
 
         Raises:
-            TargetError: nothing gives a tensor that is read, or an output of the model.
+            TargetError: a tensor that is read, or an output of the model, has no source.
         """
-        between, known = between or [()] * len(segments), set(inputs)
+        between, available = between or [()] * len(segments), set(inputs)
         for number, (reads, makes) in enumerate(segments):
-            _all_in(known, reads, f"segment {number} reads")
-            known |= set(makes)
-            _all_in(known, between[number], f"what is done behind segment {number} reads")
-            _all_in(known, [companions[name] for name in sorted(companions.keys() & known)], "a packed tensor has")
-        _all_in(known, outputs, "the model gives")
+            _all_in(available, reads, f"segment {number} reads")
+            available |= set(makes)
+            _all_in(available, between[number], f"the hook behind segment {number} reads")
+            _all_in(
+                available, [companions[name] for name in sorted(companions.keys() & available)], "a packed tensor has"
+            )
+        _all_in(available, outputs, "the model gives")
         legs: list[Leg] = []
-        later: set[str] = set()  # tensors that are read behind
+        later: set[str] = set()  # tensors that are read behind the current segment
         for (reads, makes), done in zip(reversed(segments), reversed(between), strict=True):
             later |= {companions[name] for name in later & companions.keys()}
             used = {*later, *outputs}
@@ -83,9 +85,9 @@ class Route:
         return cls(tuple(inputs), tuple(outputs), tuple(legs))
 
 
-def _all_in(known: set[str], names: Iterable[str], who: str) -> None:
+def _all_in(available: set[str], names: Iterable[str], who: str) -> None:
     for name in names:
-        if name not in known:
+        if name not in available:
             raise TargetError(
                 f"{who} {name!r}, which no input and no earlier segment gives", hint="compile the model again"
             )

@@ -1,4 +1,4 @@
-"""Runs the segments of a model one after the other, and a decoder's step by step."""
+"""Runs the segments of a model one after the other, and a decoder step by step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trimtab.passes.errors import TargetError
 
 
 class SegmentedRunner(Runner):
-    """A model in segments, or in one. What they hand on stays where a segment puts it.
+    """A model in one or several segments. Values stay on the device of the segment that computes them.
 
     Args:
-        segments: in the order in which they run, all of one kind.
-        inputs, outputs: of the whole model.
-        hook: what is done between two segments.
-        lock: held during a call, for runtimes that one thread at a time may use.
+        segments: the segments in the order in which they run, all of one kind.
+        inputs, outputs: names of the whole model's inputs and outputs.
+        hook: runs between two segments.
+        lock: locked during a call, for runtimes that only one thread at a time may use.
 
     Attributes:
-        route: which tensor goes where.
+        route: the tensors that each segment reads and passes on.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class SegmentedRunner(Runner):
         """Run `segments`, the runner's own or those of a generation, on `values`.
 
         Returns:
-            what is in use at the end.
+            The tensors that are in use at the end.
 
         Raises:
             TargetError: a segment failed.
         """
         for number, (segment, leg) in enumerate(zip(segments, self.route.legs, strict=True)):
             values |= segment.run({name: values[name] for name in segment.inputs})
-            left = hook.after(number, segment, values)
-            if left is None:
+            remaining = hook.after(number, segment, values)
+            if remaining is None:
                 break
-            values = left
+            values = remaining
             for name in leg.drops:
                 values.pop(name, None)
         return values
@@ -92,12 +92,12 @@ class SegmentedRunner(Runner):
 
 
 class SegmentedSteps(Steps):
-    """A decoder in segments, each with the part of the cache that its attention reads."""
+    """A generation in segments, each with the part of the cache that its attention reads."""
 
     def __init__(self, runner: SegmentedRunner, batch: int, length: int) -> None:
         self._runner = runner
         self._segments: list[Segment] = []
-        self._past: Values = {}  # what no op appends to in place
+        self._past: Values = {}  # the parts of the cache that no op updates in place
         with runner.lock:
             try:
                 for segment in runner.segments:

@@ -1,4 +1,4 @@
-"""A segment: a part of a model that one runtime runs in one call."""
+"""A segment: a part of a model that a runtime runs in one call."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 Values = dict[str, Any]
-"""Tensor → numpy array, or what a segment has put out, where that lies."""
+"""Tensor → numpy array, or the output of a segment on its device."""
 
 
 class Segment(ABC):
     """A part of a model, ready to run.
 
     Attributes:
-        inputs: names of its inputs.
-        outputs: names of its outputs.
+        inputs: names of the segment's inputs.
+        outputs: names of the segment's outputs.
     """
 
     inputs: tuple[str, ...]
@@ -24,38 +24,38 @@ class Segment(ABC):
 
     @abstractmethod
     def run(self, feeds: Values) -> Values:
-        """Its outputs, where the runtime leaves them; they may hold only until it runs again.
+        """The outputs, on the runtime's device. They may be valid only until the segment runs again.
 
         Args:
-            feeds: its inputs, and nothing else: numpy arrays, and what earlier segments of the same kind put out.
+            feeds: the inputs and nothing else: numpy arrays, and outputs of earlier segments of the same kind.
 
         Raises:
-            TargetError: it does not take them, or fails.
+            TargetError: the segment does not take the inputs, or fails.
         """
 
     @abstractmethod
     def host(self, value: Any) -> np.ndarray:
-        """What a segment of this kind has put out, or an array, as an array that stays as it is."""
+        """An output of a segment of this kind, or an array, as a numpy array that later runs do not change."""
 
     def take(self, value: Any, rows: np.ndarray) -> Any:
         """The `rows` of `value` along its first axis, as something that `run` takes."""
         return self.host(value)[rows]
 
     def generation(self, batch: int, length: int) -> tuple[Segment, Values]:
-        """This segment for one generation, with outputs of its own, and bound to those parts of the cache that stay.
+        """This segment for one generation, with outputs of its own, bound to the parts of the cache updated in place.
 
         Args:
             batch: rows of the generation.
-            length: the most tokens of a row.
+            length: maximum number of tokens of a row.
 
         Returns:
-            the segment, which is closed at the end unless it is this one, and what those of its past inputs start with
-            that are handed on: what a step puts out as present is the past of the next.
+            The segment, which the caller closes at the end unless it is this one, and the initial values of the past
+            inputs that are passed from step to step: the present of a step is the past of the next.
 
         Raises:
-            TargetError: it cannot make room for its part of the cache.
+            TargetError: the segment cannot allocate its part of the cache.
         """
         return self, {}
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to let go)
-        """Let go of what it holds beyond this process. It may not run again."""
+    def close(self) -> None:  # noqa: B027  (most have nothing to release)
+        """Release the segment's resources outside this process. The segment may not run again."""

@@ -1,1 +1,1 @@
-"""A model that several processes compute together: the ranks' graphs in segments, and what they do between them."""
+"""A model in shards: each process runs the segments of one rank, and the ranks join tensors between segments."""

@@ -1,4 +1,4 @@
-"""The processes that compute the other ranks: started, told what to do, and ended with the one that started them."""
+"""Starts, commands and ends the processes of the other ranks. They end with the process that started them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trimtab.passes.errors import TargetError, TrimtabError
 from trimtab.passes.temporary import temporary_folder
 
 READY = b"ready\n"
-_START_S = 120.0  # that loading may take at least
-_LEAVE_S = 5.0  # that a process has to end by itself
-_NOTICE_S = 2.0  # in which the end of a process becomes known to the system
+_START_S = 120.0  # shortest time limit for loading
+_LEAVE_S = 5.0  # time limit for a process to end by itself
+_NOTICE_S = 2.0  # time within which the system reports the end of a process
 
 
 class Crew:
     """Processes of the ranks 1 to size - 1. They end when this process does, however it ends.
 
     Args:
-        arguments: of the worker's command line, by rank.
+        arguments: rank → arguments of the worker's command line.
     """
 
     def __init__(self, arguments: dict[int, list[str]]) -> None:
@@ -43,10 +43,10 @@ class Crew:
         return bool(self._workers)
 
     def start(self) -> Group:
-        """Start the processes; returns rank 0's group with them.
+        """Start the processes; returns the group of all ranks, for rank 0.
 
         Raises:
-            TargetError: one of them did not come up.
+            TargetError: a process did not start.
         """
         store = require_torch().TCPStore(
             LOCAL, 0, self._size, True, timedelta(seconds=timeout_s()), wait_for_workers=False
@@ -78,11 +78,11 @@ class Crew:
         if stdout.readline() != READY:
             raise EOFError(f"rank {rank}")
 
-    def tell(self, command: tuple[Any, ...]) -> None:
-        """Have every rank do `command`, as `worker` documents it.
+    def send(self, command: tuple[Any, ...]) -> None:
+        """Send `command` to every rank, in the format of `worker`.
 
         Raises:
-            OSError: one of them has ended.
+            OSError: a process has ended.
         """
         message = pickle.dumps(command, protocol=5)
         for worker in self._workers.values():
@@ -91,9 +91,9 @@ class Crew:
             worker.stdin.flush()
 
     def failed(self, error: BaseException) -> BaseException:
-        """End all processes after `error`; returns what to raise: the reason, where one of them gave it."""
-        told = isinstance(error, TrimtabError) or not isinstance(error, Exception)
-        ended = None if told else self._ended()
+        """End all processes after `error`; returns the error to raise, which names the cause where it is known."""
+        explained = isinstance(error, TrimtabError) or not isinstance(error, Exception)
+        ended = None if explained else self._ended()
         _end(self._workers, None, at_once=True)
         if ended is not None:
             rank, code = ended
@@ -108,7 +108,7 @@ class Crew:
         return error
 
     def _ended(self) -> tuple[int, int] | None:
-        """Rank and exit code of a process that has ended by itself."""
+        """Rank and exit code of a process that has ended by itself; None if all run."""
         deadline = time.monotonic() + _NOTICE_S
         while self._workers and time.monotonic() < deadline:
             for rank, worker in self._workers.items():
@@ -125,11 +125,11 @@ class Crew:
 
 
 def _end(workers: dict[int, subprocess.Popen[bytes]], log: ExitStack | None, *, at_once: bool = False) -> None:
-    """End `workers`: they leave when nothing can be told to them any more."""
+    """End `workers`: they exit when their stdin is closed."""
     for worker in workers.values():
         if at_once:
             worker.kill()
-        with suppress(OSError):  # what is still in the buffer does not go out any more
+        with suppress(OSError):  # data left in the buffer can no longer be sent
             worker.stdin.close()  # type: ignore[union-attr]
     for worker in workers.values():
         try:

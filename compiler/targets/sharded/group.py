@@ -1,4 +1,4 @@
-"""What ranks say to each other, by torch.distributed: NCCL where each has a GPU of its own, gloo elsewhere."""
+"""Communication of ranks by torch.distributed: NCCL where each rank has a GPU of its own, gloo elsewhere."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LOCAL = "127.0.0.1"
 
 
 def timeout_s() -> float:
-    """Seconds that a rank waits for another before it gives up; TRIMTAB_SHARD_TIMEOUT says otherwise."""
+    """Seconds that a rank waits for another rank; TRIMTAB_SHARD_TIMEOUT overrides the default."""
     return float(os.environ.get("TRIMTAB_SHARD_TIMEOUT", "300"))
 
 
 def require_torch() -> Any:
-    """torch.distributed.
+    """The module torch.distributed.
 
     Raises:
         TargetError: it is not installed.
@@ -40,30 +40,32 @@ def require_torch() -> Any:
 
 
 class Group:
-    """The ranks of one engine.
+    """The group of the ranks of one engine.
 
     Args:
-        process_group: of torch.distributed.
-        device: where the tensors lie that it takes, such as "cpu" or "cuda:1".
+        process_group: a process group of torch.distributed.
+        device: device of the tensors that the group takes, such as "cpu" or "cuda:1".
     """
 
     def __init__(self, process_group: Any, device: str) -> None:
         self.device = device
         self.rank, self.size = int(process_group.rank()), int(process_group.size())
         self._groups = [process_group]
-        # A thread of gloo may hold a call's tensors a little longer than the call. If it lets go of them while Python
-        # ends, the process aborts (torch 2.x), so the group and its threads end first: finalizers run at exit, too.
+        # A thread of gloo may keep a call's tensors a little longer than the call. If it frees them while Python
+        # exits, the process aborts (torch 2.x), so the group and its threads end first: finalizers run at exit, too.
         weakref.finalize(self, _end, self._groups)
 
     @property
     def _group(self) -> Any:
         if not self._groups:
-            raise TargetError("the ranks have parted, as this process ends", hint="run the engine before exit handlers")
+            raise TargetError(
+                "the ranks' group is closed, as this process ends", hint="run the engine before exit handlers"
+            )
         return self._groups[0]
 
     @classmethod
     def of_store(cls, store: Any, rank: int, size: int) -> Group:
-        """A group of its own, apart from whatever default group the process may have. Waits for the others."""
+        """A new group, separate from any default group of the process. Waits for the other ranks."""
         distributed, timeout, device = require_torch(), timedelta(seconds=timeout_s()), device_of(rank, size)
         if device.startswith("cuda"):
             import torch
@@ -79,10 +81,10 @@ class Group:
 
     @classmethod
     def of_launcher(cls, size: int) -> Group:
-        """A group of all that torchrun or another launcher started, apart from whatever else they say to each other.
+        """A new group of all processes of torchrun or another launcher, separate from their default group.
 
         Raises:
-            TargetError: it has another number of ranks.
+            TargetError: the number of processes is not `size`.
         """
         distributed = require_torch()
         world = int(os.environ["WORLD_SIZE"])
@@ -97,7 +99,7 @@ class Group:
         return cls(distributed.new_group(backend=backend, timeout=timeout), device)
 
     def sum(self, value: ort.OrtValue) -> None:
-        """Put the sum over all ranks in the place of `value`."""
+        """Replace `value`, in place, by the sum over all ranks."""
         self._group.allreduce([_tensor(value)]).wait()
         self._settle()
 
@@ -109,11 +111,11 @@ class Group:
         parts = [torch.empty_like(own) for _ in range(self.size)]
         self._group.allgather([parts], [own]).wait()
         self._settle()
-        found: np.ndarray = torch.cat(parts, -1).cpu().numpy()
-        return found
+        joined: np.ndarray = torch.cat(parts, -1).cpu().numpy()
+        return joined
 
     def same(self, digest: str) -> bool:
-        """Whether all ranks give the same hash, in hexadecimal digits."""
+        """Whether all ranks pass the same hash, in hexadecimal digits."""
         import torch
 
         own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self.device)
@@ -123,7 +125,7 @@ class Group:
         return all(torch.equal(part, own) for part in parts)
 
     def _settle(self) -> None:
-        """ONNX Runtime has a stream of its own, which does not wait for torch's."""
+        """Wait for torch's CUDA stream: ONNX Runtime has a stream of its own, which does not wait for it."""
         if self.device.startswith("cuda"):
             import torch
 
@@ -131,8 +133,8 @@ class Group:
 
 
 def _end(groups: list[Any]) -> None:
-    group = groups.pop()  # the last reference joins the threads
-    with suppress(ValueError):  # torch.distributed lists those of launchers alone, and while its default group lasts
+    group = groups.pop()  # dropping the last reference joins the threads
+    with suppress(ValueError):  # torch.distributed lists only launchers' groups, while its default group exists
         require_torch().destroy_process_group(group)
 
 
@@ -142,7 +144,7 @@ def launched() -> bool:
 
 
 def device_of(rank: int, size: int) -> str:
-    """A GPU where ONNX Runtime uses them and there is one for each rank; else the CPU."""
+    """The device of `rank`: a GPU where ONNX Runtime uses GPUs and each rank has one; else the CPU."""
     if "CUDAExecutionProvider" not in providers():
         return "cpu"
     import torch
@@ -164,7 +166,7 @@ def _tensor(value: ort.OrtValue) -> torch.Tensor:
 
 
 class _OnGPU:
-    """How torch takes memory that is not its own."""
+    """Describes GPU memory of ONNX Runtime to torch, through the CUDA array interface."""
 
     def __init__(self, value: ort.OrtValue, shape: tuple[int, ...], kind: str) -> None:
         self.__cuda_array_interface__ = {

@@ -1,4 +1,4 @@
-"""How a build's model is divided: the files of each rank, and where the ranks meet."""
+"""The plan of a build in shards: the files of each rank, and the tensors that the ranks join."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _Model(BaseModel):
 
 
 class Point(_Model):
-    """A tensor at the end of a segment, of which every rank has its own.
+    """A tensor at the end of a segment, of which every rank has its own value.
 
     Attributes:
-        how: all go on with their sum, or with theirs side by side along the last axis.
+        how: "sum" joins the values by their sum, "concat" along the last axis.
     """
 
     tensor: str
@@ -36,11 +36,11 @@ class Point(_Model):
 
 
 class Plan(_Model):
-    """The same for all ranks.
+    """The plan of all ranks.
 
     Attributes:
-        inputs, outputs: of the whole model.
-        segments: the points at the end of each, in the order in which they run.
+        inputs, outputs: names of the whole model's inputs and outputs.
+        segments: the points at the end of each segment, in the order in which segments run.
     """
 
     shards: int
@@ -49,7 +49,7 @@ class Plan(_Model):
     segments: tuple[tuple[Point, ...], ...]
 
     def files(self, folder: Path, rank: int) -> list[Path]:
-        """The segments of `rank`, in the build directory `folder`."""
+        """The ONNX files of `rank`, one for each segment, in the build directory `folder`."""
         return [_file(folder, rank, number) for number in range(len(self.segments))]
 
 
@@ -58,13 +58,13 @@ def _file(folder: Path, rank: int, segment: int) -> Path:
 
 
 def write_shards(graph: gs.Graph, shards: int, folder: Path) -> tuple[PassResult, list[Path]]:
-    """Divide `graph` and write it into the build directory `folder`; what ranks have in common lies there once.
+    """Divide `graph` and write it into the build directory `folder`; weights that ranks share are stored once.
 
     Returns:
-        what was divided, and the ONNX files.
+        The pass result of the division, and the ONNX files.
     """
     if any(tensor.dtype is None for node in graph.nodes for tensor in node.outputs):
-        infer_shapes(graph)  # what crosses a cut needs a type
+        infer_shapes(graph)  # a tensor that crosses a cut needs a type
     written: list[Path] = []
     with WeightFile(folder / _WEIGHTS) as weights:
         for number in range(shards):
@@ -88,7 +88,7 @@ def read_plan(folder: Path) -> Plan:
     """The plan of the build in `folder`.
 
     Raises:
-        TargetError: it has none, or a damaged one.
+        TargetError: the plan is missing or damaged.
     """
     try:
         return Plan.model_validate_json((folder / PLAN).read_bytes())

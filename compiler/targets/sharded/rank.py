@@ -1,4 +1,4 @@
-"""One rank's part of a model: its segments, between which the ranks join what they have."""
+"""One rank's part of a model: its segments, between which the ranks join their tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Rank(SegmentedRunner):
     """The segments of `rank`.
 
     Args:
-        folder: of the build.
+        folder: directory of the build.
         threads: CPU threads of one run.
-        as_decoded: every token by its own choice, however many there are.
+        as_decoded: whether every token has its own choice of neurons, however long the call is.
 
     Attributes:
-        joins: what is done between the segments; its group is set before the first run.
+        joins: the hook between the segments; its group is set before the first run.
     """
 
     def __init__(self, folder: Path, plan: Plan, rank: int, threads: int, *, as_decoded: bool = False) -> None:
@@ -34,13 +34,13 @@ class Rank(SegmentedRunner):
 
 
 class Joins(Hook):
-    """Joins the points behind each segment with those of the other ranks.
+    """Joins the tensors behind each segment with those of the other ranks.
 
     Args:
-        points: of each segment.
+        points: the points behind each segment.
 
     Attributes:
-        group: through which the ranks meet.
+        group: the group of all ranks.
     """
 
     def __init__(self, points: tuple[tuple[Point, ...], ...]) -> None:
@@ -59,10 +59,10 @@ class Joins(Hook):
 
 def _open(path: Path, threads: int, device: str, as_decoded: bool) -> BoundSession:
     options, index = session_options(threads), int(device.partition(":")[2] or 0)
-    changed = decoded(path) if as_decoded else None
-    if changed is not None:
+    as_decoded_model = decoded(path) if as_decoded else None
+    if as_decoded_model is not None:
         folder = str(path.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    session = open_session(changed or path, options, device=index)
+    session = open_session(as_decoded_model or path, options, device=index)
     name = f"{path.name} of the model"
     return BoundSession(SessionSegment(session, name=name, cache=cache_of(path, session), device=device))

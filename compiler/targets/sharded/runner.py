@@ -1,4 +1,4 @@
-"""A model in shards as one engine: this process is a rank, and the others are its children or a launcher's."""
+"""A model in shards as one engine: this process is a rank, and a launcher or this process starts the others."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from trimtab.passes.errors import TargetError
 
 
 class ShardedRunner(Runner):
-    """The ranks of a build.
+    """Runs a build in shards.
 
-    In a process of its own it is rank 0 and starts the others, which end with it; after a failure the next call starts
-    them again. Under torchrun each process is the rank that it was started as, and all of them have to make the same
-    calls with the same inputs in the same order; each gets all outputs. Calls from several threads wait for each other.
+    Without a launcher, this process is rank 0 and starts the other ranks, which end with it; after a failure, the next
+    call starts them again. Under torchrun, each process has the rank that torchrun assigns. All processes have to make
+    the same calls with the same inputs in the same order, and each gets all outputs. Calls from several threads wait
+    for each other.
 
     Args:
-        folder: of the build.
-        threads: CPU threads of each rank; by default the physical cores are shared out.
-        as_decoded: every token by its own choice of neurons, however many are given at once.
-        manifest_hash: of the build that the processes load, whenever they are started.
+        folder: directory of the build.
+        threads: CPU threads of each rank; by default the physical cores divided by the number of shards.
+        as_decoded: whether every token has its own choice of neurons, however long the call is.
+        manifest_hash: hash of the manifest that the build must have whenever the processes start.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class ShardedRunner(Runner):
         self._rank.joins.group = group
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._dropped: deque[int] = deque()  # filled by finalizers, which come at any time
+        self._dropped: deque[int] = deque()  # finalizers append to it at any time
         self.starts = 0
-        """How often the other ranks were started; what they held before is gone."""
+        """Number of times the other ranks were started. A restart loses their caches."""
         if self._crew is not None:
             self._start(self._crew)
 
@@ -90,14 +91,14 @@ class ShardedRunner(Runner):
 
     @contextmanager
     def together(self, *command: Any, started: int | None = None) -> Iterator[None]:
-        """Have the other ranks do `command` while the body does the same here.
+        """Have the other ranks run `command` while the body runs the same here.
 
         Args:
-            started: `starts` when what the command speaks of was made.
+            started: value of `starts` at the beginning of the generation that the command belongs to.
 
         Raises:
-            TargetError: a rank failed, or has been started anew since.
-            BuildError: they have to be started anew, and the build was replaced.
+            TargetError: a rank failed, or was restarted since.
+            BuildError: the ranks have to restart, and the build was replaced.
         """
         with self._lock:
             if self._closed:
@@ -106,14 +107,14 @@ class ShardedRunner(Runner):
                 yield
                 return
             if started is not None and (started != self.starts or not self._crew.running):
-                raise TargetError("the processes of this engine were started anew, and the cache is gone with them")
+                raise TargetError("the processes of this engine were restarted, and their caches are lost")
             if not self._crew.running:
                 self._start(self._crew)
             try:
-                gone = [self._dropped.popleft() for _ in range(len(self._dropped))]
-                if gone:
-                    self._crew.tell(("drop", gone))
-                self._crew.tell(command)
+                dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+                if dropped:
+                    self._crew.send(("drop", dropped))
+                self._crew.send(command)
                 yield
             except BaseException as error:
                 reason = self._crew.failed(error)
@@ -134,7 +135,7 @@ class ShardedRunner(Runner):
 
 
 class ShardedSteps(Steps):
-    """A generation, of which every rank has its own cache."""
+    """A generation for which every rank has its own part of the cache."""
 
     def __init__(self, runner: ShardedRunner, number: int, own: Steps, started: int) -> None:
         self._runner, self._number, self._own, self._started = runner, number, own, started
@@ -147,5 +148,5 @@ class ShardedSteps(Steps):
 
 
 def threads_of_each(shards: int) -> int:
-    """The physical cores, shared out."""
+    """CPU threads of each rank: the physical cores divided by `shards`."""
     return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // shards)

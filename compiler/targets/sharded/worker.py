@@ -1,13 +1,13 @@
 """The process of one rank: `python -m trimtab.compiler.targets.sharded.worker FOLDER RANK THREADS DECODED PORT`.
 
-Commands come through stdin, pickled by the process that started it:
+Commands come through stdin, pickled by the process that started this one:
 
     ("run", inputs)                 run the model once
-    ("steps", number, batch, size)  make room for a generation, called `number`
-    ("step", number, ids, mask, dials)  one step of it
+    ("steps", number, batch, size)  begin generation `number`
+    ("step", number, ids, mask, dials)  run one step of generation `number`
     ("drop", numbers)               forget generations
 
-It answers through the group alone, and ends when stdin does.
+The worker answers only through the group, and exits at the end of stdin.
 """
 
 from __future__ import annotations
@@ -63,5 +63,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except TrimtabError as error:
         sys.exit(str(error))
-    except RuntimeError as error:  # the group is gone, and with it the process that tells this one what to do
+    except RuntimeError as error:  # the group is gone, and with it the process that sends the commands
         sys.exit(f"{type(error).__name__}: {error}")

@@ -3,16 +3,15 @@
 `python -m trimtab.compiler.targets.tensorrt.build_engine JOB ANSWER`, two JSON files. The job has
 
 - `models`: paths of ONNX files to parse;
-- `plugins`: names of the dialect's plugins to declare first;
-- `build`: null, or how to build an engine of each: `engines`, where to write them; `profiles`, for each a list of
-  {name, shapes: input → [min, opt, max]}; `gpus`, `weight_streaming`, `refit`, as the recipe has them; `timing_cache`,
-  the path of a file;
-- `load`: null, or [{engine, shapes: input → shape}], to be loaded and run once.
+- `plugins`: names of the dialect's plugins to register first;
+- `build`: null, or the options of the build of one engine per model: `engines`, the paths to write; `profiles`, for
+  each model a list of {name, shapes: input → [min, opt, max]}; `gpus`, `weight_streaming` and `refit` from the recipe;
+  `timing_cache`, the path of a file;
+- `load`: null, or [{engine, shapes: input → shape}], engines to load and run once.
 
-The answer has `refused`, for each model a list of {node, op, reason}, and, when engines were asked for and nothing was
-refused, `built`, what is worth knowing of them; and `gpus`, compute capabilities that the library knows to build for,
-empty where it builds for the GPU that is here. Which of the two libraries is used is decided by
-POLYGRAPHY_USE_TENSORRT_RTX, which Polygraphy reads when it is imported.
+The answer has `refused`, for each model a list of {node, op, reason}; `built`, facts about the engines, when the job
+has `build` and nothing was refused; and `gpus`, the compute capabilities that the library can build for, empty where it
+builds for the GPU of this machine. POLYGRAPHY_USE_TENSORRT_RTX selects the library; Polygraphy reads it at import.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from polygraphy.mod.trt_importer import lazy_import_trt
 trt = lazy_import_trt()
 
 _SAME_ELSEWHERE = ("DequantizeLinear", "Gelu", "QuantizeLinear")
-"""Ops of com.microsoft that mean what the ONNX ops of their names mean."""
+"""Ops of com.microsoft with the meaning of the ONNX op of the same name."""
 
 
 def main(job_file: str, answer_file: str) -> None:
@@ -69,7 +68,7 @@ def refused_nodes(model: str) -> list[dict[str, str]]:
     refused = []
     for index, node in enumerate(
         proto.graph.node
-    ):  # the parser stops at the first fault, so the other ops are asked for
+    ):  # the parser stops at the first fault, so each op is checked by name
         if (node.domain, node.op_type) in functions or _is_plugin(node):
             reason = reasons.get(index)
         elif _mistaken(node):
@@ -81,7 +80,7 @@ def refused_nodes(model: str) -> list[dict[str, str]]:
         if reason:
             op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
             refused.append({"node": node.name or node.output[0], "op": op, "reason": reason})
-    if not supported and not refused:  # faults of no node of the graph: an initializer's type, a node in a subgraph
+    if not supported and not refused:  # faults outside the graph's nodes: an initializer's type, a node in a subgraph
         refused = [{"node": e.node_name(), "op": e.node_operator(), "reason": e.desc()} for e in errors]
     return refused
 
@@ -91,19 +90,19 @@ def _is_plugin(node: onnx.NodeProto) -> bool:
 
 
 def _mistaken(node: onnx.NodeProto) -> bool:
-    """Whether the op only shares its name with an ONNX op: the parser sees names alone, and no domains."""
+    """Whether the op only shares its name with an ONNX op: the parser ignores domains."""
     return node.domain not in ("", "ai.onnx") and onnx.defs.has(node.op_type) and node.op_type not in _SAME_ELSEWHERE
 
 
-def build_all(models: list[str], wishes: dict[str, Any]) -> dict[str, Any]:
-    """Build an engine of each of `models`, write it, and say what they are."""
-    _check_offered(wishes)
+def build_all(models: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Build and write one engine for each of `models`; returns `built` of the answer."""
+    _check_offered(options)
     precisions: set[str] = set()
     engines = []
-    for model, path, profiles in zip(models, wishes["engines"], wishes["profiles"], strict=True):
-        described, found = build(model, profiles, Path(path), wishes)
-        engines.append(described)
-        precisions |= set(found)
+    for model, path, profiles in zip(models, options["engines"], options["profiles"], strict=True):
+        description, types = build(model, profiles, Path(path), options)
+        engines.append(description)
+        precisions |= set(types)
     return {
         "library": trt.__name__,
         "version": trt.__version__,
@@ -113,18 +112,18 @@ def build_all(models: list[str], wishes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    model: str, profiles: list[dict[str, Any]], path: Path, wishes: dict[str, Any]
+    model: str, profiles: list[dict[str, Any]], path: Path, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Build one engine; returns its inputs, outputs and profiles, and the types of its tensors."""
+    """Build one engine; returns its inputs, outputs and profiles, and the names of its tensor types."""
     builder, network, parser = NetworkFromOnnxPath(model, **_typing())()
     config = CreateConfig(
         profiles=[_profile(each["shapes"]) for each in profiles],
-        refittable=wishes["refit"] or None,
-        weight_streaming=wishes["weight_streaming"] or None,
-        load_timing_cache=_existing(wishes["timing_cache"]),
+        refittable=options["refit"] or None,
+        weight_streaming=options["weight_streaming"] or None,
+        load_timing_cache=_existing(options["timing_cache"]),
     )(builder, network)
-    _aim(config, wishes["gpus"])
-    timing = wishes["timing_cache"]
+    _set_gpus(config, options["gpus"])
+    timing = options["timing_cache"]
     engine = EngineBytesFromNetwork((builder, network, parser), config, save_timing_cache=timing)()
     with path.open("wb") as file:
         file.write(engine)
@@ -132,7 +131,7 @@ def build(
         "inputs": [network.get_input(i) for i in range(network.num_inputs)],
         "outputs": [network.get_output(i) for i in range(network.num_outputs)],
     }
-    tensors = {side: [_described(tensor) for tensor in found] for side, found in sides.items()}
+    tensors = {side: [_description(tensor) for tensor in listed] for side, listed in sides.items()}
     return {"profiles": profiles, **tensors}, _precisions(network)
 
 
@@ -145,31 +144,31 @@ def load_once(path: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def _same_size(dtype: DataType) -> Any:
-    """A numpy type for zeros of `dtype`; of bfloat16, which numpy lacks, one of as many bits."""
+    """A numpy type for zeros of `dtype`; for bfloat16, which numpy lacks, a type of as many bits."""
     return np.int16 if dtype == DataType.BFLOAT16 else dtype.numpy()
 
 
 def _profile(shapes: dict[str, list[list[int]]]) -> Profile:
-    made = Profile()
+    profile = Profile()
     for name, (low, opt, high) in shapes.items():
-        made.add(name, min=low, opt=opt, max=high)
-    return made
+        profile.add(name, min=low, opt=opt, max=high)
+    return profile
 
 
-def _check_offered(wishes: dict[str, Any]) -> None:
-    for wish, flag in (("weight_streaming", "WEIGHT_STREAMING"), ("refit", "REFIT")):
-        if wishes[wish] and not hasattr(trt.BuilderFlag, flag):
-            raise SystemExit(f"{trt.__name__} {trt.__version__} offers no {wish}; leave engine.{wish} out")
-    if wishes["gpus"]:
-        known = _known_gpus()
-        for gpu in wishes["gpus"]:
-            if gpu not in known:
-                can = ", ".join(known) or "the one that is here"
-                raise SystemExit(f"{trt.__name__} {trt.__version__} builds for no GPU {gpu}, but for: {can}")
+def _check_offered(options: dict[str, Any]) -> None:
+    for option, flag in (("weight_streaming", "WEIGHT_STREAMING"), ("refit", "REFIT")):
+        if options[option] and not hasattr(trt.BuilderFlag, flag):
+            raise SystemExit(f"{trt.__name__} {trt.__version__} offers no {option}; leave engine.{option} out")
+    if options["gpus"]:
+        supported = _known_gpus()
+        for gpu in options["gpus"]:
+            if gpu not in supported:
+                targets = ", ".join(supported) or "the GPU of this machine"
+                raise SystemExit(f"{trt.__name__} {trt.__version__} builds for no GPU {gpu}, but for: {targets}")
 
 
 def _known_gpus() -> list[str]:
-    """Compute capabilities that an engine can be built for, other than that of the GPU that is here."""
+    """Compute capabilities that the library can build for, besides the GPU of this machine."""
     names = dir(trt.ComputeCapability) if hasattr(trt, "ComputeCapability") else []
     return [f"{name[2:-1]}.{name[-1]}" for name in names if name.startswith("SM")]
 
@@ -178,8 +177,8 @@ def _sm(gpu: str) -> str:
     return "SM" + gpu.replace(".", "")
 
 
-def _aim(config: Any, gpus: list[str]) -> None:
-    """Build for `gpus`; for none, for what the library takes for usual."""
+def _set_gpus(config: Any, gpus: list[str]) -> None:
+    """Set the compute capabilities `gpus` in `config`; without any, the library's defaults apply."""
     if gpus:
         config.num_compute_capabilities = len(gpus)
         for number, gpu in enumerate(gpus):
@@ -190,17 +189,17 @@ def _existing(path: str | None) -> str | None:
     return path if path and Path(path).is_file() else None
 
 
-def _described(tensor: Any) -> dict[str, Any]:
+def _description(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name.lower(), "shape": list(tensor.shape)}
 
 
 def _typing() -> dict[str, bool]:
-    """Types come from the ONNX graph alone; the newest TensorRT knows nothing else and has no such flag."""
+    """Types come from the ONNX graph alone. The newest TensorRT always works so, and lacks the flag."""
     return {"strongly_typed": hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")}
 
 
 def _precisions(network: Any) -> list[str]:
-    """Types of all tensors that the network's layers make, by TensorRT's names."""
+    """Types of all outputs of the network's layers, by TensorRT's names."""
     layers = (network.get_layer(i) for i in range(network.num_layers))
     return sorted({layer.get_output_type(i).name for layer in layers for i in range(layer.num_outputs)})
 

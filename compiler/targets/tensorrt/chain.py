@@ -1,4 +1,4 @@
-"""Several engines as one: each is a segment, which chooses its optimization profile by the shapes that it is given."""
+"""Several engines as one: each is a segment, which chooses its optimization profile by its input shapes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trimtab.passes.errors import TargetError
 
 
 class Stage(Segment):
-    """One engine, ready to run. What it puts out lies on its device, and holds until it runs again.
+    """One engine, ready to run. Its outputs stay on its device, and are valid until it runs again.
 
     Attributes:
-        info: what is known of it.
+        info: the engine's entry in engine.json.
     """
 
     def __init__(self, info: EngineFile) -> None:
@@ -35,15 +35,15 @@ class Stage(Segment):
 
     @abstractmethod
     def infer(self, feeds: Values, profile: int) -> Values:
-        """Its outputs for `feeds`, which lie within the optimization profile of the number `profile`."""
+        """The outputs for `feeds`, whose shapes are within the optimization profile number `profile`."""
 
     @abstractmethod
     def fork(self) -> Stage:
-        """The same engine with outputs of its own."""
+        """A stage of the same engine with outputs of its own."""
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """A tensor without elements, on the device."""
+        """A tensor without elements on the device."""
 
     def generation(self, batch: int, length: int) -> tuple[Segment, Values]:
         turns = Turns(self)
@@ -59,9 +59,9 @@ class Stage(Segment):
 
 
 class Turns(Segment):
-    """An engine in a generation: present becomes past by turns.
+    """An engine in a generation, with two sets of outputs in turn.
 
-    Of two sets of outputs, a run reads the one that the last run wrote, and writes the other.
+    A run reads as past the present that the last run wrote to one set, and writes the other set.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -86,13 +86,13 @@ class Turns(Segment):
 
 
 class Chain(SegmentedRunner):
-    """Runs `stages` one after the other; what they hand on stays on the device.
+    """Runs `stages` one after the other; tensors between them stay on the device.
 
-    Calls from several threads wait for each other, generations too: engines are used by one at a time.
+    Calls and generations of several threads wait for each other: only one thread at a time may use an engine.
 
     Args:
-        inputs, outputs: of the whole model.
-        hook: what is done between two stages.
+        inputs, outputs: names of the whole model's inputs and outputs.
+        hook: runs between two stages.
     """
 
     def __init__(
@@ -103,25 +103,25 @@ class Chain(SegmentedRunner):
         super().__init__(stages, inputs, outputs, hook=hook, lock=threading.RLock())
 
     def steps(self, batch: int, length: int) -> Steps:
-        known = pasts(self.inputs)
-        most = self._most_past(known[0]) if known else length
-        if length - 1 > most:
+        past_inputs = pasts(self.inputs)
+        max_past = self._max_past(past_inputs[0]) if past_inputs else length
+        if length - 1 > max_past:
             raise TargetError(
-                f"the engine's cache takes {most} tokens, and {length} are wanted",
+                f"the engine's cache takes {max_past} tokens, and {length} are asked for",
                 hint=f"compile it with `workload: {{past: [0, n, {length}]}}`, or ask for fewer",
             )
         return super().steps(batch, length)
 
-    def _most_past(self, name: str) -> int:
+    def _max_past(self, name: str) -> int:
         profiles = [p for stage in self.stages for p in stage.info.profiles if name in p.shapes]
         return max(profile.shapes[name][2][2] for profile in profiles)
 
 
 def choose(info: EngineFile, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The number of the narrowest profile that takes inputs of these shapes: the last, as the general one is first.
+    """The number of the narrowest profile that takes these shapes: the last one, as the general one is first.
 
     Raises:
-        TargetError: there is none; says which input is outside, and what it may be.
+        TargetError: no profile takes them; names an input that is out of range, and the range.
     """
     fits = [number for number, profile in enumerate(info.profiles) if _outside(profile, shapes) is None]
     if fits:
@@ -131,12 +131,12 @@ def choose(info: EngineFile, shapes: Mapping[str, tuple[int, ...]]) -> int:
     low, _, high = info.profiles[0].shapes[name]
     raise TargetError(
         f"input {name!r} has the shape {list(shapes[name])}, and the engine takes {list(low)} to {list(high)}",
-        hint="sizes must lie within the recipe's workload",
+        hint="sizes must be within the recipe's workload",
     )
 
 
 def _outside(profile: ProfileInfo, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first input that lies outside of `profile`."""
+    """The first input whose shape is outside `profile`; None if all are inside."""
     for name, shape in shapes.items():
         if name in profile.shapes:
             low, _, high = profile.shapes[name]

@@ -1,4 +1,4 @@
-"""A model cut behind its exits: its parts, what is done between them, and the sizes that each is built for."""
+"""Cuts a model behind its exits: its parts, the hook between them, and the optimization profiles of each part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Levels = tuple[int, int, int]
 """The sizes of one axis, (min, opt, max)."""
 
 Shapes = tuple[Shape, Shape, Shape]
-"""The same of all axes."""
+"""(min, opt, max) shape of a tensor."""
 
 
 def cut_behind(
@@ -32,16 +32,16 @@ def cut_behind(
     outputs: Sequence[str],
     biases: Collection[str] = (),
 ) -> tuple[list[gs.Graph], ExitsInfo]:
-    """The parts of `graph`, one more than there are exits.
+    """Cut `graph` into parts, one more than there are exits.
 
     Args:
-        exits: that were lifted out of it.
-        inputs: of the whole model → whether its first axis is the batch.
-        outputs: of the whole model.
-        biases: tensors by position, the same for all samples.
+        exits: the exits that were lifted out of the graph.
+        inputs: input of the whole model → whether its first axis is the batch.
+        outputs: outputs of the whole model.
+        biases: names of biases by position, which are the same for all samples.
 
     Raises:
-        TargetError: more goes on behind an exit than what `exits` name.
+        TargetError: a tensor that `exits` do not name crosses an exit.
     """
     parts = cut_at(graph, [point for each in exits for point in each.points])
     info = ExitsInfo(
@@ -63,71 +63,71 @@ def cut_behind(
 
 
 def rows_of_tokens(graph: gs.Graph, profile: Profile, workload: Workload) -> Levels:
-    """Rows of a packed batch: none where no sample has a token; as many as the padded batch has.
+    """(min, opt, max) rows of a packed batch: 0 at least, and at most the rows of the padded batch.
 
     Args:
-        graph: whose dialect is not lowered.
+        graph: the graph, before the dialect is lowered.
 
     Raises:
-        TargetError: its inputs do not tell.
+        TargetError: the rows do not follow from the inputs' shapes.
     """
     if any("tokens" in axes for axes in workload.axes(graph).values()):
         return 0, workload.batch[1] * workload.tokens[1], workload.batch[2] * workload.tokens[2]
     attention = next(node for node in topological(graph) if node.op == PACKED_ATTENTION.name)
     at = ({name: levels[level] for name, levels in profile.shapes.items()} for level in (1, 2))
-    known = [sizes_at(graph, shapes).get(attention.inputs[0].name) for shapes in at]
-    if known[0] is None or known[1] is None:
-        raise TargetError("the model does not tell how many tokens a sample has", hint=ONE_ENGINE)
-    return 0, known[0][0], known[1][0]
+    packed_shapes = [sizes_at(graph, shapes).get(attention.inputs[0].name) for shapes in at]
+    if packed_shapes[0] is None or packed_shapes[1] is None:
+        raise TargetError("the number of tokens of a sample does not follow from the inputs' shapes", hint=ONE_ENGINE)
+    return 0, packed_shapes[0][0], packed_shapes[1][0]
 
 
 def biases_in(graph: gs.Graph, profile: Profile) -> dict[str, Shapes]:
-    """Tensor → (min, opt, max) shape, of the biases by position of the attentions of `graph`.
+    """Tensor → (min, opt, max) shape, for the biases by position in the attentions of `graph`.
 
     Args:
-        graph: whose dialect is not lowered.
+        graph: the graph, before the dialect is lowered.
 
     Raises:
-        TargetError: a shape cannot be told.
+        TargetError: a shape cannot be inferred.
     """
     attentions = [node for node in topological(graph) if node.op == PACKED_ATTENTION.name]
     biases = {bias.name: bias for node in attentions if isinstance(bias := bias_of(node), gs.Variable)}
     at = ({name: levels[level] for name, levels in profile.shapes.items()} for level in range(3))
     levels = [sizes_at(graph, shapes) for shapes in at] if biases else []
-    found: dict[str, Shapes] = {}
+    shapes_of: dict[str, Shapes] = {}
     for name in biases:
         low, opt, high = (level.get(name) for level in levels)
         if low is None or opt is None or high is None:
-            raise TargetError(f"the bias by position {name!r} has no shape that can be told", hint=ONE_ENGINE)
-        found[name] = low, opt, high
-    return found
+            raise TargetError(f"the bias by position {name!r} has no shape that can be inferred", hint=ONE_ENGINE)
+        shapes_of[name] = low, opt, high
+    return shapes_of
 
 
 def profile_behind(
     inputs: Sequence[gs.Tensor], profile: Profile, exits: ExitsInfo, rows: Levels, biases: Mapping[str, Shapes]
 ) -> Profile:
-    """`profile` of the whole model, for a part behind an exit with these inputs, which learn what of them is dynamic.
+    """`profile` of the whole model, for the part behind an exit with these `inputs`.
 
-    One sample is the least that goes on.
+    The inputs' dynamic axes get names. At least one sample goes on.
 
     Args:
-        rows: of packed tokens.
-        biases: as `biases_in` has them.
+        rows: (min, opt, max) rows of packed tokens.
+        biases: the result of `biases_in`.
 
     Raises:
-        TargetError: how wide an input is cannot be told.
+        TargetError: the width of an input cannot be inferred.
     """
-    given = next(shapes for name, shapes in profile.shapes.items() if name in exits.batched)
-    batch: Levels = (1, given[1][0], given[2][0])
+    batched_shapes = next(shapes for name, shapes in profile.shapes.items() if name in exits.batched)
+    batch: Levels = (1, batched_shapes[1][0], batched_shapes[2][0])
     ends: Levels = (2, batch[1] + 1, batch[2] + 1)
-    found: dict[str, Shapes] = {}
+    shapes_of: dict[str, Shapes] = {}
     for tensor in inputs:
         if tensor.name in profile.shapes:
             low, opt, high = profile.shapes[tensor.name]
-            found[tensor.name] = ((1, *low[1:]) if tensor.name in exits.batched else low, opt, high)
+            shapes_of[tensor.name] = ((1, *low[1:]) if tensor.name in exits.batched else low, opt, high)
             continue
         if tensor.name in biases:
-            low, _, high = found[tensor.name] = biases[tensor.name]
+            low, _, high = shapes_of[tensor.name] = biases[tensor.name]
             tensor.shape = [
                 a if a == b else f"{tensor.name}.{i}" for i, (a, b) in enumerate(zip(low, high, strict=True))
             ]
@@ -137,6 +137,6 @@ def profile_behind(
         tail = [] if offsets else None if tensor.shape is None else list(tensor.shape[1:])
         if tail is None or not all(isinstance(size, int) for size in tail):
             raise TargetError(f"{tensor.name!r}, which goes on behind an exit, has no known width", hint=ONE_ENGINE)
-        found[tensor.name] = (first[0], *tail), (first[1], *tail), (first[2], *tail)
+        shapes_of[tensor.name] = (first[0], *tail), (first[1], *tail), (first[2], *tail)
         tensor.shape = [f"{tensor.name}.0", *tail]
-    return Profile(profile.name, found)
+    return Profile(profile.name, shapes_of)

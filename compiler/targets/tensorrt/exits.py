@@ -1,4 +1,4 @@
-"""Exits of a graph of packed tokens, taken out of it: samples then leave between two engines instead of inside one."""
+"""Lifts the exits out of a graph of packed tokens: samples then leave between two engines instead of inside one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import insert, output_name_of, topological
 from trimtab.plugins import DOMAIN, KEEP_SAMPLES
 
-ONE_ENGINE = "leave its exits inside of one engine: `engine: {segments: 1}`"
+ONE_ENGINE = "keep the exits inside one engine: `engine: {segments: 1}`"
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Lifted:
 
     Attributes:
         stays: name of a tensor of bool, [batch]: the samples that go on.
-        outputs: output of the whole model → name of the tensor that holds it for those that leave here.
-        batched: what goes on with a row for each sample, behind the exit.
-        packed: what goes on with a row for each token.
-        offsets: of these; None where nothing has rows for tokens.
+        outputs: output of the whole model → name of the tensor that holds it for samples that leave here.
+        batched: tensors with a row for each sample that cross the exit.
+        packed: tensors with a row for each token that cross the exit.
+        offsets: the offsets of the packed tensors; None where there are none.
     """
 
     stays: str
@@ -35,7 +35,7 @@ class Lifted:
 
     @property
     def points(self) -> tuple[gs.Variable, ...]:
-        """All that goes on."""
+        """All tensors that cross the exit."""
         return (*self.batched, *self.packed, *([] if self.offsets is None else [self.offsets]))
 
 
@@ -45,31 +45,31 @@ def exits_in(graph: gs.Graph) -> list[gs.Node]:
 
 
 def lift_exits(graph: gs.Graph) -> list[Lifted]:
-    """Let all samples go through all of `graph`, in place, and say where which of them would have left.
+    """Rewrite `graph` in place so that all samples go through all of it; returns the exits.
 
-    Behind an exit, Gather by the samples that stay, or by their rows, becomes Identity. An output is what its last
-    ScatterND puts into its place; what the others put there are the answers of exits, for every sample that comes by.
-    Those, and which samples stay, become outputs too, behind the graph's own.
+    Behind an exit, a Gather of the samples that stay, or of their rows, becomes Identity. Each output is built by
+    ScatterND nodes: the last one writes the answers at the end, the others write the answers of exits. These answers,
+    and the masks of samples that stay, become outputs behind the graph's own.
 
     Raises:
-        TargetError: exits are used in another way than `early-exit` writes them; names the node.
+        TargetError: the exits do not have the form that `early-exit` writes; names the node.
     """
     keeps = exits_in(graph)
     answers = [_answers(graph, output, keeps) for output in graph.outputs]
     names = [output.name for output in graph.outputs]
-    found = []
+    lifted = []
     for number, keep in enumerate(keeps):
         stay, rows, offsets = keep.outputs
         batched = [_passed_on(gather, stay) for gather in list(stay.outputs) if _gathers(gather, stay)]
         packed = [_passed_on(gather, rows) for gather in list(rows.outputs) if _gathers(gather, rows)]
-        given = {i.name: tensor for i, tensor in zip(KEEP_SAMPLES.inputs, keep.inputs, strict=True)}
+        read = {i.name: tensor for i, tensor in zip(KEEP_SAMPLES.inputs, keep.inputs, strict=True)}
         keep.outputs = [stay, rows, gs.Variable.empty()]
-        graph.nodes.append(gs.Node("Identity", f"{keep.name}/go_on", inputs=[given["offsets"]], outputs=[offsets]))
-        stays = _stays(graph, given["uncertainty"], given["threshold"], keep.name)
+        graph.nodes.append(gs.Node("Identity", f"{keep.name}/go_on", inputs=[read["offsets"]], outputs=[offsets]))
+        stays = _stays(graph, read["uncertainty"], read["threshold"], keep.name)
         own = [each[number] for each in answers]
         graph.outputs += [stays, *own]
         outputs = {name: tensor.name for name, tensor in zip(names, own, strict=True)}
-        found.append(Lifted(stays.name, outputs, tuple(batched), tuple(packed), offsets))
+        lifted.append(Lifted(stays.name, outputs, tuple(batched), tuple(packed), offsets))
     for place, (name, each) in enumerate(zip(names, answers, strict=True)):
         old, last = graph.outputs[place], each[-1]
         old.name = f"{name}/placed"
@@ -77,32 +77,33 @@ def lift_exits(graph: gs.Graph) -> list[Lifted]:
         graph.outputs[place] = last
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.nodes = topological(graph)
-    if left := exits_in(graph):
-        users = [node for tensor in left[0].outputs for node in tensor.outputs]
-        raise _odd(output_name_of(left[0]), f"{output_name_of(users[0])} reads which samples it lets go")
-    return [_used(graph, exit_) for exit_ in found]
+    if remaining := exits_in(graph):
+        users = [node for tensor in remaining[0].outputs for node in tensor.outputs]
+        raise _odd(output_name_of(remaining[0]), f"{output_name_of(users[0])} reads which samples it lets go")
+    return [_used(graph, exit_) for exit_ in lifted]
 
 
 def _answers(graph: gs.Graph, output: gs.Tensor, keeps: Sequence[gs.Node]) -> list[gs.Variable]:
-    """What each exit, and the end, give as `output` for all samples that reach them."""
-    found: list[gs.Variable] = []
+    """The tensors that each exit, and the end, give as `output`, for all samples that reach them."""
+    answers: list[gs.Variable] = []
     tensor, casts = _before_casts(output)
     while tensor.inputs and tensor.inputs[0].op == "ScatterND":
-        tensor, places, given = tensor.inputs[0].inputs
-        source, own = _before_casts(given)
-        last = keeps[len(keeps) - len(found) - 1] if len(found) < len(keeps) else None  # whose samples come by
+        tensor, places, update = tensor.inputs[0].inputs
+        source, own = _before_casts(update)
+        # The exit whose samples reach this one.
+        last = keeps[len(keeps) - len(answers) - 1] if len(answers) < len(keeps) else None
         if last is not None and not (places.inputs and _gathers(places.inputs[0], last.outputs[0])):
-            raise _odd(output.name, f"{given.name} is not put at the places of the samples that come by")
-        found.append(_cast(graph, source, [*own, *casts]))
+            raise _odd(output.name, f"{update.name} is not put at the places of the samples that come by")
+        answers.append(_cast(graph, source, [*own, *casts]))
         tensor, more = _before_casts(tensor)
         casts = [*more, *casts]
-    if len(found) != len(keeps) + 1:
-        raise _odd(output.name, f"{len(found)} ScatterND put answers into it, of {len(keeps)} exits and the end")
-    return found[::-1]
+    if len(answers) != len(keeps) + 1:
+        raise _odd(output.name, f"{len(answers)} ScatterND put answers into it, of {len(keeps)} exits and the end")
+    return answers[::-1]
 
 
 def _before_casts(tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
-    """What `tensor` is made of by nodes that convert its type, and those, the first one first."""
+    """The tensor before the Cast nodes that make `tensor`, and these nodes, the first one first."""
     casts: list[gs.Node] = []
     while tensor.inputs and tensor.inputs[0].op == "Cast":
         casts.insert(0, tensor.inputs[0])
@@ -111,17 +112,17 @@ def _before_casts(tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
 
 
 def _cast(graph: gs.Graph, tensor: gs.Variable, casts: Sequence[gs.Node]) -> gs.Variable:
-    """`tensor` by copies of `casts`."""
+    """`tensor` through copies of `casts`."""
     for number, cast in enumerate(casts):
-        (made,) = cast.outputs
+        (result,) = cast.outputs
         name = f"{tensor.name}/cast.{number}"
-        shape, tensor = tensor.shape, insert(graph, "Cast", [tensor], name, attrs=dict(cast.attrs), dtype=made.dtype)
+        shape, tensor = tensor.shape, insert(graph, "Cast", [tensor], name, attrs=dict(cast.attrs), dtype=result.dtype)
         tensor.shape = shape
     return tensor
 
 
 def _gathers(node: gs.Node, rows: gs.Tensor) -> bool:
-    """Whether `node` gathers `rows` of a tensor."""
+    """Whether `node` gathers the rows `rows` of a tensor."""
     return node.op == "Gather" and node.inputs[1] is rows and int(node.attrs.get("axis", 0)) == 0
 
 
@@ -133,7 +134,7 @@ def _passed_on(gather: gs.Node, rows: gs.Tensor) -> gs.Variable:
 
 
 def _stays(graph: gs.Graph, doubt: gs.Tensor, limit: gs.Tensor, name: str) -> gs.Variable:
-    """Which samples stay, as KeepSamples has it: those whose doubt is not below the limit."""
+    """The mask of samples that stay, as in KeepSamples: their doubt is not below the limit."""
     wide = [
         tensor
         if tensor.dtype == np.float32
@@ -147,10 +148,10 @@ def _stays(graph: gs.Graph, doubt: gs.Tensor, limit: gs.Tensor, name: str) -> gs
 
 
 def _used(graph: gs.Graph, exit_: Lifted) -> Lifted:
-    """Without what nobody reads any more behind it."""
-    known = {id(tensor) for node in graph.nodes for tensor in node.outputs}
-    batched, packed = (tuple(t for t in side if id(t) in known) for side in (exit_.batched, exit_.packed))
-    offsets = exit_.offsets if id(exit_.offsets) in known else None
+    """`exit_` without the tensors that the graph no longer computes."""
+    computed = {id(tensor) for node in graph.nodes for tensor in node.outputs}
+    batched, packed = (tuple(t for t in side if id(t) in computed) for side in (exit_.batched, exit_.packed))
+    offsets = exit_.offsets if id(exit_.offsets) in computed else None
     return Lifted(exit_.stays, exit_.outputs, batched, packed, offsets)
 
 

@@ -1,6 +1,6 @@
-"""engine/engine.json: what engines are, and on what they run. Read before an engine is loaded, and by packaging.
+"""engine/engine.json: facts about a build's engines, read before an engine is loaded, and by packaging.
 
-`engines` are in the order in which they run; what one puts out under the name of a later one's input is handed on.
+`engines` are in the order in which they run. An output with the name of a later engine's input is passed to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tensor(_Model):
 
 
 class ProfileInfo(_Model):
-    """An optimization profile: input → (min, opt, max) shape. Its number is its place."""
+    """An optimization profile: input → (min, opt, max) shape. TensorRT's number of a profile is its index."""
 
     name: str
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -40,8 +40,8 @@ class EngineFile(_Model):
     """One engine of the build.
 
     Attributes:
-        file: its name, beside engine.json.
-        profiles: the general one first.
+        file: name of the engine file, next to engine.json.
+        profiles: optimization profiles, the general one first.
     """
 
     file: str = Field(pattern=r"^[^/\\\x00]+$")
@@ -51,10 +51,10 @@ class EngineFile(_Model):
 
 
 class ExitPoint(_Model):
-    """Where samples leave: behind the engine of the number `after`.
+    """A point where samples leave, behind the engine number `after`.
 
     Attributes:
-        stays: tensor of bool, [batch]: the samples that go on.
+        stays: name of a bool tensor, [batch]: the samples that go on.
         outputs: output of the whole model → the tensor that holds it for a sample that leaves.
     """
 
@@ -64,11 +64,11 @@ class ExitPoint(_Model):
 
 
 class ExitsInfo(_Model):
-    """Exits between engines, and how what they hand on holds its samples.
+    """Exits between engines, and the layout of the tensors that cross them.
 
     Attributes:
         batched: tensors with a row for each sample.
-        packed: tensor with a row for each token → where each sample begins in it, [batch + 1].
+        packed: tensor with a row for each token → tensor of its offsets, [batch + 1].
         common: tensors that are the same for all samples.
     """
 
@@ -78,23 +78,25 @@ class ExitsInfo(_Model):
     common: tuple[str, ...] = ()
 
     def hook(self) -> Compaction:
-        """What is done between the engines."""
+        """The hook that runs between the engines."""
         layout = Layout(frozenset(self.batched), self.packed, frozenset(self.common))
         return Compaction([Exit(point.after, point.stays, point.outputs) for point in self.points], layout)
 
 
 class EngineInfo(_Model):
-    """What is worth knowing of the engines of a build.
+    """Facts about the engines of a build.
 
     Attributes:
-        library, version: what built them; another version refuses them.
-        precisions: types of all tensors between their layers, by TensorRT's names.
-        compute_capabilities: GPUs that they were asked to run on, such as "8.9"; empty where the library chose.
-        gpu: compute capability of the GPU that they were built on, and run on alone; None where none was needed.
-        weight_streaming, refit: whether they were built so.
-        lowered: op → how many of it were given in standard ops.
-        inputs, outputs: names of the whole model's, in its order. What one engine hands to the next may be among them.
-        exits: where samples leave between two engines; None where none do.
+        library, version: the library that built the engines; another version refuses them.
+        precisions: types of all tensors between layers, by TensorRT's names.
+        compute_capabilities: GPUs that the recipe names, such as "8.9"; empty where the library chose.
+        gpu: compute capability of the GPU that the engines were built on, the only one that runs them; None where the
+            build needed no GPU.
+        weight_streaming, refit: whether the engines were built with these options.
+        lowered: op → number of its nodes that were replaced by standard ops.
+        inputs, outputs: names of the whole model's inputs and outputs, in order. A tensor between engines may be among
+            them.
+        exits: exits between engines; None without exits.
     """
 
     target: str
@@ -113,23 +115,23 @@ class EngineInfo(_Model):
 
     @classmethod
     def read(cls, folder: Path) -> EngineInfo:
-        """Of the engines in `folder`.
+        """Read engine.json of the engines in `folder`.
 
         Raises:
-            TargetError: there are none, or the file is damaged.
+            TargetError: the file is missing or damaged.
         """
         path = folder / INFO_FILE
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-            raise TargetError(f"{path}: says nothing of the engines ({said})", hint="compile it again") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise TargetError(f"{path}: is missing or not valid ({reason})", hint="compile it again") from error
 
     def route(self, inputs: Sequence[str], outputs: Sequence[str]) -> Route:
-        """Which tensor goes where among the engines of a model with these inputs and outputs.
+        """The route of tensors through the engines of a model with these inputs and outputs.
 
         Raises:
-            TargetError: nothing gives a tensor that an engine reads.
+            TargetError: a tensor that an engine reads has no source.
         """
         sides = [([t.name for t in engine.inputs], [t.name for t in engine.outputs]) for engine in self.engines]
         return Route.of(sides, inputs, outputs)
@@ -140,14 +142,18 @@ class EngineInfo(_Model):
         return path
 
     def check(self, folder: Path, version: str | None, gpu: str | None) -> None:
-        """That a library of `version`, on a GPU of compute capability `gpu`, takes these engines; None: not known.
+        """Check that a library of `version`, on a GPU of compute capability `gpu`, takes these engines.
+
+        Args:
+            version: None if unknown.
+            gpu: None if unknown.
 
         Raises:
-            TargetError: it does not; says which wants which.
+            TargetError: version or GPU do not fit; names both sides.
         """
         if version is not None and version != self.version:
             raise TargetError(
-                f"{folder}: these engines are of {self.library} {self.version}, and here is {version}",
+                f"{folder}: these engines need {self.library} {self.version}, and {version} is installed",
                 hint=f"install {self.library} {self.version}, or compile the model again",
             )
         if gpu is None:

@@ -1,4 +1,4 @@
-"""From a build's graph to the ONNX files that TensorRT's parser takes: lowered, cut, with their profiles."""
+"""Turns a build's graph into ONNX files that TensorRT's parser takes: lowered and cut, with optimization profiles."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the builder gets.
+    """The input of the builder.
 
     Attributes:
         models: ONNX files, in the order in which their engines run.
-        profiles: of each.
-        plugins: names of the dialect's plugins that they use.
-        lowered: op → how many of it were given in standard ops.
-        inputs, outputs: names of the whole model's, in its order.
-        exits: where samples leave between two of them; None where none do.
+        profiles: optimization profiles of each model.
+        plugins: names of the dialect's plugins that the models use.
+        lowered: op → number of its nodes that were replaced by standard ops.
+        inputs, outputs: names of the whole model's inputs and outputs, in order.
+        exits: exits between the models; None without exits.
     """
 
     models: list[Path]
@@ -51,16 +51,16 @@ class Prepared:
 
 
 def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, segments: int | None = None) -> Prepared:
-    """Write what the builder needs into `scratch`; a model that it takes as it is stays where it is.
+    """Write the builder's ONNX files into `scratch`; a model that needs no change is not copied.
 
     Args:
-        plugins: leave trimtab's own ops to plugins, as far as there are kernels for them.
-        segments: engines to cut it into, between layers. None: one, or one more than there are exits.
+        plugins: whether plugins run trimtab's own ops, as far as there are kernels for them.
+        segments: number of engines to cut the model into, between layers. None: one engine, or one more than exits.
 
     Raises:
         ModelError: an op has no form that the target takes; names the node.
         RecipeError: the workload does not cover the inputs.
-        TargetError: the model cannot be cut so, or what plugins need is missing.
+        TargetError: the model cannot be cut this way, or a package that plugins need is missing.
     """
     with scratch_file(scratch):
         return _prepare(model, workload, scratch, plugins, segments)
@@ -70,12 +70,12 @@ def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segm
     graph = load_graph(model)
     inputs, outputs = (tuple(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
     tell_head_dim(graph)
-    profiles = profiles_of(graph, workload)  # a fault of the workload shows before the work
+    profiles = profiles_of(graph, workload)  # first, so that a fault of the workload shows before long work
     leaving = exits_in(graph)
     if leaving and segments is not None and segments > 1:
         raise TargetError(
             f"engine.segments: {segments} engines of a model whose samples leave at {len(leaving)} exits",
-            hint="leave it out for an engine up to each exit and one for the rest, or ask for 1",
+            hint="remove engine.segments to get an engine up to each exit and one for the rest, or set it to 1",
         )
     exits = lift_exits(graph) if leaving and segments is None else []
     sizes = [(rows_of_tokens(graph, p, workload), biases_in(graph, p)) for p in profiles] if exits else []
@@ -102,9 +102,9 @@ def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segm
 
 
 def _inline_bodies(path: Path) -> None:
-    """Put the reference bodies of the dialect's ops in the places of their nodes, in the ONNX file at `path`.
+    """Replace the dialect's nodes by their reference bodies, in the ONNX file at `path`.
 
-    TensorRT-RTX 1.7 takes no node that leaves out an input of its function.
+    TensorRT-RTX 1.7 does not take a node that omits an input of its function.
     """
     model = onnx.load(str(path), load_external_data=False)
     bodies = [(function.domain, function.name) for function in model.functions if function.domain == DOMAIN]
@@ -113,42 +113,42 @@ def _inline_bodies(path: Path) -> None:
 
 
 def _with_plugins(graph: gs.Graph) -> tuple[str, ...]:
-    """Make the dialect's nodes those of plugins; their names. Nodes that no kernel takes stay, to be lowered."""
+    """Turn the dialect's nodes into plugins; returns the plugins' names. Nodes without a kernel stay, to be lowered."""
     parts = (graph, *graph.subgraphs(recursive=True))
     if all(node.domain != DOMAIN for part in parts for node in part.nodes):
         return ()
     from trimtab.plugins.tensorrt import prepare as as_plugins
 
     try:
-        made = as_plugins(graph)
+        conversion = as_plugins(graph)
     except RuntimeError as error:
         raise TargetError(f"the sparse ops cannot be built as plugins ({error})") from error
-    for name, reason in made.left.items():
+    for name, reason in conversion.left.items():
         log.warning("%s becomes standard ops: %s", name, reason)
-    return made.plugins
+    return conversion.plugins
 
 
 def part_profile(inputs: Sequence[gs.Tensor], profile: Profile, graph: gs.Graph) -> Profile:
-    """`profile` of the whole `graph`, for a part of it with these inputs, which learn what of their shapes is dynamic.
+    """`profile` of the whole `graph`, for a part of it with these `inputs`.
 
-    What earlier parts hand on has the sizes that shape inference finds where the inputs have theirs.
+    The inputs' dynamic axes get names. Shape inference gives the sizes of tensors from earlier parts.
 
     Raises:
-        TargetError: it finds none.
+        TargetError: shape inference gives no size.
     """
-    handed = [tensor for tensor in inputs if tensor.name not in profile.shapes]
+    internal = [tensor for tensor in inputs if tensor.name not in profile.shapes]
     at = ({name: each[level] for name, each in profile.shapes.items()} for level in range(3))
-    levels = [sizes_at(graph, shapes) for shapes in at] if handed else []
+    levels = [sizes_at(graph, shapes) for shapes in at] if internal else []
     shapes = dict(profile.shapes)
-    for tensor in handed:
-        found = [level[tensor.name] for level in levels if tensor.name in level]
-        if len(found) < len(levels):
+    for tensor in internal:
+        level_shapes = [level[tensor.name] for level in levels if tensor.name in level]
+        if len(level_shapes) < len(levels):
             raise TargetError(
-                f"engine.segments: {tensor.name!r}, which would cross a cut, has no shape that can be told",
+                f"engine.segments: {tensor.name!r}, which would cross a cut, has no shape that can be inferred",
                 hint="build it as one engine",
             )
-        low, _, high = shapes[tensor.name] = found[0], found[1], found[2]
-        known = tensor.shape or [None] * len(low)
-        fixed = [a == b and isinstance(n, int) for a, b, n in zip(low, high, known, strict=True)]
+        low, _, high = shapes[tensor.name] = level_shapes[0], level_shapes[1], level_shapes[2]
+        declared = tensor.shape or [None] * len(low)
+        fixed = [a == b and isinstance(n, int) for a, b, n in zip(low, high, declared, strict=True)]
         tensor.shape = [a if same else f"{tensor.name}.{i}" for i, (a, same) in enumerate(zip(low, fixed, strict=True))]
     return Profile(profile.name, {tensor.name: shapes[tensor.name] for tensor in inputs})

@@ -1,4 +1,4 @@
-"""Optimization profiles: the sizes that an engine is built for, from the workload."""
+"""Optimization profiles: the sizes for which an engine is built, from the workload."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Profile:
     """One optimization profile.
 
     Attributes:
-        name: "all" of a model without a cache; a decoder has "prompt", which takes all that is declared, and "step" for
+        name: "all" for a model without a cache; a decoder has "prompt", for all sizes of the workload, and "step", for
             single tokens behind a cache.
         shapes: input → (min, opt, max).
     """
@@ -27,24 +27,24 @@ class Profile:
 
 
 def profiles_of(graph: gs.Graph, workload: Workload) -> list[Profile]:
-    """The profiles for `graph`, the general one first.
+    """The optimization profiles for `graph`, the general one first.
 
     Raises:
         RecipeError: a dynamic axis has no range in the workload.
     """
     if not pasts(tensor.name for tensor in graph.inputs):
         return [Profile(ALL, workload.shapes(graph))]
-    found = [Profile(PROMPT, workload.shapes(graph))]
+    profiles = [Profile(PROMPT, workload.shapes(graph))]
     low, opt, high = workload.past
     if high:
         low = max(1, low)
         step = workload.model_copy(update={"tokens": (1, 1, 1), "past": (low, max(low, opt), high)})
-        found.append(Profile(STEP, step.shapes(graph)))
-    return found
+        profiles.append(Profile(STEP, step.shapes(graph)))
+    return profiles
 
 
 def tokens_of(graph: gs.Graph, workload: Workload) -> tuple[int, int] | None:
-    """Fewest and most tokens of a call, all rows together; None where the inputs do not tell."""
+    """Minimum and maximum number of tokens of a call, all rows together; None where no input has a tokens axis."""
     axes = workload.axes(graph).values()
     if not any("tokens" in shape for shape in axes):
         return None

@@ -21,15 +21,15 @@ _TYPES = {
 }  # fmt: skip
 """TensorRT's name of a type → Polygraphy's."""
 
-_LEAST = 256  # bytes of a buffer that stands for a tensor without elements: TensorRT wants an address
+_EMPTY_BYTES = 256  # size of the buffer of a tensor without elements: TensorRT needs an address
 
 
 class TensorRTRunner(Chain):
-    """Holds the engines, their execution contexts and buffers until it is dropped.
+    """Runs the engines of a build; it owns them, their execution contexts and buffers.
 
     Args:
-        folder: of the engines.
-        rtx: of TensorRT-RTX rather than TensorRT. Polygraphy can use only one of the two in a process.
+        folder: folder of the engines.
+        rtx: whether they are engines of TensorRT-RTX, not TensorRT. Polygraphy can use one of the two in a process.
     """
 
     def __init__(self, folder: Path, info: EngineInfo, *, rtx: bool) -> None:
@@ -51,7 +51,7 @@ class EngineStage(Stage):
 
         super().__init__(info)
         self._engine, self._streaming, self._profile = engine, streaming, 0
-        self._rooms: list[Any] = []
+        self._buffers: list[Any] = []
         self._runner = TrtRunner(engine, weight_streaming_budget=-1 if streaming else None)
         self._runner.activate()
 
@@ -76,13 +76,13 @@ class EngineStage(Stage):
             if profile != self._profile:
                 self._runner.set_profile(profile)
                 self._profile = profile
-            given = {name: _bits(value) for name, value in feeds.items()}
-            found: Values = self._runner.infer(given, check_inputs=False, copy_outputs_to_host=False)
+            arrays = {name: _bits(value) for name, value in feeds.items()}
+            outputs: Values = self._runner.infer(arrays, check_inputs=False, copy_outputs_to_host=False)
         except PolygraphyException as error:
             raise TargetError(
-                f"TensorRT could not run the engine ({error})", hint="sizes must lie within the recipe's workload"
+                f"TensorRT could not run the engine ({error})", hint="sizes must be within the recipe's workload"
             ) from error
-        return found
+        return outputs
 
     def host(self, value: Any) -> np.ndarray:
         if isinstance(value, np.ndarray):
@@ -100,21 +100,21 @@ class EngineStage(Stage):
         from polygraphy.cuda import DeviceArray, DeviceView
         from polygraphy.datatype import DataType
 
-        self._rooms.append(DeviceArray.raw((_LEAST,)))
-        return DeviceView(self._rooms[-1].ptr, shape, getattr(DataType, _TYPES[dtype]))
+        self._buffers.append(DeviceArray.raw((_EMPTY_BYTES,)))
+        return DeviceView(self._buffers[-1].ptr, shape, getattr(DataType, _TYPES[dtype]))
 
     def close(self) -> None:
         if not self._runner.is_active:
             return
-        outputs = self._runner.output_allocator.buffers  # which the runner forgets, and does not free
-        for room in (*self._rooms, *outputs.values()):
-            room.free()
-        self._rooms, self._runner.output_allocator.buffers = [], {}
+        outputs = self._runner.output_allocator.buffers  # the runner drops them without freeing them
+        for buffer in (*self._buffers, *outputs.values()):
+            buffer.free()
+        self._buffers, self._runner.output_allocator.buffers = [], {}
         self._runner.deactivate()
 
 
 def _bits(value: Any) -> Any:
-    """Arrays of bfloat16 as integers of their bits: only those can be copied to the device."""
+    """A bfloat16 array as integers of its bits, since Polygraphy cannot copy bfloat16 to the device."""
     bfloat16 = isinstance(value, np.ndarray) and value.dtype == ml_dtypes.bfloat16
     return value.view(np.int16) if bfloat16 else value
 

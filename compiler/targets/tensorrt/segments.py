@@ -1,4 +1,4 @@
-"""Where a model is cut into several engines, and what of it each of them takes with it."""
+"""Cuts a model into several engines, and recomputes sizes, masks and positions in each of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SMALL = 256  # elements of a constant that is copied into each part
 
 
 def segments_of(graph: gs.Graph, count: int) -> list[gs.Graph]:
-    """`graph` in `count` graphs that run one after the other, cut between layers, as even as they come.
+    """Cut `graph` between layers into `count` graphs of about equally many layers.
 
     Raises:
-        TargetError: it has fewer layers.
+        TargetError: the graph has fewer layers.
     """
     if count == 1:
         return [graph]
@@ -40,20 +40,20 @@ def segments_of(graph: gs.Graph, count: int) -> list[gs.Graph]:
 
 
 def cut_at(graph: gs.Graph, points: Sequence[gs.Tensor]) -> list[gs.Graph]:
-    """`graph` cut behind `points`. Each part makes sizes, masks and positions of the inputs by itself.
+    """Cut `graph` behind `points`. Each part recomputes sizes, masks and positions from the inputs.
 
-    They would cross the cuts as more tensors, and sizes in host memory. What is a point crosses all the same.
+    Otherwise they would cross the cuts as further tensors, and sizes would cross in host memory. Points always cross.
     """
     parts = [segment.graph for segment in cut(graph, points)]
     sides = _sides(graph, {tensor.name for tensor in points})
     for part in parts:
         _own_sides(part, sides)
-    wanted = {tensor.name for tensor in graph.outputs}
+    needed = {tensor.name for tensor in graph.outputs}
     for part in reversed(parts):
-        part.outputs = [tensor for tensor in part.outputs if tensor.name in wanted]
+        part.outputs = [tensor for tensor in part.outputs if tensor.name in needed]
         part.cleanup()
         part.nodes = topological(part)
-        wanted |= {tensor.name for tensor in part.inputs}
+        needed |= {tensor.name for tensor in part.inputs}
     return parts
 
 
@@ -63,13 +63,13 @@ def _borders(graph: gs.Graph) -> list[gs.Tensor]:
 
 
 def _sides(graph: gs.Graph, points: AbstractSet[str]) -> dict[str, gs.Node]:
-    """Tensor name → the node that makes it, for sizes, masks and positions: all that cheap ops make of integers.
+    """Tensor name → its node, for sizes, masks and positions: tensors that cheap ops compute from integer inputs.
 
     Args:
-        points: names of tensors that are none of them.
+        points: names of tensors to leave out.
     """
-    found: dict[str, gs.Node] = {}
-    given = {t.name for t in graph.inputs}
+    sides: dict[str, gs.Node] = {}
+    input_names = {t.name for t in graph.inputs}
     integers = {t.name for t in graph.inputs if t.dtype is not None and np.dtype(t.dtype).kind in "iub"}
     for node in topological(graph):
         if len(node.outputs) != 1 or node.domain or node.op not in _CHEAP or node.outputs[0].name in points:
@@ -77,15 +77,15 @@ def _sides(graph: gs.Graph, points: AbstractSet[str]) -> dict[str, gs.Node]:
         if any(isinstance(t, gs.Constant) and np.prod(t.shape, dtype=np.int64) > _SMALL for t in node.inputs):
             continue
         parts = [t.name for t in node.inputs if isinstance(t, gs.Variable) and t.name]
-        of_input = node.op == "Shape" and bool(parts) and parts[0] in given
-        if of_input or (parts and all(name in found or name in integers for name in parts)):
-            found[node.outputs[0].name] = node
-    return found
+        of_input = node.op == "Shape" and bool(parts) and parts[0] in input_names
+        if of_input or (parts and all(name in sides or name in integers for name in parts)):
+            sides[node.outputs[0].name] = node
+    return sides
 
 
 def _own_sides(part: gs.Graph, sides: dict[str, gs.Node]) -> None:
-    """Let `part` compute by itself what it would be handed of `sides`."""
-    known = part.tensors()
+    """Recompute sizes, masks and positions (`sides`) inside `part`, so that they do not cross the cut."""
+    tensors = part.tensors()
     pending = [tensor for tensor in part.inputs if tensor.name in sides]
     part.inputs = [tensor for tensor in part.inputs if tensor.name not in sides]
     while pending:
@@ -93,14 +93,14 @@ def _own_sides(part: gs.Graph, sides: dict[str, gs.Node]) -> None:
         node = sides[tensor.name]
         inputs: list[gs.Tensor] = []
         for source in node.inputs:
-            own = known.get(source.name)
+            own = tensors.get(source.name)
             if own is None or not source.name:
                 own = (
                     source if isinstance(source, gs.Constant) else gs.Variable(source.name, source.dtype, source.shape)
                 )
-                known[source.name] = own
+                tensors[source.name] = own
                 if isinstance(source, gs.Constant):
-                    own = known[source.name] = gs.Constant(source.name, source._values)
+                    own = tensors[source.name] = gs.Constant(source.name, source._values)
                 elif source.name in sides:
                     pending.append(own)
                 elif source.name:

@@ -1,4 +1,4 @@
-"""Shapes of all tensors of a graph whose inputs have known ones."""
+"""Infers the shapes of all tensors of a graph from the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.graph import constant, topological, values
 from trimtab.plugins.tensorrt.names import PLUGINS
 
-_ROUNDS = 256  # each layer of plugins takes one and more
+_ROUNDS = 256  # each layer of plugins takes at least one round
 
 
 def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Tensor → shape, of those that can be told, where the inputs have `shapes`. `graph` stays as it is.
+    """Tensor → shape, where it can be inferred from the inputs' `shapes`. `graph` is not changed.
 
-    Shape inference sees no further than a size that is computed; so sizes that it has found become constants, what is
-    computed of them is folded, and it goes on from there.
+    Shape inference stops at a size that the graph computes. So inferred sizes become constants, arithmetic on them is
+    folded, and inference runs again.
     """
     part = graph.copy()
     for tensor in part.inputs:
@@ -32,10 +32,10 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     kept = {id(tensor) for tensor in part.outputs}
     for _ in range(_ROUNDS):
         infer_shapes(part)
-        found = sum(_told(node, kept) for node in topological(part)) + sum(_tell(node) for node in plugins)
-        with np.errstate(all="ignore"):  # of branches that are computed and not taken
+        changes = sum(_fold_size(node, kept) for node in topological(part)) + sum(_set_shapes(node) for node in plugins)
+        with np.errstate(all="ignore"):  # warnings come from branches that are folded and never run
             folded = fold_constants(part)
-        if not found + folded:
+        if not changes + folded:
             break
     return {
         name: tuple(tensor.shape)
@@ -45,7 +45,7 @@ def sizes_at(graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
 
 
 def _let_infer_outputs(graph: gs.Graph) -> None:
-    """Put an Identity behind each output, since inference leaves outputs the sizes that they are declared with."""
+    """Add an Identity behind each output, since inference keeps the declared sizes of outputs."""
     ends = []
     for number, tensor in enumerate(graph.outputs):
         ends.append(gs.Variable(f"{tensor.name}/end.{number}", tensor.dtype))
@@ -53,23 +53,23 @@ def _let_infer_outputs(graph: gs.Graph) -> None:
     graph.outputs = ends
 
 
-def _tell(node: gs.Node) -> bool:
-    """Give the outputs of a plugin their shapes, by its op's own rules; whether any is news."""
+def _set_shapes(node: gs.Node) -> bool:
+    """Set the shapes of a plugin's outputs by the shape function of its op; returns whether any shape changed."""
     plugin = PLUGINS[node.op]
     shapes = {
         name: None if t.shape is None else list(t.shape) for name, t in zip(plugin.inputs, node.inputs, strict=True)
     }
     inferred = plugin.op.shapes(shapes, plugin.decode(node.attrs))
-    news = False
+    changed = False
     for output, name in zip(node.outputs, plugin.outputs, strict=True):
         shape = inferred[name]
         if shape is not None and all(isinstance(size, int) for size in shape) and shape != output.shape:
-            output.shape, news = shape, True
-    return news
+            output.shape, changed = shape, True
+    return changed
 
 
-def _told(node: gs.Node, kept: set[int]) -> bool:
-    """Let the answer of a Shape or a Range that is known stand in its place."""
+def _fold_size(node: gs.Node, kept: set[int]) -> bool:
+    """Replace a Shape or Range with known inputs by a constant; returns whether it did."""
     if len(node.outputs) != 1 or id(node.outputs[0]) in kept or not node.outputs[0].outputs:
         return False
     output = node.outputs[0]
@@ -83,7 +83,7 @@ def _told(node: gs.Node, kept: set[int]) -> bool:
         answer = np.arange(start, limit, delta, dtype=values(node.inputs[0]).dtype)
     else:
         return False
-    made = constant(f"{output.name}/known", answer)
+    replacement = constant(f"{output.name}/known", answer)
     for reader in list(output.outputs):
-        reader.inputs = [made if tensor is output else tensor for tensor in reader.inputs]
+        reader.inputs = [replacement if tensor is output else tensor for tensor in reader.inputs]
     return True

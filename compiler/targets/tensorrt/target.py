@@ -30,7 +30,7 @@ from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.driver import compute_capability, gpu_present
 
 _SHOWN = 5  # refused nodes that a message names
-_PARSE_S = 600.0
+_PARSE_S = 600.0  # time limit of a parse in seconds
 
 
 class TensorRT(Target):
@@ -59,10 +59,10 @@ class TensorRT(Target):
         self._require()
         options = options or EngineOptions()
         self._check_gpu(options)
-        made: list[Path] = []
+        files: list[Path] = []
         try:
             out.mkdir(parents=True, exist_ok=True)
-            with _removed_on_error(made), tempfile.TemporaryDirectory(prefix=".graph-", dir=out) as scratch:
+            with _removed_on_error(files), tempfile.TemporaryDirectory(prefix=".graph-", dir=out) as scratch:
                 prepared = prepare(model, workload, Path(scratch), plugins=not self.rtx, segments=options.segments)
                 if prepared.plugins and importlib.util.find_spec("triton") is None:
                     raise TargetError(
@@ -71,7 +71,7 @@ class TensorRT(Target):
                 names = [f"model.{number}.engine" for number in range(len(prepared.models))]
                 names = names if len(names) > 1 else ["model.engine"]
                 parts = [out / f"{name}.part" for name in names]
-                made += [*parts, *(out / name for name in names), out / INFO_FILE]
+                files += [*parts, *(out / name for name in names), out / INFO_FILE]
                 with self._timing_cache() as timing_cache:
                     answer = self._child(self._job(prepared, parts, options, timing_cache), timeout_s)
                 self._refuse([node for refused in answer["refused"] for node in refused])
@@ -104,8 +104,8 @@ class TensorRT(Target):
         gpu = compute_capability()
         if not gpu_present():
             return f"a {self.name} engine runs on a GPU, and this machine has none"
-        known = _known_gpus(type(self))
-        if gpu is None or not known or gpu in known or _number(gpu) > max(map(_number, known)):
+        supported = _known_gpus(type(self))
+        if gpu is None or not supported or gpu in supported or _number(gpu) > max(map(_number, supported)):
             return None
         return f"{self.name} runs on no GPU of compute capability {gpu}, which this machine has"
 
@@ -114,7 +114,7 @@ class TensorRT(Target):
             raise TargetError(f"target {self.name} is not installed here", hint=self.install)
 
     def _check_gpu(self, options: EngineOptions) -> None:
-        """Before the long build: TensorRT measures on the GPU that the engine is for."""
+        """Check the GPU before the long build: TensorRT measures tactics on the GPU of the engine."""
         if self.rtx:
             return
         if not gpu_present():
@@ -123,10 +123,10 @@ class TensorRT(Target):
                 hint="compile there, or with --target tensorrt-rtx, which needs no GPU to build",
             )
         if options.gpus:
-            raise TargetError(f"engine.gpus: {self.name} builds for the GPU that is here", hint="leave it out")
+            raise TargetError(f"engine.gpus: {self.name} builds for the GPU of this machine", hint="remove engine.gpus")
 
     def _version(self) -> str | None:
-        """Of the installed library, without importing it; None where no package tells."""
+        """Version of the installed library, without importing it; None where no package has it."""
         owners = importlib.metadata.packages_distributions().get(self.package, [])
         return importlib.metadata.version(owners[0]) if owners else None
 
@@ -150,7 +150,7 @@ class TensorRT(Target):
         }
 
     def _timing_cache(self) -> AbstractContextManager[Path | None]:
-        """Of measured tactics: they hold for one version and one GPU. RTX times nothing when it builds."""
+        """The file of measured tactics for one version and one GPU; None for RTX, whose build measures nothing."""
         if self.rtx:
             return nullcontext()
         return updated("timing", f"{self.name}-{self._version()}-{compute_capability()}.cache")
@@ -174,7 +174,7 @@ class TensorRT(Target):
         )
 
     def _load_once(self, info: EngineInfo, out: Path, timeout_s: float) -> None:
-        """In a fresh process, as whoever serves them will: an engine that does not load is no engine."""
+        """Load and run each engine once in a fresh process, as a server does, so that no broken engine is kept."""
         loads = [
             {
                 "engine": str(out / engine.file),
@@ -192,10 +192,10 @@ class TensorRT(Target):
         return run_child(self.name, job, timeout_s=timeout_s, env=env)
 
     def parse(self, models: Sequence[Path]) -> list[list[dict[str, str]]]:
-        """For each of `models`, what the parser refuses: a list of {node, op, reason}."""
+        """For each of `models`, the nodes that the parser refuses: a list of {node, op, reason}."""
         job: dict[str, Any] = {"models": [str(model) for model in models], "build": None}
-        found: list[list[dict[str, str]]] = self._child(job, _PARSE_S)["refused"]
-        return found
+        refused: list[list[dict[str, str]]] = self._child(job, _PARSE_S)["refused"]
+        return refused
 
     def _refuse(self, refused: list[dict[str, str]]) -> None:
         if not refused:
@@ -209,7 +209,7 @@ class TensorRT(Target):
 
 
 class TensorRTRTX(TensorRT):
-    """The same for TensorRT-RTX, whose engines are portable between GPUs and are built without one."""
+    """The target TensorRT-RTX, whose engines are portable between GPUs and are built without one."""
 
     name = "tensorrt-rtx"
     summary = "a portable engine for NVIDIA RTX GPUs; built on any machine, GPU or none"
@@ -220,7 +220,7 @@ class TensorRTRTX(TensorRT):
 
 @contextmanager
 def _removed_on_error(files: list[Path]) -> Iterator[None]:
-    """Take away what was written if the body fails; it adds to `files` what it is about to write."""
+    """Delete `files` if the body fails; the body adds files to the list before it writes them."""
     try:
         yield
     except BaseException:
@@ -230,13 +230,13 @@ def _removed_on_error(files: list[Path]) -> Iterator[None]:
 
 
 def _number(gpu: str) -> tuple[int, ...]:
-    """A compute capability, to be compared."""
+    """A compute capability as numbers, for comparison."""
     return tuple(int(part) for part in gpu.split("."))
 
 
 @lru_cache
 def _known_gpus(kind: type[TensorRT]) -> tuple[str, ...]:
-    """Compute capabilities that the library builds for, by itself; none where it takes the GPU that is here."""
+    """Compute capabilities that the library can build for; none where it builds for the GPU of this machine."""
     return tuple(kind()._child({"models": [], "build": None}, _PARSE_S)["gpus"])
 
 
@@ -245,12 +245,12 @@ def _probe(kind: type[TensorRT]) -> Capability:
     widths = (2, 4, 8)
     counted = gs.import_onnx(trials.counted())
     lower(counted)
-    tried = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
-    tried.append(gs.export_onnx(counted))
+    models = [*(trials.blockwise(bits)[0] for bits in widths), trials.half(), trials.largest()[0]]
+    models.append(gs.export_onnx(counted))
     with temporary_folder("probe") as folder:
-        paths = [folder / f"{position}.onnx" for position in range(len(tried))]
-        for model, path in zip(tried, paths, strict=True):
+        paths = [folder / f"{position}.onnx" for position in range(len(models))]
+        for model, path in zip(models, paths, strict=True):
             onnx.save(model, path)
         *blockwise, half, integers, counts = (not refused for refused in kind().parse(paths))
-    taken = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
-    return Capability(weight_bits=taken, float16=half, integer_products=integers, counted_sizes=counts)
+    weight_bits = frozenset(bits for bits, fits in zip(widths, blockwise, strict=True) if fits)
+    return Capability(weight_bits=weight_bits, float16=half, integer_products=integers, counted_sizes=counts)
