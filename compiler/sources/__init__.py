@@ -1,4 +1,4 @@
-"""Anything a user has → a Source: an ONNX file that trimtab can read, and what is known about it."""
+"""A model in any supported format → a Source: an ONNX file that trimtab can read, and facts about the model."""
 
 from trimtab.compiler.sources.from_torch import from_torch
 from trimtab.compiler.sources.open import open_source

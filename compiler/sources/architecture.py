@@ -1,7 +1,7 @@
-"""`python -m trimtab.compiler.sources.architecture FOLDER OUT`: the class of a model whose config.json names none.
+"""`python -m trimtab.compiler.sources.architecture FOLDER OUT`: finds a model's class if config.json names none.
 
-The model's type has a class for each task. Each is made without weights, and the names of its weights are compared
-with those in the folder: the class is the one whose names are all there, and no others.
+transformers has one class per task for a model type. Each class is instantiated without weights, and the names of its
+weights are compared with those in the folder: the model's class is the one with exactly the same names.
 """
 
 from __future__ import annotations
@@ -20,39 +20,36 @@ from transformers.models.auto import modeling_auto as auto
 from trimtab.compiler.sources.child import report
 from trimtab.passes.errors import ModelError
 
-_ANSWER = "architecture.json"
+_RESULT_FILE = "architecture.json"
 _HEADS = (
     "FOR_SEQUENCE_CLASSIFICATION_", "FOR_TOKEN_CLASSIFICATION_", "FOR_QUESTION_ANSWERING_", "FOR_MASKED_LM_",
     "FOR_CAUSAL_LM_", "FOR_IMAGE_CLASSIFICATION_", "",
 )  # fmt: skip
-"""Parts of the names of transformers' tables, model type → class, for the tasks that are exported."""
+"""Name parts of transformers' tables (model type → class), one for each task that is exported."""
 _BUFFERS = ("position_ids", "inv_freq", "attn.bias", "attn.masked_bias", "token_type_ids")
-"""Ends of names that older versions of transformers saved, and that are no weights."""
+"""Name ends of buffers that older versions of transformers saved, and that are no weights."""
 
 
 def find_architecture(folder: Path) -> str:
-    """The class of the model in `folder`.
+    """Find the name of the transformers class of the model in `folder`.
 
     Raises:
-        ModelError: transformers does not know its type, or not exactly one class has the names of its weights.
+        ModelError: transformers does not know the model type, or the weights do not fit exactly one class.
     """
     try:
         config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            "config.json names no architecture, and a model_type that transformers does not know"
-        ) from error
+        raise ModelError("config.json names no architecture, and transformers does not know its model_type") from error
     names = set(_weight_names(sorted(folder.glob("*.safetensors"))))
     classes = list(_classes(config))
-    # Names that transformers changes as it reads a file are known to it alone, but then it reads all weights.
-    fitting = [kind for kind in classes if _fits(kind, config, names)] or [
-        kind for kind in classes if _loads(kind, folder)
+    # transformers renames some weights while it loads a file. Only loading all weights shows the final names.
+    fitting = [model_class for model_class in classes if _fits(model_class, config, names)] or [
+        model_class for model_class in classes if _loads(model_class, folder)
     ]
     if len(fitting) != 1:
-        which = " and ".join(kind.__name__ for kind in fitting) or "none"
+        which = " and ".join(model_class.__name__ for model_class in fitting) or "no class"
         raise ModelError(
-            f"config.json names no architecture, and of the classes of a {config.model_type} {which} "
-            f"{'fit' if fitting else 'fits'} its weights",
+            f"config.json names no architecture, and its weights fit {which} of the model type {config.model_type}",
             hint='add the class of the model to config.json, such as "architectures": ["BertModel"]',
         )
     return str(fitting[0].__name__)
@@ -60,38 +57,38 @@ def find_architecture(folder: Path) -> str:
 
 def _classes(config: Any) -> Iterator[Any]:
     tables = {head: getattr(auto, f"MODEL_{head}MAPPING_NAMES") for head in _HEADS}
-    if config.model_type in tables["FOR_MASKED_LM_"]:  # both have the same weights
+    if config.model_type in tables["FOR_MASKED_LM_"]:  # its causal and its masked LM have the same weights
         del tables["FOR_MASKED_LM_" if getattr(config, "is_decoder", False) else "FOR_CAUSAL_LM_"]
     for table in tables.values():
         name = table.get(config.model_type)
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
-        if kind is not None:
-            yield kind
+        model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+        if model_class is not None:
+            yield model_class
 
 
-def _fits(kind: Any, config: Any, names: set[str]) -> bool:
+def _fits(model_class: Any, config: Any, names: set[str]) -> bool:
     try:
         with torch.device("meta"):
-            model = kind(config)
-    except Exception:  # any: a class may want more of the config than there is
+            model = model_class(config)
+    except Exception:  # any: a class may need options that the config lacks
         return False
-    wanted = set(model.state_dict())
+    expected = set(model.state_dict())
     tied = {name for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items() for name in pair}
-    return _same(kind, wanted - names - tied, names - wanted)
+    return _same(model_class, expected - names - tied, names - expected)
 
 
-def _loads(kind: Any, folder: Path) -> bool:
+def _loads(model_class: Any, folder: Path) -> bool:
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
-        _, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        _, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except Exception:  # any, as above
         return False
-    return _same(kind, info["missing_keys"], info["unexpected_keys"])
+    return _same(model_class, info["missing_keys"], info["unexpected_keys"])
 
 
-def _same(kind: Any, missing: Iterable[str], unexpected: Iterable[str]) -> bool:
-    """Whether nothing that counts is missing, nor there for another class. Token states need no pooler."""
-    without_head = kind.__name__.endswith("Model")
+def _same(model_class: Any, missing: Iterable[str], unexpected: Iterable[str]) -> bool:
+    """Whether no needed weight is missing and no weight is unexpected. A class that returns states needs no pooler."""
+    without_head = model_class.__name__.endswith("Model")
     lacks = any(not (without_head and "pooler." in name) for name in missing)
     return not lacks and all(name.endswith(_BUFFERS) for name in unexpected)
 
@@ -108,7 +105,8 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     return report(
-        options.out, lambda: (options.out / _ANSWER).write_text(json.dumps(find_architecture(options.folder))) and None
+        options.out,
+        lambda: (options.out / _RESULT_FILE).write_text(json.dumps(find_architecture(options.folder))) and None,
     )
 
 

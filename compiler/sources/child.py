@@ -1,4 +1,4 @@
-"""Modules that run in a process of their own: memory is free again behind them, and a crash is one error."""
+"""Runs modules in child processes: the memory is freed when a child ends, and a crash becomes one error."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNI
 
 
 def content_key(content: str, modules: Sequence[str], packages: Sequence[str]) -> str:
-    """The name in the cache of what a child makes of `content`, a hash: it depends on code and versions, too.
+    """The cache key of a child's result: a hash of the input's hash `content`, the code and the package versions.
 
     Args:
-        modules: files of this folder whose code decides what is made.
+        modules: files of this folder whose code decides the result.
+        packages: packages whose versions decide the result.
     """
     digest = hashlib.sha256(content.encode())
     for name in modules:
@@ -37,17 +38,17 @@ def run_child(
     module: str, arguments: Sequence[str], out: Path, *, makes: str, origin: Path, what: str, hint: str,
     timeout_s: float | None = None,
 ) -> None:  # fmt: skip
-    """Run `python -m module arguments`, which makes the file `out`/`makes`.
+    """Run `python -m module arguments`, which writes the file `out`/`makes`.
 
     Args:
-        out: folder that is there; the child's output is kept in it.
-        origin: what the user gave, for messages.
-        what: is done, for messages.
-        hint: what else the user can do if the child ends without saying why.
+        out: existing folder that the child writes to; its stdout and stderr are stored there.
+        origin: the model that the user gave, for messages.
+        what: the child's work, for messages.
+        hint: hint of the error if the child ends without a reason.
         timeout_s: seconds after which the child is killed.
 
     Raises:
-        ModelError: what the child has said, how it ended, or that it took too long.
+        ModelError: the child reported an error, ended without the file, or took too long.
     """
     log_file = out / "export.log"
     with open(log_file, "wb") as output:
@@ -62,21 +63,21 @@ def run_child(
     if code == 0 and (out / makes).is_file():
         return
     if (out / _ERROR_FILE).is_file():
-        said = json.loads((out / _ERROR_FILE).read_text())
-        raise ModelError(f"{origin}: {said['message']}", hint=said["hint"])
+        reported = json.loads((out / _ERROR_FILE).read_text())
+        raise ModelError(f"{origin}: {reported['message']}", hint=reported["hint"])
     lines = log_file.read_text(errors="replace").strip().splitlines()[-3:]
-    how = ending(code)
-    raise ModelError(f"{origin}: {what} {how.words}: {' | '.join(lines) or 'it said nothing'}", hint=how.hint or hint)
+    end = ending(code)
+    raise ModelError(f"{origin}: {what} {end.words}: {' | '.join(lines) or 'no output'}", hint=end.hint or hint)
 
 
 def report(out: Path, work: Callable[[], None]) -> int:
-    """In the child: do the work, or leave what is wrong in `out`; returns the exit status."""
+    """In the child: call `work`, and store its error in `out`. Returns the exit status."""
     try:
         work()
     except TrimtabError as error:
         message, hint = error.message, error.hint
     except OSError as error:
-        if error.errno is None:  # transformers raises some of its own as such
+        if error.errno is None:  # transformers raises OSError for errors of its own
             raise
         message, hint = f"{error.filename or out}: {reason(error)}", remedy(error, error.filename or out)
     except MemoryError:
@@ -88,11 +89,11 @@ def report(out: Path, work: Callable[[], None]) -> int:
 
 
 def leave_note(out: Path, note: str) -> None:
-    """In the child: what the user is to know of what was made."""
+    """In the child: store a note about the result for the user."""
     (out / _NOTE_FILE).write_text(note)
 
 
 def read_note(out: Path) -> str | None:
-    """What the child that made `out` has left for the user."""
+    """Read the note that the child stored in `out`; None without one."""
     path = out / _NOTE_FILE
     return path.read_text() if path.is_file() else None

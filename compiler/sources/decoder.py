@@ -1,8 +1,8 @@
-"""A causal language model with its cache as a module of plain tensors.
+"""Wraps a causal language model and its cache into a module whose inputs and outputs are plain tensors.
 
-Attention is exported as one op, com.microsoft GroupQueryAttention, as ONNX Runtime GenAI's builder writes it: the op
-appends to the cache in place where past and present are one buffer, so a step copies no cache. Names of inputs and
-outputs are those that GenAI expects.
+Attention is exported as one op, com.microsoft GroupQueryAttention, as ONNX Runtime GenAI's builder writes it. If past
+and present share one buffer, the op appends to the cache in place, so a step copies no cache. Inputs and outputs have
+the names that GenAI expects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATTENTION = "trimtab_cached"
 
 
 def why_uncached(model: transformers.PreTrainedModel) -> str | None:
-    """Why `model` cannot be exported with its cache; None where it can. It runs once, on a few tokens."""
+    """Why `model` cannot be exported with its cache, or None if it can. The model runs once, on a few tokens."""
     if not getattr(model.config.get_text_config(), "num_attention_heads", None):
         return "its config has no attention heads"
     if _head_dim(model) % 8:
@@ -38,7 +38,7 @@ def why_uncached(model: transformers.PreTrainedModel) -> str | None:
             decoder(*decoder.examples())
     except ModelError as error:
         return error.message
-    except Exception:  # whatever a model's forward raises on arguments that it does not know
+    except Exception:  # any: a model's forward may not know these arguments
         log.debug("a step with a cache failed", exc_info=True)
         return "it does not run with positions and a cache of keys and values"
     return None
@@ -46,24 +46,28 @@ def why_uncached(model: transformers.PreTrainedModel) -> str | None:
 
 def _head_dim(model: transformers.PreTrainedModel) -> int:
     config = model.config.get_text_config()
-    found: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return found
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
 
 
-def _options(given: Mapping[str, Any]) -> dict[str, float | int]:
-    """Attributes of the op for what a model wants of its attention beyond the usual."""
-    found: dict[str, float | int] = {}
-    if given.get("s_aux") is not None or given.get("position_bias") is not None:
+def _op_attributes(arguments: Mapping[str, Any]) -> dict[str, float | int]:
+    """Attributes of the op for optional `arguments` of a model's attention, such as a sliding window.
+
+    Raises:
+        ModelError: the op does not support an argument.
+    """
+    attributes: dict[str, float | int] = {}
+    if arguments.get("s_aux") is not None or arguments.get("position_bias") is not None:
         raise ModelError("its attention has sinks or a bias by position, which ONNX Runtime's op does not have")
-    if given.get("softcap"):
-        found["softcap"] = float(given["softcap"])
-    if given.get("sliding_window"):
-        found["local_window_size"] = int(given["sliding_window"])
-    return found
+    if arguments.get("softcap"):
+        attributes["softcap"] = float(arguments["softcap"])
+    if arguments.get("sliding_window"):
+        attributes["local_window_size"] = int(arguments["sliding_window"])
+    return attributes
 
 
 class _StepCache(transformers.Cache):
-    """Hands the new keys and values through: the attention op joins them with the past."""
+    """Returns new keys and values unchanged, since the attention op joins them with the past."""
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[])
@@ -79,10 +83,10 @@ class _StepCache(transformers.Cache):
 
 
 class Decoder(torch.nn.Module):
-    """`model` taking input_ids, attention_mask and the past keys and values; returning logits and the present ones.
+    """Maps input_ids, attention_mask, and past keys and values to logits, and present keys and values.
 
-    The mask is [batch, past + new], 1 for real tokens. A row may be shorter than others: padding goes behind a prompt,
-    and the next token is then written over it.
+    The mask is [batch, past + new], 1 for real tokens. Rows may have different lengths: padding follows the prompt, and
+    the next token overwrites it.
     """
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
@@ -99,31 +103,31 @@ class Decoder(torch.nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         tokens, total = input_ids.shape[1], attention_mask.shape[1]
         lengths = attention_mask.sum(-1)
-        # Not the sum of the past's part of the mask: of no columns, ONNX Runtime makes no rows.
+        # Summing the mask's past columns would fail: ONNX Runtime's sum over zero columns has no rows.
         before = lengths - attention_mask[:, total - tokens :].sum(-1)
         positions = before[:, None] + torch.arange(tokens, device=input_ids.device)
         self._past = past
         self._present: list[Tensor] = []
         self._last = (lengths - 1).to(torch.int32)
         self._total = torch.full((1,), total, dtype=torch.int32)
-        found = self.model(
+        result = self.model(
             input_ids=input_ids, position_ids=positions, past_key_values=_StepCache(self.layers), use_cache=True
         )
         if len(self._present) != 2 * self.layers:
             raise ModelError("its attention does not go through transformers' attention interface")
-        return (found.logits, *self._present)
+        return (result.logits, *self._present)
 
     def _attend(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, *,
         scaling: float | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """An attention function of transformers.
+        """Attend with the exported op, as an attention function of transformers.
 
         Args:
             query, key, value: [batch, heads, tokens, head_dim].
 
         Returns:
-            [batch, tokens, heads, head_dim], and no attention weights.
+            Output [batch, tokens, heads, head_dim], and None in place of attention weights.
         """
         heads, width = query.shape[1], query.shape[3]
         layer = len(self._present) // 2
@@ -138,7 +142,7 @@ class Decoder(torch.nn.Module):
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
                 "scale": width**-0.5 if scaling is None else scaling,
-                **_options(kwargs),
+                **_op_attributes(kwargs),
             },
             dtypes=[query.dtype] * 3,
             shapes=[flat[0].shape, shape, shape],
@@ -149,20 +153,20 @@ class Decoder(torch.nn.Module):
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Let the model's attention be `_attend` within the body."""
+        """Make `_attend` the model's attention within the body."""
         transformers.AttentionInterface.register(_ATTENTION, self._attend)
         transformers.AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
-        usual = self.model.config._attn_implementation
+        original = self.model.config._attn_implementation
         self.model.set_attn_implementation(_ATTENTION)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(usual)
+            self.model.set_attn_implementation(original)
 
     def examples(self) -> tuple[Tensor, ...]:
-        """An example of each input, of sizes that torch does not take for constants."""
+        """One example per input. torch treats none of their sizes as a constant."""
         batch, tokens, past = 2, 3, 5
-        # Each a tensor of its own: torch takes one that is given twice for one input.
+        # Each cache is a separate tensor, since torch treats a tensor that occurs twice as one input.
         cache = [torch.zeros(batch, self.kv_heads, past, self.head_dim) for _ in range(2 * self.layers)]
         ids = torch.ones(batch, tokens, dtype=torch.int64)
         return ids, torch.ones(batch, past + tokens, dtype=torch.int64), *cache

@@ -1,6 +1,6 @@
-"""`python -m trimtab.compiler.sources.export`: a Hugging Face directory → ONNX, in a process of its own.
+"""`python -m trimtab.compiler.sources.export`: Hugging Face directory → ONNX file, in a child process.
 
-So torch's memory is free again when the compile begins, and a crash of the exporter is one clear error.
+The child frees torch's memory before the compile begins, and a crash of the exporter becomes one clear error.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from trimtab.compiler.sources.transformer import Exportable, task_outputs
 from trimtab.passes.errors import ModelError
 
 _GENERATING = ("ForCausalLM", "LMHeadModel")
-"""Ends of the names of architectures that are exported with their cache, where that is possible."""
+"""Name ends of architectures that are exported with their cache, if possible."""
 
 
 def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -> transformers.PreTrainedModel:
-    """The model in float32 and eval mode. Of T5 and its kin, the encoder alone; of `BASE`, the class without a head.
+    """Load the model in float32 and eval mode. T5 models yield their encoder; `BASE` yields the class without a head.
 
     Raises:
-        ModelError: transformers has no such class, or weights are missing.
+        ModelError: transformers has no class `architecture`, or weights are missing.
     """
     if architecture == BASE:
         architecture = _base_architecture(folder)
     if architecture.endswith(("T5ForConditionalGeneration", "T5Model")):
         architecture = architecture[: architecture.index("T5") + 2] + "EncoderModel"
     outputs = task_outputs(architecture)
-    found = getattr(transformers, architecture, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    model_class = getattr(transformers, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no architecture {architecture}")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
-    # Any: with output_loading_info it returns a pair, which its annotations leave out.
-    loaded: Any = found.from_pretrained(
+    # Any: with output_loading_info it returns a pair, which its annotations omit.
+    loaded: Any = model_class.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-        attn_implementation="eager",  # some choose their attention for good when they are made
+        attn_implementation="eager",  # some models fix their attention when they are constructed
         **options,
     )  # fmt: skip
     model: transformers.PreTrainedModel = loaded[0]
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{architecture} is an encoder-decoder", hint="of these, T5's encoder is supported")
+        raise ModelError(
+            f"{architecture} is an encoder-decoder", hint="of encoder-decoders, trimtab supports T5's encoder alone"
+        )
     # Checkpoints often lack the pooler, which token states do not need.
     missing = [name for name in loaded[1]["missing_keys"] if "pooler." not in name or outputs != ("last_hidden_state",)]
     if missing:
@@ -57,14 +59,14 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
             hint="the checkpoint is of another architecture than config.json says, or incomplete",
         )
     if model._can_set_experts_implementation():
-        # Of what transformers has for mixtures of experts, this alone has a form in ONNX: each token gathers the
-        # weights of its experts. The usual one groups tokens by their expert, which torch does not export.
+        # Only this implementation of mixtures of experts has a form in ONNX: each token gathers the weights of its
+        # experts. The default implementation groups tokens by their expert, which torch does not export.
         model.set_experts_implementation("batched_mm")
     return model.eval()
 
 
 def _base_architecture(folder: Path) -> str:
-    """The class that AutoModel loads for the model in `folder`."""
+    """The name of the class that AutoModel loads for the model in `folder`."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -72,8 +74,8 @@ def _base_architecture(folder: Path) -> str:
         raise ModelError(f"{folder}: {BASE} of transformers does not know its config.json ({reason})") from error
     if type(config) not in transformers.AutoModel._model_mapping:
         raise ModelError(f"transformers {transformers.__version__} has no model without head for {config.model_type}")
-    found: Any = transformers.AutoModel._model_mapping[type(config)]
-    return str((found[0] if isinstance(found, tuple) else found).__name__)
+    classes: Any = transformers.AutoModel._model_mapping[type(config)]
+    return str((classes[0] if isinstance(classes, tuple) else classes).__name__)
 
 
 def main() -> int:
@@ -97,7 +99,7 @@ def main() -> int:
         else:
             Exportable(model, pooling).export(options.out / "model.onnx")
         if why_not is not None:
-            leave_note(options.out, f"is exported without a cache, so that it takes whole texts alone: {why_not}")
+            leave_note(options.out, f"is exported without a cache, so it takes only whole texts: {why_not}")
 
     return report(options.out, work)
 

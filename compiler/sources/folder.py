@@ -1,4 +1,4 @@
-"""What the small files beside a model say about it: its tokenizer, its classes, how long a text it takes."""
+"""Reads facts about a model from the small files beside it: tokenizer, class names, and maximum text length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-"""What of a model's folder a build keeps beside its tokenizer."""
+"""Files of a model's folder that a build copies for its tokenizer."""
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -30,23 +30,23 @@ _BEHIND_PADDING = frozenset({
     "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
-"""Types of models that count positions from pad_token_id + 1, so that as many rows of the table are never used. MPNet
-counts from 2 always."""
+"""Model types whose positions start at pad_token_id + 1, so that this many rows of the position table are never used.
+MPNet's positions always start at 2."""
 
-_UNLIMITED = 1 << 20  # tokenizers say 1e30 for "no limit"
+_UNLIMITED = 1 << 20  # tokenizers without a limit have one of 1e30
 
 
 _CONFIG: Schema = {
     "architectures": [str], "auto_map": {}, "id2label": {}, "model_type": str, "quantization_config": {},
 }  # fmt: skip
-"""Of config.json what decides how a model is read."""
+"""The keys of config.json that decide how a model is read."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's configuration in config.json.
+    """Read the model's configuration in config.json.
 
     Raises:
-        ModelError: missing, not JSON, or a key that trimtab reads has a value of another kind.
+        ModelError: the file is missing or not JSON, or a key that trimtab reads has a value of another kind.
     """
     config: dict[str, Any] = read_json(path, ModelError, _CONFIG)
     for key in config.get("id2label") or {}:
@@ -56,7 +56,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def optional_config(folder: Path) -> dict[str, Any]:
-    """The configuration in `folder`, or {} where there is none."""
+    """Read the configuration in `folder`; {} where there is none."""
     path = folder / "config.json"
     return read_config(path) if os.path.isfile(path) else {}
 
@@ -73,7 +73,7 @@ def architecture(config: dict[str, Any]) -> str:
 
 
 def class_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """Names of the classes, by index, if `config` (a config.json) is of a classifier that names them."""
+    """Names of the classes, by index; None unless `config` (a config.json) belongs to a classifier that names them."""
     names = config.get("id2label")
     if not names or not architecture(config).endswith("Classification"):
         return None
@@ -81,25 +81,25 @@ def class_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def model_head(config: dict[str, Any], folder: Path) -> Head:
-    """What `config` (a config.json), and the file of sentence-transformers in `folder`, say of the model's logits."""
+    """The kind of the model's logits, from `config` (a config.json) and sentence-transformers' file in `folder`."""
     return read_head(config, optional_json(folder / "config_sentence_transformers.json", ModelError, SENTENCE_CONFIG))
 
 
 def token_limit(folder: Path, config: dict[str, Any]) -> int | None:
-    """The longest text that the model takes, in tokens: what its files say, as far as it has positions.
+    """Maximum tokens of a text: the limit in the model's files, or its number of positions if that is smaller.
 
-    sentence-transformers' own limit counts before the tokenizer's.
+    A limit of sentence-transformers takes precedence over the tokenizer's.
     """
     sentence = transformer_config(folder)
     options = sentence.get("tokenizer_args") or sentence.get("processor_kwargs") or {}
-    said = (
+    candidates = (
         options.get("model_max_length"),
         sentence.get("max_seq_length"),
         optional_json(folder / "tokenizer_config.json", ModelError, TOKENIZER_CONFIG).get("model_max_length"),
     )
-    limits = [next((limit for limit in said if limit is not None), None), _positions(config)]
-    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 1 <= limit < _UNLIMITED]
-    return min(known, default=None)
+    limits = [next((limit for limit in candidates if limit is not None), None), _positions(config)]
+    finite = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 1 <= limit < _UNLIMITED]
+    return min(finite, default=None)
 
 
 def _positions(config: dict[str, Any]) -> int | None:

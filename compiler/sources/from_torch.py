@@ -1,4 +1,4 @@
-"""Torch module → Source, in this process."""
+"""Torch module → Source, exported in this process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def from_torch(
     """Export `module` to ONNX as it computes in eval mode.
 
     Args:
-        args, kwargs: example inputs, as the module's forward takes them. A dimension that is to be dynamic needs a size
-            of 2 or more here: torch takes 0 and 1 for constants.
-        dynamic_shapes: the dynamic dimensions with their names, in the shape of `args`:
+        args, kwargs: example inputs for the module's forward. A dynamic dimension needs a size of 2 or more here, since
+            torch treats 0 and 1 as constants.
+        dynamic_shapes: the dynamic dimensions and their names, in the structure of `args`:
             `({0: "batch", 1: "tokens"}, {0: "batch", 1: "tokens"})`. Without it, all shapes are fixed to the examples'.
-        name: what messages call it; by default its class.
+        name: name of the module in messages; by default its class.
 
     Raises:
         ModelError: torch is missing or cannot export the module; says why.
@@ -46,7 +46,7 @@ def from_torch(
             module, args, exported / "model.onnx", kwargs=kwargs, dynamic_shapes=dynamic_shapes,
             input_names=input_names, output_names=output_names,
         )  # fmt: skip
-        # Named by content: a module that is given again gets the same entry, and the cache does not grow.
+        # The entry is named by a hash of its content, so exporting a module again adds no entry to the cache.
         digest = hash_bytes(*(f"{path.name} {hash_file(path)}" for path in sorted(exported.iterdir())))
         folder = entry("sources", f"torch-{digest[:32]}", exported.rename)
     return Source(name or type(module).__name__, folder / "model.onnx", None, None, None, "torch")

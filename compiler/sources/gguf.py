@@ -1,4 +1,4 @@
-"""A GGUF file, as llama.cpp takes it → a Hugging Face directory in the cache, unpacked by a child process."""
+"""GGUF file of llama.cpp → Hugging Face directory in the cache, unpacked by a child process."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "accelerate", "gguf")
 _UNPACKING = ("gguf_header.py", "gguf_unpack.py")
-"""The modules whose code decides what is unpacked."""
+"""The modules whose code decides the content of the directory."""
 _HINT = "give the model's Hugging Face checkpoint"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file is called as GGUF files are."""
+    """Whether `path` is a file with the suffix of GGUF files."""
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def unpacked(path: Path) -> Path:
-    """The folder with config.json, the weights in float32 and the tokenizer, if the file has one that can be read.
+    """Unpack a GGUF file to a folder with config.json, weights in float32, and the tokenizer if it can be read.
 
-    Weights have the values that the file's types stand for. Of several processes that ask at once, one unpacks.
+    Quantized weights are dequantized. If several processes unpack the same file, one does the work and the others wait.
 
     Raises:
-        ModelError: damaged, or of an architecture or a type that cannot be read; or a package is missing.
+        ModelError: the file is damaged, its architecture or a type cannot be read, or a package is missing.
         BuildError: the cache cannot be written.
     """
     require_packages(_PACKAGES, ModelError, what=f"{path}: reading a GGUF file", extra="gguf")
 
     def make(part: Path) -> None:
         try:
-            read_header(path)  # without torch: what is damaged is refused at once
+            read_header(path)  # needs no torch, so damaged files are refused at once
         except ModelError as error:
             raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
         part.mkdir()

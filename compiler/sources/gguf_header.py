@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with bounds: what it says of itself, and that its tensors lie within it.
+"""Reads the header of a GGUF file within bounds, and checks that its tensors are inside the file.
 
-Counts and lengths of a file of someone else are not to be trusted: each is compared with what is left of the file
-before anything loops over it. Layout: ggml's docs/gguf.md, versions 2 and 3.
+Counts and lengths in a foreign file cannot be trusted: each is compared with the rest of the file before anything loops
+over it. Layout: ggml's docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from trimtab.passes.errors import ModelError
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_DEPTH = 4  # arrays in arrays
+_DEPTH = 4  # maximum depth of nested arrays
 _DIMENSIONS = 4
-_ALIGNMENT = 32  # of tensors, where the file says nothing
+_ALIGNMENT = 32  # default alignment of tensors, bytes
 _AGAIN = "download it again"
 
 
@@ -29,25 +29,25 @@ class TensorEntry:
     """A tensor of the file.
 
     Attributes:
-        shape: the fastest dimension first, as GGUF has it.
-        kind: number of its type.
-        at: place in the file of its first byte.
+        shape: sizes, fastest dimension first, as in GGUF.
+        kind: number of the tensor's type.
+        offset: offset of the tensor's first byte in the file.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: int
-    at: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself.
+    """The header of a GGUF file.
 
     Attributes:
-        values: by key; of arrays, their lengths alone.
-        tensors: in the order of the file.
-        size: of the file, bytes.
+        values: key → value; for an array, its length.
+        tensors: entries of the tensors, in the order of the file.
+        size: size of the file, bytes.
     """
 
     values: dict[str, Any]
@@ -56,10 +56,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file.
+    """Read the header of a GGUF file.
 
     Raises:
-        ModelError: not a GGUF file, of another version, truncated or damaged.
+        ModelError: the file is not a GGUF file, has another version, or is truncated or damaged.
     """
     with open(path, "rb") as file:
         size = path.stat().st_size
@@ -71,43 +71,43 @@ def read_header(path: Path) -> Header:
 
 class _Cursor:
     def __init__(self, data: mmap.mmap, size: int) -> None:
-        self._data, self.size, self.at = data, size, 4
+        self._data, self.size, self.offset = data, size, 4
 
-    def left(self, wanted: int) -> None:
-        """Refuse a header that goes on for `wanted` bytes where the file does not."""
-        if wanted > self.size - self.at:
+    def require(self, nbytes: int) -> None:
+        """Check that the file has `nbytes` more bytes."""
+        if nbytes > self.size - self.offset:
             raise ModelError(
-                f"truncated or damaged: at byte {self.at} its header wants {wanted} more, of {self.size}",
+                f"truncated or damaged: its header needs {nbytes} bytes at byte {self.offset}, of {self.size}",
                 hint=_AGAIN,
             )
 
     def number(self, form: str) -> Any:
-        self.left(struct.calcsize(f"<{form}"))
-        (value,) = struct.unpack_from(f"<{form}", self._data, self.at)
-        self.at += struct.calcsize(f"<{form}")
+        self.require(struct.calcsize(f"<{form}"))
+        (value,) = struct.unpack_from(f"<{form}", self._data, self.offset)
+        self.offset += struct.calcsize(f"<{form}")
         return value
 
     def string(self) -> str:
         length = self.number("Q")
-        self.left(length)
-        found = self._data[self.at : self.at + length].decode("utf-8", errors="replace")
-        self.at += length
-        return found
+        self.require(length)
+        text = self._data[self.offset : self.offset + length].decode("utf-8", errors="replace")
+        self.offset += length
+        return text
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of a key; of an array, its length."""
+        """Read the value of a key; for an array, skip it and return its length."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY or depth == _DEPTH:
-            raise ModelError(f"damaged: a value of type {kind} at {self.at}", hint=_AGAIN)
+            raise ModelError(f"damaged: a value of type {kind} at {self.offset}", hint=_AGAIN)
         inner, length = self.number("I"), self.number("Q")
         if inner in _SCALARS:
-            self.left(whole := length * struct.calcsize(f"<{_SCALARS[inner]}"))
-            self.at += whole
+            self.require(nbytes := length * struct.calcsize(f"<{_SCALARS[inner]}"))
+            self.offset += nbytes
             return length
-        self.left(8 * length)  # strings and arrays begin with a length of their own
+        self.require(8 * length)  # each string or array begins with its own length
         for _ in range(length):
             self.value(inner, depth + 1)
         return length
@@ -118,10 +118,10 @@ def _parse(cursor: _Cursor) -> Header:
     if version not in _VERSIONS:
         raise ModelError(
             f"GGUF of version {version}, or of the other byte order; versions 2 and 3 are read",
-            hint="convert the model again with llama.cpp of today",
+            hint="convert the model again with a current llama.cpp",
         )
     count, keys = cursor.number("Q"), cursor.number("Q")
-    cursor.left(8 * (count + keys))
+    cursor.require(8 * (count + keys))
     values: dict[str, Any] = {}
     for _ in range(keys):
         key = cursor.string()
@@ -136,29 +136,29 @@ def _parse(cursor: _Cursor) -> Header:
     alignment = values.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ModelError(f"damaged: an alignment of {alignment}", hint=_AGAIN)
-    begin = -(-cursor.at // alignment) * alignment
-    tensors = tuple(TensorEntry(name, shape, kind, begin + at) for name, shape, kind, at in entries)
+    begin = -(-cursor.offset // alignment) * alignment
+    tensors = tuple(TensorEntry(name, shape, kind, begin + offset) for name, shape, kind, offset in entries)
     return Header(values, tensors, cursor.size)
 
 
 def check_tensors(header: Header, sizes: dict[int, tuple[int, int]]) -> None:
-    """Check that all tensors are of a known type and lie within the file.
+    """Check that all tensors have a known type and are inside the file.
 
     Args:
-        sizes: number of a type → weights of a block, and its bytes.
+        sizes: number of a type → (weights in a block, bytes of a block).
 
     Raises:
-        ModelError: says which does not.
+        ModelError: a tensor does not; names the tensor.
     """
     for tensor in header.tensors:
         if tensor.kind not in sizes:
             raise ModelError(
                 f"{tensor.name} is of type {tensor.kind}, which this version of the package gguf does not know",
-                hint="a newer gguf may; else give the model's Hugging Face checkpoint",
+                hint="install a newer gguf, or give the model's Hugging Face checkpoint",
             )
         block, nbytes = sizes[tensor.kind]
         if tensor.shape[0] % block:
             raise ModelError(f"damaged: {tensor.name} has rows of {tensor.shape[0]}, no whole blocks", hint=_AGAIN)
-        end = tensor.at + prod(tensor.shape) // block * nbytes
+        end = tensor.offset + prod(tensor.shape) // block * nbytes
         if end > header.size:
             raise ModelError(f"truncated: {tensor.name} ends at byte {end}, and the file at {header.size}", hint=_AGAIN)

@@ -22,20 +22,20 @@ _AGAIN = "download it again"
 _CHECKPOINT = "give the model's Hugging Face checkpoint"
 _FREQUENCIES = "rope_freqs.weight"
 _NO_MODELS = {"general", "tokenizer"}
-"""What transformers lists beside architectures."""
+"""Entries of transformers' list of architectures that are no architectures."""
 
 
 def unpack(path: Path, folder: Path) -> None:
     """Write config.json, model.safetensors in float32 and the tokenizer of the GGUF file into `folder`.
 
     Raises:
-        ModelError: damaged, or not one that transformers reads as llama.cpp does.
+        ModelError: the file is damaged, or transformers does not read it as llama.cpp does.
     """
     header = read_header(path)
     check_tensors(header, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     architecture = _check(header, path)
-    with temporary_folder("gguf") as alone:  # files beside it are of other models
-        link = alone / "model.gguf"
+    with temporary_folder("gguf") as scratch:  # without the file's neighbours, which belong to other models
+        link = scratch / "model.gguf"
         link.symlink_to(path.resolve())
         _convert(link, folder, architecture, tokens="tokenizer.ggml.tokens" in header.values)
 
@@ -43,21 +43,21 @@ def unpack(path: Path, folder: Path) -> None:
 def _convert(path: Path, folder: Path, architecture: str, *, tokens: bool) -> None:
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
-        # Any: with output_loading_info it returns a pair, which its annotations leave out.
+        # Any: with output_loading_info it returns a pair, which its annotations omit.
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # any: a damaged value can raise anything there
         raise ModelError(
-            f"transformers {transformers.__version__} cannot read this file of {architecture} ({_first(error)})",
+            f"transformers {transformers.__version__} cannot read this file of {architecture} ({_first_line(error)})",
             hint=_CHECKPOINT,
         ) from error
-    model, found = loaded
-    missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    model, info = loaded
+    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"the file lacks {missing[0]}{rest}, or has it in another size", hint=_AGAIN)
-    # It is an ordinary model in float32 from here on, which transformers would save as a quantized one, or not at all.
+    # The model is now in float32. With its quantizer, transformers would save it as quantized, or not at all.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(folder)
@@ -66,12 +66,16 @@ def _convert(path: Path, folder: Path, architecture: str, *, tokens: bool) -> No
 
 
 def _check(header: Header, path: Path) -> str:
-    """Refuse what would be read as another model than it is; returns the architecture."""
+    """Return the architecture.
+
+    Raises:
+        ModelError: transformers cannot read the file, or would read it as another model.
+    """
     architecture = header.values.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ModelError("says no architecture (general.architecture)", hint=_AGAIN)
-    known = {_plain(name) for name in reading.GGUF_SUPPORTED_ARCHITECTURES} - _NO_MODELS
-    if _plain(architecture) not in known:
+        raise ModelError("names no architecture (general.architecture)", hint=_AGAIN)
+    supported = {_plain(name) for name in reading.GGUF_SUPPORTED_ARCHITECTURES} - _NO_MODELS
+    if _plain(architecture) not in supported:
         raise ModelError(
             f"transformers {transformers.__version__} reads no GGUF of architecture {architecture!r}", hint=_CHECKPOINT
         )
@@ -79,7 +83,9 @@ def _check(header: Header, path: Path) -> str:
         raise ModelError("has a vocabulary, but no weights", hint="give the file of the model itself")
     parts = header.values.get("split.count", 1)
     if isinstance(parts, int) and parts > 1:
-        raise ModelError(f"is one of {parts} parts", hint="join them (llama-gguf-split --merge), and give the whole")
+        raise ModelError(
+            f"is one of {parts} parts", hint="join the parts (llama-gguf-split --merge), and give the whole file"
+        )
     for kind in sorted({tensor.kind for tensor in header.tensors}):
         if not _can_dequantize(gguf.GGMLQuantizationType(kind)):
             raise ModelError(
@@ -104,38 +110,38 @@ def _can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def _check_positions(header: Header, architecture: str, path: Path) -> None:
-    """transformers 5.23 reads neither factors of the rotation nor its scaling, and says nothing of them."""
+    """Refuse rotary factors and rotary scaling, which transformers 5.23 ignores without a warning."""
     for tensor in header.tensors:
         if tensor.name != _FREQUENCIES:
             continue
-        factors = np.fromfile(path, np.float32, tensor.shape[0], offset=tensor.at)
+        factors = np.fromfile(path, np.float32, tensor.shape[0], offset=tensor.offset)
         if tensor.kind != gguf.GGMLQuantizationType.F32 or (factors != 1).any():
             raise ModelError(
                 f"rotates positions by factors of its own ({_FREQUENCIES}), which transformers leaves out",
                 hint=_CHECKPOINT,
             )
     scaling = header.values.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" and not _mapped(architecture, "rope.scaling.type"):
+    if scaling != "none" and not _is_mapped(architecture, "rope.scaling.type"):
         raise ModelError(
             f"scales positions ({scaling}), which transformers leaves out of a file of {architecture}",
             hint=_CHECKPOINT,
         )
 
 
-def _mapped(architecture: str, key: str) -> bool:
+def _is_mapped(architecture: str, key: str) -> bool:
     mappings: Any = reading.GGUF_TO_TRANSFORMERS_MAPPING
-    known = mappings["config"].get(architecture.replace("-", "_"), {})
-    return known.get(key, -1) not in (-1, None)
+    keys = mappings["config"].get(architecture.replace("-", "_"), {})
+    return keys.get(key, -1) not in (-1, None)
 
 
 def _save_tokenizer(source: Path, folder: Path, options: dict[str, Any]) -> None:
     try:
         transformers.AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
     except Exception as error:  # any, as above
-        print(f"no tokenizer: {_first(error)}", flush=True)  # a model without one takes arrays of tokens
+        print(f"no tokenizer: {_first_line(error)}", flush=True)  # a model without a tokenizer takes arrays of tokens
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "onnxscript")
 _EXPORTING = ("export.py", "transformer.py", "decoder.py", "torch_export.py", "pooling.py")
-"""The modules whose code decides what is exported."""
+"""The modules whose code decides the exported file."""
 
 
 def exported(checkpoint: Checkpoint, *, allow_pickle: bool) -> Path:
-    """The ONNX file of `checkpoint`. Of several processes that ask at once, one exports and the others wait.
+    """The ONNX file of `checkpoint`. If several processes need the same file, one exports it and the others wait.
 
     Raises:
         ModelError: torch or transformers is missing, or the export fails; says why.

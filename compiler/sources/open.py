@@ -1,4 +1,4 @@
-"""Path → Source: finds out what lies there, or says what could have."""
+"""Path → Source: detects the format of the model, or reports the formats that trimtab takes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ACCEPTED = (
 
 
 def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
-    """Open a model. A Hugging Face directory is exported with torch the first time, and found in the cache after that.
+    """Open a model. The first call exports a Hugging Face directory with torch; later calls use the cached file.
 
     Args:
         model: Hugging Face or sentence-transformers directory, ONNX or GGUF file, or directory with model.onnx.
         allow_pickle: read pickled weights, which can run code of their author.
 
     Raises:
-        ModelError: not a model, damaged, or not one that can be exported; says what and why.
+        ModelError: `model` is not a model, is damaged, or cannot be exported; says why.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -63,8 +63,8 @@ def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:
 
 
 def _open_onnx(path: Path, origin: Path) -> Source:
-    try_out(path, origin)  # refuses what is not a model before anything else begins
-    # Repositories of the hub have their ONNX files in a folder of this name, and all else at their root.
+    try_out(path, origin)  # refuses invalid files before anything else reads them
+    # Repositories of the hub store ONNX files in a folder "onnx", and all other files at their root.
     places = (path.parent, path.parent.parent) if path.parent.name == "onnx" else (path.parent,)
     home = next((place for place in places if (place / "config.json").is_file()), path.parent)
     config, tokenizer = optional_config(home), tokenizer_folder(*places)

@@ -1,4 +1,4 @@
-"""Sentence embeddings from token states, as sentence-transformers computes them, inside the graph."""
+"""Modules that compute sentence embeddings from token states inside the graph, as sentence-transformers does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ACTIVATIONS = (
     "CELU", "ELU", "GELU", "Hardsigmoid", "Hardswish", "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "Mish",
     "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh", "Tanhshrink",
 )  # fmt: skip
-"""Modules of torch.nn that a Dense module may end with: of single numbers, and without arguments."""
+"""Activations of torch.nn that a Dense module may have: elementwise, and constructed without arguments."""
 
 
 class Pooling(nn.Module):
@@ -26,8 +26,8 @@ class Pooling(nn.Module):
 
     Args:
         modes: "cls" (the first token), "lasttoken", "mean", "mean_sqrt_len_tokens" (the sum over the root of the
-            count), "weightedmean" (by the token's number, from 1) or "max"; several are joined.
-        skip: so many tokens at the beginning of each row are left out.
+            count), "weightedmean" (weighted by the token's number, from 1) or "max"; several are concatenated.
+        skip: number of tokens at the beginning of each row that are not pooled.
     """
 
     def __init__(self, modes: Sequence[str], skip: int = 0) -> None:
@@ -38,21 +38,21 @@ class Pooling(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         tokens = mask.shape[1]
         places = torch.arange(tokens, device=mask.device)  # integers, which stay exact in half precision
-        number = places - _first(mask, places, tokens)  # of each token, from 0
+        number = places - _first(mask, places, tokens)  # number of each token in its text, from 0
         kept = mask * (number >= self.skip) if self.skip else mask
         pooled = [self._pool(mode, states, kept, places, number) for mode in self.modes]
         return torch.cat(pooled, -1) if len(pooled) > 1 else pooled[0]
 
     def _pool(self, mode: str, states: Tensor, mask: Tensor, places: Tensor, number: Tensor) -> Tensor:
         if mode == "max":
-            lowest = torch.finfo(states.dtype).min  # finite also in a row without tokens
+            lowest = torch.finfo(states.dtype).min  # finite, so that a row without tokens stays finite
             return states.masked_fill(mask.unsqueeze(-1) == 0, lowest).amax(1)
         tokens = mask.shape[1]
         if mode == "cls":
             first = _first(mask, places, tokens)
-            return _chosen(states, places == first * (first < tokens))  # 0 in a row without tokens
+            return _select(states, places == first * (first < tokens))  # place 0 in a row without tokens
         if mode == "lasttoken":
-            return _chosen(states, (places == (mask * places).amax(1, keepdim=True)) & (mask != 0))
+            return _select(states, (places == (mask * places).amax(1, keepdim=True)) & (mask != 0))
         weight = mask.to(states.dtype)
         if mode == "weightedmean":
             weight = weight * ((number + 1).to(states.dtype) / tokens)
@@ -61,36 +61,36 @@ class Pooling(nn.Module):
 
 
 def _first(mask: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """Place of the first token of each row, [batch, 1]; `tokens` where it has none."""
+    """Place of the first token of each row, [batch, 1]; `tokens` for a row without tokens."""
     return tokens - (mask * (tokens - places)).amax(1, keepdim=True)
 
 
-def _chosen(states: Tensor, places: Tensor) -> Tensor:
-    """The one state of each row that `places`, [batch, tokens], marks."""
-    return (states * places.to(states.dtype).unsqueeze(-1)).sum(1)
+def _select(states: Tensor, selected: Tensor) -> Tensor:
+    """The state of the one token per row that `selected`, [batch, tokens], marks."""
+    return (states * selected.to(states.dtype).unsqueeze(-1)).sum(1)
 
 
 class Dense(nn.Module):
-    """A linear map with an activation, and with the input added to its output if the module wants that."""
+    """A linear map with an activation, and a residual connection if the configuration has use_residual."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         wide, out = int(config["in_features"]), int(config["out_features"])
         self.linear = nn.Linear(wide, out, bias=bool(config.get("bias", True)))
         self.activation = _activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        self.added = bool(config.get("use_residual", False))
-        if self.added and wide != out:
+        self.use_residual = bool(config.get("use_residual", False))
+        if self.use_residual and wide != out:
             self.residual = nn.Linear(wide, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.activation(self.linear(x))
-        if not self.added:
+        if not self.use_residual:
             return y
         return y + (self.residual(x) if hasattr(self, "residual") else x)
 
 
 class LayerNorm(nn.Module):
-    """torch's LayerNorm under the name of its weights in sentence-transformers."""
+    """torch's LayerNorm, with sentence-transformers' names of the weights."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ class Embedding(nn.Module):
 
     Args:
         pooling: the first step.
-        layers: the steps behind it.
-        width: so many numbers of each embedding are kept; None for all.
+        layers: the steps behind the pooling.
+        width: number of leading dimensions of the embedding that are kept; None keeps all.
     """
 
     def __init__(self, pooling: Pooling, layers: Sequence[nn.Module] = (), width: int | None = None) -> None:
@@ -131,13 +131,13 @@ class Embedding(nn.Module):
 
 
 def load_embedding(folder: Path, config: dict[str, Any]) -> Embedding:
-    """The modules behind the transformer in the sentence-transformers folder `folder`.
+    """Load the modules behind the transformer from the sentence-transformers folder `folder`.
 
     Args:
         config: the fields of a `SentenceConfig`.
 
     Raises:
-        ModelError: a module's configuration or weights do not fit.
+        ModelError: a module's configuration and weights do not fit.
     """
     layers = [_layer(folder / path, kind, options) for kind, path, options in config["layers"]]
     return Embedding(Pooling(config["modes"], config["skip"]), layers, config["width"]).eval()

@@ -1,4 +1,4 @@
-"""sentence-transformers folders: what that library does between a transformer's states and the sentence embedding."""
+"""Reads sentence-transformers folders: the modules between a transformer's states and the sentence embedding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODES = {
     "cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
 }  # fmt: skip
-"""Pooling mode → its flag in files of versions before 5, `pooling_mode_FLAG`; in the order in which these join them."""
+"""Pooling mode → its flag `pooling_mode_FLAG` in files of versions before 5, in the order of concatenation."""
 
 WEIGHTED = ("Dense", "LayerNorm")
 """Modules behind the pooling that have weights."""
@@ -34,18 +34,18 @@ _HARMLESS = {
     "processor": {"model_max_length", "padding_side", "use_fast", "trust_remote_code"},
     "config": {"trust_remote_code"},
 }
-"""Options of the Transformer module that change no number, or that are read elsewhere."""
+"""Options of the Transformer module that do not change the embedding, or that trimtab reads elsewhere."""
 
 
 _MODULE: Schema = {
     "in_features": int, "out_features": int, "dimension": int, "bias": bool, "use_residual": bool,
     "activation_function": str, "module_input_name": str, "module_output_name": str,
 }  # fmt: skip
-"""Of the config.json of a module behind the pooling."""
+"""The keys that trimtab reads in the config.json of a module behind the pooling."""
 
 
 class Layer(NamedTuple):
-    """A module behind the pooling: Dense, LayerNorm or Normalize, its folder below the model's, and its config.json."""
+    """A module of modules.json: its class, its folder below the model's, and its config.json ({} up to the pooling)."""
 
     kind: str
     path: str
@@ -56,10 +56,10 @@ class SentenceConfig(NamedTuple):
     """How token states become one embedding.
 
     Attributes:
-        modes: of MODES; several are joined.
-        skip: how many tokens at the beginning, those of a prompt, are left out.
-        layers: what follows, in order.
-        width: numbers of the embedding that are kept, or None for all.
+        modes: keys of MODES; the results of several modes are concatenated.
+        skip: number of tokens at the beginning, those of a prompt, that are not pooled.
+        layers: the modules behind the pooling, in order.
+        width: number of leading dimensions of the embedding that are kept; None keeps all.
     """
 
     modes: tuple[str, ...]
@@ -69,10 +69,10 @@ class SentenceConfig(NamedTuple):
 
 
 def sentence_parts(folder: Path) -> tuple[Path, SentenceConfig | None]:
-    """The folder of the transformer itself (`folder`, or one in it), and what comes behind it, if anything.
+    """Find the transformer's folder (`folder`, or one in it) and the modules behind the transformer, if any.
 
     Raises:
-        ModelError: a module, an option or a pooling mode that trimtab does not build; names it.
+        ModelError: trimtab does not support a module, an option or a pooling mode; names it.
     """
     if not (folder / "modules.json").is_file():
         return folder, _without_modules(folder)
@@ -131,7 +131,7 @@ def _modules(folder: Path) -> list[Layer]:
         if not kind.startswith("sentence_transformers."):
             raise ModelError(f"{path}: module {kind} brings its own code, which trimtab never runs", hint=_EXPORT)
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
-            raise ModelError(f"{path}: module {kind} lies outside the folder ({place})", hint="save the model again")
+            raise ModelError(f"{path}: module {kind} is outside the folder ({place})", hint="save the model again")
         name = kind.rpartition(".")[2]
         config = optional_json(folder / place / "config.json", ModelError, _MODULE) if name in _BEHIND else {}
         modules.append(Layer(name, place, config))
@@ -146,29 +146,33 @@ def _unsupported(folder: Path, kind: str) -> ModelError:
 
 
 def _without_modules(folder: Path) -> SentenceConfig | None:
-    """A folder without modules.json is an ordinary model. sentence-transformers pools it in its own way, and so it is
-    refused where a folder beside it says otherwise.
+    """The pooling of a folder without modules.json; None for an ordinary model.
+
+    sentence-transformers pools such a folder with its default mode.
+
+    Raises:
+        ModelError: 1_Pooling in the folder has another mode than the default.
     """
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return None
     modes, with_prompt = _pooling(pooling)
-    usual = "lasttoken" if architecture(optional_config(folder)).endswith("ForCausalLM") else "mean"
-    if modes != (usual,) or not with_prompt:
+    default = "lasttoken" if architecture(optional_config(folder)).endswith("ForCausalLM") else "mean"
+    if modes != (default,) or not with_prompt:
         raise ModelError(
             f"{pooling}: pools by {' + '.join(modes)}, but there is no modules.json that says so, and without one "
-            f"sentence-transformers takes {usual}",
+            f"sentence-transformers takes {default}",
             hint="download the model's modules.json, or remove 1_Pooling",
         )
     return SentenceConfig(modes)
 
 
 def _pooling(path: Path) -> tuple[tuple[str, ...], bool]:
-    """The modes in a Pooling's config.json, and whether they see the prompt's tokens."""
+    """Read the modes in a Pooling's config.json, and whether the prompt's tokens are pooled."""
     config = read_json(path, ModelError, {"include_prompt": bool})
-    named = config.get("pooling_mode")
-    if named is not None:
-        modes = [named] if isinstance(named, str) else named
+    mode_names = config.get("pooling_mode")
+    if mode_names is not None:
+        modes = [mode_names] if isinstance(mode_names, str) else mode_names
         if (wrong := mismatch(modes, [str])) is not None:
             raise ModelError(f"{path}: pooling_mode {wrong}", hint=AGAIN)
     else:
@@ -187,7 +191,7 @@ def _prompt_tokens(transformer: Path, folder: Path) -> int:
 
 
 def _check_transformer(folder: Path, root: Path) -> None:
-    """That the Transformer module does what the exported graph does: token states of plain texts."""
+    """Check that the Transformer module returns the last hidden states of plain texts, as the exported graph does."""
     config, where = transformer_config(folder), f"{folder}: its sentence-transformers Transformer module"
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
@@ -216,7 +220,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _check_names(path: Path, module: Layer) -> None:
-    """That a module behind the pooling reads and writes the embedding."""
+    """Check that a module behind the pooling reads and writes the embedding."""
     for key in ("module_input_name", "module_output_name"):
         name = module.config.get(key) or "sentence_embedding"
         if name != "sentence_embedding":

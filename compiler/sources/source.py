@@ -1,4 +1,4 @@
-"""What every kind of model becomes: an ONNX file, and what is known about it."""
+"""The common form of all kinds of models: an ONNX file, and facts about the model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from trimtab.passes.errors import PassError, TrimtabError
 from trimtab.passes.graph.io import external_files, load_graph, model_fingerprint
 
 _FINGERPRINT = "fingerprint 3"
-"""Names the algorithm of `model_fingerprint`: what an older one computed is not taken for it."""
+"""Version of the algorithm of `model_fingerprint`. Results of older versions in the cache are not used."""
 
 
 class ModelHashes(NamedTuple):
-    """What tells a model from another.
+    """Hashes that identify a model.
 
     Attributes:
         graph: blake3 of the ONNX file, without its external data.
-        weights: `model_fingerprint`, of every byte of the weights.
+        weights: `model_fingerprint`, which covers every byte of the weights.
     """
 
     graph: str
@@ -38,13 +38,13 @@ class Source:
     """A model to compile.
 
     Attributes:
-        origin: what the user gave: a path, or the class of a torch module.
-        onnx: its ONNX file, the user's own or an exported one in the cache. Not to be written to.
-        tokenizer: folder with its tokenizer, or None.
-        labels: names of its classes, in the order of its logits, or None.
-        max_tokens: the longest text that it takes, or None if unknown.
-        kind: what it was made from.
-        head: what its files say of its logits.
+        origin: the path that the user gave, or the name of a torch module.
+        onnx: the ONNX file, the user's own or an exported one in the cache. It must not be changed.
+        tokenizer: folder with the tokenizer, or None.
+        labels: names of the classes, in the order of the logits, or None.
+        max_tokens: maximum tokens of a text, or None if unknown.
+        kind: format of the original model.
+        head: meaning of the logits, as far as the model's files state it.
     """
 
     origin: str
@@ -56,7 +56,7 @@ class Source:
     head: Head = UNKNOWN
 
     def graph(self) -> gs.Graph:
-        """A new canonical graph, whose weights stay on disk until something reads them."""
+        """Load a new canonical graph. Its weights stay on disk until something reads them."""
         from trimtab.passes.canonicalize import Canonicalize
 
         graph = load_graph(self.onnx)
@@ -70,17 +70,17 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """`model_fingerprint` of the ONNX file: what a Profile of this model carries."""
+        """`model_fingerprint` of the ONNX file. A Profile stores it to identify its model."""
         return weights_hash(self.onnx)
 
     @property
     def hashes(self) -> ModelHashes:
-        """Of the files as they are now."""
+        """Hashes of the current files."""
         return ModelHashes(file_hash(self.onnx), self.fingerprint)
 
     @property
     def tokenizer_hashes(self) -> dict[str, str]:
-        """Of all that decides which tokens a text becomes: the tokenizer's files, and what comes before it."""
+        """Hashes of everything that decides the tokens of a text: tokenizer files, preparation and token limit."""
         folder = self.tokenizer
         if folder is None:
             return {}
@@ -89,7 +89,7 @@ class Source:
 
 
 def weights_hash(onnx: Path) -> str:
-    """`model_fingerprint` of an ONNX file. Files that have not changed since the last time are not read again."""
+    """`model_fingerprint` of an ONNX file. Files that are unchanged since the last call are not read again."""
 
     def read() -> tuple[list[Path], Callable[[], str]]:
         graph = load_graph(onnx)

@@ -1,4 +1,4 @@
-"""Torch module → ONNX file, by torch's dynamo exporter. The only road from torch: Hugging Face models take it too."""
+"""Torch module → ONNX file, with torch's dynamo exporter. Hugging Face models are exported here as well."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 OPSET = 23
 OTHER_MEANS = "export the model to ONNX by other means and give that file"
-"""The hint where the user has no part in what is exported, such as a checkpoint."""
+"""Hint for exports that the user cannot influence, such as those of checkpoints."""
 
 _LINE = 200  # characters of an exception's text in messages
 _IN_TURNS = threading.RLock()
@@ -35,18 +35,18 @@ def export_module(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     name: str | None = None,
-    hint: str = "see that torch.export.export takes the module with these inputs",
+    hint: str = "check that torch.export.export takes the module with these inputs",
 ) -> None:
-    """Write `module` to `path`, with its weights in `<name>.data` beside it. The module keeps its modes.
+    """Write `module` to `path`, and its weights to `<name>.data` beside it. The module keeps its training modes.
 
     Args:
-        args, kwargs: example inputs. Dynamic dimensions need a size of 2 or more: torch bakes in 0 and 1.
-        dynamic_shapes: as torch.onnx.export takes it, such as ({0: "batch", 1: "tokens"},); strings name dimensions.
-        name: what messages call the module; by default its class.
-        hint: what the user can do where torch cannot export it.
+        args, kwargs: example inputs. Dynamic dimensions need a size of 2 or more: torch treats 0 and 1 as constants.
+        dynamic_shapes: argument of torch.onnx.export, such as ({0: "batch", 1: "tokens"},); strings name dimensions.
+        name: name of the module in messages; by default its class.
+        hint: hint of the error if torch cannot export the module.
 
     Raises:
-        TrimtabError: the module itself raises it.
+        TrimtabError: the module's forward raises it.
         ModelError: a parameter is NaN or infinite, or torch cannot export the module; says why.
     """
     for weight, parameter in module.named_parameters():
@@ -55,7 +55,7 @@ def export_module(
                 f"weight {weight!r}: has values that are NaN or infinite",
                 hint="the model is damaged or its training diverged; use a sound checkpoint",
             )
-    training = {part: part.training for part in module.modules()}  # parts may differ from the whole
+    training = {part: part.training for part in module.modules()}  # submodules may have other modes than the module
     module.eval()
     try:
         with _quiet(), torch.no_grad():
@@ -78,15 +78,15 @@ def export_module(
         for cause in causes:
             if isinstance(cause, TrimtabError):
                 raise cause from None
-        called = name or type(module).__name__
-        raise ModelError(f"{called}: torch cannot export it: {_reason(causes)}", hint=hint) from None
+        module_name = name or type(module).__name__
+        raise ModelError(f"{module_name}: torch cannot export it: {_reason(causes)}", hint=hint) from None
     finally:
         for part, mode in training.items():
             part.training = mode
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and what led to it, one behind the other."""
+    """Yield `error` and the chain of its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -94,13 +94,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(causes: Sequence[BaseException]) -> str:
-    """Why torch could not export a module, from what it raised: most of that text is about its own insides."""
+    """Why torch could not export a module, extracted from its exceptions, which mostly describe torch's internals."""
     texts = [str(cause) for cause in causes]
     operator = next((match for text in texts if (match := re.search(r"target=torch\.ops\.([\w.]+)", text))), None)
     if operator is not None:
         return f"its exporter has no ONNX form of the operator {operator[1]}"
     if any("data-dependent" in text for text in texts):
-        return "which operations it computes depends on the values of tensors, and a graph has to be the same for all"
+        return "its control flow depends on the values of tensors, and a graph has the same operations for all values"
     if any("inferred ranges" in text or "Constraints violated" in text for text in texts):
         return "it computes with one fixed size where a dimension has to be dynamic"
     first = " ".join(texts[min(1, len(texts) - 1)].strip().splitlines()[:1])
@@ -109,10 +109,10 @@ def _reason(causes: Sequence[BaseException]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes on itself from the user: a failure raises, and that is all they need.
+    """Silence the exporter's logs and warnings within the body. Failures still raise.
 
-    Threads export in turns: levels and warning filters belong to the process, and another thread would put them back as
-    it found them, changed.
+    Threads export in turns: log levels and warning filters belong to the process, so overlapping threads would restore
+    each other's changed values.
     """
     with _IN_TURNS:
         loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]

@@ -1,4 +1,4 @@
-"""A transformers model as a module of plain tensors: named inputs, named outputs, dynamic batch and tokens."""
+"""Wraps a transformers model into a module of plain tensors: named inputs and outputs, dynamic batch and tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _TASK_OUTPUTS = {
     "ForImageClassification": ("logits",),
     "Model": ("last_hidden_state",),
 }
-"""What the end of an architecture's name says that it returns. The first end that fits counts."""
+"""End of an architecture's name → names of its outputs. The first end that fits counts."""
 
 
 class Exportable(torch.nn.Module):
-    """`model` taking tensors by position and returning tensors, without cache.
+    """Wraps `model`, without a cache: takes tensors by position and returns tensors.
 
     Attributes:
-        inputs: names of its arguments, as the model's forward calls them.
-        outputs: names of what it returns.
+        inputs: names of the inputs, which are arguments of the model's forward.
+        outputs: names of the outputs.
     """
 
     def __init__(self, model: PreTrainedModel, pooling: Embedding | None = None) -> None:
@@ -47,18 +47,18 @@ class Exportable(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         feeds = dict(zip(self.inputs, tensors, strict=True))
         if self._positions:
-            # The exporter fuses to RotaryEmbedding, whose cos and sin must have the batch dimension; left to itself,
-            # the model makes them with a batch of 1, and the graph fails to run with any other.
+            # The exporter fuses to RotaryEmbedding, whose cos and sin must have the batch dimension. Without this
+            # input, the model computes them with a batch of 1, and the graph fails to run with any other batch.
             batch, tokens = tensors[0].shape
             feeds["position_ids"] = torch.arange(tokens, device=tensors[0].device).expand(batch, tokens)
-        found = self.model(**feeds)
-        result = [found[name] for name in self.outputs if name != "sentence_embedding"]
+        model_outputs = self.model(**feeds)
+        outputs = [model_outputs[name] for name in self.outputs if name != "sentence_embedding"]
         if self.pooling is not None:
-            result.append(self.pooling(result[0], feeds["attention_mask"]))
-        return tuple(result)
+            outputs.append(self.pooling(outputs[0], feeds["attention_mask"]))
+        return tuple(outputs)
 
     def examples(self) -> tuple[torch.Tensor, ...]:
-        """One example per input: batch 2 and 7 tokens, neither of which torch mistakes for a constant."""
+        """One example per input, of batch 2 and 7 tokens. torch treats neither size as a constant."""
         config = self.model.config
         if self.inputs == ("pixel_values",):
             size = config.image_size
@@ -86,14 +86,16 @@ def task_outputs(architecture: str) -> tuple[str, ...]:
     """Names of the outputs of `architecture`, such as ("logits",).
 
     Raises:
-        ModelError: of a kind that trimtab does not know.
+        ModelError: trimtab does not support the architecture.
     """
     for end, outputs in _TASK_OUTPUTS.items():
         if architecture.endswith(end):
             return outputs
     raise ModelError(
-        f"architecture {architecture} is of a kind that trimtab does not know",
-        hint="known are " + ", ".join(f"*{end}" for end in _TASK_OUTPUTS) + "; or export it to ONNX and give that file",
+        f"architecture {architecture} is not supported",
+        hint="supported: "
+        + ", ".join(f"*{end}" for end in _TASK_OUTPUTS)
+        + "; or export it to ONNX and give that file",
     )
 
 

@@ -1,7 +1,7 @@
-"""A foreign ONNX file is first read in a child process, with limits of memory and time.
+"""Reads a foreign ONNX file in a child process first, with limits of memory and time.
 
-onnx's shape inference, its constant folding and ONNX Runtime's own checks have no limits, and a graph that takes all
-memory, or crashes one of them, would take the compile with it. What a child has come through, the compile repeats.
+onnx's shape inference, constant folding and ONNX Runtime's checks have no limits. A graph that exhausts memory or
+crashes one of them would end the compile. The compile itself reads a file only after a child has read it successfully.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from trimtab.passes.ort_errors import exceptions, explain
 from trimtab.passes.temporary import temporary_folder
 
 MAX_SECONDS = 300.0
-"""Of the child. The graphs of the largest models take about 10."""
+"""Time limit of the child. The graphs of the largest models take about 10 s."""
 
 _MEMORY = 4 << 30
-"""Bytes of private memory that the child may have, and `_PER_BYTE` more for each byte of the file."""
+"""Maximum bytes of the child's private memory, in addition to `_PER_BYTE` bytes for each byte of the file."""
 
 _PER_BYTE = 4
-_INLINE = 1 << 16  # bytes up to which weights stay in the graph that ONNX Runtime checks
+_INLINE = 1 << 16  # maximum bytes of a weight that stays in the graph that ONNX Runtime checks
 _INVALID = re.compile(r"\[(?:Shape|Type)InferenceError\]|Type Error:|This is an invalid model\.")
-"""What ONNX Runtime 1.31 says of a graph that no runtime could run."""
+"""Messages of ONNX Runtime 1.31 for a graph that no runtime could run."""
 
-_DONE = "read"  # file that the child leaves
+_DONE = "read"  # file that the child creates at its end
 _EXPORT = "export the model again; if its own tools run it, please report it"
 
 
 def try_out(path: Path, origin: Path) -> None:
-    """Read the ONNX file at `path` in a child, unless it was before and has not changed since.
+    """Read the ONNX file at `path` in a child, unless a child has read it before and it is unchanged.
 
     Args:
-        origin: what the user gave, for messages.
+        origin: the path that the user gave, for messages.
 
     Raises:
-        ModelError: it is not well-formed, ONNX Runtime refuses it as invalid, or reading it passes a limit or crashes.
+        ModelError: the file is not well-formed, ONNX Runtime refuses it, or reading it exceeds a limit or crashes.
     """
 
     def read() -> tuple[list[Path], Callable[[], str]]:
@@ -56,10 +56,10 @@ def try_out(path: Path, origin: Path) -> None:
 
 
 def in_child(path: Path, origin: Path) -> str:
-    """Read the file in a child; the returned word says that it was.
+    """Read the file in a child. Returns `_DONE`, which `remembered` stores.
 
     Raises:
-        ModelError: as `try_out`.
+        ModelError: see `try_out`.
     """
     with temporary_folder("trial") as scratch:
         run_child(
@@ -70,7 +70,7 @@ def in_child(path: Path, origin: Path) -> str:
 
 
 def read_graph(path: Path) -> None:
-    """What the child does.
+    """Read and check the file, in the child.
 
     Raises:
         ModelError: the file is not well-formed, or not valid.
@@ -86,12 +86,12 @@ def read_graph(path: Path) -> None:
 
 
 def check_runtime(path: Path) -> None:
-    """Have ONNX Runtime check types, shapes and ops of the file, without its large weights.
+    """Check types, shapes and ops of the file with ONNX Runtime, without the large weights.
 
-    What ONNX Runtime does not know or cannot run is no fault of the file: another runtime may.
+    Ops that ONNX Runtime does not know or cannot run are no error, since another runtime may run them.
 
     Raises:
-        ModelError: it refuses the graph as invalid; with its reason.
+        ModelError: ONNX Runtime refuses the graph as invalid; gives its reason.
     """
     model = without_weights(onnx.load(str(path), format="protobuf", load_external_data=False))
     if model is None:
@@ -109,11 +109,11 @@ def check_runtime(path: Path) -> None:
 
 
 def without_weights(model: ModelProto) -> ModelProto | None:
-    """`model` with inputs in place of its large weights; None where a graph inside has weights in another file."""
+    """Replace the large weights of `model` by inputs. None if a nested graph has weights in another file."""
     for tensor in list(model.graph.initializer):
         if tensor.data_location == TensorProto.EXTERNAL or byte_size(tensor) > _INLINE:
-            known = any(each.name == tensor.name for each in model.graph.input)
-            if not known:
+            is_input = any(each.name == tensor.name for each in model.graph.input)
+            if not is_input:
                 info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
                 model.graph.input.append(info)
             model.graph.initializer.remove(tensor)
@@ -127,7 +127,7 @@ def _limit(path: Path) -> int:
 
 def main() -> int:
     path, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    with suppress(ImportError, OSError, ValueError):  # another system, or a lower limit holds already
+    with suppress(ImportError, OSError, ValueError):  # other operating systems, or a lower limit is already set
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

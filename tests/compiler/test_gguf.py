@@ -254,7 +254,7 @@ def test_a_header_that_is_changed_anywhere_is_read_or_refused(sound: Path, tmp_p
 
     rng, data, path = seeded(), sound.read_bytes(), tmp_path / "changed.gguf"
     sizes = {int(kind): each for kind, each in gguf.GGML_QUANT_SIZES.items()}
-    first = min(tensor.at for tensor in read_header(sound).tensors)
+    first = min(tensor.offset for tensor in read_header(sound).tensors)
     outcomes = set()
     for _ in range(300):
         changed = bytearray(data)

@@ -593,6 +593,6 @@ def test_weights_of_no_class_are_refused(tmp_path, monkeypatch):
     assert checkpoint.read_checkpoint(folder).architecture == "BertForSequenceClassification"
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"other": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="of the classes of a bert none fits its weights") as caught:
+    with pytest.raises(ModelError, match="its weights fit no class of the model type bert") as caught:
         find_architecture(folder)
     assert "architectures" in caught.value.hint
