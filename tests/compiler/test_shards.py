@@ -29,6 +29,7 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.engine import Engine
 from trimtab.compiler.generation import generate
 from trimtab.compiler.recipe import load_recipe
+from trimtab.compiler.workload import _dimension
 from trimtab.passes.errors import BuildError, ModelError, RecipeError, TargetError
 
 WORKLOAD = {"batch": [1, 2, 4], "tokens": [1, 8, 24]}
@@ -106,8 +107,7 @@ def full_feeds(engine: Engine, batch: int, count: int, past: int = 0) -> dict[st
     found = {}
     for tensor in engine.inputs:
         shape = [
-            size if isinstance(size, int) else sizes[load_recipe().workload._named(str(size)) or str(size)]
-            for size in tensor.shape or ()
+            size if isinstance(size, int) else sizes[_dimension(str(size)) or str(size)] for size in tensor.shape or ()
         ]
         if tensor.dtype == "int64":
             found[tensor.name] = rng.integers(3, 132, shape) if tensor.name == "input_ids" else np.ones(shape, np.int64)
@@ -302,7 +302,7 @@ def test_a_killed_process_is_named_and_started_again(dense: Engine) -> None:
         dense.run(feeds)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     close(dense.run(feeds), wanted)
-    with pytest.raises(TargetError, match="the cache is gone"):
+    with pytest.raises(TargetError, match="their caches are lost"):
         steps.run(np.array([[5]]), np.array([[1]]))
 
 
