@@ -188,7 +188,7 @@ def test_an_unknown_peer_names_the_nearest(build):
 
 def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch, dense):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(TargetError, match=r"pip install 'trimtab\[peers\]'"):
+    with pytest.raises(TargetError, match=r'pip install "trimtab\[peers\]"'):
         open_peer("openvino-fp32", dense, 1)
 
 
