@@ -73,10 +73,11 @@ class Workload(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> Workload:
-        tokens = self.batch[2] * (self.tokens[2] + self.past[2])
+        declared = self.tokens[2] if self.tokens != type(self).model_fields["tokens"].default else 1
+        tokens = self.batch[2] * (declared + self.past[2])  # the default says nothing of models without tokens
         if tokens > MAX_TOKENS:
             raise RecipeError(
-                f"workload: batch {self.batch[2]} with {self.tokens[2] + self.past[2]} tokens each are {tokens} tokens "
+                f"workload: batch {self.batch[2]} with {declared + self.past[2]} tokens each are {tokens} tokens "
                 f"in a call, more than {MAX_TOKENS}",
                 hint="give sizes of real calls",
             )

@@ -22,7 +22,7 @@ from trimtab.compiler.task import Task
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import PassResult
 from trimtab.passes.dials import Dial, Dials, SpeedPoint
-from trimtab.passes.errors import BuildError, RecipeError
+from trimtab.passes.errors import BuildError, ModelError, RecipeError
 from trimtab.passes.graph.limits import Packed, Positions
 from trimtab.passes.graph.ranges import index_bounds
 from trimtab.passes.os_errors import unreadable
@@ -68,6 +68,11 @@ class TensorInfo(_Model):
     @classmethod
     def of(cls, tensor: gs.Tensor) -> TensorInfo:
         shape = None if tensor.shape is None else tuple(tensor.shape)
+        if any(isinstance(size, int) and size > _MAX_SIZE for size in shape or ()):
+            raise ModelError(
+                f"{tensor.name!r} has the shape {list(shape or ())}: a fixed dimension is at most {_MAX_SIZE}",
+                hint="export the model with a dynamic or a smaller dimension",
+            )
         return cls(name=tensor.name, dtype=str(np.dtype(tensor.dtype)), shape=shape, bounds=index_bounds(tensor))
 
 

@@ -35,6 +35,9 @@ _INLINE = 1 << 16  # maximum bytes of a weight that stays in the graph that ONNX
 _INVALID = re.compile(r"\[(?:Shape|Type)InferenceError\]|Type Error:|This is an invalid model\.")
 """Messages of ONNX Runtime 1.31 for a graph that no runtime could run."""
 
+_UNKNOWN_OP = re.compile("No Op registered for|is not a registered function/op")
+"""What ONNX Runtime 1.31 says of an op that it lacks: another runtime may have it."""
+
 _DONE = "read"  # file that the child creates at its end
 _EXPORT = "export the model again; if its own tools run it, please report it"
 
@@ -102,7 +105,7 @@ def check_runtime(path: Path) -> None:
     try:
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except exceptions() as error:
-        if _INVALID.search(str(error)):
+        if _INVALID.search(str(error)) and not _UNKNOWN_OP.search(str(error)):
             raise ModelError(
                 f"ONNX Runtime refuses the model as invalid: {explain(error).words}", hint=_EXPORT
             ) from error

@@ -86,8 +86,10 @@ def _schema(runtime_schema: Any) -> OpSchema:
             kind = types.get(parameter) or (_number(kinds[0]) if len(kinds) == 1 else None)
             if kind:
                 proto = onnx.helper.make_tensor_type_proto(kind, None)
-                if place == 0 and runtime_schema.name in _SAME_SHAPE and input_types[0].tensor_type.HasField("shape"):
-                    proto.tensor_type.shape.CopyFrom(input_types[0].tensor_type.shape)
+                first = input_types.get(0)  # without a type behind an op of another domain
+                same = place == 0 and runtime_schema.name in _SAME_SHAPE
+                if same and first is not None and first.tensor_type.HasField("shape"):
+                    proto.tensor_type.shape.CopyFrom(first.tensor_type.shape)
                 context.set_output_type(place, proto)
 
     schema.set_type_and_shape_inference_function(infer)

@@ -44,6 +44,14 @@ class ModelInfo:
         model.model_version, model.domain, model.doc_string = self.version, self.domain, self.doc
 
 
+def shorten_domain(model: ModelProto) -> None:
+    """Write the domain of ONNX's own ops as "" wherever it is "ai.onnx": both names mean the same."""
+    imports = [model.opset_import, *(function.opset_import for function in model.functions)]
+    for each in chain(_nodes(model), *imports):
+        if each.domain == "ai.onnx":
+            each.domain = ""
+
+
 def make_importable(model: ModelProto, path: str) -> None:
     """Rewrite `model` in place, so that graphsurgeon drops nothing that matters.
 
@@ -58,13 +66,13 @@ def make_importable(model: ModelProto, path: str) -> None:
     """
     try:
         _refuse(model)
+        _separate_overloads(model)
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", hint=error.hint) from None
     for graph in _graphs(model):
         tensors = [value for value in graph.value_info if value.type.WhichOneof("value") in _TENSOR]
         del graph.value_info[:]
         graph.value_info.extend(tensors)
-    _separate_overloads(model)
 
 
 def _refuse(model: ModelProto) -> None:
@@ -128,7 +136,14 @@ def _separate_overloads(model: ModelProto) -> None:
             names[function.domain, function.name, function.overload] = name
     for node in _nodes(model):
         if node.overload:
-            node.op_type = names.get((node.domain, node.op_type, node.overload), node.op_type)
+            key = (node.domain, node.op_type, node.overload)
+            if key not in names:
+                raise ModelError(
+                    f"node {node.name or node.op_type} calls the overload {node.overload!r} of {node.op_type}, "
+                    "which the model does not define",
+                    hint="export the model again",
+                )
+            node.op_type = names[key]
             node.ClearField("overload")
     for function in model.functions:
         if function.overload:

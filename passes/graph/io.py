@@ -15,7 +15,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph.importable import ModelInfo, make_importable
+from trimtab.passes.graph.importable import ModelInfo, make_importable, shorten_domain
 from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
 from trimtab.passes.graph.wellformed import check_model
@@ -46,6 +46,7 @@ def load_graph(path: Path | str) -> gs.Graph:
         raise ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=hint) from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model: it has no nodes or no opset", hint=hint)
+    shorten_domain(model)
     check_model(model, str(path))
     make_importable(model, str(path))
     try:

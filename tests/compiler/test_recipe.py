@@ -234,6 +234,7 @@ def test_sizes_that_no_machine_has_are_refused(recipe: dict[str, Any], said: str
 
 
 def test_the_largest_sizes_are_taken() -> None:
+    load_recipe({"workload": {"batch": [1, 1, MAX_SIZE]}})  # of a model without tokens
     load_recipe({"threads": MAX_THREADS, "shards": 64, "calibration": {"seed": (1 << 63) - 1}})
     load_recipe({"workload": {"batch": [1, 1, 1 << 14], "tokens": [1, 1, 1024], "dims": {"frames": MAX_SIZE}}})
 

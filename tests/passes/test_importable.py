@@ -166,3 +166,13 @@ def test_what_has_no_form_is_refused_by_name(tmp_path: Path, make: Callable[[], 
     with pytest.raises(ModelError, match=f"model.onnx: .*{words}") as refusal:
         load_graph(tmp_path / "model.onnx")
     assert refusal.value.hint
+
+
+def test_an_overload_that_no_function_has_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime and others would call the plain function."""
+    model = parsed("y = own.F (x)")
+    model.functions.extend(overloaded("F", {"": "Relu", "other": "Neg"}))
+    model.graph.node[0].overload = "missing"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="calls the overload 'missing' of F"):
+        load_graph(tmp_path / "m.onnx")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 from seeds import seeded
 
 from trimtab.passes.canonicalize import Canonicalize
+from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.contract import PassContext
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.precision import Precision
@@ -88,3 +90,16 @@ def test_of_several_types_the_first_input_that_has_one_decides() -> None:
     )
     (found,) = [v for v in onnx.shape_inference.infer_shapes(model).graph.value_info if v.name == "p"]
     assert found.type.tensor_type.elem_type == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("op", ["com.microsoft.BiasGelu (h, b)", "LayerNormalization <axis = -1> (h, b, b)"])
+def test_behind_an_op_of_another_domain(op: str) -> None:
+    """Its output has no type, and what reads it takes its own from the other input."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 14, "com.microsoft": 1, "own": 1]> '
+        f"g (float[N, 4] x, float[4] b) => (float[N, 4] y) {{ h = own.Foo (x) z = {op} y = Relu (z) }}"
+    )
+    graph = gs.import_onnx(model)
+    infer_shapes(graph)
+    types = {t.name: t.dtype for node in graph.nodes for t in node.outputs}
+    assert types["z"] == np.float32

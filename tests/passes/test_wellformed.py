@@ -13,9 +13,11 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from seeds import seeded
 
+from trimtab.passes.canonicalize.runtime_schemas import register_runtime_schemas
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph.io import load_graph
 from trimtab.passes.graph.wellformed import check, check_model
+from trimtab.passes.graph.wellformed.nodes import _schema
 
 
 def model() -> ModelProto:
@@ -82,7 +84,7 @@ FAULTS: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "an output without a type": (lambda m: m.graph.output[0].ClearField("type"), "'y' has no type"),
     "an input without a name": (lambda m: setattr(m.graph.input[0], "name", ""), "input without a name"),
     "an input of a negative size": (
-        lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_value", -1), "'x' has a negative size"
+        lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_value", -2), "'x' has a negative size"
     ),
     "a cycle": (lambda m: node(m, "product").input.__setitem__(0, "h"), "cycle in front of MatMul 'product'"),
     "a cycle through a branch": (lambda m: node(m, "bias").input.__setitem__(1, "chosen"), "cycle in front of"),
@@ -105,7 +107,7 @@ FAULTS: dict[str, tuple[Callable[[ModelProto], object], str]] = {
         lambda m: m.graph.node.append(helper.make_node("Cast", ["y"], ["z"], to="float")), "'to' of Cast.*wrong type"
     ),
     "an attribute without a value": (
-        lambda m: node(m, "bias").attribute.add(name="a", type=onnx.AttributeProto.INT), "'a' of Add 'bias' has no val"
+        lambda m: node(m, "bias").attribute.add(name="a", type=onnx.AttributeProto.TENSOR), "'a' of Add 'bias' has no v"
     ),
     "an attribute given twice": (
         lambda m: node(m, "choice").attribute.append(node(m, "choice").attribute[0]), "given twice"
@@ -226,4 +228,31 @@ def test_unknown_ops_are_taken_as_they_are() -> None:
         helper.make_node("LayerNormalization", ["y", "typed"], ["z0"]),
         helper.make_node("Gelu", ["z0"], ["z1"], domain="com.microsoft", anything=3),
     ])  # fmt: skip
+    check_model(given, "model")
+
+
+def test_what_writers_leave_out_is_no_fault(tmp_path: Path) -> None:
+    """Numbers of 0 and empty strings are not written by some; -1 is any size; "ai.onnx" is ONNX's own domain."""
+    given = model()
+    given.opset_import[0].domain = "ai.onnx"
+    given.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    soft = helper.make_node("Softmax", ["y"], ["z"], domain="ai.onnx")
+    soft.attribute.add(name="axis", type=onnx.AttributeProto.INT)
+    given.graph.node.append(soft)
+    onnx.save(given, tmp_path / "m.onnx")
+    graph = load_graph(tmp_path / "m.onnx")
+    assert graph.nodes[-1].attrs["axis"] == 0
+    assert all(each.domain in ("", None, "own") for each in graph.nodes)
+    assert graph.opset == 18
+
+
+def test_checks_do_not_depend_on_what_was_registered() -> None:
+    """Shape inference tells onnx of ONNX Runtime's ops; they are taken as they are before and after."""
+    given = model()
+    given.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    given.graph.node.append(helper.make_node("BiasGelu", ["y"], ["z"], domain="com.microsoft"))  # it takes two inputs
+    check_model(given, "model")
+    register_runtime_schemas([("com.microsoft", "BiasGelu", 1)])
+    onnx.defs.get_schema("BiasGelu", 1, "com.microsoft")
+    _schema.cache_clear()
     check_model(given, "model")

@@ -72,7 +72,7 @@ def _check_nodes(
     nodes: Sequence[NodeProto], opsets: Mapping[str, int], visible: frozenset[str], *, in_function: bool
 ) -> None:
     for node in nodes:
-        if node.domain not in opsets and node.domain in ("", "ai.onnx"):
+        if not node.domain and "" not in opsets:
             raise MalformedError("it imports no opset of ONNX's own ops, but has nodes with such ops")
         check_node(node, opsets, in_function=in_function)
         for tensor in tensors(node):
@@ -93,11 +93,10 @@ def _opsets(imports: Sequence[OperatorSetIdProto]) -> dict[str, int]:
     """Domain → version."""
     opsets: dict[str, int] = {}
     for each in imports:
-        domain = "" if each.domain == "ai.onnx" else each.domain
-        if opsets.setdefault(domain, each.version) != each.version:
-            raise MalformedError(f"the opset of domain {name_of(domain)} is given twice")
+        if opsets.setdefault(each.domain, each.version) != each.version:
+            raise MalformedError(f"the opset of domain {name_of(each.domain)} is given twice")
         if each.version < 1:
-            raise MalformedError(f"the opset of domain {name_of(domain)} is {each.version}")
+            raise MalformedError(f"the opset of domain {name_of(each.domain)} is {each.version}")
     newest = onnx.defs.onnx_opset_version()
     if opsets.get("", 0) > newest:
         raise MalformedError(

@@ -11,10 +11,13 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 from trimtab.passes.graph.wellformed.fault import MalformedError, name_of
 
 _FIELDS = {
-    AttributeProto.FLOAT: "f", AttributeProto.INT: "i", AttributeProto.STRING: "s", AttributeProto.TENSOR: "t",
-    AttributeProto.GRAPH: "g", AttributeProto.SPARSE_TENSOR: "sparse_tensor", AttributeProto.TYPE_PROTO: "tp",
+    AttributeProto.TENSOR: "t", AttributeProto.GRAPH: "g", AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    AttributeProto.TYPE_PROTO: "tp",
 }  # fmt: skip
-"""Types of attributes with one value → the field with the value. Lists are absent, since they may be empty."""
+"""Types of attributes whose value is a message → its field. Writers leave out numbers of 0, empty strings and lists."""
+
+_OWN = frozenset((s.domain, s.name, s.since_version) for s in onnx.defs.get_all_schemas_with_history())
+"""The schemas of ONNX itself. Others are registered while trimtab runs, for shape inference alone."""
 
 
 def check_node(node: NodeProto, opsets: Mapping[str, int], *, in_function: bool) -> None:
@@ -102,4 +105,5 @@ def _schema(op: str, domain: str, version: int) -> onnx.defs.OpSchema | None:
         schema = onnx.defs.get_schema(op, version, domain)
     except onnx.defs.SchemaError:
         return None
-    return None if schema.deprecated else schema
+    is_own = (schema.domain, schema.name, schema.since_version) in _OWN
+    return schema if is_own and not schema.deprecated else None

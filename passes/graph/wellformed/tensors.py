@@ -48,7 +48,7 @@ def check_tensor(tensor: TensorProto) -> None:
 
 
 def check_type(kind: TypeProto, what: str) -> None:
-    """Check that the type of an input or output has an element type that ONNX defines, and no negative size.
+    """Check that the type of an input or output has an element type that ONNX defines, and sizes of -1 (any) or more.
 
     Raises:
         MalformedError: the message names `what`, the input or output.
@@ -60,7 +60,7 @@ def check_type(kind: TypeProto, what: str) -> None:
         tensor = getattr(kind, form)
         if tensor.elem_type not in _TYPES:
             raise MalformedError(f"{what} has the element type {tensor.elem_type}, which ONNX does not define")
-        if any(dim.HasField("dim_value") and dim.dim_value < 0 for dim in tensor.shape.dim):
+        if any(dim.HasField("dim_value") and dim.dim_value < -1 for dim in tensor.shape.dim):
             raise MalformedError(f"{what} has a negative size")
     elif form in ("sequence_type", "optional_type"):
         check_type(getattr(kind, form).elem_type, what)
