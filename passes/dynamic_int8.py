@@ -79,7 +79,9 @@ class DynamicInt8(Pass):
         leave = (*_WHOLE_TENSOR, "MatMul") if rows else ()
         kept = {id(node) for node in choosing}
         taken = [n for n in graph.nodes if n.op in _INT8_OPS and n.op not in leave and id(n) not in kept]
+        own = [(node, output_name_of(node)) for node in taken]
         widen(graph, taken, self.name)
+        names |= {node.outputs[0].name: name for node, name in own}  # `widen` gives the nodes new outputs
         reasons = {y: _CHOOSES if why and y in exact else why for y, why in float_products(graph)}
         whole = [
             output_name_of(node) for node in graph.nodes if rows and not node.domain and node.op in ("Conv", "LSTM")
@@ -157,7 +159,7 @@ def _inner_products(graph: gs.Graph) -> list[str]:
 def _belongs(name: str, weights: set[str]) -> bool:
     """True for FFN weights, their quantized parts, and constants that FFN passes added."""
     whole = name.removesuffix("_quantized").removesuffix("_scale").removesuffix("_zero_point")
-    own = whole.removeprefix(f"{DynamicInt8.name}/")
+    own = whole.removeprefix(f"{DynamicInt8.name}/").removesuffix("/float32")  # which half precision became
     return not weights.isdisjoint((name, whole, own)) or own.startswith(_FFN_PREFIXES)
 
 

@@ -49,14 +49,18 @@ def to_int8_rows(graph: gs.Graph, name: str, *, per_channel: bool, leave: Iterab
     ends = _activations(graph)
     rounded: dict[int, tuple[gs.Constant, gs.Constant]] = {}
     zeros: dict[int, gs.Constant] = {}
+    biases: dict[int, gs.Constant] = {}
     for linear in linears:
         key, size = id(linear.weight), linear.out_features
         if key not in rounded:
             rounded[key] = _rounded(linear, name, per_channel)
         if linear.bias is None and size not in zeros:
             zeros[size] = constant(f"{name}/no_bias.{size}", np.zeros(size, np.float32))
+        elif linear.bias is not None and id(linear.bias) not in biases:
+            biases[id(linear.bias)] = _bias(linear.bias, size, name)
+        bias = zeros[size] if linear.bias is None else biases[id(linear.bias)]
         activation, y = ends.get(id(linear.y)) or _end(graph, linear.y)
-        _replace(graph, linear, y, name, rounded[key], _bias(linear, name) or zeros[size], NUMBERS[activation])
+        _replace(graph, linear, y, name, rounded[key], bias, NUMBERS[activation])
     return len(linears)
 
 
@@ -82,11 +86,11 @@ def _rounded(linear: Linear, name: str, per_channel: bool) -> tuple[gs.Constant,
     return constant(f"{whole}_quantized", integers), constant(f"{whole}_scale", scale)
 
 
-def _bias(linear: Linear, name: str) -> gs.Constant | None:
-    bias = linear.bias
-    if bias is None or (bias.dtype == np.float32 and tuple(bias.shape) == (linear.out_features,)):
+def _bias(bias: gs.Constant, size: int, name: str) -> gs.Constant:
+    """`bias` as float32 [size]."""
+    if bias.dtype == np.float32 and tuple(bias.shape) == (size,):
         return bias
-    return constant(f"{name}/{output_name_of(linear.nodes[-1])}/bias", values(bias).reshape(-1).astype(np.float32))
+    return constant(f"{name}/{bias.name}/float32", values(bias).reshape(-1).astype(np.float32))
 
 
 def _replace(

@@ -214,3 +214,40 @@ def test_onnx_s_own_attention_stays_as_it_is(causal: int, tmp_path: Path) -> Non
     x = {"x": rng.standard_normal((2, 6, 12)).astype(np.float32)}
     dense, ours = answers(tmp_path / "dense.onnx", x), answers(tmp_path / "int8.onnx", x)
     assert np.linalg.norm(ours - dense) < 0.05 * np.linalg.norm(dense)
+
+
+@pytest.mark.parametrize("scales", PRODUCTS)
+def test_half_precision_reports_the_same_ffn_bytes(scales: str) -> None:
+    """By tensors, biases stay as they are, in half precision."""
+    rng = seeded()
+    d_model, d_ff = (int(size) for size in rng.integers(8, 40, 2))
+    text = f"""<ir_version: 10, opset_import: ["" : 18]> g (TYPE[B, S, {d_model}] x) => (TYPE[B, S, {d_model}] y) {{
+        h = MatMul(x, up)  hb = Add(h, bias)  a = Relu(hb)  z = MatMul(a, down)  y = Add(x, z)
+    }}"""
+    shapes = {"up": (d_model, d_ff), "bias": (d_ff,), "down": (d_ff, d_model)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    reported = {}
+    for kind, dtype in (("float", np.float32), ("float16", np.float16)):
+        model = onnx.parser.parse_model(text.replace("TYPE", kind))
+        for name, array in arrays.items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(dtype), name))
+        graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
+        reported[kind] = DynamicInt8.model_validate({"scales": scales}).run(graph, PassContext()).details["ffn_bytes"]
+    narrower = 2 * d_ff if scales == "tensor" else 0
+    assert reported["float16"] == reported["float"] - narrower > 2 * d_model * d_ff
+
+
+def test_a_half_precision_product_left_in_float_has_its_own_name() -> None:
+    """A weight on the left is not rounded."""
+    rng = seeded()
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> g (float16[B, 12, 8] x) => (float16[B, 8, 6] y) {
+            left = MatMul(mixer, x)  y = MatMul(left, w)
+        }"""
+    )
+    for name, shape in {"mixer": (8, 12), "w": (8, 6)}.items():
+        array = rng.standard_normal(shape).astype(np.float16)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
+    result = DynamicInt8().run(graph, PassContext())
+    assert [left.where for left in result.left] == ["left"]
