@@ -14,11 +14,13 @@ from trimtab.passes.graph.weights import values
 
 Function = Callable[[np.ndarray], np.ndarray]
 
-_NEAR = np.concatenate([np.linspace(-8, 8, 161), [-30.0, 30.0]])
+_SMALL = np.geomspace(1e-6, 0.1, 24)  # thresholds of such sizes lie between no two points of even spacing
+_NEAR = np.concatenate([np.linspace(-8, 8, 161), -_SMALL, _SMALL, [-30.0, 30.0]])
 _POWERS = 10.0 ** np.arange(2, 39)  # up to the end of float32, so that every clipping bound is covered
 PROBES = np.concatenate([_NEAR, -_POWERS, _POWERS])
 """The points at which functions are compared."""
 _IS_FAR = np.abs(PROBES) > 30
+_SIZES = np.clip(np.abs(PROBES), _SMALL[0], 1)
 _GATED = np.array([-2.5, -1.0, 0.5, 1.0, 3.0])
 _TOLERANCE = 1e-4  # half-precision constants differ by less; gelu and gelu_tanh differ by 4.7e-4
 
@@ -153,17 +155,19 @@ def is_linear(function: Function) -> bool:
     if not np.all(np.isfinite(near)):
         return False
     with np.errstate(all="ignore"):
-        return _agree(actual, np.polyval(np.polyfit(_NEAR, near, 1), PROBES))
+        scale = np.abs(near).max() or 1.0  # the fit's error grows with the values
+        return _agree(actual / scale, np.polyval(np.polyfit(_NEAR, near / scale, 1), PROBES))
 
 
 def _agree(actual: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two functions are the same at `PROBES`, along the first axis.
 
-    Points far from 0 at which `actual` overflows do not count: a function written with Exp overflows there.
+    Points far from 0 at which `actual` overflows do not count: a function written with Exp overflows there. The
+    tolerance shrinks with the point, since all values near 0 of a function through 0 are small.
     """
-    far = _IS_FAR.reshape(-1, *[1] * (actual.ndim - 1))
+    far, sizes = (each.reshape(-1, *[1] * (actual.ndim - 1)) for each in (_IS_FAR, _SIZES))
     return bool(
-        np.all((np.abs(actual - expected) <= _TOLERANCE * (1 + np.abs(expected))) | (far & ~np.isfinite(actual)))
+        np.all((np.abs(actual - expected) <= _TOLERANCE * (sizes + np.abs(expected))) | (far & ~np.isfinite(actual)))
     )
 
 

@@ -151,3 +151,31 @@ def test_linear_functions() -> None:
     assert is_linear(lambda x: 3 * x - 2)
     assert not is_linear(lambda x: np.clip(x, -1e9, 1e9))
     assert not is_linear(lambda x: np.maximum(x, -7.5))
+
+
+def test_a_threshold_near_0_is_no_relu() -> None:
+    rng = seeded()
+    for threshold in 10 ** rng.uniform(-5, 0, 20):
+        nodes, _, graph = parsed(f"y = ThresholdedRelu <alpha = {threshold:.8f}> (x)")
+
+        def function(x: np.ndarray, nodes: list[gs.Node] = nodes, graph: gs.Graph = graph) -> np.ndarray:
+            return evaluate(nodes, {id(graph.inputs[0]): x}, graph.outputs[0])
+
+        assert name_of(function) == "unknown", threshold
+        assert not is_linear(function)
+        gate = find_gate(lambda a, b, function=function: function(a) * b)
+        assert gate is not None and name_of(gate[1]) == "unknown", threshold
+
+
+def test_constants_in_half_precision_keep_names() -> None:
+    rounded = {name: float(np.float16(value)) for name, value in SCALARS.items() if abs(value) < 1e3}
+    root, cubic, quick = (rounded[name] for name in ("root", "cubic", "quick"))
+    assert name_of(lambda x: 0.5 * x * (1 + np.tanh(root * (x + cubic * x**3)))) == "gelu_tanh"
+    assert name_of(lambda x: x / (1 + np.exp(-quick * x))) == "quick_gelu"
+
+
+def test_large_slopes_are_linear() -> None:
+    slope, shift = 10 ** seeded().uniform(3, 9, 2)
+    assert is_linear(lambda x: slope * x - shift)
+    assert is_linear(lambda x: slope * x)
+    assert is_linear(lambda x: 0 * x)
