@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from trimtab.passes.anatomy.scan import Scan, only_producer
@@ -23,18 +24,19 @@ class Experts:
 
     Attributes:
         where: the node that gathers the weights of the experts chosen for a token.
-        count: the number of experts.
+        count: the number of experts; None if the graph does not state it.
         choice: the chosen experts' numbers or scores, a tensor that the router computes.
     """
 
     where: str
-    count: int
+    count: int | None
     choice: gs.Tensor
 
     @property
     def why_left(self) -> str:
         """Why passes leave the experts as they are, for reports."""
-        return f"a mixture of {self.count} experts, of which each token takes its own; they stay as they are"
+        count = "" if self.count is None else f"{self.count} "
+        return f"a mixture of {count}experts, of which each token takes its own; they stay as they are"
 
 
 def find_experts(nodes: Sequence[gs.Node]) -> list[Experts]:
@@ -46,11 +48,17 @@ def find_experts(nodes: Sequence[gs.Node]) -> list[Experts]:
     layers: dict[int, Experts] = {}
     for node in nodes:
         if node.op in _MIXTURES and node.domain == "com.microsoft":
-            layers[id(node)] = Experts(output_name_of(node), int(node.inputs[2].shape[0]), node.inputs[1])
+            layers[id(node)] = Experts(output_name_of(node), _first_size(node.inputs[2]), node.inputs[1])
         elif _gathers_matrices(node) and any(before.op == "TopK" for before in _way_back(node.inputs[1])):
             numbers = node.inputs[1]
-            layers.setdefault(id(numbers), Experts(output_name_of(node), int(node.inputs[0].shape[0]), numbers))
+            layers.setdefault(id(numbers), Experts(output_name_of(node), _first_size(node.inputs[0]), numbers))
     return list(layers.values())
+
+
+def _first_size(tensor: gs.Tensor) -> int | None:
+    """The size of the first dimension; None if it is symbolic or unknown, as that of computed weights may be."""
+    size = tensor.shape[0] if tensor.shape else None
+    return int(size) if isinstance(size, (int, np.integer)) else None
 
 
 def router(scan: Scan, experts: Experts) -> Linear | None:
