@@ -1,5 +1,8 @@
-"""Inputs that a model accepts: random ones, with ids inside their tables; real ones padded to the minimum size of an
-engine; those of one model converted to the types of another."""
+"""Makes inputs that a model accepts.
+
+`random_feeds` makes random inputs, with ids inside their tables. `within` pads real inputs to the minimum size of an
+engine. `converted` and `converting` give the inputs of one model the types of another.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 """One call of a model: inputs → outputs, both by name."""
 
 MAX_BYTES = 4 << 30
-"""Of the random inputs of one call, all together."""
+"""The maximum size of all random inputs of one call together, in bytes."""
 
 _UNKNOWN = (0, 1)  # values of integers whose table is unknown: any table has these rows
 

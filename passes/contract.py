@@ -247,7 +247,7 @@ class Pass(BaseModel, ABC):
 
 
 def check_needs(passes: Sequence[Pass], profile: Profile | None) -> None:
-    """Check that `profile` has what `passes` need. Without a profile, only learned weights are missing.
+    """Check that `profile` has what `passes` need. Without a profile, only learned weights count as missing.
 
     Raises:
         NotLearnedError, ProfileError: names the first pass whose learned weights are missing, because training also

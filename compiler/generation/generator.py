@@ -42,7 +42,8 @@ def generate(
         The next token of every prompt, [prompts]; NONE for finished ones. The loop ends when all are finished.
 
     Raises:
-        InputError: a prompt is empty, is longer than the context, or has tokens outside the vocabulary.
+        InputError: there are no prompts; a prompt is no list of tokens, is empty, leaves no room for an answer in the
+            context, or has tokens outside the vocabulary; or `max_new_tokens` is less than 1.
     """
     _check(prompts, vocabulary)
     if max_new_tokens < 1:

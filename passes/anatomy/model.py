@@ -32,7 +32,8 @@ class FFN:
     """One feed-forward block: y = act(x W_up + b_up) W_down + b_down, or y = (act(x W_gate) * (x W_up)) W_down.
 
     Attributes:
-        layer: the number of its layer, from 0; its position among the FFNs where layers have several.
+        layer: the number of its layer, from 0. If an FFN of the model is in no layer, or layers have several or are
+            parallel, all FFNs have their position among the FFNs instead.
         x: its input, [..., d_model].
         y: its output, before the residual is added, [..., d_model].
     """

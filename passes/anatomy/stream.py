@@ -81,7 +81,8 @@ class Stream:
         self._making = {id(norm.y): norm for norm in self._norms}
 
     def start(self, x: gs.Tensor, last: gs.Node) -> gs.Tensor | None:
-        """The tensor of the stream that a branch reads, at `x` or before its norm; None if none is.
+        """The tensor of the stream that a branch reads, at `x` or before its norm; None if the branch is added
+        to none of them.
 
         Args:
             last: the node that makes the branch's output.

@@ -13,7 +13,9 @@ Criterion = Literal["entropy", "probability", "patience"]
 
 
 class Doubt:
-    """Adds a criterion to a graph, exit by exit. No reducing op is used: ONNX Runtime 1.31 errs on 0 rows.
+    """Adds a criterion to a graph, exit by exit, without reducing ops.
+
+    With reducing ops, ONNX Runtime 1.31 returns wrong shapes for 0 rows.
 
     entropy: entropy of the answer over that of a uniform answer (FastBERT, arXiv 2004.02178).
     probability: total probability of all classes but the likeliest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +13,6 @@ HeavyForm = Literal["fp32", "fp16", "int8", "int4"]
 RestForm = Literal["fp32", "fp16", "int8", "int4", "int2", "low-rank", "drop", "affine"]
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
-HEAVY_FORMS: tuple[str, ...] = get_args(HeavyForm)
 
 
 @dataclass(frozen=True)
