@@ -13,7 +13,7 @@ from trimtab.compiler.data.encoding import Encoder, FastEncoder, SlowEncoder
 from trimtab.compiler.data.preparation import TOKENIZER_CONFIG, Preparation, read_preparation, read_settings
 from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
 from trimtab.compiler.schema.json_text import mismatch
-from trimtab.passes.errors import ModelError
+from trimtab.passes.errors import InputError, ModelError
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes of transformers that use tokenizer.json unchanged."""
@@ -82,12 +82,21 @@ class Tokenizer:
         """Token ids of texts that generation continues. No text is cut, and trailing tokens of `end_ids` are removed.
 
         Raises:
-            InputError: `texts` is no list of strings.
+            InputError: `texts` is no list of strings, or a text has more than `max_tokens` tokens.
         """
-        prompts = [list(row.ids) for row in self._encoder.encode(checked_prompts(texts), None)]
+        checked, context, limit = checked_prompts(texts), self.max_tokens, None
+        if context is not None:  # of a text over the limit, no more is tokenized than shows that it is too long
+            limit = context + 1 + self._encoder.special_tokens(False)
+        prompts = [list(row.ids) for row in self._encoder.encode(checked, limit)]
         for ids in prompts:
-            while ids and ids[-1] in self.end_ids:
+            whole = limit is None or len(ids) < limit  # otherwise end tokens at its end may be of the text's middle
+            while whole and ids and ids[-1] in self.end_ids:
                 ids.pop()
+            if context is not None and len(ids) > context:
+                raise InputError(
+                    f"a prompt has more than {context} tokens, and the model takes {context} with its answer",
+                    hint="shorten it",
+                )
         return prompts
 
     def decode(self, ids: Sequence[int]) -> str:

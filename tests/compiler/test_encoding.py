@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from seeds import seeded
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from trimtab.compiler.data.encoding import FastEncoder, SlowEncoder
@@ -142,6 +143,28 @@ def test_what_lists_of_texts_may_be(word_tokenizer: Path) -> None:
     for prompts in ("w0 w1", [("w0", "w1")]):
         with pytest.raises(InputError):
             ours.prompts(prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+def test_prompts_end_at_the_context(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _tokenizer(kind, tmp_path)
+    whole, context = load_tokenizer(tmp_path), int(seeded().integers(9, 30))
+    ours, sizes = load_tokenizer(tmp_path, context), []
+    tokenize = FastEncoder._tokenize
+    monkeypatch.setattr(FastEncoder, "_tokenize", lambda self, texts: sizes.extend(texts) or tokenize(self, texts))
+    for count in range(1, context + 4):
+        text = "a" * count if kind in BYTES else " ".join(["w7"] * count)
+        (ids,) = whole.prompts([text])
+        if len(ids) <= context:
+            assert ours.prompts([text]) == [ids]
+        else:
+            with pytest.raises(InputError, match=f"more than {context} tokens, and the model takes {context}"):
+                ours.prompts(["w1", text])
+    sizes.clear()
+    for text in ("w7 " * 20_000, "w1 " + "</s> " * 20_000 + " w2"):  # end tokens in the middle are not the end
+        with pytest.raises(InputError, match=f"more than {context} tokens"):
+            ours.prompts([text])
+    assert max(map(len, sizes)) < 10_000
 
 
 def test_a_tokenizer_that_does_not_know_a_word(tmp_path: Path) -> None:
