@@ -74,6 +74,7 @@ class Served:
             with suppress(subprocess.TimeoutExpired):
                 how = ending(self.process.wait(_WATCH_S))
                 raise TargetError(f"tritonserver {how.words}{tail(self.log)}", hint=how.hint)
+            stubs = stubs or find_stubs(self.process.pid)  # the first look may come before they run
             ended = first_ended(stubs)
             if ended is None or self.restart is None:
                 continue

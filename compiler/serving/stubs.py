@@ -32,10 +32,9 @@ def find_stubs(server: int) -> list[Stub]:
     """The stubs of the server with the process id `server`."""
     try:
         children = psutil.Process(server).children(recursive=True)
-        running = [each for each in children if each.name().startswith(_NAME) and each.status() != psutil.STATUS_ZOMBIE]
-        return [Stub(process, _model_of(process.cmdline())) for process in running]
     except psutil.Error:  # the server is ending now; `Served.wait` reports that
         return []
+    return [stub for child in children if (stub := _as_stub(child)) is not None]
 
 
 def first_ended(stubs: list[Stub]) -> tuple[str, Ending] | None:
@@ -47,6 +46,16 @@ def first_ended(stubs: list[Stub]) -> tuple[str, Ending] | None:
         except psutil.NoSuchProcess:
             return stub.model, _UNKNOWN
         return stub.model, _ending_of(stub.process.pid)
+    return None
+
+
+def _as_stub(process: psutil.Process) -> Stub | None:
+    """`process` with its model; None if it is no stub, or has ended."""
+    try:
+        if process.name().startswith(_NAME) and process.status() != psutil.STATUS_ZOMBIE:
+            return Stub(process, _model_of(process.cmdline()))
+    except psutil.Error:  # it ended since it was listed; the others still count
+        pass
     return None
 
 

@@ -171,6 +171,40 @@ def test_a_model_whose_process_ends_comes_back(
     assert (tmp_path / "log").read_text().count("starting") == 4
 
 
+def test_a_child_that_ends_while_it_is_read_hides_no_other(
+    stand_in: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports, listed = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0)), psutil.Process.children
+    with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served:
+        kept = only_stub(served)
+        with subprocess.Popen(["sleep", "60"]) as child:
+            ended = psutil.Process(child.pid)
+            child.kill()
+        monkeypatch.setattr(psutil.Process, "children", lambda self, **how: [ended, *listed(self, **how)])
+        assert only_stub(served) == kept
+
+
+def test_a_model_that_is_seen_late_is_watched(
+    stand_in: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports, looks = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0)), []
+
+    def late(server: int) -> list[Any]:
+        looks.append(server)
+        return find_stubs(server) if len(looks) > 2 else []
+
+    monkeypatch.setattr(process, "find_stubs", late)
+    monkeypatch.setattr(process, "_RESTARTS", 0)
+    with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served, ThreadPoolExecutor(1) as pool:
+        stub, waiting = only_stub(served), pool.submit(served.wait)
+        while len(looks) < 3:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        stub.kill()
+        with pytest.raises(TargetError, match="process of model reranker was ended by SIGKILL"):
+            waiting.result(60)
+
+
 def test_a_server_that_a_signal_ends_is_named(stand_in: TritonServer, tmp_path: Path) -> None:
     ports = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0))
     with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served:
