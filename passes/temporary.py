@@ -15,16 +15,19 @@ _PREFIX, _SUFFIX = "trimtab-", ".tmp"
 
 
 @contextmanager
-def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Create a folder in the system's folder of temporary files (TMPDIR), and remove it after the body.
+def temporary_folder(purpose: str, parent: Path | None = None) -> Iterator[Path]:
+    """Create a folder in `parent`, and remove it after the body.
 
     The process locks the folder. The system releases the lock when the process ends, however it ends.
 
     Args:
         purpose: a word in the folder's name.
+        parent: a folder that exists; by default the system's folder of temporary files (TMPDIR). A folder beside an
+            output is on the output's disk, so that a rename moves its content there.
     """
-    _remove_left(Path(tempfile.gettempdir()))
-    path, lock = _claim(purpose)
+    place = (parent or Path(tempfile.gettempdir())).absolute()
+    _remove_left(place)
+    path, lock = _claim(purpose, place)
     try:
         yield path
     finally:
@@ -32,10 +35,10 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _claim(purpose: str) -> tuple[Path, int]:
-    """A new folder and the open handle with its lock."""
+def _claim(purpose: str, parent: Path) -> tuple[Path, int]:
+    """A new folder in `parent` and the open handle with its lock."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", suffix=_SUFFIX))
+        path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", suffix=_SUFFIX, dir=parent))
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # another process removed it as an abandoned folder before it was locked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from trimtab.passes.anatomy import Anatomy, find_anatomy
 from trimtab.passes.errors import BuildError, ModelError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.os_errors import blames, reason, remedy, unreadable
+from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.library import library_path
 
 CONFIG = "genai_config.json"
@@ -52,8 +52,8 @@ def package_genai(build: Build, out: Path | str) -> Path:
     config = _config(build, find_anatomy(graph), library)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            part = Path(scratch) / "package"
+        with temporary_folder("package", out.parent) as scratch:
+            part = scratch / "package"
             part.mkdir()
             with build.unchanged():
                 files = [*build.files_in(MODEL.parent), *build.files_in(TOKENIZER)]

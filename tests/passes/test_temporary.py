@@ -66,6 +66,17 @@ def test_what_a_killed_process_left_goes_with_the_next_one(purpose: str, parent:
     assert list(parent.iterdir()) == []
 
 
+def test_a_folder_beside_an_output(parent: Path) -> None:
+    place = parent / "outputs"
+    place.mkdir()
+    left, other = place / "trimtab-package-x.tmp", parent / "trimtab-package-y.tmp"
+    for folder in (left, other):
+        (folder / "deep").mkdir(parents=True)
+    with temporary_folder("package", place) as folder:
+        assert list(place.iterdir()) == [folder] and other.is_dir()
+    assert list(place.iterdir()) == []
+
+
 def test_what_is_of_others_stays(parent: Path) -> None:
     (parent / "elsewhere").mkdir()
     (parent / "elsewhere" / "file").write_text("mine")

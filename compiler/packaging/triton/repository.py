@@ -7,7 +7,6 @@ REPO/NAME_engine/     tensors in and out: what the build compiled (onnxruntime, 
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from trimtab.compiler.targets.base import ENGINE
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import BuildError, ModelError, TargetError
 from trimtab.passes.os_errors import blames, reason, remedy, unreadable
+from trimtab.passes.temporary import temporary_folder
 
 BACKENDS = ("auto", "onnxruntime", "python", "tensorrt")
 
@@ -84,8 +84,8 @@ def package_triton(
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            part = Path(scratch) / "repository"
+        with temporary_folder("package", out.parent) as scratch:
+            part = scratch / "repository"
             part.mkdir()
             with build.unchanged():
                 kind, why, names = models.write(part)
