@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.os_errors import check_readable
+from trimtab.passes.os_errors import check_readable, reason, remedy
 from trimtab.passes.profile_schema import check_tensors
 
 FORMAT = 1
@@ -230,7 +231,9 @@ class Profile:
             save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            raise ProfileError(f"{path}: cannot write the profile ({error})") from error
+            refused = error if isinstance(error, OSError) else _system_error(error)
+            why, hint = (reason(refused), remedy(refused, path.parent)) if refused else (_reason(error), None)
+            raise ProfileError(f"{path}: cannot write the profile ({why})", hint=hint) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -275,6 +278,12 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
             yield ProfileInfo.model_validate_json(text), file
     except (SafetensorError, ValidationError, ValueError, RecursionError, OSError) as error:
         raise ProfileError(f"{path}: damaged, or not a profile ({_reason(error)})", hint="calibrate again") from error
+
+
+def _system_error(error: SafetensorError) -> OSError | None:
+    """The operating system's error behind one of safetensors, whose text ends with its number."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _reason(error: Exception) -> str:

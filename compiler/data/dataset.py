@@ -37,6 +37,7 @@ from trimtab.passes.errors import DataError, InputError, ModelError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.limits import Positions
 from trimtab.passes.graph.ranges import packed_mask
+from trimtab.passes.os_errors import unreadable
 
 if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
@@ -251,7 +252,7 @@ def _read_arrays(path: Path) -> Dataset:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error, DataError) from error
     arrays = read_npz(path)
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1:

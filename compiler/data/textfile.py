@@ -14,6 +14,7 @@ from trimtab.compiler.data.limits import MAX_LINE, MAX_NAME, MAX_UNPACKED
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.schema.json_text import parse_json
 from trimtab.passes.errors import DataError
+from trimtab.passes.os_errors import unreadable
 
 
 class WholeCell(int):
@@ -197,7 +198,9 @@ def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple
         hint = "convert it, for example with `iconv -f latin1 -t utf-8`"
         raise DataError(f"{path} line {number}: not UTF-8 ({error.reason})", hint=hint) from error
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or ("truncated or damaged" if packed else "read error")
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error, DataError) from error
+        reason = "truncated or damaged" if packed else "read error"
         raise DataError(f"{path}: cannot be read after line {number} ({reason})", hint="write it again") from error
 
 

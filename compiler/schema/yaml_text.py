@@ -14,6 +14,7 @@ from yaml.constructor import ConstructorError
 
 from trimtab.compiler.schema.explain import short
 from trimtab.passes.errors import RecipeError
+from trimtab.passes.os_errors import unreadable
 
 MAX_BYTES = 100_000
 """Maximum size of a recipe. Recipes of the examples have 1 KB."""
@@ -66,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = file.read(MAX_BYTES + 1)
         value = parse_yaml(content.decode(), str(path))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error, RecipeError) from error
     except UnicodeDecodeError as error:
         if len(content) > MAX_BYTES:  # the content may end inside a character
             raise _too_large(str(path)) from error

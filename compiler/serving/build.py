@@ -14,6 +14,7 @@ from trimtab.compiler.serving.example import Example, first_answer
 from trimtab.compiler.serving.find import TritonServer, find_server
 from trimtab.compiler.serving.process import Ports, Served, choose_ports, serve
 from trimtab.passes.errors import InputError, TargetError
+from trimtab.passes.os_errors import reason, remedy
 from trimtab.plugins.driver import gpu_present
 
 _CONTAINER = "run NVIDIA's container on the repository that `trimtab package --triton` writes"
@@ -74,7 +75,7 @@ def serve_build(
     try:
         log.open("wb").close()
     except OSError as error:
-        raise InputError(f"--log {log}: cannot be written ({error.strerror})", hint="give another file") from error
+        raise InputError(f"--log {log}: cannot be written ({reason(error)})", hint=remedy(error, log.parent)) from error
     free_ports = choose_ports(host, ports or Ports())
     server = find_server(progress)
     package = package_triton(build, repository, name=name, backend=_fit(server, needed_backend, backend), batch=batch)

@@ -8,11 +8,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from trimtab.passes.errors import ModelError, ProfileError
+from trimtab.compiler.data import read_data
+from trimtab.compiler.data.textfile import read_texts
+from trimtab.compiler.schema.yaml_text import read_yaml
+from trimtab.passes.errors import ModelError, ProfileError, TrimtabError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.os_errors import blames, check_readable, reason, remedy
-from trimtab.passes.profile import Profile
+from trimtab.passes.profile import Profile, ProfileInfo
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,15 @@ def test_which_folder_an_error_is_of(tmp_path: Path) -> None:
     assert not blames(of(Path("/elsewhere/model.onnx")), tmp_path)
 
 
-@pytest.mark.parametrize("read", [load_graph, Profile.load])
+def read_lines(path: Path) -> list[object]:
+    return list(read_texts(path.rename(path.with_name("file.txt"))))
+
+
+def read_npz(path: Path) -> object:
+    return read_data(path.rename(path.with_name("file.npz")))
+
+
+@pytest.mark.parametrize("read", [load_graph, Profile.load, read_yaml, read_lines, read_npz])
 def test_a_file_that_may_not_be_read_is_not_called_damaged(
     read: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,8 +72,20 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
         raise PermissionError(errno.EACCES, "Permission denied", str(name))
 
     monkeypatch.setattr("builtins.open", denied)
-    with pytest.raises((ModelError, ProfileError), match=r"file: cannot be read \(Permission denied\)") as caught:
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(TrimtabError, match=r"file(\.\w+)?: cannot be read \(Permission denied\)") as caught:
         read(path)  # type: ignore[operator]
     monkeypatch.undo()
     assert "permissions" in str(caught.value.hint)
-    check_readable(path, ModelError)
+    check_readable(tmp_path / next(tmp_path.iterdir()), ModelError)
+
+
+def test_a_profile_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trimtab.passes.profile.save_file", full)
+    profile = Profile(ProfileInfo(model="m", data="d", samples=1, tokens=1, versions={}))
+    with pytest.raises(ProfileError, match=r"cannot write the profile \(No space left on device\)") as caught:
+        profile.save(tmp_path / "profile")
+    assert f"free some space in {tmp_path}" in str(caught.value.hint)
