@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.passes.errors import InputError
+
 if TYPE_CHECKING:
     from trimtab.compiler.feeds import Run
 
@@ -23,7 +25,7 @@ def fixed_tokens(inputs: Sequence[gs.Tensor]) -> int | None:
 
 
 def in_whole_batches(run: Run, inputs: Sequence[gs.Tensor]) -> Run:
-    """Wrap `run` of a model with a fixed batch, so that it takes fewer samples.
+    """Wrap `run` of a model with a fixed batch, so that it takes fewer samples, and refuses more.
 
     Samples are repeated to fill the batch, and the outputs of the repetitions are cut off. The first axis of an output
     is the samples, or samples · rows of each sample.
@@ -36,6 +38,8 @@ def in_whole_batches(run: Run, inputs: Sequence[gs.Tensor]) -> Run:
         rows = len(next(iter(feeds.values())))
         if rows == size:
             return run(feeds)
+        if rows > size:
+            raise InputError(f"the model takes {size} samples at once, and the feeds have {rows}", hint="divide them")
         outputs = run({name: np.resize(value, (size, *value.shape[1:])) for name, value in feeds.items()})
         return {name: value[: len(value) * rows // size] if value.ndim else value for name, value in outputs.items()}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import heads
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from seeds import seeded
 from typer.testing import CliRunner
@@ -16,8 +17,9 @@ from trimtab.compiler import compile_model, load
 from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.data import batches, read_data
+from trimtab.compiler.fixed_shapes import in_whole_batches
 from trimtab.compiler.sources import open_source
-from trimtab.passes.errors import DataError
+from trimtab.passes.errors import DataError, InputError
 
 BATCH, TOKENS = 3, 7
 
@@ -39,6 +41,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     texts = root / "texts.tsv"
     texts.write_text("text\tlabel\n" + "".join(f"{row}\t{i % 3}\n" for i, row in enumerate(rows)))
     return free, root / "fixed", texts
+
+
+def test_more_samples_than_the_batch_are_refused() -> None:
+    run = in_whole_batches(lambda feeds: dict(feeds), [gs.Variable("x", np.float32, [BATCH, 2])])
+    values = seeded().random((BATCH + 1, 2), np.float32)
+    for rows in (1, BATCH):
+        np.testing.assert_array_equal(run({"x": values[:rows]})["x"], values[:rows])
+    with pytest.raises(InputError, match=f"takes {BATCH} samples at once, and the feeds have {BATCH + 1}"):
+        run({"x": values})
 
 
 def test_calibration_sees_the_same_tokens(folders: tuple[Path, Path, Path]) -> None:
