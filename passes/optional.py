@@ -19,14 +19,20 @@ def import_optional(module: str, error: type[TrimtabError], *, what: str, extra:
     """A module of an optional package.
 
     Args:
-        error: class of the error if the package is missing.
+        error: class of the error if the package is missing, or cannot be imported.
         what: the function that needs the package, subject of the message ("a plot").
         extra: the extra that installs the package.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as fault:
+    except ModuleNotFoundError as fault:
         raise missing(what, fault.name or module, error, extra) from fault
+    except ImportError as fault:
+        package, reason = module.partition(".")[0], (str(fault).strip().splitlines() or ["no reason given"])[-1]
+        raise error(
+            f"{what} needs {package}, which is installed here but cannot be imported ({reason.strip()})",
+            hint=f"install what it lacks, or install it again: pip install --force-reinstall {package}",
+        ) from fault
 
 
 def require_packages(packages: Sequence[str], error: type[TrimtabError], *, what: str, extra: str) -> None:

@@ -35,3 +35,18 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
     assert caught.value.hint == 'pip install "trimtab[plots]"'
     with pytest.raises(DataError, match="a test needs no_such_package"):
         require_packages(["json", "no_such_package"], DataError, what="a test", extra="plots")
+
+
+def test_a_package_that_cannot_be_imported_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "raise ImportError('a long story\\nlibodd.so.1: cannot open shared object file')"
+    (tmp_path / "broken_package.py").write_text(text)
+    (tmp_path / "needy_package.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    says = r"broken_package, which is installed here but cannot be imported \(libodd.so.1: cannot open [a-z ]*\)"
+    with pytest.raises(DataError, match=says) as caught:
+        import_optional("broken_package", DataError, what="a test", extra="dev")
+    assert "pip install --force-reinstall broken_package" in str(caught.value.hint)
+    with pytest.raises(DataError, match="needs no_such_package, which is not installed here"):
+        import_optional("needy_package", DataError, what="a test", extra="dev")
