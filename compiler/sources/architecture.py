@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto as auto
 
 from trimtab.compiler.sources.child import report
+from trimtab.compiler.sources.config import load_config
 from trimtab.passes.errors import ModelError
 
 _RESULT_FILE = "architecture.json"
@@ -36,10 +37,7 @@ def find_architecture(folder: Path) -> str:
     Raises:
         ModelError: transformers does not know the model type, or the weights do not fit exactly one class.
     """
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError("config.json names no architecture, and transformers does not know its model_type") from error
+    config = load_config(folder)
     names = set(_weight_names(sorted(folder.glob("*.safetensors"))))
     classes = list(_classes(config))
     # transformers renames some weights while it loads a file. Only loading all weights shows the final names.

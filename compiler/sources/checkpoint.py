@@ -121,7 +121,10 @@ def _find_architecture(model: Path, config: dict[str, Any], weights: tuple[Path,
         )  # fmt: skip
 
     content = hash_bytes(json.dumps(config, sort_keys=True), *map(file_hash, weights))
-    result = entry("architectures", content_key(content, ("architecture.py",), _PACKAGES), make) / _ARCHITECTURE_FILE
+    result = (
+        entry("architectures", content_key(content, ("architecture.py", "config.py"), _PACKAGES), make)
+        / _ARCHITECTURE_FILE
+    )
     return str(read_json(result, ModelError, str))
 
 

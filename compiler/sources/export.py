@@ -15,6 +15,7 @@ import transformers
 
 from trimtab.compiler.sources.checkpoint import BASE
 from trimtab.compiler.sources.child import leave_note, report
+from trimtab.compiler.sources.config import load_config
 from trimtab.compiler.sources.decoder import Decoder, why_uncached
 from trimtab.compiler.sources.pooling import load_embedding
 from trimtab.compiler.sources.transformer import Exportable, task_outputs
@@ -39,6 +40,7 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no architecture {architecture}")
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
+    load_config(folder)  # says what is wrong with it, where loading the model would end in a traceback
     # Any: with output_loading_info it returns a pair, which its annotations omit.
     loaded: Any = model_class.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
@@ -67,11 +69,7 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
 
 def _base_architecture(folder: Path) -> str:
     """The name of the class that AutoModel loads for the model in `folder`."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: {BASE} of transformers does not know its config.json ({reason})") from error
+    config = load_config(folder)
     if type(config) not in transformers.AutoModel._model_mapping:
         raise ModelError(f"transformers {transformers.__version__} has no model without head for {config.model_type}")
     classes: Any = transformers.AutoModel._model_mapping[type(config)]

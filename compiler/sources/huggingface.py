@@ -15,7 +15,7 @@ from trimtab.passes.optional import require_packages
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "onnxscript")
-_EXPORTING = ("export.py", "transformer.py", "decoder.py", "torch_export.py", "pooling.py")
+_EXPORTING = ("config.py", "export.py", "transformer.py", "decoder.py", "torch_export.py", "pooling.py")
 """The modules whose code decides the exported file."""
 
 

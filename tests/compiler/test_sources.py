@@ -244,7 +244,7 @@ def test_t5_gives_its_encoder(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["NoSuchModel", "BertForTeleportation", "AutoModel"])
 def test_unknown_architectures(tmp_path, architecture):
-    with pytest.raises(ModelError, match=architecture):
+    with pytest.raises(ModelError, match="config.json" if architecture == "AutoModel" else architecture):
         load_model(tmp_path, architecture)
 
 
