@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -29,7 +30,7 @@ from trimtab.compiler.cli.app import app
 from trimtab.compiler.serving import environment, process
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import VARIABLE, TritonServer
-from trimtab.compiler.serving.stubs import find_stubs
+from trimtab.compiler.serving.stubs import Stub, find_stubs
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.passes.errors import TargetError
 
@@ -139,27 +140,40 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TritonServer:
     return TritonServer(tmp_path / "tritonserver", tmp_path)
 
 
-def only_stub(served: process.Served) -> psutil.Process:
-    while not (found := find_stubs(served.process.pid)):
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    (stub,) = found
+
+
+def only_stub(served: process.Served) -> psutil.Process:
+    wait_until(lambda: find_stubs(served.process.pid))
+    (stub,) = find_stubs(served.process.pid)
     assert stub.model == "reranker"
     return stub.process
 
 
 def test_a_model_whose_process_ends_comes_back(
-    stand_in: TritonServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stand_in: TritonServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ports = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0))
+    ports, watched = process.choose_ports("127.0.0.1", process.Ports(0, 0, 0)), set[int]()
+
+    def look(server: int) -> list[Stub]:
+        stubs = find_stubs(server)
+        watched.update([server] if stubs else [])
+        return stubs
+
+    monkeypatch.setattr(process, "find_stubs", look)
     with process.serve(stand_in, tmp_path, tmp_path / "log", ports=ports) as served, ThreadPoolExecutor(1) as pool:
         first, seen = served.process, []
         only_stub(served)
         waiting = pool.submit(served.wait)
         for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL, signal.SIGSEGV):
             seen.append(served.process.pid)
+            wait_until(lambda: served.process.pid in watched)
             only_stub(served).send_signal(number)
-            while served.process.pid == seen[-1] and not waiting.done():
-                time.sleep(0.02)
+            wait_until(lambda: served.process.pid != seen[-1] or waiting.done())
         with pytest.raises(TargetError, match=r"process of model reranker crashed \(SIGSEGV\), 4 times in") as caught:
             waiting.result(60)
         assert len(set(seen)) == 4 and first.poll() is not None
