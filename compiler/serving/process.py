@@ -10,13 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.compiler.processes import end_with_parent, ending, tail
 from trimtab.compiler.serving.example import ask
 from trimtab.compiler.serving.find import TritonServer
-from trimtab.compiler.serving.stubs import find_stubs, first_ended
+from trimtab.compiler.serving.stubs import Stub, find_stubs, first_ended
 from trimtab.passes.errors import InputError, TargetError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Served:
         process: the server itself.
         log: file with its output.
         restart: stops the server and starts it again; if None, a model's process that ended is not started again.
+        stubs: the processes of its models when it was ready; one that ends before `wait` is noticed too.
     """
 
     host: str
@@ -56,6 +57,7 @@ class Served:
     process: subprocess.Popen[bytes]
     log: Path
     restart: Callable[[], subprocess.Popen[bytes]] | None = None
+    stubs: list[Stub] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -69,7 +71,7 @@ class Served:
             TargetError: the server ended, or the process of a model ended too often; shows the end of the log.
         """
         restarts: list[float] = []
-        stubs = find_stubs(self.process.pid)
+        stubs = self.stubs
         while True:
             with suppress(subprocess.TimeoutExpired):
                 how = ending(self.process.wait(_WATCH_S))
@@ -85,8 +87,8 @@ class Served:
                 raise TargetError(f"the process of model {model} {how.words}, {times}{tail(self.log)}", hint=how.hint)
             restarts.append(time.monotonic())
             logger.warning("the process of model %s %s; the server starts again", model, how.words)
-            self.process = self.restart()
-            stubs = find_stubs(self.process.pid)
+            process = self.restart()
+            stubs, self.process = find_stubs(process.pid), process
 
 
 @contextmanager
@@ -146,7 +148,8 @@ def serve(
         return running[-1]
 
     try:
-        yield Served(host, ports, start(), log, start)
+        process = start()
+        yield Served(host, ports, process, log, start, find_stubs(process.pid))
     finally:
         stop()
 
