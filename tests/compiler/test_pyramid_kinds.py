@@ -183,7 +183,7 @@ def test_rerankers(tmp_path: Path) -> None:
     assert_company_changes_nothing(engine, inputs, rng)
     with pytest.raises(ModelError, match="two classes or more, and this model gives a score") as error:
         compile_model(path, {"passes": ["unpad", "early-exit"]}, tmp_path / "refused", profile=profile)
-    assert "out of the recipe" in str(error.value.hint)
+    assert "from the recipe" in str(error.value.hint)
 
 
 def assert_company_changes_nothing(engine: Engine, inputs: dict[str, np.ndarray], rng: np.random.Generator) -> None:

@@ -213,7 +213,7 @@ def samples(feeds: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         (["unpad", "precision", "early-exit"], "early-exit cannot run behind precision"),
         ([{"ffn-topk": {"shared": True}}, "unpad"], "unpad cannot run behind ffn-topk: .*one choice for all tokens"),
         (["unpad", "recover"], "recover cannot run behind unpad: training does not support"),
-        (["ffn-topk", "recover"], "recover cannot run behind ffn-topk: training does not support"),
+        (["ffn-topk", "recover"], "recover cannot run behind ffn-topk: training does not know"),
         (["unpad", "early-exit", "token-prune"], "token-prune cannot run behind early-exit"),
     ],
 )

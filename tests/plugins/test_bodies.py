@@ -98,7 +98,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[np.random.Generator, int], Feed
     ("PoolTokens", {}, lambda rng, n: {"x": floats(rng, n, WIDTH), "offsets": offsets(n)}),
     *(
         ("SelectBlocks", {"k": 2} | options, lambda rng, n: {"scores": floats(rng, n, 4)})
-        for options in ({}, {"shared": 1}, {"shards": 2, "slack": 1}, {"dense_above": 3}, {"at_most": 1})
+        for options in ({}, {"shared": 1}, {"shards": 2}, {"dense_above": 3}, {"at_most": 1})
     ),
     *(("SparseDown", {"block": BLOCK}, make) for make in (down, down_int8, down_int4)),
     ("SparseHead", {}, head),

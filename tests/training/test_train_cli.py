@@ -78,8 +78,10 @@ def test_bad_input_is_one_message(folder: Path, change: dict[str, str], message:
 def test_profile_of_another_model_is_refused(folder: Path) -> None:
     from recovery import empty_profile, onnx_source
 
+    from trimtab.passes.profile import FFNStats
+
     other = empty_profile(onnx_source("roberta"))
-    other.tensors["ffn.0.states"] = np.zeros((2, 4), np.float32)
+    other.set_ffn(0, FFNStats(2, *(np.zeros(3) for _ in range(3)), np.zeros((2, 4), np.float32)))
     other.save(folder / "other.safetensors")
     run = train(folder, "--steps", "1", "--profile", "other.safetensors")
     assert run.returncode == 1
