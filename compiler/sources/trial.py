@@ -1,7 +1,8 @@
 """Reads a foreign ONNX file in a child process first, with limits of memory and time.
 
 onnx's shape inference, constant folding and ONNX Runtime's checks have no limits. A graph that exhausts memory or
-crashes one of them would end the compile. The compile itself reads a file only after a child has read it successfully.
+crashes one of them would end the compile. The compile itself checks a file as it is stored (`load_graph`), and does the
+rest only after a child has done it.
 """
 
 from __future__ import annotations
