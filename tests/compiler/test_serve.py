@@ -375,7 +375,7 @@ def test_onnxruntime_for_gpus_names_the_version(monkeypatch: pytest.MonkeyPatch)
     ("words", "says"),
     [
         (["--max-batch", "99"], "batches of 99"),
-        (["--name", "..."], "no name for a model"),
+        (["--name", "..."], "is not a valid name for a Triton model"),
         (["--repository", "."], "exists already"),
         (["--log", "/nowhere/log"], "cannot be written"),
     ],
