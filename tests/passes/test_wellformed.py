@@ -256,3 +256,14 @@ def test_checks_do_not_depend_on_what_was_registered() -> None:
     onnx.defs.get_schema("BiasGelu", 1, "com.microsoft")
     _schema.cache_clear()
     check_model(given, "model")
+
+
+@pytest.mark.parametrize("name", ["product", "weight", "Twice", "then_out", "whole", "else"])
+def test_names_are_text(name: str, tmp_path: Path) -> None:
+    """Of nodes, weights, functions, and of what is in branches."""
+    stored = model().SerializeToString()
+    assert name.encode() in stored
+    damaged = stored.replace(name.encode(), b"\xa0" + name.encode()[1:])
+    (tmp_path / "m.onnx").write_bytes(damaged)
+    with pytest.raises(ModelError, match=r"not a well-formed ONNX graph: the text .* is not UTF-8"):
+        load_graph(tmp_path / "m.onnx")

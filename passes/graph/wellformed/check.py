@@ -12,6 +12,7 @@ from trimtab.passes.graph.wellformed.functions import inlined_nodes
 from trimtab.passes.graph.wellformed.nodes import check_node, subgraphs, tensors
 from trimtab.passes.graph.wellformed.scopes import check_scope, given_names, names
 from trimtab.passes.graph.wellformed.tensors import check_tensor, check_type
+from trimtab.passes.graph.wellformed.text import check_text
 
 MAX_NODES = 500_000
 """Maximum number of nodes with functions inlined. The largest exports have some ten thousand."""
@@ -33,6 +34,7 @@ def check_model(model: ModelProto, where: str) -> None:
         ModelError: the file is not well-formed; the message names the node or tensor and its fault.
     """
     try:
+        check_text(model)
         opsets = _opsets(model.opset_import)
         _check_nesting(model.graph, 1)
         for function in model.functions:
