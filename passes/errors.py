@@ -6,13 +6,18 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN = 60  # characters of a text in a message
 _QUOTED = 80  # limit of a file's name or value in a message, in characters
+
+
+def short(text: str, limit: int = _SHOWN) -> str:
+    """`text`, or its beginning if it is longer than `limit`."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def quoted(name: object) -> str:
     """A name or value from a foreign file for a message, on one line and shortened."""
-    text = repr(name if not isinstance(name, str) or len(name) <= _QUOTED else name[: _QUOTED - 3] + "...")
-    return text if len(text) <= 2 * _QUOTED else f"{text[: 2 * _QUOTED - 3]}..."
+    return short(repr(short(name, _QUOTED) if isinstance(name, str) else name), 2 * _QUOTED)
 
 
 class TrimtabError(Exception):

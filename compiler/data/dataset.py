@@ -33,7 +33,7 @@ from trimtab.compiler.data.texts import Text
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.fixed_shapes import fixed_batch, fixed_tokens
 from trimtab.compiler.inputs import check_length, check_values
-from trimtab.passes.errors import DataError, InputError, ModelError
+from trimtab.passes.errors import DataError, InputError, ModelError, short
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.limits import Positions
 from trimtab.passes.graph.ranges import packed_mask
@@ -222,8 +222,7 @@ def _fits(shape: Sequence[int], input_shape: Sequence[int | str]) -> bool:
 
 def _shortened(text: str) -> str:
     """The beginning of a text, on one line."""
-    line = " ".join(text[: 4 * _SHOWN].split())
-    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+    return short(" ".join(text[: 4 * _SHOWN].split()), _SHOWN)
 
 
 def _length(text: Text) -> int:

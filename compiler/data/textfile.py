@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.compiler.data.limits import MAX_LINE, MAX_NAME, MAX_UNPACKED
 from trimtab.compiler.data.texts import Text
 from trimtab.compiler.schema.json_text import parse_json
-from trimtab.passes.errors import DataError
+from trimtab.passes.errors import DataError, short
 from trimtab.passes.os_errors import unreadable
 
 
@@ -150,30 +150,27 @@ def _checked_label(label: Any, where: str) -> Label:
     longest = max((len(name) for name in names if isinstance(name, str)), default=0)
     if longest > MAX_NAME:
         raise DataError(
-            f"{where}: label {_cut(label)} has {longest} characters, over the limit of {MAX_NAME}",
+            f"{where}: label {short(repr(label), 40)} has {longest} characters, over the limit of {MAX_NAME}",
             hint="give the name or the number of a class",
         )
     if isinstance(label, list) and all(isinstance(name, str) for name in label):
         if len(set(label)) < len(label):
-            raise DataError(f"{where}: label {_cut(label)} names a class twice")
+            raise DataError(f"{where}: label {short(repr(label), 40)} names a class twice")
         return tuple(label)
     if isinstance(label, list):
         raise DataError(
-            f"{where}: label {_cut(label)} is a list of other things than class names",
+            f"{where}: label {short(repr(label), 40)} is a list of other things than class names",
             hint='write the names of all classes that the text has, such as "label": ["toxic", "spam"]',
         )
     if isinstance(label, bool) or not isinstance(label, int | float | str | None):
-        raise DataError(f"{where}: label {_cut(label)} is neither a number nor a class name, nor a list of class names")
+        raise DataError(
+            f"{where}: label {short(repr(label), 40)} is neither a number nor a class name, nor a list of class names"
+        )
     if isinstance(label, float) and not math.isfinite(label):
         raise DataError(f"{where}: label {label} is no finite number")
     if isinstance(label, int) and abs(label) >= 1 << 63:
-        raise DataError(f"{where}: label {_cut(label)} is no number of 64 bits")
+        raise DataError(f"{where}: label {short(repr(label), 40)} is no number of 64 bits")
     return label
-
-
-def _cut(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 def _lines(path: Path, seen: Callable[[bytes], object] | None) -> Iterator[tuple[int, str]]:
@@ -225,15 +222,11 @@ def _parse_jsonl(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]
         if first is None:
             keys = ", ".join(map(repr, record)) or "none"
             raise DataError(
-                f"{path} line {number}: no 'text' among its keys ({_short(keys)})",
+                f"{path} line {number}: no 'text' among its keys ({short(keys, 200)})",
                 hint="name the text 'text', and of a pair the second one 'text_pair'",
             )
         text = record[first] if second is None else (record[first], record[second])
         yield number, text, record.get(label)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:

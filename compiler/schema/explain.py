@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import RecipeError, short
 
 
 class _Dumper(yaml.SafeDumper):
@@ -25,7 +25,6 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(float, _Dumper.represent_float)
 
-_MAX_SHOWN = 60  # characters of a value in a message
 _MAX_LISTED = 10  # faults in a message
 
 _EXPECTED = {
@@ -85,11 +84,6 @@ def shown(value: Any) -> str:
     except yaml.YAMLError:
         text = repr(value)
     return short(" ".join(text.split()))
-
-
-def short(text: str, limit: int = _MAX_SHOWN) -> str:
-    """`text`, or its beginning if it is longer than `limit`."""
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def suggest(wrong: str, names: Sequence[str], what: str) -> str:

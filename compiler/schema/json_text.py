@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.passes.errors import TrimtabError
+from trimtab.passes.errors import TrimtabError, short
 from trimtab.passes.os_errors import unreadable
 
 MAX_BYTES = 32 << 20
@@ -103,7 +103,7 @@ def _mismatch(value: Any, schema: Any, path: str) -> str | None:
             return _expected("an object", value, path)
         named = [(key, inner) for key, inner in schema.items() if key != "*" and value.get(key) is not None]
         others = [(key, schema["*"]) for key in value if key not in schema] if "*" in schema else []
-        parts = ((value[key], kind, f"{path}.{_short(key)}" if path else _short(key)) for key, kind in named + others)
+        parts = ((value[key], kind, f"{path}.{short(key)}" if path else short(key)) for key, kind in named + others)
     else:
         if not isinstance(value, list):
             return _expected("a list", value, path)
@@ -112,11 +112,7 @@ def _mismatch(value: Any, schema: Any, path: str) -> str | None:
 
 
 def _expected(kind: str, value: Any, path: str) -> str:
-    return f"{path + ': ' if path else ''}should be {kind}, not {_short(json.dumps(value, default=str))}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{path + ': ' if path else ''}should be {kind}, not {short(json.dumps(value, default=str))}"
 
 
 def _unfit(value: Any, deep: str) -> str | None:

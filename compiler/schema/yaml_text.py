@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from trimtab.compiler.schema.explain import short
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import RecipeError, short
 from trimtab.passes.os_errors import unreadable
 
 MAX_BYTES = 100_000
