@@ -62,8 +62,8 @@ def command(
                     start_s=start_timeout, progress=report,
                 )
             )  # fmt: skip
+            ready = True  # before it is said: who reads it may send SIGTERM at once
             _show(serving, time.perf_counter() - start, json)
-            ready = True
             serving.server.wait()
     except KeyboardInterrupt:  # Ctrl-C and SIGTERM are how a server is stopped, and no failure
         if not ready:
