@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from seeds import seeded
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from trimtab.compiler.sources import trial
+from trimtab.compiler.sources import child, trial
 from trimtab.passes import pass_class
 from trimtab.passes.errors import ModelError
 
@@ -50,11 +56,43 @@ def _try_here(path: Path, origin: Path) -> str:
 
 trial.in_child = _try_here
 
+_RUN_MODULE = child.run_module
+_HERE = {f"trimtab.compiler.sources.{name}" for name in ("architecture", "export", "gguf_unpack")}
+
+
+def _run_here(module: str, arguments: Sequence[str], log_file: Path, timeout_s: float | None) -> int:
+    """What a child of `_HERE` does, without the seconds in which it imports torch and transformers.
+
+    Their children run in tests of commands that start a process of their own, such as the README's quickstart, and
+    where a test takes the fixture `real_children`.
+    """
+    if module not in _HERE:
+        return _RUN_MODULE(module, arguments, log_file, timeout_s)
+    main: Callable[[Sequence[str]], int] = import_module(module).main
+    with log_file.open("w") as output, redirect_stdout(output), redirect_stderr(output), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return main(arguments)
+        except Exception:
+            traceback.print_exc(file=output)
+            return 1
+
+
+child.run_module = _run_here
+
+
+@cache
+def _freeze(_what: str) -> None:
+    """Let garbage collections pass by what is here for good: they would visit thousands of tests, and torch's parts."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True)
 def _torch_seed() -> None:
     """Another seed of torch's own generator for each test, printed where the test fails, as `seeded` does for NumPy."""
     torch = sys.modules.get("torch")  # tests that do not import it need not wait for it
+    _freeze("tests" if torch is None else "torch")
     if torch is not None:
         seed = int(seeded().integers(1 << 30))
         print(f"torch seed {seed}")
@@ -79,6 +117,12 @@ def try_in_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Path], str]
     """Foreign ONNX files are read in a child first, as outside of tests."""
     monkeypatch.setattr(trial, "in_child", _TRY_IN_CHILD)
     return _TRY_IN_CHILD
+
+
+@pytest.fixture
+def real_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face directories and GGUF files are read in children, as outside of tests."""
+    monkeypatch.setattr(child, "run_module", _RUN_MODULE)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,11 @@ def _weight_names(files: Iterable[Path]) -> Iterator[str]:
             yield from opened.keys()
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     return report(
         options.out,
         lambda: (options.out / _RESULT_FILE).write_text(json.dumps(find_architecture(options.folder))) and None,

@@ -51,15 +51,10 @@ def run_child(
         ModelError: the child reported an error, ended without the file, or took too long.
     """
     log_file = out / "export.log"
-    with open(log_file, "wb") as output:
-        try:
-            code = subprocess.run(
-                [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
-                preexec_fn=end_with_parent(), timeout=timeout_s,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise ModelError(f"{origin}: {what} took longer than {timeout_s:g} s", hint=hint) from error
+    try:
+        code = run_module(module, arguments, log_file, timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"{origin}: {what} took longer than {timeout_s:g} s", hint=hint) from error
     if code == 0 and (out / makes).is_file():
         return
     if (out / _ERROR_FILE).is_file():
@@ -68,6 +63,20 @@ def run_child(
     lines = log_file.read_text(errors="replace").strip().splitlines()[-3:]
     end = ending(code)
     raise ModelError(f"{origin}: {what} {end.words}: {' | '.join(lines) or 'no output'}", hint=end.hint or hint)
+
+
+def run_module(module: str, arguments: Sequence[str], log_file: Path, timeout_s: float | None) -> int:
+    """Run `python -m module arguments` and store its output. Returns its exit code; a negative one is a signal.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran longer than `timeout_s`, and was killed.
+    """
+    with open(log_file, "wb") as output:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
+            preexec_fn=end_with_parent(), timeout=timeout_s,
+        ).returncode  # fmt: skip
 
 
 def report(out: Path, work: Callable[[], None]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,14 @@ def _base_architecture(folder: Path) -> str:
     return str((classes[0] if isinstance(classes, tuple) else classes).__name__)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("architecture")
     parser.add_argument("--allow-pickle", action="store_true")
     parser.add_argument("--sentence", nargs=2, metavar=("FOLDER", "JSON"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     def work() -> None:
         model = load_model(options.folder, options.architecture, allow_pickle=options.allow_pickle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import transformers
 from rewrite import canonical
 from seeds import seeded
 
-from trimtab.compiler.sources import export, huggingface, open_source
+from trimtab.compiler.sources import open_source
 from trimtab.compiler.sources.decoder import Decoder, why_uncached
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.torch_export import export_module
@@ -130,25 +129,12 @@ def test_experts_of_one_op_are_named() -> None:
     assert (experts.count, experts.choice) == (7, inputs[1])
 
 
-def export_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the exporter run here, where torch is loaded already."""
-
-    def run(module: str, arguments: list[str], out: Path, **_: Any) -> None:
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        assert export.main() == 0, (out / "error.json").read_text()
-
-    monkeypatch.setattr(huggingface, "run_child", run)
-
-
 @pytest.mark.parametrize("family", WITHOUT_CACHE)
-def test_attention_that_takes_no_cache(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_attention_that_takes_no_cache(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is exported without one, and that is said each time the model is opened."""
     name, sizes = WITHOUT_CACHE[family]
     model = model_of(name, sizes)
     model.save_pretrained(tmp_path / "model")
-    export_in_process(monkeypatch)
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "trimtab"):

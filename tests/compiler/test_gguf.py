@@ -145,6 +145,7 @@ def test_weights_have_the_values_that_their_types_stand_for(
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
 
 
+@pytest.mark.usefixtures("real_children")
 def test_it_compiles_with_its_tokenizer_and_files_beside_it_are_not_read(tmp_path: Path) -> None:
     """Against transformers in float64."""
     rng = seeded()

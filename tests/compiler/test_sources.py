@@ -57,6 +57,7 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_children")
 def test_hugging_face_directory(bert, monkeypatch, capfd):
     source = open_source(bert)
     assert source.kind == "huggingface"

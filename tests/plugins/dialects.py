@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,9 @@ from trimtab.plugins.library import register
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
 Feeds = Mapping[str, np.ndarray]
+
+ONE_INSTRUCTION_SET = "TRIMTAB_ISA" in os.environ
+"""Whether test_library.py runs the tests once more for the kernels of one instruction set, which alone differ."""
 
 ACTIVATIONS = {
     "identity": lambda z: z,
@@ -73,15 +77,20 @@ def native(model: onnx.ModelProto, threads: int = 2) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the other workers need the cores
     assert register(options)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def everywhere(model: onnx.ModelProto, feeds: Feeds) -> dict[str, list[np.ndarray]]:
     """The outputs by the native kernels, by the reference bodies in ONNX Runtime, and by ONNX's own evaluator."""
-    plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return {
-        "native": native(model).run(None, dict(feeds)),
+    kernels = {"native": native(model).run(None, dict(feeds))}
+    if ONE_INSTRUCTION_SET:
+        return kernels
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    plain = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return kernels | {
         "body": plain.run(None, dict(feeds)),
         "onnx": ReferenceEvaluator(model).run(None, dict(feeds)),
     }
