@@ -70,7 +70,7 @@ def calibrate(
     graph = source.graph()
     anatomy, positions = find_anatomy(graph), find_positions(graph)
     meters = meters_for(needs, anatomy, source.origin, states, seed)
-    inputs = [gs.Variable(tensor.name, tensor.dtype, _shape(tensor, anatomy)) for tensor in graph.inputs]
+    inputs = [gs.Variable(tensor.name, tensor.dtype, tensor.shape) for tensor in graph.inputs]
     run = in_whole_batches(_runner(graph, anatomy, meters, source.onnx.parent).run, inputs)
     for meter in meters:
         meter.tensors = ()
@@ -101,14 +101,6 @@ def calibrate(
     for meter in meters:
         meter.store(profile)
     return profile
-
-
-def _shape(tensor: gs.Tensor, anatomy: Anatomy) -> list[int | str] | None:
-    """The shape of an input. Where an exporter left a symbol for the head size of a cache, the size replaces it."""
-    sizes = {attention.head_dim for attention in anatomy.attentions}
-    if tensor.name.startswith("past") and tensor.shape and isinstance(tensor.shape[-1], str) and len(sizes) == 1:
-        return [*tensor.shape[:-1], sizes.pop() or tensor.shape[-1]]
-    return tensor.shape
 
 
 def _split(feeds: dict[str, np.ndarray], tokens: int) -> Iterator[dict[str, np.ndarray]]:

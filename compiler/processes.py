@@ -1,11 +1,12 @@
-"""Child processes: describing how one ended, and ending each with the process that started it."""
+"""Child processes: running one, describing how it ended, and ending each with the process that started it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,25 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def run_logged(command: Sequence[str], log: Path, *, env: Mapping[str, str], timeout_s: float | None) -> int:
+    """Run `command`, which ends with this process, and store its output in `log`.
+
+    Args:
+        env: environment variables, in addition to ours.
+
+    Returns:
+        The exit code; a negative one is a signal.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran longer than `timeout_s`, and was killed.
+    """
+    with log.open("wb") as output:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | env,
+            preexec_fn=end_with_parent(), timeout=timeout_s, check=False,
+        ).returncode  # fmt: skip
 
 
 def tail(log: Path) -> str:

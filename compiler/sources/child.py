@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trimtab.compiler.processes import end_with_parent, ending
+from trimtab.compiler.processes import ending, run_logged
 from trimtab.passes.errors import ModelError, TrimtabError
 from trimtab.passes.os_errors import reason, remedy
 
@@ -71,12 +70,7 @@ def run_module(module: str, arguments: Sequence[str], log_file: Path, timeout_s:
     Raises:
         subprocess.TimeoutExpired: it ran longer than `timeout_s`, and was killed.
     """
-    with open(log_file, "wb") as output:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | _QUIET, check=False,
-            preexec_fn=end_with_parent(), timeout=timeout_s,
-        ).returncode  # fmt: skip
+    return run_logged([sys.executable, "-m", module, *arguments], log_file, env=_QUIET, timeout_s=timeout_s)
 
 
 def report(out: Path, work: Callable[[], None]) -> int:

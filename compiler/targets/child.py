@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.compiler.processes import end_with_parent, ending, tail
+from trimtab.compiler.processes import ending, run_logged, tail
 from trimtab.passes.errors import TargetError
 from trimtab.passes.temporary import temporary_folder
 
@@ -43,23 +42,13 @@ def run_child(name: str, job: dict[str, Any], *, timeout_s: float, env: dict[str
     with temporary_folder("build") as scratch:
         job_file, answer_file, log = (scratch / file for file in ("job.json", "answer.json", "log.txt"))
         job_file.write_text(json.dumps(job))
-        with log.open("wb") as output:
-            try:
-                code = subprocess.run(
-                    command(job_file, answer_file),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | env,
-                    preexec_fn=end_with_parent(),
-                    timeout=timeout_s,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired as error:
-                raise TargetError(
-                    f"{name}: gave up building after {timeout_s:g} s{tail(log)}",
-                    hint="allow more time, or narrow the workload",
-                ) from error
+        try:
+            code = run_logged(command(job_file, answer_file), log, env=env, timeout_s=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TargetError(
+                f"{name}: gave up building after {timeout_s:g} s{tail(log)}",
+                hint="allow more time, or narrow the workload",
+            ) from error
         if code or not answer_file.is_file():
             how = ending(code)
             reason = "\n  ".join(["", *reasons(log)]) or tail(log)

@@ -3,6 +3,6 @@
 This is not a pass of recipes: a target applies it at build time, and the build also stores the original graph.
 """
 
-from trimtab.passes.lower.lower import lower, tell_head_dim
+from trimtab.passes.lower.lower import lower
 
-__all__ = ["lower", "tell_head_dim"]
+__all__ = ["lower"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
-from trimtab.passes.anatomy import find_anatomy
+from trimtab.passes.canonicalize.heads import size_caches
 from trimtab.passes.canonicalize.shapes import infer_shapes
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import constant, replace_uses, topological, values
@@ -45,8 +45,8 @@ def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
     if not to_lower:
         return dict(lowered)
     raise_opset(graph, _OPSET)
+    size_caches(graph)
     infer_shapes(graph)
-    tell_head_dim(graph)
     lowering = _Lowering(graph, tokens)
     for node in topological(graph):
         name = _rule(node)
@@ -66,25 +66,6 @@ def lower(graph: gs.Graph, *, tokens: Range | None = None) -> dict[str, int]:
     if not left:
         graph.import_domains = [d for d in graph.import_domains if d.domain != DOMAIN]
     return dict(lowered)
-
-
-def tell_head_dim(graph: gs.Graph) -> None:
-    """Write the width of a head into the inputs of a decoder's cache, where some exporters write only a symbol."""
-    width = None
-    for node in graph.nodes:
-        if node.op != "GroupQueryAttention":
-            continue
-        for past in node.inputs[3:5]:
-            while past.inputs and past.inputs[0].op == "Cast":
-                past = past.inputs[0].inputs[0]
-            if past.shape is not None and any(past is t for t in graph.inputs) and not isinstance(past.shape[-1], int):
-                width = width or _head_dim(graph)
-                past.shape = [*past.shape[:-1], width]
-
-
-def _head_dim(graph: gs.Graph) -> int | None:
-    widths = {attention.head_dim for attention in find_anatomy(graph).attentions}
-    return widths.pop() if len(widths) == 1 else None
 
 
 def _rule(node: gs.Node) -> str | None:
@@ -108,7 +89,6 @@ class _Lowering:
     def __init__(self, graph: gs.Graph, tokens: Range | None) -> None:
         self.graph, self.tokens = graph, tokens
         self._masks: Masks | None = None
-        self._head_dim: int | None = None
         self._rules: dict[str, Callable[[Nodes, gs.Node], list[gs.Tensor | None]]] = {
             **dict.fromkeys(rules(), _of_dialect),
             "GroupQueryAttention": self._attention,
@@ -145,12 +125,7 @@ class _Lowering:
         past = node.inputs[3].shape
         if past is not None and isinstance(past[-1], int) and past[-1] > 0:
             return int(past[-1])
-        if self._head_dim is None:
-            head_dim = _head_dim(self.graph)
-            if head_dim is None:
-                raise ModelError(f"{node.name}: the width of its heads is not known", hint="export the model again")
-            self._head_dim = head_dim
-        return self._head_dim
+        raise ModelError(f"{node.name}: the width of its heads is not known", hint="export the model again")
 
 
 def _of_dialect(nodes: Nodes, node: gs.Node) -> list[gs.Tensor | None]:

@@ -20,7 +20,7 @@ from trimtab.compiler.decoder_cache import step_feeds
 from trimtab.passes import PassContext, pass_class, run_passes
 from trimtab.passes.errors import ModelError
 from trimtab.passes.graph import load_graph, save_graph
-from trimtab.passes.lower import lower, tell_head_dim
+from trimtab.passes.lower import lower
 from trimtab.plugins import DOMAIN
 
 STANDARD = ("", "ai.onnx")
@@ -352,13 +352,6 @@ def test_no_more_blocks_are_kept_than_there_are(keep: int, tmp_path: Path) -> No
     kept = scores >= np.sort(scores)[:, -min(keep, 3), None]
     got = session(found).run(None, {"h": h, "blocks": blocks})[0]
     np.testing.assert_array_equal(got, np.where(np.repeat(kept, 4, axis=1), h, 0))
-
-
-def test_the_width_of_a_head_is_told(tmp_path: Path) -> None:
-    graph = load_graph(exported("llama", "genai"))
-    assert not isinstance(graph.inputs[-1].shape[-1], int)
-    tell_head_dim(graph)
-    assert graph.inputs[-1].shape[-1] == 16
 
 
 def test_what_has_no_standard_form_is_named(tmp_path: Path) -> None:

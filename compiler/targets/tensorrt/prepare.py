@@ -22,7 +22,7 @@ from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.graph import scratch as scratch_file
 from trimtab.passes.graph.io import WeightFile
-from trimtab.passes.lower import lower, tell_head_dim
+from trimtab.passes.lower import lower
 from trimtab.plugins import DOMAIN
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, se
 def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int | None) -> Prepared:
     graph = load_graph(model)
     inputs, outputs = (tuple(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
-    tell_head_dim(graph)
     profiles = profiles_of(graph, workload)  # first, so that a fault of the workload shows before long work
     leaving = exits_in(graph)
     if leaving and segments is not None and segments > 1:
