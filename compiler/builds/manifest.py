@@ -22,7 +22,7 @@ from trimtab.compiler.task import Task
 from trimtab.compiler.workload import Workload
 from trimtab.passes.contract import PassResult
 from trimtab.passes.dials import Dial, Dials, SpeedPoint
-from trimtab.passes.errors import BuildError, ModelError, RecipeError
+from trimtab.passes.errors import BuildError, ModelError, RecipeError, short
 from trimtab.passes.graph.limits import Packed, Positions
 from trimtab.passes.graph.ranges import index_bounds
 from trimtab.passes.os_errors import unreadable
@@ -64,6 +64,16 @@ class TensorInfo(_Model):
     dtype: str
     shape: tuple[Annotated[int, Field(ge=0, le=_MAX_SIZE)] | str | None, ...] | None
     bounds: tuple[int, int] | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            if str(np.dtype(name)) == name:
+                return name
+        except (TypeError, ValueError, SyntaxError):  # NumPy parses some names as Python
+            pass
+        raise ValueError(f"{short(name)!r} is no type of NumPy's")
 
     @classmethod
     def of(cls, tensor: gs.Tensor) -> TensorInfo:

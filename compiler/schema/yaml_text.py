@@ -27,6 +27,9 @@ MAX_VALUES = 10_000
 _TAGS = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 """Types that a recipe may hold: those of JSON. An unquoted date has another type."""
 
+_COLLECTIONS = {"seq": yaml.SequenceNode, "map": yaml.MappingNode}
+"""Type → the form in which it is written; other types are scalars. A tag may claim another form's type."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys, which YAML forbids and PyYAML accepts, and values of other types."""
@@ -35,6 +38,8 @@ class _Loader(yaml.SafeLoader):
         if node.tag not in _TAGS:
             what = f"{short(node.value)!r} is read as" if isinstance(node, yaml.ScalarNode) else "this is"
             raise _fault(f"{what} a {short(node.tag.rsplit(':', 1)[-1])}; put text in quotes", node)
+        if not isinstance(node, _COLLECTIONS.get(_TAGS[node.tag], yaml.ScalarNode)):
+            raise _fault(f"this is no {_TAGS[node.tag]}, though its tag says so", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, KeyError, TypeError, OverflowError) as error:  # the scalar does not match its tag

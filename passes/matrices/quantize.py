@@ -79,7 +79,8 @@ def with_feedback(weight: np.ndarray, bits: int, block: int, moments: np.ndarray
     """
     w = weight.astype(np.float64, copy=True)
     n = len(w)
-    damped = moments.astype(np.float64) + _DAMP * np.mean(np.diag(moments)) * np.eye(n)
+    damp = _DAMP * np.mean(np.diag(moments)) or 1.0  # of inputs that are always 0, any rounding is right
+    damped = moments.astype(np.float64) + damp * np.eye(n)
     root = cholesky(damped, lower=True)
     inverse_root = solve_triangular(root, np.eye(n), lower=True)
     factor = cholesky(inverse_root.T @ inverse_root, lower=False)  # of the inverse: U with UᵀU = H⁻¹

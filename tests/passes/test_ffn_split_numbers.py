@@ -9,8 +9,9 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seeds import seeded
 
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import ModelError, RecipeError
 from trimtab.passes.ffn_split.budget import Budget, Candidate, choose
 from trimtab.passes.ffn_split.plan import Plan
 from trimtab.passes.matrices.forms import pack
@@ -52,6 +53,25 @@ def test_feedback_lowers_the_output_error() -> None:
 def test_feedback_equals_rounding_where_inputs_are_independent() -> None:
     w = np.random.default_rng(2).standard_normal((32, 8)).astype(np.float32)
     np.testing.assert_array_equal(with_feedback(w, 4, 32, np.eye(32)).q, round_to_nearest(w, 4, 32).q)
+
+
+def test_inputs_that_are_always_zero() -> None:
+    """No rounding errs; none fails either."""
+    w = seeded().standard_normal((32, 8)).astype(np.float32)
+    np.testing.assert_array_equal(with_feedback(w, 4, 32, np.zeros((32, 32))).q, round_to_nearest(w, 4, 32).q)
+
+
+@pytest.mark.parametrize("spoil", ["indefinite", "NaN"])
+def test_moments_that_no_samples_have_are_refused(spoil: str) -> None:
+    rng = seeded()
+    w, x, y = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 8), (100, 32), (100, 3)))
+    moments = Moments.of((x,), y)
+    first, second = rng.choice(32, 2, replace=False)
+    moments.cov[first, second] = moments.cov[second, first] = 100 if spoil == "indefinite" else np.nan
+    with pytest.raises(ModelError, match="so large or so small"):
+        moments.solve()
+    with pytest.raises(ModelError, match="so large or so small"):
+        with_feedback(w, 4, 32, moments.cov)
 
 
 def test_fit_block() -> None:
