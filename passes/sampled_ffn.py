@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from trimtab.passes.anatomy import FFN
 from trimtab.passes.anatomy.activation import evaluate
 from trimtab.passes.errors import ProfileError
+from trimtab.passes.matrices.in_range import out_of_range
 from trimtab.passes.profile import FFNStats, Profile
 
 _HELD_OUT = 5  # every fifth state measures errors and is never used in a fit
@@ -155,13 +156,19 @@ class SampledFFN(FFNWeights):
         """Squared error of outputs `y` (without the down bias) on the held-out states, relative to their variance.
 
         Both are weighted by `yardstick`. For layers that share weights, this is the mean of their errors.
+
+        Raises:
+            ModelError: the outputs are so large that their squares overflow.
         """
         errors = []
         for rows in self._held_out_parts():
             dense = self.y_held_out[rows]
             spread = (dense - dense.mean(0)) * self.yardstick
             errors.append(np.square((y[rows] - dense) * self.yardstick).sum() / max(np.square(spread).sum(), 1e-30))
-        return float(np.mean(errors))
+        error = float(np.mean(errors))
+        if not np.isfinite(error):
+            raise out_of_range()
+        return error
 
     def _held_out_parts(self) -> Iterator[slice]:
         """The held-out rows of each layer."""

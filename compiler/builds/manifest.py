@@ -211,6 +211,13 @@ class Manifest(_Model):
     def _usable(cls, recipe: dict[str, Any]) -> dict[str, Any]:
         return recipe | _Recorded.model_validate(recipe).model_dump(mode="json", include={"workload", "calibration"})
 
+    @field_validator("versions")
+    @classmethod
+    def _names_trimtab(cls, versions: dict[str, str]) -> dict[str, str]:
+        if "trimtab" not in versions:
+            raise ValueError("lacks 'trimtab'")
+        return versions
+
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:

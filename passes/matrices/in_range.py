@@ -22,7 +22,12 @@ def in_range() -> Iterator[None]:
     except (np.linalg.LinAlgError, ValueError) as error:  # since NumPy 1.25, the first is one of the second
         if not isinstance(error, np.linalg.LinAlgError) and "NaN" not in str(error):
             raise
-        raise ModelError(
-            "weights or states are so large or so small that a fit to them overflows",
-            hint="look for damaged weights, and calibrate on data to which the model gives usual answers",
-        ) from error
+        raise out_of_range() from error
+
+
+def out_of_range() -> ModelError:
+    """The error of a fit whose numbers overflow."""
+    return ModelError(
+        "weights or states are so large or so small that a fit to them overflows",
+        hint="look for damaged weights, and calibrate on data to which the model gives usual answers",
+    )

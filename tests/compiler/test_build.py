@@ -249,6 +249,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"fingerprint": 3}, "damaged"),
         ({"surprise": 1}, "damaged"),
         ({"tool": "other"}, "damaged"),
+        ({"versions": {"tramtib": "1"}}, "versions: lacks 'trimtab'"),
         ({"inputs": [{"name": "x", "dtype": "{}", "shape": [1]}]}, r"inputs\[0\].dtype: '{}' is no type"),
         ({"outputs": [{"name": "x", "dtype": "f4", "shape": [1]}]}, r"outputs\[0\].dtype: 'f4' is no type"),
         ({"files": {"../x": {"sha256": "", "bytes": 0}}}, "outside the build"),

@@ -76,6 +76,21 @@ def test_an_error_that_is_no_number_is_refused() -> None:
         rewritten("ffn-topk", ffns, [row], [], 0.25)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("name", [*LOSSY, "ffn-split", "ffn-split within a budget"])
+def test_states_beyond_what_numbers_hold_are_refused(name: str, family: str) -> None:
+    """Finite, as a Profile must be, but their products are not."""
+    graph = canonical(zoo.exported(family))
+    profile = profile_of(graph)
+    for key, value in profile.tensors.items():
+        if key.endswith(".states"):
+            profile.tensors[key] = (value * np.float32(1e36)).astype(np.float32)
+    budget = {"budget": {"size": 0.3}} if name.endswith("budget") else {}
+    step = pass_class(name.split(" ")[0]).model_validate(LOSSY.get(name, {}) | budget)
+    with np.errstate(all="ignore"), pytest.raises(PassError, match="so large or so small that a fit"):
+        run_passes(graph, [step], PassContext(profile))
+
+
 def test_the_usual_bound() -> None:
     """In a process of its own: here, models of random weights may lose any amount."""
     code = (
