@@ -26,7 +26,7 @@ from trimtab.plugins.int8_linear import INT8_LINEAR, LARGEST
 _INTEGER_PRODUCTS = frozenset(["ConvInteger", "DynamicQuantizeLSTM", INT8_LINEAR.name, "MatMulInteger", "QAttention"])
 """Ops that quantized products become."""
 
-_INT8_OPS = ("Attention", "Conv", "EmbedLayerNormalization", "Gather", "LSTM", "MatMul")
+INT8_OPS = ("Attention", "Conv", "EmbedLayerNormalization", "Gather", "LSTM", "MatMul")
 """Ops whose weights the quantizer rounds. It writes float32 scales for activations of any type."""
 
 _WHOLE_TENSOR = ("Attention", "Conv", "LSTM")
@@ -78,7 +78,7 @@ class DynamicInt8(Pass):
             graph.nodes = topological(graph)
         leave = (*_WHOLE_TENSOR, "MatMul") if rows else ()
         kept = {id(node) for node in choosing}
-        taken = [n for n in graph.nodes if n.op in _INT8_OPS and n.op not in leave and id(n) not in kept]
+        taken = [n for n in graph.nodes if n.op in INT8_OPS and n.op not in leave and id(n) not in kept]
         own = [(node, output_name_of(node)) for node in taken]
         widen(graph, taken, self.name)
         names |= {node.outputs[0].name: name for node, name in own}  # `widen` gives the nodes new outputs

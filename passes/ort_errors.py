@@ -76,6 +76,7 @@ _PATTERNS = [
         r"Could not find an implementation for (?P<op>\w+)(?:\(\d+\))? node with name '(?P<node>.*?)'",
         "it has no kernel for {where} in the types that it is given", _TYPES,
     ),
+    _Pattern("MLDataType for: (?P<type>.*?) is not currently registered", "it has no {type}", _TYPES),
     _Pattern(r"Opset (?P<v>\d+) is under development", "it does not support opset {v}", _NEWER),
     _Pattern(
         r"Unsupported model IR version: (?P<v>\d+), max supported IR version: (?P<most>\d+)",
@@ -140,6 +141,8 @@ _NOISE = [
     re.compile(pattern)
     for pattern in (
         r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ",
+        r"^Load model from .*? failed: ?",
+        r"^Exception during \w+: ",
         r"This is an invalid model\. |^Invalid model\. ",
         r"^(?:In Node, .*?, |Fatal )?(?:Type )?Error:? (?:in execution: )?",
         r"^.*?Status Message: ",

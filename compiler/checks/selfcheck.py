@@ -64,7 +64,6 @@ def self_check(
     settings = [dials.exact(batch)] + ([dials.feeds(batch), dials.feeds(batch, speed=1.0)] if dials.dials else [])
     with closing(target.open(folder, threads=recipe.threads, shards=recipe.shards)) as runner:
         answers = [runner.run(converted(feeds, inputs) | setting) for setting in settings]
-    # Not through Polygraphy: it would import torch, which takes more memory and time than the check itself.
     compared = [
         measure(dense, each, dims=dims, padded=True, mask=feeds.get("attention_mask"), by_token=token_outputs(graph))
         for each in answers

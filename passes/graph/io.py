@@ -26,6 +26,7 @@ G_LOGGER.severity = G_LOGGER.ERROR  # its warnings about types that numpy lacks 
 _INLINE = 1024  # bytes up to which a tensor stays in the .onnx file: shape inference reads shapes and scalars there
 _HASHING = 4  # weights hashed at a time; each thread uses 1 MB
 _IR_VERSION = 10  # of new graphs: the first version with int4
+_CONSTANTS_ARE_NO_INPUTS = 4  # in files of older versions, each constant is an input too
 
 
 def load_graph(path: Path | str) -> gs.Graph:
@@ -138,6 +139,7 @@ def save_graph(graph: gs.Graph, path: Path | str, *, external: bool = True, weig
     finally:
         for constant, values in zip(constants, stored, strict=True):
             constant._values = values
+    model.ir_version = max(model.ir_version, _CONSTANTS_ARE_NO_INPUTS)
     if graph.ir_version is None:  # a new graph: graphsurgeon would set a version newer than runtimes support
         model.ir_version = max(_IR_VERSION, onnx.helper.find_min_ir_version_for(model.opset_import, True))
     info: ModelInfo | None = vars(graph).get("model_info")  # getattr would return an op

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import zoo
+from seeds import seeded
 
 from trimtab.compiler.checks.compare import compare
 from trimtab.compiler.checks.consistency import batch_consistency
@@ -83,7 +84,7 @@ def test_missing_and_misshapen_outputs(model):
     run, graph = model
     (name,) = (tensor.name for tensor in graph.outputs)
     (gone,) = compare(run, lambda feeds: {"other": np.zeros(1)}, graph, DIMS, rng(), padded=False)
-    assert (gone.output, bool(gone)) == (name, False)
+    assert gone.output == name
     assert "does not have this output" in gone.fault
     (cut,) = compare(run, changed(run, lambda name, value, _: value[:1]), graph, DIMS, rng(), padded=False)
     assert "shape [1," in cut.fault
@@ -98,6 +99,39 @@ def test_errors_by_hand():
     )
     assert (each.max_abs, each.mean_abs, each.relative_l2) == pytest.approx((2, 2 / 3, 2 / 5))
     assert each.cosine == pytest.approx(25 / (5 * np.sqrt(29)))
+
+
+@pytest.mark.parametrize("dtype", [object, "U8", "S8"])
+def test_texts_are_equal_or_a_fault(dtype):
+    """As the class names are that some files answer with, and tokens, of which padding does not count."""
+    graph, random = load_graph(zoo.exported("distilbert")), seeded()
+    answer = {
+        "names": np.array(["cat", "dog", "owl"], dtype)[random.integers(0, 3, 3)],
+        "last_hidden_state": np.array(["a", "b"], dtype)[random.integers(0, 2, (3, 12))],
+    }
+
+    def renamed(name):
+        def run(feeds):
+            where = (feeds["attention_mask"] == 0) if name == "padding" else ...
+            key = "names" if name == "names" else "last_hidden_state"
+            other = answer[key].copy()
+            other[where] = np.array(["x"], dtype)[0]
+            return answer | {key: other}
+
+        return run
+
+    def check(run):
+        workload = Workload(batch=(3, 3, 3), tokens=(12, 12, 12))
+        comparisons, consistency = check_numbers(lambda _: answer, run, graph, workload)
+        assert [each for each in comparisons if each.padded]
+        return list(broken(comparisons, consistency, None, Limits(max_error=0)))
+
+    assert not check(lambda _: answer)
+    for key, says in (("names", "3 of 3 texts"), ("last_hidden_state", "of 36 texts")):
+        failures = check(renamed(key))
+        assert failures and all("texts are not the dense model's" in each for each in failures)
+        assert any(says in each for each in failures)
+    assert not check(renamed("padding"))
 
 
 def test_padded_tokens_do_not_count():

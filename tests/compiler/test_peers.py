@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import zoo
 from onnxruntime.quantization import quantize_dynamic
+from seeds import seeded
 from typer.testing import CliRunner
 
 from trimtab.compiler.builds.build import open_build
@@ -19,8 +20,10 @@ from trimtab.compiler.checks.peers import open_peer, ort_default, peer_model
 from trimtab.compiler.cli.app import app
 from trimtab.compiler.feeds import random_feeds
 from trimtab.compiler.pipeline import compile_model
+from trimtab.passes import PassContext, pass_class, run_passes
+from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.errors import DataError, TargetError
-from trimtab.passes.graph import load_graph
+from trimtab.passes.graph import load_graph, save_graph
 
 RECIPE = {
     "passes": [],
@@ -70,6 +73,20 @@ def test_default_peers_are_onnxruntime_alone_on_the_exported_file(family, tmp_pa
         assert outputs.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(outputs[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_dense_int8_of_a_model_in_half_precision(family, tmp_path):
+    """Whose products the quantizer leaves in float16 with scales in float32, which no runtime opens."""
+    half = tmp_path / "half.onnx"
+    graph = load_graph(zoo.exported(family))
+    run_passes(graph, [Canonicalize(), pass_class("precision")(type="float16")], PassContext())
+    save_graph(graph, half)
+    feeds = random_feeds(load_graph(half), {"batch": 3, "tokens": 9}, seeded(), padded=True)
+    expected, quantized = (open_peer(peer, half, 1)(feeds) for peer in ("dense-fp32", "dense-int8"))
+    assert expected.keys() == quantized.keys()
+    for name, value in expected.items():
+        assert 0 < relative_l2(value.astype(np.float64), quantized[name].astype(np.float64)) < 0.2, name
 
 
 def test_a_file_that_quantize_dynamic_refuses_is_named(monkeypatch):

@@ -70,6 +70,34 @@ def test_by_rows_a_sample_is_answered_as_alone(family: str, tmp_path: Path) -> N
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6 * np.abs(together).max())
 
 
+@pytest.mark.parametrize("scales", PRODUCTS)
+def test_a_file_of_an_old_format_whose_weights_are_inputs_too(scales: str, tmp_path: Path) -> None:
+    """As files of IR version 3 must have it. The quantizer finds such weights in files of later versions alone."""
+    rng = seeded()
+    inner, outer = (int(size) for size in rng.integers(20, 90, 2))
+    weights = {"w": (inner, outer), "bias": (outer,), "v": (outer, inner)}
+    shapes = {"x": ["batch", inner], **{name: list(shape) for name, shape in weights.items()}}
+    proto = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w"], ["a"]),
+            onnx.helper.make_node("Add", ["a", "bias"], ["b"]),
+            onnx.helper.make_node("Relu", ["b"], ["c"]),
+            onnx.helper.make_node("MatMul", ["c", "v"], ["y"]),
+        ],
+        "old",
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", inner])],
+        [onnx.numpy_helper.from_array(rng.standard_normal(shape, np.float32), name) for name, shape in weights.items()],
+    )
+    path = tmp_path / "old.onnx"
+    onnx.save(onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", 7)], ir_version=3), path)
+    _, result = quantized(path, tmp_path / "int8.onnx", scales)
+    assert result.changed == 2
+    feeds = {"x": rng.standard_normal((5, inner), np.float32)}
+    dense, ours = answers(path, feeds), answers(tmp_path / "int8.onnx", feeds)
+    assert 0 < np.linalg.norm(ours - dense) / np.linalg.norm(dense) < 0.1
+
+
 def test_by_rows_behind_unpad_padding_and_company_change_nothing(tmp_path: Path) -> None:
     """And a batch may be empty, as it is once all samples have left."""
     graph, rng = load_graph(zoo.exported("bert")), seeded()

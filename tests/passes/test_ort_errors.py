@@ -72,6 +72,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: unary("Erf", "deep/erf", (TensorProto.INT32, ["b"])),
         r"node 'deep/erf' \(Erf\) does not take tensor\(int32\)",
     ),
+    "a type that it lacks": (lambda: unary("Identity", "n", (TensorProto.COMPLEX64, ["b"])), "no tensor.complex64"),
     "two types": (
         lambda: graph(
             [helper.make_node("Add", ["x", "k"], ["y"], name="plus")],

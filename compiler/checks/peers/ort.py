@@ -11,7 +11,11 @@ from trimtab.compiler.checks.peers.model import PeerModel
 from trimtab.compiler.feeds import Run
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.sessions import OnnxRuntimeRunner, session_options
-from trimtab.passes.dynamic_int8 import quantize_file
+from trimtab.passes.canonicalize.shapes import infer_shapes
+from trimtab.passes.dynamic_int8 import INT8_OPS, quantize_file
+from trimtab.passes.graph.io import load_graph, save_graph
+from trimtab.passes.graph.widen import widen
+from trimtab.passes.temporary import temporary_folder
 
 
 def dense_fp32(model: PeerModel, threads: int) -> Run:
@@ -31,5 +35,16 @@ def _open(path: Path, threads: int) -> Run:
 def quantized(dense: Path) -> Path:
     """The dense model through onnxruntime.quantization.quantize_dynamic; made once and stored in the cache."""
     saturates = get_target("onnxruntime").probe().saturates
-    parts = (onnxruntime.__version__, str(saturates))
-    return cached_model("dense-int8", dense, parts, lambda out: quantize_file(dense, out, reduce_range=saturates))
+    parts = (onnxruntime.__version__, str(saturates), "half")
+    return cached_model("dense-int8", dense, parts, lambda out: _quantize(dense, out, saturates))
+
+
+def _quantize(dense: Path, out: Path, saturates: bool) -> None:
+    """Products in half precision become float32 before, as in the pass dynamic-int8: the quantizer takes no others."""
+    graph = load_graph(dense)
+    infer_shapes(graph)
+    with temporary_folder("int8") as folder:
+        products = [node for node in graph.nodes if node.op in INT8_OPS or node.op == "Gemm"]  # it becomes a MatMul
+        if widen(graph, products, "dense-int8"):
+            save_graph(graph, dense := folder / "model.onnx")
+        quantize_file(dense, out, reduce_range=saturates)
