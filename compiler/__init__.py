@@ -39,11 +39,17 @@ def inspect_model(model: Source | Path | str, *, tokens: int = 128, allow_pickle
     Args:
         tokens: sequence length at which attention is counted.
         allow_pickle: read pickled weights, which can run code of their author.
+
+    Raises:
+        ModelError: `model` cannot be read.
+        InputError: `tokens` is not an integer of at least 1.
     """
+    from trimtab.compiler.counts import check_count
     from trimtab.compiler.inspect import describe
     from trimtab.compiler.sources import Source, open_source
     from trimtab.passes.anatomy import find_anatomy
 
+    check_count("tokens", tokens)
     source = model if isinstance(model, Source) else open_source(model, allow_pickle=allow_pickle)
     return describe(find_anatomy(source.graph()), tokens=tokens)
 

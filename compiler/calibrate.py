@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from trimtab.compiler.counts import check_count
 from trimtab.compiler.data import Dataset, batches
 from trimtab.compiler.fixed_shapes import in_whole_batches
 from trimtab.compiler.memory import give_back, resident_bytes
@@ -65,7 +66,11 @@ def calibrate(
     Raises:
         ModelError: the model has no part that `needs` measures, does not run, or has activations that are not finite.
         DataError: the data do not fit the model's inputs.
+        InputError: a number of samples, of tokens or of rows is not an integer of at least 1.
     """
+    wanted = {"samples": samples, "batch_size": batch_size, "max_tokens": max_tokens, "states": states}
+    for name, number in wanted.items():
+        check_count(name, number)
     before = resident_bytes()
     graph = source.graph()
     anatomy, positions = find_anatomy(graph), find_positions(graph)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from numbers import Integral
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from trimtab.passes.errors import InputError, RecipeError
+from trimtab.compiler.counts import check_count
+from trimtab.passes.errors import RecipeError
 
 MAX_THREADS = 1024
 """Maximum of CPU threads of one run; no machine gains from more. ONNX Runtime starts as many threads as it is asked
@@ -24,13 +24,9 @@ def check_threads(threads: int | None, name: str = "threads") -> None:
     Raises:
         InputError: `threads` is not an integer from 1 to `MAX_THREADS`.
     """
-    if threads is None:
-        return
-    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
-        raise InputError(
-            f"{name} is {threads!r}, not an integer from 1 to {MAX_THREADS}",
-            hint="give at most the number of cores, or remove it: the runtime chooses",
-        )
+    if threads is not None:
+        hint = "give at most the number of cores, or remove it: the runtime chooses"
+        check_count(name, threads, maximum=MAX_THREADS, hint=hint)
 
 
 class EngineOptions(BaseModel):

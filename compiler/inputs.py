@@ -36,11 +36,15 @@ def check_inputs(
         InputError: names the input and what the engine takes.
     """
     names = [tensor.name for tensor in specs]
+    if not isinstance(feeds, Mapping):
+        raise InputError(
+            f"inputs is of type {type(feeds).__name__}, not a mapping", hint="give inputs={name: numpy array}"
+        )
     for name in feeds:
         if name not in names:
             from trimtab.compiler.schema.explain import suggest
 
-            raise InputError(f"unknown input {name!r}", hint=suggest(name, names, "the engine takes"))
+            raise InputError(f"unknown input {name!r}", hint=suggest(str(name), names, "the engine takes"))
     sizes: dict[str, tuple[int, str]] = {}
     for tensor in specs:
         if tensor.name not in feeds:
@@ -148,7 +152,8 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
 
 
 def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:
-    """Refuse inputs that do not match `input_ids` where the names of the graph's axes do not show the mismatch.
+    """Refuse texts of no tokens, and inputs that do not match `input_ids` where the names of the graph's axes do not
+    show the mismatch.
 
     One row of types or positions is broadcast to the whole batch. A mask has one row per text, and at least as many
     columns as the ids; further columns are a past. The mask of a decoder with an encoder may be the encoder's mask, of
@@ -157,6 +162,8 @@ def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:
     ids = feeds.get("input_ids")
     if ids is None or ids.ndim != 2:
         return
+    if len(ids) and not ids.shape[1]:
+        raise InputError(f"input 'input_ids' has texts of 0 tokens: {list(ids.shape)}", hint="give each text a token")
     for name in _PER_TOKEN:
         array = feeds.get(name)
         if array is None or array.ndim != 2:

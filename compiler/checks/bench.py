@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from trimtab.compiler.checks.peers.same_target import dense_engine
 from trimtab.compiler.checks.speed import COMPILED, KEYS, Bench, TimedRun, speedups, this_machine
 from trimtab.compiler.checks.timing import REST_S, interleave
 from trimtab.compiler.engine import load
+from trimtab.compiler.engine_options import check_threads
 from trimtab.compiler.feeds import Run, converting, random_feeds
 from trimtab.compiler.inputs import check_sizes
 from trimtab.compiler.progress import Progress
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import RecipeError
+from trimtab.passes.errors import InputError, RecipeError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.positions import find_positions
 
@@ -70,6 +72,9 @@ def bench(
     """
     decoder = decodes(build)
     check_peers(peers, DECODER_PEERS)  # all checks come before minutes of work
+    check_threads(threads)
+    if not 0 <= seconds < inf:
+        raise InputError(f"seconds is {seconds}", hint="give the seconds that each shape is timed, such as 10")
     if decoder:
         shapes = shapes or [usual_prompt(build)]
     others = other_engines(build, peers, shapes or (), gguf, llama_python)

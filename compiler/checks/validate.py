@@ -24,6 +24,7 @@ from trimtab.compiler.checks.peer_quality import peer_qualities, quality_rows, r
 from trimtab.compiler.checks.peers import open_peer, peer_model
 from trimtab.compiler.checks.quality import Quality
 from trimtab.compiler.checks.task import check_labels, check_quality
+from trimtab.compiler.counts import check_count
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.engine import load
@@ -155,6 +156,8 @@ def validate(
     if data is None and (limits.min_quality is not None or limits.max_drop is not None):
         raise DataError("a limit on quality needs data to measure it on", hint="give held-out data with --data")
     require_data(peers, data)
+    if samples is not None:
+        check_count("samples", samples)
     setting = build.manifest.all_dials.values(dials, speed)  # refuses an impossible setting, too
     dataset = read_data(data) if data else None  # refuse bad data before minutes of work
     forms = peer_model(build, dense=dense, data=peer_data)

@@ -61,7 +61,8 @@ class Tokenizer:
         limits = [limit for limit in (max_tokens, self.max_tokens, width) if limit is not None]
         special = self._encoder.special_tokens(any(isinstance(text, tuple) for text in checked))
         rows = self._encoder.encode(checked, min((checked_limit(limit, special) for limit in limits), default=None))
-        shape = (len(rows), width or max((len(row.ids) for row in rows), default=0))
+        # No texts have one token each, not none: engines take batches of no rows, but no rows of no tokens.
+        shape = (len(rows), width or max((len(row.ids) for row in rows), default=1))
         ids, mask, types = np.full(shape, self.pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for i, row in enumerate(rows):
             filled = slice(len(row.ids))

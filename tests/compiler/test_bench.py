@@ -27,7 +27,7 @@ from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.targets import get_target
 from trimtab.compiler.targets.tensorrt.info import EngineInfo
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import RecipeError, TargetError
+from trimtab.passes.errors import InputError, RecipeError, TargetError
 from trimtab.passes.graph import load_graph
 from trimtab.plugins.driver import gpu_present
 
@@ -107,6 +107,9 @@ def test_speedups_over_shapes_are_geometric_means_and_may_be_unknown():
 
 
 def test_bench_times_every_engine_at_every_shape(build):
+    for wrong, says in (({"seconds": -1.0}, "seconds is -1"), ({"threads": 0}, "threads is 0, not an integer from 1")):
+        with pytest.raises(InputError, match=says):
+            bench(build, **wrong)
     found = bench(build, seconds=0)
     assert [(run.name, run.batch, run.tokens) for run in found.runs] == [
         (name, batch, 12) for batch in (1, 2) for name in ("compiled", "dense-fp32", "dense-int8")

@@ -17,7 +17,7 @@ from trimtab.compiler.calibrate import calibrate
 from trimtab.compiler.data import Dataset, read_data
 from trimtab.compiler.meters import Reservoir
 from trimtab.compiler.sources import Source
-from trimtab.passes.errors import DataError, ModelError
+from trimtab.passes.errors import DataError, InputError, ModelError
 from trimtab.passes.graph import constant, save_graph
 from trimtab.passes.profile import Profile
 
@@ -203,6 +203,14 @@ def test_activations_that_are_not_finite_name_the_layer(
     source = with_tokenizer(model(tmp_path / "m.onnx", arrays), word_tokenizer)
     with pytest.raises(ModelError, match=r"layer 1 FFN: .*NaN or Inf"):
         calibrate(source, texts)
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 2.5, "8", True])
+@pytest.mark.parametrize("name", ["samples", "batch_size", "max_tokens", "states"])
+def test_counts_of_nothing(tmp_path: Path, word_tokenizer: Path, texts: Dataset, name: str, wrong: Any) -> None:
+    source = with_tokenizer(model(tmp_path / "m.onnx", weights()), word_tokenizer)
+    with pytest.raises(InputError, match=f"{name} is {wrong!r}, not an integer of at least 1"):
+        calibrate(source, texts, **{name: wrong})
 
 
 def test_a_model_without_ffn(tmp_path: Path) -> None:

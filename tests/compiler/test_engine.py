@@ -56,9 +56,14 @@ def test_it_says_what_it_takes(engine: Engine) -> None:
         ({"input_ids": [[1, 2]]}, "is a list, not a numpy array"),
         ({"input_ids": tiny.ids(1, 8).astype(np.int32)}, "is int32, the engine takes int64"),
         ({"input_ids": tiny.ids(1, 8)[0]}, r"shape \[8\], the engine takes \[batch, tokens\]"),
+        ({"input_ids": tiny.ids(3, 8)[:, :0]}, r"has texts of 0 tokens: \[3, 0\]"),
+        ({1: tiny.ids(1, 8)}, "unknown input 1"),
+        (None, "inputs is of type NoneType, not a mapping"),
+        ([tiny.ids(1, 8)], "inputs is of type list, not a mapping"),
+        ({"input_ids"}, "inputs is of type set, not a mapping"),
     ],
 )
-def test_inputs_it_does_not_take(engine: Engine, inputs: dict[str, Any], said: str) -> None:
+def test_inputs_it_does_not_take(engine: Engine, inputs: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         engine.run(inputs)
 

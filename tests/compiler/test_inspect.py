@@ -6,17 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import tiny
 import zoo
 
+from trimtab.compiler import inspect_model
 from trimtab.compiler.inspect import cost_rows, describe, gain_lines, summary
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.contract import PassContext
+from trimtab.passes.errors import InputError
 from trimtab.passes.graph import load_graph
 
 
@@ -108,6 +112,12 @@ def test_what_is_not_recognised_is_said(tmp_path: Path) -> None:
     report = json.loads(run("inspect", tmp_path / "model.onnx", "--json").stdout)
     assert report["unrecognized"][0]["where"] == "the scale"
     assert report["head"] is None
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "8", None])
+def test_counts_of_no_tokens(tmp_path: Path, tokens: Any) -> None:
+    with pytest.raises(InputError, match="not an integer of at least 1"):
+        inspect_model(tiny.model(tmp_path / "model.onnx"), tokens=tokens)
 
 
 def test_bad_input(tmp_path: Path) -> None:

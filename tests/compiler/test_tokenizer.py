@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zoo
 
 from trimtab.compiler.data.tokenizer import load_tokenizer
+from trimtab.compiler.targets.sessions import OnnxRuntimeRunner
 from trimtab.passes.errors import ModelError
 
 
@@ -25,6 +27,14 @@ def test_rows_are_filled_up_on_the_right_and_cut(word_tokenizer: Path) -> None:
     assert tokenizer.encode(["w3 w4 w5"], 2)["input_ids"].tolist() == [[5, 6]]
     assert tokenizer.encode(["w3 w4 w5 w6 w7"], 100)["input_ids"].shape == (1, 4)
     assert load_tokenizer(word_tokenizer).encode(["w3 " * 50])["input_ids"].shape == (1, 50)
+
+
+def test_no_texts_are_a_batch_that_an_engine_takes(tmp_path: Path, word_tokenizer: Path) -> None:
+    batch = load_tokenizer(word_tokenizer).encode([])
+    assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(batch, (0, 1))
+    run = OnnxRuntimeRunner(zoo.exported("bert"))
+    (output,) = run.run({name: batch[name] for name in run.inputs}).values()
+    assert output.shape[0] == 0
 
 
 @pytest.mark.parametrize(("settings", "config", "pad"), [

@@ -18,7 +18,7 @@ from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.pipeline import compile_model
 from trimtab.compiler.sources import Source
 from trimtab.compiler.workload import Workload
-from trimtab.passes.errors import DataError, RecipeError, TargetError
+from trimtab.passes.errors import DataError, InputError, RecipeError, TargetError
 from trimtab.passes.graph import insert, load_graph, rename_output, save_graph
 
 WORKLOAD = {"batch": [1, 3, 6], "tokens": [8, 12, 24]}
@@ -91,6 +91,8 @@ def test_a_build_without_passes_is_its_dense_model(build, data):
 
 
 def test_what_was_found_is_recorded(build, data):
+    with pytest.raises(InputError, match="samples is 0, not an integer of at least 1"):
+        validate(build, data=data, samples=0)
     validate(build, data=data, samples=20, limits=Limits(max_error=1e-4))
     kept = open_build(build.path).measured.quality
     assert kept["passed"] is True
