@@ -34,7 +34,7 @@ from trimtab.compiler.profile_cache import measured_profile, profile_digest
 from trimtab.compiler.profile_choice import ProfileChoice, choose_profile
 from trimtab.compiler.progress import Progress
 from trimtab.compiler.recipe import Recipe, load_recipe
-from trimtab.compiler.sources import Source, open_source
+from trimtab.compiler.sources import Source, model_path, open_source
 from trimtab.compiler.sources.folder import TOKENIZER_FILES
 from trimtab.compiler.sources.source import ModelHashes
 from trimtab.compiler.targets import get_target
@@ -95,6 +95,8 @@ def compile_model(
     """
     original_recipe = recipe
     recipe = load_recipe(recipe)
+    if not isinstance(model, Source):
+        model_path(model)  # refuses a wrong path before it asks for data
     overrides = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
     if overrides:
         recipe = load_recipe(dict(recipe) | overrides)

@@ -73,6 +73,21 @@ def _disks(place: Path | str | bytes | None) -> str:
     return f"in {folder}" if same else f"in {folder}, or in {temporary} (TMPDIR)"
 
 
+def no_file(path: Path | str, kind: type[TrimtabError], what: str = "file", *, hint: str | None = None) -> TrimtabError:
+    """The error of a path where a file should be, and is none.
+
+    Args:
+        what: what the file should hold, such as "recipe".
+    """
+    if os.path.isdir(path):
+        return kind(f"{path}: is a directory, not a {what}", hint=hint)
+    if os.path.exists(path):
+        return kind(f"{path}: is a device or a pipe, not a {what}", hint="write its content to a file, and give that")
+    if os.path.islink(path):
+        return kind(f"{path}: is a link to {os.readlink(path)}, where there is no {what}", hint=hint)
+    return kind(f"{path}: no such {what}", hint=hint)
+
+
 def unreadable(path: Path | str, error: OSError, kind: type[TrimtabError]) -> TrimtabError:
     """The error of a file that the system refuses to read."""
     return kind(f"{path}: cannot be read ({reason(error)})", hint=remedy(error))

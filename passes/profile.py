@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trimtab.passes.errors import ProfileError
-from trimtab.passes.os_errors import check_readable, reason, remedy
+from trimtab.passes.os_errors import check_readable, no_file, reason, remedy
 from trimtab.passes.profile_schema import check_tensors
 
 FORMAT = 1
@@ -265,7 +265,7 @@ def read_info(path: Path | str) -> ProfileInfo:
 def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
     """Open the file of a Profile, to read tensors from it."""
     if not path.is_file():
-        raise ProfileError(f"{path}: no such profile", hint="make one with `trimtab calibrate`")
+        raise no_file(path, ProfileError, "profile", hint="make one with `trimtab calibrate`")
     check_readable(path, ProfileError)
     try:
         with safe_open(path, framework="numpy") as file:

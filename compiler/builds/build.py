@@ -275,7 +275,8 @@ def _open_directory(folder: Path) -> int:
     deadline = time.monotonic() + _ABSENT_S
     while (handle := _handle(folder)) is None:
         if not _is_being_replaced(folder):
-            raise BuildError(f"{folder}: no such build directory", hint="make one with `trimtab compile`")
+            problem = "is a file, not a build directory" if os.path.exists(folder) else "no such build directory"
+            raise BuildError(f"{folder}: {problem}", hint="make one with `trimtab compile`")
         if time.monotonic() > deadline:
             raise BuildError(
                 f"{folder}: absent, because a compile ended while it replaced the build", hint="compile it again"

@@ -144,12 +144,18 @@ def record(
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuse to write a build over anything but a build or an empty directory."""
+    """Refuse to write a build over anything but a build or an empty directory, and into another build."""
     hint = "choose another directory, or remove this one yourself"
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out}: exists and is not a directory", hint=hint)
     if out.is_dir() and any(out.iterdir()) and not is_build(out):
         raise BuildError(f"{out}: exists and is not a build, so it is left alone", hint=hint)
+    outer = next((folder for folder in out.parents if is_build(folder)), None)
+    if outer is not None:
+        raise BuildError(
+            f"{out}: lies inside the build {outer}, and would be gone as soon as that is compiled again",
+            hint="choose a directory outside of it",
+        )
 
 
 def _check_writable(out: Path) -> None:

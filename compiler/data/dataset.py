@@ -37,7 +37,7 @@ from trimtab.passes.errors import DataError, InputError, ModelError, short
 from trimtab.passes.graph import load_graph
 from trimtab.passes.graph.limits import Positions
 from trimtab.passes.graph.ranges import packed_mask
-from trimtab.passes.os_errors import unreadable
+from trimtab.passes.os_errors import no_file, unreadable
 
 if TYPE_CHECKING:
     from trimtab.compiler.sources import Source
@@ -113,7 +113,7 @@ def read_data(path: Path | str) -> Dataset:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file", hint="give a .txt, .jsonl, .tsv or .npz file")
+        raise no_file(path, DataError, hint="give a .txt, .jsonl, .tsv or .npz file")
     if path.suffix.lower() == ".npz":
         return _read_arrays(path)
     digest = hashlib.sha256()

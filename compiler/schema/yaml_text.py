@@ -13,7 +13,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from trimtab.passes.errors import RecipeError, short
-from trimtab.passes.os_errors import unreadable
+from trimtab.passes.os_errors import no_file, unreadable
 
 MAX_BYTES = 100_000
 """Maximum size of a recipe. Recipes of the examples have 1 KB."""
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             the line.
     """
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe", hint="give a YAML file, or no recipe for the default one")
+        raise no_file(path, RecipeError, "recipe", hint="give a YAML file, or no recipe for the default one")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

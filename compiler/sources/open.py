@@ -13,6 +13,7 @@ from trimtab.compiler.sources.source import Source
 from trimtab.compiler.sources.trial import try_out
 from trimtab.compiler.task import UNKNOWN
 from trimtab.passes.errors import ModelError
+from trimtab.passes.os_errors import no_file
 
 _ACCEPTED = (
     "give a Hugging Face directory (config.json and *.safetensors), an ONNX or GGUF file, or a directory with "
@@ -31,20 +32,29 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> Source:
     Raises:
         ModelError: `model` is not a model, is damaged, or cannot be exported; says why.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if is_checkpoint(path):
-            return _open_checkpoint(path, allow_pickle)
-        if (file := onnx_file(path)) is not None:
-            return _open_onnx(file, path)
-        raise ModelError(f"{path}: no model in this directory", hint=_ACCEPTED)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file or directory", hint=_ACCEPTED)
+    path = model_path(model)
     if is_gguf(path):
         return replace(_open_checkpoint(unpacked(path), allow_pickle=False), origin=str(path), kind="gguf")
-    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+    if is_checkpoint(path):
+        return _open_checkpoint(path, allow_pickle)
+    return _open_onnx(onnx_file(path) or path, path)
+
+
+def model_path(model: str | Path) -> Path:
+    """The path of a model, which is there and of a known kind. It is not read: callers know early that it is wrong.
+
+    Raises:
+        ModelError: there is no model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not is_checkpoint(path) and onnx_file(path) is None:
+            raise ModelError(f"{path}: no model in this directory", hint=_ACCEPTED)
+    elif not path.is_file():
+        raise no_file(path, ModelError, "file or directory", hint=_ACCEPTED)
+    elif path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         raise ModelError(f"{path}: weights alone, without the model they belong to", hint=_ACCEPTED)
-    return _open_onnx(path, path)
+    return path
 
 
 def _open_checkpoint(folder: Path, allow_pickle: bool) -> Source:

@@ -20,7 +20,7 @@ from trimtab.passes.graph.order import topological
 from trimtab.passes.graph.weights import ExternalValues, append, fingerprint, is_packed, stored_bytes
 from trimtab.passes.graph.wellformed import check_model
 from trimtab.passes.hashing import hash_bytes
-from trimtab.passes.os_errors import check_readable
+from trimtab.passes.os_errors import check_readable, no_file
 
 G_LOGGER.severity = G_LOGGER.ERROR  # its warnings about types that numpy lacks go to stdout, which carries our results
 _INLINE = 1024  # bytes up to which a tensor stays in the .onnx file: shape inference reads shapes and scalars there
@@ -38,7 +38,7 @@ def load_graph(path: Path | str) -> gs.Graph:
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+        raise no_file(path, ModelError, hint="give an ONNX file")
     check_readable(path, ModelError)
     hint = "export the model again"
     try:

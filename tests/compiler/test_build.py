@@ -264,7 +264,22 @@ def test_manifests_that_cannot_be_trusted(tmp_path: Path, change: dict[str, Any]
         open_build(tmp_path / "build")
 
 
+@pytest.mark.parametrize("inner", ["sub", "model/sub", "a/b/c"])
+def test_a_build_inside_a_build_is_refused(tmp_path: Path, inner: str) -> None:
+    """The next compile of the outer one would remove it, without a word."""
+    outer = write(tmp_path / "build")
+    (tmp_path / "link").symlink_to(outer.path)
+    for place in (outer.path, tmp_path / "link"):
+        with pytest.raises(BuildError, match="lies inside the build "):
+            write(place / inner)
+    assert open_build(outer.path).hash == outer.hash and not (outer.path / inner).exists()
+    assert sorted(path.name for path in outer.path.iterdir() if path.name.startswith(".")) == []
+
+
 def test_no_build(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no build")
+    with pytest.raises(BuildError, match="file: is a file, not a build directory"):
+        open_build(tmp_path / "file")
     with pytest.raises(BuildError, match="no such build directory"):
         open_build(tmp_path / "none")
     with pytest.raises(BuildError, match="not a build"):

@@ -84,6 +84,8 @@ def test_json_is_nothing_but_json() -> None:
     [
         (["model.onnx", "dampen.yaml", "-o", "build"], "--data FILE"),
         (["none.onnx", "plain.yaml", "-o", "build"], "none.onnx: no such file"),
+        (["none.onnx", "dampen.yaml", "-o", "build"], "none.onnx: no such file"),  # before it asks for data
+        (["model.onnx", ".", "-o", "build"], ".: is a directory, not a recipe"),
         (["data.npz", "plain.yaml", "-o", "build"], "data.npz: not an ONNX file"),
         (["model.onnx", "none.yaml", "-o", "build"], "none.yaml: no such recipe"),
         (["model.onnx", "plain.yaml", "-o", "model.onnx/build"], "cannot write the build"),

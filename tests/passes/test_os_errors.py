@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from trimtab.compiler.data import read_data
 from trimtab.compiler.data.textfile import read_texts
 from trimtab.compiler.schema.yaml_text import read_yaml
+from trimtab.compiler.sources import open_source
 from trimtab.passes.errors import ModelError, ProfileError, TrimtabError
 from trimtab.passes.graph import load_graph
 from trimtab.passes.os_errors import blames, check_readable, reason, remedy
@@ -78,6 +79,19 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
     monkeypatch.undo()
     assert "permissions" in str(caught.value.hint)
     check_readable(tmp_path / next(tmp_path.iterdir()), ModelError)
+
+
+@pytest.mark.parametrize("read", [load_graph, Profile.load, read_yaml, read_data, open_source])
+def test_a_path_that_is_no_file_says_what_it_is(read: object, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    paths = {"none": "no such ", "link": "is a link to .*gone, where there is no ", "pipe": "is a device or a pipe"}
+    paths |= {"folder": "no model in this directory" if read is open_source else "is a directory, not a "}
+    for name, says in paths.items():
+        with pytest.raises(TrimtabError, match=f"{name}: {says}") as caught:
+            read(tmp_path / name)  # type: ignore[operator]
+        assert caught.value.hint
 
 
 def test_a_profile_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

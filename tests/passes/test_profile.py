@@ -67,8 +67,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         bad.write_bytes(content)
         with pytest.raises(ProfileError, match="bad"):
             Profile.load(bad)
-    for missing in (tmp_path / "none", tmp_path):
-        with pytest.raises(ProfileError, match="no such profile"):
+    for missing, says in ((tmp_path / "none", "no such profile"), (tmp_path, "is a directory, not a profile")):
+        with pytest.raises(ProfileError, match=says):
             Profile.load(missing)
 
 

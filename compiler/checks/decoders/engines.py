@@ -13,6 +13,7 @@ from trimtab.compiler.checks.decoders.genai import PACKAGE, genai_model
 from trimtab.compiler.checks.decoders.timing import Start
 from trimtab.compiler.sources.gguf import is_gguf
 from trimtab.passes.errors import TargetError
+from trimtab.passes.os_errors import no_file
 
 GENAI, LLAMA = "genai-int4", "llama.cpp"
 
@@ -77,7 +78,7 @@ class OtherEngines:
     def _llama_file(self) -> Path:
         if self.gguf is not None:
             if not self.gguf.is_file():
-                raise TargetError(f"--gguf: there is no file {self.gguf}", hint="give a GGUF file of the same model")
+                raise no_file(self.gguf, TargetError, hint="give a GGUF file of the same model")
             if not is_gguf(self.gguf):
                 raise TargetError(f"--gguf: {self.gguf} is no GGUF file", hint="give a file that ends in .gguf")
             return self.gguf
