@@ -35,7 +35,7 @@ def _open(path: Path, threads: int) -> Run:
 def quantized(dense: Path) -> Path:
     """The dense model through onnxruntime.quantization.quantize_dynamic; made once and stored in the cache."""
     saturates = get_target("onnxruntime").probe().saturates
-    parts = (onnxruntime.__version__, str(saturates), "half")
+    parts = (onnxruntime.__version__, str(saturates), "half")  # "half": earlier files have no products of such models
     return cached_model("dense-int8", dense, parts, lambda out: _quantize(dense, out, saturates))
 
 
