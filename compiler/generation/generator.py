@@ -7,6 +7,7 @@ from contextlib import closing
 
 import numpy as np
 
+from trimtab.compiler.counts import check_count
 from trimtab.compiler.generation.sampling import Sampling
 from trimtab.compiler.targets.base import Runner, Steps
 from trimtab.passes.errors import InputError
@@ -43,11 +44,10 @@ def generate(
 
     Raises:
         InputError: there are no prompts; a prompt is no list of tokens, is empty, leaves no room for an answer in the
-            context, or has tokens outside the vocabulary; or `max_new_tokens` is less than 1.
+            context, or has tokens outside the vocabulary; or `max_new_tokens` is no number of tokens.
     """
     _check(prompts, vocabulary)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}", hint="give at least 1")
+    check_count("max_new_tokens", max_new_tokens)
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
         raise InputError("a prompt has no tokens", hint="give at least one")

@@ -230,9 +230,9 @@ def test_prompts_that_are_none(prompts: Any, says: str) -> None:
         next(generate(SimpleNamespace(), prompts, max_new_tokens=4, vocabulary=50))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_no_tokens_to_generate(count: int) -> None:
-    with pytest.raises(InputError, match=f"max_new_tokens is {count}"):
+@pytest.mark.parametrize("count", [0, -3, 1.5, "4", None])
+def test_no_tokens_to_generate(count: Any) -> None:
+    with pytest.raises(InputError, match=f"max_new_tokens is {count!r}, not an integer of at least 1"):
         next(generate(SimpleNamespace(), [[3]], max_new_tokens=count))  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ CARRIED = {
         *_COMMON,
         _SESSION,
         *_TOKENIZER,
+        "trimtab.compiler.counts",
         "trimtab.compiler.generation.generator",
         "trimtab.compiler.generation.sampling",
         "trimtab.compiler.generation.text",

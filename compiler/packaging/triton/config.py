@@ -17,7 +17,7 @@ WARMUP = "warmup"
 _TYPES = {
     "float64": "FP64", "float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "bool": "BOOL",
     **{f"{sign}int{bits}": f"{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
-    "bytes": "STRING",
+    "object": "STRING",
 }  # fmt: skip
 
 

@@ -140,17 +140,17 @@ class Models:
             "least_batch": workload["batch"][0] if on_engine else 1,
         }
         self._write_python("front", version, settings)
-        inputs, optional = [_info("TEXT", "bytes", 1)], []
+        inputs, optional = [_info("TEXT", "object", 1)], []
         probabilities = _info("PROBABILITIES", "float32", width)
         if task.kind in ("embedding", "states"):
             outputs = [_info("EMBEDDING", "float32", width)]
         else:
             outputs = {
-                "classes": [_info("LABEL", "bytes", 1), probabilities],
-                "labels": [_info("LABELS", "bytes", 1), probabilities],
+                "classes": [_info("LABEL", "object", 1), probabilities],
+                "labels": [_info("LABELS", "object", 1), probabilities],
                 "score": [_info("SCORE", "float32", width)],
             }[task.kind]
-            inputs, optional = [*inputs, _info("TEXT_PAIR", "bytes", 1)], ["TEXT_PAIR"]
+            inputs, optional = [*inputs, _info("TEXT_PAIR", "object", 1)], ["TEXT_PAIR"]
         dials = [name.upper() for name in self._dial_inputs()]
         inputs, optional = [*inputs, *(_info(name, "float32", 1) for name in dials)], [*optional, *dials]
         config = configs.model_config(
@@ -196,13 +196,13 @@ class Models:
         }  # fmt: skip
         self._write_python("generate", version, settings)
         inputs = [
-            _info("text_input", "bytes", 1), _info("stream", "bool", 1), _info("max_tokens", "int32", 1),
+            _info("text_input", "object", 1), _info("stream", "bool", 1), _info("max_tokens", "int32", 1),
             _info("temperature", "float32", 1), _info("top_k", "int32", 1), _info("top_p", "float32", 1),
-            _info("seed", "int64", 1), _info("stop", "bytes", "stops"),
+            _info("seed", "int64", 1), _info("stop", "object", "stops"),
             *(_info(name, "float32", 1) for name in self._dial_inputs()),
         ]  # fmt: skip
         config = configs.model_config(
-            self.name, "python", inputs, [_info("text_output", "bytes", 1), _info("finish_reason", "bytes", 1)],
+            self.name, "python", inputs, [_info("text_output", "object", 1), _info("finish_reason", "object", 1)],
             batch=self.batch, gpu=self.gpu, optional=[tensor.name for tensor in inputs[1:]],
             parameters=self._python_parameters(),
         )  # fmt: skip
