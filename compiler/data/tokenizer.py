@@ -14,6 +14,7 @@ from trimtab.compiler.data.preparation import TOKENIZER_CONFIG, Preparation, rea
 from trimtab.compiler.data.texts import Text, checked_limit, checked_prompts, checked_texts
 from trimtab.compiler.schema.json_text import mismatch
 from trimtab.passes.errors import InputError, ModelError
+from trimtab.passes.optional import import_optional
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes of transformers that use tokenizer.json unchanged."""
@@ -183,12 +184,10 @@ def _end_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozense
 
 def _load_with_transformers(folder: Path, max_tokens: int | None, preparation: Preparation) -> Tokenizer:
     hint = "save the tokenizer beside the model (`AutoTokenizer.from_pretrained(...).save_pretrained(DIR)`)"
+    what = f"the tokenizer in {folder}, which has no tokenizer.json,"
+    transformers = import_optional("transformers", ModelError, what=what, extra="huggingface")
     try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ModelError(f"{folder}: no tokenizer.json, and transformers is not installed", hint=hint) from error
-    try:
-        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        inner = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder}: no tokenizer that transformers can read ({reason})", hint=hint) from error

@@ -105,13 +105,14 @@ def test_wishes_are_checked_when_the_recipe_is_read() -> None:
 def test_what_a_target_cannot_run_is_refused_before_the_model_is_opened(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     recipe = {"passes": ["dynamic-int8"], "target": RTX}
+    (unread := tmp_path / "model.onnx").write_text("no ONNX file, if somebody looked")
     with pytest.raises(TargetError, match="tensorrt-rtx cannot run what pass dynamic-int8 makes"):
-        compile_model(tmp_path / "there is no such model", recipe, tmp_path / "out")
+        compile_model(unread, recipe, tmp_path / "out")
     with pytest.raises(TargetError, match="engine: target onnxruntime builds no engines"):
-        compile_model(tmp_path / "none", {"passes": [], "engine": {"segments": 2}}, tmp_path / "out")
+        compile_model(unread, {"passes": [], "engine": {"segments": 2}}, tmp_path / "out")
     packed = {"passes": ["unpad"], "target": RTX, "engine": {"segments": 2}}
     with pytest.raises(TargetError, match=r"engine\.segments: 2 engines.*whose number unpad counts at run time"):
-        compile_model(tmp_path / "none", packed, tmp_path / "out")
+        compile_model(unread, packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from trimtab.compiler.checks.decoders.genai import PACKAGE, genai_model
 from trimtab.compiler.checks.decoders.timing import Start
 from trimtab.compiler.sources.gguf import is_gguf
 from trimtab.passes.errors import TargetError
+from trimtab.passes.optional import require_packages
 from trimtab.passes.os_errors import no_file
 
 GENAI, LLAMA = "genai-int4", "llama.cpp"
@@ -50,8 +50,7 @@ class OtherEngines:
         if LLAMA not in names and (self.gguf is not None or self.llama_python is not None):
             raise TargetError("--gguf and --llama-python are options of the peer llama.cpp", hint=f"add --peer {LLAMA}")
         if GENAI in names:
-            if importlib.util.find_spec(PACKAGE) is None:
-                raise TargetError(f"peer {GENAI!r} needs onnxruntime-genai", hint="pip install onnxruntime-genai")
+            require_packages([PACKAGE], TargetError, what=f"peer {GENAI!r}", extra="peers")
             if not self.origin.exists():
                 raise TargetError(f"peer {GENAI!r} starts from {self.origin}, which is gone", hint="put it back")
         if LLAMA in names:

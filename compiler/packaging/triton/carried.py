@@ -16,7 +16,7 @@ _COMMON = (f"{_SERVED}.common", "trimtab.passes.dials", "trimtab.passes.graph.li
 _TOKENIZER = tuple(
     f"trimtab.compiler.data.{name}" for name in ("tokenizer", "encoding", "cutting", "preparation", "texts")
 )
-_TOKENIZER += ("trimtab.compiler.schema.json_text",)
+_TOKENIZER += ("trimtab.compiler.schema.json_text", "trimtab.passes.optional")
 _SESSION = f"{_SERVED}.session"
 
 CARRIED = {

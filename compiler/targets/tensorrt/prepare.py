@@ -18,6 +18,7 @@ from trimtab.compiler.targets.tensorrt.profiles import Profile, profiles_of, tok
 from trimtab.compiler.targets.tensorrt.segments import segments_of
 from trimtab.compiler.targets.tensorrt.sizes import sizes_at
 from trimtab.compiler.workload import Workload
+from trimtab.passes.canonicalize.heads import size_caches
 from trimtab.passes.errors import TargetError
 from trimtab.passes.graph import load_graph, save_graph
 from trimtab.passes.graph import scratch as scratch_file
@@ -69,6 +70,7 @@ def prepare(model: Path, workload: Workload, scratch: Path, *, plugins: bool, se
 def _prepare(model: Path, workload: Workload, scratch: Path, plugins: bool, segments: int | None) -> Prepared:
     graph = load_graph(model)
     inputs, outputs = (tuple(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
+    size_caches(graph)  # otherwise a symbol for the width of heads would need a range in the workload
     profiles = profiles_of(graph, workload)  # first, so that a fault of the workload shows before long work
     leaving = exits_in(graph)
     if leaving and segments is not None and segments > 1:

@@ -64,10 +64,9 @@ class TensorRT(Target):
             out.mkdir(parents=True, exist_ok=True)
             with _removed_on_error(files), tempfile.TemporaryDirectory(prefix=".graph-", dir=out) as scratch:
                 prepared = prepare(model, workload, Path(scratch), plugins=not self.rtx, segments=options.segments)
-                if prepared.plugins and importlib.util.find_spec("triton") is None:
-                    raise TargetError(
-                        "the Triton language, which compiles plugins' kernels, is not installed", hint=self.install
-                    )
+                if prepared.plugins:
+                    what = "the compiler of plugins' kernels"
+                    optional.require_packages(["triton"], TargetError, what=what, extra="tensorrt")
                 names = [f"model.{number}.engine" for number in range(len(prepared.models))]
                 names = names if len(names) > 1 else ["model.engine"]
                 parts = [out / f"{name}.part" for name in names]
