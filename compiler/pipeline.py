@@ -95,8 +95,6 @@ def compile_model(
     """
     original_recipe = recipe
     recipe = load_recipe(recipe)
-    if not isinstance(model, Source):
-        model_path(model)  # refuses a wrong path before it asks for data
     overrides = {key: value for key, value in {"target": target, "shards": shards}.items() if value is not None}
     if overrides:
         recipe = load_recipe(dict(recipe) | overrides)
@@ -109,6 +107,8 @@ def compile_model(
     with with_remedies():
         check_needs(recipe.passes, chosen_profile)
     if recipe.needs_profile and chosen_profile is None and data is None:
+        if not isinstance(model, Source):
+            model_path(model)  # a wrong path is refused first: nobody looks for data of a model that is not there
         raise DataError(
             f"pass {recipe.needs_profile[0]} needs to see how the model behaves on data",
             hint="give calibration texts with --data FILE, or a profile with --profile FILE",

@@ -143,7 +143,7 @@ class Op:
         """The schema for ONNX's checker and shape inference."""
         option = OpSchema.FormalParameterOption
         kinds = {int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
-        made = OpSchema(
+        schema = OpSchema(
             self.name,
             DOMAIN,
             VERSION,
@@ -166,8 +166,8 @@ class Op:
             type_constraints=[(f"T_{i.name}", list(i.types), i.doc) for i in self.inputs],
             attributes=[OpSchema.Attribute(a.name, kinds[type(a.default)], a.doc) for a in self.attributes],
         )
-        made.set_type_and_shape_inference_function(self._infer)
-        return made
+        schema.set_type_and_shape_inference_function(self._infer)
+        return schema
 
     def function(self, form: Form, opset: int) -> onnx.FunctionProto:
         """The reference body of a node, for a model of `opset`."""

@@ -39,13 +39,13 @@ def gpu_present() -> bool:
 @lru_cache
 def compute_capability() -> str | None:
     """Compute capability of the first GPU, such as "8.9"; None without a GPU."""
-    library, device, found = driver(), ctypes.c_int(), [ctypes.c_int() for _ in _CAPABILITY]
+    library, device, numbers = driver(), ctypes.c_int(), [ctypes.c_int() for _ in _CAPABILITY]
     if library is None or not gpu_present() or library.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    for value, attribute in zip(found, _CAPABILITY, strict=True):
+    for value, attribute in zip(numbers, _CAPABILITY, strict=True):
         if library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None
-    return f"{found[0].value}.{found[1].value}"
+    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 @lru_cache

@@ -64,7 +64,7 @@ def command(
     """
     wanted = parse_shapes(shapes) if shapes else None
     with console.progress() as progress:
-        found = bench(
+        result = bench(
             open_build(build, trusted_hash=trusted_hash),
             peers=peer or (),
             shapes=wanted,
@@ -79,13 +79,13 @@ def command(
             progress=progress,
         )
     if json:
-        console.emit_json(found.model_dump(mode="json"))
+        console.emit_json(result.model_dump(mode="json"))
         return
-    print(describe(found.machine))
-    if found.steps:
-        _show_decoder(found)
+    print(describe(result.machine))
+    if result.steps:
+        _show_decoder(result)
     else:
-        _show(found)
+        _show(result)
 
 
 def describe(machine: Machine) -> str:
@@ -94,28 +94,28 @@ def describe(machine: Machine) -> str:
     return f"{machine.cpu}{instructions}, {machine.threads} of {machine.cores} threads"
 
 
-def _show(found: Bench) -> None:
-    longest = {_shape(run): max(r.median_ms for r in found.runs if _shape(r) == _shape(run)) for run in found.runs}
+def _show(result: Bench) -> None:
+    longest = {_shape(run): max(r.median_ms for r in result.runs if _shape(r) == _shape(run)) for run in result.runs}
     rows = [
         (
             _shape(run), run.name, f"{run.median_ms:8.2f}", f"{run.p95_ms:8.2f}", f"{run.ratio:5.2f}x",
             "█" * max(1, round(_BAR * run.median_ms / longest[_shape(run)])),
         )
-        for run in found.runs
+        for run in result.runs
     ]  # fmt: skip
     console.print_table(("shape", "engine", "median ms", "p95 ms", "ratio", ""), rows)
 
     print()
-    for name in _peers(found):
-        faster, overall = found.speedup[key(name)], found.geomean[key(name)]
-        print(f"{faster:.2f} times as fast as {name}{_mark(found, name)}; {overall:.2f} over all shapes")
+    for name in _peers(result):
+        faster, overall = result.speedup[key(name)], result.geomean[key(name)]
+        print(f"{faster:.2f} times as fast as {name}{_mark(result, name)}; {overall:.2f} over all shapes")
 
 
-def _show_decoder(found: Bench) -> None:
+def _show_decoder(result: Bench) -> None:
     """A row for each engine and prompt: the first token, then each one more."""
-    prompts = {(run.name, run.batch, run.tokens): run for run in found.runs if not run.past}
+    prompts = {(run.name, run.batch, run.tokens): run for run in result.runs if not run.past}
     rows = []
-    for step in found.steps:
+    for step in result.steps:
         prompt = prompts[step.name, step.batch, step.past]
         rows.append(
             (
@@ -127,16 +127,16 @@ def _show_decoder(found: Bench) -> None:
     columns = ("prompt", "engine", "first token ms", "ratio", "ms a step", "p95 ms", "tokens/s", "ratio", "memory MB")
     console.print_table(columns, rows)
     print()
-    for name in _peers(found):
-        print(f"{found.speedup[key(name)]:.2f} times as fast a step as {name}{_mark(found, name)}")
+    for name in _peers(result):
+        print(f"{result.speedup[key(name)]:.2f} times as fast a step as {name}{_mark(result, name)}")
 
 
-def _peers(found: Bench) -> list[str]:
-    return list(dict.fromkeys(run.name for run in found.runs if run.name != COMPILED))
+def _peers(result: Bench) -> list[str]:
+    return list(dict.fromkeys(run.name for run in result.runs if run.name != COMPILED))
 
 
-def _mark(found: Bench, name: str) -> str:
-    return " (like for like)" if key(name) == found.like_for_like else ""
+def _mark(result: Bench, name: str) -> str:
+    return " (like for like)" if key(name) == result.like_for_like else ""
 
 
 def _shape(run: TimedRun) -> str:

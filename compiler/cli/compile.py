@@ -89,16 +89,16 @@ def _losses(passes: Sequence[PassReport]) -> list[str]:
 
     A divergence of d nats a token from the dense distribution makes text of that distribution e^d times as perplexing.
     """
-    found = []
+    lines = []
     for name, details in ((report.name, report.details) for report in passes):
         nats, error = float(details.get("divergence", 0)), float(details.get("error", 0))
         if nats >= _LOSS:
-            found.append(f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about "
+            lines.append(f"{name}: {nats:.3f} nats a token from the dense model on held-out states, about "
                          f"{math.expm1(nats):.0%} of perplexity")  # fmt: skip
         if not error < _LOSS:
-            found.append(f"{name}: the FFNs' outputs on held-out states have a squared error of {error:.3f} of their "
+            lines.append(f"{name}: the FFNs' outputs on held-out states have a squared error of {error:.3f} of their "
                          "variance, the mean over all layers")  # fmt: skip
-    return found
+    return lines
 
 
 def _show(build: Build, out: Path) -> None:

@@ -24,15 +24,15 @@ def command(
     from trimtab.compiler.sources import open_source
     from trimtab.passes.anatomy import find_anatomy
 
-    found = inspect.describe(find_anatomy(open_source(model, allow_pickle=allow_pickle).graph()), tokens=tokens)
+    report = inspect.describe(find_anatomy(open_source(model, allow_pickle=allow_pickle).graph()), tokens=tokens)
     if json:
-        console.emit_json(found)
+        console.emit_json(report)
         return
-    print(inspect.summary(found) + "\n")
+    print(inspect.summary(report) + "\n")
     headers = ("part", "M parameters", f"MFLOPs per token (at {tokens})", "MB read per token")
-    console.print_table(headers, inspect.cost_rows(found))
+    console.print_table(headers, inspect.cost_rows(report))
     print()
-    for line in inspect.gain_lines(found):
+    for line in inspect.gain_lines(report):
         print(line)
-    for each in found["unrecognized"]:
+    for each in report["unrecognized"]:
         print(f"not recognised: {each['what']} at node {each['where']}: {each['why']}")

@@ -56,14 +56,14 @@ def command(
     from trimtab.compiler.packaging.triton import package_triton
 
     assert triton is not None
-    made = package_triton(
+    package = package_triton(
         opened, triton, name=name, backend=backend, batch=max_batch, gpu=gpu, mounted_at=mounted_at,
         environment=environment,
     )  # fmt: skip
     if json:
-        console.emit_json({"triton": str(made.path), "models": list(made.models), "backend": made.backend})
+        console.emit_json({"triton": str(package.path), "models": list(package.models), "backend": package.backend})
         return
-    print(f"{made.path}: models {', '.join(made.models)} (backend {made.backend})")
-    if made.why:
-        print(f"no text model: {made.why}")
-    print(f"tritonserver --model-repository={mounted_at or made.path} --disable-auto-complete-config")
+    print(f"{package.path}: models {', '.join(package.models)} (backend {package.backend})")
+    if package.why:
+        print(f"no text model: {package.why}")
+    print(f"tritonserver --model-repository={mounted_at or package.path} --disable-auto-complete-config")

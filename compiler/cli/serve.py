@@ -81,13 +81,13 @@ def _show(serving: Any, seconds: float, json: bool) -> None:
         "metrics": f"http://{host}:{server.ports.metrics}/metrics", "log": str(server.log),
     }  # fmt: skip
     if json:
-        told = {
+        details = {
             "models": list(package.models),
             "backend": package.backend,
             "seconds": seconds,
             "pid": server.process.pid,
         }
-        console.emit_json(urls | told | asdict(example))
+        console.emit_json(urls | details | asdict(example))
         return
     print(f"{', '.join(package.models)}: ready after {seconds:.1f} s (backend {package.backend})")
     for key, url in urls.items():

@@ -63,7 +63,7 @@ def command(
     Without a given limit, a figure beyond the default bounds is a warning: exit status 0, or 1 with `--strict`.
     """
     with console.progress() as progress:
-        found = validate(
+        result = validate(
             open_build(build, trusted_hash=trusted_hash),
             data=data,
             dense=dense,
@@ -78,55 +78,55 @@ def command(
             progress=progress,
         )
     if json:
-        console.emit_json(as_json(found))
+        console.emit_json(as_json(result))
     else:
-        _show(found)
-    for warning in found.warnings:
+        _show(result)
+    for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if found.failures or (strict and found.warnings):
+    if result.failures or (strict and result.warnings):
         raise typer.Exit(1)
 
 
-def as_json(found: Validation) -> dict[str, Any]:
+def as_json(result: Validation) -> dict[str, Any]:
     """What --json prints."""
-    return {"passed": found.passed} | found.model_dump(mode="json")
+    return {"passed": result.passed} | result.model_dump(mode="json")
 
 
-def _show(found: Validation) -> None:
+def _show(result: Validation) -> None:
     console.print_table(
         ("output", "worst at", "max abs", "mean abs", "relative L2", "cosine"),
         [
             (what, e.where, *map(_number, (e.max_abs, e.mean_abs, e.relative_l2, e.cosine)))
-            for what, e in in_brief(found.outputs, lambda e: e.severity)
+            for what, e in in_brief(result.outputs, lambda e: e.severity)
         ],
     )
-    if found.consistency:
+    if result.consistency:
         print()
         console.print_table(
             ("output", "in a batch against alone", "allowed"),
             [
                 (what, _number(c.difference), _number(c.allowed))
-                for what, c in in_brief(found.consistency, lambda c: c.difference - c.allowed)
+                for what, c in in_brief(result.consistency, lambda c: c.difference - c.allowed)
             ],
         )
-    if found.quality:
+    if result.quality:
         print()
-        for line in found.quality.lines():
+        for line in result.quality.lines():
             print(line)
-    if found.quality and found.peers:
+    if result.quality and result.peers:
         print()
-        rows = quality_rows(found.quality, found.peers)
+        rows = quality_rows(result.quality, result.peers)
         columns = list(rows[0])
         console.print_table(
             [column.replace("_", " ") for column in columns],
             [[each if isinstance(each := row[column], str) else f"{each:.4f}" for column in columns] for row in rows],
         )
     print()
-    for failure in found.failures:
+    for failure in result.failures:
         print(f"FAILED: {failure}")
-    if found.passed:
-        print(f"passed: {'; '.join(found.judged)}")
-    if not found.judged:
+    if result.passed:
+        print(f"passed: {'; '.join(result.judged)}")
+    if not result.judged:
         print(
             "no limit was given: nothing was judged but NaN, Inf, missing outputs and batches that change their "
             "samples (limits are --max-error, and with --data --min-quality and --max-drop)"

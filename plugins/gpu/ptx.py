@@ -18,10 +18,10 @@ _ENTRY = re.compile(r"(\.visible \.entry (\w+)\()(.*?)(\n?\))", re.DOTALL)
 
 def parameters(ptx: str) -> list[str]:
     """Declarations of the entry's parameters, such as ".param .u32 f_param_3", in order."""
-    found = _ENTRY.search(ptx)
-    if found is None:
+    entry = _ENTRY.search(ptx)
+    if entry is None:
         raise ValueError("PTX without an entry")
-    return [line.strip() for line in found[3].split(",") if line.strip()]
+    return [line.strip() for line in entry[3].split(",") if line.strip()]
 
 
 def only_parameters(ptx: str, count: int) -> str:
@@ -39,7 +39,7 @@ def only_parameters(ptx: str, count: int) -> str:
         if len(re.findall(rf"\b{name}\b", ptx)) > 1:
             raise ValueError(f"the kernel needs scratch memory ({name}), which TensorRT does not give")
     kept = ",\n".join(f"\t{line}" for line in declared[:count])
-    return _ENTRY.sub(lambda found: f"{found[1]}\n{kept}\n)", ptx, count=1)
+    return _ENTRY.sub(lambda entry: f"{entry[1]}\n{kept}\n)", ptx, count=1)
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def assemble(ptx: str, capability: int) -> Assembled:
 
 def _parameter_bytes(listed: str) -> tuple[int, ...]:
     """Sizes from the attributes EIATTR_KPARAM_INFO, which cuobjdump lists last parameter first."""
-    found = re.findall(
+    sizes = re.findall(
         r"EIATTR_KPARAM_INFO.*?Ordinal\s*:\s*(0x[0-9a-f]+).*?Size\s*:\s*(0x[0-9a-f]+)", listed, re.DOTALL
     )
-    return tuple(size for _, size in sorted((int(ordinal, 16), int(size, 16)) for ordinal, size in found))
+    return tuple(size for _, size in sorted((int(ordinal, 16), int(size, 16)) for ordinal, size in sizes))
 
 
 def _run(command: list[str]) -> str:

@@ -43,9 +43,9 @@ def highest(keys, there, k, BITS: tl.constexpr):
     going = tl.sum((count > k).to(tl.int32), 0)
     while going > 0:  # at least k are not below `limit`, and less than k are above `above`
         middle = (above | limit) - ((above ^ limit) >> 1)
-        found = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
-        limit, above = tl.where(found >= k, middle, limit), tl.where(found >= k, above, middle - 1)
-        count = tl.where(found >= k, found, count)
+        reaching = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+        limit, above = tl.where(reaching >= k, middle, limit), tl.where(reaching >= k, above, middle - 1)
+        count = tl.where(reaching >= k, reaching, count)
         going = tl.sum(((above > limit) & (count > k)).to(tl.int32), 0)
     over = (keys > limit[:, None]) & there
     equal = (keys == limit[:, None]) & there
@@ -98,9 +98,9 @@ def store_highest(from_, each, k, to, COUNT: tl.constexpr, BITS: tl.constexpr, C
     count = tl.full((), COUNT, tl.int32)
     while (above > limit) & (count > k):
         middle = (above | limit) - ((above ^ limit) >> 1)
-        found = counted(from_, each, middle, COUNT, COLUMNS)
-        limit, above = tl.where(found >= k, middle, limit), tl.where(found >= k, above, middle - 1)
-        count = tl.where(found >= k, found, count)
+        reaching = counted(from_, each, middle, COUNT, COLUMNS)
+        limit, above = tl.where(reaching >= k, middle, limit), tl.where(reaching >= k, above, middle - 1)
+        count = tl.where(reaching >= k, reaching, count)
     room = k - counted(from_, each, limit + 1, COUNT, COLUMNS)
     written = 0
     for start in range(0, COUNT, COLUMNS):

@@ -64,9 +64,9 @@ def this_gpu() -> int:
     Raises:
         RuntimeError: there is none.
     """
-    if (found := compute_capability()) is None:
+    if (capability := compute_capability()) is None:
         raise RuntimeError(f"{absent()}; engines with plugins are built on the machine whose GPU they are for")
-    return int(found.replace(".", ""))
+    return int(capability.replace(".", ""))
 
 
 def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capability: int) -> list[int]:
@@ -78,9 +78,9 @@ def tactics(kernel: GpuKernel, form: Form, shapes: Any, most_tokens: int, capabi
     """
     every = dict(enumerate(kernel.tiles(form, shapes), 1))
     tiles = {n: t for n, t in every.items() if t.tokens == 1 or most_tokens > 1} or every
-    made = {number: compiled(kernel, form, shapes, tile, capability) for number, tile in tiles.items()}
-    fit = [number for number, each in made.items() if each.shared_bytes <= SHARED_BUDGET]
-    return [number for number in fit if not _spilled_bytes(made[number].ptx, capability)] or fit
+    variants = {number: compiled(kernel, form, shapes, tile, capability) for number, tile in tiles.items()}
+    fit = [number for number, each in variants.items() if each.shared_bytes <= SHARED_BUDGET]
+    return [number for number in fit if not _spilled_bytes(variants[number].ptx, capability)] or fit
 
 
 @lru_cache

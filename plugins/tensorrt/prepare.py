@@ -85,14 +85,14 @@ def _to_plugins(part: gs.Graph, node: gs.Node, launches: list[_Launch]) -> list[
     """Replace `node` by a plugin's node for each launch; returns the plugins' names."""
     at, attributes = part.nodes.index(node), node.attrs
     node.inputs, node.outputs = [], []
-    made = []
+    plugins = []
     for number, launch in enumerate(launches):
         attrs = launch.plugin.encode(attributes) | {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
         name = node.name if number == 0 else f"{node.name}/{launch.op.name}"
         inputs, outputs = list(launch.given.values()), list(launch.named.values())
-        made.append(gs.Node(launch.plugin.name, name, attrs, inputs, outputs, domain=DOMAIN))
-    part.nodes[at : at + 1] = made
-    return [each.op for each in made]
+        plugins.append(gs.Node(launch.plugin.name, name, attrs, inputs, outputs, domain=DOMAIN))
+    part.nodes[at : at + 1] = plugins
+    return [each.op for each in plugins]
 
 
 def split_keep(graph: gs.Graph) -> None:
@@ -127,8 +127,8 @@ def _keep(graph: gs.Graph, part: gs.Graph, node: gs.Node, blocks: gs.Tensor, imp
     inputs = {"h": whole, "blocks": blocks, "importance": importance}
     attributes = {"block": int(node.attrs["block"]), "keep": keep}
     add_body(graph, KEEP_LARGEST, Form({name: type_of(t) for name, t in inputs.items()}, attributes))
-    made = gs.Node(KEEP_LARGEST.name, f"{node.name}/keep", attributes, list(inputs.values()), [result], domain=DOMAIN)
-    part.nodes.insert(part.nodes.index(node) + 1, made)
+    keeping = gs.Node(KEEP_LARGEST.name, f"{node.name}/keep", attributes, [*inputs.values()], [result], domain=DOMAIN)
+    part.nodes.insert(part.nodes.index(node) + 1, keeping)
 
 
 def _parts(graph: gs.Graph) -> Iterator[gs.Graph]:

@@ -45,7 +45,7 @@ def register(names: Iterable[str] | None = None, capability: int | None = None) 
     """Declare plugins, before a parser meets them. Those that are declared already are left as they are.
 
     Args:
-        names: as `plugins_of(model)` and `prepare(graph)` tell them; all that there are by default.
+        names: as `plugins_of(model)` and `prepare(graph)` return them; all that there are by default.
         capability: compute capability that kernels are compiled for, such as 90; that of this machine's GPU by default,
             which is asked for when the first kernel is.
 
@@ -68,17 +68,17 @@ def _register(plugin: Plugin, capability: int | None) -> None:
 
     if hasattr(getattr(trtp.op, DOMAIN, None), plugin.name):
         return
-    name, made = f"{DOMAIN}::{plugin.name}", _Callbacks(plugin, capability)
+    name, callbacks = f"{DOMAIN}::{plugin.name}", _Callbacks(plugin, capability)
     tensors = [_parameter(i, trtp.TensorDesc) for i in plugin.inputs]
     attributes = [_parameter(a.name, int) for a in plugin.op.attributes]
     count = len(plugin.outputs) + len(kernel_of(plugin.op).counted)
     every: Any = tuple.__class_getitem__((trtp.TensorDesc,) * count)
     outputs, tactic = _parameter("outputs", every), _parameter("tactic", int)
     kernel = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    described = _signed(made.describe, [*tensors, *attributes], trtp.TensorDesc if count == 1 else every)
+    described = _signed(callbacks.describe, [*tensors, *attributes], trtp.TensorDesc if count == 1 else every)
     trtp.register(name)(described)
-    trtp.autotune(name)(_signed(made.tune, [*tensors, *attributes, outputs], list[trtp.AutoTuneCombination]))
-    trtp.aot_impl(name)(_signed(made.embed, [*tensors, *attributes, outputs, tactic], kernel))
+    trtp.autotune(name)(_signed(callbacks.tune, [*tensors, *attributes, outputs], list[trtp.AutoTuneCombination]))
+    trtp.aot_impl(name)(_signed(callbacks.embed, [*tensors, *attributes, outputs, tactic], kernel))
 
 
 def _parameter(name: str, kind: Any) -> inspect.Parameter:
@@ -88,11 +88,11 @@ def _parameter(name: str, kind: Any) -> inspect.Parameter:
 def _signed(call: Any, parameters: Sequence[inspect.Parameter], returned: Any) -> Any:
     """`call` under a signature of its own, which is all that TensorRT's validators look at."""
 
-    def made(*given: Any, **named: Any) -> Any:
+    def signed(*given: Any, **named: Any) -> Any:
         return call(*inspect.Signature(parameters).bind(*given, **named).args)
 
-    made.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    return made
+    signed.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return signed
 
 
 class _Callbacks:
@@ -152,16 +152,16 @@ class _Callbacks:
         if (reason := kernel.refuses(form, static)) is not None:
             raise ValueError(f"{self.plugin.name}: {reason}")
         tile = tile_of(kernel, form, static, tactic)
-        made = compiled(kernel, form, static, tile, self.capability or this_gpu())
+        binary = compiled(kernel, form, static, tile, self.capability or this_gpu())
         shapes = _shapes(self.plugin, tensors)
         outputs = self.plugin.op.infer(shapes, attributes)
         sizes = kernel.measure({name: shape for name, shape in (shapes | outputs).items() if shape is not None})
-        grid = [raw(size) for size in kernel.grid(sizes, made.constants, tile)]
-        launch = trtp.KernelLaunchParams(*grid, block_x=made.threads, shared_mem=made.shared_bytes)
+        grid = [raw(size) for size in kernel.grid(sizes, binary.constants, tile)]
+        launch = trtp.KernelLaunchParams(*grid, block_x=binary.threads, shared_mem=binary.shared_bytes)
         extra = trtp.SymIntExprs(len(kernel.sizes))
         for place, name in enumerate(kernel.sizes):
             extra[place] = trtp.SymInt32(raw(sizes[name]))
-        return made.name, made.ptx, launch, extra
+        return binary.name, binary.ptx, launch, extra
 
     def _divide(self, arguments: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Value]]:
         """Descriptors by name of input, and the op's attributes."""

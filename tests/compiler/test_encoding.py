@@ -139,7 +139,7 @@ def test_what_lists_of_texts_may_be(word_tokenizer: Path) -> None:
     for texts in (("w0", "w1 w2"), np.array(["w0", "w1 w2"]), iter(["w0", "w1 w2"])):
         np.testing.assert_array_equal(ours.encode(texts)["input_ids"], wanted)
     assert ours.encode([["w0", "w1"]])["token_type_ids"].tolist() == [[0, 1]]
-    assert ours.encode([])["input_ids"].shape == (0, 0)
+    assert ours.encode([])["input_ids"].shape == (0, 1)
     for prompts in ("w0 w1", [("w0", "w1")]):
         with pytest.raises(InputError):
             ours.prompts(prompts)  # type: ignore[arg-type]

@@ -118,8 +118,8 @@ def trim(
     for _ in range(again):
         logits = forward()
         now = float(cut)
-        found = density_of(logits, select, now)
-        reached.append((abs(found - density), now, found))
+        current = density_of(logits, select, now)
+        reached.append((abs(current - density), now, current))
         if reached[-1][0] <= _CLOSE:
             break
         cut.fill_(fit_cut(logits, select, density))

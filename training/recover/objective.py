@@ -163,12 +163,12 @@ def _state(block: Block, there: dict[str, gs.Tensor]) -> str | None:
 
     Of the two the last that is `there`; None where none is.
     """
-    found, tensor = None, block.y
+    name, tensor = None, block.y
     while True:
         if isinstance(there.get(tensor.name), gs.Variable):
-            found = tensor.name
+            name = tensor.name
         if len(tensor.outputs) != 1 or tensor.outputs[0].op not in _ALONG:
-            return found
+            return name
         tensor = tensor.outputs[0].outputs[0]
 
 
