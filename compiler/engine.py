@@ -109,7 +109,9 @@ class Engine:
         feeds["position_ids"] = np.broadcast_to(np.arange(feeds["input_ids"].shape[1]), feeds["input_ids"].shape)
         missing = [tensor.name for tensor in self.inputs if tensor.name not in feeds]
         if missing:
-            raise ModelError(f"{self.path}: texts do not give the input {missing[0]!r}")
+            raise ModelError(
+                f"{self.path}: texts do not give the input {missing[0]!r}", hint="make the inputs yourself and call run"
+            )
         return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
 
     def close(self) -> None:

@@ -143,12 +143,18 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
         size == actual for size, actual in zip(tensor.shape, array.shape, strict=True) if isinstance(size, int)
     )
     if not fits:
-        raise InputError(f"input {tensor.name!r} has the shape {list(array.shape)}, the engine takes {shown}")
+        raise InputError(
+            f"input {tensor.name!r} has the shape {list(array.shape)}, the engine takes {shown}",
+            hint="give an array of that shape; where there is a name, any size goes",
+        )
     for name, actual in zip(tensor.shape, array.shape, strict=True):
         if isinstance(name, str):
             size, other = sizes.setdefault(name, (actual, tensor.name))
             if size != actual:
-                raise InputError(f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {actual}")
+                raise InputError(
+                    f"inputs {other!r} and {tensor.name!r} disagree on {name}: {size} and {actual}",
+                    hint="make all inputs of one call together, as engine.tokenize does",
+                )
 
 
 def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:

@@ -146,7 +146,10 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         path, equals, text = setting.partition("=")
         *sections, key = path.strip().split(".")
         if not equals or not key or not all(sections):
-            raise RecipeError(f"--set {setting}: not of the form pass.option=value")
+            raise RecipeError(
+                f"--set {setting}: not of the form pass.option=value",
+                hint="such as --set ffn-split.heavy=0.5; `trimtab passes` lists passes and their options",
+            )
         value = parse_yaml(text, f"--set {setting}")
         for mapping in _mappings(data, sections[:1]):
             _nested(mapping, sections[1:])[key] = value
@@ -191,14 +194,20 @@ def _read_pass(item: Any, where: str) -> Pass:
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
-        raise RecipeError(f"{where}: should be a pass name or {{name: {{option: value}}}}, not {shown(item)}")
+        raise RecipeError(
+            f"{where}: should be a pass name or {{name: {{option: value}}}}, not {shown(item)}",
+            hint="such as `passes: [unpad, {ffn-split: {heavy: 0.5}}]`",
+        )
     ((name, options),) = item.items()
     try:
         kind = pass_class(name)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
     if not isinstance(options, Mapping | None):
-        raise RecipeError(f"{where}.{name}: should be a mapping of options, not {shown(options)}")
+        raise RecipeError(
+            f"{where}.{name}: should be a mapping of options, not {shown(options)}",
+            hint="`trimtab passes NAME` lists the options of a pass",
+        )
     try:
         return kind.model_validate(dict(options or {}))
     except ValidationError as error:

@@ -271,7 +271,9 @@ def _opened(path: Path) -> Iterator[tuple[ProfileInfo, Any]]:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("trimtab")
             if text is None:
-                raise ProfileError(f"{path}: a safetensors file, but not a trimtab profile")
+                raise ProfileError(
+                    f"{path}: a safetensors file, but not a trimtab profile", hint="make one with `trimtab calibrate`"
+                )
             metadata = json.loads(text)
             if isinstance(metadata, dict) and metadata.get("format") != FORMAT:
                 raise ProfileError(f"{path}: of another trimtab version", hint="calibrate this model again")

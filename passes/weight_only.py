@@ -52,7 +52,9 @@ class WeightOnly(Pass):
         """Quantize the projections of `graph`. Reads their weights, one at a time."""
         reason = self.unfit(context.capability)
         if reason is not None:
-            raise RecipeError(f"the target cannot run it: {reason}")
+            raise RecipeError(
+                f"the target cannot run it: {reason}", hint="leave the pass out, or choose another target"
+            )
         raise_opset(graph, OPSETS[f"int{self.bits}"])
         left: list[Left] = []
         selected: list[tuple[str, Linear, int]] = []

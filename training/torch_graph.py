@@ -113,7 +113,10 @@ class GraphModule(nn.Module):
         try:
             result = step.call(*arguments)
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"node {step.where}: cannot run it in torch ({error})") from error
+            raise ModelError(
+                f"node {step.where}: cannot run it in torch ({error})",
+                hint="train the model from its Hugging Face directory, or export it again",
+            ) from error
         if isinstance(result, tuple):
             have.update(zip(step.outputs, result, strict=False))
         else:

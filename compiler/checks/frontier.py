@@ -75,7 +75,8 @@ def grid(dials: Sequence[Dial], values: Mapping[str, Sequence[float]] | None = N
             if (value - dial.exact) * (dial.fast - dial.exact) < 0:
                 raise InputError(
                     f"dial {dial.name!r}: {value:g} is not on the way from exact ({dial.exact:g}) to fast "
-                    f"({dial.fast:g})"
+                    f"({dial.fast:g})",
+                    hint="give values between the two",
                 )
         levels_of[dial.name] = (dial.exact, *sorted({float(v) for v in dial_values} - {dial.exact}, key=_from(dial)))
     return levels_of

@@ -73,7 +73,7 @@ def measure_perplexity(feeds: Iterable[Mapping[str, np.ndarray]], dense: Run, co
         samples += len(feed["input_ids"])
     tokens = int(totals[0])
     if not tokens:
-        raise DataError("no text of the data has two tokens, so there is none to predict")
+        raise DataError("no text of the data has two tokens, so there is none to predict", hint="give longer texts")
     nll_dense, nll_compiled, agreement, divergence = (float(total) / tokens for total in totals[1:])
     return Perplexity(
         samples=samples, tokens=tokens, dense=_exp(nll_dense), compiled=_exp(nll_compiled),

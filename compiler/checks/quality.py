@@ -53,13 +53,14 @@ def measure_quality(
         if a.values.shape != b.values.shape:
             raise ModelError(
                 f"output {task.output!r} has the shape {list(b.values.shape)}, where the dense model gives "
-                f"{list(a.values.shape)}"
+                f"{list(a.values.shape)}",
+                hint="compile the model again",
             )
         theirs.append(a.values)
         ours.append(b.values)
         distances.append(_distance(task, a, b))
     if task is None:
-        raise DataError("the data holds no samples to measure quality on")
+        raise DataError("the data holds no samples to measure quality on", hint="give a file with at least one sample")
     run_labels = _complete_labels(labels, sum(map(len, distances)))
     result = _compare(task, np.concatenate(theirs), np.concatenate(ours), run_labels, names, queries)
     return result.model_copy(update={"worst": int(np.argmax(np.concatenate(distances)))})
@@ -80,7 +81,10 @@ class _Part:
     @classmethod
     def of(cls, task: Task, outputs: Mapping[str, np.ndarray], mask: np.ndarray | None, who: str) -> _Part:
         if task.output not in outputs:
-            raise ModelError(f"the {who} model has no output {task.output!r}, on which its quality is measured")
+            raise ModelError(
+                f"the {who} model has no output {task.output!r}, on which its quality is measured",
+                hint="compile the model again",
+            )
         values = outputs[task.output]
         if not np.isfinite(values).all():
             raise TargetError(
@@ -151,6 +155,9 @@ def _compare(
         dense, compiled = dense.argmax(1), compiled.argmax(1)
         if labels is not None:
             if not ((labels >= 0) & (labels < classes)).all():
-                raise DataError(f"a label is outside 0..{classes - 1}, the classes of the model")
+                raise DataError(
+                    f"a label is outside 0..{classes - 1}, the classes of the model",
+                    hint="number the classes from 0 as the model does, or give their names",
+                )
             return compare_classes(dense, compiled, labels, names)
     return compare_predictions(dense, compiled, names)

@@ -119,7 +119,7 @@ def read_data(path: Path | str) -> Dataset:
     digest = hashlib.sha256()
     count = sum(1 for _ in read_texts(path, digest.update))
     if not count:
-        raise DataError(f"{path}: holds no text")
+        raise DataError(f"{path}: holds no text", hint="give a file with a text in each line")
     return Dataset(path, digest.hexdigest(), count)
 
 
@@ -255,15 +255,21 @@ def _read_arrays(path: Path) -> Dataset:
     arrays = read_npz(path)
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise DataError(f"{path}: its arrays differ in the number of samples ({counts})")
+        raise DataError(
+            f"{path}: its arrays differ in the number of samples ({counts})",
+            hint="save arrays whose first axes have one length",
+        )
     for name, array in arrays.items():
         if array.ndim == 2 and len(array) and not array.size:  # an array with more axes may be a cache without a past
-            raise DataError(f"{path}: array {name!r} has the shape {list(array.shape)}, so its samples are empty")
+            raise DataError(
+                f"{path}: array {name!r} has the shape {list(array.shape)}, so its samples are empty",
+                hint="save samples that have values",
+            )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError(f"{path}: array {name!r} holds NaN or Inf")
+            raise DataError(f"{path}: array {name!r} holds NaN or Inf", hint="save finite numbers")
     count = next(iter(counts.values()), 0)
     if not count:
-        raise DataError(f"{path}: holds no samples")
+        raise DataError(f"{path}: holds no samples", hint="save at least one sample")
     return Dataset(path, digest.hexdigest(), count, arrays)
 
 
@@ -293,10 +299,14 @@ def fit_arrays(dataset: Dataset, inputs: Sequence[gs.Tensor]) -> dict[str, np.nd
     for tensor in inputs:
         array = arrays[tensor.name]
         if not np.can_cast(array.dtype, tensor.dtype, "same_kind"):
-            raise DataError(f"{dataset.path}: array {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}")
+            raise DataError(
+                f"{dataset.path}: array {tensor.name!r} is {array.dtype}, the model wants {tensor.dtype}",
+                hint="save it with .astype(...)",
+            )
         if tensor.shape is not None and not _fits(array.shape, tensor.shape):
             raise DataError(
-                f"{dataset.path}: array {tensor.name!r} has shape {array.shape}, the model wants {list(tensor.shape)}"
+                f"{dataset.path}: array {tensor.name!r} has shape {array.shape}, the model wants {list(tensor.shape)}",
+                hint="save it in that shape; where there is a name, any size goes",
             )
         arrays[tensor.name] = array.astype(tensor.dtype, copy=False)
     packed = [mask for tensor in inputs if (mask := packed_mask(tensor))]

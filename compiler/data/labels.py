@@ -104,7 +104,9 @@ def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
     if task.kind == "score":
         values = labels.astype(np.float64).reshape(len(labels), -1)
         if width is not None and values.shape[1] != width:
-            raise DataError(f"{what}, and the model gives {width} scores for each sample")
+            raise DataError(
+                f"{what}, and the model gives {width} scores for each sample", hint=f"give floats [samples, {width}]"
+            )
         return values
     if task.kind == "classes":
         if labels.ndim != 1 or labels.dtype.kind == "f":
@@ -120,14 +122,17 @@ def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
 
 def _in_range(values: np.ndarray, width: int | None) -> np.ndarray:
     if width is not None and len(values) and (values.min() < 0 or values.max() >= width):
-        raise DataError(f"a label is outside 0..{width - 1}, the classes of the model")
+        raise DataError(
+            f"a label is outside 0..{width - 1}, the classes of the model",
+            hint="number the classes from 0 as the model does, or give their names",
+        )
     return values
 
 
 def _index(label: str, names: Sequence[str] | None) -> int:
     if names is None or label not in names:
-        choices = f"the model's are {_listed(names)}" if names else "the model does not name its classes"
-        raise DataError(f"label {label!r} is no class of the model; {choices}")
+        choices = f"the model's are {_listed(names)}" if names else "the model does not name its classes: number them"
+        raise DataError(f"label {label!r} is no class of the model", hint=choices)
     return list(names).index(label)
 
 

@@ -139,9 +139,15 @@ def _checked_text(text: Any, where: str) -> Text:
     parts = text if isinstance(text, tuple) else (text,)
     for part, which in zip(parts, ("the text", "the second text"), strict=False):
         if not isinstance(part, str) or not part.strip():
-            raise DataError(f"{where}: {which} is {'empty' if part == '' else repr(part)[:40]}")
+            raise DataError(
+                f"{where}: {which} is {'empty' if part == '' else repr(part)[:40]}",
+                hint="give each sample a text, or remove the sample",
+            )
         if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
-            raise DataError(f"{where}: {which} holds half a surrogate pair, which is no character")
+            raise DataError(
+                f"{where}: {which} holds half a surrogate pair, which is no character",
+                hint="read the text with its own encoding before it is saved",
+            )
     return text
 
 
@@ -155,7 +161,9 @@ def _checked_label(label: Any, where: str) -> Label:
         )
     if isinstance(label, list) and all(isinstance(name, str) for name in label):
         if len(set(label)) < len(label):
-            raise DataError(f"{where}: label {short(repr(label), 40)} names a class twice")
+            raise DataError(
+                f"{where}: label {short(repr(label), 40)} names a class twice", hint="name each class of the text once"
+            )
         return tuple(label)
     if isinstance(label, list):
         raise DataError(
@@ -164,12 +172,18 @@ def _checked_label(label: Any, where: str) -> Label:
         )
     if isinstance(label, bool) or not isinstance(label, int | float | str | None):
         raise DataError(
-            f"{where}: label {short(repr(label), 40)} is neither a number nor a class name, nor a list of class names"
+            f"{where}: label {short(repr(label), 40)} is neither a number nor a class name, nor a list of class names",
+            hint='such as "label": 1, "label": "spam" or "label": ["toxic", "spam"]',
         )
     if isinstance(label, float) and not math.isfinite(label):
-        raise DataError(f"{where}: label {label} is no finite number")
+        raise DataError(
+            f"{where}: label {label} is no finite number", hint="give a number, or null where there is no label"
+        )
     if isinstance(label, int) and abs(label) >= 1 << 63:
-        raise DataError(f"{where}: label {short(repr(label), 40)} is no number of 64 bits")
+        raise DataError(
+            f"{where}: label {short(repr(label), 40)} is no number of 64 bits",
+            hint="give the number of a class, or a score",
+        )
     return label
 
 
@@ -241,7 +255,10 @@ def _parse_tsv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[_Row]:
                 labels = names.index(label) if label in names else None
                 continue
         if len(cells) <= max(first, second or 0, labels or 0):
-            raise DataError(f"{path} line {number}: {len(cells)} columns, fewer than the header's")
+            raise DataError(
+                f"{path} line {number}: {len(cells)} columns, fewer than the header's",
+                hint="separate columns by tabs, and fill up missing ones",
+            )
         label = "" if labels is None else cells[labels].strip()
         yield number, cells[first] if second is None else (cells[first], cells[second]), _parse_cell(label)
 

@@ -160,7 +160,8 @@ def _run(command: list[str], folder: Path) -> None:
                 ).returncode  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise TargetError(
-                f"the installation of tritonserver was stopped after {_INSTALL_S:g} s{tail(output)}"
+                f"the installation of tritonserver was stopped after {_INSTALL_S:g} s{tail(output)}",
+                hint="see that the network works, or name an installed server by TRIMTAB_TRITONSERVER",
             ) from error
         log.debug("%s: %.1f s", " ".join(command), time.monotonic() - start)
         if code:

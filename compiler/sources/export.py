@@ -39,7 +39,10 @@ def load_model(folder: Path, architecture: str, *, allow_pickle: bool = False) -
     outputs = task_outputs(architecture)
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise ModelError(f"transformers {transformers.__version__} has no architecture {architecture}")
+        raise ModelError(
+            f"transformers {transformers.__version__} has no architecture {architecture}",
+            hint="install a transformers that has it, or export the model to ONNX yourself",
+        )
     options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
     load_config(folder)  # says what is wrong with it, where loading the model would end in a traceback
     # Any: with output_loading_info it returns a pair, which its annotations omit.
@@ -72,7 +75,10 @@ def _base_architecture(folder: Path) -> str:
     """The name of the class that AutoModel loads for the model in `folder`."""
     config = load_config(folder)
     if type(config) not in transformers.AutoModel._model_mapping:
-        raise ModelError(f"transformers {transformers.__version__} has no model without head for {config.model_type}")
+        raise ModelError(
+            f"transformers {transformers.__version__} has no model without head for {config.model_type}",
+            hint="name a class in `architectures` of config.json, or export the model to ONNX yourself",
+        )
     classes: Any = transformers.AutoModel._model_mapping[type(config)]
     return str((classes[0] if isinstance(classes, tuple) else classes).__name__)
 

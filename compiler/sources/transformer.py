@@ -105,7 +105,8 @@ def _inputs(model: PreTrainedModel) -> tuple[str, ...]:
         return (main,)
     if main != "input_ids":
         raise ModelError(
-            f"{type(model).__name__} reads {main}; text (input_ids) and images (pixel_values) are supported"
+            f"{type(model).__name__} reads {main}; text (input_ids) and images (pixel_values) are supported",
+            hint="export the model to ONNX yourself",
         )
     takes = inspect.signature(model.forward).parameters
     names = ["input_ids"]

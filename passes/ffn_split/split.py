@@ -69,7 +69,9 @@ class FFNSplit(Pass):
     def _run(self, graph: gs.Graph, context: PassContext) -> PassResult:
         reason = self.unfit(context.capability)
         if reason is not None:
-            raise RecipeError(f"the target cannot run it: {reason}")
+            raise RecipeError(
+                f"the target cannot run it: {reason}", hint="leave the pass out, or choose another target"
+            )
         anatomy = find_anatomy(graph)
         profile = context.measured()
         left: list[Left] = []

@@ -107,7 +107,10 @@ class ExternalValues(LazyValues):
             while left:
                 chunk = source.read(min(left, _CHUNK))
                 if not chunk:
-                    raise ModelError(f"weight {self.tensor.name!r}: {self.path} ended early while it was copied")
+                    raise ModelError(
+                        f"weight {self.tensor.name!r}: {self.path} ended early while it was copied",
+                        hint="see that nothing writes to the file meanwhile",
+                    )
                 file.write(chunk)
                 left -= len(chunk)
 

@@ -108,7 +108,10 @@ NAN = float("nan")
         ({"threads": {"a": [1, None]}}, "threads: should be a valid integer, not {a: [1, null]}"),
         ({"calibration": {"samples": "4"}}, "calibration.samples: should be a valid integer, not '4'"),
         ({"passes": {"dampen": {}}}, "passes: should be a list, not {dampen: {}}; such as `passes: [ffn-split]`"),
-        ({"passes": [{"dampen": "a"}]}, "passes[0].dampen: should be a mapping of options, not a"),
+        (
+            {"passes": [{"dampen": "a"}]},
+            "passes[0].dampen: should be a mapping of options, not a; `trimtab passes NAME` lists the options of a pass",
+        ),
         ({"workload": {"batch": "a"}}, "workload.batch: should be a list, not a"),
         ({"engine": [1]}, "engine: should be a mapping, not [1]"),
         ({"engine": {"timeout_s": NAN}}, "engine.timeout_s: should be a finite number, not nan"),

@@ -149,7 +149,10 @@ def find_objective(
     if task is not None and task.kind == "embedding" and task.output in vectors:
         vectors = (task.output,)  # the states that it is pooled from count once, along the way
     if not logits + vectors:
-        raise ModelError("the model has no output to compare: neither logits nor vectors")
+        raise ModelError(
+            "the model has no output to compare: neither logits nor vectors",
+            hint="train a model with logits, or with states of tokens",
+        )
     there = student.tensors()
     states = [_state(block, there) for block in anatomy.blocks if block.ffn is not None]
     activation = task.activation if task is not None and task.output in logits else "softmax"

@@ -120,7 +120,10 @@ def _labelled(task: Task | None) -> Task:
         ModelError: it is not.
     """
     if task is None or task.kind not in ("classes", "labels", "score"):
-        raise ModelError("labels can weigh in the loss of classifiers and scores alone, and this model is neither")
+        raise ModelError(
+            "labels can weigh in the loss of classifiers and scores alone, and this model is neither",
+            hint="leave --labels-weight out",
+        )
     return task
 
 
@@ -134,7 +137,10 @@ def _check_labels(labels: np.ndarray, dataset: Dataset, width: int | None, objec
     if not (labels != NO_LABEL).any() or np.isnan(labels).all():
         raise DataError(f"{dataset.path}: no sample has a label", hint="give labelled data, or no weight to labels")
     if labels.ndim == 1 and width is not None and labels.max() >= width:
-        raise DataError(f"{dataset.path}: label {labels.max()} lies outside 0..{width - 1}, the model's classes")
+        raise DataError(
+            f"{dataset.path}: label {labels.max()} lies outside 0..{width - 1}, the model's classes",
+            hint="number the classes from 0 as the model does",
+        )
     if labels.ndim == 2 and objective.activation == "sigmoid" and (np.nanmin(labels) < 0 or np.nanmax(labels) > 1):
         raise DataError(
             f"{dataset.path}: labels from {np.nanmin(labels):g} to {np.nanmax(labels):g}, and the model gives 0 to 1",

@@ -86,7 +86,10 @@ def _ffns(source: Source, step: FFNTopK) -> list[FFN]:
     ffns = list(select_ffns(anatomy, step.layers))
     for ffn in ffns:
         if ffn.d_ff % step.block:
-            raise RecipeError(f"block: blocks of {step.block} do not divide the {ffn.d_ff} neurons of {ffn.where}")
+            raise RecipeError(
+                f"block: blocks of {step.block} do not divide the {ffn.d_ff} neurons of {ffn.where}",
+                hint="choose a block that does, such as 1",
+            )
     return ffns
 
 

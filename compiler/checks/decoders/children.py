@@ -63,7 +63,10 @@ class Children:
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(),
                 )  # fmt: skip
         except OSError as error:
-            raise TargetError(f"{name}: {python} cannot be run ({error.strerror})") from error
+            raise TargetError(
+                f"{name}: {python} cannot be run ({error.strerror})",
+                hint="give an interpreter of Python with --llama-python",
+            ) from error
         self._stack.callback(_end, child)
         with _patience(child) as timed_out:
             about = next((message for line in child.stdout or () if (message := _parse_about(line)) is not None), None)

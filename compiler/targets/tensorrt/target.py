@@ -26,6 +26,7 @@ from trimtab.passes import optional
 from trimtab.passes.contract import Capability
 from trimtab.passes.errors import TargetError
 from trimtab.passes.lower import lower
+from trimtab.passes.os_errors import reason, remedy
 from trimtab.passes.temporary import temporary_folder
 from trimtab.plugins.driver import compute_capability, gpu_present
 
@@ -81,7 +82,7 @@ class TensorRT(Target):
                 if self.cannot_run_here() is None and options.meant_for(compute_capability()):
                     self._load_once(info, out, timeout_s)
         except OSError as error:
-            raise TargetError(f"{out}: cannot write the engine ({error})") from error
+            raise TargetError(f"{out}: cannot write the engine ({reason(error)})", hint=remedy(error, out)) from error
         return [*(out / name for name in names), out / INFO_FILE]
 
     def open(
