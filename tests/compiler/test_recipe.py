@@ -110,7 +110,8 @@ NAN = float("nan")
         ({"passes": {"dampen": {}}}, "passes: should be a list, not {dampen: {}}; such as `passes: [ffn-split]`"),
         (
             {"passes": [{"dampen": "a"}]},
-            "passes[0].dampen: should be a mapping of options, not a; `trimtab passes NAME` lists the options of a pass",
+            "passes[0].dampen: should be a mapping of options, not a; "
+            "`trimtab passes NAME` lists the options of a pass",
         ),
         ({"workload": {"batch": "a"}}, "workload.batch: should be a list, not a"),
         ({"engine": [1]}, "engine: should be a mapping, not [1]"),
