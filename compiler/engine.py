@@ -115,7 +115,10 @@ class Engine:
         return {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in self.inputs}
 
     def close(self) -> None:
-        """End the processes of a build in shards, which otherwise end with this process. A closed engine cannot run."""
+        """End the processes of a build in shards, which otherwise end with this process: it cannot run any more.
+
+        An engine of one process has nothing to end, and still runs.
+        """
         self.runner.close()
 
     def __repr__(self) -> str:

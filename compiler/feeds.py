@@ -52,8 +52,8 @@ def random_feeds(
     Returns:
         input name → array of the input's type and shape. Integers, and floats that are cast to indices, are inside the
         smallest table that they index, and 0 or 1 where the table is unknown. `attention_mask` is 1 (0 where padded);
-        `position_ids` counts along the last axis, from the past on; `token_type_ids` is 0; other floats are standard
-        normal.
+        `position_ids` counts along the last axis, from the past on; `token_type_ids` is 0; texts are
+        numbers; other floats are standard normal.
 
     Raises:
         RecipeError: `dims` lacks a dimension of the model, or the inputs would take more than `MAX_BYTES`.
@@ -77,6 +77,8 @@ def random_feeds(
         elif np.issubdtype(dtype, np.integer) or safe_values(tensor) is not None:
             low, high = safe_values(tensor) or _UNKNOWN
             feeds[tensor.name] = rng.integers(low, high + 1, shape).astype(dtype)
+        elif dtype.kind == "O":
+            feeds[tensor.name] = rng.integers(0, 100, shape).astype(str).astype(object)
         else:
             feeds[tensor.name] = rng.standard_normal(shape).astype(dtype)
     return feeds

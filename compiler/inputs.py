@@ -131,11 +131,18 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
             f"input {tensor.name!r} is a {type(array).__name__}, not a numpy array",
             hint=f"give np.asarray(..., dtype=np.{tensor.dtype})",
         )
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(
+            f"input {tensor.name!r} is a masked array, and engines know no masks of values", hint="fill it: .filled(0)"
+        )
+    kind = "object" if tensor.dtype == "object" else f"np.{tensor.dtype}"
     if str(array.dtype) != tensor.dtype:
         raise InputError(
             f"input {tensor.name!r} is {array.dtype}, the engine takes {tensor.dtype}",
-            hint=f"convert it with .astype(np.{tensor.dtype})",
+            hint=f"convert it with .astype({kind})",
         )
+    if tensor.dtype == "object":
+        _check_texts(tensor.name, array)
     if tensor.shape is None:
         return
     shown = "[" + ", ".join("?" if size is None else str(size) for size in tensor.shape) + "]"
@@ -157,6 +164,20 @@ def _check_shape(tensor: TensorInfo, array: np.ndarray, sizes: dict[str, tuple[i
                 )
 
 
+def _check_texts(name: str, array: np.ndarray) -> None:
+    """Refuse what is no text: ONNX Runtime would write bytes and numbers as Python shows them."""
+    for place, text in enumerate(array.flat):
+        if not isinstance(text, str):
+            raise InputError(
+                f"input {name!r} holds a {type(text).__name__} at place {place}, not a text",
+                hint="decode bytes first, with .decode(); write numbers as texts",
+            )
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError(
+                f"input {name!r} holds half a character at place {place}", hint="read it with its own encoding"
+            )
+
+
 def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:
     """Refuse texts of no tokens, and inputs that do not match `input_ids` where the names of the graph's axes do not
     show the mismatch.
@@ -168,7 +189,7 @@ def _check_rows(feeds: Mapping[str, np.ndarray]) -> None:
     ids = feeds.get("input_ids")
     if ids is None or ids.ndim != 2:
         return
-    if len(ids) and not ids.shape[1]:
+    if not ids.shape[1]:
         raise InputError(f"input 'input_ids' has texts of 0 tokens: {list(ids.shape)}", hint="give each text a token")
     for name in _PER_TOKEN:
         array = feeds.get(name)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from trimtab.compiler.builds.build import Build, find_build
@@ -147,6 +148,7 @@ class _Compile:
         profile, profile_origin = choice.profile, choice.origin
         with phases("read the graph"):
             graph = self.source.graph()
+            _check_ends(graph, self.source.origin)
             anatomy = find_anatomy(graph)
             if FFNStates() in to_measure(self.recipe.needs):
                 require_ffns(anatomy)
@@ -154,6 +156,7 @@ class _Compile:
                 check_inputs(dataset, self.source, graph.inputs, self.recipe.calibration.max_tokens)
             positions = find_positions(graph)
             workload = self.recipe.workload.fitting(positions.most if positions else None)
+            workload.check_dims(graph)
             check_sizes("workload.tokens", workload.tokens[0], workload.past[0], positions)
             if self.recipe.check:
                 corners(graph, workload)  # refuses a workload without any call that the model takes
@@ -202,14 +205,14 @@ class _Compile:
         family = anatomy.family
         del graph, anatomy, new_weights
         phases.give_back()  # otherwise the weights stay in memory while the engine is built and run
-        with phases("build the engine"), self.writer.writing():
+        with phases("build the engine"), self.writer.writing(), self.writer.naming(self.source.origin):
             for model in models:
                 options = self.recipe.engine
                 get_target(self.recipe.target).build(
                     model, workload, folder / ENGINE, timeout_s=options.timeout_s, options=options
                 )
         recipe = self.recipe.model_copy(update={"workload": workload})
-        with phases("check the engine"):
+        with phases("check the engine"), self.writer.naming(self.source.origin):
             check = self_check(self.source, sizes.dense_bytes, folder, recipe, inputs, dials_and_path)
         if self.source.hashes != self.hashes:
             raise ModelError(f"{self.source.origin}: its files changed while it was compiled", hint="compile it again")
@@ -317,6 +320,24 @@ def _check_suited(recipe: Recipe, task: Task | None) -> None:
         reason = step.unsuited(task.kind if task is not None else None)
         if reason is not None:
             raise ModelError(f"pass {step.name}: {reason}", hint=f"remove {step.name} from the recipe")
+
+
+def _check_ends(graph: gs.Graph, origin: str) -> None:
+    """Refuse models that no call can be made of.
+
+    Raises:
+        ModelError: the model has no inputs or outputs, or has some of types that NumPy lacks.
+    """
+    for tensors, what in ((graph.inputs, "inputs"), (graph.outputs, "outputs")):
+        if not tensors:
+            raise ModelError(f"{origin}: has no {what}", hint="export a model that computes outputs from inputs")
+        for tensor in tensors:
+            if isinstance(tensor.dtype, int):  # graphsurgeon leaves ONNX's number where NumPy has no type
+                kind = onnx.TensorProto.DataType.Name(tensor.dtype).lower()
+                raise ModelError(
+                    f"{origin}: {tensor.name!r}, one of its {what}, is {kind}, and NumPy has no such arrays",
+                    hint="export the model with float32 or float16 at its ends; inside, any type goes",
+                )
 
 
 def _shorter(max_tokens: int | None, positions: Positions | None) -> int | None:

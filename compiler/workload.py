@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, model_validator
 
 from trimtab.compiler.decoder_cache import pasts
+from trimtab.compiler.schema.explain import suggest
 from trimtab.passes.errors import RecipeError, quoted
 
 Shape = tuple[int, ...]
@@ -29,7 +30,7 @@ _ALIASES = {
 
 def _fixed(value: object) -> object:
     """Expand one number to (min, opt, max)."""
-    return (value,) * 3 if isinstance(value, int) else value
+    return (value,) * 3 if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 Range = Annotated[tuple[int, int, int], BeforeValidator(_fixed)]
@@ -136,6 +137,20 @@ class Workload(BaseModel):
         """Names of the dimensions on which an input's shape depends, among "batch", "tokens", "past" and `dims`."""
         used = {axis for axes in self.axes(graph).values() for axis in axes if isinstance(axis, str)}
         return used - {"total"}
+
+    def check_dims(self, graph: gs.Graph) -> None:
+        """Refuse sizes of dimensions that the inputs of `graph` do not have.
+
+        Raises:
+            RecipeError: names the nearest dimension.
+        """
+        known = self.dimensions(graph)
+        for name in self.dims:
+            if name not in known:
+                raise RecipeError(
+                    f"workload.dims: the model has no dimension {quoted(name)}",
+                    hint=suggest(name, sorted(known), "its inputs have"),
+                )
 
     def shapes_at(self, graph: gs.Graph, sizes: Mapping[str, int]) -> dict[str, Shape]:
         """Shape of every input for the `sizes` of the dimensions, such as one of `corners()`."""

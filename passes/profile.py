@@ -228,7 +228,10 @@ class Profile:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         tensors = {name: np.asarray(value, order="C") for name, value in self.tensors.items()}
         try:
+            part.touch()
+            mode = part.stat().st_mode  # safetensors 0.8 writes files that only their owner may read
             save_file(tensors, part, metadata={"trimtab": self.info.model_dump_json()})
+            part.chmod(mode)
             part.replace(path)
         except (OSError, SafetensorError) as error:
             refused = error if isinstance(error, OSError) else _system_error(error)

@@ -195,6 +195,20 @@ def absolute(folder: Path | str) -> Path:
     return folder
 
 
+def check_outside(out: Path) -> None:
+    """Refuse to write into a build: the next compile there replaces all of it.
+
+    Raises:
+        BuildError: `out` lies inside a build.
+    """
+    outer = next((folder for folder in out.absolute().parents if is_build(folder)), None)
+    if outer is not None:
+        raise BuildError(
+            f"{out}: lies inside the build {outer}, and would be gone as soon as that is compiled again",
+            hint="choose a directory outside of it",
+        )
+
+
 def sibling(out: Path, what: str) -> Path:
     """The hidden path next to `out` that writers use for `what`, such as "part" or "lock"."""
     return out.with_name(f".{out.name}.trimtab-{what}")

@@ -252,7 +252,8 @@ class Manifest(_Model):
 def is_build(folder: Path) -> bool:
     """Whether `folder` holds a build, of any format, complete or damaged."""
     try:
-        _Format.model_validate_json((folder / NAME).read_bytes())
+        path = folder / NAME
+        _Format.model_validate_json(path.read_bytes() if path.is_file() else b"")
     except (OSError, ValidationError):
         return False
     return True
@@ -267,6 +268,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     path = folder / NAME
     again = "compile it again"
     try:
+        for part in (path, folder / HASH):
+            if part.exists() and not part.is_file():  # reading a pipe would wait for its writer
+                raise BuildError(f"{part}: damaged: it is no regular file", hint=again)
         text = path.read_bytes()
         form = _Format.model_validate_json(text).format
         if form != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trimtab.compiler.builds.build import Build, absolute, sha256_of, sibling
+from trimtab.compiler.builds.build import Build, absolute, check_outside, sha256_of, sibling
 from trimtab.compiler.builds.exchange import exchange
 from trimtab.compiler.builds.manifest import FileInfo, Manifest, is_build, write_manifest, write_text
 from trimtab.compiler.builds.measured import MEASURED, Measured
 from trimtab.compiler.builds.report import render
 from trimtab.passes.dials import SpeedPoint
-from trimtab.passes.errors import BuildError
+from trimtab.passes.errors import BuildError, TargetError
 from trimtab.passes.os_errors import blames, reason, remedy
 
 REPORT = Path("report.md")
@@ -69,6 +70,15 @@ class BuildWriter:
                 message = f"{self.out}: cannot write the build ({reason(error)})"
                 raise BuildError(message, hint=remedy(error, self.out)) from error
             raise BuildError(f"{error.filename}: cannot be read ({reason(error)})", hint=remedy(error)) from error
+
+    @contextmanager
+    def naming(self, origin: str) -> Iterator[None]:
+        """Let a TargetError of the body name `origin` where it names a file of the hidden folder."""
+        try:
+            yield
+        except TargetError as error:
+            message = re.sub(re.escape(str(self.folder)) + r"[^\s:]*", lambda _: origin, error.message)
+            raise TargetError(message, hint=error.hint) from error
 
     def commit(self, manifest: Manifest, measured: Measured | None = None) -> Build:
         """Hash the files, add manifest and report, and swap the folder with `out`.
@@ -150,12 +160,7 @@ def _check_replaceable(out: Path) -> None:
         raise BuildError(f"{out}: exists and is not a directory", hint=hint)
     if out.is_dir() and any(out.iterdir()) and not is_build(out):
         raise BuildError(f"{out}: exists and is not a build, so it is left alone", hint=hint)
-    outer = next((folder for folder in out.parents if is_build(folder)), None)
-    if outer is not None:
-        raise BuildError(
-            f"{out}: lies inside the build {outer}, and would be gone as soon as that is compiled again",
-            hint="choose a directory outside of it",
-        )
+    check_outside(out)
 
 
 def _check_writable(out: Path) -> None:

@@ -140,7 +140,10 @@ def check_labels(dataset: Dataset, task: Task | None, source: Source, graph: gs.
             f"{dataset.path}: what is lost against labels (--max-drop) cannot be judged {why}",
             hint="give labelled data" if labelled else "--min-quality limits the distance from the dense model",
         )
-    _labels(labels, task, source, graph)
+    try:
+        _labels(labels, task, source, graph)
+    except DataError as error:
+        raise DataError(f"{dataset.path}: {error.message}", hint=error.hint) from error
     if labelled and 0 < missing < dataset.count:
         return [f"{missing} of {dataset.count} samples of {dataset.path} have no label, so labels are not used"]
     return []

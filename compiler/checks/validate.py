@@ -52,7 +52,7 @@ class Limits(BaseModel):
             model; it needs labels.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_error: float | None = Field(None, ge=0)
     min_quality: float | None = Field(None, ge=-1, le=1)

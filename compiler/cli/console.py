@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -50,6 +51,13 @@ def reporting_errors() -> Iterator[None]:
         )
     except Exception as error:
         _fail_with(error)
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr replace what their encoding lacks: models write characters that Latin-1 does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def catch_sigterm() -> None:

@@ -37,7 +37,9 @@ def command(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Limit: largest loss against the dense model, in points of the labels' measure."),
+        typer.Option(
+            min=-100, max=100, help="Limit: largest loss against the dense model, in points of the labels' measure."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,

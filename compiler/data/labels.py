@@ -123,7 +123,7 @@ def _of_array(labels: np.ndarray, task: Task, width: int | None) -> np.ndarray:
 def _in_range(values: np.ndarray, width: int | None) -> np.ndarray:
     if width is not None and len(values) and (values.min() < 0 or values.max() >= width):
         raise DataError(
-            f"a label is outside 0..{width - 1}, the classes of the model",
+            f"the label {values[(values < 0) | (values >= width)][0]} is outside 0..{width - 1}, the model's classes",
             hint="number the classes from 0 as the model does, or give their names",
         )
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -20,7 +20,7 @@ def checked_texts(texts: Any) -> list[Text]:
     Raises:
         InputError: `texts` is a single string, or holds anything but strings and pairs of strings; names the place.
     """
-    if isinstance(texts, (str, bytes, bytearray, Mapping)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
         raise InputError(f"texts is {_kind(texts)}, not a list of texts", hint=_HINT)
     return [_checked(text, place) for place, text in enumerate(texts)]
 

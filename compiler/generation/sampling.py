@@ -26,11 +26,13 @@ class Sampling(BaseModel):
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The probabilities to draw from, [batch, vocabulary] like `logits`, float64. Needs a temperature."""
-        scaled = logits.astype(np.float64) / self.temperature
+        exact = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # the likeliest are 0 and stay so, whatever a tiny temperature makes of others
+            scaled = (exact - exact.max(-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < scaled.shape[-1]:
             threshold = np.partition(scaled, -self.top_k, axis=-1)[:, -self.top_k, None]
             scaled = np.where(scaled < threshold, -np.inf, scaled)
-        p = np.exp(scaled - scaled.max(-1, keepdims=True))
+        p = np.exp(scaled)
         p /= p.sum(-1, keepdims=True)
         if self.top_p < 1:
             order = np.argsort(-p, axis=-1, kind="stable")

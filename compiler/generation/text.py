@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trimtab.compiler.generation.generator import NONE, generate
 from trimtab.compiler.generation.sampling import Sampling
+from trimtab.passes.errors import InputError
 
 if TYPE_CHECKING:  # a Triton repository carries this module, without what compiles
     from trimtab.compiler.engine import Engine
@@ -46,10 +47,11 @@ def generate_text(
 
     Raises:
         ModelError: the build has no tokenizer.
-        InputError: a prompt is not a text, or is longer than the model's context.
+        InputError: a prompt is not a text, or is longer than the model's context; a stop text is no text, or empty.
         TargetError: the build does not generate text.
     """
     tokenizer = engine.tokenizer
+    _check_stops(stop)
     ids = tokenizer.prompts(prompts)
     dial_values = engine.manifest.all_dials.feeds(len(ids), dials, speed)
     answers = [Answer() for _ in ids]
@@ -79,6 +81,15 @@ def generate_text(
             whole = decode(row)
             answer.new, answer.text, answer.ended = whole[len(answer.text) :], whole, "length"
     yield answers
+
+
+def _check_stops(stop: Sequence[str]) -> None:
+    hint = 'give a list of texts, such as ["\\n\\n"]; no list ends answers at the model\'s own tokens alone'
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise InputError(f"stop is of type {type(stop).__name__}, not a list of texts", hint=hint)
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"stop holds {text!r}, which is no text that an answer could have", hint=hint)
 
 
 def _grow(answer: Answer, whole: str, at_end: bool, stop: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trimtab.compiler.builds.build import Build, of_one_build
+from trimtab.compiler.builds.build import Build, check_outside, of_one_build
 from trimtab.compiler.builds.contents import TOKENIZER
 from trimtab.compiler.data.tokenizer import load_tokenizer
 from trimtab.compiler.decoder_cache import LOGITS, PAST, PRESENT, pasts
@@ -35,6 +35,7 @@ def package_genai(build: Build, out: Path | str) -> Path:
     out = Path(out)
     if out.exists():
         raise BuildError(f"{out}: exists already", hint="give a folder that does not exist")
+    check_outside(out)
     if build.manifest.target != "onnxruntime":
         raise ModelError(f"{build.path}: was built for {build.manifest.target}", hint="compile for onnxruntime")
     if build.manifest.shards > 1:

@@ -66,6 +66,10 @@ class Runner(ABC):
     def close(self) -> None:  # noqa: B027  (most have nothing to release)
         """Release the engine's resources outside this process. The engine may not run again."""
 
+    def stop(self) -> None:
+        """End runs that are under way in other threads, as far as the runtime can. The engine may not run again."""
+        self.close()
+
 
 class Steps(ABC):
     """A generation of a decoder: its cache is kept between the calls."""

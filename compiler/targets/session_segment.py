@@ -23,18 +23,20 @@ class SessionSegment(Segment):
         name: name of the model in error messages.
         cache: layout of a decoder's cache; None where no generation is needed.
         device: device of the float outputs of a `BoundSession`, such as "cpu" or "cuda:1".
+        options: options of each run, by which another thread may end it.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, *, name: str = "the model", cache: Cache | None = None, device: str = "cpu"
-    ) -> None:
-        self.session, self.name, self.cache, self.device = session, name, cache, device
+        self, session: ort.InferenceSession, *, name: str = "the model", cache: Cache | None = None,
+        device: str = "cpu", options: ort.RunOptions | None = None,
+    ) -> None:  # fmt: skip
+        self.session, self.name, self.cache, self.device, self.options = session, name, cache, device, options
         self.inputs = tuple(tensor.name for tensor in session.get_inputs())
         self.outputs = tuple(tensor.name for tensor in session.get_outputs())
 
     def run(self, feeds: Values) -> Values:
         with running(self.name):
-            outputs = self.session.run(None, feeds)
+            outputs = self.session.run(None, feeds, self.options)
         return dict(zip(self.outputs, outputs, strict=True))
 
     def host(self, value: Any) -> np.ndarray:

@@ -109,8 +109,14 @@ class OnnxRuntimeRunner(SegmentedRunner):
 
     def __init__(self, model: Path | bytes, options: ort.SessionOptions | None = None) -> None:
         self.session = open_session(model, options)
-        segment = SessionSegment(self.session, cache=cache_of(model, self.session))
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = _FATAL
+        segment = SessionSegment(self.session, cache=cache_of(model, self.session), options=self._options)
         super().__init__([segment], segment.inputs, segment.outputs)
+
+    def stop(self) -> None:
+        """End runs that are under way in other threads, which raise, and all later ones."""
+        self._options.terminate = True
 
 
 def uses_dialect(model: Path | bytes) -> bool:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.compiler.builds.build import Build
+from trimtab.compiler.builds.build import Build, check_outside
 from trimtab.compiler.packaging.triton import config as configs
 from trimtab.compiler.packaging.triton.models import Models
 from trimtab.compiler.targets.base import ENGINE
@@ -108,15 +108,18 @@ def check_package(build: Build, out: Path, *, name: str | None, batch: int | Non
     """
     if out.exists():
         raise BuildError(f"{out}: exists already", hint="give a folder that does not exist")
+    check_outside(out)
     configs.schema()
-    return _model_name(name or build.path.resolve().name), _batch(build, batch)
+    return _model_name(build, name), _batch(build, batch)
 
 
-def _model_name(name: str) -> str:
-    model_name = re.sub(r"[^A-Za-z0-9_.-]", "_", name).strip(".")
-    if not model_name:
+def _model_name(build: Build, name: str | None) -> str:
+    """`name`, or one made of the name of the build's folder."""
+    model_name = re.sub(r"[^A-Za-z0-9_.-]", "_", build.path.resolve().name if name is None else name).strip(".")
+    if not model_name or name not in (None, model_name):
         raise BuildError(
-            f"{name!r}: is not a valid name for a Triton model", hint="give a name of letters and digits with --name"
+            f"{name or build.path.name!r}: is not a valid name for a Triton model",
+            hint="give a name of letters, digits, '_', '-' and '.' with --name",
         )
     return model_name
 
