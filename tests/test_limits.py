@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.compiler import engine_options, feeds, workload
+from trimtab.compiler.checks import selfcheck
 from trimtab.compiler.data import cutting, limits
 from trimtab.compiler.schema import json_text, yaml_text
 from trimtab.compiler.sources import trial
@@ -21,6 +22,7 @@ LIMITS = {
     "ONNX graph": [check.MAX_NODES, check.MAX_NESTING],
     "ONNX file": [int(trial.MAX_SECONDS)],
     "random inputs": [feeds.MAX_BYTES],
+    "check behind": [int(selfcheck.MAX_SECONDS), selfcheck.MAX_TOKENS],
     "line": [limits.MAX_LINE],
     "packed data": [limits.MAX_UNPACKED],
     "name of a class": [limits.MAX_NAME],

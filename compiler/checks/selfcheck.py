@@ -33,7 +33,7 @@ _SMALL = {"batch": 2, "tokens": 16}
 MAX_TOKENS = 1 << 17
 """Tokens of the smallest call above which the check is skipped: activations would take gigabytes of memory."""
 
-_MAX_SECONDS = 300.0
+MAX_SECONDS = 300.0
 """Time limit of each of the two models. Some graphs of others never end."""
 
 
@@ -117,10 +117,10 @@ def _open(target: Target, folder: Path, recipe: Recipe) -> Runner:
 
 def _run(runner: Runner, feeds: Mapping[str, np.ndarray], who: str) -> dict[str, np.ndarray]:
     try:
-        return dict(within(_MAX_SECONDS, partial(runner.run, feeds), runner.stop))
+        return dict(within(MAX_SECONDS, partial(runner.run, feeds), runner.stop))
     except TimeoutError as error:
         raise TargetError(
-            f"check of the finished engine: {who} ran longer than {_MAX_SECONDS:g} s on a small call",
+            f"check of the finished engine: {who} ran longer than {MAX_SECONDS:g} s on a small call",
             hint="see that its loops end; `check: false` in the recipe skips this check",
         ) from error
 

@@ -264,6 +264,18 @@ def test_manifests_that_cannot_be_trusted(tmp_path: Path, change: dict[str, Any]
         open_build(tmp_path / "build")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "build").path
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(BuildError, match=f"{name}: damaged: it is no regular file"):
+        open_build(path)
+    if name == NAME:
+        with pytest.raises(BuildError, match="exists and is not a build"):
+            write(path)
+
+
 @pytest.mark.parametrize("inner", ["sub", "model/sub", "a/b/c"])
 def test_a_build_inside_a_build_is_refused(tmp_path: Path, inner: str) -> None:
     """The next compile of the outer one would remove it, without a word."""

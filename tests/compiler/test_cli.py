@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from trimtab.compiler.cli import console
 from trimtab.compiler.cli.app import COMMANDS, app
+from trimtab.compiler.cli.console import print_any_text
 from trimtab.passes.errors import DataError, PassError, TrimtabError
 from trimtab.passes.profile import Profile
 
@@ -249,3 +251,15 @@ def test_options_of_a_pass() -> None:
     wrong = run("passes", "ffn-splt")
     assert wrong.exit_code == 1
     assert "did you mean 'ffn-split'" in wrong.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_texts_that_an_output_cannot_hold_are_shown_with_marks(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models write characters of all languages, and a terminal or a pipe may have few."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    print_any_text()
+    for stream in streams.values():
+        print("a\u6f22b", file=stream, flush=True)
+        assert stream.buffer.getvalue() == b"a?b\n"  # type: ignore[attr-defined]

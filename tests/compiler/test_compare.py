@@ -134,6 +134,17 @@ def test_texts_are_equal_or_a_fault(dtype):
     assert not check(renamed("padding"))
 
 
+def test_rows_whose_number_depends_on_values_are_not_those_of_samples():
+    """As NonZero has them: the rows of a batch are not its samples', even where their number is the batch's."""
+    graph = load_graph(zoo.exported("distilbert"))
+    widths = iter((7, 5, 3, 9, 8, 6, 4, 2) * 9)
+
+    def run(feeds):
+        return {"last_hidden_state": np.ones((len(feeds["input_ids"]), next(widths)))}
+
+    assert batch_consistency(run, run, graph, WORKLOAD, {"batch": 3, "tokens": 8}, rng()) == []
+
+
 def test_padded_tokens_do_not_count():
     path = zoo.exported("distilbert")
     run, graph = open_peer("dense-fp32", path, 1), load_graph(path)

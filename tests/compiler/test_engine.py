@@ -58,6 +58,8 @@ def test_it_says_what_it_takes(engine: Engine) -> None:
         ({"input_ids": tiny.ids(1, 8)[0]}, r"shape \[8\], the engine takes \[batch, tokens\]"),
         ({"input_ids": tiny.ids(3, 8)[:, :0]}, r"has texts of 0 tokens: \[3, 0\]"),
         ({1: tiny.ids(1, 8)}, "unknown input 1"),
+        ({"input_ids": np.ma.masked_array(tiny.ids(2, 8), mask=True)}, "is a masked array"),
+        ({"input_ids": tiny.ids(0, 8)[:, :0]}, r"has texts of 0 tokens: \[0, 0\]"),
         (None, "inputs is of type NoneType, not a mapping"),
         ([tiny.ids(1, 8)], "inputs is of type list, not a mapping"),
         ({"input_ids"}, "inputs is of type set, not a mapping"),

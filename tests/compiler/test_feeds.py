@@ -30,6 +30,12 @@ def test_every_family_runs_on_random_feeds(family):
             assert len(value) == batch
 
 
+def test_inputs_that_are_texts() -> None:
+    texts = gs.Graph(inputs=[gs.Variable("s", np.dtype(object), ["batch", 3])])
+    found = random_feeds(texts, {"batch": 5}, seeded())["s"]
+    assert found.shape == (5, 3) and all(isinstance(text, str) for text in found.flat)
+
+
 def test_ids_stay_inside_the_table_and_reach_all_of_it():
     graph = load_graph(zoo.exported("bert"))
     ids = random_feeds(graph, {"batch": 32, "tokens": 64}, np.random.default_rng(0))["input_ids"]

@@ -175,6 +175,22 @@ def test_stop_texts_are_cut_and_never_shown(stop: list[str], wanted: str) -> Non
     assert answer.ended == "stop"
 
 
+@pytest.mark.parametrize("stop", ["END", None, [1], [b"END"], [""], ["END", ""], {"END": 1}, 3])
+def test_stops_that_are_no_texts(build: Path, stop: Any) -> None:
+    """A string would stop at each of its letters, and an empty text before the first token."""
+    with pytest.raises(InputError, match="stop "):
+        next(generate_text(load(build), ["w5"], stop=stop))
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324, 1e-300])
+def test_the_smallest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits = seeded().normal(0, 20, (7, 90)).astype(np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        for options in ({}, {"top_k": 5}, {"top_p": 0.5}):
+            drawn = Sampling(temperature=temperature, **options).next(logits, seeded())
+            np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
 def test_what_looked_like_a_stop_comes_out_at_the_end() -> None:
     pieces, answer = spell("ab EN", stop=["END"], max_tokens=5)
     assert "".join(pieces) == answer.text == "ab EN"
@@ -198,6 +214,7 @@ def test_command_streams_one_answer_and_prints_several(build: Path) -> None:
         (("--prompt", " ".join(["w5"] * 70)), 1, "and the model takes 64"),
         (("--prompt", "w5", "--top-p", "0"), 2, "0..1"),
         (("--prompt", "w5", "--temperature", "-1"), 2, "temperature"),
+        (("--prompt", "w5", "--stop", ""), 1, "stop holds ''"),
         ((), 2, "--prompt"),
     ],
 )

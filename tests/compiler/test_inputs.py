@@ -213,6 +213,26 @@ def test_ids_that_are_floats(wrong: float) -> None:
         _ask({"input_ids": (0, 49)}, input_ids=[[3.0, wrong]])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (b"text", "holds a bytes at place 1, not a text"), (7, "holds a int at place 1"), (None, "holds a NoneType"),
+        (["a"], "holds a list"), ("\ud800", "holds half a character at place 1"),
+    ],
+)  # fmt: skip
+def test_texts_that_are_none(wrong: Any, says: str) -> None:
+    """ONNX Runtime would compute with what Python shows of them."""
+    wanted = [TensorInfo(name="s", dtype="object", shape=("batch",))]
+    values = np.empty(3, object)
+    values[:] = "a", "", "é"
+    check_inputs(wanted, {"s": values})
+    values[1] = wrong
+    with pytest.raises(InputError, match=says):
+        check_inputs(wanted, {"s": values})
+    with pytest.raises(InputError, match=r"convert it with \.astype\(object\)"):
+        check_inputs(wanted, {"s": np.array(["a", "b"])})
+
+
 def test_floats_that_a_graph_cuts_to_rows() -> None:
     _ask({"timestep": (0, 49)}, timestep=[49.9, -0.5])
     with pytest.raises(InputError, match=r"'timestep' holds 50\.0 at .*; give whole numbers from 0 to 49"):

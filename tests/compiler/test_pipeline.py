@@ -251,6 +251,52 @@ def test_the_check_can_be_left_out(model: Path, tmp_path: Path, monkeypatch: pyt
     assert "Not run" in (build.path / "report.md").read_text()
 
 
+def test_calls_that_are_too_large_for_a_check(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.compiler.checks import selfcheck
+
+    recipe = {"passes": [], "workload": {"batch": 9, "tokens": 8}}
+    assert compile_model(model, recipe, tmp_path / "build").manifest.check.ran
+    monkeypatch.setattr(selfcheck, "MAX_TOKENS", 71)
+    build = compile_model(model, recipe, tmp_path / "build", force=True)
+    assert build.manifest.check.why == "the smallest call has 72 tokens; `trimtab validate` runs it"
+
+
+def test_errors_name_the_model_and_not_a_hidden_folder(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Odd", ["x"], ["y"], domain="elsewhere")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:])
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("elsewhere", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "odd.onnx")
+    message = refused(TargetError, tmp_path, tmp_path / "odd.onnx", {"passes": []})
+    assert message.startswith(f"{tmp_path / 'odd.onnx'}: ONNX Runtime does not take") and "trimtab-part" not in message
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "says"),
+    [
+        ((), ("y",), "has no inputs"), (("x",), (), "has no outputs"),
+        (("half",), ("y",), "'half', one of its inputs, is bfloat16"),
+        (("x",), ("half",), "'half', one of its outputs, is bfloat16"),
+    ],
+)  # fmt: skip
+def test_models_that_no_call_can_be_made_of(
+    tmp_path: Path, inputs: tuple[str, ...], outputs: tuple[str, ...], says: str
+) -> None:
+    def ends(names: tuple[str, ...]) -> list[onnx.ValueInfoProto]:
+        kinds = {name: onnx.TensorProto.BFLOAT16 if name == "half" else onnx.TensorProto.FLOAT for name in names}
+        return [onnx.helper.make_tensor_value_info(name, kind, [2]) for name, kind in kinds.items()]
+
+    source, target = (inputs or ("k",))[0], (outputs or ("unused",))[0]
+    to = onnx.TensorProto.BFLOAT16 if target == "half" else onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Cast", [source], [target], to=to)], "g", ends(inputs), ends(outputs),
+        [] if inputs else [numpy_helper.from_array(np.zeros(2, np.float32), "k")],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    assert says in refused(ModelError, tmp_path, tmp_path / "m.onnx", {"passes": []})
+
+
 def refused(kind: type[Exception], tmp_path: Path, *args: Any, **options: Any) -> str:
     """The message of a compile that fails, after which nothing lies where the build would be."""
     before = sorted(path.name for path in tmp_path.iterdir() if path.name != "cache")

@@ -321,6 +321,20 @@ def test_whole_or_not_at_all(llama: Build, tmp_path: Path, monkeypatch: pytest.M
         assert done.exit_code == 2 and "one of --genai and --triton" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "é", "..", " "])
+def test_names_that_triton_does_not_take(bert: Build, tmp_path: Path, name: str) -> None:
+    done = cli("package", bert.path, "--triton", tmp_path / "repository", "--name", name)
+    assert done.exit_code == 1 and "is not a valid name" in done.stderr
+    assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize("option", ["--triton", "--genai"])
+def test_nothing_is_written_into_a_build(llama: Build, option: str) -> None:
+    done = cli("package", llama.path, option, llama.path / "model" / "inside")
+    assert done.exit_code == 1 and "lies inside the build" in done.stderr
+    assert not (llama.path / "model" / "inside").exists()
+
+
 def test_outputs_along_another_dimension_are_not_joined() -> None:
     def info(first: str | None) -> TensorInfo:
         return TensorInfo(name="x", dtype="float32", shape=(first, 4))

@@ -91,6 +91,10 @@ def test_a_build_without_passes_is_its_dense_model(build, data):
 
 
 def test_what_was_found_is_recorded(build, data):
+    for wrong in ("nan", "inf"):
+        assert CliRunner().invoke(app, ["validate", str(build.path), "--max-drop", wrong]).exit_code == 2
+    with pytest.raises(ValueError, match="finite"):
+        Limits(max_drop=float("nan"))
     with pytest.raises(InputError, match="samples is 0, not an integer of at least 1"):
         validate(build, data=data, samples=0)
     validate(build, data=data, samples=20, limits=Limits(max_error=1e-4))

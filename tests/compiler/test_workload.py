@@ -12,6 +12,8 @@ import zoo
 from pydantic import ValidationError
 from rewrite import canonical
 
+from trimtab.compiler.pipeline import compile_model
+from trimtab.compiler.recipe import load_recipe
 from trimtab.compiler.workload import Workload
 from trimtab.passes.anatomy import find_anatomy
 from trimtab.passes.errors import RecipeError
@@ -137,6 +139,18 @@ def test_the_default_range_ends_where_the_model_does() -> None:
 def test_impossible_sizes_are_refused_by_name(field: str, sizes: object) -> None:
     with pytest.raises(RecipeError, match=rf"workload\.{field}.*min <= opt <= max"):
         Workload.model_validate({field: sizes})
+
+
+def test_a_dimension_that_the_model_lacks_is_refused(tmp_path):
+    path = zoo.exported("bert")
+    with pytest.raises(RecipeError, match="the model has no dimension 'boxes'; its inputs have: batch, tokens"):
+        compile_model(path, {"passes": [], "workload": {"dims": {"boxes": 3}}}, tmp_path / "build")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_is_no_truth():
+    with pytest.raises(RecipeError, match=r"workload\.batch: should be a list, not true"):
+        load_recipe({"workload": {"batch": True}})
 
 
 def test_impossible_dims_are_refused() -> None:

@@ -59,6 +59,12 @@ def test_statistics_that_do_not_fit_are_refused(layer: int, d_ff: int, d_model: 
         made().ffn(layer, d_ff, d_model)
 
 
+def test_who_may_read_a_file_may_read_a_profile(tmp_path: Path) -> None:
+    made().save(tmp_path / "p")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "p").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     made().save(tmp_path / "p")
     whole = (tmp_path / "p").read_bytes()
