@@ -11,6 +11,7 @@ from trimtab.compiler.checks import selfcheck
 from trimtab.compiler.data import cutting, limits
 from trimtab.compiler.schema import json_text, yaml_text
 from trimtab.compiler.sources import trial
+from trimtab.passes.graph import densify
 from trimtab.passes.graph.wellformed import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ LIMITS = {
     "ONNX file": [int(trial.MAX_SECONDS)],
     "random inputs": [feeds.MAX_BYTES],
     "check behind": [int(selfcheck.MAX_SECONDS), selfcheck.MAX_TOKENS],
+    "sparse": [densify.MAX_BYTES],
     "line": [limits.MAX_LINE],
     "packed data": [limits.MAX_UNPACKED],
     "name of a class": [limits.MAX_NAME],

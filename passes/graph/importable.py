@@ -14,6 +14,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TypeProto
 
 from trimtab.passes.errors import ModelError
+from trimtab.passes.graph.densify import densify
 
 _SKIPPED = frozenset([
     AttributeProto.GRAPHS, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS, AttributeProto.TENSORS,
@@ -55,8 +56,8 @@ def shorten_domain(model: ModelProto) -> None:
 def make_importable(model: ModelProto, path: str) -> None:
     """Rewrite `model` in place, so that graphsurgeon drops nothing that matters.
 
-    Each overload of a function gets a name of its own. Types of intermediate sequences are removed; shape inference
-    computes them again.
+    Sparse weights become dense. Each overload of a function gets a name of its own. Types of intermediate sequences
+    are removed; shape inference computes them again.
 
     Args:
         path: the path of the model, for messages.
@@ -65,7 +66,7 @@ def make_importable(model: ModelProto, path: str) -> None:
         ModelError: the graph that passes rewrite cannot represent a part of the model; the message names the part.
     """
     try:
-        _refuse(model)
+        _prepare(model)
         _separate_overloads(model)
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", hint=error.hint) from None
@@ -75,11 +76,11 @@ def make_importable(model: ModelProto, path: str) -> None:
         graph.value_info.extend(tensors)
 
 
-def _refuse(model: ModelProto) -> None:
-    """Raise a ModelError for parts that the graph cannot represent."""
+def _prepare(model: ModelProto) -> None:
+    """Make sparse weights dense, and raise a ModelError for parts that the graph cannot represent."""
     _check_ends(model.graph)
     for graph in _graphs(model):
-        _check_graph(graph)
+        _prepare_graph(graph)
     for node in _nodes(model):
         _check_attributes(node)
 
@@ -105,13 +106,9 @@ def _check_attributes(node: NodeProto) -> None:
             )
 
 
-def _check_graph(graph: GraphProto) -> None:
-    if graph.sparse_initializer:
-        raise ModelError(
-            f"the weight {graph.sparse_initializer[0].values.name!r} is a sparse initializer, which trimtab does not "
-            "read",
-            hint="store it as a dense tensor: the same values, with its zeros",
-        )
+def _prepare_graph(graph: GraphProto) -> None:
+    """Make sparse weights dense, and raise a ModelError for types that the graph cannot represent."""
+    densify(graph)
     for value in chain(graph.input, graph.output):
         kind = value.type.WhichOneof("value")
         of_tensors = kind == "sequence_type" and value.type.sequence_type.elem_type.HasField("tensor_type")

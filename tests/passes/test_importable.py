@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from seeds import seeded
 from trimtab.passes.canonicalize import Canonicalize
 from trimtab.passes.contract import PassContext
 from trimtab.passes.errors import ModelError
-from trimtab.passes.graph import load_graph, save_graph
+from trimtab.passes.graph import densify, load_graph, save_graph
+from trimtab.passes.graph.importable import make_importable
 from trimtab.passes.precision import Precision
 
 
@@ -122,6 +123,63 @@ def with_sparse_weight() -> onnx.ModelProto:
     return model
 
 
+def sparse(values: np.ndarray, places: np.ndarray, dims: Sequence[int]) -> onnx.ModelProto:
+    model = parsed("y = Neg (x)")
+    tensors = numpy_helper.from_array(values, "thin"), numpy_helper.from_array(places, "places")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(*tensors, list(dims)))
+    return model
+
+
+@pytest.mark.parametrize("form", ["flat", "along each axis"])
+@pytest.mark.parametrize("dims", [(7,), (3, 5), (2, 3, 4)])
+def test_sparse_weights_are_read_as_dense_ones(tmp_path: Path, dims: tuple[int, ...], form: str) -> None:
+    rng = seeded()
+    size = int(np.prod(dims))
+    places = np.sort(rng.choice(size, size // 2, replace=False)).astype(np.int64)
+    wanted = np.zeros(size, np.float32)
+    wanted[places] = rng.normal(0, 1, len(places))
+    at = places if form == "flat" else np.stack(np.unravel_index(places, dims), 1)
+    onnx.save(sparse(wanted[places], at, dims), tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx")
+    make_importable(proto, "model.onnx")
+    (weight,) = (each for each in proto.graph.initializer if each.name == "thin")
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), wanted.reshape(dims))
+    assert not proto.graph.sparse_initializer
+
+
+def test_a_graph_with_a_sparse_weight_computes_what_it_did(tmp_path: Path) -> None:
+    onnx.save(with_sparse_weight(), tmp_path / "before.onnx")
+    save_graph(load_graph(tmp_path / "before.onnx"), tmp_path / "after.onnx")
+    x = seeded().normal(0, 1, (3, 5)).astype(np.float32)
+    before, after = (
+        ort.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for name in ("before.onnx", "after.onnx")
+    )
+    np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(after, x + np.array([0, 2, 0, 0, 3], np.float32))
+
+
+ONES, PLACES = np.ones(2, np.float32), np.array([1, 4], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("values", "places", "dims", "says"),
+    [
+        (ONES, PLACES, (4,), "a value outside its dimensions"), (ONES, -PLACES, (9,), "a value outside its dimensions"),
+        (ONES, np.array([[0, 1], [3, 0]]), (3, 2), "a value outside its dimensions"),
+        (ONES, PLACES[:1], (9,), r"\[2\] values of \[9\] at int64 \[1\] places"),
+        (ONES, PLACES.astype(np.int32), (9,), "at int32"), (ONES, PLACES, (9, -1), "places"),
+        (ONES, PLACES, (1 << 29,), f"of at most {densify.MAX_BYTES} bytes"),
+        (ONES, PLACES, (1 << 40, 1 << 40), f"of at most {densify.MAX_BYTES} bytes"),
+    ],
+)  # fmt: skip
+def test_damaged_sparse_weights_are_named(
+    values: np.ndarray, places: np.ndarray, dims: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"m\.onnx: the sparse initializer 'thin' .*{says}"):
+        make_importable(sparse(values, places, dims), "m.onnx")
+
+
 def with_sparse_constant() -> onnx.ModelProto:
     model = parsed("y = Neg (x)")
     (weight,) = with_sparse_weight().graph.sparse_initializer
@@ -154,7 +212,6 @@ def with_typed_optional() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (with_sparse_weight, "weight 'thin' is a sparse initializer"),
         (with_sparse_constant, "'sparse_value' of node thinned.*SPARSE_TENSOR"),
         (with_optional_input, "input 'perhaps' is of optional type"),
         (with_sequence_output, "output 'parts' is of sequence type"),
