@@ -10,7 +10,7 @@ from trimtab.compiler import engine_options, feeds, workload
 from trimtab.compiler.checks import selfcheck
 from trimtab.compiler.data import cutting, limits
 from trimtab.compiler.schema import json_text, yaml_text
-from trimtab.compiler.sources import trial
+from trimtab.compiler.sources import config, trial
 from trimtab.passes.graph import densify
 from trimtab.passes.graph.wellformed import check
 
@@ -25,6 +25,7 @@ LIMITS = {
     "random inputs": [feeds.MAX_BYTES],
     "check behind": [int(selfcheck.MAX_SECONDS), selfcheck.MAX_TOKENS],
     "sparse": [densify.MAX_BYTES],
+    "layers": [config.MAX_PARTS],
     "line": [limits.MAX_LINE],
     "packed data": [limits.MAX_UNPACKED],
     "name of a class": [limits.MAX_NAME],

@@ -25,6 +25,7 @@ BASE = "AutoModel"
 """Names the class without a head. sentence-transformers loads it even if config.json names a class with a head."""
 
 _ARCHITECTURE_FILE = "architecture.json"  # written by the child that finds the architecture
+_MAX_SECONDS = 300.0  # limit of that child, which takes some seconds
 _PACKAGES = ("torch", "transformers")
 _INDEX: Schema = {"weight_map": {"*": str}}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -118,6 +119,7 @@ def _find_architecture(model: Path, config: dict[str, Any], weights: tuple[Path,
         run_child(
             "trimtab.compiler.sources.architecture", [str(model.resolve()), str(part)], part, makes=_ARCHITECTURE_FILE,
             origin=model, what="finding its architecture", hint="add `architectures` to config.json",
+            timeout_s=_MAX_SECONDS,
         )  # fmt: skip
 
     content = hash_bytes(json.dumps(config, sort_keys=True), *map(file_hash, weights))

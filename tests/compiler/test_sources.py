@@ -18,6 +18,7 @@ from trimtab.compiler.cache import cache_dir
 from trimtab.compiler.schema.json_text import MAX_BYTES, MAX_DEPTH
 from trimtab.compiler.sources import checkpoint, from_torch, huggingface, open_source
 from trimtab.compiler.sources.architecture import find_architecture
+from trimtab.compiler.sources.config import MAX_PARTS
 from trimtab.compiler.sources.export import load_model
 from trimtab.compiler.sources.folder import token_limit
 from trimtab.passes.errors import BuildError, ModelError
@@ -225,6 +226,18 @@ def test_failing_exports_leave_nothing(tmp_path, monkeypatch, spoil, message):
     with pytest.raises(ModelError, match=message):
         open_source(folder)
     assert not [path for path in (tmp_path / "cache" / "sources").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("architectures", [None, "as it was"])
+def test_more_layers_than_any_model_has(tmp_path, monkeypatch, family, architectures):
+    """Each would take memory and time before a weight is read."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    folder = save_pretrained(family, tmp_path / "model")
+    key = {"bert": "num_hidden_layers", "gpt2": "n_layer", "t5": "num_layers"}[family]
+    edit_config(folder, **{key: MAX_PARTS + 1}, **({} if architectures else {"architectures": None}))
+    with pytest.raises(ModelError, match=f"{key} is {MAX_PARTS + 1}, over the limit of {MAX_PARTS}"):
+        open_source(folder)
 
 
 def test_missing_weights_are_not_made_up(tmp_path):
